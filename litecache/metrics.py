@@ -1,0 +1,103 @@
+"""Plain counters, gauges and histograms, owned by the part that counts.
+
+Every stateful part has one `Metrics`; nothing here knows Ray. The actors read snapshots and
+export them (`actors/metrics_export.py`). Names follow the list in docs/architecture.md and
+never end in `_total`, because Ray appends that itself.
+"""
+
+from __future__ import annotations
+
+import bisect
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+Labels = tuple[tuple[str, str], ...]
+
+LATENCY_BOUNDS_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
+
+
+@dataclass
+class Histogram:
+    """Counts of observations by upper bound, in seconds unless the name says otherwise."""
+
+    bounds: tuple[float, ...] = LATENCY_BOUNDS_S
+    buckets: list[int] = field(default_factory=list)
+    count: int = 0
+    total: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.buckets = self.buckets or [0] * (len(self.bounds) + 1)
+
+    def observe(self, value: float) -> None:
+        """Add one observation."""
+        self.buckets[bisect.bisect_left(self.bounds, value)] += 1
+        self.count += 1
+        self.total += value
+
+    def to_dict(self) -> dict[str, object]:
+        """A msgpack-able copy."""
+        mean = self.total / self.count if self.count else 0.0
+        return {
+            "count": self.count,
+            "sum": self.total,
+            "mean": mean,
+            "bounds": list(self.bounds),
+            "buckets": list(self.buckets),
+        }
+
+
+def _labels(labels: Mapping[str, str]) -> Labels:
+    return tuple(sorted(labels.items()))
+
+
+class Metrics:
+    """A thread-safe set of counters, gauges and histograms, addressed by name and labels."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counters: dict[tuple[str, Labels], float] = {}
+        self._gauges: dict[tuple[str, Labels], float] = {}
+        self._histograms: dict[tuple[str, Labels], Histogram] = {}
+
+    def inc(self, name: str, amount: float = 1, **labels: str) -> None:
+        """Add to a counter."""
+        key = (name, _labels(labels))
+        with self._lock:
+            self._counters[key] = self._counters.get(key, 0) + amount
+
+    def set(self, name: str, value: float, **labels: str) -> None:
+        """Set a gauge."""
+        with self._lock:
+            self._gauges[(name, _labels(labels))] = value
+
+    def observe(self, name: str, value: float, **labels: str) -> None:
+        """Add an observation to a histogram."""
+        key = (name, _labels(labels))
+        with self._lock:
+            self._histograms.setdefault(key, Histogram()).observe(value)
+
+    def value(self, name: str, **labels: str) -> float:
+        """A counter's or gauge's value; 0 when it was never touched."""
+        key = (name, _labels(labels))
+        with self._lock:
+            return self._counters.get(key, self._gauges.get(key, 0))
+
+    def by_label(self, name: str, label: str) -> dict[str, float]:
+        """Sum a counter over all labels but one: `by_label("litecache_misses", "reason")`."""
+        sums: dict[str, float] = {}
+        with self._lock:
+            for (counter, labels), value in self._counters.items():
+                if counter == name:
+                    key = dict(labels).get(label, "")
+                    sums[key] = sums.get(key, 0) + value
+        return sums
+
+    def snapshot(self) -> dict[str, list[tuple[str, dict[str, str], object]]]:
+        """Everything, as `{"counters": [(name, labels, value)], "gauges": ..., "histograms": ...}`."""
+        with self._lock:
+            return {
+                "counters": [(n, dict(lb), v) for (n, lb), v in self._counters.items()],
+                "gauges": [(n, dict(lb), v) for (n, lb), v in self._gauges.items()],
+                "histograms": [(n, dict(lb), h.to_dict()) for (n, lb), h in self._histograms.items()],
+            }
