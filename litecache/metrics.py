@@ -99,5 +99,7 @@ class Metrics:
             return {
                 "counters": [(n, dict(lb), v) for (n, lb), v in self._counters.items()],
                 "gauges": [(n, dict(lb), v) for (n, lb), v in self._gauges.items()],
-                "histograms": [(n, dict(lb), h.to_dict()) for (n, lb), h in self._histograms.items()],
+                "histograms": [
+                    (n, dict(lb), h.to_dict()) for (n, lb), h in self._histograms.items()
+                ],
             }

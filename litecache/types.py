@@ -1,0 +1,124 @@
+"""Messages between the driver, the actors and the engine.
+
+Plain frozen data with a version, importable without torch or ray. A `Request` travels from the
+driver to the engine, `TokenDelta`s travel back in one `PollReply` per poll.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+MESSAGE_VERSION = 1
+
+
+class Tier(str, enum.Enum):
+    """Where a reused token's KV was found."""
+
+    GPU = "gpu"
+    RAM = "ram"
+    DISK = "disk"
+    REMOTE = "remote"
+
+
+class FinishReason(str, enum.Enum):
+    """Why a request ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are drawn.
+
+    Attributes:
+        max_new_tokens: at most this many tokens are generated.
+        min_new_tokens: end-of-sequence tokens cannot be drawn before this many.
+        temperature: 0 means greedy.
+        top_k: draw from the k likeliest; 0 = off.
+        top_p: draw from the smallest set of at least this probability; 1 = off.
+        min_p: drop tokens below this share of the likeliest one's probability; 0 = off.
+        seed: of the counter-based generator; each random number depends on
+            (seed, sample_index, position, purpose) alone.
+        sample_index: which of several samples of one call this is.
+        eos_token_ids: drawing one of these ends the request; the token is part of the output.
+    """
+
+    max_new_tokens: int
+    min_new_tokens: int = 0
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    sample_index: int = 0
+    eos_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Request:
+    """One sequence to continue.
+
+    Attributes:
+        request_id: unique in the group.
+        client_id: whose polls receive the tokens.
+        prompt: token ids, and after a failure also the tokens generated so far.
+        sampling: how tokens are drawn.
+        num_resumed_tokens: how many tokens at the end of `prompt` were generated before; they
+            count towards `max_new_tokens` and shift the generator's positions by nothing.
+        cache_salt: blocks are shared only within one salt.
+        priority: lower runs first.
+        max_time_s: ends the request with what it has after so many seconds; None = no limit.
+    """
+
+    request_id: str
+    client_id: str
+    prompt: tuple[int, ...]
+    sampling: SamplingParams
+    num_resumed_tokens: int = 0
+    cache_salt: str = ""
+    priority: int = 0
+    max_time_s: float | None = None
+    version: int = MESSAGE_VERSION
+
+
+@dataclass(frozen=True)
+class TokenDelta:
+    """What one step produced for one request.
+
+    Attributes:
+        request_id: whose tokens.
+        token_ids: new tokens, in order; may be empty when only `finish_reason` is news.
+        finish_reason: None while the request goes on.
+        error: the message, when `finish_reason` is ERROR.
+        error_type: name of the LiteCacheError subclass to raise for it.
+        reused_tokens: prompt tokens by tier that were not computed; sent with the first token.
+        ttft_s: seconds from submission to the first token inside the engine; sent with it.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...] = ()
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+    error_type: str | None = None
+    reused_tokens: dict[str, int] | None = None
+    ttft_s: float | None = None
+
+
+@dataclass(frozen=True)
+class PollReply:
+    """All deltas of one client after its last acknowledged one.
+
+    Attributes:
+        first_seq: sequence number of `deltas[0]`.
+        deltas: in order, nothing twice.
+        epoch: changes when the actor restarted; then all requests must be submitted again.
+    """
+
+    first_seq: int
+    deltas: tuple[TokenDelta, ...] = field(default=())
+    epoch: str = ""
+    version: int = MESSAGE_VERSION
