@@ -146,8 +146,8 @@ class CacheConfig:
         self._check()
 
     def _folders(self) -> tuple[str, ...] | None:
-        given = self.storage_dir
-        if given is None or given == "" or given == ():
+        given: Any = self.storage_dir
+        if not given:
             return None
         folders = (
             tuple(os.fspath(f) for f in given)

@@ -94,7 +94,7 @@ class Metrics:
         return sums
 
     def snapshot(self) -> dict[str, list[tuple[str, dict[str, str], object]]]:
-        """Everything, as `{"counters": [(name, labels, value)], "gauges": ..., "histograms": ...}`."""
+        """Everything: kind ("counters", "gauges", "histograms") -> [(name, labels, value)]."""
         with self._lock:
             return {
                 "counters": [(n, dict(lb), v) for (n, lb), v in self._counters.items()],

@@ -1,0 +1,1 @@
+"""The Ray actors: thin shells over engine/ and storage/, and the group they form."""

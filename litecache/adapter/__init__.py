@@ -1,0 +1,1 @@
+"""The driver side: `KVCacheAdapter` and what it needs."""

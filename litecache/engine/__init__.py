@@ -1,0 +1,1 @@
+"""What runs inside the GpuCache actor, as plain classes without Ray."""

@@ -1,0 +1,193 @@
+"""How the KV of a block lies in memory, the same in the GPU pool, in an arena slot and on disk.
+
+A block holds `block_size` tokens for every layer of its KV group in one extent: per layer K,
+then V, then scales if any, each `[kv_heads, block_size, dim]` (heads before tokens), starting on
+and padded to 256 bytes; the whole is padded to 4096 bytes, the unit of direct disk I/O.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from litecache.errors import ConfigError
+
+LAYOUT_VERSION = 1
+EXTENT_ALIGNMENT = 256
+BLOCK_ALIGNMENT = 4096
+TRASH_BLOCK = 0
+
+
+def _align(size: int, alignment: int) -> int:
+    return -(-size // alignment) * alignment
+
+
+@dataclass(frozen=True)
+class KVSpec:
+    """Shape of one layer's KV.
+
+    Attributes:
+        kv_heads: number of KV heads.
+        k_dim: head dimension of K.
+        v_dim: head dimension of V (differs from `k_dim` in MLA models).
+        dtype: torch dtype by name, as stored in the pool.
+        window: sliding window in tokens (key visible iff kpos > qpos - window), None = full.
+        scale_bytes: bytes of quantisation scales per layer and block.
+    """
+
+    kv_heads: int
+    k_dim: int
+    v_dim: int
+    dtype: str
+    window: int | None = None
+    scale_bytes: int = 0
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype as an object."""
+        return getattr(torch, self.dtype)  # type: ignore[no-any-return]
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one element."""
+        return self.torch_dtype.itemsize
+
+
+@dataclass(frozen=True)
+class LayerExtent:
+    """Byte offsets of one layer inside a block."""
+
+    k_offset: int
+    v_offset: int
+    scale_offset: int
+
+
+@dataclass(frozen=True)
+class KVGroup:
+    """Layers of equal shape and attention window, which share block tables and blocks.
+
+    Attributes:
+        index: of the group in its layout; part of every block key.
+        layers: the model's layer indices, ascending.
+        spec: what all of them have in common.
+        block_size: tokens per block.
+        extents: one per entry of `layers`.
+        block_bytes: size of a block, a multiple of 4096.
+    """
+
+    index: int
+    layers: tuple[int, ...]
+    spec: KVSpec
+    block_size: int
+    extents: tuple[LayerExtent, ...]
+    block_bytes: int
+
+    @property
+    def window_blocks(self) -> int | None:
+        """Blocks that a query's window can touch, None = all."""
+        if self.spec.window is None:
+            return None
+        return -(-self.spec.window // self.block_size) + 1
+
+
+@dataclass(frozen=True)
+class KVLayout:
+    """The KV groups of a model."""
+
+    block_size: int
+    groups: tuple[KVGroup, ...]
+
+    @classmethod
+    def from_specs(cls, specs: Sequence[KVSpec], block_size: int) -> KVLayout:
+        """Group layers of equal spec, in order of first appearance.
+
+        Args:
+            specs: one per layer of the model.
+            block_size: tokens per block.
+
+        Raises:
+            ConfigError: there is no layer.
+        """
+        if not specs:
+            raise ConfigError("specs", [], "one KVSpec per layer")
+        members: dict[KVSpec, list[int]] = {}
+        for layer, spec in enumerate(specs):
+            members.setdefault(spec, []).append(layer)
+        groups = tuple(
+            _make_group(index, spec, tuple(layers), block_size)
+            for index, (spec, layers) in enumerate(members.items())
+        )
+        return cls(block_size, groups)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """KV bytes of one token over all layers, without padding."""
+        return sum(
+            len(group.layers)
+            * (
+                group.spec.kv_heads * (group.spec.k_dim + group.spec.v_dim) * group.spec.itemsize
+                + group.spec.scale_bytes // self.block_size
+            )
+            for group in self.groups
+        )
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block of every group together."""
+        return sum(group.block_bytes for group in self.groups)
+
+
+def _make_group(index: int, spec: KVSpec, layers: tuple[int, ...], block_size: int) -> KVGroup:
+    extents = []
+    offset = 0
+    token_bytes = spec.kv_heads * block_size * spec.itemsize
+    for _ in layers:
+        k_offset = offset
+        v_offset = _align(k_offset + token_bytes * spec.k_dim, EXTENT_ALIGNMENT)
+        scale_offset = _align(v_offset + token_bytes * spec.v_dim, EXTENT_ALIGNMENT)
+        offset = _align(scale_offset + spec.scale_bytes, EXTENT_ALIGNMENT)
+        extents.append(LayerExtent(k_offset, v_offset, scale_offset))
+    block_bytes = _align(offset, BLOCK_ALIGNMENT)
+    return KVGroup(index, layers, spec, block_size, tuple(extents), block_bytes)
+
+
+class KVPool:
+    """The bytes of one group's blocks on one device, and strided views of them per layer.
+
+    Attributes:
+        group: the layout.
+        buffer: uint8 `[num_blocks, block_bytes]`; row 0 is the trash block.
+    """
+
+    def __init__(self, group: KVGroup, num_blocks: int, device: torch.device | str) -> None:
+        self.group = group
+        # Zeros, not empty: a trash block of NaN would poison padded rows of a batch.
+        self.buffer = torch.zeros((num_blocks, group.block_bytes), dtype=torch.uint8, device=device)
+        self._views = {
+            layer: (
+                self._view(extent.k_offset, group.spec.k_dim),
+                self._view(extent.v_offset, group.spec.v_dim),
+            )
+            for layer, extent in zip(group.layers, group.extents, strict=True)
+        }
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks, the trash block included."""
+        return self.buffer.shape[0]
+
+    def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K `[num_blocks, kv_heads, block_size, k_dim]` and V of one layer, as views."""
+        return self._views[layer]
+
+    def _view(self, offset: int, dim: int) -> torch.Tensor:
+        spec, size = self.group.spec, self.group.block_size
+        typed = self.buffer.view(-1).view(spec.torch_dtype)
+        return torch.as_strided(
+            typed,
+            (self.num_blocks, spec.kv_heads, size, dim),
+            (self.group.block_bytes // spec.itemsize, size * dim, dim, 1),
+            storage_offset=offset // spec.itemsize,
+        )

@@ -1,0 +1,142 @@
+"""The step plan: all that the model runner needs to know about one engine step.
+
+The scheduler emits it, the runner executes it and decides nothing, so that every rank of a
+tensor-parallel replica can execute the same plan. A running request holds a *row* of the
+runner's persistent tables (token ids, block tables); a plan carries only what changes in them,
+so that its size follows the step and not the context length.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from litecache.types import SamplingParams
+
+PLAN_VERSION = 1
+
+
+@dataclass(frozen=True)
+class NewRow:
+    """A request takes a row; what the row held before is void.
+
+    Attributes:
+        row: index into the runner's tables.
+        token_ids: all tokens known so far.
+        num_prompt_tokens: how many of them are prompt (the rest was generated before a
+            preemption); sampling positions count from it.
+        sampling: how its tokens are drawn.
+    """
+
+    row: int
+    token_ids: tuple[int, ...]
+    num_prompt_tokens: int
+    sampling: SamplingParams
+
+
+@dataclass(frozen=True)
+class TableUpdate:
+    """Blocks enter a row's block table of one KV group from entry `start` on."""
+
+    row: int
+    group: int
+    start: int
+    block_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class BlockCopy:
+    """Copy a whole block inside the pool of one KV group, before the forward (copy-on-write)."""
+
+    group: int
+    src: int
+    dst: int
+
+
+@dataclass(frozen=True)
+class RowStep:
+    """The tokens of one row that this step computes.
+
+    Attributes:
+        row: which row.
+        start: position of the first token; its id is known to the runner (from `NewRow` or
+            because an earlier step sampled it).
+        num_tokens: how many positions are computed.
+        sample: draw a token from the logits of the last position.
+        cached: the KV of these positions is already in published blocks: attention reads it
+            there, and what this step computes goes to the trash block (full prefix hit).
+    """
+
+    row: int
+    start: int
+    num_tokens: int
+    sample: bool
+    cached: bool = False
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One engine step. Rows of one token come first; order of work: rows, tables, copies, forward.
+
+    `StepResult.tokens` follows the order of the entries of `rows` with `sample=True`.
+    """
+
+    step: int
+    new_rows: tuple[NewRow, ...] = ()
+    table_updates: tuple[TableUpdate, ...] = ()
+    copies: tuple[BlockCopy, ...] = ()
+    rows: tuple[RowStep, ...] = ()
+    version: int = PLAN_VERSION
+
+    @property
+    def num_tokens(self) -> int:
+        """Positions computed in this step."""
+        return sum(row.num_tokens for row in self.rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for msgpack."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> StepPlan:
+        """The inverse of `to_dict`."""
+        return cls(
+            step=values["step"],
+            new_rows=tuple(
+                NewRow(
+                    row["row"],
+                    tuple(row["token_ids"]),
+                    row["num_prompt_tokens"],
+                    SamplingParams(
+                        **{
+                            **row["sampling"],
+                            "eos_token_ids": tuple(row["sampling"]["eos_token_ids"]),
+                        }
+                    ),
+                )
+                for row in values["new_rows"]
+            ),
+            table_updates=tuple(
+                TableUpdate(u["row"], u["group"], u["start"], tuple(u["block_ids"]))
+                for u in values["table_updates"]
+            ),
+            copies=tuple(BlockCopy(**copy) for copy in values["copies"]),
+            rows=tuple(RowStep(**row) for row in values["rows"]),
+            version=values["version"],
+        )
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step gave.
+
+    Attributes:
+        step: number of the plan.
+        tokens: one token id per sampled row, in the plan's order.
+        invalid_rows: rows whose logits were not finite; their token is void.
+    """
+
+    step: int
+    tokens: tuple[int, ...]
+    invalid_rows: tuple[int, ...] = ()
