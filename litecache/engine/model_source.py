@@ -1,0 +1,55 @@
+"""Where a model comes from: what the driver sends and the actor loads.
+
+A source is small and picklable; it imports nothing. Two sources that are equal load equal weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from litecache.errors import ConfigError
+
+WEIGHTS = ("auto", "random")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A folder, a hub name, or a configuration for random weights.
+
+    Attributes:
+        path: folder with a saved model, or a name on the hub. None with `config`.
+        config: `PretrainedConfig.to_dict()` with its `model_type`; used with random weights.
+            None = the configuration found at `path`.
+        weights: "auto" loads them from `path`, "random" draws them (benchmarks, tests).
+        seed: of random weights.
+        revision: of a hub model; None = its default branch.
+    """
+
+    path: str | None = None
+    config: dict[str, Any] | None = None
+    weights: str = "auto"
+    seed: int = 0
+    revision: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check that the fields fit together."""
+        if self.weights not in WEIGHTS:
+            raise ConfigError("weights", self.weights, f"one of {', '.join(WEIGHTS)}")
+        if (self.path is None) == (self.config is None):
+            raise ConfigError("path", self.path, "either a path or a config, and not both")
+        if self.config is not None:
+            if self.weights != "random":
+                raise ConfigError("weights", self.weights, '"random" when only a config is given')
+            if not self.config.get("model_type"):
+                raise ConfigError(
+                    "config", sorted(self.config), "a dict with the model's model_type"
+                )
+
+    @property
+    def name(self) -> str:
+        """For messages and logs."""
+        if self.path is not None:
+            return self.path
+        assert self.config is not None
+        return f"{self.config['model_type']} (random weights)"
