@@ -1,0 +1,138 @@
+"""The slot protocol: what a client and a shard say to each other.
+
+Batched, versioned, made of small tuples that pickle and msgpack alike. A *slot* is a piece of the
+shard's arena that holds one block; its id is its byte offset divided by `PAGE_BYTES`, so finding
+its bytes needs no table. A *lease* is a client's right to touch a slot's bytes; it ends by
+`release`, `commit`, `cancel`, `detach`, or by proof that the client's process is gone, never by a
+clock. A slot's *generation* changes whenever the slot is given to other contents.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import NamedTuple
+
+from ..hashing import BlockKey
+
+PROTOCOL_VERSION = 1
+PAGE_BYTES = 4096
+
+
+class StageStatus(IntEnum):
+    """Answer for one key of `stage`; READY and LOADING come with a lease."""
+
+    MISS = 0
+    READY = 1
+    LOADING = 2
+    BUSY = 3
+
+
+class SlotState(IntEnum):
+    """State in the slot table that clients read through the mapping, without a call."""
+
+    FREE = 0
+    RESERVED = 1
+    LOADING = 2
+    READY = 3
+    FAILED = 4
+
+
+class CommitStatus(IntEnum):
+    """Answer for one item of `commit`; false only where nothing was and nothing is stored."""
+
+    STALE = 0
+    STORED = 1
+    EXISTS = 2
+
+
+class SlotRef(NamedTuple):
+    """A slot and the generation under which it was given out."""
+
+    slot: int
+    generation: int
+
+
+class StageResult(NamedTuple):
+    """What became of one staged key; `slot` and `generation` are -1 without a lease."""
+
+    status: StageStatus
+    slot: int = -1
+    generation: int = -1
+
+
+class CommitItem(NamedTuple):
+    """A reserved slot whose bytes are complete.
+
+    Attributes:
+        slot, generation: as given by `reserve`.
+        key: the block's key.
+        parent: key of the block before it, or the chain's root key.
+        namespace: readable name of what the block belongs to (model, group, salt), at most 200
+            characters; quotas and `litecache inspect` go by it.
+    """
+
+    slot: int
+    generation: int
+    key: BlockKey
+    parent: BlockKey
+    namespace: str = ""
+
+
+class Attachment(NamedTuple):
+    """How a client process maps a shard's arena.
+
+    Attributes:
+        version: `PROTOCOL_VERSION` of the shard.
+        client_id: names the client in every later call.
+        epoch: changes with every start of the shard; slots of another epoch mean nothing.
+        arena_pid, arena_fd: the mapping is `/proc/<arena_pid>/fd/<arena_fd>`.
+        arena_path: a file to open instead where memfd does not exist, else None.
+        arena_bytes: bytes of slots, from offset 0.
+        slot_table_offset: where the slot table starts, one entry of 32 bytes per page.
+        mapping_bytes: bytes to map.
+        segment_bytes: unit in which memory is allocated; `cudaHostRegister` goes by it.
+    """
+
+    version: int
+    client_id: int
+    epoch: int
+    arena_pid: int
+    arena_fd: int
+    arena_path: str | None
+    arena_bytes: int
+    slot_table_offset: int
+    mapping_bytes: int
+    segment_bytes: int
+
+
+class FlushReport(NamedTuple):
+    """What `flush` achieved.
+
+    Attributes:
+        written: blocks that became durable during the call.
+        pending: blocks still not durable when it returned (timeout, or a failing disk).
+        failed: blocks that were dropped by ENOSPC or EIO during the call.
+        complete: nothing is pending and nothing failed.
+    """
+
+    written: int
+    pending: int
+    failed: int
+    complete: bool
+
+
+class Deltas(NamedTuple):
+    """Changes of a shard's key set since the last call of `drain_deltas`.
+
+    Attributes:
+        epoch: the shard's epoch.
+        seq: counts the calls; a gap means that one was lost and asks for a resync by `keys()`.
+        added, removed: keys, disjoint, net effect only.
+        resync: there were too many changes to list; the lists are empty, read `keys()`.
+    """
+
+    epoch: int
+    seq: int
+    added: list[BlockKey]
+    removed: list[BlockKey]
+    resync: bool = False
