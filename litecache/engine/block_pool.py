@@ -1,0 +1,186 @@
+"""Who owns which block of one KV group's pool; no bytes, no torch.
+
+A block is free, private (in use by sequences, its content still changing), loading (being filled
+from a lower tier), published (full, immutable, in the prefix index, in use) or idle (published,
+in use by nobody, evictable). References count the sequences and the copies in flight that need
+the block. Block 0 is the trash block and is never handed out.
+
+The pool is used by the scheduler's thread alone.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+
+from litecache.engine.kv_layout import TRASH_BLOCK
+from litecache.errors import CapacityError
+from litecache.hashing import BlockKey
+
+
+class BlockState(str, enum.Enum):
+    """States of a block; the values label the gauge `litecache_pool_blocks`."""
+
+    FREE = "free"
+    PRIVATE = "private"
+    LOADING = "loading"
+    PUBLISHED = "published"
+    IDLE = "idle"
+
+
+class BlockPool:
+    """Allocates, shares, publishes and evicts the blocks of one KV group.
+
+    Args:
+        num_blocks: blocks to hand out, numbered from 1; the trash block comes on top.
+        on_evict: called with the key of an idle block that is about to be used for other tokens.
+    """
+
+    def __init__(self, num_blocks: int, on_evict: Callable[[BlockKey], None] | None = None) -> None:
+        self.num_blocks = num_blocks
+        self.evictions = 0
+        self._on_evict = on_evict
+        self._refs = [0] * (num_blocks + 1)
+        self._keys: list[BlockKey | None] = [None] * (num_blocks + 1)
+        self._loading: set[int] = set()
+        self._free = list(range(num_blocks, 0, -1))
+        self._idle: OrderedDict[int, None] = OrderedDict()
+
+    @property
+    def num_available(self) -> int:
+        """Blocks that `allocate` could hand out now: free and idle ones."""
+        return len(self._free) + len(self._idle)
+
+    def allocate(self, count: int, *, loading: bool = False) -> list[int]:
+        """Take `count` blocks with one reference each, evicting idle ones as needed.
+
+        Raises:
+            CapacityError: fewer than `count` are available; nothing changed.
+        """
+        if count > self.num_available:
+            raise CapacityError(
+                f"{count} blocks wanted, {self.num_available} of {self.num_blocks} available"
+            )
+        blocks = []
+        for _ in range(count):
+            block = self._free.pop() if self._free else self._evict_oldest()
+            self._refs[block] = 1
+            blocks.append(block)
+        if loading:
+            self._loading.update(blocks)
+        return blocks
+
+    def acquire(self, blocks: Iterable[int]) -> None:
+        """Add a reference to blocks in use or idle."""
+        for block in blocks:
+            if self._refs[block] == 0:
+                del self._idle[block]
+            self._refs[block] += 1
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """Drop a reference to each block of a chain, given head first.
+
+        The tail is released first, so that eviction takes tails before their heads. Entries of
+        the trash block (what a sliding window has left behind) are passed over.
+        """
+        for block in reversed(blocks):
+            if block == TRASH_BLOCK:
+                continue
+            assert self._refs[block] > 0, f"block {block} released more often than acquired"
+            self._refs[block] -= 1
+            if self._refs[block] == 0:
+                self._loading.discard(block)
+                if self._keys[block] is None:
+                    self._free.append(block)
+                else:
+                    self._idle[block] = None
+
+    def publish(self, block: int, key: BlockKey) -> None:
+        """Declare a private or loading block full and immutable under `key`."""
+        assert self._refs[block] > 0, f"block {block} is not in use"
+        assert self._keys[block] is None, f"block {block} is already published"
+        self._loading.discard(block)
+        self._keys[block] = key
+
+    def unpublish(self, block: int) -> None:
+        """Forget the key of a published block; an idle one becomes free."""
+        self._keys[block] = None
+        if block in self._idle:
+            del self._idle[block]
+            self._free.append(block)
+
+    def copy_on_write(self, block: int) -> int:
+        """A block that the one caller may write to, in exchange for its reference to `block`.
+
+        Returns:
+            `block` itself when it is private to the caller, else a new block to which the
+            caller must copy the bytes.
+
+        Raises:
+            CapacityError: no block is available; nothing changed.
+        """
+        if self._refs[block] == 1 and self._keys[block] is None:
+            return block
+        (copy,) = self.allocate(1)
+        self.release([block])
+        return copy
+
+    def ref_count(self, block: int) -> int:
+        """References to a block."""
+        return self._refs[block]
+
+    def key(self, block: int) -> BlockKey | None:
+        """The key a block is published under."""
+        return self._keys[block]
+
+    def state(self, block: int) -> BlockState:
+        """State of one block."""
+        if self._refs[block] == 0:
+            return BlockState.FREE if self._keys[block] is None else BlockState.IDLE
+        if self._keys[block] is not None:
+            return BlockState.PUBLISHED
+        return BlockState.LOADING if block in self._loading else BlockState.PRIVATE
+
+    def evict_idle(self) -> int:
+        """Evict every idle block; returns how many."""
+        count = len(self._idle)
+        for _ in range(count):
+            self._free.append(self._evict_oldest())
+        return count
+
+    def stats(self) -> dict[str, int]:
+        """Blocks by state; the values add up to `num_blocks`."""
+        counts = {state.value: 0 for state in BlockState}
+        for block in range(1, self.num_blocks + 1):
+            counts[self.state(block).value] += 1
+        return counts
+
+    def check_integrity(self) -> None:
+        """Assert that every block is in exactly one state and nothing is lost."""
+        free, idle = set(self._free), set(self._idle)
+        assert len(free) == len(self._free), "a block is free twice"
+        assert not free & idle, f"blocks both free and idle: {free & idle}"
+        assert TRASH_BLOCK not in free | idle, "the trash block was handed in"
+        for block in range(1, self.num_blocks + 1):
+            unused = self._refs[block] == 0
+            assert self._refs[block] >= 0, f"block {block} has {self._refs[block]} references"
+            assert (block in free) == (unused and self._keys[block] is None), f"block {block} lost"
+            assert (block in idle) == (unused and self._keys[block] is not None), (
+                f"block {block} published but neither in use nor idle"
+            )
+        for block in self._loading:
+            assert self._refs[block] > 0, f"block {block} is loading for nobody"
+            assert self._keys[block] is None, f"block {block} was published before it was loaded"
+        keys = [key for key in self._keys if key is not None]
+        assert len(keys) == len(set(keys)), "two blocks are published under one key"
+
+    def _evict_oldest(self) -> int:
+        block, _ = self._idle.popitem(last=False)
+        key = self._keys[block]
+        assert key is not None
+        self._keys[block] = None
+        self.evictions += 1
+        if self._on_evict is not None:
+            self._on_evict(key)
+        return block

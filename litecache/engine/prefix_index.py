@@ -1,0 +1,123 @@
+"""Which blocks of one KV group hold which tokens: a flat map from block key to block.
+
+Flat, because blocks load from the back: a child may be present without its parent. Every entry
+keeps its token ids and its parent links its children, so that a partial tail is found by
+comparing tokens. Keys that are being computed or loaded are PENDING with their owner, so that
+another request can wait for them instead of computing the same again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from litecache.hashing import BlockKey
+
+TokenArray = npt.NDArray[np.int64]
+
+
+class Entry(NamedTuple):
+    """A published block."""
+
+    block: int
+    parent: BlockKey
+    tokens: TokenArray
+
+
+class PartialMatch(NamedTuple):
+    """A published block whose first `num_tokens` tokens are the wanted ones."""
+
+    key: BlockKey
+    block: int
+    num_tokens: int
+
+
+class PrefixIndex:
+    """Published and pending blocks of one KV group."""
+
+    def __init__(self) -> None:
+        self._entries: dict[BlockKey, Entry] = {}
+        self._children: dict[BlockKey, set[BlockKey]] = {}
+        self._pending: dict[BlockKey, str] = {}
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, key: BlockKey) -> bool:
+        return key in self._entries
+
+    def block(self, key: BlockKey) -> int | None:
+        """The block that holds `key`'s tokens, if any."""
+        entry = self._entries.get(key)
+        return None if entry is None else entry.block
+
+    def keys(self) -> list[BlockKey]:
+        """All published keys."""
+        return list(self._entries)
+
+    def match_run(self, keys: Sequence[BlockKey]) -> int:
+        """How many keys from the front are present without a gap."""
+        count = 0
+        for key in keys:
+            if key not in self._entries:
+                break
+            count += 1
+        return count
+
+    def match_partial(self, parent: BlockKey, tokens: TokenArray) -> PartialMatch | None:
+        """The child of `parent` that shares the most leading tokens with `tokens`, if any."""
+        best: PartialMatch | None = None
+        for key in self._children.get(parent, ()):
+            entry = self._entries[key]
+            length = min(len(entry.tokens), len(tokens))
+            differs = entry.tokens[:length] != tokens[:length]
+            shared = int(np.argmax(differs)) if differs.any() else length
+            if shared and (best is None or shared > best.num_tokens):
+                best = PartialMatch(key, entry.block, shared)
+        return best
+
+    def insert(self, key: BlockKey, block: int, parent: BlockKey, tokens: TokenArray) -> bool:
+        """Add a published block; False when the key is present already (nothing changes)."""
+        self._pending.pop(key, None)
+        if key in self._entries:
+            return False
+        self._entries[key] = Entry(block, parent, tokens)
+        self._children.setdefault(parent, set()).add(key)
+        return True
+
+    def remove(self, key: BlockKey) -> None:
+        """Forget a block; its children stay and are found again once it is back."""
+        entry = self._entries.pop(key)
+        siblings = self._children[entry.parent]
+        siblings.discard(key)
+        if not siblings:
+            del self._children[entry.parent]
+
+    def set_pending(self, key: BlockKey, owner: str) -> None:
+        """Announce that `owner` computes or loads `key`; the first owner stays."""
+        if key not in self._entries:
+            self._pending.setdefault(key, owner)
+
+    def pending_owner(self, key: BlockKey) -> str | None:
+        """Who computes or loads `key` right now."""
+        return self._pending.get(key)
+
+    def clear_pending(self, keys: Sequence[BlockKey], owner: str) -> None:
+        """Withdraw what `owner` announced of these keys."""
+        for key in keys:
+            if self._pending.get(key) == owner:
+                del self._pending[key]
+
+    def check_integrity(self) -> None:
+        """Assert that entries, children and pending keys agree."""
+        children = {(e.parent, key) for key, e in self._entries.items()}
+        linked = {(parent, key) for parent, keys in self._children.items() for key in keys}
+        assert children == linked, "parents and children disagree"
+        assert all(self._children.values()), "an empty set of children was kept"
+        both = self._pending.keys() & self._entries.keys()
+        assert not both, f"{len(both)} keys are both pending and published"
+        blocks = [entry.block for entry in self._entries.values()]
+        assert len(blocks) == len(set(blocks)), "one block is indexed under two keys"
