@@ -1,0 +1,158 @@
+"""What makes two models the same model: a digest of the config and of all weight bytes.
+
+The fingerprint is part of every block key's namespace, so KV is shared between processes, and found
+again after a restart, exactly when config and weights are bitwise equal; names and paths do not
+matter. Reading gigabytes at each start would be wasteful, so file digests are cached in
+`$LITECACHE_HOME/fingerprints`, keyed by the file's path, size and times. The digest is xxh3_128:
+it tells files apart, it does not defend against someone who forges weights.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import tempfile
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import xxhash
+
+from litecache.errors import ConfigError
+from litecache.paths import litecache_home
+
+if TYPE_CHECKING:
+    from torch import nn
+
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5")
+# Where the files came from and which library wrote them changes no KV byte.
+_IGNORED_CONFIG_FIELDS = frozenset(
+    ("_name_or_path", "_model_name_or_path", "transformers_version", "_commit_hash")
+)
+_CHUNK_BYTES = 64 << 20
+# A file that changed this recently could change again within one tick of its timestamp.
+_SETTLED_S = 1.0
+
+
+def file_digest(path: Path) -> str:
+    """The xxh3_128 of a file's bytes, from the cache when path, size and times are unchanged.
+
+    Returns:
+        32 hex digits.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    try:
+        path = path.resolve(strict=True)
+        status = path.stat()
+        entry = _cache_entry(path)
+        identity = [str(path), status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+        cached = _read_cache(entry)
+        if cached is not None and cached.get("file") == identity:
+            return str(cached["digest"])
+        digest = _hash_file(path, status.st_size)
+    except OSError as error:
+        raise ConfigError("model file", str(path), f"readable ({error.strerror})") from error
+    if time.time() - status.st_mtime > _SETTLED_S:
+        _write_cache(entry, {"file": identity, "digest": digest})
+    return digest
+
+
+def model_fingerprint(folder: Path) -> str:
+    """The fingerprint of a model folder: its config, its own Python code and all its weights.
+
+    Args:
+        folder: holds `config.json` and weight files, as `save_pretrained` writes them.
+
+    Returns:
+        32 hex digits.
+
+    Raises:
+        ConfigError: no folder, no config or no weights, or a file that cannot be read.
+    """
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        raise ConfigError("model", str(folder), "a folder with a config.json")
+    weights = sorted(p for p in folder.iterdir() if p.suffix in WEIGHT_SUFFIXES and p.is_file())
+    if not weights:
+        raise ConfigError("model", str(folder), f"a folder with {', '.join(WEIGHT_SUFFIXES)} files")
+    try:
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError("config.json", str(config_file), f"readable JSON ({error})") from error
+    files = [*weights, *sorted(folder.glob("*.py"))]
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        digests = list(pool.map(file_digest, files))
+    return _combine(config, {path.name: d for path, d in zip(files, digests, strict=True)})
+
+
+def module_fingerprint(module: nn.Module, config: Mapping[str, Any]) -> str:
+    """The fingerprint of a model in memory, over its config and every tensor of its state.
+
+    Args:
+        module: parameters and buffers on any device, of any dtype.
+        config: the model's configuration as plain values.
+
+    Returns:
+        32 hex digits; not the same as `model_fingerprint` of the module's files.
+    """
+    import torch
+
+    digests = {}
+    for name, tensor in sorted(module.state_dict().items()):
+        raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        digests[name] = f"{tensor.dtype}{list(tensor.shape)}{xxhash.xxh3_128_hexdigest(raw)}"
+    return _combine(config, digests)
+
+
+def random_fingerprint(config: Mapping[str, Any], seed: int) -> str:
+    """The fingerprint of random weights: the same config, seed and torch draw the same numbers."""
+    import torch
+
+    return _combine(config, {"random": f"seed={seed} torch={torch.__version__}"})
+
+
+def _combine(config: Mapping[str, Any], digests: Mapping[str, str]) -> str:
+    settings = {k: v for k, v in config.items() if k not in _IGNORED_CONFIG_FIELDS}
+    text = json.dumps([settings, dict(digests)], sort_keys=True, default=str)
+    return xxhash.xxh3_128_hexdigest(text.encode())
+
+
+def _hash_file(path: Path, size: int) -> str:
+    state = xxhash.xxh3_128()
+    if size:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            data.madvise(mmap.MADV_SEQUENTIAL)
+            with memoryview(data) as view:
+                for start in range(0, size, _CHUNK_BYTES):
+                    state.update(view[start : start + _CHUNK_BYTES])
+    return state.hexdigest()
+
+
+def _cache_entry(path: Path) -> Path:
+    name = xxhash.xxh3_128_hexdigest(os.fsencode(path))
+    return litecache_home() / "fingerprints" / f"{name}.json"
+
+
+def _read_cache(entry: Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads(entry.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) and isinstance(value.get("digest"), str) else None
+
+
+def _write_cache(entry: Path, value: dict[str, Any]) -> None:
+    """Best effort, through a rename: a cache folder that cannot be written only costs time."""
+    try:
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=entry.parent, suffix=".tmp")
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            json.dump(value, file)
+        os.replace(temporary, entry)
+    except OSError:
+        return

