@@ -1,0 +1,95 @@
+"""The torch path against the float64 oracle."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_cases import Case, make_batch, worst_error
+from kernel_oracle import attend
+
+from litecache.kernels import paged_attention, reference
+
+RAGGED = Case((1, 1, 1, 1, 1), (1, 7, 8, 9, 40))
+MIXED = Case((1, 1, 5, 9, 3), (17, 3, 5, 30, 19))
+GRID = [
+    RAGGED,
+    MIXED,
+    Case((1,) * 6, (33, 33, 34, 35, 36, 33)),
+    Case((1,) * 3, (32, 32, 32)),
+    Case((12, 3), (12, 3), own_kv=True),
+    Case((1, 12, 8), (5, 12, 20), own_kv=True),
+    Case((1, 1, 12, 20), (1, 30, 12, 29), window=6, own_kv=True),
+    Case((1, 1, 7), (9, 50, 41), window=16),
+    Case((1, 1, 7), (9, 50, 41), window=1),
+    Case((1, 4, 8), (9, 50, 8), softcap=2.0),
+    Case((1, 4, 8), (9, 50, 8), sinks=True, own_kv=True),
+    Case((1, 4, 8), (9, 50, 8), sinks=True, window=5),
+    Case((1, 4, 8), (9, 50, 8), alibi=True),
+    Case((1, 1, 6), (9, 20, 14), dims=(24, 8)),
+    Case((1, 1, 6), (9, 20, 14), heads=(9, 3), dims=(64, 64), block_size=16),
+    Case((1, 1, 6), (9, 20, 14), heads=(5, 5), dims=(20, 20), block_size=32),
+    Case((1, 1, 6), (9, 20, 14), heads=(6, 1), block_size=256),
+    Case((1, 1, 6), (9, 20, 14), dtype=torch.bfloat16),
+    Case((1, 1, 6), (9, 20, 14), dtype=torch.float16, own_kv=True),
+    Case((1, 1, 6), (9, 20, 14), pool_dtype=torch.int8, own_kv=True),
+    Case((1, 1, 6), (9, 20, 14), pool_dtype=torch.float8_e4m3fn, window=7),
+]
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
+
+@pytest.mark.parametrize("case", GRID, ids=lambda case: case.name)
+def test_agrees_with_the_oracle_and_writes_every_row(case: Case) -> None:
+    batch = make_batch(case)
+    poisoned = torch.full(
+        (batch.query.shape[0], case.heads[0], case.dims[1]), torch.nan, dtype=case.dtype
+    )
+    out = paged_attention(
+        batch.query, batch.k_cache, batch.v_cache, batch.metadata, **batch.arguments(), out=poisoned
+    )
+    expected = attend(batch.query, batch.wide_k, batch.wide_v, batch.metadata, **batch.options)
+    assert out is poisoned
+    assert worst_error(out, expected) < TOLERANCE[case.dtype]
+
+
+def test_a_sequence_without_context_gives_zeros() -> None:
+    case = Case((1, 1), (0, 5))
+    batch = make_batch(case)
+    out = paged_attention(
+        batch.query, batch.k_cache, batch.v_cache, batch.metadata, **batch.arguments()
+    )
+    assert out[0].abs().max() == 0
+    assert out[1].abs().max() > 0
+
+
+def test_layers_share_the_plan_of_a_step() -> None:
+    batch = make_batch(MIXED)
+    for _ in range(2):
+        paged_attention(
+            batch.query, batch.k_cache, batch.v_cache, batch.metadata, **batch.arguments()
+        )
+    plans = [name for name in batch.metadata.scratch if name[0] == "reference"]
+    first = batch.metadata.scratch[plans[0]]
+    paged_attention(batch.query, batch.k_cache, batch.v_cache, batch.metadata, **batch.arguments())
+    assert plans == [("reference", None)]
+    assert batch.metadata.scratch[plans[0]] is first
+
+
+def test_host_copies_may_be_missing() -> None:
+    batch = make_batch(MIXED)
+    expected = attend(batch.query, batch.wide_k, batch.wide_v, batch.metadata, **batch.options)
+    batch.metadata.query_lens = batch.metadata.context_lens_host = None
+    out = reference.paged_attention(
+        batch.query, batch.k_cache, batch.v_cache, batch.metadata, **batch.arguments()
+    )
+    assert worst_error(out, expected) < 1e-5
+
+
+def test_long_chunks_are_cut_so_that_masks_stay_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("litecache.kernels.reference_plan._MASK_ELEMENTS", 100)
+    for case in (Case((20,), (41,)), Case((20,), (41,), softcap=3.0)):
+        batch = make_batch(case)
+        out = paged_attention(
+            batch.query, batch.k_cache, batch.v_cache, batch.metadata, **batch.arguments()
+        )
+        expected = attend(batch.query, batch.wide_k, batch.wide_v, batch.metadata, **batch.options)
+        assert worst_error(out, expected) < 1e-5
