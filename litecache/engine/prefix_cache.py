@@ -7,6 +7,7 @@ every sliding-window group the trailing blocks that its window can touch. This c
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -40,8 +41,10 @@ class KeyChain:
 
     def extend(self, tokens: TokenArray) -> None:
         """Add the keys of blocks that `tokens`, the whole sequence so far, has filled."""
+        known = len(self.keys[0])
+        if len(tokens) < (known + 1) * self.block_size:
+            return
         for group, keys in enumerate(self.keys):
-            known = len(keys)
             parent = keys[-1] if keys else self.roots[group]
             keys.extend(chain_keys(parent, tokens[known * self.block_size :], self.block_size))
 
@@ -75,13 +78,20 @@ class PrefixCache:
     Args:
         groups: the model's KV groups.
         num_blocks: blocks per group, the trash block not counted.
+
+    Attributes:
+        unsaved: per group, published keys that no lower tier is known to hold.
     """
 
     def __init__(self, groups: Sequence[KVGroup], num_blocks: int) -> None:
         self.groups = tuple(groups)
         self.block_size = groups[0].block_size
         self.indexes = [PrefixIndex() for _ in groups]
-        self.pools = [BlockPool(num_blocks, index.remove) for index in self.indexes]
+        self.unsaved: list[set[BlockKey]] = [set() for _ in groups]
+        self.pools = [
+            BlockPool(num_blocks, functools.partial(self._forget, group))
+            for group in range(len(groups))
+        ]
 
     def reusable_blocks(self, chain: KeyChain, limit: int, extra: Collection[BlockRef] = ()) -> int:
         """Length in blocks of the longest reusable prefix of at most `limit` blocks.
@@ -149,10 +159,14 @@ class PrefixCache:
         self, group: int, block: int, key: BlockKey, parent: BlockKey, tokens: TokenArray
     ) -> bool:
         """Publish a computed or loaded block; False if the key is published already."""
-        if not self.indexes[group].insert(key, block, parent, tokens):
+        if not self.indexes[group].insert(key, block, parent, tokens.copy()):
             return False
         self.pools[group].publish(block, key)
         return True
+
+    def _forget(self, group: int, key: BlockKey) -> None:
+        self.indexes[group].remove(key)
+        self.unsaved[group].discard(key)
 
     def evict_idle(self) -> int:
         """Drop all blocks nobody uses; returns how many."""
@@ -171,7 +185,7 @@ class PrefixCache:
         for pool, index in zip(self.pools, self.indexes, strict=True):
             pool.check_integrity()
             index.check_integrity()
-            for key in index.keys():
+            for key in index.published_keys():
                 block = index.block(key)
                 assert block is not None
                 assert pool.key(block) == key, "index and pool disagree"

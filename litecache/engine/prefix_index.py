@@ -54,7 +54,7 @@ class PrefixIndex:
         entry = self._entries.get(key)
         return None if entry is None else entry.block
 
-    def keys(self) -> list[BlockKey]:
+    def published_keys(self) -> list[BlockKey]:
         """All published keys."""
         return list(self._entries)
 

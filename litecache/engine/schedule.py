@@ -1,0 +1,55 @@
+"""What the scheduler hands to the engine: orders for the runner and for the transfer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from litecache.engine.prefix_cache import BlockRef
+from litecache.engine.step_plan import StepPlan
+from litecache.hashing import BlockKey
+from litecache.types import TokenDelta
+
+
+class StageOrder(NamedTuple):
+    """Ask the lower tiers for blocks: (group, index in the sequence) -> key, in reading order."""
+
+    ticket: int
+    blocks: dict[BlockRef, BlockKey]
+
+
+class LoadOrder(NamedTuple):
+    """Copy staged blocks into the pool: (group, index) -> block; other leases end."""
+
+    ticket: int
+    blocks: dict[BlockRef, int]
+
+
+class SaveOrder(NamedTuple):
+    """Copy a published block down; the scheduler holds a reference until `on_saved`.
+
+    `run_key` is the key of the first block of its run: it chooses the shard, so that a run of
+    about 16 MiB lies together.
+    """
+
+    group: int
+    block: int
+    key: BlockKey
+    parent: BlockKey
+    run_key: BlockKey
+
+
+@dataclass
+class Schedule:
+    """Everything one call of the scheduler decided.
+
+    Tickets name a request's dealings with the lower tiers; `discards` are tickets whose leases
+    are no longer wanted.
+    """
+
+    plan: StepPlan | None = None
+    stages: list[StageOrder] = field(default_factory=list)
+    loads: list[LoadOrder] = field(default_factory=list)
+    discards: list[int] = field(default_factory=list)
+    saves: list[SaveOrder] = field(default_factory=list)
+    deltas: list[tuple[str, TokenDelta]] = field(default_factory=list)

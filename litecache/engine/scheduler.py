@@ -1,0 +1,416 @@
+"""Decides what each engine step computes. Pure: no clock, no I/O, no torch.
+
+Messages go in (requests, staged and loaded blocks, step results, aborts), a `Schedule` comes
+out. Steps are continuous batches: decodes first, then chunks of running prefills, then newly
+admitted requests, within one token budget. A request is admitted when blocks for all its known
+tokens are there; when a decode finds no block, the youngest request is preempted, and resumes
+through the prefix cache and the tiers below it.
+
+Tokens of launched steps need not be known: a request counts the samples in flight, and the
+runner feeds a sampled token to the next step itself. So step n + 1 can be planned while step n
+runs. The stream order of the device makes it safe to hand out blocks that a running step still
+writes to; copies on other streams wait for the steps launched before them.
+"""
+
+from __future__ import annotations
+
+import bisect
+import functools
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Seq
+
+from litecache.engine.kv_layout import TRASH_BLOCK
+from litecache.engine.plan_builder import Launched, PlanBuilder
+from litecache.engine.prefix_cache import BlockRef, PrefixCache, PrefixMatch
+from litecache.engine.publisher import Publisher
+from litecache.engine.schedule import LoadOrder, SaveOrder, Schedule
+from litecache.engine.sequence import Sequence, SequenceStatus
+from litecache.engine.staging import Staging
+from litecache.engine.step_plan import NewRow, StepResult, TableUpdate
+from litecache.errors import CapacityError
+from litecache.hashing import BlockKey
+from litecache.types import FinishReason, Request, Tier, TokenDelta
+
+
+class Scheduler:
+    """Continuous batching over a `PrefixCache`.
+
+    Args:
+        cache: pools and indexes; the scheduler is their only user.
+        roots: cache salt -> root key of every KV group.
+        max_requests: rows, so requests that run at once.
+        max_batch_tokens: token budget of a step.
+        lower_tiers: whether blocks can be staged from and saved to shards.
+        admission: which published blocks are saved: "all", "reused" or "none".
+        deterministic: end prefill chunks on a fixed grid.
+    """
+
+    def __init__(
+        self,
+        cache: PrefixCache,
+        roots: Callable[[str], Seq[BlockKey]],
+        *,
+        max_requests: int,
+        max_batch_tokens: int,
+        lower_tiers: bool = False,
+        admission: str = "all",
+        deterministic: bool = False,
+    ) -> None:
+        self.cache = cache
+        self.preemptions = 0
+        self._lower_tiers = lower_tiers
+        self._roots = roots
+        self._publisher = Publisher(cache, admission if lower_tiers else "none")
+        self._staging = Staging(cache, self._publisher)
+        self._max_requests = max_requests
+        self._max_batch_tokens = max_batch_tokens
+        self._chunk_grid = max(1, max_batch_tokens // 2) if deterministic else None
+        self._sequences: dict[str, Sequence] = {}
+        self._timed: dict[str, Sequence] = {}
+        self._waiting: list[Sequence] = []
+        self._running: list[Sequence] = []
+        self._free_rows = list(range(max_requests - 1, -1, -1))
+        self._launched: dict[int, Launched] = {}
+        self._arrivals = 0
+        self._step = 0
+
+    # What comes in
+
+    def add(self, request: Request, now: float) -> None:
+        """Queue a request that the engine has validated."""
+        self._arrivals += 1
+        roots = self._roots(request.cache_salt)
+        seq = Sequence(request, roots, self.cache.block_size, self._arrivals, now)
+        self._sequences[seq.id] = seq
+        if seq.deadline_s is not None:
+            self._timed[seq.id] = seq
+        bisect.insort(self._waiting, seq, key=lambda s: s.order)
+
+    def abort(self, request_ids: Iterable[str]) -> Schedule:
+        """End requests; unknown ids are passed over."""
+        out = Schedule()
+        for request_id in request_ids:
+            if request_id in self._sequences:
+                self._finish(self._sequences[request_id], FinishReason.ABORT, out)
+        return out
+
+    def set_paused(self, request_ids: Iterable[str], paused: bool) -> None:
+        """Hold or resume requests whose client does not take their tokens."""
+        for request_id in request_ids:
+            if request_id in self._sequences:
+                self._sequences[request_id].paused = paused
+
+    def on_staged(self, ticket: int, found: dict[BlockRef, str]) -> Schedule:
+        """The lower tiers hold these blocks (-> tier) and have leased their slots."""
+        return self._staging.on_staged(ticket, found)
+
+    def on_loaded(self, order: LoadOrder, loaded: set[BlockRef]) -> None:
+        """The copies of an order ended; its blocks that are not in `loaded` are misses."""
+        self._staging.on_loaded(order, loaded)
+
+    def on_saved(self, orders: Iterable[SaveOrder], dropped: Iterable[SaveOrder] = ()) -> None:
+        """Copies of save orders ended; dropped ones may be saved on a later sight."""
+        self._publisher.on_saved(orders, dropped)
+
+    def on_result(self, result: StepResult, now: float) -> Schedule:
+        """A launched step is done."""
+        out = Schedule()
+        launched = self._take_launched(result.step)
+        tokens = iter(result.tokens)
+        for seq, step, life in launched.rows:
+            token = next(tokens) if step.sample else None
+            seq.num_in_flight -= step.sample
+            if seq.status is SequenceStatus.FINISHED:
+                continue
+            if step.row in result.invalid_rows:
+                message = f"logits of step {result.step} at position {step.start} are not finite"
+                self._finish(seq, FinishReason.ERROR, out, message)
+                continue
+            if token is not None:
+                seq.append(token)
+            if life == seq.life and seq.status is SequenceStatus.RUNNING:
+                self._publisher.publish_computed(seq, step.start + step.num_tokens, out)
+            if token is not None:
+                self._emit(seq, token, now, out)
+        return out
+
+    def fail_step(self, step: int, message: str) -> Schedule:
+        """A launched step raised: every request in it ends with the error."""
+        out = Schedule()
+        for seq, row_step, _ in self._take_launched(step).rows:
+            seq.num_in_flight -= row_step.sample
+            if seq.status is not SequenceStatus.FINISHED:
+                self._finish(seq, FinishReason.ERROR, out, message)
+        return out
+
+    # What goes out
+
+    def schedule(self, now: float) -> Schedule:
+        """Plan the next step; `plan` is None when there is nothing to compute right now."""
+        out = Schedule()
+        for seq in list(self._timed.values()):
+            if seq.deadline_s is not None and now >= seq.deadline_s:
+                self._finish(seq, FinishReason.LENGTH, out)
+        plan = PlanBuilder(self._max_batch_tokens, self._chunk_grid)
+        for seq in list(self._running):
+            if seq.num_todo == 1 and self._may_step(seq) and self._grow(seq, plan):
+                plan.add_step(seq, 1)
+        for seq in self._running:
+            if seq.num_todo > 1 and self._may_step(seq):
+                plan.add_chunk(seq)
+        self._admit(plan, out)
+        out.plan = plan.build(self._step + 1)
+        if out.plan is not None:
+            self._step += 1
+            self._launched[self._step] = plan.launched
+        return out
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests without a row."""
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Requests with a row."""
+        return len(self._running)
+
+    def next_deadline(self) -> float | None:
+        """Earliest deadline of any request."""
+        deadlines = (seq.deadline_s for seq in self._timed.values())
+        return min((d for d in deadlines if d is not None), default=None)
+
+    def client_requests(self, client_id: str) -> list[str]:
+        """Ids of a client's unfinished requests."""
+        return [s.id for s in self._sequences.values() if s.request.client_id == client_id]
+
+    def check_integrity(self) -> None:
+        """Assert that rows, block tables and references add up."""
+        self.cache.check_integrity()
+        rows = [seq.row for seq in self._running]
+        assert sorted(rows + self._free_rows) == list(range(self._max_requests)), "a row is lost"
+        assert sorted(self._waiting, key=lambda s: s.order) == self._waiting, "queue out of order"
+        live = sorted(seq.id for seq in self._waiting + self._running)
+        assert live == sorted(self._sequences), "a request is in no queue, or in two"
+        for group, pool in enumerate(self.cache.pools):
+            refs = [0] * (pool.num_blocks + 1)
+            for seq in self._sequences.values():
+                for block in seq.tables[group] + seq.held[group]:
+                    refs[block] += 1
+            for launched in self._launched.values():
+                for held_group, block in launched.copied_from:
+                    refs[block] += held_group == group
+            for block in range(1, pool.num_blocks + 1):
+                assert pool.ref_count(block) >= refs[block], f"block {block} used, not referenced"
+
+    # Running requests
+
+    def _may_step(self, seq: Sequence) -> bool:
+        return seq.status is SequenceStatus.RUNNING and seq.wants_token and not seq.paused
+
+    def _grow(self, seq: Sequence, plan: PlanBuilder) -> bool:
+        """Make room for the next token, preempting the youngest; False if `seq` had to give way."""
+        self._trim_windows(seq, plan)
+        index = seq.num_computed // self.cache.block_size
+        for group, table in enumerate(seq.tables):
+            while index >= len(table):
+                try:
+                    table.extend(self.cache.pools[group].allocate(1))
+                except CapacityError:
+                    victim = self._running[-1]
+                    self._preempt(victim)
+                    if victim is seq:
+                        return False
+                else:
+                    plan.tables.append(TableUpdate(seq.row, group, index, (table[index],)))
+        return True
+
+    def _trim_windows(self, seq: Sequence, plan: PlanBuilder) -> None:
+        """Free the published blocks that a sliding window has left behind."""
+        for group in self.cache.groups:
+            if group.spec.window is None:
+                continue
+            table = seq.tables[group.index]
+            behind = (seq.num_computed - group.spec.window) // self.cache.block_size
+            end = min(behind, seq.num_published)
+            first = max(end, 0)
+            while first > 0 and table[first - 1] != TRASH_BLOCK:
+                first -= 1
+            if first < end:
+                self.cache.pools[group.index].release(table[first:end])
+                gone = (TRASH_BLOCK,) * (end - first)
+                table[first:end] = gone
+                plan.tables.append(TableUpdate(seq.row, group.index, first, gone))
+
+    def _preempt(self, seq: Sequence) -> None:
+        self.preemptions += 1
+        self._running.remove(seq)
+        self._free_rows.append(seq.row)
+        self._drop_blocks(seq)
+        seq.row = -1
+        seq.life += 1
+        seq.status = SequenceStatus.WAITING
+        seq.looked_up = seq.cached = False
+        seq.num_computed = 0
+        bisect.insort(self._waiting, seq, key=lambda s: s.order)
+
+    # Admission
+
+    def _admit(self, plan: PlanBuilder, out: Schedule) -> None:
+        """Stage, load and start waiting requests in order; one that does not fit holds the rest."""
+        blocked = False
+        for seq in list(self._waiting):
+            if seq.status is not SequenceStatus.WAITING or seq.num_in_flight or seq.paused:
+                continue
+            blocked = blocked or plan.budget <= 0 or not self._free_rows
+            asks = self._lower_tiers and not seq.looked_up
+            if blocked and not (asks and self._staging.has_room):
+                if not (self._lower_tiers and self._staging.has_room):
+                    return
+                continue
+            match = self.cache.match(seq.chain, seq.tokens)
+            if match.pending_owner not in (None, seq.id):
+                continue
+            if asks:
+                if not self._staging.has_room:
+                    blocked = True
+                    continue
+                if self._staging.stage(seq, out):
+                    continue
+            if blocked:
+                continue
+            if not self._with_room(seq, functools.partial(self._load, seq, out)):
+                blocked = True
+            elif not seq.staged:
+                start = functools.partial(self._start, seq, match, plan, out)
+                blocked = not self._with_room(seq, start)
+
+    def _with_room(self, seq: Sequence, act: Callable[[], bool]) -> bool:
+        """Try `act`; when nothing runs that could free blocks, take others' loaded ones."""
+        return act() or (not self._running and self._drop_held(seq) and act())
+
+    def _load(self, seq: Sequence, out: Schedule) -> bool:
+        return not seq.staged or self._staging.load(seq, out)
+
+    def _start(self, seq: Sequence, match: PrefixMatch, plan: PlanBuilder, out: Schedule) -> bool:
+        """Give a waiting request its row and blocks; False when they do not fit now."""
+        pools = self.cache.pools
+        wanted = -(-seq.num_tokens // self.cache.block_size) - match.num_blocks
+        kept = [
+            [b for b in blocks if b != TRASH_BLOCK] + [p.block for p in match.partials[g : g + 1]]
+            for g, blocks in enumerate(match.blocks)
+        ]
+        for pool, blocks in zip(pools, kept, strict=True):
+            pool.acquire(blocks)
+        # Each running request will want a block soon: leave it one, or preemptions begin at once.
+        if any(wanted + len(self._running) > pool.num_available for pool in pools):
+            for pool, blocks in zip(pools, kept, strict=True):
+                pool.release(blocks)
+            return False
+        self._waiting.remove(seq)
+        bisect.insort(self._running, seq, key=lambda s: s.order)
+        seq.status = SequenceStatus.RUNNING
+        seq.row = self._free_rows.pop()
+        tokens = tuple(seq.tokens.tolist())
+        plan.new_rows.append(NewRow(seq.row, tokens, seq.num_prompt, seq.request.sampling))
+        for group, pool in enumerate(pools):
+            fresh = pool.allocate(wanted)
+            seq.tables[group] = match.blocks[group] + fresh
+            plan.tables.append(TableUpdate(seq.row, group, 0, tuple(seq.tables[group])))
+            if match.partials:
+                plan.copy_block(group, match.partials[group].block, fresh[0])
+            pool.release(seq.held[group])
+            seq.held[group] = []
+            for key in seq.chain.keys[group][match.num_blocks :]:
+                self.cache.indexes[group].set_pending(key, seq.id)
+        seq.num_published = match.num_blocks
+        seq.cached = match.num_tokens == seq.num_tokens
+        seq.num_computed = match.num_tokens - seq.cached
+        if seq.reused is None:
+            seq.reused = self._reuse_by_tier(seq, match)
+        self._publisher.save_on_sight(seq, match, out)
+        if seq.num_todo == 1:
+            plan.add_step(seq, 1)
+        else:
+            plan.add_chunk(seq)
+        return True
+
+    def _reuse_by_tier(self, seq: Sequence, match: PrefixMatch) -> dict[str, int]:
+        """Tokens that need no computing, by the tier they came from."""
+        size = self.cache.block_size
+        reused: dict[str, int] = {}
+        for index in range(match.num_blocks):
+            tier = seq.tiers.get(index, Tier.GPU.value)
+            reused[tier] = reused.get(tier, 0) + size
+        tail = match.num_tokens - match.num_blocks * size
+        if tail:
+            reused[Tier.GPU.value] = reused.get(Tier.GPU.value, 0) + tail
+        return reused
+
+    # Ends
+
+    def _emit(self, seq: Sequence, token: int, now: float, out: Schedule) -> None:
+        reason = None
+        if token in seq.request.sampling.eos_token_ids:
+            reason = FinishReason.STOP
+        elif seq.num_tokens >= seq.max_tokens:
+            reason = FinishReason.LENGTH
+        if seq.announced:
+            delta = TokenDelta(seq.id, (token,), reason)
+        else:
+            ttft_s = now - seq.submitted_s
+            delta = TokenDelta(
+                seq.id, (token,), reason, reused_tokens=dict(seq.reused or {}), ttft_s=ttft_s
+            )
+            seq.announced = True
+        out.deltas.append((seq.request.client_id, delta))
+        if reason is not None:
+            self._end(seq, out)
+
+    def _finish(
+        self, seq: Sequence, reason: FinishReason, out: Schedule, error: str | None = None
+    ) -> None:
+        delta = TokenDelta(seq.id, (), reason, error, "LiteCacheError" if error else None)
+        out.deltas.append((seq.request.client_id, delta))
+        self._end(seq, out)
+
+    def _end(self, seq: Sequence, out: Schedule) -> None:
+        """Take a request out of its queue and give back all it holds."""
+        if seq.status is SequenceStatus.RUNNING:
+            self._running.remove(seq)
+            self._free_rows.append(seq.row)
+        else:
+            self._waiting.remove(seq)
+        self._staging.drop(seq, out)
+        self._drop_blocks(seq)
+        seq.status = SequenceStatus.FINISHED
+        del self._sequences[seq.id]
+        self._timed.pop(seq.id, None)
+
+    def _take_launched(self, step: int) -> Launched:
+        launched = self._launched.pop(step)
+        for group, block in launched.copied_from:
+            self.cache.pools[group].release([block])
+        return launched
+
+    def _drop_blocks(self, seq: Sequence) -> None:
+        for group, pool in enumerate(self.cache.pools):
+            pool.release(seq.tables[group])
+            pool.release(seq.held[group])
+            seq.tables[group], seq.held[group] = [], []
+        self._clear_pending(seq)
+
+    def _clear_pending(self, seq: Sequence) -> None:
+        for index, keys in zip(self.cache.indexes, seq.chain.keys, strict=True):
+            index.clear_pending(keys, seq.id)
+
+    def _drop_held(self, keep: Sequence) -> bool:
+        """Nothing runs and `keep` does not fit: others' loaded blocks become evictable."""
+        dropped = False
+        for seq in self._waiting:
+            if seq is not keep and seq.status is SequenceStatus.WAITING and any(seq.held):
+                for group, pool in enumerate(self.cache.pools):
+                    pool.release(seq.held[group])
+                    seq.held[group] = []
+                dropped = True
+        return dropped

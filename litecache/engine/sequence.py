@@ -1,0 +1,97 @@
+"""One request as the scheduler sees it: its tokens, its blocks, how far it has come."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence as Seq
+
+import numpy as np
+
+from litecache.engine.prefix_cache import BlockRef, KeyChain
+from litecache.engine.prefix_index import TokenArray
+from litecache.hashing import BlockKey
+from litecache.types import Request
+
+
+class SequenceStatus(enum.Enum):
+    """Where a sequence stands; only RUNNING ones hold a row and a block table."""
+
+    WAITING = enum.auto()
+    STAGING = enum.auto()
+    LOADING = enum.auto()
+    RUNNING = enum.auto()
+    FINISHED = enum.auto()
+
+
+class Sequence:
+    """State of one request inside the scheduler, which alone changes it.
+
+    Attributes:
+        ticket: number of its arrival, unique in the scheduler's life.
+        num_computed: positions whose KV is computed or cached once all launched steps are done.
+        num_in_flight: tokens that launched steps will sample and that are not known yet.
+        num_published: blocks from the front that need no publishing any more.
+        tables: per KV group, the block table.
+        held: per KV group, blocks kept in the pool for this sequence while it waits (loaded).
+        tiers: where loaded blocks came from, by index of the block.
+        life: counts preemptions; results of steps of an earlier life publish nothing.
+        looked_up: the lower tiers were asked (in this life).
+        cached: the next step recomputes the last token of a full prefix hit.
+    """
+
+    def __init__(
+        self, request: Request, roots: Seq[BlockKey], block_size: int, ticket: int, now: float
+    ) -> None:
+        self.request = request
+        self.id = request.request_id
+        self.num_prompt = len(request.prompt) - request.num_resumed_tokens
+        self.max_tokens = self.num_prompt + request.sampling.max_new_tokens
+        self._tokens = np.empty(max(self.max_tokens, len(request.prompt)), dtype=np.int64)
+        self._tokens[: len(request.prompt)] = request.prompt
+        self.num_tokens = len(request.prompt)
+        self.chain = KeyChain(tuple(roots), block_size)
+        self.chain.extend(self.tokens)
+        self.ticket = ticket
+        self.submitted_s = now
+        self.deadline_s = None if request.max_time_s is None else now + request.max_time_s
+        self.status = SequenceStatus.WAITING
+        self.row = -1
+        self.tables: list[list[int]] = [[] for _ in roots]
+        self.held: list[list[int]] = [[] for _ in roots]
+        self.staged: dict[BlockRef, str] = {}
+        self.tiers: dict[int, str] = {}
+        self.reused: dict[str, int] | None = None
+        self.num_computed = 0
+        self.num_in_flight = 0
+        self.num_published = 0
+        self.life = 0
+        self.looked_up = False
+        self.cached = False
+        self.paused = False
+        self.announced = False
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Sort key: priority, then arrival."""
+        return (self.request.priority, self.ticket)
+
+    @property
+    def tokens(self) -> TokenArray:
+        """All known tokens, a view."""
+        return self._tokens[: self.num_tokens]
+
+    @property
+    def num_todo(self) -> int:
+        """Positions that the next step could compute."""
+        return self.num_tokens + self.num_in_flight - self.num_computed
+
+    @property
+    def wants_token(self) -> bool:
+        """Another token may be sampled, counting those in flight."""
+        return self.num_tokens + self.num_in_flight < self.max_tokens
+
+    def append(self, token: int) -> None:
+        """Add a sampled token."""
+        self._tokens[self.num_tokens] = token
+        self.num_tokens += 1
+        self.chain.extend(self.tokens)
