@@ -1,0 +1,186 @@
+"""What a `GpuCache` still has to tell its clients: sequence numbers, acknowledgements, heartbeat.
+
+Deltas wait here until the client's next poll acknowledges them, so nothing is lost or told twice.
+The record of a client has an epoch of its own; when the client falls silent the record is dropped
+and its requests are aborted, and a client that comes back sees another epoch and submits again.
+All methods run on one asyncio event loop; the engine's thread enters by `call_soon_threadsafe`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from litecache.types import PollReply, TokenDelta
+
+HEARTBEAT_TIMEOUT_S = 9.0
+MAX_UNACKNOWLEDGED_TOKENS = 8192
+
+RequestsHook = Callable[[Sequence[str]], None]
+
+
+@dataclass
+class _Client:
+    """One client's undelivered deltas.
+
+    Attributes:
+        epoch: tells this record from any earlier or later one of the same client.
+        first_seq: sequence number of `deltas[0]`.
+        live: ids of requests that have not finished.
+        num_tokens: tokens in `deltas`.
+        last_seen: when the latest poll or submission arrived.
+        news: set while there is something to tell.
+        poll_number: of the latest poll; an older one still waiting gives up.
+    """
+
+    epoch: str
+    last_seen: float
+    first_seq: int = 1
+    deltas: deque[TokenDelta] = field(default_factory=deque)
+    live: set[str] = field(default_factory=set)
+    num_tokens: int = 0
+    paused: bool = False
+    news: asyncio.Event = field(default_factory=asyncio.Event)
+    poll_number: int = 0
+
+
+class Outbox:
+    """Deltas of all clients of one actor life.
+
+    Args:
+        epoch: of the actor's life.
+        abort_client: called with a client id when that client fell silent.
+        pause: called with the live requests of a client that is too far behind.
+        resume: called with the same when it caught up.
+        heartbeat_timeout_s: silence after which a client with live requests is given up.
+        max_unacknowledged_tokens: per client, before its requests pause.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        epoch: str,
+        *,
+        abort_client: Callable[[str], None],
+        pause: RequestsHook,
+        resume: RequestsHook,
+        heartbeat_timeout_s: float = HEARTBEAT_TIMEOUT_S,
+        max_unacknowledged_tokens: int = MAX_UNACKNOWLEDGED_TOKENS,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._epoch = epoch
+        self._abort_client, self._pause, self._resume = abort_client, pause, resume
+        self._heartbeat_timeout_s = heartbeat_timeout_s
+        self._max_unacknowledged_tokens = max_unacknowledged_tokens
+        self._clock = clock
+        self._clients: dict[str, _Client] = {}
+        self._records = itertools.count(1)
+        self._timer: asyncio.TimerHandle | None = None
+
+    def register(self, client_id: str, request_ids: Iterable[str]) -> tuple[str, set[str]]:
+        """Expect output for these requests; counts as a sign of life.
+
+        Returns:
+            The epoch of the client's record, and those ids that it had not known before.
+        """
+        client = self._seen(client_id)
+        new = set(request_ids) - client.live
+        client.live |= new
+        self._arm_timer()
+        return client.epoch, new
+
+    def forget(self, client_id: str, request_ids: Iterable[str]) -> None:
+        """Expect nothing more for these requests (their submission was refused)."""
+        client = self._clients.get(client_id)
+        if client is not None:
+            client.live -= set(request_ids)
+
+    def push(self, items: Iterable[tuple[str, TokenDelta]]) -> None:
+        """Take the deltas of one step; those of unknown clients or finished requests are void."""
+        for client_id, delta in items:
+            client = self._clients.get(client_id)
+            if client is None or delta.request_id not in client.live:
+                continue
+            client.deltas.append(delta)
+            client.num_tokens += len(delta.token_ids)
+            if delta.finish_reason is not None:
+                client.live.discard(delta.request_id)
+            client.news.set()
+            if client.paused and delta.request_id in client.live:
+                self._pause([delta.request_id])  # submitted after the others had paused
+            elif client.num_tokens >= self._max_unacknowledged_tokens:
+                client.paused = True
+                self._pause(sorted(client.live))
+
+    async def poll(self, client_id: str, epoch: str, ack: int, hold_s: float) -> PollReply:
+        """All deltas after `ack`, as soon as there is one, or none after `hold_s` seconds.
+
+        Args:
+            client_id: who asks; also a sign of life.
+            epoch: the epoch of the client's last reply; `ack` counts in it.
+            ack: the last sequence number that the client has.
+            hold_s: how long to wait when there is nothing to tell.
+        """
+        client = self._seen(client_id)
+        client.poll_number += 1
+        number = client.poll_number
+        client.news.set()  # an older poll of this client that still waits gives way
+        if epoch == client.epoch:
+            self._acknowledge(client, ack)
+        if client.deltas:
+            client.news.set()
+        else:
+            client.news.clear()
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(client.news.wait(), hold_s)
+        deltas = tuple(client.deltas) if client.poll_number == number else ()
+        return PollReply(client.first_seq, deltas, client.epoch)
+
+    def stats(self) -> dict[str, int]:
+        """Clients known, and tokens that wait for them."""
+        return {
+            "clients": len(self._clients),
+            "unacknowledged_tokens": sum(c.num_tokens for c in self._clients.values()),
+        }
+
+    def _seen(self, client_id: str) -> _Client:
+        client = self._clients.get(client_id)
+        if client is None:
+            client = _Client(f"{self._epoch}.{next(self._records)}", self._clock())
+            self._clients[client_id] = client
+        client.last_seen = self._clock()
+        self._arm_timer()
+        return client
+
+    def _acknowledge(self, client: _Client, ack: int) -> None:
+        while client.deltas and client.first_seq <= ack:
+            client.num_tokens -= len(client.deltas.popleft().token_ids)
+            client.first_seq += 1
+        if client.paused and client.num_tokens <= self._max_unacknowledged_tokens // 2:
+            client.paused = False
+            self._resume(sorted(client.live))
+
+    def _arm_timer(self) -> None:
+        # One timer for all, set for the client that would expire first: an actor without clients
+        # never wakes up.
+        if self._timer is not None or not self._clients:
+            return
+        first = min(client.last_seen for client in self._clients.values())
+        delay_s = max(0.0, first + self._heartbeat_timeout_s - self._clock())
+        self._timer = asyncio.get_running_loop().call_later(delay_s + 0.01, self._expire)
+
+    def _expire(self) -> None:
+        self._timer = None
+        deadline = self._clock() - self._heartbeat_timeout_s
+        silent = [name for name, client in self._clients.items() if client.last_seen <= deadline]
+        for client_id in silent:
+            client = self._clients.pop(client_id)
+            client.news.set()
+            if client.live:
+                self._abort_client(client_id)
+        self._arm_timer()

@@ -1,0 +1,121 @@
+"""Which replica of the model a request goes to.
+
+The replica with the longest prefix among those whose load is acceptable. A prefix counts where
+the shards of the replica's node hold it, or where earlier requests with it were sent: what those
+left in the pool of the GPU is not reported, but it is there.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from litecache.actors.naming import MEMBER_TIMEOUT_S
+from litecache.hashing import BlockKey
+
+# A replica may have this many requests more than the least loaded one and still be chosen.
+LOAD_SLACK = 8
+MAX_REMEMBERED_KEYS = 1 << 17
+
+
+@dataclass
+class _Replica:
+    """A replica that reports; `routed` counts requests sent to it since its last report."""
+
+    node_id: str
+    load: int
+    last_seen: float
+    routed: int = 0
+
+
+class Router:
+    """Chooses replicas; remembers where prefixes went.
+
+    Args:
+        member_timeout_s: silence after which a replica is not chosen any more.
+        load_slack: requests above the least loaded replica's that a longer prefix is worth.
+        max_remembered_keys: bound on the memory of earlier choices.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        *,
+        member_timeout_s: float = MEMBER_TIMEOUT_S,
+        load_slack: int = LOAD_SLACK,
+        max_remembered_keys: int = MAX_REMEMBERED_KEYS,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._replicas: dict[int, _Replica] = {}
+        self._sent: OrderedDict[BlockKey, int] = OrderedDict()
+        self._member_timeout_s = member_timeout_s
+        self._load_slack = load_slack
+        self._max_remembered_keys = max_remembered_keys
+        self._clock = clock
+
+    def report(self, index: int, node_id: str, load: int) -> None:
+        """Take a replica for alive, with so many requests running and waiting."""
+        self._replicas[index] = _Replica(node_id, load, self._clock())
+
+    def route(self, keys: Sequence[BlockKey], prefix_by_node: Mapping[str, int]) -> int | None:
+        """Choose a replica for a request and remember the choice.
+
+        Args:
+            keys: of the prompt's full blocks, in order.
+            prefix_by_node: leading keys that each node's shards hold.
+
+        Returns:
+            The replica's index; None when no replica is known to be alive.
+        """
+        oldest = self._clock() - self._member_timeout_s
+        live = {i: r for i, r in self._replicas.items() if r.last_seen >= oldest}
+        if not live:
+            return None
+        sent = self._sent_prefixes(keys)
+        least = min(r.load + r.routed for r in live.values())
+        acceptable = {
+            i: r for i, r in live.items() if r.load + r.routed <= least + self._load_slack
+        }
+
+        def rank(index: int) -> tuple[int, int, int, int]:
+            replica = acceptable[index]
+            in_shards = prefix_by_node.get(replica.node_id, 0)
+            in_pool = sent.get(index, 0)
+            return (max(in_shards, in_pool), in_pool, -(replica.load + replica.routed), -index)
+
+        chosen = max(acceptable, key=rank)
+        live[chosen].routed += 1
+        self._remember(keys, chosen)
+        return chosen
+
+    def replicas(self) -> dict[int, dict[str, object]]:
+        """Replica index to node, load and whether it is alive."""
+        oldest = self._clock() - self._member_timeout_s
+        return {
+            index: {
+                "node_id": replica.node_id,
+                "load": replica.load + replica.routed,
+                "alive": replica.last_seen >= oldest,
+            }
+            for index, replica in self._replicas.items()
+        }
+
+    def _sent_prefixes(self, keys: Sequence[BlockKey]) -> dict[int, int]:
+        lengths: dict[int, int] = {}
+        for position, key in enumerate(keys):
+            index = self._sent.get(key)
+            if index is None:
+                break
+            # The key says who had it last; whoever got it had all keys before it, too.
+            lengths[index] = position + 1
+        return lengths
+
+    def _remember(self, keys: Sequence[BlockKey], index: int) -> None:
+        # Tail first, so that the head of a chain is the last to be forgotten.
+        for key in reversed(keys[: self._max_remembered_keys]):
+            self._sent[key] = index
+            self._sent.move_to_end(key)
+        while len(self._sent) > self._max_remembered_keys:
+            self._sent.popitem(last=False)

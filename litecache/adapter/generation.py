@@ -1,0 +1,249 @@
+"""From Hugging Face's generation settings to `SamplingParams`.
+
+The order is HF's: keyword arguments, then the given `GenerationConfig`, then the model's own, then
+the library's defaults. Lengths count as in HF, where the padded width of the input is the prompt's
+length. What the engine loop cannot do is refused here, before anything leaves the driver.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from litecache.adapter.refusals import refuse_arguments, refuse_settings
+from litecache.errors import ConfigError
+from litecache.types import SamplingParams
+
+_DEFAULTS: dict[str, Any] = {
+    "min_length": 0,
+    "do_sample": False,
+    "temperature": 1.0,
+    "top_k": 50,
+    "top_p": 1.0,
+    "num_return_sequences": 1,
+    "return_dict_in_generate": False,
+}
+_DEFAULT_MAX_NEW_TOKENS = 20
+_SAMPLING_ONLY = ("temperature", "top_p", "top_k", "min_p")
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """One call's settings, checked.
+
+    Attributes:
+        do_sample: draw instead of taking the likeliest token.
+        temperature, top_k, top_p, min_p: as in `SamplingParams`; neutral when not sampling.
+        max_new_tokens, max_length: the bound that applies; the other one is None.
+        default_length: neither was given: 20 new tokens, at most the model's positions.
+        min_new_tokens, min_length: the bound that applies; the other one is None or 0.
+        eos_token_ids: any of these ends a sequence.
+        pad_token_id: fills shorter rows; the first end token where there is none.
+        mask_pad_token: without an attention mask this token of the input is taken for padding.
+        num_return_sequences: samples per prompt.
+        return_dict: return a `ModelOutput`.
+        max_time_s: bound on the time of a sequence.
+    """
+
+    do_sample: bool
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    max_new_tokens: int | None
+    max_length: int | None
+    default_length: bool
+    min_new_tokens: int | None
+    min_length: int
+    eos_token_ids: tuple[int, ...]
+    pad_token_id: int | None
+    mask_pad_token: int | None
+    num_return_sequences: int
+    return_dict: bool
+    max_time_s: float | None
+
+    def sampling_params(
+        self, prompt_width: int, *, max_positions: int | None, seed: int, sample_index: int
+    ) -> SamplingParams:
+        """Parameters of one sequence.
+
+        Args:
+            prompt_width: tokens of the input row, padding included, as HF counts.
+            max_positions: the model's `max_position_embeddings`; bounds the default length only.
+            seed: of the whole call.
+            sample_index: of the sequence in the call.
+
+        Raises:
+            ConfigError: the input is as long as `max_length` or longer.
+        """
+        if self.max_new_tokens is not None:
+            max_new = self.max_new_tokens
+        elif self.default_length:
+            limit = prompt_width + _DEFAULT_MAX_NEW_TOKENS
+            max_new = min(limit, max_positions or limit) - prompt_width
+        else:
+            assert self.max_length is not None
+            max_new = self.max_length - prompt_width
+        if max_new < 1:
+            raise ConfigError(
+                "max_length",
+                prompt_width + max_new,
+                f"more than the {prompt_width} tokens of the input; or set max_new_tokens",
+            )
+        if self.min_new_tokens is not None:
+            min_new = self.min_new_tokens
+        else:
+            min_new = max(0, self.min_length - prompt_width)
+        return SamplingParams(
+            max_new_tokens=max_new,
+            min_new_tokens=min_new,
+            temperature=self.temperature if self.do_sample else 0.0,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            seed=seed,
+            sample_index=sample_index,
+            eos_token_ids=self.eos_token_ids,
+        )
+
+
+def draw_seed(settings: GenerationSettings, seed: int | None) -> int:
+    """The call's seed: given, or one int64 of torch's default generator; 0 when not sampling."""
+    if seed is not None:
+        if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
+            raise ConfigError("seed", seed, "an integer from 0 to 2**63 - 1")
+        return seed
+    if not settings.do_sample:
+        return 0
+    return int(torch.randint(0, 2**63 - 1, (), dtype=torch.int64))
+
+
+def translate(
+    given: GenerationConfig | None, overrides: dict[str, Any], defaults: GenerationConfig
+) -> GenerationSettings:
+    """Merge, check and translate the settings of one call.
+
+    Args:
+        given: the caller's `generation_config`.
+        overrides: the caller's keyword arguments; those that are no settings must have no effect.
+        defaults: the model's generation config.
+
+    Raises:
+        ConfigError: a value is invalid or not supported.
+    """
+    config, rest = _merge(given, overrides, defaults)
+    refuse_arguments(rest)
+    do_sample = _flag("do_sample", config.do_sample)
+    refuse_settings(config.to_dict() | _own_fields(config), sampling=do_sample)
+    if not do_sample:
+        _warn_ignored(given, overrides)
+    samples = _count("num_return_sequences", config.num_return_sequences, 1)
+    if samples > 1 and not do_sample:
+        raise ConfigError("num_return_sequences", samples, "1, unless do_sample=True")
+    max_new, max_length = config.max_new_tokens, config.max_length
+    min_new = config.min_new_tokens
+    eos = _token_ids("eos_token_id", config.eos_token_id)
+    pad = None if config.pad_token_id is None else _count("pad_token_id", config.pad_token_id, 0)
+    max_time = config.max_time
+    if max_time is not None:
+        max_time = _number("max_time", max_time, 0.0, math.inf, open_low=True)
+    return GenerationSettings(
+        do_sample=do_sample,
+        temperature=_number("temperature", config.temperature, 0.0, math.inf, open_low=True)
+        if do_sample
+        else 0.0,
+        top_k=_count("top_k", config.top_k or 0, 0) if do_sample else 0,
+        top_p=_number("top_p", config.top_p, 0.0, 1.0) if do_sample else 1.0,
+        min_p=_number("min_p", config.min_p or 0.0, 0.0, 1.0) if do_sample else 0.0,
+        max_new_tokens=None if max_new is None else _count("max_new_tokens", max_new, 1),
+        max_length=None if max_length is None else _count("max_length", max_length, 1),
+        default_length=max_new is None and max_length is None,
+        min_new_tokens=None if min_new is None else _count("min_new_tokens", min_new, 0),
+        min_length=_count("min_length", config.min_length, 0),
+        eos_token_ids=eos,
+        pad_token_id=pad if pad is not None else (eos[0] if eos else None),
+        mask_pad_token=pad if pad not in eos else None,
+        num_return_sequences=samples,
+        return_dict=_flag("return_dict_in_generate", config.return_dict_in_generate),
+        max_time_s=max_time,
+    )
+
+
+def _own_fields(config: GenerationConfig) -> dict[str, Any]:
+    # to_dict() leaves out what does not serialise (a compile config, a watermark object).
+    return {name: value for name, value in vars(config).items() if not name.startswith("_")}
+
+
+def _merge(
+    given: GenerationConfig | None, overrides: dict[str, Any], defaults: GenerationConfig
+) -> tuple[GenerationConfig, dict[str, Any]]:
+    if given is not None and not isinstance(given, GenerationConfig):
+        raise ConfigError("generation_config", given, "a transformers.GenerationConfig or None")
+    config = copy.deepcopy(given) if given is not None else GenerationConfig()
+    for source in (_own_fields(defaults), _DEFAULTS):
+        for name, value in source.items():
+            if value is not None and getattr(config, name, None) is None:
+                setattr(config, name, value)
+    rest: dict[str, Any] = {}
+    for name, value in overrides.items():
+        if not name.startswith("_") and name in vars(config):
+            setattr(config, name, value)
+        else:
+            rest[name] = value
+    # None as an argument means "not given" for a setting that must have a value.
+    for name, value in _DEFAULTS.items():
+        if getattr(config, name, None) is None:
+            setattr(config, name, value)
+    return config, rest
+
+
+def _warn_ignored(given: GenerationConfig | None, overrides: dict[str, Any]) -> None:
+    """Only for what the caller set: models' own configs carry sampling settings for later."""
+    ignored = []
+    for name in _SAMPLING_ONLY:
+        value = overrides.get(name, getattr(given, name, None))
+        if value is not None and value != {"temperature": 1.0, "top_p": 1.0}.get(name):
+            ignored.append(f"{name}={value}")
+    if ignored:
+        warnings.warn(
+            f"{', '.join(ignored)} has no effect without do_sample=True", UserWarning, stacklevel=4
+        )
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ConfigError(name, value, "True or False")
+    return value
+
+
+def _count(name: str, value: Any, low: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ConfigError(name, value, f"an integer of at least {low}")
+    return value
+
+
+def _number(name: str, value: Any, low: float, high: float, *, open_low: bool = False) -> float:
+    fits = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not fits or not (low < value if open_low else low <= value) or not value <= high:
+        text = f"above {low:g}" if open_low else f"at least {low:g}"
+        if math.isfinite(high):
+            text += f" and at most {high:g}"
+        raise ConfigError(name, value, f"a number {text}")
+    if not math.isfinite(value):
+        raise ConfigError(name, value, "a finite number")
+    return float(value)
+
+
+def _token_ids(name: str, value: Any) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    if isinstance(value, torch.Tensor):
+        value = value.tolist()
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return tuple(_count(name, token, 0) for token in values)

@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import hypothesis.strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from litecache.actors.location_map import MAX_SHARDS, LocationMap, pack_keys, unpack_keys
+
+KEYS = [bytes([i]) * 16 for i in range(12)]
+
+
+def joined(*shards: tuple[str, str]) -> LocationMap:
+    located = LocationMap()
+    for shard_id, node in shards:
+        assert located.begin_resync(shard_id, node, 1, 0)
+        assert located.add_keys(shard_id, 1, [], True)
+    return located
+
+
+def test_keys_survive_packing() -> None:
+    assert unpack_keys(pack_keys(KEYS)) == KEYS
+    assert unpack_keys(b"") == []
+
+
+def test_a_key_is_found_on_another_node_only() -> None:
+    located = joined(("a", "n1"), ("b", "n2"))
+    assert located.apply("a", "n1", 1, 1, KEYS[:2], [])
+    assert located.apply("b", "n2", 1, 1, KEYS[1:3], [])
+    assert located.locate(KEYS[:4], exclude_node="n1") == [None, "b", "b", None]
+    assert located.locate(KEYS[:4], exclude_node="n2") == ["a", "a", None, None]
+    assert located.remote_shards("n1") == 1
+    assert located.remote_shards("n3") == 2
+
+
+def test_a_run_of_keys_stays_with_one_shard() -> None:
+    located = joined(("a", "n1"), ("b", "n1"))
+    assert located.apply("a", "n1", 1, 1, KEYS[:3], [])
+    assert located.apply("b", "n1", 1, 1, KEYS[1:6], [])
+    assert located.locate(KEYS[:6]) == ["a", "a", "a", "b", "b", "b"]
+
+
+def test_the_prefix_of_a_node_is_what_its_shards_hold_together() -> None:
+    located = joined(("a", "n1"), ("b", "n1"), ("c", "n2"))
+    assert located.apply("a", "n1", 1, 1, [KEYS[0], KEYS[2]], [])
+    assert located.apply("b", "n1", 1, 1, [KEYS[1]], [])
+    assert located.apply("c", "n2", 1, 1, [KEYS[1]], [])
+    assert located.prefix_by_node(KEYS[:5]) == {"n1": 3, "n2": 0}
+
+
+def test_messages_of_an_unknown_shard_epoch_or_after_a_gap_ask_for_a_resync() -> None:
+    located = joined(("a", "n1"))
+    assert not located.apply("b", "n1", 1, 1, KEYS[:1], [])
+    assert not located.apply("a", "n1", 2, 1, KEYS[:1], [])
+    assert not located.apply("a", "n1", 1, 2, KEYS[:1], [])
+    assert len(located) == 0
+
+
+def test_a_resync_replaces_what_was_known_and_takes_several_parts() -> None:
+    located = joined(("a", "n1"))
+    assert located.apply("a", "n1", 1, 1, KEYS[:3], [])
+    assert located.begin_resync("a", "n1", 2, 7)
+    assert not located.apply("a", "n1", 2, 8, [], [])  # not before all parts are there
+    assert located.add_keys("a", 2, KEYS[2:4], False)
+    assert located.add_keys("a", 2, KEYS[4:5], True)
+    assert not located.add_keys("a", 2, KEYS[5:6], True)
+    assert located.keys_of("a") == set(KEYS[2:5])
+    assert located.apply("a", "n1", 2, 8, [], KEYS[2:3])
+    assert located.keys_of("a") == set(KEYS[3:5])
+    located.check_integrity()
+
+
+def test_a_silent_shard_is_not_offered_until_it_reports_again() -> None:
+    now = [0.0]
+    located = LocationMap(member_timeout_s=5, clock=lambda: now[0])
+    located.begin_resync("a", "n1", 1, 0)
+    located.add_keys("a", 1, KEYS[:1], True)
+    now[0] = 6
+    assert located.locate(KEYS[:1]) == [None]
+    assert located.prefix_by_node(KEYS[:1]) == {}
+    assert located.apply("a", "n1", 1, 1, [], [])
+    assert located.locate(KEYS[:1]) == ["a"]
+
+
+def test_more_shards_than_the_sets_can_name_stay_local_until_one_dies() -> None:
+    now = [0.0]
+    located = LocationMap(member_timeout_s=5, clock=lambda: now[0])
+    for index in range(MAX_SHARDS):
+        assert located.begin_resync(f"s{index}", "n", 1, 0)
+        assert located.add_keys(f"s{index}", 1, KEYS[:1], True)
+    assert not located.begin_resync("one more", "n", 1, 0)
+    now[0] = 6
+    assert located.begin_resync("one more", "n", 1, 0)
+    located.check_integrity()
+
+
+class LocationMachine(RuleBasedStateMachine):
+    """The map against one set of keys per shard."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.located = LocationMap()
+        self.held: dict[str, set[bytes]] = {}
+        self.at: dict[str, tuple[int, int]] = {}
+
+    @rule(shard=st.sampled_from("abc"), keys=st.sets(st.sampled_from(KEYS)))
+    def resync(self, shard: str, keys: set[bytes]) -> None:
+        epoch = self.at.get(shard, (0, 0))[0] + 1
+        assert self.located.begin_resync(shard, shard, epoch, 3)
+        assert self.located.add_keys(shard, epoch, sorted(keys), True)
+        self.held[shard], self.at[shard] = set(keys), (epoch, 3)
+
+    @rule(
+        shard=st.sampled_from("abc"),
+        added=st.sets(st.sampled_from(KEYS)),
+        removed=st.sets(st.sampled_from(KEYS)),
+        skip=st.booleans(),
+    )
+    def message(self, shard: str, added: set[bytes], removed: set[bytes], skip: bool) -> None:
+        removed -= added
+        epoch, seq = self.at.get(shard, (1, 0))
+        taken = self.located.apply(
+            shard, shard, epoch, seq + 1 + skip, sorted(added), sorted(removed)
+        )
+        assert taken == (shard in self.held and not skip)
+        if taken:
+            self.at[shard] = (epoch, seq + 1)
+            self.held[shard] = self.held[shard] - removed | added
+
+    @invariant()
+    def agrees(self) -> None:
+        self.located.check_integrity()
+        for shard in "abc":
+            assert self.located.keys_of(shard) == self.held.get(shard, set())
+        found = self.located.locate(KEYS, exclude_node="a")
+        for key, shard_id in zip(KEYS, found, strict=True):
+            holders = {s for s in "bc" if key in self.held.get(s, ())}
+            assert (shard_id in holders) if holders else shard_id is None
+
+
+TestLocationMachine = LocationMachine.TestCase

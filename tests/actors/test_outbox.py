@@ -1,0 +1,194 @@
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from litecache.actors.outbox import Outbox
+from litecache.types import FinishReason, TokenDelta
+
+
+class Hooks:
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, Any]] = []
+        self.aborted = asyncio.Event()
+
+    def outbox(self, **options: Any) -> Outbox:
+        return Outbox(
+            "life",
+            abort_client=self._abort,
+            pause=lambda ids: self.calls.append(("pause", list(ids))),
+            resume=lambda ids: self.calls.append(("resume", list(ids))),
+            **options,
+        )
+
+    def _abort(self, client_id: str) -> None:
+        self.calls.append(("abort", client_id))
+        self.aborted.set()
+
+
+def run(body: Callable[[], Awaitable[None]]) -> None:
+    asyncio.run(asyncio.wait_for(body(), 20))  # type: ignore[arg-type]
+
+
+def delta(request_id: str, *tokens: int, finish: FinishReason | None = None) -> TokenDelta:
+    return TokenDelta(request_id, tokens, finish)
+
+
+def test_tokens_are_told_again_until_they_are_acknowledged() -> None:
+    async def body() -> None:
+        outbox = Hooks().outbox()
+        epoch, new = outbox.register("c", ["r"])
+        assert new == {"r"}
+        outbox.push([("c", delta("r", 1)), ("c", delta("r", 2))])
+        first = await outbox.poll("c", epoch, 0, 1)
+        again = await outbox.poll("c", epoch, 0, 1)
+        assert first == again
+        assert [d.token_ids for d in first.deltas] == [(1,), (2,)]
+        outbox.push([("c", delta("r", 3))])
+        rest = await outbox.poll("c", epoch, 2, 1)
+        assert (rest.first_seq, [d.token_ids for d in rest.deltas]) == (3, [(3,)])
+
+    run(body)
+
+
+def test_a_waiting_poll_returns_as_soon_as_there_is_a_token() -> None:
+    async def body() -> None:
+        outbox = Hooks().outbox()
+        epoch, _ = outbox.register("c", ["r"])
+        waiting = asyncio.create_task(outbox.poll("c", epoch, 0, 15))
+        await asyncio.sleep(0)
+        start = time.perf_counter()
+        outbox.push([("c", delta("r", 7))])
+        reply = await waiting
+        assert reply.deltas[0].token_ids == (7,)
+        assert time.perf_counter() - start < 5
+
+    run(body)
+
+
+def test_an_empty_poll_returns_after_its_hold_time() -> None:
+    async def body() -> None:
+        outbox = Hooks().outbox()
+        epoch, _ = outbox.register("c", ["r"])
+        reply = await outbox.poll("c", epoch, 0, 0.01)
+        assert reply.deltas == ()
+        assert reply.epoch == epoch
+
+    run(body)
+
+
+def test_an_older_poll_that_still_waits_gives_way_to_the_newer_one() -> None:
+    async def body() -> None:
+        outbox = Hooks().outbox()
+        epoch, _ = outbox.register("c", ["r"])
+        old = asyncio.create_task(outbox.poll("c", epoch, 0, 15))
+        await asyncio.sleep(0)
+        new = asyncio.create_task(outbox.poll("c", epoch, 0, 15))
+        assert (await old).deltas == ()
+        outbox.push([("c", delta("r", 5))])
+        assert (await new).deltas[0].token_ids == (5,)
+
+    run(body)
+
+
+def test_a_client_that_falls_silent_is_aborted_and_sees_a_new_epoch_when_it_returns() -> None:
+    async def body() -> None:
+        hooks = Hooks()
+        outbox = hooks.outbox(heartbeat_timeout_s=0.05)
+        epoch, _ = outbox.register("c", ["r"])
+        await hooks.aborted.wait()
+        assert hooks.calls == [("abort", "c")]
+        outbox.push([("c", delta("r", 1))])
+        reply = await outbox.poll("c", epoch, 0, 0.01)
+        assert reply.epoch != epoch
+        assert reply.deltas == ()
+
+    run(body)
+
+
+def test_polls_keep_a_client_alive() -> None:
+    async def body() -> None:
+        now = [0.0]
+        hooks = Hooks()
+        outbox = hooks.outbox(heartbeat_timeout_s=0.02, clock=lambda: now[0])
+        epoch, _ = outbox.register("c", ["r"])
+        for _ in range(5):
+            await outbox.poll("c", epoch, 0, 0.02)
+            now[0] += 0.015
+        assert hooks.calls == []
+
+    run(body)
+
+
+def test_a_client_without_live_requests_is_forgotten_without_an_abort() -> None:
+    async def body() -> None:
+        hooks = Hooks()
+        outbox = hooks.outbox(heartbeat_timeout_s=0.02)
+        epoch, _ = outbox.register("c", ["r"])
+        outbox.push([("c", delta("r", 1, finish=FinishReason.STOP))])
+        reply = await outbox.poll("c", epoch, 0, 1)
+        assert reply.deltas[0].finish_reason is FinishReason.STOP
+        while outbox.stats()["clients"]:
+            await asyncio.sleep(0.01)
+        assert hooks.calls == []
+
+    run(body)
+
+
+def test_a_client_too_far_behind_pauses_and_resumes_when_it_caught_up() -> None:
+    async def body() -> None:
+        hooks = Hooks()
+        outbox = hooks.outbox(max_unacknowledged_tokens=4)
+        epoch, _ = outbox.register("c", ["a", "b"])
+        for token in range(4):
+            outbox.push([("c", delta("a", token))])
+        assert hooks.calls == [("pause", ["a", "b"])]
+        await outbox.poll("c", epoch, 1, 0.01)
+        assert len(hooks.calls) == 1
+        await outbox.poll("c", epoch, 2, 0.01)
+        assert hooks.calls[1:] == [("resume", ["a", "b"])]
+        assert outbox.stats()["unacknowledged_tokens"] == 2
+
+    run(body)
+
+
+def test_an_acknowledgement_of_another_epoch_drops_nothing() -> None:
+    async def body() -> None:
+        outbox = Hooks().outbox()
+        epoch, _ = outbox.register("c", ["r"])
+        outbox.push([("c", delta("r", 1))])
+        reply = await outbox.poll("c", "an earlier life", 99, 1)
+        assert reply.epoch == epoch
+        assert reply.deltas[0].token_ids == (1,)
+
+    run(body)
+
+
+def test_a_request_submitted_twice_is_new_only_once() -> None:
+    async def body() -> None:
+        outbox = Hooks().outbox()
+        epoch, _ = outbox.register("c", ["r"])
+        assert outbox.register("c", ["r", "s"]) == (epoch, {"s"})
+
+    run(body)
+
+
+@pytest.mark.parametrize("late", ["forgotten", "finished"])
+def test_output_of_requests_that_are_over_is_void(late: str) -> None:
+    async def body() -> None:
+        outbox = Hooks().outbox()
+        epoch, _ = outbox.register("c", ["r"])
+        if late == "forgotten":
+            outbox.forget("c", ["r"])
+        else:
+            outbox.push([("c", delta("r", finish=FinishReason.ABORT))])
+            await outbox.poll("c", epoch, 0, 1)
+        outbox.push([("c", delta("r", 1))])
+        reply = await outbox.poll("c", epoch, 1, 0.01)
+        assert reply.deltas == ()
+
+    run(body)

@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+from litecache.actors.router import Router
+
+KEYS = [bytes([i]) * 16 for i in range(8)]
+
+
+def router(**options: object) -> Router:
+    made = Router(**options)  # type: ignore[arg-type]
+    made.report(0, "n0", 0)
+    made.report(1, "n1", 0)
+    return made
+
+
+def test_without_live_replicas_there_is_no_route() -> None:
+    now = [0.0]
+    made = Router(member_timeout_s=5, clock=lambda: now[0])
+    assert made.route(KEYS, {}) is None
+    made.report(0, "n0", 0)
+    assert made.route(KEYS, {}) == 0
+    now[0] = 6
+    assert made.route(KEYS, {}) is None
+
+
+def test_the_longest_prefix_in_the_shards_wins() -> None:
+    assert router().route(KEYS, {"n0": 2, "n1": 5}) == 1
+    assert router().route(KEYS, {"n0": 6, "n1": 5}) == 0
+
+
+def test_a_prefix_returns_to_the_replica_that_computed_it() -> None:
+    made = router()
+    made.report(0, "n0", 3)
+    assert made.route(KEYS[:4], {}) == 1
+    made.report(1, "n1", 6)
+    assert made.route(KEYS, {}) == 1
+    assert made.route([bytes([99]) * 16], {}) == 0
+
+
+def test_a_replica_with_too_much_to_do_is_passed_over() -> None:
+    made = router(load_slack=4)
+    made.report(1, "n1", 5)
+    assert made.route(KEYS, {"n1": 8}) == 0
+    made.report(1, "n1", 4)
+    assert made.route(KEYS[:1], {"n1": 8}) == 1
+
+
+def test_requests_without_a_prefix_go_to_the_least_loaded_replica_in_turn() -> None:
+    made = router()
+    chosen = [made.route([bytes([100 + i]) * 16], {}) for i in range(4)]
+    assert chosen == [0, 1, 0, 1]
+
+
+def test_the_memory_of_choices_is_bounded_and_forgets_tails_first() -> None:
+    made = router(max_remembered_keys=4)
+    made.report(0, "n0", 1)
+    assert made.route(KEYS[:4], {}) == 1
+    made.report(0, "n0", 0)
+    assert made.route([bytes([9]) * 16, bytes([10]) * 16], {}) == 0
+    assert made._sent_prefixes(KEYS[:4]) == {1: 2}
