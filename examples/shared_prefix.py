@@ -108,11 +108,14 @@ def hf_prefill_s(model_dir: str, prompt: list[int], rounds: int = 3) -> float:
 
 def run_phase(phase: str, model_dir: str, store: str, result_file: Path) -> None:
     """One driver's life: start the actors, warm up, ask all questions, stop the actors."""
+    import ray
     import torch
     from transformers import AutoTokenizer
 
     from litecache import CacheConfig, KVCacheAdapter
 
+    if not os.environ.get("RAY_ADDRESS"):
+        ray.init(address="local", log_to_driver=False)  # ends with this process
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     questions, doc_begin, doc_end = prompts(tokenizer)
     result: dict[str, Any] = {"phase": phase, "document": [doc_begin, doc_end], "questions": []}
