@@ -1,32 +1,64 @@
 """Executes step plans on the model: owns the row tables, builds batches, decides nothing.
 
 The engine calls `execute` once a step and reads the handle's result when it needs the tokens.
-Sampled tokens are written into the row's token table on the device, so a plan that continues a row
-may be executed before the result of the step that sampled its input was read.
+Sampled tokens are written into the row's word on the device, so a plan that continues a row may be
+executed before the result of the step that sampled its input was read.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
+
+from litecache.engine.batch_builder import MAX_DELTAS, Batch, BatchBuilder
+from litecache.engine.hf_attention import PagedContext, attention_context
 from litecache.engine.kv_layout import KVLayout, KVPool
-from litecache.engine.step_plan import StepPlan, StepResult
-
-if TYPE_CHECKING:
-    LoadedModel = Any
+from litecache.engine.model_loader import LoadedModel
+from litecache.engine.row_tables import RowTables
+from litecache.engine.sampler import INVALID_TOKEN, SamplingBatch, sample
+from litecache.engine.step_buffers import StepBuffers, StepShape
+from litecache.engine.step_plan import BlockCopy, StepPlan, StepResult
+from litecache.kernels import AttentionMetadata, copy_blocks
 
 
 class StepHandle:
-    """A step under way."""
+    """A step under way.
 
-    def result(self) -> StepResult:
-        """Wait for the step's tokens."""
-        raise NotImplementedError
+    Args:
+        step: number of the plan.
+        rows: the sampled rows, in order.
+        tokens: int64 `[>= len(rows)]` on the host, valid once `event` has passed.
+        event: recorded behind the copy of the tokens; None when they are there already.
+    """
+
+    def __init__(
+        self,
+        step: int,
+        rows: tuple[int, ...],
+        tokens: torch.Tensor,
+        event: torch.cuda.Event | None = None,
+    ) -> None:
+        self._step = step
+        self._rows = rows
+        self._tokens = tokens
+        self._event = event
 
     def ready(self) -> bool:
         """Whether `result` would return at once."""
-        raise NotImplementedError
+        return self._event is None or bool(self._event.query())  # type: ignore[no-untyped-call]
+
+    def result(self) -> StepResult:
+        """Wait for the step's tokens."""
+        if self._event is not None:
+            self._event.synchronize()
+        tokens = tuple(self._tokens[: len(self._rows)].tolist())
+        invalid = tuple(
+            row for row, token in zip(self._rows, tokens, strict=True) if token == INVALID_TOKEN
+        )
+        return StepResult(self._step, tokens, invalid)
 
 
 class ModelRunner:
@@ -51,8 +83,114 @@ class ModelRunner:
         max_model_len: int,
         max_batch_tokens: int,
     ) -> None:
-        raise NotImplementedError
+        device = loaded.device
+        self._model = loaded.model
+        self._layout = layout
+        self._pools = tuple(pools)
+        self._on_gpu = device.type == "cuda"
+        self._keeps_logits = "logits_to_keep" in inspect.signature(loaded.model.forward).parameters
+        self._context = PagedContext(layout, pools)
+        self._tables = RowTables(layout, max_requests, max_model_len, device)
+        largest = StepShape(
+            max_batch_tokens, max_requests, max_requests, len(layout.groups), MAX_DELTAS
+        )
+        self._buffers = StepBuffers(largest, max_requests, device)
+        self._builder = BatchBuilder(layout, self._tables, self._buffers, max_batch_tokens)
 
     def execute(self, plan: StepPlan) -> StepHandle:
-        """Start a step; steps run in the order of the calls."""
-        raise NotImplementedError
+        """Start a step; steps run in the order of the calls.
+
+        Raises:
+            ConfigError: the plan has more tokens than `max_batch_tokens`.
+        """
+        with torch.inference_mode():
+            if not plan.rows:
+                self._builder.apply(plan)
+                self._copy(plan.copies)
+                return StepHandle(plan.step, (), torch.empty(0, dtype=torch.int64))
+            batch = self._builder.build(plan)
+            fields = self._buffers.device(batch.shape)
+            self._apply_deltas(fields)
+            self._copy(plan.copies)
+            logits = self._forward(batch, fields)
+            tokens = sample(logits, self._sampling_batch(batch, fields))
+            self._buffers.last_tokens.index_copy_(0, fields["sample_rows"], tokens.clamp(min=0))
+            return self._handle(plan, batch, tokens)
+
+    def _apply_deltas(self, fields: dict[str, torch.Tensor]) -> None:
+        if len(fields["delta_index"]):
+            self._tables.device_tables.view(-1).index_copy_(
+                0, fields["delta_index"], fields["delta_value"]
+            )
+
+    def _copy(self, copies: Sequence[BlockCopy]) -> None:
+        for group in {copy.group for copy in copies}:
+            pairs = [(copy.src, copy.dst) for copy in copies if copy.group == group]
+            pool = self._pools[group].buffer
+            src, dst = torch.tensor(pairs, dtype=torch.int64).T.contiguous().to(pool.device)
+            copy_blocks(pool, src, dst)
+
+    def _forward(self, batch: Batch, fields: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Logits `[samples, vocab]`."""
+        self._context.metadata = self._metadata(batch, fields)
+        index = None if batch.every_token_sampled else fields["logit_index"]
+        options = {}
+        if self._keeps_logits and index is not None:
+            options["logits_to_keep"] = index
+        with attention_context(self._context):
+            logits = self._model(
+                input_ids=self._buffers.words.index_select(0, fields["id_index"])[None],
+                position_ids=fields["positions"][None],
+                use_cache=False,
+                **options,
+            ).logits[0]
+        if index is not None and not self._keeps_logits:
+            logits = logits[index]
+        return logits  # type: ignore[no-any-return]
+
+    def _metadata(self, batch: Batch, fields: dict[str, torch.Tensor]) -> list[AttentionMetadata]:
+        block_size = self._layout.block_size
+        longest = max(batch.context_lens)
+        width = -(-longest // block_size)
+        slots = fields["slots"].view(len(self._pools), -1)
+        return [
+            AttentionMetadata(
+                slot_mapping=slots[group],
+                block_tables=tables[:, :width].index_select(0, fields["rows"]),
+                context_lens=fields["context_lens"],
+                cu_seqlens_q=fields["cu_seqlens"],
+                block_size=block_size,
+                max_query_len=max(batch.query_lens),
+                max_context_len=longest,
+                query_lens=batch.query_lens,
+                context_lens_host=batch.context_lens,
+            )
+            for group, tables in enumerate(self._tables.device_tables)
+        ]
+
+    def _sampling_batch(self, batch: Batch, fields: dict[str, torch.Tensor]) -> SamplingBatch:
+        masked = None
+        if batch.masked:
+            pairs = torch.from_numpy(np.array(batch.masked, dtype=np.int64).T.copy())
+            rows, tokens = pairs.to(self._buffers.words.device)
+            masked = (rows, tokens)
+        return SamplingBatch(
+            temperature=fields["temperature"],
+            top_k=fields["top_k"],
+            top_p=fields["top_p"],
+            min_p=fields["min_p"],
+            keys=fields["keys"],
+            all_greedy=batch.all_greedy,
+            any_sorted=batch.any_sorted,
+            any_min_p=batch.any_min_p,
+            masked=masked,
+        )
+
+    def _handle(self, plan: StepPlan, batch: Batch, tokens: torch.Tensor) -> StepHandle:
+        if not self._on_gpu:
+            return StepHandle(plan.step, batch.sampled_rows, tokens)
+        host = torch.empty(len(tokens), dtype=torch.int64, pin_memory=True)
+        host.copy_(tokens, non_blocking=True)
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        return StepHandle(plan.step, batch.sampled_rows, host, event)

@@ -1,0 +1,217 @@
+"""From a plan to the step's inputs: every position, slot and sampling number, vectorised.
+
+The builder applies the plan's changes to the row tables and fills one host buffer. There is no
+Python loop over tokens; those over rows are short comprehensions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from litecache.engine.kv_layout import KVLayout
+from litecache.engine.random_numbers import draw_keys
+from litecache.engine.row_tables import RowTables
+from litecache.engine.step_buffers import StepBuffers, StepShape
+from litecache.engine.step_plan import StepPlan, TableUpdate
+from litecache.errors import ConfigError
+
+Fields = dict[str, npt.NDArray[Any]]
+Ints = npt.NDArray[np.int64]
+
+MAX_DELTAS = 1 << 14
+"""Block table entries that travel with a step; a step with more copies them by themselves."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the host knows of a step whose inputs are on the device.
+
+    Attributes:
+        shape: of the inputs, padding included.
+        query_lens: tokens of each sequence, without padding.
+        context_lens: visible tokens of each sequence, without padding.
+        sampled_rows: rows whose token is drawn, without padding.
+        every_token_sampled: logits are wanted at all tokens, in order.
+        all_greedy, any_sorted, any_min_p: see SamplingBatch.
+        masked: (sample, token) pairs whose logits are struck out.
+    """
+
+    shape: StepShape
+    query_lens: tuple[int, ...]
+    context_lens: tuple[int, ...]
+    sampled_rows: tuple[int, ...]
+    every_token_sampled: bool
+    all_greedy: bool
+    any_sorted: bool
+    any_min_p: bool
+    masked: tuple[tuple[int, int], ...]
+
+
+class BatchBuilder:
+    """Fills a step's inputs.
+
+    Args:
+        layout: the KV groups.
+        tables: of all rows; changed by each plan.
+        buffers: where the inputs go.
+        max_batch_tokens: most tokens of one step.
+    """
+
+    def __init__(
+        self, layout: KVLayout, tables: RowTables, buffers: StepBuffers, max_batch_tokens: int
+    ) -> None:
+        self._block_size = layout.block_size
+        self._shift = layout.block_size.bit_length() - 1
+        self._groups = len(layout.groups)
+        self._tables = tables
+        self._buffers = buffers
+        self._max_tokens = max_batch_tokens
+
+    def build(self, plan: StepPlan, padded: StepShape | None = None) -> Batch:
+        """Apply a plan's changes and upload its inputs.
+
+        Args:
+            plan: with at least one row step.
+            padded: a shape to pad to; its deltas are ignored.
+
+        Raises:
+            ConfigError: the plan has more tokens than the buffers hold.
+        """
+        deltas = self.apply(plan)
+        steps = np.array(
+            [(s.row, s.start, s.num_tokens, s.sample, s.cached) for s in plan.rows], dtype=np.int64
+        )
+        rows, starts, counts, sample, cached = steps.T
+        num_tokens = int(counts.sum())
+        if num_tokens > self._max_tokens:
+            raise ConfigError("num_tokens", num_tokens, f"at most {self._max_tokens} in a step")
+        samples = np.flatnonzero(sample)
+        if padded is None:
+            shape = StepShape(num_tokens, len(rows), len(samples), self._groups, deltas)
+        else:
+            shape = StepShape(padded.tokens, padded.seqs, padded.samples, self._groups, deltas)
+        fields = self._buffers.host(shape)
+        ends = np.cumsum(counts)
+        contexts = starts + counts
+        self._fill_tokens(fields, rows, starts, counts, cached, ends)
+        self._fill_seqs(fields, rows, contexts, ends)
+        self._fill_samples(fields, rows[samples], contexts[samples], ends[samples] - 1)
+        if deltas:
+            self._fill_deltas(fields, plan.table_updates)
+        self._buffers.upload(shape)
+        return self._batch(plan, shape, samples, rows, contexts)
+
+    def apply(self, plan: StepPlan) -> int:
+        """Enter a plan's new rows and block table changes.
+
+        Returns:
+            How many entries of the device's tables have yet to be changed by the step's deltas.
+        """
+        for new in plan.new_rows:
+            self._tables.set_row(new)
+        self._tables.update_tables(plan.table_updates)
+        if not plan.table_updates or not self._buffers.separate:
+            return 0
+        count = sum(len(update.block_ids) for update in plan.table_updates)
+        if count <= MAX_DELTAS and plan.rows:
+            return count
+        for update in plan.table_updates:
+            end = update.start + len(update.block_ids)
+            place = (update.group, update.row, slice(update.start, end))
+            # Blocking copies: this is rare, and the host table may change before a later one ran.
+            self._tables.device_tables[place] = torch.from_numpy(self._tables.block_tables[place])
+        return 0
+
+    def _fill_tokens(
+        self, fields: Fields, rows: Ints, starts: Ints, counts: Ints, cached: Ints, ends: Ints
+    ) -> None:
+        """Ids, positions and slots of all tokens; padding writes to the trash block."""
+        tables, count = self._tables, int(ends[-1])
+        if count == len(rows):
+            token_rows, positions, hidden = rows, starts, cached
+        else:
+            token_rows = np.repeat(rows, counts)
+            positions = np.arange(count) + np.repeat(starts - ends + counts, counts)
+            hidden = np.repeat(cached, counts)
+        on_device = positions >= tables.num_known[token_rows]
+        known = tables.tokens[token_rows, np.where(on_device, 0, positions)]
+        fields["ids"][:count] = known
+        fields["ids"][count:] = 0
+        index = fields["id_index"]
+        index[:] = np.arange(len(index)) + self._buffers.first_id
+        # A token that an earlier step sampled is read from its row's word on the device.
+        np.copyto(index[:count], token_rows, where=on_device)
+        fields["positions"][:count] = positions
+        fields["positions"][count:] = 0
+        blocks = tables.block_tables[:, token_rows, positions >> self._shift].astype(np.int64)
+        slots = (blocks << self._shift) + (positions & (self._block_size - 1))
+        if hidden.any():
+            slots[:, hidden != 0] = 0
+        padded_slots = fields["slots"].reshape(self._groups, -1)
+        padded_slots[:, :count] = slots
+        padded_slots[:, count:] = 0
+
+    def _fill_seqs(self, fields: Fields, rows: Ints, contexts: Ints, ends: Ints) -> None:
+        """Padded sequences see one token of the padding row's trash block."""
+        count = len(rows)
+        fields["rows"][:count] = rows
+        fields["rows"][count:] = self._tables.num_rows
+        fields["context_lens"][:count] = contexts
+        fields["context_lens"][count:] = 1
+        starts = fields["cu_seqlens"]
+        starts[0] = 0
+        starts[1 : count + 1] = ends
+        tokens, seqs = len(fields["ids"]), len(fields["rows"])
+        # One token each in a batch of decodes, none in a mixed batch.
+        starts[count + 1 :] = np.minimum(ends[-1] + np.arange(1, seqs - count + 1), tokens)
+
+    def _fill_samples(self, fields: Fields, rows: Ints, contexts: Ints, logit_index: Ints) -> None:
+        tables, count = self._tables, len(rows)
+        fields["logit_index"][:count] = logit_index
+        fields["logit_index"][count:] = 0
+        fields["sample_rows"][:count] = rows
+        fields["sample_rows"][count:] = tables.num_rows
+        for name in ("temperature", "top_k", "top_p", "min_p"):
+            fields[name][:count] = getattr(tables, name)[rows]
+            fields[name][count:] = 0
+        positions = contexts - tables.num_prompt[rows]
+        fields["keys"][:count] = draw_keys(tables.seed[rows], tables.sample_index[rows], positions)
+        fields["keys"][count:] = 0
+
+    def _fill_deltas(self, fields: Fields, updates: tuple[TableUpdate, ...]) -> None:
+        start = 0
+        for update in updates:
+            end = start + len(update.block_ids)
+            first = self._tables.flat_index(update)
+            fields["delta_index"][start:end] = np.arange(first, first + end - start)
+            fields["delta_value"][start:end] = update.block_ids
+            start = end
+
+    def _batch(
+        self, plan: StepPlan, shape: StepShape, samples: Ints, rows: Ints, contexts: Ints
+    ) -> Batch:
+        tables = self._tables
+        sampled = rows[samples]
+        drawing = sampled[tables.temperature[sampled] > 0]
+        generated = contexts[samples] - tables.num_prompt[sampled]
+        early = np.flatnonzero(generated < tables.min_new_tokens[sampled])
+        return Batch(
+            shape=shape,
+            query_lens=tuple(step.num_tokens for step in plan.rows),
+            context_lens=tuple(contexts.tolist()),
+            sampled_rows=tuple(sampled.tolist()),
+            every_token_sampled=len(samples) == plan.num_tokens,
+            all_greedy=not len(drawing),
+            any_sorted=bool((tables.top_k[drawing] > 0).any() or (tables.top_p[drawing] < 1).any()),
+            any_min_p=bool((tables.min_p[drawing] > 0).any()),
+            masked=tuple(
+                (int(index), token)
+                for index in early
+                for token in tables.eos_token_ids[sampled[index]]
+            ),
+        )

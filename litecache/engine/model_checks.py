@@ -1,0 +1,114 @@
+"""What can be told from a configuration alone: which models are refused before weights are read.
+
+The rest is found by the probe (probe.py). Each refusal names the model type and the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from litecache.config import CacheConfig
+from litecache.errors import ConfigError, ModelNotSupportedError
+
+_POSITION_DEPENDENT_ROPE = ("dynamic", "longrope")
+_ATTENTION_LAYERS = ("full_attention", "sliding_attention", "attention", "global", "local")
+_RECURRENT_FIELDS = ("ssm_cfg", "mamba_d_state", "mamba_expand", "state_size", "conv_L_cache")
+_TWO_CALLS = ("diffllama",)
+
+
+def check_config(hf_config: Any) -> None:
+    """Refuse what cannot run over paged KV.
+
+    Args:
+        hf_config: the model's `PretrainedConfig`.
+
+    Raises:
+        ModelNotSupportedError: with the reason.
+    """
+    text = hf_config.get_text_config(decoder=True)
+    if getattr(hf_config, "is_encoder_decoder", False):
+        raise refusal(hf_config, "an encoder-decoder model; only decoders have one KV sequence")
+    for rope_type in _rope_types(text):
+        if rope_type in _POSITION_DEPENDENT_ROPE:
+            raise refusal(
+                hf_config,
+                f"rope_type {rope_type!r}: its frequencies depend on the longest position of the"
+                " batch, so cached KV would be wrong for other lengths",
+            )
+    kinds = set(getattr(text, "layer_types", None) or ())
+    other = sorted(kind for kind in kinds if kind not in _ATTENTION_LAYERS)
+    if other:
+        chunked = "chunked_attention" in other
+        reason = "attention that is cut into chunks" if chunked else "layers with recurrent state"
+        raise refusal(hf_config, f"{reason} ({', '.join(other)})")
+    if any(getattr(text, name, None) is not None for name in _RECURRENT_FIELDS):
+        raise refusal(hf_config, "layers with recurrent state")
+    if hf_config.model_type in _TWO_CALLS:
+        raise refusal(hf_config, "two attention calls in a layer")
+
+
+def check_shape(hf_config: Any, config: CacheConfig) -> None:
+    """Compare the optional shape fields of a CacheConfig with the model.
+
+    Raises:
+        ConfigError: naming the field that disagrees.
+    """
+    text = hf_config.get_text_config(decoder=True)
+    heads = getattr(text, "num_attention_heads", None)
+    shape = {
+        "num_layers": getattr(text, "num_hidden_layers", None),
+        "num_heads": heads,
+        "num_kv_heads": getattr(text, "num_key_value_heads", None) or heads,
+        "head_dim": head_dim(text),
+    }
+    for name, actual in shape.items():
+        given = getattr(config, name)
+        if given is not None and actual is not None and given != actual:
+            raise ConfigError(name, given, f"{actual}, as the model has it, or None")
+
+
+def choose_max_model_len(hf_config: Any, config: CacheConfig) -> int:
+    """The longest sequence: what the user set, bounded by what the model knows.
+
+    Raises:
+        ConfigError: longer than the model's positions, or neither side states a limit.
+    """
+    text = hf_config.get_text_config(decoder=True)
+    limit = getattr(text, "max_position_embeddings", None)
+    if config.max_model_len is None:
+        if limit is None:
+            raise ConfigError(
+                "max_model_len", None, "a number of tokens, for a model that states no limit"
+            )
+        return int(limit)
+    if limit is not None and config.max_model_len > limit:
+        raise ConfigError(
+            "max_model_len", config.max_model_len, f"at most {limit}, the model's positions"
+        )
+    return config.max_model_len
+
+
+def head_dim(text_config: Any) -> int | None:
+    """The head dimension a configuration implies, None when it does not say."""
+    explicit = getattr(text_config, "head_dim", None)
+    if explicit:
+        return int(explicit)
+    hidden = getattr(text_config, "hidden_size", None)
+    heads = getattr(text_config, "num_attention_heads", None)
+    return hidden // heads if hidden and heads else None
+
+
+def refusal(hf_config: Any, reason: str) -> ModelNotSupportedError:
+    """The error for a model that LiteCache does not run."""
+    return ModelNotSupportedError(f"model type {hf_config.model_type!r} is not supported: {reason}")
+
+
+def _rope_types(text_config: Any) -> Iterator[str]:
+    parameters = getattr(text_config, "rope_parameters", None) or {}
+    if not isinstance(parameters, Mapping):
+        return
+    # Some families nest one set per layer type.
+    for entry in (parameters, *(v for v in parameters.values() if isinstance(v, Mapping))):
+        if "rope_type" in entry:
+            yield str(entry["rope_type"])

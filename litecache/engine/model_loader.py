@@ -1,0 +1,219 @@
+"""Loads a model for the engine: weights on the device, checked, probed, with its KV shapes.
+
+Everything that can be refused is refused here, the cheapest check first, before the pool or any
+other resource exists.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from litecache.config import CacheConfig
+from litecache.engine.fingerprint import model_fingerprint, random_fingerprint
+from litecache.engine.hf_attention import IMPLEMENTATION, register
+from litecache.engine.kv_layout import KVSpec
+from litecache.engine.model_checks import check_config, check_shape, choose_max_model_len, refusal
+from litecache.engine.model_source import ModelSource
+from litecache.engine.probe import record_specs, use_paged_attention, verify_paged
+from litecache.errors import ConfigError, ModelNotSupportedError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model that passed the probe.
+
+    Attributes:
+        model: the unmodified Hugging Face model in eval mode, with paged attention chosen.
+        hf_config: its configuration.
+        specs: KV shape of each layer.
+        device: where weights and pool are.
+        dtype: of weights and activations.
+        max_model_len: longest sequence in tokens.
+        vocab_size: number of logits.
+        eos_token_ids: from its generation config; may be empty.
+        fingerprint: digest of config and all weights, equal for equal models.
+    """
+
+    model: Any
+    hf_config: Any
+    specs: tuple[KVSpec, ...]
+    device: torch.device
+    dtype: torch.dtype
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    fingerprint: str
+
+
+def load_model(source: ModelSource, config: CacheConfig) -> LoadedModel:
+    """Load and probe a model.
+
+    Args:
+        source: where it comes from.
+        config: device, dtypes, block size and limits.
+
+    Raises:
+        ConfigError: no such model, a device that is not there, or fields of `config` that
+            disagree with the model.
+        ModelNotSupportedError: the model cannot run over paged KV, with the reason.
+    """
+    device = choose_device(config.device)
+    hf_config = read_config(source)
+    check_config(hf_config)
+    check_shape(hf_config, config)
+    max_model_len = choose_max_model_len(hf_config, config)
+    dtype = _choose_dtype(hf_config, config)
+    register()
+    if source.weights == "random":
+        model = _random_model(hf_config, source.seed, device, dtype)
+        identity = {**hf_config.to_dict(), "dtype": str(dtype), "device": device.type}
+        fingerprint = random_fingerprint(identity, source.seed)
+    else:
+        model = _pretrained_model(source, hf_config, device, dtype)
+        fingerprint = model_fingerprint(_local_folder(source))
+    model.eval().requires_grad_(False)
+    use_paged_attention(model)
+    specs = record_specs(model, config.kv_dtype or str(dtype).removeprefix("torch."))
+    error = verify_paged(model, specs, config.block_size)
+    logger.info("%s: %d layers, paged logits within %.1e", source.name, len(specs), error)
+    return LoadedModel(
+        model=model,
+        hf_config=hf_config,
+        specs=specs,
+        device=device,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        vocab_size=hf_config.get_text_config(decoder=True).vocab_size,
+        eos_token_ids=_eos_token_ids(model),
+        fingerprint=fingerprint,
+    )
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device a config means, with its index.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise ConfigError("device", name, f'"cpu" or one of {count} CUDA devices')
+        device = torch.device("cuda", device.index or 0)
+    return device
+
+
+def read_config(source: ModelSource) -> Any:
+    """The model's `PretrainedConfig`, without reading weights.
+
+    Raises:
+        ConfigError: no such folder or hub model, or no such model type.
+    """
+    from transformers import AutoConfig
+
+    if source.config is not None:
+        fields = dict(source.config)
+        model_type = fields.pop("model_type")
+        try:
+            return AutoConfig.for_model(model_type, **fields)
+        except ValueError as error:
+            raise ConfigError("config", model_type, f"a known model_type ({error})") from error
+    assert source.path is not None
+    valid = "a folder written by save_pretrained, or the name of a model on the hub"
+    if os.path.isabs(source.path) and not os.path.isdir(source.path):
+        raise ConfigError("model", source.path, valid)
+    try:
+        return AutoConfig.from_pretrained(source.path, revision=source.revision)
+    except (OSError, ValueError, json.JSONDecodeError) as error:
+        raise ConfigError("model", source.path, f"{valid} ({_first_line(error)})") from error
+
+
+def _random_model(hf_config: Any, seed: int, device: torch.device, dtype: torch.dtype) -> Any:
+    """Draw weights where they stay, in their final dtype, leaving torch's generator untouched."""
+    from transformers import AutoModelForCausalLM
+
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), torch.device(device):
+        torch.manual_seed(seed)
+        try:
+            return AutoModelForCausalLM.from_config(
+                hf_config, dtype=dtype, attn_implementation=IMPLEMENTATION
+            )
+        except (KeyError, ValueError) as error:
+            raise _not_a_decoder(hf_config, error) from error
+
+
+def _pretrained_model(
+    source: ModelSource, hf_config: Any, device: torch.device, dtype: torch.dtype
+) -> Any:
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import is_accelerate_available
+
+    # With accelerate, transformers copies each tensor to the device as it reads it.
+    direct = device.type == "cuda" and is_accelerate_available()
+    try:
+        with torch.device(device) if direct else nullcontext():
+            model = AutoModelForCausalLM.from_pretrained(
+                source.path,
+                config=hf_config,
+                dtype=dtype,
+                revision=source.revision,
+                attn_implementation=IMPLEMENTATION,
+            )
+    except (KeyError, ValueError) as error:
+        raise _not_a_decoder(hf_config, error) from error
+    except (OSError, RuntimeError) as error:
+        valid = f"a model whose weights can be read ({_first_line(error)})"
+        raise ConfigError("model", source.path, valid) from error
+    return model.to(device)
+
+
+def _not_a_decoder(hf_config: Any, error: Exception) -> ModelNotSupportedError:
+    if IMPLEMENTATION in str(error):
+        return refusal(hf_config, "it has attention code of its own")
+    return refusal(hf_config, f"it does not load as a causal language model: {_first_line(error)}")
+
+
+def _local_folder(source: ModelSource) -> Path:
+    """Where the weights lie: the folder itself, or the hub's snapshot of it."""
+    assert source.path is not None
+    if os.path.isdir(source.path):
+        return Path(source.path)
+    from transformers.utils import cached_file
+
+    return Path(str(cached_file(source.path, "config.json", revision=source.revision))).parent
+
+
+def _choose_dtype(hf_config: Any, config: CacheConfig) -> torch.dtype:
+    name = config.dtype or str(getattr(hf_config, "dtype", None) or "float32")
+    dtype: torch.dtype = getattr(torch, name.removeprefix("torch."))
+    return dtype
+
+
+def _eos_token_ids(model: Any) -> tuple[int, ...]:
+    ids = getattr(model.generation_config, "eos_token_id", None)
+    if ids is None:
+        ids = getattr(model.config, "eos_token_id", None)
+    if ids is None:
+        return ()
+    vocab = model.config.get_text_config(decoder=True).vocab_size
+    # Defaults of a family may lie outside a shrunken vocabulary.
+    return tuple(i for i in (ids if isinstance(ids, (list, tuple)) else (ids,)) if i < vocab)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

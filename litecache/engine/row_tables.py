@@ -1,0 +1,83 @@
+"""The runner's persistent tables: what a row's request is, which blocks it holds, how it samples.
+
+Plans carry only changes; these tables remember the rest. The host copies feed batch building, the
+block tables also live on the device, where the forward gathers the rows of a batch. One row more
+than there are requests is the padding row: its block tables hold the trash block only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from litecache.engine.kv_layout import KVLayout
+from litecache.engine.step_plan import NewRow, TableUpdate
+
+
+class RowTables:
+    """Host and device tables of all rows.
+
+    Args:
+        layout: the KV groups; each has a block table.
+        max_requests: rows.
+        max_model_len: tokens a row can hold.
+        device: where the block tables are gathered.
+
+    Attributes:
+        tokens: int32 `[rows, max_model_len]`, ids the host knows.
+        num_known: int64 `[rows]`, how many of them are valid; later positions were sampled and
+            are known to the device.
+        num_prompt: int64 `[rows]`, sampling positions count from it.
+        block_tables: int32 `[groups, rows + 1, max_blocks]` on the host.
+        device_tables: the same on the device (on CPU the same memory).
+    """
+
+    def __init__(
+        self, layout: KVLayout, max_requests: int, max_model_len: int, device: torch.device
+    ) -> None:
+        self.num_rows = max_requests
+        max_blocks = -(-max_model_len // layout.block_size)
+        # Zeros come from untouched pages: rows cost memory only once they are used.
+        self.tokens = np.zeros((max_requests, max_model_len), dtype=np.int32)
+        self.num_known = np.zeros(max_requests, dtype=np.int64)
+        self.num_prompt = np.zeros(max_requests, dtype=np.int64)
+        self.temperature = np.zeros(max_requests, dtype=np.float32)
+        self.top_k = np.zeros(max_requests, dtype=np.int64)
+        self.top_p = np.ones(max_requests, dtype=np.float32)
+        self.min_p = np.zeros(max_requests, dtype=np.float32)
+        self.seed = np.zeros(max_requests, dtype=np.int64)
+        self.sample_index = np.zeros(max_requests, dtype=np.int64)
+        self.min_new_tokens = np.zeros(max_requests, dtype=np.int64)
+        self.eos_token_ids: list[tuple[int, ...]] = [()] * max_requests
+        self.block_tables = np.zeros(
+            (len(layout.groups), max_requests + 1, max_blocks), dtype=np.int32
+        )
+        self.device_tables = torch.from_numpy(self.block_tables).to(device)
+
+    def set_row(self, new: NewRow) -> None:
+        """A request takes a row."""
+        row, count, sampling = new.row, len(new.token_ids), new.sampling
+        self.tokens[row, :count] = new.token_ids
+        self.num_known[row] = count
+        self.num_prompt[row] = new.num_prompt_tokens
+        self.temperature[row] = sampling.temperature
+        self.top_k[row] = sampling.top_k
+        self.top_p[row] = sampling.top_p
+        self.min_p[row] = sampling.min_p
+        self.seed[row] = sampling.seed
+        self.sample_index[row] = sampling.sample_index
+        self.min_new_tokens[row] = sampling.min_new_tokens
+        self.eos_token_ids[row] = sampling.eos_token_ids
+
+    def update_tables(self, updates: Sequence[TableUpdate]) -> None:
+        """Write blocks into the host's block tables (on CPU the device's too)."""
+        for update in updates:
+            end = update.start + len(update.block_ids)
+            self.block_tables[update.group, update.row, update.start : end] = update.block_ids
+
+    def flat_index(self, update: TableUpdate) -> int:
+        """Where an update starts in the flattened block tables."""
+        _, rows, width = self.block_tables.shape
+        return (update.group * rows + update.row) * width + update.start

@@ -1,0 +1,98 @@
+"""Draws the next tokens of a mixed batch: greedy rows and sampling rows in one pass.
+
+The filters have the meaning and the order of transformers' warpers (temperature, top-k, top-p,
+min-p), written as one threshold per row. A token is drawn by an exponential race: the kept token
+with the largest `p / e` wins, `e` being exponential numbers of the counter-based generator, which
+makes each draw independent of the batch around it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from litecache.engine.random_numbers import exponentials
+
+INVALID_TOKEN = -1
+
+
+@dataclass(frozen=True)
+class SamplingBatch:
+    """How each sampled row of a step draws, on the logits' device.
+
+    Attributes:
+        temperature: float32 `[S]`; 0 = greedy.
+        top_k: int64 `[S]`; 0 = off.
+        top_p: float32 `[S]`; 1 = off.
+        min_p: float32 `[S]`; 0 = off.
+        keys: int64 `[S]`, of the generator.
+        all_greedy: no row draws; the tensors above are not read.
+        any_sorted: some row has top-k or top-p.
+        any_min_p: some row has min-p.
+        masked: rows and tokens `([n], [n])` whose logits are struck out, None = none.
+    """
+
+    temperature: torch.Tensor
+    top_k: torch.Tensor
+    top_p: torch.Tensor
+    min_p: torch.Tensor
+    keys: torch.Tensor
+    all_greedy: bool
+    any_sorted: bool
+    any_min_p: bool
+    masked: tuple[torch.Tensor, torch.Tensor] | None = None
+
+
+def sample(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
+    """Draw one token per row.
+
+    Args:
+        logits: `[S, vocab]`, any float dtype; may be overwritten.
+        batch: how to draw.
+
+    Returns:
+        int64 `[S]`; `INVALID_TOKEN` where the logits are not finite.
+    """
+    if batch.masked is not None:
+        logits[batch.masked] = float("-inf")
+    best, greedy = logits.max(dim=-1)
+    # A NaN anywhere is the maximum; a row of -inf only has no token to offer.
+    invalid = ~torch.isfinite(best)
+    if batch.all_greedy:
+        return greedy.masked_fill(invalid, INVALID_TOKEN)
+    drawn = _draw(logits.float(), best.float(), batch)
+    tokens = torch.where(batch.temperature > 0, drawn, greedy)
+    return tokens.masked_fill(invalid, INVALID_TOKEN)
+
+
+def _draw(logits: torch.Tensor, best: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
+    temperature = torch.where(batch.temperature > 0, batch.temperature, 1.0)[:, None]
+    scaled = (logits - best[:, None]) / temperature
+    threshold = _threshold(scaled, batch)
+    race = scaled - torch.log(exponentials(batch.keys, logits.shape[1]))
+    if threshold is not None:
+        race = race.masked_fill(scaled < threshold[:, None], float("-inf"))
+    return race.argmax(dim=-1)
+
+
+def _threshold(scaled: torch.Tensor, batch: SamplingBatch) -> torch.Tensor | None:
+    """The least scaled logit each row keeps, `[S]`; the largest of a row is 0."""
+    threshold = None
+    if batch.any_sorted:
+        vocab = scaled.shape[1]
+        ordered = scaled.sort(dim=-1).values
+        top_k = torch.where(batch.top_k > 0, batch.top_k.clamp(max=vocab), vocab)
+        least = ordered.gather(1, (vocab - top_k)[:, None])
+        # Ascending sums as transformers takes them: a token goes when it and all below it hold
+        # at most 1 - top_p together; the likeliest one always stays.
+        below = ordered.masked_fill(ordered < least, float("-inf")).softmax(dim=-1).cumsum(dim=-1)
+        removed = below <= (1 - batch.top_p)[:, None]
+        removed |= ordered < least
+        first_kept = removed.sum(dim=-1, keepdim=True).clamp(max=vocab - 1)
+        threshold = ordered.gather(1, first_kept)[:, 0]
+        threshold = torch.where(batch.top_p < 1, threshold, least[:, 0])
+    if batch.any_min_p:
+        least_p = torch.log(batch.min_p)
+        threshold = least_p if threshold is None else torch.maximum(threshold, least_p)
+    return threshold

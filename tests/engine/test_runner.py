@@ -1,0 +1,172 @@
+"""The runner gives the tokens of stock transformers, however a sequence is cut into steps."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from plan_driver import FAMILIES, GREEDY, PlanDriver, random_prompt, stock_generate, tiny_model
+
+from litecache.engine.step_plan import StepPlan
+from litecache.errors import ConfigError
+from litecache.types import SamplingParams
+
+
+@pytest.fixture(scope="module", params=sorted(FAMILIES))
+def loaded(request):
+    return tiny_model(request.param)
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return tiny_model("llama")
+
+
+def test_chunked_prefill_mixed_steps_and_decode_equal_stock(loaded):
+    prompts = [random_prompt(length, seed) for seed, length in enumerate((1, 37, 64, 21))]
+    expected = [stock_generate(loaded, prompt, 12) for prompt in prompts]
+    driver = PlanDriver(loaded)
+    for row, prompt in enumerate(prompts):
+        driver.add(row, prompt)
+    got = [[], [], [], []]
+
+    def step(counts):
+        plan = driver.plan(counts)
+        tokens = driver.runner.execute(plan).result().tokens
+        for row, token in zip((s.row for s in plan.rows if s.sample), tokens, strict=True):
+            got[row].append(token)
+
+    step({0: 1, 1: 19, 2: 7})
+    step({0: 1, 1: 18, 2: 33})  # a decode beside two chunks, one of which ends its prompt
+    step({0: 1, 1: 1, 2: 24, 3: 21})
+    while min(map(len, got)) < 12:
+        step({row: 1 for row in range(4) if len(got[row]) < 12})
+    assert got == expected
+
+
+def test_next_step_starts_before_the_result_of_the_last_is_read(loaded):
+    prompt = random_prompt(23, 5)
+    driver = PlanDriver(loaded)
+    driver.add(0, prompt)
+    first = driver.step({0: 23})
+    later = driver.decode(0, 9)
+    assert [first.result().tokens[0], *later] == stock_generate(loaded, prompt, 10)
+
+
+def test_shared_blocks_and_a_copied_tail_give_the_same_tokens(loaded):
+    first = random_prompt(45, 7)
+    second = first[:41] + random_prompt(9, 8)
+    driver = PlanDriver(loaded)
+    driver.add(0, first)
+    driver.step({0: 45})
+    driver.add(1, second, prefix_of=0, num_shared=41)
+    assert driver.rows[1].blocks[0][:2] == driver.rows[0].blocks[0][:2]
+    assert driver.rows[1].blocks[0][2] != driver.rows[0].blocks[0][2]
+    token = driver.step({1: 9}).result().tokens[0]
+    assert [token, *driver.decode(1, 7)] == stock_generate(loaded, second, 8)
+    # The copy left the first row's own tail alone.
+    assert driver.decode(0, 4) == stock_generate(loaded, first, 5)[1:]
+
+
+def test_a_full_hit_reads_the_cached_token_and_changes_no_block(loaded):
+    prompt = random_prompt(48, 9)
+    driver = PlanDriver(loaded)
+    driver.add(0, prompt)
+    driver.step({0: 48})
+    before = [pool.buffer[1:].clone() for pool in driver.pools]
+    driver.add(1, prompt, prefix_of=0, num_shared=48)
+    driver.rows[1].computed = 47
+    token = driver.step({1: 1}, cached=(1,)).result().tokens[0]
+    for pool, bytes_before in zip(driver.pools, before, strict=True):
+        assert torch.equal(pool.buffer[1:], bytes_before)
+    assert [token, *driver.decode(1, 5)] == stock_generate(loaded, prompt, 6)
+
+
+def test_a_row_is_reused_and_a_preempted_request_resumes(llama):
+    prompt = random_prompt(30, 1)
+    expected = stock_generate(llama, prompt, 10)
+    driver = PlanDriver(llama)
+    driver.add(0, random_prompt(60, 2))
+    driver.step({0: 60})
+    driver.decode(0, 3)
+    driver.add(0, prompt + expected[:4], num_prompt_tokens=30)
+    token = driver.step({0: 34}).result().tokens[0]
+    assert [token, *driver.decode(0, 5)] == expected[4:]
+
+
+def test_draws_do_not_depend_on_the_neighbours_or_the_chunks(llama):
+    drawing = SamplingParams(
+        max_new_tokens=8, temperature=0.9, top_k=50, top_p=0.95, min_p=0.01, seed=1234
+    )
+    prompt = random_prompt(33, 4)
+    alone = PlanDriver(llama)
+    alone.add(0, prompt, drawing)
+    expected = [alone.step({0: 33}).result().tokens[0], *alone.decode(0, 7)]
+    driver = PlanDriver(llama)
+    driver.add(3, random_prompt(5, 6), replace(drawing, seed=99))
+    driver.add(1, random_prompt(40, 7), GREEDY)
+    driver.add(2, prompt, drawing)
+    driver.step({3: 5, 1: 40, 2: 20})
+    got = [driver.step({3: 1, 1: 1, 2: 13}).result().tokens[2]]
+    got += [driver.step({1: 1, 2: 1}).result().tokens[1] for _ in range(7)]
+    assert got == expected
+
+
+def test_a_resumed_request_draws_the_same_numbers(llama):
+    drawing = SamplingParams(max_new_tokens=12, temperature=1.0, seed=5)
+    prompt = random_prompt(20, 4)
+    driver = PlanDriver(llama)
+    driver.add(0, prompt, drawing)
+    tokens = [driver.step({0: 20}).result().tokens[0], *driver.decode(0, 9)]
+    driver.add(1, prompt + tokens[:4], drawing, num_prompt_tokens=20)
+    assert [driver.step({1: 24}).result().tokens[0], *driver.decode(1, 5)] == tokens[4:]
+
+
+def test_no_end_of_sequence_before_min_new_tokens(llama):
+    prompt = random_prompt(20, 4)
+    eos = stock_generate(llama, prompt, 3)[2]
+    sampling = SamplingParams(max_new_tokens=9, min_new_tokens=4, eos_token_ids=(eos,))
+    driver = PlanDriver(llama)
+    driver.add(0, prompt, sampling)
+    tokens = [driver.step({0: 20}).result().tokens[0], *driver.decode(0, 8)]
+    assert eos not in tokens[:4]
+    assert tokens[:2] == stock_generate(llama, prompt, 2)
+
+
+def test_non_finite_logits_are_reported_for_their_row_alone():
+    loaded = tiny_model("llama")
+    with torch.no_grad():
+        loaded.model.model.embed_tokens.weight[7] = float("nan")
+    driver = PlanDriver(loaded)
+    driver.add(0, [1, 2, 3])
+    driver.add(1, [4, 7, 5])
+    result = driver.step({0: 3, 1: 3}).result()
+    assert result.invalid_rows == (1,)
+    assert result.tokens[0] == stock_generate(loaded, [1, 2, 3], 1)[0]
+
+
+def test_a_step_that_draws_nothing_gives_no_tokens(llama):
+    driver = PlanDriver(llama)
+    driver.add(0, random_prompt(40, 1))
+    handle = driver.step({0: 30})
+    assert handle.ready()
+    assert handle.result().tokens == ()
+
+
+def test_a_plan_of_deltas_alone_takes_effect(llama):
+    prompt = random_prompt(20, 1)
+    driver = PlanDriver(llama)
+    driver.add(0, prompt)
+    whole = driver.plan({0: 20})
+    driver.runner.execute(replace(whole, rows=()))
+    handle = driver.runner.execute(StepPlan(2, rows=whole.rows))
+    assert handle.result().tokens[0] == stock_generate(llama, prompt, 1)[0]
+
+
+def test_a_step_over_the_token_budget_is_refused(llama):
+    driver = PlanDriver(llama)
+    driver.add(0, random_prompt(200, 1))
+    driver.add(1, random_prompt(200, 2))
+    with pytest.raises(ConfigError, match=r"num_tokens=400.*256"):
+        driver.step({0: 200, 1: 200})
