@@ -119,10 +119,8 @@ def _decode(
     kv_heads, num_seqs, _, dim = keys.shape
     rows = task.tokens()
     packed = query[rows].view(num_seqs, kv_heads, -1, dim).transpose(0, 1)
-    mask = task.mask(slice(0, 1), query.dtype)
-    heads = functional.scaled_dot_product_attention(
-        packed, keys, values, None if mask is None else mask.unsqueeze(0), scale=scale
-    )
+    mask = task.decode_mask(kv_heads, packed.shape[2], query.dtype)
+    heads = functional.scaled_dot_product_attention(packed, keys, values, mask, scale=scale)
     out[rows] = heads.transpose(0, 1).reshape(num_seqs, -1, dim)
 
 
@@ -139,11 +137,12 @@ def _prefill(
     q = query[rows].transpose(0, 1).unsqueeze(0)
     result = out[rows] if isinstance(rows, slice) else out.new_empty(out[rows].shape)
     for part in task.query_slices(num_heads=1):
+        mask = task.mask(part, query.dtype)
         heads = functional.scaled_dot_product_attention(
             q[:, :, part],
             keys.transpose(0, 1),
             values.transpose(0, 1),
-            task.mask(part, query.dtype),
+            None if mask is None else mask.unsqueeze(1),
             scale=scale,
             enable_gqa=q.shape[1] != keys.shape[0],
         )
