@@ -272,10 +272,8 @@ class Scheduler:
             if match.pending_owner not in (None, seq.id):
                 continue
             if asks:
-                if not self._staging.has_room:
-                    blocked = True
-                    continue
-                if self._staging.stage(seq, out):
+                # No place to ask now: those who have one go first, or nobody ever gives one back.
+                if not self._staging.has_room or self._staging.stage(seq, out):
                     continue
             if blocked:
                 continue

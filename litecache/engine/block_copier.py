@@ -1,0 +1,114 @@
+"""Copies blocks between a GPU pool and host memory, as bytes, off the compute stream.
+
+On CUDA a copier owns a stream and registers the arena's segments as pinned memory when it first
+touches them, so that copies run at the link's speed. On CPU the copies are plain memcpys.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from litecache.storage.arena_view import ArenaView
+from litecache.storage.protocol import PAGE_BYTES
+
+logger = logging.getLogger(__name__)
+
+
+def _cudart() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
+
+
+class PinnedArenas:
+    """Registers arena segments with CUDA, once per process and segment."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._registered: dict[int, dict[int, int]] = {}
+
+    def ensure(self, arena: ArenaView, offset: int) -> bool:
+        """Pin the segment that holds byte `offset`; False when the driver refuses."""
+        segment = offset // arena.segment_bytes
+        with self._lock:
+            known = self._registered.setdefault(id(arena), {})
+            if segment not in known:
+                start = segment * arena.segment_bytes
+                size = min(arena.segment_bytes, len(arena.array) - start)
+                address = arena.array.ctypes.data + start
+                error = _cudart().cudaHostRegister(address, size, 0)
+                if error:
+                    logger.warning("segment %d of the arena cannot be pinned: %s", segment, error)
+                known[segment] = 0 if error else address
+            return known[segment] != 0
+
+    def forget(self, arena: ArenaView) -> None:
+        """Unpin an arena before it is unmapped."""
+        with self._lock:
+            for address in self._registered.pop(id(arena), {}).values():
+                if address:
+                    _cudart().cudaHostUnregister(address)
+
+
+class BlockCopier:
+    """Moves blocks of one pool; one instance per thread that copies.
+
+    Args:
+        device: of the pools.
+        compute_stream: returns the stream that steps run on; copies into the pool wait for the
+            steps launched so far, because a block may have been handed out while one still
+            writes to it.
+        pinned: shared registry of pinned segments.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        compute_stream: Callable[[], torch.cuda.Stream | None],
+        pinned: PinnedArenas,
+    ) -> None:
+        self._cuda = device.type == "cuda"
+        self._compute_stream = compute_stream
+        self._pinned = pinned
+        self._stream: torch.cuda.Stream | None = None
+        if self._cuda:
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def begin_load(self) -> None:
+        """Order the following `load`s after all steps launched so far."""
+        compute = self._compute_stream()
+        if self._stream is not None and compute is not None:
+            self._stream.wait_stream(compute)
+
+    def load(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Start a copy host -> pool; both uint8 `[block_bytes]`."""
+        self._copy(source, target)
+
+    def save(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Start a copy pool -> host; both uint8 `[block_bytes]`."""
+        self._copy(source, target)
+
+    def slots(self, arena: ArenaView, slots: Sequence[int], block_bytes: int) -> list[torch.Tensor]:
+        """The slots' bytes as tensors, pinned where the device is CUDA."""
+        views = []
+        for slot in slots:
+            offset = slot * PAGE_BYTES
+            if self._cuda:
+                self._pinned.ensure(arena, offset)
+            views.append(torch.from_numpy(arena.array[offset : offset + block_bytes]))
+        return views
+
+    def synchronize(self) -> None:
+        """Wait until all copies started here are done."""
+        if self._stream is not None:
+            self._stream.synchronize()
+
+    def _copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        if self._stream is None:
+            target.copy_(source)
+            return
+        with torch.cuda.stream(self._stream):
+            target.copy_(source, non_blocking=True)

@@ -1,0 +1,394 @@
+"""The engine: one thread that schedules, steps the model and moves blocks between tiers.
+
+Callers talk to it from any thread. They post messages; the stepping thread alone touches the
+scheduler, so nothing here is locked. New tokens leave through the sink, called once a step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+import torch
+
+from litecache.config import CacheConfig
+from litecache.engine.block_copier import BlockCopier, PinnedArenas
+from litecache.engine.engine_info import EngineInfo
+from litecache.engine.kv_layout import KVLayout, KVPool
+from litecache.engine.loader import Loader
+from litecache.engine.memory import choose_num_blocks
+from litecache.engine.model_loader import LoadedModel, load_model
+from litecache.engine.model_runner import ModelRunner, StepHandle
+from litecache.engine.model_source import ModelSource
+from litecache.engine.prefix_cache import PrefixCache
+from litecache.engine.saver import Saver
+from litecache.engine.schedule import LoadOrder, SaveOrder, Schedule
+from litecache.engine.scheduler import Scheduler
+from litecache.engine.shard_set import RemoteSource, ShardSet
+from litecache.errors import ConfigError, LiteCacheError
+from litecache.metrics import Metrics
+from litecache.storage.client import ShardClient
+from litecache.types import Request, TokenDelta
+
+logger = logging.getLogger(__name__)
+
+Sink = Callable[[list[tuple[str, TokenDelta]]], None]
+T = TypeVar("T")
+
+CALL_TIMEOUT_S = 30.0
+MAX_QUEUED_SAVES_SHARE = 4
+"""One in so many pool blocks may wait to be saved: they cannot be evicted meanwhile."""
+
+
+class Engine:
+    """Runs one model over a paged, tiered KV cache.
+
+    Args:
+        source: the model.
+        config: sizes and limits.
+        shards: clients of the shards on this node; none = no lower tiers.
+        remote: blocks of other nodes.
+        sink: receives (client id, delta) pairs, in order, on the engine's thread; must not block.
+        num_threads: torch's threads on CPU; None = the machine's cores.
+        metrics: where to count.
+
+    Raises:
+        LiteCacheError: the model is refused or does not fit; nothing stays behind.
+    """
+
+    def __init__(
+        self,
+        source: ModelSource,
+        config: CacheConfig,
+        *,
+        sink: Sink,
+        shards: Sequence[ShardClient] = (),
+        remote: RemoteSource | None = None,
+        num_threads: int | None = None,
+        metrics: Metrics | None = None,
+    ) -> None:
+        self.metrics = metrics or Metrics()
+        self._sink = sink
+        self._num_threads = num_threads or len(os.sched_getaffinity(0))
+        torch.set_num_threads(self._num_threads)
+        loaded = load_model(source, config)
+        layout = KVLayout.from_specs(loaded.specs, config.block_size)
+        num_blocks = choose_num_blocks(loaded, layout, config)
+        self._pools = [KVPool(group, num_blocks + 1, loaded.device) for group in layout.groups]
+        self._runner = ModelRunner(
+            loaded,
+            layout,
+            self._pools,
+            max_requests=config.max_requests,
+            max_model_len=loaded.max_model_len,
+            max_batch_tokens=config.max_batch_tokens,
+        )
+        self.info = _describe(source, config, loaded, layout, num_blocks, self._num_threads)
+        self._overlap = 1 if loaded.device.type == "cuda" else 0
+        self._device = loaded.device
+        self._scheduler = Scheduler(
+            PrefixCache(layout.groups, num_blocks),
+            self.info.roots,
+            max_requests=config.max_requests,
+            max_batch_tokens=config.max_batch_tokens,
+            lower_tiers=bool(shards),
+            admission=config.admission,
+            deterministic=config.deterministic,
+        )
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._in_flight: deque[tuple[int, StepHandle]] = deque()
+        self._failure: BaseException | None = None
+        self._closing = False
+        self._compute_stream: torch.cuda.Stream | None = None
+        self._shards: ShardSet | None = None
+        self._open_tiers(shards, remote, num_blocks)
+        self._thread = threading.Thread(target=self._run, name="litecache-engine", daemon=True)
+        self._thread.start()
+
+    # Callers' side
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Queue requests, all or none.
+
+        Raises:
+            ConfigError: a request is invalid.
+            CapacityError: a request can never fit.
+        """
+        for request in requests:
+            self.info.check(request)
+        self._check_alive()
+        now = time.monotonic()
+
+        def add() -> None:
+            for request in requests:
+                self._scheduler.add(request, now)
+                self.metrics.inc("litecache_prompt_tokens", len(request.prompt))
+
+        self._inbox.put(add)
+
+    def abort(self, request_ids: Sequence[str]) -> None:
+        """End requests with what they have; unknown ids are passed over."""
+        self._inbox.put(lambda: self._carry_out(self._scheduler.abort(request_ids)))
+
+    def abort_client(self, client_id: str) -> None:
+        """End all requests of a client."""
+
+        def end() -> None:
+            self._carry_out(self._scheduler.abort(self._scheduler.client_requests(client_id)))
+
+        self._inbox.put(end)
+
+    def pause(self, request_ids: Sequence[str]) -> None:
+        """Stop decoding requests whose client does not take their tokens."""
+        self._inbox.put(lambda: self._scheduler.set_paused(request_ids, True))
+
+    def resume(self, request_ids: Sequence[str]) -> None:
+        """The inverse of `pause`."""
+        self._inbox.put(lambda: self._scheduler.set_paused(request_ids, False))
+
+    def stats(self) -> dict[str, Any]:
+        """Blocks by state, requests and counters, consistent with one moment."""
+        return self.call(self._stats)
+
+    def flush(self, timeout_s: float = CALL_TIMEOUT_S) -> dict[str, Any]:
+        """Save what is only in the pool and make the shards write it out.
+
+        Returns:
+            `{"complete": bool, "written": blocks, "pending": blocks, "failed": blocks}`.
+        """
+        deadline = time.monotonic() + timeout_s
+        report: dict[str, Any] = {"complete": True, "written": 0, "pending": 0, "failed": 0}
+        if self._saver is None or self._shards is None:
+            return report
+        # A call in between makes sure that orders of steps already done have been queued.
+        self.call(lambda: None)
+        report["complete"] = self._saver.drain(max(0.0, deadline - time.monotonic()))
+        for shard in self._shards.shards:
+            part = shard.flush(max(0.1, deadline - time.monotonic()))
+            report["complete"] = report["complete"] and part.complete
+            for name in ("written", "pending", "failed"):
+                report[name] += getattr(part, name)
+        return report
+
+    def clear_pool(self, timeout_s: float = CALL_TIMEOUT_S) -> int:
+        """Evict all blocks that no request uses, after saving is through; returns how many."""
+        if self._saver is not None:
+            self.call(lambda: None)
+            self._saver.drain(timeout_s)
+        return self.call(self._scheduler.cache.evict_idle)
+
+    def check_integrity(self) -> None:
+        """Assert that the scheduler's books are in order."""
+        self.call(self._scheduler.check_integrity)
+
+    def call(self, function: Callable[[], T], timeout_s: float = CALL_TIMEOUT_S) -> T:
+        """Run a function on the engine's thread between two steps."""
+        self._check_alive()
+        future: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(function())
+            except BaseException as error:
+                future.set_exception(error)
+
+        self._inbox.put(run)
+        return future.result(timeout_s)
+
+    def close(self) -> None:
+        """End the thread and give everything back; unfinished requests are aborted."""
+        if self._closing:
+            return
+        self._closing = True
+        self._inbox.put(lambda: None)
+        self._thread.join()
+        if self._loader is not None:
+            self._loader.close()
+        if self._saver is not None:
+            self._saver.close()
+        if self._shards is not None:
+            for shard in self._shards.shards:
+                if self._device.type == "cuda":
+                    self._pinned.forget(shard.arena)
+            self._shards.close()
+
+    # The engine's thread
+
+    def _run(self) -> None:
+        try:
+            if self._device.type == "cuda":
+                torch.cuda.set_device(self._device)
+                self._compute_stream = torch.cuda.current_stream(self._device)
+            while not self._closing:
+                self._turn()
+        except BaseException as error:
+            # Only a bug gets here: make every later call fail instead of hanging.
+            self._failure = error
+            logger.exception("the engine's thread died")
+            raise
+
+    def _turn(self) -> None:
+        """Take messages, launch one step, finish the one before."""
+        schedule = self._scheduler.schedule(time.monotonic())
+        self._carry_out(schedule)
+        if schedule.plan is not None:
+            self._launch(schedule)
+        idle = schedule.plan is None and not self._in_flight
+        if len(self._in_flight) > (self._overlap if schedule.plan is not None else 0):
+            self._finish_step()
+        self._take_messages(wait=idle)
+
+    def _launch(self, schedule: Schedule) -> None:
+        assert schedule.plan is not None
+        plan = schedule.plan
+        try:
+            self._in_flight.append((plan.step, self._runner.execute(plan)))
+        except Exception as error:
+            logger.exception("step %d failed", plan.step)
+            self._carry_out(self._scheduler.fail_step(plan.step, f"step failed: {error}"))
+
+    def _finish_step(self) -> None:
+        step, handle = self._in_flight.popleft()
+        started = time.perf_counter()
+        try:
+            result = handle.result()
+        except Exception as error:
+            logger.exception("step %d failed", step)
+            self._carry_out(self._scheduler.fail_step(step, f"step failed: {error}"))
+            return
+        self.metrics.observe("litecache_step_seconds", time.perf_counter() - started, kind="wait")
+        self._carry_out(self._scheduler.on_result(result, time.monotonic()))
+
+    def _take_messages(self, *, wait: bool) -> None:
+        with contextlib.suppress(queue.Empty):
+            if wait:
+                deadline = self._scheduler.next_deadline()
+                timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
+                self._inbox.get(timeout=timeout)()
+            while True:
+                self._inbox.get_nowait()()
+
+    def _carry_out(self, schedule: Schedule) -> None:
+        """Hand the scheduler's orders to those who execute them."""
+        if schedule.deltas:
+            self._count(schedule.deltas)
+            self._sink(schedule.deltas)
+        if self._loader is None or self._saver is None:
+            return
+        for stage in schedule.stages:
+            self._loader.stage(stage)
+        for load in schedule.loads:
+            self._loader.load(load)
+        for ticket in schedule.discards:
+            self._loader.discard(ticket)
+        if schedule.saves:
+            refused = self._saver.submit(schedule.saves)
+            if refused:
+                self._scheduler.on_saved((), refused)
+
+    def _count(self, deltas: list[tuple[str, TokenDelta]]) -> None:
+        for _, delta in deltas:
+            for tier, tokens in (delta.reused_tokens or {}).items():
+                self.metrics.inc("litecache_reused_tokens", tokens, tier=tier)
+            if delta.ttft_s is not None:
+                self.metrics.observe("litecache_ttft_seconds", delta.ttft_s)
+            if delta.finish_reason is not None:
+                self.metrics.inc("litecache_requests", outcome=delta.finish_reason.value)
+        self.metrics.inc("litecache_generated_tokens", sum(len(d.token_ids) for _, d in deltas))
+
+    def _open_tiers(
+        self, shards: Sequence[ShardClient], remote: RemoteSource | None, num_blocks: int
+    ) -> None:
+        self._loader: Loader | None = None
+        self._saver: Saver | None = None
+        self._pinned = PinnedArenas()
+        if not shards:
+            return
+        self._shards = ShardSet(shards, remote, self.metrics)
+
+        def copier() -> BlockCopier:
+            return BlockCopier(self._device, lambda: self._compute_stream, self._pinned)
+
+        def staged(ticket: int, found: dict[tuple[int, int], str]) -> None:
+            self._inbox.put(lambda: self._carry_out(self._scheduler.on_staged(ticket, found)))
+
+        def loaded(order: LoadOrder, done: set[tuple[int, int]]) -> None:
+            self._inbox.put(lambda: self._scheduler.on_loaded(order, done))
+
+        def saved(orders: list[SaveOrder], dropped: list[SaveOrder]) -> None:
+            self._inbox.put(lambda: self._scheduler.on_saved(orders, dropped))
+
+        self._loader = Loader(
+            self._pools, self._shards, copier, staged=staged, loaded=loaded, metrics=self.metrics
+        )
+        self._saver = Saver(
+            self._pools,
+            self._shards,
+            copier(),
+            namespace=self.info.label,
+            max_queued=max(64, num_blocks // MAX_QUEUED_SAVES_SHARE),
+            done=saved,
+            metrics=self.metrics,
+        )
+
+    def _stats(self) -> dict[str, Any]:
+        scheduler = self._scheduler
+        blocks = scheduler.cache.stats()
+        for state, count in blocks.items():
+            self.metrics.set("litecache_pool_blocks", count, state=state)
+        self.metrics.set("litecache_running_requests", scheduler.num_running)
+        self.metrics.set("litecache_waiting_requests", scheduler.num_waiting)
+        return {
+            "blocks": blocks,
+            "running": scheduler.num_running,
+            "waiting": scheduler.num_waiting,
+            "preemptions": scheduler.preemptions,
+            "evictions": sum(pool.evictions for pool in scheduler.cache.pools),
+            "pool_bytes": sum(pool.buffer.numel() for pool in self._pools),
+            "metrics": self.metrics.snapshot(),
+        }
+
+    def _check_alive(self) -> None:
+        if self._failure is not None:
+            raise LiteCacheError(f"the engine has failed: {self._failure}") from self._failure
+        if self._closing:
+            raise ConfigError("engine", "closed", "an open engine")
+
+
+def _describe(
+    source: ModelSource,
+    config: CacheConfig,
+    loaded: LoadedModel,
+    layout: KVLayout,
+    num_blocks: int,
+    num_threads: int,
+) -> EngineInfo:
+    shapes = tuple(
+        f"layers={group.layers} spec={group.spec} bytes={group.block_bytes}"
+        for group in layout.groups
+    )
+    return EngineInfo(
+        model=source.name,
+        fingerprint=loaded.fingerprint,
+        dtype=str(loaded.dtype).removeprefix("torch."),
+        kv_dtype=layout.groups[0].spec.dtype,
+        device=str(loaded.device),
+        block_size=config.block_size,
+        num_blocks=num_blocks,
+        group_shapes=shapes,
+        block_bytes=tuple(group.block_bytes for group in layout.groups),
+        max_model_len=loaded.max_model_len,
+        max_requests=config.max_requests,
+        max_batch_tokens=config.max_batch_tokens,
+        vocab_size=loaded.vocab_size,
+        eos_token_ids=loaded.eos_token_ids,
+        num_threads=num_threads,
+    )

@@ -1,0 +1,128 @@
+"""What an engine is: the facts its callers need, the keys of its blocks, what it accepts."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+from litecache.engine.kv_layout import LAYOUT_VERSION
+from litecache.errors import CapacityError, ConfigError
+from litecache.hashing import BlockKey, root_key
+from litecache.types import Request
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """Facts of a running engine, fixed for its life.
+
+    Attributes:
+        model: name for people.
+        fingerprint: digest of the model's config and all its weights.
+        dtype, kv_dtype: of activations and of the pool, by name.
+        device: "cpu" or "cuda:N".
+        block_size: tokens per block.
+        num_blocks: blocks per KV group, the trash block not counted.
+        group_shapes: one text per KV group (layers, heads, dims, window): part of its keys.
+        block_bytes: per KV group.
+        max_model_len: longest sequence in tokens.
+        max_requests, max_batch_tokens: limits of a step.
+        vocab_size: valid token ids are below it.
+        eos_token_ids: of the model's generation config.
+        num_threads: of torch on CPU.
+    """
+
+    model: str
+    fingerprint: str
+    dtype: str
+    kv_dtype: str
+    device: str
+    block_size: int
+    num_blocks: int
+    group_shapes: tuple[str, ...]
+    block_bytes: tuple[int, ...]
+    max_model_len: int
+    max_requests: int
+    max_batch_tokens: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    num_threads: int
+
+    @property
+    def capacity_tokens(self) -> int:
+        """Tokens of one KV group's pool."""
+        return self.num_blocks * self.block_size
+
+    @property
+    def label(self) -> str:
+        """Readable name of what the blocks belong to."""
+        return f"{self.model}@{self.fingerprint[:12]}/{self.kv_dtype}/{self.block_size}"
+
+    def roots(self, cache_salt: str) -> tuple[BlockKey, ...]:
+        """Root key of every KV group: all that changes KV bytes goes into it."""
+        return _roots(self, cache_salt)
+
+    def check(self, request: Request) -> None:
+        """Refuse a request that cannot be served, before anything is queued.
+
+        Raises:
+            ConfigError: an empty prompt, token ids out of range, bad sampling settings.
+            CapacityError: longer than the model or the pool can ever hold.
+        """
+        if not request.prompt:
+            raise ConfigError("input_ids", [], "at least one token")
+        low, high = min(request.prompt), max(request.prompt)
+        if low < 0 or high >= self.vocab_size:
+            value = low if low < 0 else high
+            raise ConfigError("input_ids", value, f"token ids from 0 to {self.vocab_size - 1}")
+        _check_sampling(request)
+        new = request.sampling.max_new_tokens - request.num_resumed_tokens
+        if new < 1:
+            raise ConfigError("max_new_tokens", request.sampling.max_new_tokens, "at least 1")
+        total = len(request.prompt) + new
+        if total > self.max_model_len:
+            raise CapacityError(
+                f"prompt of {len(request.prompt)} tokens + max_new_tokens={new} is {total} tokens: "
+                f"the model takes {self.max_model_len}"
+            )
+        if total > self.capacity_tokens:
+            raise CapacityError(
+                f"prompt of {len(request.prompt)} tokens + max_new_tokens={new} is {total} tokens: "
+                f"the pool holds {self.capacity_tokens} ({self.num_blocks} blocks of "
+                f"{self.block_size}); raise num_blocks or gpu_memory_fraction"
+            )
+
+
+@functools.lru_cache(maxsize=1024)
+def _roots(info: EngineInfo, cache_salt: str) -> tuple[BlockKey, ...]:
+    return tuple(
+        root_key(
+            {
+                "fingerprint": info.fingerprint,
+                "dtype": info.dtype,
+                "kv_dtype": info.kv_dtype,
+                "codec": "raw",
+                "layout": LAYOUT_VERSION,
+                "block_size": info.block_size,
+                "group": group,
+                "shape": shape,
+                "adapter": None,
+                "tp": (1, 0),
+                "salt": cache_salt,
+            }
+        )
+        for group, shape in enumerate(info.group_shapes)
+    )
+
+
+def _check_sampling(request: Request) -> None:
+    sampling = request.sampling
+    if not sampling.temperature >= 0:
+        raise ConfigError("temperature", sampling.temperature, "0 (greedy) or positive")
+    if not 0 < sampling.top_p <= 1:
+        raise ConfigError("top_p", sampling.top_p, "a number in (0, 1]")
+    if not 0 <= sampling.min_p <= 1:
+        raise ConfigError("min_p", sampling.min_p, "a number in [0, 1]")
+    if sampling.top_k < 0:
+        raise ConfigError("top_k", sampling.top_k, "0 (off) or positive")
+    if request.max_time_s is not None and not request.max_time_s > 0:
+        raise ConfigError("max_time", request.max_time_s, "a positive number of seconds")

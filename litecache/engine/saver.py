@@ -1,0 +1,179 @@
+"""Saves published blocks to the shards, in order, on a thread of its own.
+
+Never on the latency path and never queued without bound: what finds no room is dropped and
+counted. A chain stops at its first drop, since a tail without its head is dead weight.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+
+from litecache.engine.block_copier import BlockCopier
+from litecache.engine.kv_layout import KVPool
+from litecache.engine.schedule import SaveOrder
+from litecache.engine.shard_set import ShardSet
+from litecache.errors import StorageError
+from litecache.hashing import BlockKey
+from litecache.metrics import Metrics
+from litecache.storage.client import ShardClient
+from litecache.storage.protocol import CommitItem, CommitStatus, SlotRef
+
+logger = logging.getLogger(__name__)
+
+BATCH_BLOCKS = 64
+SLOT_WAIT_S = 0.5
+"""How long a save waits for the shard to write dirty slots out before it is dropped."""
+
+REMEMBERED_DROPS = 65536
+
+
+class Saver:
+    """One thread that copies blocks into reserved slots and commits them.
+
+    Args:
+        pools: one per KV group.
+        shards: where the blocks go.
+        copier: for this thread.
+        namespace: readable label of the model, stored with each block.
+        max_queued: orders that may wait; more are dropped.
+        done: called with (saved or already stored orders, dropped orders), from this thread.
+        metrics: counts bytes and drops.
+    """
+
+    def __init__(
+        self,
+        pools: Sequence[KVPool],
+        shards: ShardSet,
+        copier: BlockCopier,
+        *,
+        namespace: str,
+        max_queued: int,
+        done: Callable[[list[SaveOrder], list[SaveOrder]], None],
+        metrics: Metrics,
+    ) -> None:
+        self._pools = pools
+        self._shards = shards
+        self._copier = copier
+        self._namespace = namespace
+        self._max_queued = max_queued
+        self._done = done
+        self._metrics = metrics
+        self._queue: deque[SaveOrder] = deque()
+        self._dropped: OrderedDict[BlockKey, None] = OrderedDict()
+        self._changed = threading.Condition()
+        self._busy = False
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="litecache-save", daemon=True)
+        self._thread.start()
+
+    def submit(self, orders: Sequence[SaveOrder]) -> list[SaveOrder]:
+        """Queue orders; returns those that find no room."""
+        with self._changed:
+            room = max(0, self._max_queued - len(self._queue))
+            self._queue.extend(orders[:room])
+            self._changed.notify_all()
+        refused = list(orders[room:])
+        self._drop(refused, "queue_full")
+        return refused
+
+    def drain(self, timeout_s: float) -> bool:
+        """Wait until everything queued is copied; False on timeout."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._queue and not self._busy, timeout_s)
+
+    def close(self) -> None:
+        """Drop what is queued and end the thread."""
+        with self._changed:
+            self._closing = True
+            self._queue.clear()
+            self._changed.notify_all()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._busy = False
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: self._queue or self._closing)
+                if self._closing:
+                    return
+                count = min(BATCH_BLOCKS, len(self._queue))
+                batch = [self._queue.popleft() for _ in range(count)]
+                self._busy = True
+            self._save_batch(batch)
+
+    def _save_batch(self, batch: list[SaveOrder]) -> None:
+        started = time.perf_counter()
+        targets: dict[tuple[str, int], tuple[ShardClient, list[SaveOrder]]] = {}
+        dropped: list[SaveOrder] = []
+        for order in batch:
+            if order.parent in self._dropped:
+                dropped += self._drop([order], "parent_dropped")
+                continue
+            shard = self._shards.choose(order.run_key)
+            targets.setdefault((shard.shard_id, order.group), (shard, []))[1].append(order)
+        for (shard_id, group), (shard, orders) in targets.items():
+            try:
+                dropped += self._save_to(shard, group, orders)
+            except Exception as error:
+                # Whatever the shard's failure: these blocks are not saved, the requests go on.
+                logger.warning("saving to shard %s failed: %s", shard_id, error)
+                dropped += self._drop(orders, "error")
+        lost = {id(order) for order in dropped}
+        self._done([order for order in batch if id(order) not in lost], dropped)
+        self._metrics.observe(
+            "litecache_io_seconds", time.perf_counter() - started, direction="save"
+        )
+
+    def _save_to(self, shard: ShardClient, group: int, orders: list[SaveOrder]) -> list[SaveOrder]:
+        """Save orders of one group to one shard; returns the dropped ones."""
+        stored = shard.query([order.key for order in orders])
+        new = [order for order, known in zip(orders, stored, strict=True) if not known]
+        if not new:
+            return []
+        pool = self._pools[group]
+        block_bytes = pool.group.block_bytes
+        dropped: list[SaveOrder] = []
+        while new:
+            slots = self._reserve(shard, block_bytes, len(new))
+            if not slots:
+                dropped += self._drop(new, "no_slot")
+                break
+            views = self._copier.slots(shard.arena, [slot.slot for slot in slots], block_bytes)
+            for order, view in zip(new, views, strict=False):
+                self._copier.save(pool.buffer[order.block], view)
+            self._copier.synchronize()
+            items = [
+                CommitItem(slot.slot, slot.generation, order.key, order.parent, self._namespace)
+                for order, slot in zip(new, slots, strict=False)
+            ]
+            for order, status in zip(new, shard.commit(items), strict=False):
+                if status is CommitStatus.STALE:
+                    dropped += self._drop([order], "stale")
+            copied = len(slots) * block_bytes
+            self._metrics.inc("litecache_copied_bytes", copied, direction="save")
+            new = new[len(slots) :]
+        return dropped
+
+    def _reserve(self, shard: ShardClient, block_bytes: int, count: int) -> list[SlotRef]:
+        deadline = time.monotonic() + SLOT_WAIT_S
+        while True:
+            slots = shard.reserve(block_bytes, count)
+            if slots or time.monotonic() >= deadline:
+                return slots
+            with self._changed:
+                if self._changed.wait_for(lambda: self._closing, 0.01):
+                    raise StorageError("the saver is closing")
+
+    def _drop(self, orders: list[SaveOrder], reason: str) -> list[SaveOrder]:
+        if orders:
+            self._metrics.inc("litecache_drops", len(orders), reason=reason)
+        for order in orders:
+            self._dropped[order.key] = None
+        while len(self._dropped) > REMEMBERED_DROPS:
+            self._dropped.popitem(last=False)
+        return orders

@@ -1,0 +1,172 @@
+"""The shards of one node, as the transfer uses them: who gets a run, who holds a key."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple, Protocol
+
+from litecache.hashing import BlockKey
+from litecache.metrics import Metrics
+from litecache.storage.client import ShardClient
+from litecache.storage.protocol import SlotRef, SlotState, StageResult, StageStatus
+from litecache.types import Tier
+
+logger = logging.getLogger(__name__)
+
+
+class RemoteSource(Protocol):
+    """Blocks on other nodes, found through the coordinator."""
+
+    def locate(self, keys: Sequence[BlockKey]) -> list[str | None]:
+        """Per key, the id of a remote shard that should hold it."""
+        ...
+
+    def fetch(self, shard_id: str, keys: Sequence[BlockKey]) -> list[bytes | None]:
+        """Per key, the block's bytes; None = a miss."""
+        ...
+
+
+class Lease(NamedTuple):
+    """A block found below: in a slot of a local shard, or (slot None) on a remote one."""
+
+    key: BlockKey
+    tier: Tier
+    shard_id: str
+    shard: ShardClient | None
+    slot: SlotRef | None
+
+
+class ShardSet:
+    """Local shards, asked all at once.
+
+    Args:
+        shards: clients of the shards on this node.
+        remote: asked for what no local shard has; None = nobody.
+        metrics: counts misses by tier and reason.
+    """
+
+    def __init__(
+        self, shards: Sequence[ShardClient], remote: RemoteSource | None, metrics: Metrics
+    ) -> None:
+        self._shards = list(shards)
+        self._remote = remote
+        self._metrics = metrics
+        self._pool = (
+            ThreadPoolExecutor(len(self._shards), thread_name_prefix="litecache-stage")
+            if len(self._shards) > 1
+            else None
+        )
+
+    @property
+    def shards(self) -> list[ShardClient]:
+        """The local shards."""
+        return list(self._shards)
+
+    def choose(self, run_key: BlockKey) -> ShardClient:
+        """The shard for a run of blocks, by rendezvous hash of the run's first key."""
+        return max(
+            self._shards,
+            key=lambda shard: hashlib.blake2b(run_key + shard.shard_id.encode()).digest(),
+        )
+
+    def stage(self, keys: Sequence[BlockKey]) -> list[Lease | None]:
+        """Lease every block that some shard has; one lease per key."""
+        answers = self._ask_all(keys)
+        leases: list[Lease | None] = [None] * len(keys)
+        reasons = ["absent"] * len(keys)
+        for shard, results in answers:
+            for position, result in enumerate(results):
+                if result.status is StageStatus.BUSY:
+                    reasons[position] = "busy"
+                if result.status not in (StageStatus.READY, StageStatus.LOADING):
+                    continue
+                tier = Tier.RAM if result.status is StageStatus.READY else Tier.DISK
+                slot = SlotRef(result.slot, result.generation)
+                lease = Lease(keys[position], tier, shard.shard_id, shard, slot)
+                other = leases[position]
+                better = other is None or (other.tier is Tier.DISK and tier is Tier.RAM)
+                spare: Lease | None = other if better else lease
+                if better:
+                    leases[position] = lease
+                if spare is not None:
+                    self.give_back([spare])
+        self._ask_remote(keys, leases)
+        for lease, reason in zip(leases, reasons, strict=True):
+            if lease is None:
+                self._metrics.inc("litecache_misses", tier="shard", reason=reason)
+        return leases
+
+    def fetch(self, leases: Sequence[Lease]) -> list[bytes | None]:
+        """Bytes of blocks on one remote shard."""
+        if self._remote is None or not leases:
+            return [None] * len(leases)
+        try:
+            return self._remote.fetch(leases[0].shard_id, [lease.key for lease in leases])
+        except Exception as error:
+            self._note("fetch", leases[0].shard_id, error)
+            return [None] * len(leases)
+
+    def give_back(self, leases: Sequence[Lease]) -> None:
+        """End leases: reads that have not begun are cancelled, the rest is released."""
+        by_shard: dict[str, list[Lease]] = {}
+        for lease in leases:
+            if lease.shard is not None:
+                by_shard.setdefault(lease.shard_id, []).append(lease)
+        for shard_id, mine in by_shard.items():
+            shard = mine[0].shard
+            assert shard is not None
+            try:
+                loading = [lease for lease in mine if _is_loading(lease)]
+                cancelled = shard.cancel([lease.key for lease in loading]) if loading else []
+                gone = {id(le) for le, ended in zip(loading, cancelled, strict=True) if ended}
+                rest = [le.slot for le in mine if id(le) not in gone and le.slot is not None]
+                if rest:
+                    shard.release(rest)
+            except Exception as error:
+                self._note("release", shard_id, error)
+
+    def close(self) -> None:
+        """End the asking threads."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True)
+
+    def _ask_all(self, keys: Sequence[BlockKey]) -> list[tuple[ShardClient, Sequence[StageResult]]]:
+        def ask(shard: ShardClient) -> tuple[ShardClient, Sequence[StageResult]]:
+            try:
+                return shard, shard.stage(keys)
+            except Exception as error:
+                self._note("stage", shard.shard_id, error)
+                return shard, ()
+
+        if self._pool is None:
+            return [ask(shard) for shard in self._shards]
+        return list(self._pool.map(ask, self._shards))
+
+    def _ask_remote(self, keys: Sequence[BlockKey], leases: list[Lease | None]) -> None:
+        missing = [position for position, lease in enumerate(leases) if lease is None]
+        if self._remote is None or not missing:
+            return
+        try:
+            places = self._remote.locate([keys[position] for position in missing])
+        except Exception as error:
+            self._note("locate", "coordinator", error)
+            return
+        local = {shard.shard_id for shard in self._shards}
+        for position, shard_id in zip(missing, places, strict=True):
+            if shard_id is not None and shard_id not in local:
+                leases[position] = Lease(keys[position], Tier.REMOTE, shard_id, None, None)
+
+    def _note(self, call: str, shard_id: str, error: Exception) -> None:
+        # A shard that fails is a miss, whatever the failure: the request computes instead.
+        self._metrics.inc("litecache_shard_errors", call=call, kind=type(error).__name__)
+        logger.warning("%s on shard %s failed: %s: %s", call, shard_id, type(error).__name__, error)
+
+
+def _is_loading(lease: Lease) -> bool:
+    if lease.shard is None or lease.slot is None:
+        return False
+    state = lease.shard.arena.state(lease.slot.slot, lease.slot.generation)
+    return state is SlotState.LOADING
