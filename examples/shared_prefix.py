@@ -37,13 +37,14 @@ from rich.table import Table
 DOCUMENT = Path(__file__).resolve().with_name("document.txt")
 WARM_UP = "Write one sentence about the colour of the sky in the desert."
 QUESTIONS = {
-    "how": "Explain step by step how a tide mill gets its power from the sea.",
-    "dam": "How is the dam built, and what does the keeper look for when walking along it?",
-    "gears": "Why are some teeth of the gears made of wood and others of iron?",
-    "storm": "What does the keeper do before a storm from the west, and why?",
+    "power": "Explain step by step how a tide mill gets its power from the sea.",
+    "dam": "What is the dam made of, and how long and wide is it?",
+    "gate": "How does the sea gate work, and what is its most common fault?",
+    "scouring": "What is the scouring, and when is it done?",
+    "storm": "What must the keeper do when a storm from the west is expected?",
     "winter": "Describe the work of the keeper in winter when the pond freezes.",
-    "meal": "How does the keeper check the stones and the meal, and what can go wrong?",
 }
+SHOWN_ANSWERS = ("dam", "storm")
 MIN_NEW_TOKENS, MAX_NEW_TOKENS = 48, 64
 MIN_DISK_SHARE = 0.95
 MARK = "LITECACHE_DEMO_RUN"  # in the environment of every process that a phase starts
@@ -277,9 +278,9 @@ def orchestrate(args: argparse.Namespace) -> int:
     same = {name: all(a[name] == answers[0][name] for a in answers) for name in QUESTIONS}
     rows = figures(phases[0], phases[1])
     show(phases, same)
-    for name, question in list(QUESTIONS.items())[:2]:
+    for name in SHOWN_ANSWERS:
         answer = next(q["answer"] for q in phases[1]["questions"] if q["id"] == name)
-        console.print(f"[bold]{question}[/]\n{answer} ...", highlight=False)
+        console.print(f"[bold]{QUESTIONS[name]}[/]\n{answer} ...", highlight=False)
     cold, warm, disk = rows
     console.print(
         f"first token, cold: {cold['value']:.2f} s ({cold['ratio']:.2f} of HF's own prefill, "
