@@ -1,0 +1,138 @@
+"""The block pool against a plain model of reference counts."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from litecache.engine.block_pool import BlockPool, BlockState
+from litecache.errors import CapacityError
+
+NUM_BLOCKS = 7
+
+
+class BlockPoolMachine(RuleBasedStateMachine):
+    """Random sharing, publishing and eviction; the model is a dict of counts and a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.evicted: list[bytes] = []
+        self.pool = BlockPool(NUM_BLOCKS, self.evicted.append)
+        self.refs: dict[int, int] = {}
+        self.keys: dict[int, bytes] = {}
+        self.idle: list[int] = []
+        self.next_key = 0
+
+    @rule(count=st.integers(0, 4), loading=st.booleans())
+    def allocate(self, count: int, loading: bool) -> None:
+        free = NUM_BLOCKS - len(self.refs) - len(self.idle)
+        if count > free + len(self.idle):
+            with pytest.raises(CapacityError):
+                self.pool.allocate(count)
+            return
+        gone, self.idle = self.idle[: max(0, count - free)], self.idle[max(0, count - free) :]
+        before = len(self.evicted)
+        blocks = self.pool.allocate(count, loading=loading)
+        assert self.evicted[before:] == [self.keys.pop(block) for block in gone]
+        assert len(set(blocks)) == count
+        assert not set(blocks) & (set(self.refs) | set(self.idle)), "a block in use given out"
+        self.refs.update(dict.fromkeys(blocks, 1))
+
+    @rule(pick=st.integers(0, 30))
+    def acquire(self, pick: int) -> None:
+        choices = sorted(self.refs) + self.idle
+        if choices:
+            block = choices[pick % len(choices)]
+            self.pool.acquire([block])
+            if block in self.idle:
+                self.idle.remove(block)
+            self.refs[block] = self.refs.get(block, 0) + 1
+
+    @rule(picks=st.lists(st.integers(0, 30), max_size=4, unique=True))
+    def release_chain(self, picks: list[int]) -> None:
+        held = sorted(self.refs)
+        chain = list(dict.fromkeys(held[p % len(held)] for p in picks)) if held else []
+        self.pool.release([0, *chain])
+        for block in reversed(chain):
+            self.refs[block] -= 1
+            if not self.refs[block]:
+                del self.refs[block]
+                if block in self.keys:
+                    self.idle.append(block)
+
+    @rule(pick=st.integers(0, 30))
+    def publish(self, pick: int) -> None:
+        private = [block for block in sorted(self.refs) if block not in self.keys]
+        if private:
+            block = private[pick % len(private)]
+            self.next_key += 1
+            self.keys[block] = self.next_key.to_bytes(16, "little")
+            self.pool.publish(block, self.keys[block])
+
+    @rule(pick=st.integers(0, 30))
+    def copy_on_write(self, pick: int) -> None:
+        held = sorted(self.refs)
+        if not held:
+            return
+        block = held[pick % len(held)]
+        shared = self.refs[block] > 1 or block in self.keys
+        if shared and len(self.refs) == NUM_BLOCKS:
+            with pytest.raises(CapacityError):
+                self.pool.copy_on_write(block)
+            return
+        if not shared:
+            assert self.pool.copy_on_write(block) == block
+            return
+        free = NUM_BLOCKS - len(self.refs) - len(self.idle)
+        if not free:
+            del self.keys[self.idle.pop(0)]
+        copy = self.pool.copy_on_write(block)
+        assert copy != block
+        self.refs[copy] = 1
+        self.refs[block] -= 1
+        if not self.refs[block]:
+            del self.refs[block]
+            self.idle.append(block)
+
+    @rule()
+    def evict_idle(self) -> None:
+        assert self.pool.evict_idle() == len(self.idle)
+        for block in self.idle:
+            del self.keys[block]
+        self.idle = []
+
+    @invariant()
+    def agrees_with_the_model(self) -> None:
+        self.pool.check_integrity()
+        assert self.pool.num_available == NUM_BLOCKS - len(self.refs)
+        for block in range(1, NUM_BLOCKS + 1):
+            assert self.pool.ref_count(block) == self.refs.get(block, 0)
+            assert self.pool.key(block) == self.keys.get(block)
+        assert sum(self.pool.stats().values()) == NUM_BLOCKS
+
+
+TestBlockPool = BlockPoolMachine.TestCase
+
+
+def test_eviction_takes_the_tail_of_a_chain_first() -> None:
+    evicted: list[bytes] = []
+    pool = BlockPool(3, evicted.append)
+    chain = pool.allocate(3)
+    for number, block in enumerate(chain):
+        pool.publish(block, bytes([number]) * 16)
+    pool.release(chain)
+    pool.allocate(2)
+    assert evicted == [bytes([2]) * 16, bytes([1]) * 16]
+
+
+def test_every_state_is_reached_and_reported() -> None:
+    pool = BlockPool(5)
+    private, published, idle = pool.allocate(3)
+    (loading,) = pool.allocate(1, loading=True)
+    pool.publish(published, b"p" * 16)
+    pool.publish(idle, b"i" * 16)
+    pool.release([idle])
+    states = {pool.state(block) for block in (private, published, idle, loading, 1)}
+    assert states == set(BlockState)
+    assert set(pool.stats().values()) == {1}
