@@ -133,6 +133,6 @@ def test_every_state_is_reached_and_reported() -> None:
     pool.publish(published, b"p" * 16)
     pool.publish(idle, b"i" * 16)
     pool.release([idle])
-    states = {pool.state(block) for block in (private, published, idle, loading, 1)}
+    states = {pool.state(block) for block in (private, published, idle, loading, 5)}
     assert states == set(BlockState)
     assert set(pool.stats().values()) == {1}
