@@ -30,7 +30,8 @@ if [ -x .venv/bin/python ] && [ "$(cat "$stamp" 2>/dev/null)" = "$want" ]; then
 fi
 
 say() { echo "setup: $*" >&2; }
-if [ ! -x .venv/bin/python ]; then
+if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then  # none yet, or cut short
+  rm -rf .venv
   say "making .venv with $("$python" --version)"
   "$python" -m venv .venv || {
     rm -rf .venv
