@@ -1,0 +1,149 @@
+"""How many blocks the pool gets.
+
+With `num_blocks` it is what the user said. On a GPU it is what `gpu_memory_fraction` leaves after
+weights and the measured peak of the largest step; on a CPU a share of the free memory. A pool that
+cannot hold one sequence is refused with the numbers and with what to change.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from litecache.config import CacheConfig
+from litecache.engine.hf_attention import AttentionOptions, attention_context
+from litecache.engine.kv_layout import KVLayout
+from litecache.engine.model_loader import LoadedModel
+from litecache.engine.sampler import SamplingBatch, sample
+from litecache.errors import CapacityError
+
+CPU_POOL_BYTES = 4 << 30
+CPU_MEMORY_SHARE = 0.25
+GRAPH_BYTES = 1 << 30
+"""Set aside on a GPU for captured graphs and the libraries' workspaces."""
+
+
+def choose_num_blocks(loaded: LoadedModel, layout: KVLayout, config: CacheConfig) -> int:
+    """Blocks per KV group, the trash block not counted.
+
+    Args:
+        loaded: the model; on a GPU its largest step is run once, without a pool.
+        layout: its KV groups.
+        config: `num_blocks`, or the fraction of memory to use.
+
+    Raises:
+        CapacityError: the blocks cannot hold one sequence of the shortest useful length, or do
+            not fit the device.
+    """
+    if config.num_blocks is not None:
+        _check_fits(config.num_blocks, loaded, layout)
+        return config.num_blocks
+    if loaded.device.type == "cuda":
+        room = _gpu_room(loaded, config)
+        advice = "raise gpu_memory_fraction, lower max_batch_tokens or set num_blocks"
+    else:
+        room = min(CPU_POOL_BYTES, int(available_memory() * CPU_MEMORY_SHARE))
+        advice = "free memory or set num_blocks"
+    # No sequence needs more than its own length, and no pool more than all requests at full length.
+    per_sequence = -(-loaded.max_model_len // layout.block_size) + 1
+    blocks = min(room // layout.block_bytes - 1, per_sequence * config.max_requests)
+    least = min(per_sequence, -(-config.max_batch_tokens // layout.block_size))
+    if blocks < least:
+        raise CapacityError(
+            f"{room:,} bytes are left for the KV pool on {loaded.device}, which is"
+            f" {max(blocks, 0)} blocks of {layout.block_bytes:,} bytes; one sequence of"
+            f" {least * layout.block_size} tokens needs {least}: {advice}"
+        )
+    return int(blocks)
+
+
+def _check_fits(num_blocks: int, loaded: LoadedModel, layout: KVLayout) -> None:
+    need = (num_blocks + 1) * layout.block_bytes
+    free = (
+        torch.cuda.mem_get_info(loaded.device)[0]
+        if loaded.device.type == "cuda"
+        else available_memory()
+    )
+    if need > free:
+        most = free // layout.block_bytes - 1
+        raise CapacityError(
+            f"num_blocks={num_blocks} needs {need:,} bytes on {loaded.device}, {free:,} are free:"
+            f" at most {max(most, 0)} blocks of {layout.block_bytes:,} bytes fit"
+        )
+
+
+def _gpu_room(loaded: LoadedModel, config: CacheConfig) -> int:
+    """Bytes for the pool: the fraction of the device less all that is not the pool."""
+    torch.cuda.empty_cache()
+    free_before, total = torch.cuda.mem_get_info(loaded.device)
+    peak = profile_peak(loaded, config)
+    used = total - free_before
+    return int(total * config.gpu_memory_fraction) - used - peak - GRAPH_BYTES
+
+
+def profile_peak(loaded: LoadedModel, config: CacheConfig) -> int:
+    """Bytes that the largest step allocates on a GPU beside weights and pool."""
+    device = loaded.device
+    tokens = min(config.max_batch_tokens, loaded.max_model_len)
+    samples = min(config.max_requests, tokens)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    ids = torch.arange(tokens, device=device) % loaded.vocab_size
+    with torch.inference_mode(), attention_context(_Absent()):
+        logits = loaded.model(
+            input_ids=ids[None],
+            position_ids=torch.arange(tokens, device=device)[None],
+            use_cache=False,
+            logits_to_keep=samples,
+        ).logits[0][-samples:]
+        ones = torch.ones(samples, device=device)
+        sample(
+            logits,
+            SamplingBatch(
+                temperature=ones,
+                top_k=torch.full((samples,), 8, device=device),
+                top_p=ones * 0.9,
+                min_p=ones * 0.1,
+                keys=torch.zeros(samples, dtype=torch.int64, device=device),
+                all_greedy=False,
+                any_sorted=True,
+                any_min_p=True,
+            ),
+        )
+    torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device) - before
+    del logits
+    torch.cuda.empty_cache()
+    return peak
+
+
+class _Absent:
+    """Attention that costs its output alone, for a forward without a pool."""
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        options: AttentionOptions,
+    ) -> torch.Tensor:
+        return query.new_zeros(query.shape[0], query.shape[1], value.shape[2])
+
+
+def available_memory() -> int:
+    """Bytes this process may still take: the machine's, bounded by its cgroup."""
+    limits = []
+    with open("/proc/meminfo", encoding="ascii") as file:
+        for line in file:
+            if line.startswith("MemAvailable:"):
+                limits.append(int(line.split()[1]) * 1024)
+    try:
+        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as file:
+            limit = file.read().strip()
+        with open("/sys/fs/cgroup/memory.current", encoding="ascii") as file:
+            current = int(file.read())
+        if limit != "max":
+            limits.append(max(int(limit) - current, 0))
+    except OSError:
+        pass  # no cgroup v2: the machine's figure alone
+    return min(limits)
