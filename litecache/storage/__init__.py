@@ -1,0 +1,44 @@
+"""The storage tier: blocks in shared memory and on disk, shared by processes, kept over restarts.
+
+`ShardStore` is one shard; `LocalShardClient` uses it in-process. Nothing here imports torch, ray or
+transformers.
+"""
+
+from __future__ import annotations
+
+from .arena_view import ArenaView
+from .client import LocalShardClient, ShardClient
+from .key_table import KeyTable
+from .protocol import (
+    PAGE_BYTES,
+    PROTOCOL_VERSION,
+    Attachment,
+    CommitItem,
+    CommitStatus,
+    Deltas,
+    FlushReport,
+    SlotRef,
+    SlotState,
+    StageResult,
+    StageStatus,
+)
+from .shard_store import ShardStore
+
+__all__ = [
+    "PAGE_BYTES",
+    "PROTOCOL_VERSION",
+    "ArenaView",
+    "Attachment",
+    "CommitItem",
+    "CommitStatus",
+    "Deltas",
+    "FlushReport",
+    "KeyTable",
+    "LocalShardClient",
+    "ShardClient",
+    "ShardStore",
+    "SlotRef",
+    "SlotState",
+    "StageResult",
+    "StageStatus",
+]

@@ -32,8 +32,6 @@ def pack_word(generation: int, state: int) -> int:
     return generation << 8 | state
 
 
-
-
 class ArenaView:
     """Maps the arena named by an attachment.
 

@@ -1,0 +1,160 @@
+"""The shard's side of the arena: shared memory, its growth by segments, the slot table.
+
+A memfd where there is one (no name, no mount limit, nothing to sweep after a kill; others open it
+through `/proc/PID/fd`), a `/dev/shm` file otherwise. Pages exist only once a segment is grown:
+`posix_fallocate` answers ENOSPC where touching memory would end in SIGBUS. The store's lock guards
+the slot table; `grow` runs outside it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import mmap
+import os
+
+from ..errors import StorageFullError
+from ..hashing import BlockKey
+from .arena_view import ENTRY_WORDS, pack_word
+from .protocol import PAGE_BYTES, PROTOCOL_VERSION, Attachment, SlotState
+
+logger = logging.getLogger(__name__)
+
+_MADV_POPULATE_WRITE = 23
+_SHM = "/dev/shm"
+
+
+def available_memory_bytes() -> int:
+    """Memory that can still be taken: of the machine, and of the cgroup if it is limited."""
+    room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with contextlib.suppress(OSError, ValueError), open("/proc/meminfo") as info:
+        fields = dict(line.split(":", 1) for line in info)
+        room = int(fields["MemAvailable"].split()[0]) * 1024
+    with contextlib.suppress(OSError, ValueError), open("/sys/fs/cgroup/memory.max") as limit:
+        limit_bytes = int(limit.read())
+        with open("/sys/fs/cgroup/memory.current") as current:
+            room = min(room, limit_bytes - int(current.read()))
+    return room
+
+
+class Arena:
+    """Owns the shared memory of one shard.
+
+    Args:
+        arena_bytes: bytes of slots at most, a multiple of `segment_bytes`.
+        segment_bytes: unit of growth.
+        epoch: of the shard; part of the fallback file's name.
+        use_memfd: False forces the `/dev/shm` file.
+
+    Raises:
+        StorageFullError: there is too little memory for `arena_bytes`.
+    """
+
+    def __init__(
+        self, arena_bytes: int, segment_bytes: int, epoch: int, *, use_memfd: bool = True
+    ) -> None:
+        self.arena_bytes = arena_bytes
+        self.segment_bytes = segment_bytes
+        self.epoch = epoch
+        pages = arena_bytes // PAGE_BYTES
+        self.mapping_bytes = arena_bytes + -(-pages * ENTRY_WORDS * 8 // PAGE_BYTES) * PAGE_BYTES
+        room = available_memory_bytes()
+        if arena_bytes > room:
+            raise StorageFullError(
+                f"ram_bytes={arena_bytes} is invalid: {room} bytes of memory are available"
+            )
+        self.path: str | None = None
+        self._fd = self._create(use_memfd and hasattr(os, "memfd_create"))
+        try:
+            os.ftruncate(self._fd, self.mapping_bytes)
+            self._map = mmap.mmap(self._fd, self.mapping_bytes)
+        except BaseException:
+            self._remove()
+            raise
+        whole = memoryview(self._map)
+        self.bytes = whole[:arena_bytes]
+        self._words = whole[arena_bytes:].cast("Q")
+
+    def _create(self, memfd: bool) -> int:
+        if memfd:
+            with contextlib.suppress(OSError):
+                return os.memfd_create(f"litecache-{self.epoch:x}", os.MFD_CLOEXEC)
+        stat = os.statvfs(_SHM)
+        if stat.f_bavail * stat.f_frsize < self.mapping_bytes:
+            raise StorageFullError(
+                f"ram_bytes={self.arena_bytes} is invalid: {_SHM} has "
+                f"{stat.f_bavail * stat.f_frsize} bytes left"
+            )
+        self.path = f"{_SHM}/litecache-{os.getpid()}-{self.epoch:x}"
+        return os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+
+    def attachment(self, client_id: int) -> Attachment:
+        """What a client needs to map the arena."""
+        return Attachment(
+            version=PROTOCOL_VERSION,
+            client_id=client_id,
+            epoch=self.epoch,
+            arena_pid=os.getpid(),
+            arena_fd=self._fd,
+            arena_path=self.path,
+            arena_bytes=self.arena_bytes,
+            slot_table_offset=self.arena_bytes,
+            mapping_bytes=self.mapping_bytes,
+            segment_bytes=self.segment_bytes,
+        )
+
+    def grow(self, segments: range) -> None:
+        """Make segments' memory exist, faulted in.
+
+        Raises:
+            OSError: ENOSPC or ENOMEM; nothing has changed.
+        """
+        start = segments.start * self.segment_bytes
+        length = len(segments) * self.segment_bytes
+        os.posix_fallocate(self._fd, start, length)
+        # a first touch costs 5 us a page under a copy; an old kernel does not know the advice
+        with contextlib.suppress(OSError, ValueError):
+            self._map.madvise(_MADV_POPULATE_WRITE, start, length)
+
+    def resident_bytes(self) -> int:
+        """Bytes of shared memory that exist."""
+        return os.fstat(self._fd).st_blocks * 512
+
+    def buffer(self, slot: int, nbytes: int) -> memoryview:
+        """A slot's bytes."""
+        return self.bytes[slot * PAGE_BYTES : slot * PAGE_BYTES + nbytes]
+
+    def set_entry(
+        self, slot: int, generation: int, state: SlotState, key: BlockKey | None, nbytes: int
+    ) -> None:
+        """Give a slot to new contents: word 0 without a promise, the key, word 0 again."""
+        at = slot * ENTRY_WORDS
+        words = self._words
+        words[at] = pack_word(generation, SlotState.FREE)
+        words[at + 1] = int.from_bytes(key[:8], "little") if key else 0
+        words[at + 2] = int.from_bytes(key[8:], "little") if key else 0
+        words[at + 3] = nbytes
+        words[at] = pack_word(generation, state)
+
+    def set_state(self, slot: int, generation: int, state: SlotState) -> None:
+        """Change the state under the same contents: one store."""
+        self._words[slot * ENTRY_WORDS] = pack_word(generation, state)
+
+    def word(self, slot: int) -> int:
+        """Word 0 of the slot's entry."""
+        return int(self._words[slot * ENTRY_WORDS])
+
+    def close(self) -> None:
+        """Give the memory back as soon as no client maps it."""
+        self._words.release()
+        self.bytes.release()
+        # bytes of a slot may still be exported to a reader: the mapping then goes with it
+        with contextlib.suppress(BufferError):
+            self._map.close()
+        self._remove()
+
+    def _remove(self) -> None:
+        os.close(self._fd)
+        if self.path is not None:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.path)

@@ -1,0 +1,459 @@
+"""The I/O of a shard: threads that read and write slots, and one that syncs and compacts.
+
+Reads go before writes, and at least one thread is never used for writing. No lock is held during
+I/O. Idle threads sleep on a condition variable; nothing polls. With `threads=0` all work is done by
+whoever caused it, on its own thread, which makes tests deterministic.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import xxhash
+
+from ..metrics import Metrics
+from .files import NO_SPACE
+from .protocol import PAGE_BYTES
+from .ram_tier import RamBlock, RamState
+from .slab import Transfer
+from .tiers import Tiers, WriteBatch
+
+logger = logging.getLogger(__name__)
+
+MIN_REQUEST_BYTES = 4 << 20
+MAX_REQUEST_BYTES = 16 << 20
+
+
+def checksum(memory: memoryview, key: bytes) -> int:
+    """xxh3_64 of a block's bytes, seeded with its key, so that it also binds the two together."""
+    return int(xxhash.xxh3_64_intdigest(memory, seed=int.from_bytes(key[:8], "little")))
+
+
+def fault(memory: memoryview, key: bytes, expected: int, error: OSError | None) -> str | None:
+    """Why bytes read from disk are not the block's: `io_error`, `corrupt`, or None."""
+    if error is not None:
+        logger.warning("block %s cannot be read: %s", key.hex(), error)
+        return "io_error"
+    if checksum(memory, key) != expected:
+        logger.warning("block %s is damaged on disk: dropped", key.hex())
+        return "corrupt"
+    return None
+
+
+class _ReadJob(NamedTuple):
+    block: RamBlock
+    transfer: Transfer
+    checksum: int
+    key: bytes
+
+
+class BlockIo:
+    """Carries out what `Tiers` queues.
+
+    Args:
+        tiers: the state, guarded by `lock`.
+        lock: the store's lock.
+        changed: notified when a read or write ended.
+        threads: number of I/O threads.
+        fsync: `always`, `interval` or `never`.
+        interval_s: how long a write may stay unsynced under `interval`.
+        metrics: where bytes and latencies are counted.
+    """
+
+    def __init__(
+        self,
+        tiers: Tiers,
+        lock: threading.Lock,
+        changed: threading.Condition,
+        *,
+        threads: int,
+        fsync: str,
+        interval_s: float,
+        metrics: Metrics,
+    ) -> None:
+        self._tiers = tiers
+        self._lock = lock
+        self._changed = changed
+        self._work = threading.Condition(lock)
+        self._keep = threading.Condition(lock)
+        self._fsync = fsync
+        self._interval_s = interval_s
+        self._metrics = metrics
+        self._threads = threads
+        self._writers = 0
+        self._closing = False
+        self._unsynced = False
+        self._compact_failed = False
+        self.writing_slots: set[int] = set()
+        self.failed_writes = 0
+        self._grow_lock = threading.Lock()
+        self._sync_lock = threading.Lock()
+        self._running: list[threading.Thread] = []
+        if tiers.disk is not None and threads:
+            self._start(self._run, "io", threads)
+            self._start(self._run_keeper, "keeper", 1)
+
+    def _start(self, target: Callable[[], None], name: str, count: int) -> None:
+        for number in range(count):
+            thread = threading.Thread(target=target, name=f"litecache-{name}-{number}", daemon=True)
+            thread.start()
+            self._running.append(thread)
+
+    def queue_reads(self, blocks: Sequence[RamBlock]) -> None:
+        """Queue reads in the order given, neighbours merged; the lock is held."""
+        index = self._tiers.index
+        places = [Transfer(index.disk[b.entry] - 1, memoryview(b"")) for b in blocks]
+        sizes = [block.nbytes for block in blocks]
+        groups = _requests(places, sizes, max(1, self._threads))
+        for group in sorted(groups, key=min):
+            self._tiers.reads.append([blocks[i] for i in group])
+
+    def kick(self) -> None:
+        """There is work; the lock is held."""
+        self._work.notify_all()
+
+    def note_change(self) -> None:
+        """Metadata changed without a write; the lock is held."""
+        self._unsynced = True
+        self._keep.notify()
+
+    def drain(self) -> None:
+        """Without threads, do all queued work now; the lock is not held."""
+        if not self._threads and self._tiers.disk is not None:
+            while self._step(wait=False):
+                pass
+            if self._unsynced or self._tiers.disk.wants_compaction():
+                self._maintain(force_sync=False)
+
+    def _run(self) -> None:
+        while self._step(wait=True):
+            pass
+
+    def _may_write(self) -> bool:
+        return bool(self._tiers.dirty) and self._writers < max(1, self._threads - 1)
+
+    def _step(self, *, wait: bool) -> bool:
+        jobs: list[_ReadJob] = []
+        batch: WriteBatch | None = None
+        tiers = self._tiers
+        with self._lock:
+            while not tiers.reads and not self._may_write():
+                if not wait or self._closing:
+                    return False
+                self._work.wait()
+            if tiers.reads:
+                jobs = [self._read_job(b) for b in tiers.reads.popleft() if not b.dead]
+            else:
+                share = tiers.dirty_bytes // max(1, self._threads - 1)
+                batch = tiers.take_dirty(min(max(share, MIN_REQUEST_BYTES), MAX_REQUEST_BYTES))
+                if batch is None:
+                    return True
+                self._writers += 1
+        if batch is None:
+            if jobs:
+                self._read(jobs)
+            return True
+        try:
+            return self._write(batch)
+        finally:
+            with self._lock:
+                self._writers -= 1
+                if tiers.dirty:
+                    self._work.notify()
+                self._changed.notify_all()
+
+    def _read_job(self, block: RamBlock) -> _ReadJob:
+        tiers = self._tiers
+        block.started = True
+        memory = tiers.ram.arena.buffer(block.slot, block.nbytes)
+        transfer = Transfer(tiers.index.disk[block.entry] - 1, memory)
+        key = tiers.index.key_at(block.entry)
+        return _ReadJob(block, transfer, tiers.index.checksum[block.entry], key)
+
+    def _read(self, jobs: list[_ReadJob]) -> None:
+        tiers, disk = self._tiers, self._tiers.disk
+        assert disk is not None
+        begun = time.perf_counter()
+        errors = disk.read([job.transfer for job in jobs])
+        reasons = [
+            fault(job.transfer.memory, job.key, job.checksum, error)
+            for job, error in zip(jobs, errors, strict=True)
+        ]
+        self._account("read", sum(len(job.transfer.memory) for job in jobs), begun)
+        with self._lock:
+            # tails settle first, so that they are older than their heads in RAM too
+            for job, reason in reversed(list(zip(jobs, reasons, strict=True))):
+                tiers.finish_load(job.block, job.transfer.slot, reason)
+            self._changed.notify_all()
+            if tiers.dirty:
+                self._work.notify()
+
+    def _account(self, direction: str, nbytes: int, begun: float) -> None:
+        self._metrics.inc("litecache_storage_bytes", nbytes, direction=direction, tier="disk")
+        elapsed = time.perf_counter() - begun
+        self._metrics.observe("litecache_io_seconds", elapsed, direction=direction)
+
+    def _allocate(self, batch: WriteBatch) -> list[int]:
+        """Disk slots for a batch; the slab grows outside the store's lock."""
+        disk = self._tiers.disk
+        assert disk is not None
+        n = len(batch.blocks)
+        with self._lock:
+            if disk.journal_full():
+                return []
+            slots = disk.allocate(batch.pages, n, batch.namespace)
+            self.writing_slots.update(slots)
+            if len(slots) == n or disk.space.growth(batch.pages) is None:
+                return slots
+        with self._grow_lock:
+            while True:
+                with self._lock:
+                    more = disk.allocate(batch.pages, n - len(slots), batch.namespace)
+                    self.writing_slots.update(more)
+                    slots += more
+                    segments = disk.space.growth(batch.pages)
+                    if len(slots) == n or segments is None:
+                        return slots
+                grown = disk.grow(segments)
+                with self._lock:
+                    if grown:
+                        disk.space.grow(segments)
+                    else:
+                        # a full disk bounds the slab at what it has; slots are recycled
+                        disk.grow_failed = True
+                        self._metrics.inc("litecache_drops", reason="disk_full_growth")
+
+    def _write(self, batch: WriteBatch) -> bool:
+        tiers, disk = self._tiers, self._tiers.disk
+        assert disk is not None
+        slots = self._allocate(batch)
+        blocks, homeless = batch.blocks[: len(slots)], batch.blocks[len(slots) :]
+        if homeless:
+            self._settle_homeless(homeless, bool(slots))
+        if not blocks:
+            return True
+        transfers = [
+            Transfer(slot, tiers.ram.arena.buffer(block.slot, block.nbytes))
+            for slot, block in zip(slots, blocks, strict=True)
+        ]
+        # a block deleted meanwhile has no key; its checksum does not matter any more
+        sums = [
+            checksum(transfer.memory, block.key or b"")
+            for transfer, block in zip(transfers, blocks, strict=True)
+        ]
+        begun = time.perf_counter()
+        errors = disk.write(transfers)
+        self._account("write", sum(len(t.memory) for t in transfers), begun)
+        self._finish(blocks, slots, sums, errors)
+        self.maintain_after_write()
+        return True
+
+    def _finish(
+        self,
+        blocks: list[RamBlock],
+        slots: list[int],
+        sums: list[int],
+        errors: list[OSError | None],
+    ) -> None:
+        tiers, disk = self._tiers, self._tiers.disk
+        assert disk is not None
+        good = [i for i, error in enumerate(errors) if error is None]
+        with self._lock:
+            self.writing_slots.difference_update(slots)
+            for i, error in enumerate(errors):
+                if error is not None:
+                    logger.warning("a block cannot be written: %s", error)
+                    disk.free(slots[i])
+                    self.failed_writes += 1
+                    tiers.fail_write(
+                        blocks[i], "disk_full" if error.errno in NO_SPACE else "io_error"
+                    )
+            tiers.finish_write(
+                [blocks[i] for i in good], [slots[i] for i in good], [sums[i] for i in good]
+            )
+            self._unsynced = True
+            self._changed.notify_all()
+
+    def _settle_homeless(self, blocks: list[RamBlock], progress: bool) -> None:
+        with self._lock:
+            disk = self._tiers.disk
+            assert disk is not None
+            # slots that reads or other writes hold come back: wait for them, else give up
+            if progress or (not disk.journal_full() and (disk.busy or self._writers > 1)):
+                self._tiers.return_dirty(blocks)
+                if not progress:
+                    self._changed.wait(0.05)
+                return
+            for block in blocks:
+                self.failed_writes += 1
+                self._tiers.fail_write(block, "no_room")
+
+    def maintain_after_write(self) -> None:
+        """Carry the journal to the file, and sync or compact if it is due."""
+        disk = self._tiers.disk
+        assert disk is not None
+        self._flush_journal()
+        if self._fsync == "always":
+            self.sync()
+        if self._threads:
+            with self._lock:
+                self._keep.notify()
+
+    def _flush_journal(self) -> None:
+        disk = self._tiers.disk
+        assert disk is not None
+        with self._lock:
+            seq = disk.begin_sync()
+        try:
+            disk.journal.flush()
+        except OSError as error:
+            logger.error("the journal cannot be written: %s", error)
+            return
+        if self._fsync == "never" and not disk.journal.broken:
+            with self._lock:
+                disk.synced_seq = max(disk.synced_seq, seq)
+
+    def sync(self) -> bool:
+        """Make everything written so far durable; False when the disk refused."""
+        disk = self._tiers.disk
+        if disk is None:
+            return True
+        with self._sync_lock:
+            with self._lock:
+                seq = disk.begin_sync()
+                before = disk.synced_seq
+                self._unsynced = False
+                if seq == before and not disk.journal.broken:
+                    return True
+            try:
+                disk.slab.sync()
+            except OSError as error:
+                logger.error("the slab cannot be synced: %s", error)
+                self._distrust(before)
+                return False
+            try:
+                disk.journal.flush()
+                if not disk.journal.broken:
+                    disk.journal.sync()
+            except OSError as error:
+                logger.error("the journal cannot be synced: %s", error)
+            # a journal that failed once may have lost pages: only a new one can be trusted
+            if disk.journal.broken and not self._compact_locked():
+                return False
+            with self._lock:
+                disk.synced_seq = max(disk.synced_seq, seq)
+                self._changed.notify_all()
+            return True
+
+    def _distrust(self, synced_seq: int) -> None:
+        """The device may have lost what was written since the last sync: drop it."""
+        tiers, disk = self._tiers, self._tiers.disk
+        assert disk is not None
+        with self._lock:
+            doubtful = [
+                entry
+                for entry in disk.on_disk().tolist()
+                if tiers.index.put_seq[entry] > synced_seq
+            ]
+            for entry in doubtful:
+                self.failed_writes += 1
+                self._metrics.inc("litecache_drops", reason="sync_error")
+                tiers.drop(entry)
+            self._changed.notify_all()
+
+    def compact(self) -> bool:
+        """Write a snapshot and start a new journal; False when the disk refused."""
+        with self._sync_lock:
+            return self._compact_locked()
+
+    def _compact_locked(self) -> bool:
+        disk = self._tiers.disk
+        assert disk is not None
+        with self._lock:
+            captured = disk.begin_compaction()
+        try:
+            # the snapshot must not name a block whose bytes a power cut could still take
+            disk.slab.sync()
+            disk.compact(captured)
+        except OSError as error:
+            logger.error("compaction failed: %s", error)
+            disk.compacting = False
+            disk.journal.abandon_rewrite()
+            self._compact_failed = True
+            return False
+        self._compact_failed = False
+        with self._lock:
+            disk.synced_seq = max(disk.synced_seq, captured.seq)
+            self._changed.notify_all()
+        return True
+
+    def _run_keeper(self) -> None:
+        while True:
+            with self._lock:
+                while not self._closing and not self._due():
+                    self._keep.wait()
+                if self._closing:
+                    return
+                if self._unsynced and self._fsync == "interval":
+                    deadline = time.monotonic() + self._interval_s
+                    while not self._closing and (left := deadline - time.monotonic()) > 0:
+                        self._keep.wait(left)
+                if self._closing:
+                    return
+            self._maintain(force_sync=self._fsync == "interval")
+
+    def _due(self) -> bool:
+        disk = self._tiers.disk
+        assert disk is not None
+        if disk.wants_compaction() and not self._compact_failed:
+            return True
+        return self._unsynced and self._fsync == "interval"
+
+    def _maintain(self, *, force_sync: bool) -> None:
+        disk = self._tiers.disk
+        assert disk is not None
+        if force_sync or self._fsync == "always":
+            # one new attempt at a failed compaction per sync, not a storm of them
+            self._compact_failed = False
+            self.sync()
+        with self._lock:
+            self._unsynced = self._unsynced and not force_sync
+            wanted = disk.wants_compaction() and not self._compact_failed
+        if wanted:
+            self.compact()
+
+    def pending(self, blocks: Sequence[RamBlock]) -> list[RamBlock]:
+        """Those still on their way to disk; the lock is held."""
+        states = (RamState.DIRTY, RamState.WRITING)
+        return [block for block in blocks if block.state in states and not block.dead]
+
+    def close(self) -> None:
+        """End the threads; queued work is left undone."""
+        with self._lock:
+            self._closing = True
+            self._tiers.reads.clear()
+            self._work.notify_all()
+            self._keep.notify_all()
+        for thread in self._running:
+            thread.join()
+
+
+def _requests(places: Sequence[Transfer], sizes: Sequence[int], threads: int) -> list[list[int]]:
+    """Positions grouped into requests of neighbouring slots, 4 to 16 MiB where they allow it."""
+    share = sum(sizes) // threads
+    limit = min(max(share, MIN_REQUEST_BYTES), MAX_REQUEST_BYTES)
+    order = sorted(range(len(places)), key=lambda i: places[i].slot)
+    groups: list[list[int]] = []
+    end, held = -1, 0
+    for i in order:
+        if places[i].slot != end or held + sizes[i] > limit:
+            groups.append([])
+            held = 0
+        groups[-1].append(i)
+        held += sizes[i]
+        end = places[i].slot + sizes[i] // PAGE_BYTES
+    return groups

@@ -1,0 +1,373 @@
+"""The disk tier: slab, space, journal and snapshot of one folder.
+
+It places blocks, makes room by eviction, and keeps the metadata on disk in step. What changes its
+state runs under the store's lock and touches no file; what touches files (`write`, `read`, `sync`,
+`compact`, `grow`) runs outside it.
+
+Bounded bytes: every segment of the slab that exists counts in full, every slot in use counts
+`META_SLOT_BYTES` for two snapshots and a journal, and `META_FIXED_BYTES` for the rest.
+"""
+
+from __future__ import annotations
+
+import logging
+import struct
+from collections.abc import Callable, Sequence
+
+import msgpack
+import numpy as np
+
+from . import journal as journal_file
+from . import snapshot
+from .block_index import BlockIndex
+from .eviction.queues import Queues
+from .files import NO_SPACE, Files
+from .folder import Folder
+from .journal import Journal
+from .key_table import Entries
+from .protocol import PAGE_BYTES
+from .records import RECORD_BYTES, seal
+from .recovery import MAX_NAMES, Recovered, recover
+from .segments import SegmentSpace, pick_segment_bytes
+from .slab import Slab, Transfer
+
+logger = logging.getLogger(__name__)
+
+META_FIXED_BYTES = 128 << 10
+META_SLOT_BYTES = 4 * RECORD_BYTES + 40
+_JOURNAL_FREE_BYTES = 32 << 10
+_SLOT = struct.Struct("<I")
+
+
+class DiskTier:
+    """One folder.
+
+    Args:
+        files: the file system.
+        path: the folder, absolute.
+        storage_bytes: bound on everything in it.
+        index: the shard's blocks; filled from the folder.
+        policy: name of the eviction policy.
+        on_evict: called with the entry whose disk copy was given up, under the store's lock.
+        quotas: namespace to the disk bytes that it may take.
+        direct: try O_DIRECT.
+
+    Raises:
+        ConfigError, StorageFullError, StorageLockedError, StorageFormatError: see `Folder`.
+    """
+
+    def __init__(
+        self,
+        files: Files,
+        path: str,
+        *,
+        storage_bytes: int,
+        index: BlockIndex,
+        policy: str,
+        on_evict: Callable[[int], None],
+        quotas: dict[str, int],
+        direct: bool = True,
+    ) -> None:
+        self._files = files
+        self._index = index
+        self._on_evict = on_evict
+        self.limit = storage_bytes
+        self.queues = Queues(policy)
+        self._quotas = quotas
+        self.names: list[str] = []
+        self._name_numbers: dict[str, int] = {}
+        self._name_bytes = 0
+        self.busy: dict[int, int] = {}
+        self._zombies: set[int] = set()
+        self._dels: list[bytes] = []
+        self.synced_seq = 0
+        self.grow_failed = False
+        self.compacting = False
+        self.folder = Folder(files, path, storage_bytes, pick_segment_bytes(storage_bytes))
+        try:
+            self.space = SegmentSpace(self.folder.segment_bytes, self._may_grow)
+            self.slab = Slab(files, self.folder.file("slab"), direct=direct)
+            try:
+                recovered = recover(files, path)
+                self._restore(recovered)
+                self.journal = Journal(
+                    files, self.folder.file("journal"), recovered.seq, recovered.journal_end
+                )
+                # what was read back counts as durable from here on: make that true
+                self.slab.sync()
+                self.journal.sync()
+                files.sync_folder(path)
+            except BaseException:
+                self.slab.close()
+                raise
+        except BaseException:
+            self.folder.discard()
+            raise
+        self.damaged_records = recovered.damaged
+
+    def _may_grow(self, new_segments: int, new_slots: int) -> bool:
+        if new_segments and self.grow_failed:
+            return False
+        slab = (self.space.grown + new_segments) * self.space.segment_bytes
+        meta = META_SLOT_BYTES * (self.space.slots_assigned + new_slots) + 3 * self._name_bytes
+        return slab + meta + META_FIXED_BYTES <= self.limit
+
+    def _restore(self, recovered: Recovered) -> None:
+        size, segment = self.slab.size(), self.space.segment_bytes
+        segments = -(-size // segment)
+        most = max(0, self.limit - META_FIXED_BYTES) // segment
+        if segments > most:
+            self.slab.truncate(most * segment)
+            segments = most
+        elif size % segment:
+            self.slab.grow(size, segments * segment - size)
+        self.space.grow(range(segments))
+        for name in recovered.names:
+            self._add_name(name)
+        records = recovered.records
+        n = len(records)
+        fits = self.space.occupy(
+            records["slot"].astype(np.int64), records["pages"].astype(np.int64), np.arange(n)
+        )
+        kept = records[fits]
+        if len(kept) < n:
+            # entry numbers are positions among the kept: say so to the space
+            logger.info("%d blocks do not fit the store any more", n - len(kept))
+            renumbered = np.cumsum(fits) - 1
+            self.space.rebind(renumbered)
+        entries = self._index.load(kept)
+        self.queues.extend(
+            entries,
+            kept["pages"].astype(np.int64),
+            kept["namespace"].astype(np.int64),
+            kept["key"][:, 0],
+        )
+        for entry in np.flatnonzero(kept["flags"]).tolist():
+            self.queues.remove(entry)
+
+    def _add_name(self, name: str) -> int:
+        number = len(self.names)
+        self.names.append(name)
+        self._name_numbers.setdefault(name, number)
+        self._name_bytes += len(name.encode()) + 8
+        if name in self._quotas:
+            self.queues.quota_pages[number] = self._quotas[name] // PAGE_BYTES
+        return number
+
+    def name_number(self, name: str) -> int:
+        """Number of a namespace; a new one goes to the journal."""
+        number = self._name_numbers.get(name)
+        if number is None:
+            if len(self.names) >= MAX_NAMES or 3 * self._name_bytes > self.limit // 64:
+                return 0
+            number = self._add_name(name)
+            self.journal.append(journal_file.NAME, msgpack.packb([number, name]))
+        return number
+
+    def allocate(self, pages: int, n: int, namespace: int) -> list[int]:
+        """Up to `n` slots, evicting what is oldest; fewer when the rest is busy or may grow."""
+        self._respect_quota(pages, n, namespace)
+        slots = self.space.allocate(pages, n)
+        if len(slots) < n and self.space.growth(pages) is None:
+            self._make_room(pages, n - len(slots))
+            slots += self.space.allocate(pages, n - len(slots))
+        return slots
+
+    def _respect_quota(self, pages: int, n: int, namespace: int) -> None:
+        while self.queues.over_quota(pages, namespace, n):
+            victim = self.queues.evict(pages, self._may_evict, namespace)
+            if victim is None:
+                return
+            self._give_up(victim)
+
+    def _make_room(self, pages: int, n: int) -> None:
+        other = self.queues.oldest_elsewhere(pages)
+        if other is not None:
+            for entry in self.space.neighbours(self._index.disk[other] - 1):
+                if entry in self.queues and self._may_evict(entry):
+                    self.queues.remove(entry)
+                    self._give_up(entry)
+            return
+        for _ in range(n):
+            victim = self.queues.evict(pages, self._may_evict)
+            if victim is None:
+                return
+            self._give_up(victim)
+
+    def _may_evict(self, entry: int) -> bool:
+        return self._index.disk[entry] - 1 not in self.busy
+
+    def _give_up(self, entry: int) -> None:
+        self._release_slot(entry)
+        self._on_evict(entry)
+
+    def _release_slot(self, entry: int) -> None:
+        slot = self._index.disk[entry] - 1
+        self._dels.append(self._index.key_at(entry) + _SLOT.pack(slot))
+        self._index.disk[entry] = 0
+        self._index.put_seq[entry] = 0
+        if slot in self.busy:
+            self._zombies.add(slot)
+        else:
+            self.space.free(slot)
+
+    def remove(self, entry: int) -> None:
+        """Give up an entry's disk copy."""
+        if entry in self.queues:
+            self.queues.remove(entry)
+        self._release_slot(entry)
+
+    def free(self, slot: int) -> None:
+        """Return a slot that was allocated and never placed."""
+        self.space.free(slot)
+
+    def begin_use(self, slot: int) -> None:
+        """A read of the slot begins: it keeps its contents until `end_use`."""
+        self.busy[slot] = self.busy.get(slot, 0) + 1
+
+    def end_use(self, slot: int) -> None:
+        """A read of the slot ended."""
+        self.busy[slot] -= 1
+        if not self.busy[slot]:
+            del self.busy[slot]
+            if slot in self._zombies:
+                self._zombies.remove(slot)
+                self.space.free(slot)
+
+    def place(self, entries: Sequence[int], slots: Sequence[int], checksums: Sequence[int]) -> None:
+        """Blocks of a chain, head first, now lie in their slots: index, queue and journal."""
+        index = self._index
+        self._append_dels()
+        for entry, slot, checksum in zip(entries, slots, checksums, strict=True):
+            index.disk[entry] = slot + 1
+            index.checksum[entry] = checksum
+            self.space.bind(slot, entry)
+        # tail first, here and in the file, so that eviction takes tails first after a restart too
+        tail_first = list(reversed(entries))
+        for entry in tail_first:
+            if not index.pinned(entry):
+                self._enqueue(entry)
+        body = seal(index.records(np.array(tail_first, np.int64)))
+        seq = self.journal.append(journal_file.PUT, body)
+        for entry in entries:
+            index.put_seq[entry] = seq
+
+    def _enqueue(self, entry: int) -> None:
+        index = self._index
+        self.queues.insert(
+            entry, index.pages[entry], index.namespace[entry], index.fingerprint(entry)
+        )
+
+    def set_pinned(self, entry: int, flags: int) -> None:
+        """Take an entry out of eviction, or put it back, and remember that on disk."""
+        index = self._index
+        index.flags[entry] = flags
+        if not index.disk[entry]:
+            return
+        if index.pinned(entry) and entry in self.queues:
+            self.queues.remove(entry)
+        elif not index.pinned(entry) and entry not in self.queues:
+            self._enqueue(entry)
+        body = seal(index.records(np.array([entry], np.int64)))
+        index.put_seq[entry] = self.journal.append(journal_file.PUT, body)
+
+    def _append_dels(self) -> None:
+        if self._dels:
+            self.journal.append(journal_file.DEL, b"".join(self._dels))
+            self._dels.clear()
+
+    def is_durable(self, entry: int) -> bool:
+        """Whether the disk copy survives what the fsync policy promises."""
+        return bool(self._index.disk[entry]) and self._index.put_seq[entry] <= self.synced_seq
+
+    def on_disk(self) -> Entries:
+        """Entries with a disk copy, oldest use first."""
+        entries = np.flatnonzero(self._index.column("disk"))
+        return entries[np.argsort(self.queues.ticks(entries), kind="stable")]
+
+    def wants_compaction(self) -> bool:
+        """Whether the journal has outgrown its share of the bound."""
+        if self.compacting:
+            return False
+        share = _JOURNAL_FREE_BYTES + RECORD_BYTES * self.space.slots_assigned
+        return self.journal.broken or self.journal.buffered_bytes() > share
+
+    def journal_full(self) -> bool:
+        """Whether the journal may not grow at all any more (compaction keeps failing)."""
+        share = _JOURNAL_FREE_BYTES + (RECORD_BYTES + 20) * self.space.slots_assigned
+        return self.journal.buffered_bytes() > 2 * share
+
+    def begin_sync(self) -> int:
+        """Under the store's lock: the sequence that a sync from now on covers."""
+        self._append_dels()
+        return self.journal.seq
+
+    def begin_compaction(self) -> snapshot.Snapshot:
+        """Under the store's lock: a copy of all that the new snapshot will hold."""
+        self._append_dels()
+        self.compacting = True
+        seq = self.journal.begin_rewrite()
+        return snapshot.Snapshot(seq, list(self.names), self._index.records(self.on_disk()), 0)
+
+    def grow(self, segments: range) -> bool:
+        """Reserve disk space for segments; False when the disk has none."""
+        size = self.space.segment_bytes
+        try:
+            self.slab.grow(segments.start * size, len(segments) * size)
+        except OSError as error:
+            if error.errno not in NO_SPACE:
+                logger.error("the slab of %s cannot grow: %s", self.folder.path, error)
+            return False
+        return True
+
+    def read(self, transfers: Sequence[Transfer]) -> list[OSError | None]:
+        """Read blocks; per block None or why it failed."""
+        return self.slab.read(transfers)
+
+    def write(self, transfers: Sequence[Transfer]) -> list[OSError | None]:
+        """Write blocks; per block None or why it failed."""
+        return self.slab.write(transfers)
+
+    def compact(self, captured: snapshot.Snapshot) -> None:
+        """Write the snapshot, then a journal of what came since.
+
+        Raises:
+            OSError: the disk refused; the old files stay in force.
+        """
+        try:
+            snapshot.write(self._files, self.folder.path, "snapshot", captured)
+        except OSError:
+            self.journal.abandon_rewrite()
+            raise
+        finally:
+            self.compacting = False
+        self.journal.finish_rewrite(captured.seq)
+
+    def close(self) -> None:
+        """Close all files and give the lock up."""
+        self.journal.close()
+        self.slab.close()
+        self.folder.close()
+
+    def check_integrity(self, in_flight: set[int]) -> None:
+        """AssertionError unless index, space and queues agree.
+
+        Args:
+            in_flight: slots allocated to writes that have not finished.
+        """
+        index = self._index
+        entries = np.flatnonzero(index.column("disk")).tolist()
+        used = {index.disk[entry] - 1: index.pages[entry] for entry in entries}
+        assert len(used) == len(entries), "two blocks share a disk slot"
+        for slot in (*self._zombies, *in_flight):
+            assert slot not in used, "a slot in flight belongs to a block"
+        self.space.check_integrity(used, {*self._zombies, *in_flight})
+        for slot, pages in used.items():
+            assert self.space.owner(slot) >= 0, f"slot {slot} of {pages} pages has no owner"
+        queued = set(self.queues)
+        for entry in entries:
+            slot = index.disk[entry] - 1
+            assert self.space.owner(slot) == entry, "a slot's owner is off"
+            assert (entry in queued) != index.pinned(entry), "queue and pin disagree"
+        assert len(queued) == len(self.queues), "a block is queued twice"
+        assert all(index.disk[entry] for entry in queued), "a queued block is not on disk"

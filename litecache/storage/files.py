@@ -1,0 +1,135 @@
+"""Every system call on a store's files, in one place.
+
+The store reaches the disk only through a `Files` object, so that tests can put a file system below
+it that tears writes, fails, and loses power (`tests/storage/fault_files.py`). Files are opened
+without following symlinks and must be regular: a store folder is data, not instructions.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import stat
+from collections.abc import Callable, Sequence
+
+from ..errors import StorageFormatError
+
+logger = logging.getLogger(__name__)
+
+IOV_MAX = 1024
+Call = Callable[[int, Sequence[memoryview], int], int]
+NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
+
+class Files:
+    """The real file system. Methods raise OSError; offsets and lengths are bytes."""
+
+    def open(self, path: str, *, create: bool = False, direct: bool = False) -> int:
+        """Open for reading and writing, 0600 when created.
+
+        Args:
+            path: a regular file, not a symlink.
+            create: make it when it is missing.
+            direct: try O_DIRECT first; `is_direct` says whether it held.
+
+        Raises:
+            StorageFormatError: there is something else than a regular file at `path`.
+        """
+        flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        flags |= os.O_CREAT if create else 0
+        try:
+            fd = self._open_direct(path, flags) if direct else os.open(path, flags, 0o600)
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+                raise StorageFormatError(f"{path} is not a regular file") from error
+            raise
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            os.close(fd)
+            raise StorageFormatError(f"{path} is not a regular file")
+        return fd
+
+    def _open_direct(self, path: str, flags: int) -> int:
+        try:
+            return os.open(path, flags | os.O_DIRECT, 0o600)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            logger.info("no O_DIRECT for %s: buffered I/O instead", path)
+            return os.open(path, flags, 0o600)
+
+    def is_direct(self, fd: int) -> bool:
+        """Whether the descriptor bypasses the page cache."""
+        return bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT)
+
+    def close(self, fd: int) -> None:
+        """Close a descriptor."""
+        os.close(fd)
+
+    def size(self, fd: int) -> int:
+        """Length of the file."""
+        return os.fstat(fd).st_size
+
+    def exists(self, path: str) -> bool:
+        """Whether anything is at `path`, a dangling symlink included."""
+        return os.path.lexists(path)
+
+    def read(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        """Fill buffers from `offset`; fewer bytes than asked for only at the end of the file."""
+        return self._transfer(os.preadv, fd, buffers, offset)
+
+    def write(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        """Write all buffers at `offset`."""
+        return self._transfer(os.pwritev, fd, buffers, offset)
+
+    @staticmethod
+    def _transfer(call: Call, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        total = sum(map(len, buffers))
+        done = call(fd, buffers, offset)
+        while done < total:
+            rest, skipped = [], 0
+            for buffer in buffers:
+                if skipped + len(buffer) > done:
+                    rest.append(buffer[max(0, done - skipped) :])
+                skipped += len(buffer)
+            moved = call(fd, rest, offset + done)
+            if moved == 0:
+                break
+            done += moved
+        return done
+
+    def drop_cache(self, fd: int, offset: int, length: int) -> None:
+        """Tell the kernel that buffered pages of the range are not needed again."""
+        os.posix_fadvise(fd, offset, length, os.POSIX_FADV_DONTNEED)
+
+    def allocate(self, fd: int, offset: int, length: int) -> None:
+        """Reserve disk space for a range; ENOSPC here rather than in the middle of a write."""
+        os.posix_fallocate(fd, offset, length)
+
+    def truncate(self, fd: int, length: int) -> None:
+        """Set the file's length."""
+        os.ftruncate(fd, length)
+
+    def sync(self, fd: int) -> None:
+        """Force data, and what is needed to find it, to the device."""
+        os.fdatasync(fd)
+
+    def rename(self, source: str, target: str) -> None:
+        """Replace `target` by `source` atomically."""
+        os.rename(source, target)
+
+    def unlink(self, path: str) -> None:
+        """Remove a file; a missing one is fine."""
+        try:
+            os.unlink(path)
+        except FileNotFoundError:
+            return
+
+    def sync_folder(self, path: str) -> None:
+        """Force renames and new names in a folder to the device."""
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)

@@ -1,0 +1,234 @@
+"""The RAM tier: which block lies in which arena slot, in which state, under how many leases.
+
+States: RESERVED (a client fills it) -> DIRTY (committed, not on disk yet) -> WRITING -> CLEAN; or
+LOADING (being read from disk) -> CLEAN. Only CLEAN slots without leases may be evicted. A block
+that is deleted while it is leased or under I/O is `dead`: it has no key any more, and its slot
+returns when the last holder lets go. Everything here runs under the store's lock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import IntEnum
+
+from ..hashing import BlockKey
+from .arena import Arena
+from .eviction.queues import Queues
+from .protocol import PAGE_BYTES, SlotState
+from .segments import SegmentSpace
+
+
+class RamState(IntEnum):
+    """What a slot is doing."""
+
+    RESERVED = 0
+    LOADING = 1
+    DIRTY = 2
+    WRITING = 3
+    CLEAN = 4
+
+
+_IO_STATES = (RamState.LOADING, RamState.WRITING)
+
+
+class RamBlock:
+    """One slot in use.
+
+    Attributes:
+        slot, nbytes, generation: where, how big, and under which number it was given out.
+        handle: small integer for the eviction queues.
+        key, entry: of the block in it; -1 and None while RESERVED or dead.
+        leases: of all clients together.
+        started: a read has begun, so it can't be cancelled any more.
+        dead: dropped; to be freed when leases and I/O are gone.
+    """
+
+    __slots__ = (
+        "dead",
+        "entry",
+        "generation",
+        "handle",
+        "key",
+        "leases",
+        "nbytes",
+        "slot",
+        "started",
+        "state",
+    )
+
+    def __init__(self, slot: int, nbytes: int, generation: int, handle: int) -> None:
+        self.slot = slot
+        self.nbytes = nbytes
+        self.generation = generation
+        self.handle = handle
+        self.key: BlockKey | None = None
+        self.entry = -1
+        self.leases = 0
+        self.state = RamState.RESERVED
+        self.started = False
+        self.dead = False
+
+
+class RamTier:
+    """Slots of the arena.
+
+    Args:
+        arena: the memory.
+        policy: name of the eviction policy.
+        on_evict: called with a block whose clean copy is given up.
+    """
+
+    def __init__(self, arena: Arena, policy: str, on_evict: Callable[[RamBlock], None]) -> None:
+        self.arena = arena
+        self._on_evict = on_evict
+        self.space = SegmentSpace(arena.segment_bytes, self._may_grow)
+        self.grow_failed = False
+        self.queues = Queues(policy)
+        self.by_slot: dict[int, RamBlock] = {}
+        self._blocks: list[RamBlock | None] = []
+        self._free_handles: list[int] = []
+        self._generation = 0
+
+    def _may_grow(self, new_segments: int, new_slots: int) -> bool:
+        if not new_segments:
+            return True
+        if self.grow_failed:
+            return False
+        return (self.space.grown + new_segments) * self.arena.segment_bytes <= (
+            self.arena.arena_bytes
+        )
+
+    def at(self, handle: int) -> RamBlock:
+        """The block with a handle."""
+        block = self._blocks[handle]
+        if block is None:
+            raise AssertionError(f"RAM handle {handle} is not in use")
+        return block
+
+    def allocate(self, nbytes: int, n: int) -> list[RamBlock]:
+        """Up to `n` slots, RESERVED, evicting clean ones; fewer when the rest is dirty or leased,
+        or when the arena may still grow.
+        """
+        pages = nbytes // PAGE_BYTES
+        slots = self.space.allocate(pages, n)
+        if len(slots) < n and self.space.growth(pages) is None:
+            self._make_room(pages, n - len(slots))
+            slots += self.space.allocate(pages, n - len(slots))
+        return [self._adopt(slot, nbytes) for slot in slots]
+
+    def _make_room(self, pages: int, n: int) -> None:
+        other = self.queues.oldest_elsewhere(pages)
+        if other is not None:
+            for handle in self.space.neighbours(self.at(other).slot):
+                if handle in self.queues and self._may_evict(handle):
+                    self.queues.remove(handle)
+                    self._give_up(handle)
+            if self.space.allocatable(pages):
+                return
+        for _ in range(n):
+            victim = self.queues.evict(pages, self._may_evict)
+            if victim is None:
+                return
+            self._give_up(victim)
+
+    def _may_evict(self, handle: int) -> bool:
+        return not self.at(handle).leases
+
+    def _give_up(self, handle: int) -> None:
+        block = self.at(handle)
+        self._on_evict(block)
+        self._free(block)
+
+    def _adopt(self, slot: int, nbytes: int) -> RamBlock:
+        self._generation += 1
+        if self._free_handles:
+            handle = self._free_handles.pop()
+        else:
+            handle = len(self._blocks)
+            self._blocks.append(None)
+        block = RamBlock(slot, nbytes, self._generation, handle)
+        self._blocks[handle] = block
+        self.by_slot[slot] = block
+        self.space.bind(slot, handle)
+        self.arena.set_entry(slot, block.generation, SlotState.RESERVED, None, nbytes)
+        return block
+
+    def begin_load(self, block: RamBlock, key: BlockKey, entry: int) -> None:
+        """The slot will receive a block from disk."""
+        block.key, block.entry, block.state = key, entry, RamState.LOADING
+        self.arena.set_entry(block.slot, block.generation, SlotState.LOADING, key, block.nbytes)
+
+    def fill(self, block: RamBlock, key: BlockKey, entry: int, state: RamState) -> None:
+        """A client's bytes are complete."""
+        block.key, block.entry, block.state = key, entry, state
+        self.arena.set_entry(block.slot, block.generation, SlotState.READY, key, block.nbytes)
+        if state is RamState.CLEAN:
+            self.settle(block)
+
+    def settle(self, block: RamBlock) -> None:
+        """The block is CLEAN from now on: readable, evictable when nobody leases it."""
+        if block.state is RamState.LOADING:
+            self.arena.set_state(block.slot, block.generation, SlotState.READY)
+        block.state = RamState.CLEAN
+        fingerprint = int.from_bytes((block.key or b"")[:8], "little")
+        self.queues.insert(block.handle, block.nbytes // PAGE_BYTES, 0, fingerprint)
+
+    def redirty(self, block: RamBlock) -> None:
+        """A clean block is to be written after all."""
+        self.queues.remove(block.handle)
+        block.state = RamState.DIRTY
+
+    def touch(self, handle: int) -> None:
+        """The block was used."""
+        if handle in self.queues:
+            self.queues.touch(handle)
+
+    def kill(self, block: RamBlock, state: SlotState = SlotState.FREE) -> None:
+        """The block's contents are void; the slot returns once nobody holds it.
+
+        Args:
+            block: the block.
+            state: what clients that still lease the slot see.
+        """
+        if block.handle in self.queues:
+            self.queues.remove(block.handle)
+        block.dead, block.key, block.entry = True, None, -1
+        self.arena.set_state(block.slot, block.generation, state)
+        self.reap(block)
+
+    def reap(self, block: RamBlock) -> bool:
+        """Free a dead block that nobody holds any more."""
+        busy = block.leases or (block.state in _IO_STATES and block.started)
+        if not block.dead or busy:
+            return False
+        self._free(block)
+        return True
+
+    def _free(self, block: RamBlock) -> None:
+        # the next owner has another generation, so a late reader of this entry sees a miss
+        self.arena.set_state(block.slot, block.generation, SlotState.FREE)
+        del self.by_slot[block.slot]
+        self._blocks[block.handle] = None
+        self._free_handles.append(block.handle)
+        self.space.free(block.slot)
+
+    def count(self, *states: RamState) -> int:
+        """Slots in any of these states."""
+        return sum(block.state in states for block in self.by_slot.values())
+
+    def check_integrity(self) -> None:
+        """AssertionError unless slots, queues, slot table and space agree."""
+        used = {slot: block.nbytes // PAGE_BYTES for slot, block in self.by_slot.items()}
+        self.space.check_integrity(used, set())
+        queued = set(self.queues)
+        for slot, block in self.by_slot.items():
+            assert self._blocks[block.handle] is block, "a handle is off"
+            assert self.space.owner(slot) == block.handle, "a slot's owner is off"
+            clean = block.state is RamState.CLEAN and not block.dead
+            assert (block.handle in queued) == clean, f"slot {slot} is queued wrongly"
+            assert block.leases >= 0, "negative leases"
+            assert not (block.dead and not block.leases and not block.started), "a dead slot stayed"
+            word = self.arena.word(slot)
+            assert word >> 8 == block.generation, "the slot table has another generation"
+        assert len(queued) == len(self.queues), "a block is queued twice"
+        assert len(queued) <= len(self.by_slot), "a freed block is still queued"

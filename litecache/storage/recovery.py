@@ -1,0 +1,137 @@
+"""From the files of a folder to the set of blocks that it holds.
+
+Snapshot first, then the journal's changes after it. Of several records for one key the last counts,
+a removal kills the record of the same key and slot before it. Nothing is believed beyond its
+checksum, and a block's bytes are verified when they are read, so a stale or forged record costs a
+miss and never yields a wrong block. The store, `verify` and `inspect` share this.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import NamedTuple
+
+import msgpack
+import numpy as np
+
+from . import journal, snapshot
+from .files import Files
+from .records import Records, unseal
+
+logger = logging.getLogger(__name__)
+
+DEL_BYTES = 20
+MAX_NAMES = 65_535
+
+
+class Recovered(NamedTuple):
+    """What a folder's metadata says.
+
+    Attributes:
+        records: one per key, oldest use first.
+        names: namespaces by number.
+        seq: last sequence number in use.
+        journal_end: where the journal goes on.
+        journal_changes: changes replayed from it.
+        damaged: records that were not sound.
+    """
+
+    records: Records
+    names: list[str]
+    seq: int
+    journal_end: int
+    journal_changes: int
+    damaged: int
+
+
+def recover(files: Files, folder: str) -> Recovered:
+    """Read snapshot and journal.
+
+    Raises:
+        StorageFormatError: a file is of another version or not a regular file.
+    """
+    base = snapshot.read(files, f"{folder}/snapshot")
+    path = f"{folder}/journal"
+    raw = _read_all(files, path)
+    changes, end = journal.parse(raw, path)
+    names = list(base.names[:MAX_NAMES]) or [""]
+    parts = [base.records]
+    dels: list[tuple[int, bytes]] = []
+    rows = len(base.records)
+    seq, damaged = base.seq, base.damaged + (end < len(raw))
+    for change in changes:
+        seq = max(seq, change.seq)
+        if change.seq <= base.seq:
+            continue
+        if change.kind == journal.PUT:
+            parts.append(unseal(change.body))
+            rows += len(parts[-1])
+        elif change.kind == journal.DEL:
+            dels += [
+                (rows, change.body[i : i + DEL_BYTES])
+                for i in range(0, len(change.body) - DEL_BYTES + 1, DEL_BYTES)
+            ]
+        elif change.kind == journal.NAME:
+            _bind_name(names, change.body)
+    records = _last_of_each_key(np.concatenate(parts) if rows else base.records)
+    return Recovered(_without(records, dels), names, seq, end, len(changes), damaged)
+
+
+def _read_all(files: Files, path: str) -> bytes:
+    if not files.exists(path):
+        return b""
+    fd = files.open(path)
+    try:
+        raw = bytearray(files.size(fd))
+        if raw:
+            del raw[files.read(fd, [memoryview(raw)], 0) :]
+        return bytes(raw)
+    finally:
+        files.close(fd)
+
+
+def _bind_name(names: list[str], body: bytes) -> None:
+    try:
+        number, name = msgpack.unpackb(body)
+    except (ValueError, TypeError, msgpack.exceptions.UnpackException):
+        return
+    if not isinstance(number, int) or not isinstance(name, str) or not 0 <= number < MAX_NAMES:
+        return
+    while len(names) <= number:
+        names.append(f"unknown-{len(names)}")
+    names[number] = name
+
+
+class _Rows(NamedTuple):
+    records: Records
+    order: np.ndarray[tuple[int], np.dtype[np.int64]]
+
+
+def _last_of_each_key(records: Records) -> _Rows:
+    if not len(records):
+        return _Rows(records, np.zeros(0, np.int64))
+    keys = np.ascontiguousarray(records["key"]).view("V16").ravel()
+    _, last = np.unique(keys[::-1], return_index=True)
+    order = np.sort(len(records) - 1 - last).astype(np.int64)
+    return _Rows(records[order], order)
+
+
+def _without(rows: _Rows, dels: list[tuple[int, bytes]]) -> Records:
+    if not dels or not len(rows.records):
+        return rows.records
+    wanted = {body: order for order, body in dels}
+    keys = np.ascontiguousarray(rows.records["key"]).view("V16").ravel()
+    by_key = np.argsort(keys, kind="stable")
+    names = np.array([np.void(body[:16]) for body in wanted], dtype="V16")
+    at = np.searchsorted(keys[by_key], names) if len(keys) else np.zeros(len(names), np.int64)
+    keep = np.ones(len(keys), bool)
+    for place, (body, order) in zip(at.tolist(), wanted.items(), strict=True):
+        if place >= len(by_key):
+            continue
+        row = by_key[place]
+        same = keys[row].tobytes() == body[:16]
+        slot = int.from_bytes(body[16:], "little")
+        if same and int(rows.records["slot"][row]) == slot and rows.order[row] < order:
+            keep[row] = False
+    kept: Records = rows.records[keep]
+    return kept

@@ -1,0 +1,691 @@
+"""One shard: blocks in shared memory and on disk, for any number of client processes.
+
+The methods are the slot protocol (`protocol.py`), thread-safe, batched; all return at once except
+`flush`, `fetch`, `wait`, `clear` and `close`. State lives in `Tiers`, I/O in `BlockIo`, clients and
+their leases in `Clients`; this class puts them under one lock and never does I/O while it holds it.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Iterable, Sequence
+
+from ..errors import ConfigError, StorageError
+from ..hashing import BlockKey
+from ..metrics import Metrics
+from .admission import get_admission
+from .arena import Arena
+from .block_io import BlockIo, fault
+from .disk_tier import DiskTier
+from .eviction import get_policy
+from .files import Files
+from .leases import Client, Clients
+from .protocol import (
+    PAGE_BYTES,
+    Attachment,
+    CommitItem,
+    CommitStatus,
+    Deltas,
+    FlushReport,
+    SlotRef,
+    StageResult,
+    StageStatus,
+)
+from .ram_tier import RamBlock, RamState
+from .records import FLAG_PINNED
+from .scratch import scratch_memory
+from .segments import pick_segment_bytes
+from .slab import Transfer
+from .tiers import Tiers
+
+logger = logging.getLogger(__name__)
+
+FSYNC_POLICIES = ("always", "interval", "never")
+_MAX_NAMESPACE = 200
+_LOADED = (RamState.DIRTY, RamState.WRITING, RamState.CLEAN)
+
+
+class ShardStore:
+    """Holds blocks of any size that is a multiple of 4096 bytes.
+
+    Args:
+        directory: absolute folder of the disk tier, or None for RAM alone (then nothing is ever
+            durable and what RAM evicts is gone).
+        storage_bytes: bound on all files together.
+        ram_bytes: bound on the arena.
+        fsync: `always` (each write batch is synced before it counts as durable; a power cut loses
+            nothing that was reported), `interval` (the same guarantee, reported up to
+            `fsync_interval_s` later) or `never` (durable means handed to the kernel: it survives
+            kill -9, a power cut may lose it; synced by `flush` and `close` only).
+        fsync_interval_s: see `fsync`.
+        eviction: `lru`, `lfu`, `s3fifo` or a registered name.
+        admission: `all`, `reused` or `none`: which blocks are written to disk.
+        ttl_s: a block older than this is a miss.
+        quotas: namespace to the disk bytes that it may take.
+        io_threads: threads that read and write; 0 does all I/O on the callers' threads.
+        metrics: where to count; None makes an own set.
+        accepts_writes: False refuses `reserve` (an empty answer), for old shards kept readable.
+        files: the file system, for fault injection.
+        direct: try O_DIRECT.
+        use_memfd: False forces a `/dev/shm` file.
+
+    Raises:
+        ConfigError: a field is invalid.
+        StorageFullError: too little disk for `storage_bytes` or memory for `ram_bytes`.
+        StorageLockedError: another live store holds the folder.
+        StorageFormatError: the folder is of another format.
+    """
+
+    def __init__(
+        self,
+        directory: str | None,
+        *,
+        storage_bytes: int = 0,
+        ram_bytes: int,
+        fsync: str = "interval",
+        fsync_interval_s: float = 1.0,
+        eviction: str = "lru",
+        admission: str = "all",
+        ttl_s: float | None = None,
+        quotas: dict[str, int] | None = None,
+        io_threads: int = 4,
+        metrics: Metrics | None = None,
+        accepts_writes: bool = True,
+        files: Files | None = None,
+        direct: bool = True,
+        use_memfd: bool = True,
+    ) -> None:
+        _validate(directory, storage_bytes, ram_bytes, fsync, io_threads, ttl_s)
+        get_policy(eviction)
+        self.metrics = metrics or Metrics()
+        self.epoch = secrets.randbits(62)
+        self.directory = directory
+        self.accepts_writes = accepts_writes
+        self._fsync = fsync
+        segment_bytes = pick_segment_bytes(ram_bytes)
+        self._arena = Arena(
+            ram_bytes // segment_bytes * segment_bytes,
+            segment_bytes,
+            self.epoch,
+            use_memfd=use_memfd,
+        )
+        self._tiers = Tiers(self._arena, eviction, get_admission(admission), ttl_s, self.metrics)
+        try:
+            if directory is not None:
+                self._tiers.disk = DiskTier(
+                    files or Files(),
+                    directory,
+                    storage_bytes=storage_bytes,
+                    index=self._tiers.index,
+                    policy=eviction,
+                    on_evict=self._tiers.on_disk_evict,
+                    quotas=quotas or {},
+                    direct=direct,
+                )
+        except BaseException:
+            self._arena.close()
+            raise
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._grow_lock = threading.Lock()
+        self._delta_seq = 0
+        self._closed = False
+        self._own = Client(0, 0, -1)
+        self._clients = Clients(self._lock, self.epoch, self._client_gone)
+        self._io = BlockIo(
+            self._tiers,
+            self._lock,
+            self._changed,
+            threads=io_threads,
+            fsync=fsync,
+            interval_s=fsync_interval_s,
+            metrics=self.metrics,
+        )
+
+    def attach(self, client_pid: int) -> Attachment:
+        """Register a client process.
+
+        Raises:
+            StorageError: the process does not live on this machine, or the store is closed.
+        """
+        self._check_open()
+        return self._arena.attachment(self._clients.attach(client_pid))
+
+    def detach(self, client_id: int) -> None:
+        """End a client and all its leases; an unknown one is ignored."""
+        self._clients.detach(client_id)
+
+    def _client_gone(self, client: Client) -> None:
+        for slot, (_, count) in list(client.leases.items()):
+            block = self._tiers.ram.by_slot[slot]
+            block.leases -= count
+            self._abandon(block)
+        client.leases.clear()
+        self._changed.notify_all()
+
+    def _abandon(self, block: RamBlock) -> None:
+        """A lease ended: a slot that was never committed, or is dead, goes back."""
+        if block.state is RamState.RESERVED and not block.dead and not block.leases:
+            block.dead = True
+        self._tiers.ram.reap(block)
+
+    @staticmethod
+    def _lease(client: Client, block: RamBlock) -> None:
+        held = client.leases.setdefault(block.slot, [block.generation, 0])
+        held[1] += 1
+        block.leases += 1
+
+    def _end_lease(self, client: Client, slot: int, generation: int) -> RamBlock | None:
+        held = client.leases.get(slot)
+        if held is None or held[0] != generation:
+            return None
+        held[1] -= 1
+        if not held[1]:
+            del client.leases[slot]
+        block = self._tiers.ram.by_slot[slot]
+        block.leases -= 1
+        return block
+
+    def stage(self, client_id: int, keys: Sequence[BlockKey]) -> list[StageResult]:
+        """Lease blocks in RAM and begin to read those on disk, in the order given.
+
+        Returns:
+            Per key READY or LOADING with a lease on the slot, BUSY (no slot is free now) or MISS.
+            Completion of LOADING shows in the slot table.
+
+        Raises:
+            StorageError: unknown client.
+            ConfigError: a key is not 16 bytes.
+        """
+        self._grow_for_loads(keys)
+        with self._lock:
+            client = self._clients.get(client_id)
+            tiers = self._tiers
+            entries = tiers.find(keys)
+            results = [StageResult(StageStatus.MISS)] * len(keys)
+            loads: dict[int, list[int]] = {}
+            used: list[int] = []
+            for i, entry in enumerate(entries):
+                if entry < 0:
+                    continue
+                block = tiers.block_of(entry)
+                if block is None:
+                    loads.setdefault(tiers.index.pages[entry], []).append(i)
+                    continue
+                self._lease(client, block)
+                results[i] = _leased(block)
+                used.append(entry)
+            started: dict[int, RamBlock] = {}
+            for pages, wanted in loads.items():
+                self._begin_loads(client, pages, wanted, entries, results, started)
+            if started:
+                self._io.queue_reads([started[i] for i in sorted(started)])
+                self._io.kick()
+            tiers.use([e for i, e in enumerate(entries) if results[i].slot >= 0])
+            if tiers.dirty:
+                self._io.kick()
+        self._count_stage(results)
+        self._io.drain()
+        return results
+
+    def _begin_loads(
+        self,
+        client: Client,
+        pages: int,
+        wanted: list[int],
+        entries: list[int],
+        results: list[StageResult],
+        started: dict[int, RamBlock],
+    ) -> None:
+        tiers = self._tiers
+        distinct = list(dict.fromkeys(entries[i] for i in wanted))
+        free = tiers.ram.allocate(pages * PAGE_BYTES, len(distinct))
+        # making room may have dropped nothing that is on disk, so all entries still stand
+        blocks = dict(zip(distinct, free, strict=False))
+        for i in wanted:
+            block = blocks.get(entries[i])
+            if block is None:
+                results[i] = StageResult(StageStatus.BUSY)
+                continue
+            if block.state is RamState.RESERVED:
+                tiers.begin_load(entries[i], block)
+                started[i] = block
+            self._lease(client, block)
+            results[i] = _leased(block)
+
+    def _grow_for_loads(self, keys: Sequence[BlockKey]) -> None:
+        needs: dict[int, int] = {}
+        with self._lock:
+            self._check_open()
+            index = self._tiers.index
+            for entry in self._tiers.find(keys):
+                if entry >= 0 and not index.ram[entry]:
+                    needs[index.pages[entry]] = needs.get(index.pages[entry], 0) + 1
+        for pages, count in needs.items():
+            self._grow_arena(pages, count)
+
+    def _grow_arena(self, pages: int, n: int) -> None:
+        """Let the arena grow, outside the lock, until it has `n` slots or reaches its bound."""
+        space = self._tiers.ram.space
+        with self._lock:
+            if space.available(pages) >= n or space.growth(pages) is None:
+                return
+        with self._grow_lock:
+            while True:
+                with self._lock:
+                    segments = space.growth(pages)
+                    if self._closed or space.available(pages) >= n or segments is None:
+                        return
+                try:
+                    self._arena.grow(segments)
+                except OSError as error:
+                    logger.error("the arena cannot grow: %s", error)
+                    self._tiers.ram.grow_failed = True
+                    return
+                with self._lock:
+                    space.grow(segments)
+
+    def _count_stage(self, results: Iterable[StageResult]) -> None:
+        counts = [0, 0, 0, 0]
+        for result in results:
+            counts[result.status] += 1
+        for status, name, labels in (
+            (StageStatus.READY, "litecache_hits", {"tier": "ram"}),
+            (StageStatus.LOADING, "litecache_hits", {"tier": "disk"}),
+            (StageStatus.MISS, "litecache_misses", {"tier": "shard", "reason": "absent"}),
+            (StageStatus.BUSY, "litecache_misses", {"tier": "shard", "reason": "busy"}),
+        ):
+            if counts[status]:
+                self.metrics.inc(name, counts[status], **labels)
+
+    def cancel(self, client_id: int, keys: Sequence[BlockKey]) -> list[bool]:
+        """Give up reads that have not begun.
+
+        Returns:
+            Per key True when this ended one lease of the client on a LOADING slot whose read had
+            not begun; False when nothing changed (then a lease, if any, still wants `release`).
+        """
+        with self._lock:
+            client = self._clients.get(client_id)
+            return [self._cancel(client, entry) for entry in self._tiers.find(keys)]
+
+    def _cancel(self, client: Client, entry: int) -> bool:
+        block = self._tiers.block_of(entry) if entry >= 0 else None
+        if block is None or block.state is not RamState.LOADING or block.started:
+            return False
+        if self._end_lease(client, block.slot, block.generation) is None:
+            return False
+        if not block.leases:
+            self._tiers.cancel_load(block)
+        return True
+
+    def release(self, client_id: int, slots: Sequence[SlotRef]) -> None:
+        """End one lease per slot given; one that is not held is ignored."""
+        with self._lock:
+            client = self._clients.get(client_id)
+            for slot, generation in slots:
+                block = self._end_lease(client, slot, generation)
+                if block is not None:
+                    self._abandon(block)
+            self._changed.notify_all()
+
+    def reserve(self, client_id: int, block_bytes: int, n: int) -> list[SlotRef]:
+        """Lease up to `n` slots to fill; fewer or none when RAM is dirty or leased. Never waits.
+
+        Raises:
+            ConfigError: `block_bytes` is not a positive multiple of 4096, or `n` is negative.
+        """
+        if block_bytes <= 0 or block_bytes % PAGE_BYTES:
+            raise ConfigError("block_bytes", block_bytes, f"a positive multiple of {PAGE_BYTES}")
+        if n < 0:
+            raise ConfigError("n", n, "zero or more")
+        self._check_open()
+        if self.accepts_writes and n:
+            self._grow_arena(block_bytes // PAGE_BYTES, n)
+        with self._lock:
+            client = self._clients.get(client_id)
+            if not self.accepts_writes or self._closed:
+                return []
+            blocks = self._tiers.ram.allocate(block_bytes, n)
+            for block in blocks:
+                self._lease(client, block)
+        if len(blocks) < n:
+            self.metrics.inc("litecache_drops", n - len(blocks), reason="no_slot")
+        return [SlotRef(block.slot, block.generation) for block in blocks]
+
+    def commit(self, client_id: int, items: Sequence[CommitItem]) -> list[CommitStatus]:
+        """Publish filled slots; their leases end and their bytes must not change any more.
+
+        Returns:
+            Per item STORED; EXISTS (the key was there already, the slot went back); or STALE (the
+            client does not hold that slot under that generation, nothing changed).
+        """
+        for item in items:
+            if len(item[2]) != 16 or len(item[3]) != 16:
+                raise ConfigError("key", item[2:4], "16 bytes each for key and parent")
+            if len(item[4]) > _MAX_NAMESPACE:
+                raise ConfigError("namespace", item[4], f"at most {_MAX_NAMESPACE} characters")
+        statuses: list[CommitStatus] = []
+        with self._lock:
+            client = self._clients.get(client_id)
+            tiers = self._tiers
+            entries: list[int] = []
+            for slot, generation, key, parent, namespace in items:
+                held = tiers.ram.by_slot.get(slot)
+                reserved = held is not None and held.state is RamState.RESERVED and not held.dead
+                block = self._end_lease(client, slot, generation) if reserved else None
+                if block is None:
+                    statuses.append(CommitStatus.STALE)
+                    continue
+                known = tiers.find([key])[0]
+                if known >= 0:
+                    self._abandon(block)
+                    tiers.consider_again(known)
+                    entries.append(known)
+                    statuses.append(CommitStatus.EXISTS)
+                    continue
+                entries.append(tiers.publish(block, key, parent, namespace))
+                statuses.append(CommitStatus.STORED)
+            tiers.touch(entries)
+            if tiers.dirty:
+                self._io.kick()
+            self._changed.notify_all()
+        self._io.drain()
+        return statuses
+
+    def query(self, keys: Sequence[BlockKey], *, touch: bool = False) -> list[bool]:
+        """Which keys the shard holds; no lease, recency changes only with `touch`."""
+        with self._lock:
+            entries = self._tiers.find(keys)
+            if touch:
+                self._tiers.touch([entry for entry in entries if entry >= 0])
+        return [entry >= 0 for entry in entries]
+
+    def touch(self, keys: Sequence[BlockKey]) -> None:
+        """Refresh recency of a chain, given head first; missing keys are ignored."""
+        with self._lock:
+            self._tiers.touch([entry for entry in self._tiers.find(keys) if entry >= 0])
+
+    def durable(self, keys: Sequence[BlockKey]) -> list[bool]:
+        """Which keys are on disk and covered by the fsync policy's promise."""
+        with self._lock:
+            disk = self._tiers.disk
+            if disk is None:
+                return [False] * len(keys)
+            return [e >= 0 and disk.is_durable(e) for e in self._tiers.find(keys)]
+
+    def wait(self, slots: Sequence[SlotRef], timeout_s: float = 30.0) -> list[bool]:
+        """Block until leased slots have stopped loading.
+
+        Returns:
+            Per slot whether it holds its block under that generation.
+        """
+        deadline = time.monotonic() + timeout_s
+        with self._lock:
+            for slot, generation in slots:
+                while (block := self._tiers.ram.by_slot.get(slot)) is not None:
+                    loading = block.state is RamState.LOADING and not block.dead
+                    left = deadline - time.monotonic()
+                    if block.generation != generation or not loading or left <= 0 or self._closed:
+                        break
+                    self._changed.wait(left)
+            return [self._holds(slot, generation) for slot, generation in slots]
+
+    def _holds(self, slot: int, generation: int) -> bool:
+        block = self._tiers.ram.by_slot.get(slot)
+        return (
+            block is not None
+            and block.generation == generation
+            and block.state in _LOADED
+            and not block.dead
+        )
+
+    def flush(self, timeout_s: float = 30.0) -> FlushReport:
+        """Write and sync all that was committed before the call."""
+        deadline = time.monotonic() + timeout_s
+        self._io.drain()
+        with self._lock:
+            mine = self._io.pending(list(self._tiers.ram.by_slot.values()))
+            failed = self._io.failed_writes
+            while self._io.pending(mine) and not self._closed:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    break
+                self._changed.wait(left)
+            pending = len(self._io.pending(mine))
+            failed = self._io.failed_writes - failed
+        synced = self._io.sync()
+        written = len(mine) - pending - failed
+        complete = synced and not pending and not failed
+        return FlushReport(max(0, written) if synced else 0, pending, failed, complete)
+
+    def fetch(self, keys: Sequence[BlockKey]) -> list[tuple[BlockKey, bytes | None]]:
+        """Copies of blocks, for another node; those on disk are read without taking a RAM slot."""
+        return [(key, self._fetch(key)) for key in keys]
+
+    def _fetch(self, key: BlockKey) -> bytes | None:
+        tiers = self._tiers
+        with self._lock:
+            entry = tiers.find([key])[0]
+            block = tiers.block_of(entry) if entry >= 0 else None
+            if block is not None and block.state in _LOADED:
+                self._lease(self._own, block)
+            elif entry >= 0 and tiers.disk is not None and tiers.index.disk[entry]:
+                block = None
+                slot = tiers.index.disk[entry] - 1
+                nbytes, expected = (
+                    tiers.index.pages[entry] * PAGE_BYTES,
+                    tiers.index.checksum[entry],
+                )
+                tiers.disk.begin_use(slot)
+            else:
+                return None
+        if block is not None:
+            data = bytes(self._arena.buffer(block.slot, block.nbytes))
+            with self._lock:
+                if self._end_lease(self._own, block.slot, block.generation) is not None:
+                    self._abandon(block)
+            return data
+        return self._fetch_from_disk(key, slot, nbytes, expected)
+
+    def _fetch_from_disk(
+        self, key: BlockKey, slot: int, nbytes: int, expected: int
+    ) -> bytes | None:
+        tiers, disk = self._tiers, self._tiers.disk
+        assert disk is not None
+        with scratch_memory(nbytes) as memory:
+            error = disk.read([Transfer(slot, memory)])[0]
+            reason = fault(memory, key, expected, error)
+            data = bytes(memory) if reason is None else None
+        with self._lock:
+            if reason is not None:
+                self.metrics.inc("litecache_misses", tier="disk", reason=reason)
+                entry = tiers.index.find(key)
+                if entry >= 0 and tiers.index.disk[entry] == slot + 1:
+                    tiers.drop_disk_copy(entry)
+                    self._io.note_change()
+            disk.end_use(slot)
+        return data
+
+    def delete(self, keys: Sequence[BlockKey]) -> list[bool]:
+        """Drop blocks from every tier; which of them were there."""
+        with self._lock:
+            dropped = [self._drop(key) for key in keys]
+            if any(dropped):
+                self._io.note_change()
+            self._changed.notify_all()
+        self._io.drain()
+        return dropped
+
+    def _drop(self, key: BlockKey) -> bool:
+        entry = self._tiers.index.find(key)
+        if entry >= 0:
+            self._tiers.drop(entry)
+        return entry >= 0
+
+    def clear(self, tier: str = "all", timeout_s: float = 60.0) -> None:
+        """Empty a tier.
+
+        Args:
+            tier: `ram` (dirty blocks are written out first; leased ones stay), `disk` (blocks in
+                RAM stay), or `all`.
+            timeout_s: for writing out.
+        """
+        if tier not in ("ram", "disk", "all"):
+            raise ConfigError("tier", tier, "ram, disk or all")
+        if tier == "ram" and self._tiers.disk is not None:
+            self.flush(timeout_s)
+        with self._lock:
+            for entry in self._tiers.index.entries().tolist():
+                if tier == "all":
+                    self._tiers.drop(entry)
+                elif tier == "ram":
+                    self._tiers.drop_ram_copy(entry)
+                elif self._tiers.index.disk[entry]:
+                    self._tiers.drop_disk_copy(entry)
+            self._io.note_change()
+            self._changed.notify_all()
+        self._io.drain()
+
+    def pin(self, keys: Sequence[BlockKey]) -> list[bool]:
+        """Keep blocks from being evicted from disk until `unpin`, over restarts too."""
+        return self._set_flags(keys, FLAG_PINNED)
+
+    def unpin(self, keys: Sequence[BlockKey]) -> list[bool]:
+        """Let blocks be evicted again."""
+        return self._set_flags(keys, 0)
+
+    def _set_flags(self, keys: Sequence[BlockKey], flags: int) -> list[bool]:
+        with self._lock:
+            entries = self._tiers.find(keys)
+            for entry in entries:
+                if entry >= 0 and self._tiers.disk is not None:
+                    self._tiers.disk.set_pinned(entry, flags)
+            self._io.note_change()
+        self._io.drain()
+        return [entry >= 0 for entry in entries]
+
+    def keys(self) -> list[BlockKey]:
+        """All keys that the shard holds."""
+        with self._lock:
+            return self._tiers.index.keys()
+
+    def drain_deltas(self) -> Deltas:
+        """What was added and removed since the last call."""
+        with self._lock:
+            self._delta_seq += 1
+            added, removed, lost = self._tiers.take_changes()
+            return Deltas(self.epoch, self._delta_seq, added, removed, lost)
+
+    def __len__(self) -> int:
+        return len(self._tiers.index)
+
+    def stats(self) -> dict[str, object]:
+        """Counts and bytes, msgpack-able; also sets the gauges."""
+        with self._lock:
+            ram, disk = self._tiers.ram, self._tiers.disk
+            states = {
+                state.name.lower(): sum(b.state is state for b in ram.by_slot.values())
+                for state in RamState
+            }
+            used = sum(block.nbytes for block in ram.by_slot.values())
+            result: dict[str, object] = {
+                "epoch": self.epoch,
+                "blocks": len(self._tiers.index),
+                "ram_slots": states,
+                "ram_bytes_used": used,
+                "ram_bytes": self._arena.arena_bytes,
+                "clients": len(self._clients.all()),
+                "leases": sum(block.leases for block in ram.by_slot.values()),
+                "disk_blocks": 0,
+                "slab_bytes": 0,
+                "journal_bytes": 0,
+                "queued_reads": sum(map(len, self._tiers.reads)),
+            }
+            if disk is not None:
+                result["disk_blocks"] = int((self._tiers.index.column("disk") != 0).sum())
+                result["slab_bytes"] = disk.space.grown * disk.space.segment_bytes
+                result["journal_bytes"] = disk.journal.bytes
+                result["direct_io"] = disk.slab.direct
+                result["damaged_records"] = disk.damaged_records
+        for state, count in states.items():
+            self.metrics.set("litecache_arena_slots", count, state=state)
+        self.metrics.set("litecache_slab_bytes", float(str(result["slab_bytes"])))
+        return result
+
+    def check_integrity(self) -> None:
+        """AssertionError unless index, tiers, queues and leases agree."""
+        with self._lock:
+            self._tiers.check_integrity(self._io.writing_slots)
+            leases: dict[int, int] = {}
+            for client in (*self._clients.all(), self._own):
+                for slot, (generation, count) in client.leases.items():
+                    block = self._tiers.ram.by_slot[slot]
+                    assert block.generation == generation, "a lease outlived its slot"
+                    leases[slot] = leases.get(slot, 0) + count
+            for slot, block in self._tiers.ram.by_slot.items():
+                assert block.leases == leases.get(slot, 0), f"leases of slot {slot} differ"
+                assert block.state is not RamState.RESERVED or block.leases, (
+                    "a reserved slot leaked"
+                )
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise StorageError("the shard store is closed")
+
+    def close(self, timeout_s: float = 30.0) -> None:
+        """Write out what is dirty, write a snapshot, and give everything back."""
+        if self._closed:
+            return
+        if self._tiers.disk is not None:
+            self.flush(timeout_s)
+        self.abandon(compact=True)
+
+    def abandon(self, *, compact: bool = False) -> None:
+        """Stop without writing out what is dirty."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            self._changed.notify_all()
+        self._io.close()
+        self._clients.close()
+        if self._tiers.disk is not None:
+            if compact:
+                self._io.compact()
+            self._tiers.disk.close()
+        self._arena.close()
+
+    def __enter__(self) -> ShardStore:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def _leased(block: RamBlock) -> StageResult:
+    status = StageStatus.LOADING if block.state is RamState.LOADING else StageStatus.READY
+    return StageResult(status, block.slot, block.generation)
+
+
+def _validate(
+    directory: str | None,
+    storage_bytes: int,
+    ram_bytes: int,
+    fsync: str,
+    io_threads: int,
+    ttl_s: float | None,
+) -> None:
+    if fsync not in FSYNC_POLICIES:
+        raise ConfigError("fsync", fsync, "one of " + ", ".join(FSYNC_POLICIES))
+    if ram_bytes < 1 << 20:
+        raise ConfigError("ram_bytes", ram_bytes, "at least 1 MiB")
+    if directory is not None and not 1 << 20 <= storage_bytes <= 16 << 40:
+        raise ConfigError("storage_bytes", storage_bytes, "1 MiB to 16 TiB a shard")
+    if io_threads < 0:
+        raise ConfigError("io_threads", io_threads, "zero or more")
+    if ttl_s is not None and ttl_s <= 0:
+        raise ConfigError("ttl_s", ttl_s, "more than zero, or None")

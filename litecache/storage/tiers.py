@@ -1,0 +1,349 @@
+"""What a shard knows: every block, where it lies, and every transition between RAM and disk.
+
+A plain state machine: no threads, no files, no clocks of its own. `ShardStore` calls it under the
+store's lock, `BlockIo` carries out the reads and writes that it queues. A key exists exactly while
+its bytes are complete in RAM or on disk.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from ..hashing import BlockKey
+from ..metrics import Metrics
+from .admission import Admission
+from .arena import Arena
+from .block_index import BlockIndex
+from .disk_tier import DiskTier
+from .key_table import Entries
+from .protocol import PAGE_BYTES, SlotState
+from .ram_tier import RamBlock, RamState, RamTier
+
+_ANCESTORS = 4096
+_DELTAS = 65_536
+
+
+class WriteBatch(NamedTuple):
+    """Dirty blocks of one size that one request will write."""
+
+    blocks: list[RamBlock]
+    pages: int
+    namespace: int
+
+
+class Tiers:
+    """The blocks of one shard.
+
+    Args:
+        arena: the RAM tier's memory.
+        eviction: policy of the RAM tier.
+        admission: which commits are written to disk.
+        ttl_s: blocks older than this are misses; None: never.
+        metrics: where evictions and drops are counted.
+    """
+
+    def __init__(
+        self,
+        arena: Arena,
+        eviction: str,
+        admission: Admission,
+        ttl_s: float | None,
+        metrics: Metrics,
+    ) -> None:
+        self.index = BlockIndex()
+        self.ram = RamTier(arena, eviction, self._on_ram_evict)
+        self.disk: DiskTier | None = None
+        self._admission = admission
+        self._ttl_s = ttl_s
+        self._metrics = metrics
+        self.dirty: deque[RamBlock] = deque()
+        self.dirty_bytes = 0
+        self.reads: deque[list[RamBlock]] = deque()
+        self._changes: dict[BlockKey, bool] = {}
+        self.changes_lost = False
+
+    def on_disk_evict(self, entry: int) -> None:
+        """A disk copy was evicted; without one in RAM the key is gone."""
+        self._metrics.inc("litecache_evictions", tier="disk")
+        if not self.index.ram[entry]:
+            self._forget(entry)
+
+    def _on_ram_evict(self, block: RamBlock) -> None:
+        self._metrics.inc("litecache_evictions", tier="ram")
+        self.index.ram[block.entry] = 0
+        if not self.index.disk[block.entry]:
+            self._forget(block.entry)
+
+    def _forget(self, entry: int) -> None:
+        key = self.index.key_at(entry)
+        self.index.remove(key)
+        self._note(key, added=False)
+
+    def _note(self, key: BlockKey, *, added: bool) -> None:
+        if self._changes.pop(key, added) != added:
+            return
+        self._changes[key] = added
+        if len(self._changes) > _DELTAS:
+            self._changes.clear()
+            self.changes_lost = True
+
+    def take_changes(self) -> tuple[list[BlockKey], list[BlockKey], bool]:
+        """Keys added and removed since the last call, and whether some were lost."""
+        added = [key for key, is_new in self._changes.items() if is_new]
+        removed = [key for key, is_new in self._changes.items() if not is_new]
+        lost = self.changes_lost
+        self._changes.clear()
+        self.changes_lost = False
+        return added, removed, lost
+
+    def find(self, keys: Sequence[BlockKey]) -> list[int]:
+        """Entries of keys, -1 where missing; what has outlived its time is dropped."""
+        found = self.index.find_many(keys)
+        if self._ttl_s is not None:
+            self._expire(found)
+            found = self.index.find_many(keys)
+        return found.tolist()  # type: ignore[no-any-return]
+
+    def _expire(self, entries: Entries) -> None:
+        now = int(time.time())
+        for entry in set(entries.tolist()):
+            if entry >= 0 and 0 < self.index.expires_s[entry] <= now:
+                self._metrics.inc("litecache_evictions", tier="expired")
+                self.drop(entry)
+
+    def block_of(self, entry: int) -> RamBlock | None:
+        """The block's slot in RAM, if any."""
+        handle = self.index.ram[entry] - 1
+        return self.ram.at(handle) if handle >= 0 else None
+
+    def touch(self, entries: Sequence[int]) -> None:
+        """Refresh recency of a chain, tails first whichever way it is given.
+
+        The ancestors that are present follow, so that a head is never older than its tail.
+        """
+        if not entries:
+            return
+        index = self.index
+        backward = len(entries) > 1 and index.parent_of(entries[0]) == index.key_at(entries[1])
+        order = list(entries) if backward else list(reversed(entries))
+        for entry in order:
+            self._touch(entry)
+        head = order[-1]
+        for _ in range(_ANCESTORS):
+            head = index.find(index.parent_of(head))
+            if head < 0:
+                return
+            self._touch(head)
+
+    def _touch(self, entry: int) -> None:
+        handle = self.index.ram[entry] - 1
+        if handle >= 0:
+            self.ram.touch(handle)
+        if self.disk is not None and entry in self.disk.queues:
+            self.disk.queues.touch(entry)
+
+    def use(self, entries: Sequence[int]) -> None:
+        """Count a hit each, refresh recency, and let admission think again."""
+        now = int(time.time())
+        for entry in entries:
+            self.index.hits[entry] = min(self.index.hits[entry] + 1, 0xFFFF_FFFF)
+            self.index.used_s[entry] = now
+            self.consider_again(entry)
+        self.touch(entries)
+
+    def consider_again(self, entry: int) -> None:
+        """A block that is only in RAM was seen again: perhaps it is worth the disk now."""
+        block = self.block_of(entry)
+        if self.disk is None or block is None or block.state is not RamState.CLEAN:
+            return
+        if not self.index.disk[entry] and self._admission.again(self.index.key_at(entry)):
+            self.ram.redirty(block)
+            self._queue_dirty(block)
+
+    def _queue_dirty(self, block: RamBlock) -> None:
+        self.dirty.append(block)
+        self.dirty_bytes += block.nbytes
+
+    def publish(self, block: RamBlock, key: BlockKey, parent: BlockKey, namespace: str) -> int:
+        """A reserved slot holds a block that the shard does not have; its entry."""
+        index = self.index
+        entry = index.insert(key)
+        now = int(time.time())
+        index.set_parent(entry, parent)
+        index.ram[entry] = block.handle + 1
+        index.pages[entry] = block.nbytes // PAGE_BYTES
+        index.created_s[entry] = index.used_s[entry] = now
+        if self._ttl_s is not None:
+            index.expires_s[entry] = max(1, int(now + self._ttl_s))
+        self._note(key, added=True)
+        if self.disk is not None:
+            index.namespace[entry] = self.disk.name_number(namespace)
+        if self.disk is not None and self._admission.first(key):
+            self.ram.fill(block, key, entry, RamState.DIRTY)
+            self._queue_dirty(block)
+        else:
+            self.ram.fill(block, key, entry, RamState.CLEAN)
+        return entry
+
+    def begin_load(self, entry: int, block: RamBlock) -> None:
+        """A free slot will receive an entry from disk."""
+        assert self.disk is not None
+        self.ram.begin_load(block, self.index.key_at(entry), entry)
+        self.index.ram[entry] = block.handle + 1
+        self.disk.begin_use(self.index.disk[entry] - 1)
+
+    def cancel_load(self, block: RamBlock) -> None:
+        """A read that has not begun will not happen."""
+        self._end_disk_use(block)
+        self.index.ram[block.entry] = 0
+        self.ram.kill(block)
+
+    def _end_disk_use(self, block: RamBlock) -> None:
+        assert self.disk is not None
+        self.disk.end_use(self.index.disk[block.entry] - 1)
+
+    def finish_load(self, block: RamBlock, slot: int, reason: str | None) -> None:
+        """A read ended.
+
+        Args:
+            block: its destination.
+            slot: the disk slot that was read.
+            reason: None, or why the bytes are not the block's.
+        """
+        assert self.disk is not None
+        self.disk.end_use(slot)
+        block.started = False
+        if block.dead:
+            self.ram.reap(block)
+        elif reason is None:
+            self.ram.settle(block)
+        else:
+            self._metrics.inc("litecache_misses", tier="disk", reason=reason)
+            # its use of the disk slot has ended: no longer LOADING, so that drop() knows
+            block.state = RamState.RESERVED
+            self.drop(block.entry, SlotState.FAILED)
+
+    def take_dirty(self, at_most_bytes: int) -> WriteBatch | None:
+        """The next dirty blocks of one size and namespace, oldest first; they become WRITING."""
+        blocks: list[RamBlock] = []
+        total = 0
+        while self.dirty:
+            block = self.dirty[0]
+            if block.dead:
+                self.dirty.popleft()
+                self.dirty_bytes -= block.nbytes
+                continue
+            namespace = self.index.namespace[block.entry]
+            if blocks and (
+                block.nbytes != blocks[0].nbytes
+                or namespace != self.index.namespace[blocks[0].entry]
+                or total + block.nbytes > at_most_bytes
+            ):
+                break
+            self.dirty.popleft()
+            self.dirty_bytes -= block.nbytes
+            block.state, block.started = RamState.WRITING, True
+            blocks.append(block)
+            total += block.nbytes
+        if not blocks:
+            return None
+        return WriteBatch(
+            blocks, blocks[0].nbytes // PAGE_BYTES, self.index.namespace[blocks[0].entry]
+        )
+
+    def return_dirty(self, blocks: Sequence[RamBlock]) -> None:
+        """Blocks that found no disk slot go back to the front of the queue."""
+        for block in reversed(blocks):
+            block.started = False
+            if self.ram.reap(block):
+                continue
+            block.state = RamState.DIRTY
+            self.dirty.appendleft(block)
+            self.dirty_bytes += block.nbytes
+
+    def finish_write(
+        self, blocks: Sequence[RamBlock], slots: Sequence[int], checksums: Sequence[int]
+    ) -> None:
+        """Blocks that were written whole: those still wanted are placed, in chain order."""
+        assert self.disk is not None
+        kept: list[tuple[int, int, int]] = []
+        for block, slot, checksum in zip(blocks, slots, checksums, strict=True):
+            block.started = False
+            if block.dead:
+                self.disk.free(slot)
+                self.ram.reap(block)
+            else:
+                kept.append((block.entry, slot, checksum))
+        if kept:
+            self.disk.place(*zip(*kept, strict=True))
+        for block in reversed(blocks):
+            if not block.dead and block.state is RamState.WRITING:
+                self.ram.settle(block)
+
+    def fail_write(self, block: RamBlock, reason: str) -> None:
+        """A block that could not be written is dropped, and counted."""
+        self._metrics.inc("litecache_drops", reason=reason)
+        block.started = False
+        if block.dead:
+            self.ram.reap(block)
+        else:
+            self.drop(block.entry)
+
+    def drop(self, entry: int, state: SlotState = SlotState.FREE) -> None:
+        """Remove a block from every tier; leased slots return when they are released."""
+        block = self.block_of(entry)
+        if block is not None:
+            if block.state is RamState.LOADING and not block.started:
+                self._end_disk_use(block)
+            self.ram.kill(block, state)
+        if self.index.disk[entry]:
+            assert self.disk is not None
+            self.disk.remove(entry)
+        self._forget(entry)
+
+    def drop_disk_copy(self, entry: int) -> None:
+        """Remove a block from disk only; without a copy in RAM it is gone."""
+        assert self.disk is not None
+        block = self.block_of(entry)
+        if block is None or block.state is RamState.LOADING:
+            self.drop(entry)
+        else:
+            self.disk.remove(entry)
+
+    def drop_ram_copy(self, entry: int) -> None:
+        """Remove a clean, unleased block from RAM only."""
+        block = self.block_of(entry)
+        if block is None or block.state is not RamState.CLEAN or block.leases:
+            return
+        self.index.ram[entry] = 0
+        if not self.index.disk[entry]:
+            self._forget(entry)
+        self.ram.kill(block)
+
+    def check_integrity(self, writing_slots: set[int]) -> None:
+        """AssertionError unless index, RAM and disk agree."""
+        self.index.check_integrity()
+        self.ram.check_integrity()
+        if self.disk is not None:
+            self.disk.check_integrity(writing_slots)
+        for entry in self.index.entries().tolist():
+            block = self.block_of(entry)
+            assert block is not None or self.index.disk[entry], "a key without bytes"
+            if block is None:
+                continue
+            assert block.entry == entry, "index and slot disagree"
+            assert not block.dead, "a dead slot is indexed"
+            assert block.key == self.index.key_at(entry), "a slot holds another key"
+            if block.state is RamState.LOADING:
+                assert self.index.disk[entry], "loading what is not on disk"
+        for block in self.ram.by_slot.values():
+            if block.entry >= 0:
+                assert self.index.ram[block.entry] == block.handle + 1, "a slot is not indexed"
+        queued = [block for block in self.dirty if not block.dead]
+        assert all(block.state is RamState.DIRTY for block in queued), "a clean block is queued"
+        dirty = [b for b in self.ram.by_slot.values() if b.state is RamState.DIRTY and not b.dead]
+        assert {id(b) for b in queued} == {id(b) for b in dirty}, "the write queue is off"
+        assert self.dirty_bytes == sum(b.nbytes for b in self.dirty), "dirty bytes are off"
