@@ -1,0 +1,129 @@
+"""An engine in this process, with shards in this process, for tests."""
+
+from __future__ import annotations
+
+import itertools
+import queue
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+from plan_driver import FAMILIES, VOCAB
+
+from litecache.config import CacheConfig
+from litecache.engine.engine import Engine
+from litecache.engine.model_source import ModelSource
+from litecache.storage.client import LocalShardClient
+from litecache.storage.shard_store import ShardStore
+from litecache.types import FinishReason, Request, SamplingParams, TokenDelta
+
+ANSWER_TIMEOUT_S = 60.0
+
+
+def family_source(family: str, seed: int = 0) -> ModelSource:
+    """A tiny random model of a family."""
+    fields = {**FAMILIES[family], "model_type": family}
+    return ModelSource(config=fields, weights="random", seed=seed)
+
+
+class Harness:
+    """Engine, optional shards, and a blocking `run`."""
+
+    def __init__(
+        self,
+        source: ModelSource,
+        *,
+        folders: Sequence[Path | None] = (),
+        ram_bytes: int = 32 << 20,
+        storage_bytes: int = 256 << 20,
+        **config: object,
+    ) -> None:
+        self._names = itertools.count()
+        self.deltas: queue.Queue[list[tuple[str, TokenDelta]]] = queue.Queue()
+        self.stores = [
+            ShardStore(
+                None if folder is None else str(folder),
+                storage_bytes=storage_bytes,
+                ram_bytes=ram_bytes,
+            )
+            for folder in folders
+        ]
+        clients = [LocalShardClient(store, f"shard{i}") for i, store in enumerate(self.stores)]
+        self.clients = clients
+        fields: dict[str, object] = {"num_blocks": 256, "device": "cpu", "dtype": "float32"}
+        self.engine = Engine(
+            source,
+            CacheConfig(**{**fields, **config}),  # type: ignore[arg-type]
+            sink=self.deltas.put,
+            shards=clients,
+            num_threads=1,
+        )
+        self.reused: list[dict[str, int]] = []
+        self.reasons: list[FinishReason] = []
+        self.errors: list[str | None] = []
+
+    def run(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int = 64, **fields: object
+    ) -> list[list[int]]:
+        """Generate for all prompts at once; `reused`, `reasons`, `errors` are set per prompt."""
+        sampling = SamplingParams(max_new_tokens, **fields)  # type: ignore[arg-type]
+        names = [f"r{next(self._names)}" for _ in prompts]
+        self.engine.submit(
+            [Request(n, "c", tuple(p), sampling) for n, p in zip(names, prompts, strict=True)]
+        )
+        outputs: dict[str, list[int]] = {name: [] for name in names}
+        ends: dict[str, TokenDelta] = {}
+        reused: dict[str, dict[str, int]] = {}
+        while len(ends) < len(names):
+            for _, delta in self.deltas.get(timeout=ANSWER_TIMEOUT_S):
+                outputs[delta.request_id] += delta.token_ids
+                if delta.reused_tokens is not None:
+                    reused[delta.request_id] = delta.reused_tokens
+                if delta.finish_reason is not None:
+                    ends[delta.request_id] = delta
+        self.reused = [reused.get(name, {}) for name in names]
+        self.reasons = [ends[name].finish_reason or FinishReason.ERROR for name in names]
+        self.errors = [ends[name].error for name in names]
+        return [outputs[name] for name in names]
+
+    def empty(self, *tiers: str) -> None:
+        """Drop what the pool ("gpu") or the arenas ("ram") hold, after it was saved."""
+        assert self.engine.flush()["complete"]
+        if "gpu" in tiers:
+            self.engine.clear_pool()
+        if "ram" in tiers:
+            for store in self.stores:
+                store.clear("ram")
+
+    def check(self) -> None:
+        """Every part's books are in order and no request holds anything."""
+        self.engine.check_integrity()
+        blocks = self.engine.stats()["blocks"]
+        assert blocks["private"] == blocks["loading"] == blocks["published"] == 0, blocks
+        for store in self.stores:
+            store.check_integrity()
+
+    def close(self) -> None:
+        self.engine.close()
+        for client in self.clients:
+            client.close()
+        for store in self.stores:
+            store.close()
+
+    def __enter__(self) -> Harness:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            if error is None:
+                self.check()
+        finally:
+            self.close()
+
+
+__all__ = ["VOCAB", "Harness", "family_source"]

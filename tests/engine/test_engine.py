@@ -1,0 +1,145 @@
+"""The engine in-process: tokens equal to stock transformers, from every tier."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from engine_harness import Harness, family_source
+from plan_driver import FAMILIES, random_prompt, stock_generate, tiny_model
+
+from litecache.engine.engine import Engine
+from litecache.errors import CapacityError, ConfigError
+from litecache.types import FinishReason, Request, SamplingParams
+
+LENGTHS = (1, 15, 16, 17, 40, 77)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokens_equal_stock_generate_cold_and_from_every_tier(family: str, tmp_path: Path) -> None:
+    prompts = [random_prompt(length, seed=length) for length in LENGTHS]
+    loaded = tiny_model(family)
+    wanted = [stock_generate(loaded, prompt, 64) for prompt in prompts]
+    full = sum(len(prompt) // 16 * 16 for prompt in prompts)
+
+    def reused(harness: Harness, tier: str) -> int:
+        return sum(counts.get(tier, 0) for counts in harness.reused)
+
+    with Harness(family_source(family), folders=[tmp_path / "s"]) as harness:
+        assert harness.run(prompts) == wanted, "cold"
+        assert reused(harness, "gpu") == reused(harness, "disk") == 0
+        assert harness.run(prompts) == wanted, "warm on the pool"
+        assert reused(harness, "gpu") >= full
+        harness.empty("gpu")
+        assert harness.run(prompts) == wanted, "warm in RAM"
+        assert reused(harness, "ram") == full
+        harness.empty("gpu", "ram")
+        assert harness.run(prompts) == wanted, "warm on disk"
+        assert reused(harness, "disk") == full
+        harness.empty()
+    with Harness(family_source(family), folders=[tmp_path / "s"]) as harness:
+        assert harness.run(prompts) == wanted, "after a restart"
+        assert reused(harness, "disk") == full
+
+
+def test_small_pool_preempts_and_still_gives_the_same_tokens(tmp_path: Path) -> None:
+    prompts = [random_prompt(20 + i, seed=i) for i in range(6)]
+    loaded = tiny_model("llama")
+    wanted = [stock_generate(loaded, prompt, 64) for prompt in prompts]
+    with Harness(family_source("llama"), folders=[tmp_path / "s"], num_blocks=14) as harness:
+        assert harness.run(prompts) == wanted
+        assert harness.engine.stats()["preemptions"] > 0
+
+
+def test_chunked_prefill_gives_the_same_tokens() -> None:
+    prompts = [random_prompt(length, seed=length) for length in (3, 50, 90)]
+    loaded = tiny_model("gemma2")
+    wanted = [stock_generate(loaded, prompt, 32) for prompt in prompts]
+    with Harness(family_source("gemma2"), max_batch_tokens=16) as harness:
+        assert harness.run(prompts, 32) == wanted
+    with Harness(family_source("gemma2"), max_batch_tokens=32, deterministic=True) as harness:
+        assert harness.run(prompts, 32) == wanted
+
+
+def test_two_shards_both_hold_bytes_and_give_back_what_they_hold(tmp_path: Path) -> None:
+    prompts = [random_prompt(64, seed=i) for i in range(12)]
+    with Harness(family_source("llama"), folders=[tmp_path / "a", tmp_path / "b"]) as harness:
+        wanted = harness.run(prompts, 8)
+        harness.empty("gpu", "ram")
+        assert all(store.keys() for store in harness.stores)
+        assert harness.run(prompts, 8) == wanted
+        assert [counts.get("disk") for counts in harness.reused] == [64] * 12
+
+
+def test_another_salt_shares_nothing(tmp_path: Path) -> None:
+    prompt = tuple(random_prompt(64, seed=1))
+    with Harness(family_source("llama"), folders=[tmp_path / "s"]) as harness:
+        for number, salt in enumerate(["", "tenant", ""]):
+            request = Request(f"s{number}", "c", prompt, SamplingParams(1), cache_salt=salt)
+            harness.engine.submit([request])
+            ((_, delta),) = harness.deltas.get(timeout=60)
+            assert delta.reused_tokens == ({"gpu": 64} if number == 2 else {})
+
+
+def test_abort_frees_the_blocks_and_reports_the_end() -> None:
+    with Harness(family_source("llama")) as harness:
+        request = Request("x", "c", tuple(random_prompt(30, 1)), SamplingParams(200))
+        harness.engine.submit([request])
+        harness.deltas.get(timeout=60)
+        harness.engine.abort(["x"])
+        deltas = []
+        while not deltas or deltas[-1].finish_reason is None:
+            deltas += [delta for _, delta in harness.deltas.get(timeout=60)]
+        assert deltas[-1].finish_reason is FinishReason.ABORT
+        assert sum(len(delta.token_ids) for delta in deltas) < 199
+
+
+@pytest.mark.parametrize(
+    ("prompt", "sampling", "error", "words"),
+    [
+        ((), SamplingParams(1), ConfigError, "input_ids"),
+        ((1, 211), SamplingParams(1), ConfigError, "input_ids=211 is invalid"),
+        ((-1,), SamplingParams(1), ConfigError, "input_ids=-1"),
+        ((1,), SamplingParams(0), ConfigError, "max_new_tokens"),
+        ((1,), SamplingParams(256), CapacityError, "the model takes 256"),
+        ((1,) * 100, SamplingParams(20), CapacityError, "the pool holds 112"),
+        ((1,), SamplingParams(1, top_p=0.0), ConfigError, "top_p"),
+        ((1,), SamplingParams(1, temperature=float("nan")), ConfigError, "temperature"),
+    ],
+)
+def test_bad_request_is_refused_before_anything_is_queued(
+    prompt: tuple[int, ...], sampling: SamplingParams, error: type[Exception], words: str
+) -> None:
+    with Harness(family_source("llama"), num_blocks=7) as harness:
+        good = Request("good", "c", (1, 2, 3), SamplingParams(1))
+        with pytest.raises(error, match=words):
+            harness.engine.submit([good, Request("bad", "c", prompt, sampling)])
+        assert harness.engine.stats()["waiting"] == harness.engine.stats()["running"] == 0
+
+
+def test_failing_step_fails_its_requests_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Harness(family_source("llama")) as harness:
+        wanted = harness.run([random_prompt(20, 3)], 4)
+        runner = harness.engine._runner
+        original = runner.execute
+        monkeypatch.setattr(runner, "execute", lambda plan: 1 / 0)
+        harness.run([random_prompt(20, 4)], 4)
+        assert harness.reasons == [FinishReason.ERROR]
+        assert "division by zero" in str(harness.errors[0])
+        monkeypatch.setattr(runner, "execute", original)
+        assert harness.run([random_prompt(20, 3)], 4) == wanted
+
+
+def test_closed_engine_refuses_instead_of_hanging() -> None:
+    harness = Harness(family_source("llama"))
+    harness.close()
+    with pytest.raises(ConfigError, match="closed"):
+        harness.engine.submit([Request("x", "c", (1,), SamplingParams(1))])
+    engine: Engine = harness.engine
+    engine.close()
