@@ -200,6 +200,19 @@ class ShardStore:
             StorageError: unknown client.
             ConfigError: a key is not 16 bytes.
         """
+        results = self._stage_once(client_id, keys)
+        busy = [i for i, result in enumerate(results) if result.status is StageStatus.BUSY]
+        if busy:
+            # Another client may have taken the segment that was grown for these: ask once more,
+            # now that growth or eviction can see their need.
+            again = self._stage_once(client_id, [keys[i] for i in busy])
+            for i, result in zip(busy, again, strict=True):
+                results[i] = result
+        self._count_stage(results)
+        self._io.drain()
+        return results
+
+    def _stage_once(self, client_id: int, keys: Sequence[BlockKey]) -> list[StageResult]:
         self._grow_for_loads(keys)
         with self._lock:
             client = self._clients.get(client_id)
@@ -227,8 +240,6 @@ class ShardStore:
             tiers.use([e for i, e in enumerate(entries) if results[i].slot >= 0])
             if tiers.dirty:
                 self._io.kick()
-        self._count_stage(results)
-        self._io.drain()
         return results
 
     def _begin_loads(
