@@ -33,7 +33,8 @@ def quantise(tokens: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, to
     scale = wide.abs().amax(-1) / LARGEST_CODE[dtype]
     codes = wide / torch.where(scale > 0, scale, torch.ones_like(scale)).unsqueeze(-1)
     if dtype == torch.int8:
-        codes = codes.round().clamp_(-127, 127)
+        # Ties round up, as the kernels do.
+        codes = (codes + 0.5).floor().clamp_(-127, 127)
     return codes.to(dtype), scale
 
 

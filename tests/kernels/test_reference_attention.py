@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from kernel_cases import Case, make_batch, worst_error
-from kernel_oracle import attend
+from kernel_grid import TINY, tolerance
+from kernel_oracle import attend, attend_wide
 
 from litecache.kernels import paged_attention, reference
 
@@ -34,7 +35,6 @@ GRID = [
     Case((1, 1, 6), (9, 20, 14), pool_dtype=torch.int8, own_kv=True),
     Case((1, 1, 6), (9, 20, 14), pool_dtype=torch.float8_e4m3fn, window=7),
 ]
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
 @pytest.mark.parametrize("case", GRID, ids=lambda case: case.name)
@@ -48,7 +48,7 @@ def test_agrees_with_the_oracle_and_writes_every_row(case: Case) -> None:
     )
     expected = attend(batch.query, batch.wide_k, batch.wide_v, batch.metadata, **batch.options)
     assert out is poisoned
-    assert worst_error(out, expected) < TOLERANCE[case.dtype]
+    assert worst_error(out, expected) < tolerance(case)
 
 
 def test_a_sequence_without_context_gives_zeros() -> None:
@@ -93,3 +93,11 @@ def test_long_chunks_are_cut_so_that_masks_stay_small(monkeypatch: pytest.Monkey
         )
         expected = attend(batch.query, batch.wide_k, batch.wide_v, batch.metadata, **batch.options)
         assert worst_error(out, expected) < 1e-5
+
+
+@pytest.mark.parametrize("case", TINY, ids=lambda case: case.name)
+def test_the_wide_oracle_of_the_gpu_tests_is_the_plain_one(case: Case) -> None:
+    batch = make_batch(case)
+    arguments = (batch.query, batch.wide_k, batch.wide_v, batch.metadata)
+    plain, wide = (f(*arguments, **batch.options) for f in (attend, attend_wide))
+    assert worst_error(wide, plain) < 1e-12

@@ -1,0 +1,214 @@
+"""What the Triton attention kernels share: the online softmax over tiles of paged keys.
+
+Rows of a tile are the queries of a sequence times the query heads of one KV head (GQA packing):
+row `r` is query `r // GROUP`, head `kv_head * GROUP + r % GROUP`. Scores are kept in units of
+log2, so that `exp2` serves.
+"""
+
+from __future__ import annotations
+
+import os
+
+import triton
+import triton.language as tl
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+"""Whether kernels run in Triton's interpreter, on the CPU."""
+
+# Globals that kernels read must be constexpr.
+_EXACT_DOT = tl.constexpr(INTERPRETED)
+_NO_ASM = tl.constexpr(INTERPRETED)
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def dot(a, b):
+    """`a @ b` in float32; the interpreter's bfloat16 product is wrong, so it gets float32."""
+    if _EXACT_DOT:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    else:
+        return tl.dot(a, b, input_precision="ieee", out_dtype=tl.float32)
+
+
+@triton.jit
+def widen(codes):
+    """int8 or fp8 codes as float16, exactly.
+
+    Converting an int8 by the conversion unit is too slow to keep up with memory, so four codes at
+    once are dropped into the mantissa of 1024.0 and the offset is subtracted.
+    """
+    if codes.dtype != tl.int8 or _NO_ASM:
+        return codes.to(tl.float16)
+    else:
+        return tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 u, lo, hi, magic;
+            xor.b32 u, $2, 0x80808080;
+            mov.b32 magic, 0x64646464;
+            prmt.b32 lo, u, magic, 0x5140;
+            prmt.b32 hi, u, magic, 0x5342;
+            mov.b32 magic, 0x64806480;
+            sub.f16x2 $0, lo, magic;
+            sub.f16x2 $1, hi, magic;
+            }
+            """,
+            "=r,=r,r",
+            [codes],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=4,
+        )
+
+
+@triton.jit
+def load_pages(table_ptr, index):
+    """Entries of a block table, as int64.
+
+    Not `tl.load`: Triton's pipeliner would give the table a stage of its own ahead of the keys,
+    which halves the key tiles in flight. The entries sit in L1 nearly always.
+    """
+    if _NO_ASM:
+        return tl.load(table_ptr + index).to(tl.int64)
+    else:
+        return tl.inline_asm_elementwise(
+            "ld.global.nc.b32 $0, [$1];",
+            "=r,l",
+            [(table_ptr + index).to(tl.int64)],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        ).to(tl.int64)
+
+
+@triton.jit
+def load_rows(
+    q_ptr, stride_token, stride_head, first_token, kv_head, first_row, num_rows,
+    BLOCK_M: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+):  # fmt: skip
+    """Queries of a row tile, `[BLOCK_M, D_PAD]`, zeros where there is no row or dimension."""
+    row = first_row + tl.arange(0, BLOCK_M)
+    dim = tl.arange(0, D_PAD)
+    token = (first_token + row // GROUP).to(tl.int64)
+    head = kv_head * GROUP + row % GROUP
+    place = token[:, None] * stride_token + head[:, None] * stride_head + dim[None, :]
+    return tl.load(q_ptr + place, mask=(row < num_rows)[:, None] & (dim < D)[None, :], other=0.0)
+
+
+@triton.jit
+def store_rows(
+    out_ptr, stride_token, stride_head, rows, first_token, kv_head, first_row, num_rows,
+    BLOCK_M: tl.constexpr, GROUP: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
+):  # fmt: skip
+    """The inverse of `load_rows`."""
+    row = first_row + tl.arange(0, BLOCK_M)
+    dim = tl.arange(0, DV_PAD)
+    token = (first_token + row // GROUP).to(tl.int64)
+    head = kv_head * GROUP + row % GROUP
+    place = token[:, None] * stride_token + head[:, None] * stride_head + dim[None, :]
+    mask = (row < num_rows)[:, None] & (dim < DV)[None, :]
+    tl.store(out_ptr + place, rows.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def fold_tile(
+    acc, peak, total, q, q_factor, q_position, slope,
+    start, first_key, end_key, table_ptr,
+    k_ptr, v_ptr, k_stride, v_stride, ks_ptr, vs_ptr, ks_stride, vs_stride,
+    qk_scale, softcap, window,
+    BLOCK_N: tl.constexpr, PAGE: tl.constexpr,
+    D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
+    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, QUANTISED: tl.constexpr,
+):  # fmt: skip
+    """Folds keys `start .. start + BLOCK_N` into a row tile's running softmax.
+
+    `acc` is the unnormalised sum, `peak` the largest score in log2 units, `total` the sum of
+    weights. `MASKED=False` promises that every row sees every key of the tile.
+    """
+    column = start + tl.arange(0, BLOCK_N)
+    k_dim = tl.arange(0, D_PAD)
+    v_dim = tl.arange(0, DV_PAD)
+    slot = column % PAGE
+    if MASKED:
+        live = (column >= first_key) & (column < end_key)
+        page = load_pages(table_ptr, tl.minimum(column, end_key - 1) // PAGE)
+    else:
+        page = load_pages(table_ptr, column // PAGE)
+    k_place = (page * k_stride + slot * D)[:, None] + k_dim[None, :]
+    v_place = (page * v_stride + slot * DV)[:, None] + v_dim[None, :]
+    # Slots beyond the context may hold NaN, and 0 * NaN would reach the sum: load zeros instead.
+    if MASKED:
+        k = tl.load(k_ptr + k_place, mask=live[:, None] & (k_dim < D)[None, :], other=0.0)
+        v = tl.load(v_ptr + v_place, mask=live[:, None] & (v_dim < DV)[None, :], other=0.0)
+    else:
+        if D == D_PAD:
+            k = tl.load(k_ptr + k_place)
+        else:
+            k = tl.load(k_ptr + k_place, mask=(k_dim < D)[None, :], other=0.0)
+        if DV == DV_PAD:
+            v = tl.load(v_ptr + v_place)
+        else:
+            v = tl.load(v_ptr + v_place, mask=(v_dim < DV)[None, :], other=0.0)
+    if QUANTISED:
+        if MASKED:
+            k_factor = tl.load(ks_ptr + page * ks_stride + slot, mask=live, other=0.0)
+            v_factor = tl.load(vs_ptr + page * vs_stride + slot, mask=live, other=0.0)
+        else:
+            k_factor = tl.load(ks_ptr + page * ks_stride + slot)
+            v_factor = tl.load(vs_ptr + page * vs_stride + slot)
+        scores = dot(q, tl.trans(widen(k))) * q_factor[:, None] * (k_factor * qk_scale)[None, :]
+    else:
+        scores = dot(q, tl.trans(k.to(q.dtype))) * qk_scale
+    if SOFTCAP:
+        # tanh by exp2, with an argument that cannot overflow; `qk_scale` is free of log2(e) here.
+        decay = tl.exp2(tl.abs(scores) * (-2.0 * LOG2E / softcap))
+        magnitude = (1.0 - decay) / (1.0 + decay)
+        scores = tl.where(scores < 0, -magnitude, magnitude) * (softcap * LOG2E)
+    if ALIBI:
+        scores += slope[:, None] * (column[None, :] - q_position[:, None]).to(tl.float32)
+    if MASKED:
+        visible = live[None, :]
+        if CAUSAL:
+            visible = visible & (column[None, :] <= q_position[:, None])
+        if WINDOWED:
+            visible = visible & (column[None, :] > q_position[:, None] - window)
+        scores = tl.where(visible, scores, float("-inf"))
+    new_peak = tl.maximum(peak, tl.max(scores, 1))
+    # A row that has seen nothing yet has peak -inf, and -inf - -inf is NaN.
+    safe_peak = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+    weights = tl.exp2(scores - safe_peak[:, None])
+    decay_old = tl.exp2(peak - safe_peak)
+    total = total * decay_old + tl.sum(weights, 1)
+    acc = acc * decay_old[:, None]
+    if QUANTISED:
+        # Scales relative to the tile's largest keep the weights inside float16's range.
+        largest = tl.max(v_factor, 0)
+        relative = v_factor / tl.where(largest > 0, largest, 1.0)
+        part = dot((weights * relative[None, :]).to(tl.float16), widen(v))
+        acc += part * largest
+    else:
+        acc += dot(weights.to(q.dtype), v.to(q.dtype))
+    return acc, new_peak, total
+
+
+@triton.jit
+def normalise_query(q, QUANTISED: tl.constexpr):
+    """For quantised pools: rows as float16 of magnitude at most 1, and the factor taken out."""
+    wide = q.to(tl.float32)
+    factor = tl.max(tl.abs(wide), 1)
+    if QUANTISED:
+        factor = tl.where(factor > 0, factor, 1.0)
+        return (wide / factor[:, None]).to(tl.float16), factor
+    else:
+        return q, factor
+
+
+@triton.jit
+def finish(acc, peak, total, sink, SINKS: tl.constexpr):
+    """Normalises a row tile; rows that saw nothing become zeros."""
+    if SINKS:
+        top = tl.maximum(peak, sink)
+        acc = acc * tl.exp2(peak - top)[:, None]
+        total = total * tl.exp2(peak - top) + tl.exp2(sink - top)
+    return acc / tl.where(total > 0, total, 1.0)[:, None]

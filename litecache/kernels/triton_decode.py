@@ -1,0 +1,327 @@
+"""Decode attention for Triton: few queries a sequence (1 to 16), memory-bound.
+
+The keys of all (sequence, KV head) pairs are cut into tiles and laid end to end; a fixed grid of
+programs takes equal shares of that line (the stream-K idea of Osama et al., 2023, applied to
+flash-decoding). So ragged batches balance by themselves, there is no split count to tune and no
+cliff between batch sizes. A share that covers a pair completely writes its output; pieces of a
+pair go to a workspace and whoever finishes last merges them. Shares are computed on the device
+once a step from the context lengths, so a CUDA graph replays at any length.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from litecache.kernels.metadata import AttentionMetadata
+from litecache.kernels.triton_common import (
+    LOG2E,
+    finish,
+    fold_tile,
+    load_rows,
+    normalise_query,
+    store_rows,
+)
+from litecache.kernels.tuning import DecodeConfig
+
+MAX_QUERIES = 16
+"""Sequences with more queries than this are left to the prefill kernel."""
+
+
+@triton.jit
+def _plan_kernel(
+    contexts_ptr, starts_ptr, ends_ptr, owner_ptr, num_seqs, window, num_programs,
+    TILE: tl.constexpr, SEQS_PAD: tl.constexpr, BLOCK_P: tl.constexpr, KV_HEADS: tl.constexpr,
+    WINDOWED: tl.constexpr,
+):  # fmt: skip
+    """Cumulative tiles per sequence, and the sequence in which each program's share begins."""
+    seq = tl.arange(0, SEQS_PAD)
+    real = seq < num_seqs
+    context = tl.load(contexts_ptr + seq, mask=real, other=0)
+    tiles = tl.cdiv(context, TILE)
+    if WINDOWED:
+        begin = tl.load(starts_ptr + seq, mask=real, other=0)
+        end = tl.load(starts_ptr + seq + 1, mask=real, other=0)
+        tiles -= tl.maximum(context - (end - begin) + 1 - window, 0) // TILE
+    # An empty sequence keeps one tile, whose owner writes its zeros.
+    tiles = tl.where(real, tl.maximum(tiles, 1), 0)
+    ends = tl.cumsum(tiles, 0)
+    if tl.program_id(0) == 0:
+        tl.store(ends_ptr + 1 + seq, ends, mask=real)
+        tl.store(ends_ptr, 0)
+    work = tl.sum(tiles, 0).to(tl.int64) * KV_HEADS
+    programs = tl.minimum(work, num_programs)
+    program = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    share = program.to(tl.int64) * work // programs
+    before = (ends.to(tl.int64) * KV_HEADS)[None, :] <= share[:, None]
+    owner = tl.sum((before & real[None, :]).to(tl.int32), 1)
+    tl.store(owner_ptr + program, owner, mask=program < num_programs)
+
+
+@triton.jit
+def _decode_kernel(
+    q_ptr, out_ptr, q_token, q_head, o_token, o_head,
+    k_ptr, v_ptr, k_block, k_head, v_block, v_head,
+    ks_ptr, vs_ptr, ks_block, vs_block,
+    tables_ptr, table_stride, contexts_ptr, starts_ptr, ends_ptr, owner_ptr,
+    partial_ptr, state_ptr, counter_ptr, sinks_ptr, slopes_ptr,
+    scale, softcap, window, num_seqs, num_programs,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, MAX_Q: tl.constexpr, BLOCK_M: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, PAGE: tl.constexpr,
+    D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
+    WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, ALIBI: tl.constexpr,
+    QUANTISED: tl.constexpr, STAGES: tl.constexpr, MERGE: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    work = tl.load(ends_ptr + num_seqs).to(tl.int64) * KV_HEADS
+    programs = tl.minimum(work, num_programs)
+    if program < programs:
+        share_begin = program * work // programs
+        share_end = (program + 1) * work // programs
+        seq = tl.load(owner_ptr + program)
+        at = share_begin
+        while at < share_end:
+            seq_begin = tl.load(ends_ptr + seq).to(tl.int64)
+            seq_tiles = tl.load(ends_ptr + seq + 1).to(tl.int64) - seq_begin
+            kv_head = ((at - seq_begin * KV_HEADS) // seq_tiles).to(tl.int32)
+            pair_begin = seq_begin * KV_HEADS + kv_head * seq_tiles
+            pair_end = pair_begin + seq_tiles
+            stop = tl.minimum(pair_end, share_end)
+
+            context = tl.load(contexts_ptr + seq)
+            first_token = tl.load(starts_ptr + seq)
+            queries = tl.load(starts_ptr + seq + 1) - first_token
+            first_key = 0
+            if WINDOWED:
+                first_key = tl.maximum(context - queries + 1 - window, 0)
+            row = tl.arange(0, BLOCK_M)
+            q = load_rows(
+                q_ptr, q_token, q_head, first_token, kv_head, 0, queries * GROUP,
+                BLOCK_M, GROUP, D, D_PAD,
+            )  # fmt: skip
+            q, q_factor = normalise_query(q, QUANTISED)
+            q_position = context - queries + row // GROUP
+            head = kv_head * GROUP + row % GROUP
+            slope = q_factor
+            if ALIBI:
+                slope = tl.load(slopes_ptr + head).to(tl.float32) * LOG2E
+            qk_scale = scale if SOFTCAP else scale * LOG2E
+
+            acc = tl.zeros((BLOCK_M, DV_PAD), tl.float32)
+            peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+            total = tl.zeros((BLOCK_M,), tl.float32)
+            table_ptr = tables_ptr + seq.to(tl.int64) * table_stride
+            k_base = k_ptr + kv_head.to(tl.int64) * k_head
+            v_base = v_ptr + kv_head.to(tl.int64) * v_head
+            ks_base, vs_base = ks_ptr, vs_ptr
+            if QUANTISED:
+                ks_base += kv_head * PAGE
+                vs_base += kv_head * PAGE
+            base = first_key // BLOCK_N * BLOCK_N
+            low = base + (at - pair_begin).to(tl.int32) * BLOCK_N
+            high = tl.minimum(base + (stop - pair_begin).to(tl.int32) * BLOCK_N, context)
+            for start in tl.range(low, high, BLOCK_N, num_stages=STAGES):
+                acc, peak, total = fold_tile(
+                    acc, peak, total, q, q_factor, q_position, slope,
+                    start, first_key, context, table_ptr,
+                    k_base, v_base, k_block, v_block, ks_base, vs_base, ks_block, vs_block,
+                    qk_scale, softcap, window,
+                    BLOCK_N, PAGE, D, D_PAD, DV, DV_PAD,
+                    True, MAX_Q > 1, WINDOWED, SOFTCAP, ALIBI, QUANTISED,
+                )  # fmt: skip
+
+            if stop - at == seq_tiles:
+                sink = peak
+                if SINKS:
+                    sink = tl.load(sinks_ptr + head).to(tl.float32) * LOG2E
+                result = finish(acc, peak, total, sink, SINKS)
+                store_rows(
+                    out_ptr, o_token, o_head, result, first_token, kv_head, 0, queries * GROUP,
+                    BLOCK_M, GROUP, DV, DV_PAD,
+                )  # fmt: skip
+            else:
+                # A program has at most two pieces: the one its share begins with, and a later one.
+                place = program * 2 + (at != share_begin).to(tl.int32)
+                dim = tl.arange(0, DV_PAD)
+                mine = row < ROWS
+                tl.store(
+                    partial_ptr + ((place * ROWS + row) * DV_PAD)[:, None] + dim[None, :],
+                    acc,
+                    mask=mine[:, None],
+                )
+                tl.store(state_ptr + (place * ROWS + row) * 2, peak, mask=mine)
+                tl.store(state_ptr + (place * ROWS + row) * 2 + 1, total, mask=mine)
+                first_owner = ((pair_begin + 1) * programs - 1) // work
+                last_owner = (pair_end * programs - 1) // work
+                pieces = (last_owner - first_owner + 1).to(tl.int32)
+                pair = seq * KV_HEADS + kv_head
+                # Every thread's piece is written before the one thread that counts releases it.
+                tl.debug_barrier()
+                arrived = tl.atomic_add(counter_ptr + pair, 1, sem="acq_rel")
+                if arrived == pieces - 1:
+                    _merge(
+                        partial_ptr, state_ptr, out_ptr, o_token, o_head, sinks_ptr,
+                        first_owner.to(tl.int32), pieces,
+                        (pair_begin != first_owner * work // programs).to(tl.int32),
+                        first_token, queries, kv_head,
+                        GROUP, ROWS, DV, DV_PAD, SINKS, MERGE,
+                    )  # fmt: skip
+                    tl.store(counter_ptr + pair, 0)
+            at = stop
+            if (stop == pair_end) & (kv_head == KV_HEADS - 1):
+                seq += 1
+
+
+@triton.jit
+def _merge(
+    partial_ptr, state_ptr, out_ptr, o_token, o_head, sinks_ptr,
+    first_owner, pieces, first_is_later, first_token, queries, kv_head,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
+    SINKS: tl.constexpr, MERGE: tl.constexpr,
+):  # fmt: skip
+    """Merges the pieces of one pair, `MERGE` at a time, and writes its output."""
+    row = tl.arange(0, ROWS)
+    dim = tl.arange(0, DV_PAD)
+    head = kv_head * GROUP + row % GROUP
+    acc = tl.zeros((ROWS, DV_PAD), tl.float32)
+    peak = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    for begin in range(0, pieces, MERGE):
+        piece = begin + tl.arange(0, MERGE)
+        place = (first_owner + piece) * 2 + tl.where(piece == 0, first_is_later, 0)
+        line = place[:, None] * ROWS + row[None, :]
+        there = (piece < pieces)[:, None] & (row >= 0)[None, :]
+        # The pieces come from other multiprocessors: read them past this one's L1.
+        peaks = tl.load(state_ptr + line * 2, mask=there, other=float("-inf"), cache_modifier=".cg")
+        totals = tl.load(state_ptr + line * 2 + 1, mask=there, other=0.0, cache_modifier=".cg")
+        parts = tl.load(
+            partial_ptr + line[:, :, None] * DV_PAD + dim[None, None, :],
+            mask=there[:, :, None],
+            other=0.0,
+            cache_modifier=".cg",
+        )
+        new_peak = tl.maximum(peak, tl.max(peaks, 0))
+        safe_peak = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        weights = tl.exp2(peaks - safe_peak[None, :])
+        decay = tl.exp2(peak - safe_peak)
+        total = total * decay + tl.sum(weights * totals, 0)
+        acc = acc * decay[:, None] + tl.sum(parts * weights[:, :, None], 0)
+        peak = new_peak
+    sink = peak
+    if SINKS:
+        sink = tl.load(sinks_ptr + head).to(tl.float32) * LOG2E
+    result = finish(acc, peak, total, sink, SINKS)
+    store_rows(
+        out_ptr, o_token, o_head, result, first_token, kv_head, 0, queries * GROUP,
+        ROWS, GROUP, DV, DV_PAD,
+    )  # fmt: skip
+
+
+@dataclass
+class _Plan:
+    """Device tensors of a step that all layers of the same shape share."""
+
+    ends: torch.Tensor
+    owner: torch.Tensor
+    partial: torch.Tensor
+    state: torch.Tensor
+    counter: torch.Tensor
+
+
+def decode(
+    query: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    metadata: AttentionMetadata,
+    num_seqs: int,
+    out: torch.Tensor,
+    config: DecodeConfig,
+    *,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    alibi_slopes: torch.Tensor | None,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+) -> None:
+    """Attends the first `num_seqs` sequences, of at most `MAX_QUERIES` queries each.
+
+    Args:
+        query: `[T, num_heads, k_dim]`.
+        k_cache: `[num_blocks, kv_heads, block_size, k_dim]`.
+        v_cache: `[num_blocks, kv_heads, block_size, v_dim]`.
+        metadata: the step.
+        num_seqs: how many leading sequences to attend.
+        out: `[T, num_heads, v_dim]`; rows of those sequences are written, all of them.
+        config: tile, warps, stages and programs.
+        scale: see `litecache.kernels.paged_attention`, as for the rest.
+        window: see there.
+        softcap: see there.
+        sinks: see there.
+        alibi_slopes: see there.
+        k_scale: see there.
+        v_scale: see there.
+    """
+    kv_heads, page, k_dim = k_cache.shape[1:]
+    v_dim = v_cache.shape[3]
+    group = query.shape[1] // kv_heads
+    max_queries = 1 if num_seqs == metadata.num_decodes else metadata.max_query_len
+    rows = triton.next_power_of_2(max_queries * group)
+    v_pad = max(16, triton.next_power_of_2(v_dim))
+    plan = _plan(metadata, num_seqs, kv_heads, window, rows, v_pad, config)
+    _decode_kernel[(config.num_programs,)](
+        query, out, query.stride(0), query.stride(1), out.stride(0), out.stride(1),
+        k_cache, v_cache, k_cache.stride(0), k_cache.stride(1),
+        v_cache.stride(0), v_cache.stride(1),
+        k_scale, v_scale,
+        k_scale.stride(0) if k_scale is not None else 0,
+        v_scale.stride(0) if v_scale is not None else 0,
+        metadata.block_tables, metadata.block_tables.stride(0), metadata.context_lens,
+        metadata.cu_seqlens_q, plan.ends, plan.owner,
+        plan.partial, plan.state, plan.counter, sinks, alibi_slopes,
+        scale, softcap or 1.0, window or 0, num_seqs, config.num_programs,
+        KV_HEADS=kv_heads, GROUP=group, MAX_Q=max_queries, BLOCK_M=max(16, rows),
+        ROWS=rows, BLOCK_N=config.block_n, PAGE=page,
+        D=k_dim, D_PAD=max(16, triton.next_power_of_2(k_dim)), DV=v_dim, DV_PAD=v_pad,
+        WINDOWED=window is not None, SOFTCAP=softcap is not None, SINKS=sinks is not None,
+        ALIBI=alibi_slopes is not None, QUANTISED=k_scale is not None,
+        STAGES=config.num_stages, MERGE=max(1, min(16, 8192 // (rows * v_pad))),
+        num_warps=config.num_warps,
+    )  # fmt: skip
+
+
+def _plan(
+    metadata: AttentionMetadata,
+    num_seqs: int,
+    kv_heads: int,
+    window: int | None,
+    rows: int,
+    v_pad: int,
+    config: DecodeConfig,
+) -> _Plan:
+    """The step's shares, made by the first layer that asks for this shape."""
+    name = ("decode", num_seqs, kv_heads, window, rows, v_pad, config)
+    plan: _Plan | None = metadata.scratch.get(name)
+    if plan is None:
+        device = metadata.context_lens.device
+        programs = config.num_programs
+        plan = metadata.scratch[name] = _Plan(
+            ends=torch.empty(num_seqs + 1, dtype=torch.int32, device=device),
+            owner=torch.empty(programs, dtype=torch.int32, device=device),
+            partial=torch.empty(2 * programs * rows * v_pad, dtype=torch.float32, device=device),
+            state=torch.empty(2 * programs * rows * 2, dtype=torch.float32, device=device),
+            counter=torch.zeros(num_seqs * kv_heads, dtype=torch.int32, device=device),
+        )
+        seqs_pad = max(16, triton.next_power_of_2(num_seqs))
+        block_p = max(1, min(64, 16384 // seqs_pad))
+        _plan_kernel[(triton.cdiv(programs, block_p),)](
+            metadata.context_lens, metadata.cu_seqlens_q, plan.ends, plan.owner,
+            num_seqs, window or 0, programs,
+            TILE=config.block_n, SEQS_PAD=seqs_pad, BLOCK_P=block_p, KV_HEADS=kv_heads,
+            WINDOWED=window is not None,
+        )  # fmt: skip
+    return plan

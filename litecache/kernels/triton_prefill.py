@@ -1,0 +1,180 @@
+"""Prefill attention for Triton: many queries a sequence, over a paged prefix, variable lengths.
+
+FlashAttention-2's loop (Dao, 2023) over tiles of paged keys. A program takes a tile of rows
+(queries times the heads of one KV head), the last queries first, since they have most to do.
+Tiles that every row sees entirely are folded without a mask.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from litecache.kernels.metadata import AttentionMetadata
+from litecache.kernels.triton_common import (
+    LOG2E,
+    finish,
+    fold_tile,
+    load_rows,
+    normalise_query,
+    store_rows,
+)
+from litecache.kernels.tuning import PrefillConfig
+
+
+@triton.jit
+def _prefill_kernel(
+    q_ptr, out_ptr, lse_ptr, q_token, q_head, o_token, o_head, lse_head,
+    k_ptr, v_ptr, k_block, k_head, v_block, v_head,
+    ks_ptr, vs_ptr, ks_block, vs_block,
+    tables_ptr, table_stride, contexts_ptr, starts_ptr, floors_ptr, sinks_ptr, slopes_ptr,
+    scale, softcap, window, first_seq,
+    GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAGE: tl.constexpr,
+    D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
+    WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, ALIBI: tl.constexpr,
+    QUANTISED: tl.constexpr, FLOORS: tl.constexpr, LSE: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    kv_head = tl.program_id(0)
+    tile = tl.num_programs(1) - 1 - tl.program_id(1)
+    seq = first_seq + tl.program_id(2)
+    first_token = tl.load(starts_ptr + seq)
+    queries = tl.load(starts_ptr + seq + 1) - first_token
+    context = tl.load(contexts_ptr + seq)
+    first_row = tile * BLOCK_M
+    num_rows = queries * GROUP
+    if first_row < num_rows:
+        row = first_row + tl.arange(0, BLOCK_M)
+        q = load_rows(
+            q_ptr, q_token, q_head, first_token, kv_head, first_row, num_rows,
+            BLOCK_M, GROUP, D, D_PAD,
+        )  # fmt: skip
+        q, q_factor = normalise_query(q, QUANTISED)
+        q_position = context - queries + row // GROUP
+        head = kv_head * GROUP + row % GROUP
+        slope = q_factor
+        if ALIBI:
+            slope = tl.load(slopes_ptr + head).to(tl.float32) * LOG2E
+        qk_scale = scale if SOFTCAP else scale * LOG2E
+
+        low_position = context - queries + first_row // GROUP
+        last_row = tl.minimum(first_row + BLOCK_M, num_rows) - 1
+        end_key = tl.minimum(context - queries + last_row // GROUP + 1, context)
+        first_key = 0
+        if FLOORS:
+            first_key = tl.load(floors_ptr + seq)
+        if WINDOWED:
+            first_key = tl.maximum(first_key, low_position - window + 1)
+        low = first_key // BLOCK_N * BLOCK_N
+        # Keys before this are seen by all rows.
+        full_end = tl.maximum((low_position + 1) // BLOCK_N * BLOCK_N, low)
+        if WINDOWED or FLOORS:
+            full_end = low
+
+        acc = tl.zeros((BLOCK_M, DV_PAD), tl.float32)
+        peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+        total = tl.zeros((BLOCK_M,), tl.float32)
+        table_ptr = tables_ptr + seq.to(tl.int64) * table_stride
+        k_base = k_ptr + kv_head.to(tl.int64) * k_head
+        v_base = v_ptr + kv_head.to(tl.int64) * v_head
+        ks_base, vs_base = ks_ptr, vs_ptr
+        if QUANTISED:
+            ks_base += kv_head * PAGE
+            vs_base += kv_head * PAGE
+        for start in tl.range(low, full_end, BLOCK_N, num_stages=STAGES):
+            acc, peak, total = fold_tile(
+                acc, peak, total, q, q_factor, q_position, slope,
+                start, first_key, end_key, table_ptr,
+                k_base, v_base, k_block, v_block, ks_base, vs_base, ks_block, vs_block,
+                qk_scale, softcap, window,
+                BLOCK_N, PAGE, D, D_PAD, DV, DV_PAD,
+                False, True, WINDOWED, SOFTCAP, ALIBI, QUANTISED,
+            )  # fmt: skip
+        for start in tl.range(full_end, end_key, BLOCK_N, num_stages=STAGES):
+            acc, peak, total = fold_tile(
+                acc, peak, total, q, q_factor, q_position, slope,
+                start, first_key, end_key, table_ptr,
+                k_base, v_base, k_block, v_block, ks_base, vs_base, ks_block, vs_block,
+                qk_scale, softcap, window,
+                BLOCK_N, PAGE, D, D_PAD, DV, DV_PAD,
+                True, True, WINDOWED, SOFTCAP, ALIBI, QUANTISED,
+            )  # fmt: skip
+
+        sink = peak
+        if SINKS:
+            sink = tl.load(sinks_ptr + head).to(tl.float32) * LOG2E
+        result = finish(acc, peak, total, sink, SINKS)
+        store_rows(
+            out_ptr, o_token, o_head, result, first_token, kv_head, first_row, num_rows,
+            BLOCK_M, GROUP, DV, DV_PAD,
+        )  # fmt: skip
+        if LSE:
+            tl.store(
+                lse_ptr + head * lse_head + first_token + row // GROUP,
+                (peak + tl.log2(total)) / LOG2E,
+                mask=row < num_rows,
+            )
+
+
+def prefill(
+    query: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    metadata: AttentionMetadata,
+    first_seq: int,
+    out: torch.Tensor,
+    config: PrefillConfig,
+    *,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    alibi_slopes: torch.Tensor | None,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+    floors: torch.Tensor | None = None,
+    lse: torch.Tensor | None = None,
+) -> None:
+    """Attends the sequences from `first_seq` on.
+
+    Args:
+        query: `[T, num_heads, k_dim]`.
+        k_cache: `[num_blocks, kv_heads, block_size, k_dim]`.
+        v_cache: `[num_blocks, kv_heads, block_size, v_dim]`.
+        metadata: the step.
+        first_seq: the first sequence to attend.
+        out: `[T, num_heads, v_dim]`; rows of those sequences are written, all of them.
+        config: row tile, key tile, warps and stages.
+        scale: see `litecache.kernels.paged_attention`, as for the rest.
+        window: see there.
+        softcap: see there.
+        sinks: see there.
+        alibi_slopes: see there.
+        k_scale: see there.
+        v_scale: see there.
+        floors: int32 `[S]`, keys before this position are left out (someone else attends them).
+        lse: float32 `[num_heads, T]`, receives the log of the sum of exponentials.
+    """
+    kv_heads, page, k_dim = k_cache.shape[1:]
+    v_dim = v_cache.shape[3]
+    group = query.shape[1] // kv_heads
+    tiles = triton.cdiv(metadata.max_query_len * group, config.block_m)
+    _prefill_kernel[(kv_heads, tiles, metadata.num_seqs - first_seq)](
+        query, out, lse, query.stride(0), query.stride(1), out.stride(0), out.stride(1),
+        lse.stride(0) if lse is not None else 0,
+        k_cache, v_cache, k_cache.stride(0), k_cache.stride(1),
+        v_cache.stride(0), v_cache.stride(1),
+        k_scale, v_scale,
+        k_scale.stride(0) if k_scale is not None else 0,
+        v_scale.stride(0) if v_scale is not None else 0,
+        metadata.block_tables, metadata.block_tables.stride(0), metadata.context_lens,
+        metadata.cu_seqlens_q, floors, sinks, alibi_slopes,
+        scale, softcap or 1.0, window or 0, first_seq,
+        GROUP=group, BLOCK_M=config.block_m, BLOCK_N=config.block_n, PAGE=page,
+        D=k_dim, D_PAD=max(16, triton.next_power_of_2(k_dim)),
+        DV=v_dim, DV_PAD=max(16, triton.next_power_of_2(v_dim)),
+        WINDOWED=window is not None, SOFTCAP=softcap is not None, SINKS=sinks is not None,
+        ALIBI=alibi_slopes is not None, QUANTISED=k_scale is not None,
+        FLOORS=floors is not None, LSE=lse is not None, STAGES=config.num_stages,
+        num_warps=config.num_warps,
+    )  # fmt: skip

@@ -1,0 +1,140 @@
+"""The Triton kernels on a GPU: the grid of heads, dims, block sizes, lengths and extras."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_cases import Case, make_batch, worst_error
+from kernel_grid import LARGE, TINY, tolerance
+from kernel_oracle import attend_wide
+
+from litecache.kernels import AttentionMetadata, copy_blocks, paged_attention, reference, store_kv
+from litecache.kernels.quantise import dequantise
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.mark.parametrize("case", TINY + LARGE, ids=lambda case: case.name)
+def test_attention_agrees_with_the_oracle(case: Case) -> None:
+    batch = make_batch(case, "cuda")
+    out = torch.full((batch.query.shape[0], case.heads[0], case.dims[1]), torch.nan)
+    out = out.to("cuda", case.dtype)
+    paged_attention(
+        batch.query, batch.k_cache, batch.v_cache, batch.metadata, **batch.arguments(), out=out
+    )
+    expected = attend_wide(batch.query, batch.wide_k, batch.wide_v, batch.metadata, **batch.options)
+    assert worst_error(out, expected) < tolerance(case)
+
+
+def test_repeated_runs_give_the_same_bits() -> None:
+    case = Case((1,) * 7, (1, 15, 16, 17, 129, 9000, 40000), heads=(32, 8), dims=(128, 128),
+                block_size=16, dtype=torch.bfloat16)  # fmt: skip
+    batch = make_batch(case, "cuda")
+    outs = [
+        paged_attention(
+            batch.query, batch.k_cache, batch.v_cache, batch.metadata, **batch.arguments()
+        )
+        for _ in range(20)
+    ]
+    assert all(torch.equal(outs[0], out) for out in outs[1:])
+
+
+def test_a_captured_graph_replays_at_other_lengths() -> None:
+    """One graph, captured at length 1, must be right at every length its tables have room for."""
+    case = Case((1,) * 4, (3000, 700, 17, 5000), heads=(8, 2), dims=(64, 64), block_size=16,
+                dtype=torch.float32)  # fmt: skip
+    batch = make_batch(case, "cuda")
+    static = AttentionMetadata(
+        slot_mapping=batch.metadata.slot_mapping.clone(),
+        block_tables=torch.zeros(4, 512, dtype=torch.int32, device="cuda"),
+        context_lens=torch.ones(4, dtype=torch.int32, device="cuda"),
+        cu_seqlens_q=batch.metadata.cu_seqlens_q.clone(),
+        block_size=16,
+        max_query_len=1,
+        max_context_len=8192,
+    )
+
+    def step() -> torch.Tensor:
+        static.scratch.clear()
+        return paged_attention(
+            batch.query, batch.k_cache, batch.v_cache, static, **batch.arguments()
+        )
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+    tables = batch.metadata.block_tables
+    static.block_tables[:, : tables.shape[1]] = tables
+    for lens in ((3000, 700, 17, 5000), (1, 1, 1, 4999), (0, 16, 5, 1)):
+        static.context_lens.copy_(torch.tensor(lens, dtype=torch.int32))
+        graph.replay()
+        expected = attend_wide(batch.query, batch.wide_k, batch.wide_v, static, **batch.options)
+        assert worst_error(out, expected) < 1e-5
+
+
+def test_offsets_survive_a_pool_of_more_than_two_to_the_31_elements() -> None:
+    block_bytes, num_blocks = 1 << 20, 4200
+    buffer = torch.empty(num_blocks * block_bytes, dtype=torch.uint8, device="cuda")
+    shape = (num_blocks, 2, 16, 64)
+    k_cache, v_cache = (
+        buffer.view(torch.bfloat16).as_strided(shape, (block_bytes // 2, 1024, 64, 1), offset)
+        for offset in (block_bytes // 2 - 4096, block_bytes // 2 - 2048)
+    )
+    blocks = list(range(num_blocks - 5, num_blocks))
+    metadata = AttentionMetadata.build([70], [70], [blocks], 16, "cuda")
+    key, value = (torch.randn(70, 2, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    query = torch.randn(70, 8, 64, device="cuda", dtype=torch.bfloat16)
+    store_kv(key, value, k_cache, v_cache, metadata.slot_mapping)
+    out = paged_attention(query, k_cache, v_cache, metadata, scale=0.125)
+    q, k, v = (x.transpose(0, 1).double() for x in (query, key, value))
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, is_causal=True, scale=0.125, enable_gqa=True
+    ).transpose(0, 1)
+    assert worst_error(out, expected.cpu()) < 1e-2
+    last = AttentionMetadata.build([1], [70], [blocks], 16, "cuda")
+    row = paged_attention(query[-1:], k_cache, v_cache, last, scale=0.125)
+    assert worst_error(row, expected[-1:].cpu()) < 1e-2
+
+
+@pytest.mark.parametrize(
+    "pool_dtype", [torch.float32, torch.bfloat16, torch.int8, torch.float8_e4m3fn]
+)
+def test_store_agrees_with_the_reference(pool_dtype: torch.dtype) -> None:
+    quantised = pool_dtype.itemsize == 1
+    dtype = torch.bfloat16 if quantised else pool_dtype
+    case = Case((500, 77), (800, 77), heads=(9, 3), dims=(80, 64), block_size=16, dtype=dtype,
+                pool_dtype=pool_dtype if quantised else None)  # fmt: skip
+    ours, theirs = make_batch(case, "cuda"), make_batch(case, "cpu")
+    key, value = (torch.randn(577, 3, dim).to(dtype) for dim in (80, 64))
+    slots = ours.metadata.slot_mapping
+    store_kv(key.cuda(), value.cuda(), ours.k_cache, ours.v_cache, slots,
+             ours.k_scale, ours.v_scale)  # fmt: skip
+    reference.store_kv(key, value, theirs.k_cache, theirs.v_cache, slots.cpu(),
+                       theirs.k_scale, theirs.v_scale)  # fmt: skip
+    blocks, offsets = slots.cpu() // 16, slots.cpu() % 16
+    for mine, its, my_scale, its_scale in (
+        (ours.k_cache, theirs.k_cache, ours.k_scale, theirs.k_scale),
+        (ours.v_cache, theirs.v_cache, ours.v_scale, theirs.v_scale),
+    ):
+        a, b = mine.cpu()[blocks, :, offsets], its[blocks, :, offsets]
+        if my_scale is None or its_scale is None:
+            assert torch.equal(a, b)
+            continue
+        wide_a = dequantise(a, my_scale.cpu()[blocks, :, offsets])
+        wide_b = dequantise(b, its_scale[blocks, :, offsets])
+        # A tie may round the other way by one code.
+        assert (wide_a - wide_b).norm() <= 2e-3 * wide_b.norm()
+
+
+def test_copy_moves_whole_blocks() -> None:
+    pool = torch.randint(0, 256, (64, 368640), dtype=torch.uint8, device="cuda")
+    src, dst = (torch.tensor(x, device="cuda") for x in ([3, 9, 60], [4, 0, 63]))
+    expected = pool.clone()
+    expected[dst] = pool[src]
+    copy_blocks(pool, src, dst)
+    assert torch.equal(pool, expected)
