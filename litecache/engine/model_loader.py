@@ -175,7 +175,7 @@ def _pretrained_model(
             )
     except (KeyError, ValueError) as error:
         raise _not_a_decoder(hf_config, error) from error
-    except (OSError, RuntimeError) as error:
+    except Exception as error:  # safetensors raises a class of its own for damaged files
         valid = f"a model whose weights can be read ({_first_line(error)})"
         raise ConfigError("model", source.path, valid) from error
     return model.to(device)

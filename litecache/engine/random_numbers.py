@@ -46,7 +46,7 @@ def draw_keys(
         purpose: what the number is for.
     """
     with np.errstate(over="ignore"):
-        word = np.full(len(seed), purpose, dtype=np.uint64)
+        word = _mix(np.full(len(seed), purpose, dtype=np.uint64) * np.uint64(_GOLDEN))
         for part in (seed, sample_index, position):
             word = _mix((word + part.astype(np.uint64)) * np.uint64(_GOLDEN) + np.uint64(_GOLDEN))
     return word.view(np.int64)
@@ -67,7 +67,7 @@ def random_bits(keys: torch.Tensor, count: int) -> torch.Tensor:
     # int64 shifts drag the sign along: the masks make them logical.
     word = (word ^ ((word >> 30) & ((1 << 34) - 1))) * _signed(_MIX_1)
     word = (word ^ ((word >> 27) & ((1 << 37) - 1))) * _signed(_MIX_2)
-    # The lower half of the last xor-shift is dropped, and with it the shift.
+    word = word ^ ((word >> 31) & ((1 << 33) - 1))
     return (word >> 32) & 0xFFFFFFFF
 
 
