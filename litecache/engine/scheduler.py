@@ -337,8 +337,11 @@ class Scheduler:
         """Tokens that need no computing, by the tier they came from."""
         size = self.cache.block_size
         reused: dict[str, int] = {}
-        for index in range(match.num_blocks):
-            tier = seq.tiers.get(index, Tier.GPU.value)
+        tier = Tier.GPU.value
+        for index in reversed(range(match.num_blocks)):
+            # What no window reaches any more was not fetched: it counts with what follows it.
+            if any(blocks[index] != TRASH_BLOCK for blocks in match.blocks):
+                tier = seq.tiers.get(index, Tier.GPU.value)
             reused[tier] = reused.get(tier, 0) + size
         tail = match.num_tokens - match.num_blocks * size
         if tail:
