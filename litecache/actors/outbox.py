@@ -141,6 +141,11 @@ class Outbox:
         deltas = tuple(client.deltas) if client.poll_number == number else ()
         return PollReply(client.first_seq, deltas, client.epoch)
 
+    @property
+    def live_requests(self) -> int:
+        """Requests that have not finished."""
+        return sum(len(client.live) for client in self._clients.values())
+
     def stats(self) -> dict[str, int]:
         """Clients known, and tokens that wait for them."""
         return {

@@ -1,0 +1,269 @@
+"""The `GpuCache` actor: model, block pool and engine of one replica.
+
+A thin async shell over `Engine`, which steps in a thread of its own; the event loop takes requests
+and hands out results and never waits for either. The engine is built by a background thread: on
+the first start when the driver says `begin` (the shards of the node are up then), after a crash at
+once, because everything it needs is in the constructor's arguments.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import dataclasses
+import logging
+import os
+import threading
+import uuid
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from litecache.actors.calls import was_restarted
+from litecache.actors.coordinator_client import CoordinatorClient
+from litecache.actors.group_spec import GroupSpec
+from litecache.actors.metrics_export import MetricsExporter
+from litecache.actors.naming import NAMESPACE, REPORT_INTERVAL_S, replica_name
+from litecache.actors.outbox import Outbox
+from litecache.actors.remote_source import CoordinatedSource
+from litecache.actors.shard_client import RayShardClient
+from litecache.actors.shard_watch import ShardWatch
+from litecache.errors import GroupError, GroupUnavailableError, LiteCacheError
+from litecache.metrics import Metrics
+from litecache.storage.client import ShardClient
+from litecache.types import PollReply, Request, TokenDelta
+
+if TYPE_CHECKING:
+    from litecache.engine.engine import Engine
+
+logger = logging.getLogger(__name__)
+
+
+class GpuCache:
+    """Plain class behind the actor.
+
+    Args:
+        spec: settings of the group.
+        index: of the replica.
+    """
+
+    def __init__(self, spec: GroupSpec, index: int) -> None:
+        context = ray.get_runtime_context()
+        self._spec, self._index = spec, index
+        self._node_id = context.get_node_id()
+        self._name = replica_name(spec.group, index)
+        self._epoch = uuid.uuid4().hex[:12]
+        self._metrics = Metrics()
+        self._coordinator = CoordinatorClient(spec.group)
+        self._remote = CoordinatedSource(
+            spec.group, self._node_id, self._coordinator, self._metrics
+        )
+        self._loading: concurrent.futures.Future[Engine] = concurrent.futures.Future()
+        self._begun = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._outbox: Outbox | None = None
+        self._shards: ShardWatch | None = None
+        self._stopped = threading.Event()
+        if was_restarted():
+            self._begin()
+
+    def __repr__(self) -> str:
+        device = self._spec.config.device or "auto"
+        return f"GpuCache({self._spec.group}:{self._index}, {self._spec.source.name}, {device})"
+
+    async def where(self) -> dict[str, Any]:
+        """Process, node and state, without waiting for the model."""
+        return {
+            "pid": os.getpid(),
+            "node_id": self._node_id,
+            "name": self._name,
+            "epoch": self._epoch,
+            "ready": self._loading.done() and self._loading.exception() is None,
+        }
+
+    async def begin(self) -> None:
+        """Attach to the shards of the node and load the model, in the background."""
+        self._begin()
+
+    async def info(self) -> Any:
+        """The engine's `EngineInfo`; waits for the model and raises what refused it."""
+        return (await self._ready()).info
+
+    async def submit(self, client_id: str, requests: Sequence[Request]) -> str:
+        """Start requests, all or none.
+
+        Returns:
+            The epoch under which their tokens will be polled.
+
+        Raises:
+            GroupUnavailableError: the model is still loading.
+            LiteCacheError: a request is refused; nothing was started.
+        """
+        if not self._loading.done():
+            # A caller that gave up waiting could not tell whether its requests run.
+            raise GroupUnavailableError(f"{self._name} is loading its model")
+        engine = await self._ready()
+        outbox = self._opened_outbox()
+        epoch, new = outbox.register(client_id, [r.request_id for r in requests])
+        try:
+            # In a thread: checking and hashing long prompts would hold up everyone's tokens.
+            await asyncio.to_thread(engine.submit, [r for r in requests if r.request_id in new])
+        except BaseException:
+            outbox.forget(client_id, new)
+            raise
+        return epoch
+
+    async def poll(self, client_id: str, epoch: str, ack: int, hold_s: float) -> PollReply:
+        """Tokens after `ack`, as soon as there are any; see `Outbox.poll`.
+
+        While the model loads the reply is empty and its epoch is "".
+        """
+        try:
+            await asyncio.wait_for(asyncio.shield(self._ready()), hold_s)
+        except asyncio.TimeoutError:
+            return PollReply(1)
+        return await self._opened_outbox().poll(client_id, epoch, ack, hold_s)
+
+    async def abort(self, request_ids: Sequence[str]) -> None:
+        """End requests; their last delta says ABORT."""
+        engine = await self._ready()
+        await asyncio.to_thread(engine.abort, list(request_ids))
+
+    async def stats(self) -> dict[str, Any]:
+        """The engine's figures and counters."""
+        engine = await self._ready()
+        figures = await asyncio.to_thread(engine.stats)
+        return {
+            **await self.where(),
+            "engine": figures,
+            "metrics": self._metrics.snapshot(),
+            "outbox": self._opened_outbox().stats(),
+            "shards": [client.shard_id for client in self._shards.clients()]
+            if self._shards is not None
+            else [],
+            "remote_shards": self._remote.remote_shards,
+        }
+
+    async def flush(self, timeout_s: float) -> dict[str, Any]:
+        """Save what is only on the GPU, and make the shards write out what is dirty."""
+        engine = await self._ready()
+        return await asyncio.to_thread(engine.flush, timeout_s)
+
+    async def clear_pool(self) -> int:
+        """Drop the cached blocks of the pool, once they are saved; how many."""
+        engine = await self._ready()
+        return await asyncio.to_thread(engine.clear_pool)
+
+    async def stop(self, timeout_s: float) -> dict[str, Any]:
+        """Flush and close the engine; the actor is of no use afterwards."""
+        if not self._loading.done() or self._loading.exception() is not None:
+            return {}
+        engine = self._loading.result()
+        report = await asyncio.to_thread(engine.flush, timeout_s)
+        self._stopped.set()
+        await asyncio.to_thread(self._close, engine)
+        return report
+
+    def _begin(self) -> None:
+        if self._begun.acquire(blocking=False):
+            threading.Thread(target=self._load, name="load", daemon=True).start()
+
+    async def _ready(self) -> Engine:
+        if self._stopped.is_set():
+            raise GroupUnavailableError(f"{self._name} has been stopped")
+        return await asyncio.shield(asyncio.wrap_future(self._loading))
+
+    def _opened_outbox(self) -> Outbox:
+        # Made by the first call on the event loop that will own it; no output can precede it.
+        if self._outbox is None:
+            engine = self._loading.result()
+            self._loop = asyncio.get_running_loop()
+            self._outbox = Outbox(
+                self._epoch,
+                abort_client=self._in_thread(engine.abort_client),
+                pause=self._in_thread(engine.pause),
+                resume=self._in_thread(engine.resume),
+            )
+        return self._outbox
+
+    def _in_thread(self, method: Callable[[Any], None]) -> Callable[[Any], None]:
+        loop = asyncio.get_running_loop()
+
+        def call(argument: Any) -> None:
+            loop.run_in_executor(None, method, argument)
+
+        return call
+
+    def _sink(self, items: list[tuple[str, TokenDelta]]) -> None:
+        if self._loop is not None and self._outbox is not None:
+            self._loop.call_soon_threadsafe(self._outbox.push, items)
+
+    def _load(self) -> None:
+        try:
+            self._loading.set_result(self._make_engine())
+        except LiteCacheError as error:
+            self._loading.set_exception(error)
+        except Exception as error:
+            logger.exception("%s: the model could not be loaded", self._name)
+            text = f"{type(error).__name__}: {error}"
+            self._loading.set_exception(GroupError(f"{self._name}: {text}"))
+
+    def _make_engine(self) -> Engine:
+        from litecache.engine.engine import Engine
+
+        spec = self._spec
+        config = spec.config
+        if spec.num_gpus and config.device not in (None, "cuda"):
+            # Ray shows the actor only its own GPU.
+            config = dataclasses.replace(config, device="cuda")
+        if not spec.num_gpus and config.device is None:
+            config = dataclasses.replace(config, device="cpu")
+        self._report()
+        self._shards = ShardWatch(spec.shard_names(self._node_id), self._connect)
+        engine = Engine(
+            spec.source,
+            config,
+            shards=self._shards.clients(),
+            remote=self._remote,
+            sink=self._sink,
+            num_threads=spec.num_threads or len(os.sched_getaffinity(0)),
+            metrics=self._metrics,
+        )
+        if hasattr(engine, "set_shards"):
+            self._shards.watch(engine.set_shards)
+        self._exporter = MetricsExporter(self._metrics, {"group": spec.group, "actor": self._name})
+        threading.Thread(target=self._keep_reporting, name="report", daemon=True).start()
+        return engine
+
+    def _connect(self, name: str, on_lost: Callable[[], None]) -> ShardClient:
+        try:
+            handle = ray.get_actor(name, NAMESPACE)
+        except ValueError as error:
+            raise GroupUnavailableError(f"there is no actor {name}") from error
+        return RayShardClient(
+            handle,
+            name.split(":shard:", 1)[1],
+            metrics=self._metrics,
+            on_lost=lambda _: on_lost(),
+        )
+
+    def _keep_reporting(self) -> None:
+        while not self._stopped.wait(REPORT_INTERVAL_S):
+            self._report()
+
+    def _report(self) -> None:
+        load = self._outbox.live_requests if self._outbox is not None else 0
+        try:
+            self._remote.remote_shards = self._coordinator.report_replica(
+                self._index, self._node_id, load
+            )
+        except LiteCacheError as error:
+            # What it said last stands: the other nodes' shards are still there.
+            logger.info("%s: not reported: %s", self._name, error)
+
+    def _close(self, engine: Engine) -> None:
+        if self._shards is not None:
+            self._shards.close()
+        engine.close()
+        self._exporter.close()

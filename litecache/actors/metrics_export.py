@@ -1,0 +1,97 @@
+"""Exports a part's counters through `ray.util.metrics`, for Ray's Prometheus endpoint.
+
+The part counts into its own `Metrics`; a thread copies what changed every few seconds. Ray has no
+way to set a histogram, so each new observation is repeated at the upper bound of its bucket: the
+exported buckets are exact, the exported sum is an upper bound. Where Ray's metrics are missing
+everything else works on.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from typing import Any
+
+from litecache.metrics import Labels, Metrics
+
+logger = logging.getLogger(__name__)
+
+EXPORT_INTERVAL_S = 5.0
+
+
+class MetricsExporter:
+    """Copies one `Metrics` to Ray.
+
+    Args:
+        metrics: what to export.
+        tags: added to the labels of every series (group, actor).
+        interval_s: between two copies.
+    """
+
+    def __init__(
+        self, metrics: Metrics, tags: dict[str, str], interval_s: float = EXPORT_INTERVAL_S
+    ) -> None:
+        self._metrics = metrics
+        self._tags = tags
+        self._interval_s = interval_s
+        self._series: dict[str, Any] = {}
+        self._exported: dict[tuple[str, Labels], Any] = {}
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="metrics-export", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Export once more and stop."""
+        self._stopped.set()
+        self._thread.join()
+
+    def export(self) -> int:
+        """Copy what changed since the last time; the number of series that did."""
+        changed = 0
+        snapshot = self._metrics.snapshot()
+        for kind, values in snapshot.items():
+            for name, labels, value in values:
+                tags = {**self._tags, **labels}
+                key = (name, tuple(sorted(tags.items())))
+                if self._exported.get(key) == value:
+                    continue
+                self._copy(kind, name, tags, self._exported.get(key), value)
+                self._exported[key] = value
+                changed += 1
+        return changed
+
+    def _copy(self, kind: str, name: str, tags: dict[str, str], old: Any, new: Any) -> None:
+        series = self._series.get(name)
+        if series is None:
+            series = self._series[name] = _make_series(kind, name, tuple(sorted(tags)), new)
+        if kind == "counters":
+            series.inc(new - (old or 0), tags=tags)
+        elif kind == "gauges":
+            series.set(new, tags=tags)
+        else:
+            before = old["buckets"] if old else [0] * len(new["buckets"])
+            bounds = [*new["bounds"], new["bounds"][-1] * 2]
+            for bound, count, seen in zip(bounds, new["buckets"], before, strict=True):
+                for _ in range(count - seen):
+                    series.observe(bound, tags=tags)
+
+    def _run(self) -> None:
+        stopped = False
+        while not stopped:
+            stopped = self._stopped.wait(self._interval_s)
+            try:
+                self.export()
+            except Exception as error:
+                # Whatever Ray's metrics raise (no agent, a clash of names) must not end an actor.
+                logger.warning("metrics are not exported: %s", error)
+                return
+
+
+def _make_series(kind: str, name: str, tag_keys: tuple[str, ...], value: Any) -> Any:
+    from ray.util import metrics
+
+    if kind == "counters":
+        return metrics.Counter(name, tag_keys=tag_keys)
+    if kind == "gauges":
+        return metrics.Gauge(name, tag_keys=tag_keys)
+    return metrics.Histogram(name, boundaries=list(value["bounds"]), tag_keys=tag_keys)

@@ -1,0 +1,146 @@
+"""Where a group's actors go and what they need there, checked before anything is started."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from litecache.actors.group_spec import GroupSpec
+from litecache.config import CacheConfig
+from litecache.engine.model_source import ModelSource
+from litecache.errors import CapacityError, ConfigError
+
+MEMORY_SHARE = 0.85
+ACTOR_KINDS = ("gpu", "shard", "coordinator")
+
+
+def check_actor_options(options: dict[str, dict[str, Any]] | None) -> dict[str, dict[str, Any]]:
+    """Options per kind of actor, passed through to Ray.
+
+    Raises:
+        ConfigError: an unknown kind, not a dict, or an option that LiteCache sets itself.
+    """
+    checked: dict[str, dict[str, Any]] = {}
+    if options is not None and not isinstance(options, dict):
+        raise ConfigError("actor_options", options, f"a dict with any of {', '.join(ACTOR_KINDS)}")
+    for kind, values in (options or {}).items():
+        if kind not in ACTOR_KINDS:
+            raise ConfigError("actor_options", kind, f"any of {', '.join(ACTOR_KINDS)}")
+        if not isinstance(values, dict):
+            raise ConfigError(f"actor_options[{kind!r}]", values, "a dict of Ray actor options")
+        for name in ("name", "namespace", "lifetime", "get_if_exists"):
+            if name in values:
+                raise ConfigError(
+                    f"actor_options[{kind!r}]", name, "options other than the actor's name and life"
+                )
+        checked[kind] = dict(values)
+    return checked
+
+
+def choose_num_gpus(config: CacheConfig, options: dict[str, dict[str, Any]]) -> float:
+    """GPUs that each replica asks Ray for; 0 = it runs on the CPU.
+
+    Raises:
+        ConfigError: the config wants a GPU and the cluster has none, or names one by number.
+    """
+    asked = options.get("gpu", {}).get("num_gpus")
+    if asked is not None:
+        return float(asked)
+    if config.device == "cpu":
+        return 0
+    if config.device is not None and config.device.startswith("cuda:"):
+        raise ConfigError("device", config.device, '"cuda": Ray picks the GPU of an actor')
+    has_gpu = ray.cluster_resources().get("GPU", 0) >= 1
+    if config.device == "cuda" and not has_gpu:
+        raise ConfigError("device", "cuda", '"cpu" or None: the Ray cluster has no GPU')
+    return 1 if has_gpu else 0
+
+
+def shard_options(spec: GroupSpec, node_rank: int) -> list[dict[str, Any]]:
+    """Arguments of `ShardStore` for each shard of a node.
+
+    Args:
+        spec: the group.
+        node_rank: of the node among the group's nodes on the same host. Shards of a second node
+            on one host (as tests make them) get folders of their own.
+    """
+    config = spec.config
+    folders: list[str | None] = [None] * config.storage_shards
+    if config.storage_dir is not None:
+        first = node_rank * config.storage_shards
+        folders = [
+            os.path.join(folder, f"shard-{index}")
+            for folder in config.storage_dir
+            for index in range(first, first + config.storage_shards)
+        ]
+    return [
+        {
+            "directory": folder,
+            "storage_bytes": config.storage_bytes // len(folders),
+            "ram_bytes": config.ram_bytes // len(folders),
+            "fsync": config.fsync,
+            "eviction": config.eviction,
+        }
+        for folder in folders
+    ]
+
+
+def node_ranks(node_ids: list[str]) -> dict[str, int]:
+    """Each node's rank among those of the same host, in order of node id."""
+    hosts = {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes()}
+    ranks: dict[str, int] = {}
+    seen: dict[str, int] = {}
+    for node_id in sorted(set(node_ids)):
+        host = hosts.get(node_id, node_id)
+        ranks[node_id] = seen.get(host, 0)
+        seen[host] = ranks[node_id] + 1
+    return ranks
+
+
+def check_memory(spec: GroupSpec) -> None:
+    """Refuse when arenas, object store and weights exceed 85 % of this machine's memory.
+
+    Raises:
+        CapacityError: with all the numbers. Other machines check for themselves, by the arena.
+    """
+    limit = memory_limit_bytes()
+    here = socket.gethostname()
+    store = sum(
+        int(node["Resources"].get("object_store_memory", 0))
+        for node in ray.nodes()
+        if node["Alive"] and node["NodeManagerHostname"] == here
+    )
+    # On a GPU the weights pass through the page cache only.
+    weights = 0 if spec.num_gpus else spec.replicas * weight_bytes(spec.source)
+    total = spec.config.ram_bytes + store + weights
+    if total > MEMORY_SHARE * limit:
+        raise CapacityError(
+            f"ram_bytes={spec.config.ram_bytes:,} + Ray's object store {store:,} + weights "
+            f"{weights:,} = {total:,} bytes is more than {MEMORY_SHARE:.0%} of the memory limit "
+            f"{limit:,}: lower ram_bytes, or start Ray with a smaller object_store_memory"
+        )
+
+
+def memory_limit_bytes() -> int:
+    """Physical memory, or the container's limit where that is lower."""
+    limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            limit = min(limit, int(Path(path).read_text()))
+        except (OSError, ValueError):
+            continue
+    return limit
+
+
+def weight_bytes(source: ModelSource) -> int:
+    """Bytes of a folder's weight files; 0 where they are not known yet (hub names, random)."""
+    if source.path is None or source.weights == "random" or not os.path.isdir(source.path):
+        return 0
+    files = Path(source.path)
+    return sum(
+        file.stat().st_size for suffix in ("*.safetensors", "*.bin") for file in files.glob(suffix)
+    )

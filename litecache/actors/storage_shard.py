@@ -1,0 +1,176 @@
+"""The `StorageShard` actor: one disk's slab and one arena of RAM, for all processes of a node.
+
+A thin threaded shell over `ShardStore`. Short calls and bulk ones (`fetch`, `flush`, `clear`) run
+in separate thread pools, so a flush never delays a `stage`. It imports neither torch nor
+transformers and never touches a GPU.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+
+from litecache.actors.coordinator_client import CoordinatorClient
+from litecache.actors.location_reporter import LocationReporter
+from litecache.actors.metrics_export import MetricsExporter
+from litecache.actors.naming import shard_name
+from litecache.errors import LiteCacheError, StorageLockedError
+from litecache.hashing import BlockKey
+from litecache.metrics import Metrics
+from litecache.storage.protocol import Attachment, CommitItem, CommitStatus, FlushReport, SlotRef
+from litecache.storage.shard_store import ShardStore
+
+logger = logging.getLogger(__name__)
+
+# After a kill the kernel needs a moment to take down the old process and its lock.
+_LOCK_PATIENCE_S = 3.0
+
+
+class StorageShard:
+    """Plain class behind the actor.
+
+    Args:
+        group: name of the group.
+        index: of the shard on its node.
+        options: arguments of `ShardStore`.
+    """
+
+    def __init__(self, group: str, index: int, options: dict[str, Any]) -> None:
+        context = ray.get_runtime_context()
+        self._group = group
+        self._node_id = context.get_node_id()
+        self._shard_id = f"{self._node_id[:8]}:{index}"
+        self._name = shard_name(group, self._node_id, index)
+        self._folder = options["directory"]
+        self._metrics = Metrics()
+        self._store: ShardStore | None = None
+        self._failure: LiteCacheError | None = None
+        try:
+            self._store = _open(options, self._metrics)
+        except LiteCacheError as error:
+            # Kept for `info`: an error raised here would reach the driver as text only.
+            self._failure = error
+            return
+        sink = CoordinatorClient(group)
+        self._reporter = LocationReporter(self._store, sink, self._shard_id, self._node_id)
+        self._exporter = MetricsExporter(self._metrics, {"group": group, "actor": self._name})
+
+    def __repr__(self) -> str:
+        return f"StorageShard({self._group}, {self._shard_id}, {self._folder or 'RAM only'})"
+
+    @property
+    def _open_store(self) -> ShardStore:
+        if self._store is None:
+            raise self._failure or LiteCacheError(f"{self._name} is closed")
+        return self._store
+
+    def info(self) -> dict[str, Any]:
+        """Process, node and name; raises what kept the store from opening."""
+        self._open_store.stats()
+        return {
+            "pid": os.getpid(),
+            "node_id": self._node_id,
+            "shard_id": self._shard_id,
+            "name": self._name,
+            "directory": self._folder,
+        }
+
+    def attach(self, client_pid: int) -> Attachment:
+        """See `ShardStore.attach`; the client lives on the same node."""
+        return self._open_store.attach(client_pid)
+
+    def detach(self, client_id: int) -> None:
+        """See `ShardStore.detach`."""
+        self._open_store.detach(client_id)
+
+    def stage(self, client_id: int, keys: Sequence[BlockKey]) -> list[Any]:
+        """See `ShardStore.stage`."""
+        return self._open_store.stage(client_id, keys)
+
+    def cancel(self, client_id: int, keys: Sequence[BlockKey]) -> list[bool]:
+        """See `ShardStore.cancel`."""
+        return self._open_store.cancel(client_id, keys)
+
+    def release(self, client_id: int, slots: Sequence[SlotRef]) -> None:
+        """See `ShardStore.release`."""
+        self._open_store.release(client_id, slots)
+
+    def reserve(self, client_id: int, block_bytes: int, n: int) -> list[SlotRef]:
+        """See `ShardStore.reserve`."""
+        return self._open_store.reserve(client_id, block_bytes, n)
+
+    def commit(self, client_id: int, items: Sequence[CommitItem]) -> list[CommitStatus]:
+        """See `ShardStore.commit`; the coordinator is told soon."""
+        statuses = self._open_store.commit(client_id, items)
+        self._reporter.notify()
+        return statuses
+
+    def query(self, keys: Sequence[BlockKey]) -> list[bool]:
+        """See `ShardStore.query`."""
+        return self._open_store.query(keys)
+
+    def touch(self, keys: Sequence[BlockKey]) -> None:
+        """See `ShardStore.touch`."""
+        self._open_store.touch(keys)
+
+    def durable(self, keys: Sequence[BlockKey]) -> list[bool]:
+        """See `ShardStore.durable`."""
+        return self._open_store.durable(keys)
+
+    @ray.method(concurrency_group="bulk")
+    def flush(self, timeout_s: float) -> FlushReport:
+        """See `ShardStore.flush`."""
+        return self._open_store.flush(timeout_s)
+
+    @ray.method(concurrency_group="bulk")
+    def fetch(self, keys: Sequence[BlockKey]) -> list[bytes | None]:
+        """Bytes of blocks for another node, in the order of the keys."""
+        return [data for _, data in self._open_store.fetch(keys)]
+
+    @ray.method(concurrency_group="bulk")
+    def clear(self, tier: str) -> None:
+        """See `ShardStore.clear`."""
+        self._open_store.clear(tier)
+        self._reporter.notify()
+
+    @ray.method(concurrency_group="bulk")
+    def keys(self) -> bytes:
+        """All keys, sorted and joined, for checks."""
+        return b"".join(sorted(self._open_store.keys()))
+
+    def stats(self) -> dict[str, Any]:
+        """The store's figures and counters."""
+        return {
+            **self.info(),
+            "store": self._open_store.stats(),
+            "metrics": self._metrics.snapshot(),
+            "heavy_modules": sorted({"torch", "transformers", "triton"} & sys.modules.keys()),
+        }
+
+    @ray.method(concurrency_group="bulk")
+    def stop(self, timeout_s: float) -> FlushReport:
+        """Flush and close; the actor is of no use afterwards."""
+        store = self._open_store
+        report = store.flush(timeout_s)
+        self._reporter.close()
+        self._exporter.close()
+        self._store = None
+        store.close()
+        return report
+
+
+def _open(options: dict[str, Any], metrics: Metrics) -> ShardStore:
+    deadline = time.monotonic() + _LOCK_PATIENCE_S
+    while True:
+        try:
+            return ShardStore(**options, metrics=metrics)
+        except StorageLockedError:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(0.1)

@@ -1,0 +1,471 @@
+"""`KVCacheAdapter`: Hugging Face's `generate` over a group of LiteCache actors.
+
+The driver's side: it merges settings, splits padded batches, routes, and puts results together.
+It starts or joins the actors; it never holds weights or KV. Requests of all threads of a driver
+share one poll per replica.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import uuid
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import torch
+from transformers import GenerationConfig
+from transformers.generation import GenerateDecoderOnlyOutput
+
+from litecache.actors.group import Group, exists
+from litecache.actors.group_spec import GroupSpec
+from litecache.actors.naming import DEFAULT_GROUP, check_group_name, replica_name
+from litecache.actors.placement import check_actor_options, choose_num_gpus
+from litecache.adapter.generation import GenerationSettings, draw_seed, translate
+from litecache.adapter.pending import PendingRequest
+from litecache.adapter.poller import ReplicaPoller
+from litecache.adapter.prompts import append_rows, check_input_ids, split_rows
+from litecache.adapter.sources import resolve_model
+from litecache.adapter.stats import CacheStats
+from litecache.adapter.streaming import TokenStream, feed_streamer
+from litecache.config import CacheConfig
+from litecache.errors import ConfigError, GroupError, LiteCacheError
+from litecache.hashing import chain_keys
+from litecache.types import Request
+
+logger = logging.getLogger(__name__)
+
+TIERS = ("gpu", "ram", "disk", "all")
+
+
+@dataclass(frozen=True)
+class ReuseReport:
+    """What each row of a result reused: `.litecache` of a returned dict.
+
+    Attributes:
+        reused_tokens: per row, prompt tokens by tier that were not computed.
+        ttft_s: per row, seconds from submission to the first token's arrival here.
+        total_s: per row, seconds from submission to the last token's arrival.
+    """
+
+    reused_tokens: tuple[dict[str, int], ...]
+    ttft_s: tuple[float | None, ...]
+    total_s: tuple[float | None, ...]
+
+
+class KVCacheAdapter:
+    """A model on Ray actors with a paged, tiered, persistent KV cache.
+
+    Args:
+        model: a hub name, a folder, a .gguf file, a transformers module, or a `PretrainedConfig`
+            with `weights="random"`.
+        cache_config: settings; None = defaults, or the group's own when joining one.
+        tokenizer: for `stream`; None = the model's.
+        group: joined when it runs, else started under this name. None = a private group, or with
+            `detached` the group "default".
+        detached: a group started here outlives this driver, until `litecache down`.
+        actor_options: Ray options by kind of actor: "gpu", "shard", "coordinator".
+        weights: "auto", or "random" for benchmarks.
+        seed: of random weights.
+        replicas: number of `GpuCache` actors of a group started here.
+        num_threads: torch's threads in each replica on a CPU; None = the machine's cores.
+
+    Raises:
+        LiteCacheError: something is refused; nothing that was started stays behind.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        cache_config: CacheConfig | None = None,
+        tokenizer: Any = None,
+        group: str | None = None,
+        detached: bool = False,
+        actor_options: dict[str, dict[str, Any]] | None = None,
+        weights: str = "auto",
+        seed: int = 0,
+        replicas: int = 1,
+        num_threads: int | None = None,
+    ) -> None:
+        options = check_actor_options(actor_options)
+        if cache_config is not None and not isinstance(cache_config, CacheConfig):
+            raise ConfigError("cache_config", cache_config, "a litecache.CacheConfig or None")
+        for name, count in (("replicas", replicas), ("num_threads", num_threads or 1)):
+            if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+                raise ConfigError(name, count, "a positive integer")
+        if group is not None:
+            check_group_name(group)
+        self._model = resolve_model(model, weights=weights, seed=seed)
+        if not ray.is_initialized():
+            ray.init(log_to_driver=False)
+        joinable = group or (DEFAULT_GROUP if detached else None)
+        config = cache_config or CacheConfig()
+        spec = GroupSpec(
+            joinable or f"private-{uuid.uuid4().hex[:8]}",
+            self._model.source,
+            config,
+            replicas,
+            num_threads,
+            choose_num_gpus(config, options),
+        )
+        self._group, started = _join_or_start(
+            spec, joinable is not None, cache_config is None, detached, options
+        )
+        self._tokenizer = tokenizer
+        self._client_id = uuid.uuid4().hex[:12]
+        self._numbers = itertools.count(1)
+        self._pollers = [
+            ReplicaPoller(handle, self._client_id, replica_name(spec.group, index))
+            for index, handle in enumerate(self._group.replicas)
+        ]
+        # Runs on close, on garbage collection and at exit, once, and before Ray's own exit hook.
+        self._finalizer = weakref.finalize(
+            self, _shut_down, self._pollers, self._group if started and not detached else None
+        )
+
+    @property
+    def config(self) -> Any:
+        """The model's configuration."""
+        return self._model.config
+
+    @property
+    def generation_config(self) -> GenerationConfig:
+        """The model's defaults; changes apply to later calls, as in HF."""
+        return self._model.generation_config
+
+    @property
+    def group(self) -> Group:
+        """The actors."""
+        return self._group
+
+    @property
+    def info(self) -> Any:
+        """The engine's `EngineInfo`: limits, block size, device."""
+        return self._group.info
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer given, or the model's.
+
+        Raises:
+            ConfigError: the model has none.
+        """
+        if self._tokenizer is None:
+            from transformers import AutoTokenizer
+
+            path = self._model.source.path
+            try:
+                if path is None:
+                    raise OSError("a bare config has no tokenizer")
+                self._tokenizer = AutoTokenizer.from_pretrained(path)
+            except (OSError, ValueError, KeyError) as error:
+                raise ConfigError("tokenizer", None, f"given for this model ({error})") from error
+        return self._tokenizer
+
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *,
+        streamer: Any = None,
+        cache_salt: str | None = None,
+        seed: int | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor | GenerateDecoderOnlyOutput:
+        """Continue every row of a batch, as `transformers`' `generate` does.
+
+        Args:
+            inputs: `[batch, tokens]`, also by the name `input_ids`, padded on either side.
+            generation_config: settings; keyword arguments override it.
+            streamer: gets the prompt and then each step's tokens.
+            cache_salt: share cached blocks only with calls of the same salt.
+            seed: of sampling; None = drawn from torch's default generator.
+            **kwargs: `attention_mask`, and any field of `GenerationConfig`.
+
+        Returns:
+            `[batch * num_return_sequences, tokens + new]`, or with `return_dict_in_generate` a
+            `GenerateDecoderOnlyOutput` with a `ReuseReport` as `.litecache`.
+
+        Raises:
+            ConfigError: a setting is invalid or not supported; nothing was sent.
+            LiteCacheError: a request failed.
+        """
+        given = _one_input(inputs, kwargs.pop("input_ids", None))
+        mask = kwargs.pop("attention_mask", None)
+        settings = translate(generation_config, kwargs, self.generation_config)
+        input_ids = check_input_ids(given)
+        prompts = split_rows(input_ids, mask, settings.mask_pad_token)
+        samples = settings.num_return_sequences
+        widths = [input_ids.shape[1]] * len(prompts)
+        rows = self._start(prompts, widths, settings, cache_salt, seed)
+        with _Aborting(self, rows):
+            if streamer is not None:
+                expanded = input_ids.repeat_interleave(samples, dim=0)
+                feed_streamer(streamer, expanded, rows, settings.pad_token_id)
+            new_tokens = [row.wait() for row in rows]
+        repeated = given.repeat_interleave(samples, dim=0)
+        sequences = append_rows(repeated, new_tokens, settings.pad_token_id)
+        if not settings.return_dict:
+            return sequences
+        output = GenerateDecoderOnlyOutput(sequences=sequences)
+        output.litecache = _report(rows)
+        return output
+
+    def generate_batch(
+        self,
+        prompts: Sequence[Sequence[int]],
+        generation_config: GenerationConfig | None = None,
+        *,
+        cache_salt: str | None = None,
+        seed: int | None = None,
+        **kwargs: Any,
+    ) -> list[list[int]]:
+        """Continue lists of token ids of any lengths.
+
+        Returns:
+            The new tokens of each prompt, `num_return_sequences` lists in a row for each.
+
+        Raises:
+            ConfigError: a setting or a prompt is invalid; nothing was sent.
+            LiteCacheError: a request failed.
+        """
+        settings = translate(generation_config, kwargs, self.generation_config)
+        checked = [_check_prompt(prompt, index) for index, prompt in enumerate(prompts)]
+        if not checked:
+            return []
+        rows = self._start(checked, [len(p) for p in checked], settings, cache_salt, seed)
+        with _Aborting(self, rows):
+            return [list(row.wait()) for row in rows]
+
+    def stream(
+        self,
+        prompt: str | Sequence[int] | torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *,
+        input_ids: Sequence[int] | torch.Tensor | None = None,
+        as_tokens: bool = False,
+        skip_special_tokens: bool = True,
+        cache_salt: str | None = None,
+        seed: int | None = None,
+        **kwargs: Any,
+    ) -> TokenStream:
+        """Continue one prompt and iterate over the output as it comes.
+
+        Args:
+            prompt: text, or token ids; also by the name `input_ids`.
+            generation_config: settings; keyword arguments override it.
+            input_ids: token ids, instead of `prompt`.
+            as_tokens: iterate over token ids instead of text.
+            skip_special_tokens: leave them out of the text.
+            cache_salt, seed: as in `generate`.
+            **kwargs: any field of `GenerationConfig`.
+
+        Returns:
+            An iterator with `.request_id`, `.reused_tokens`, `.ttft_s` and `.close()`.
+
+        Raises:
+            ConfigError: a setting is invalid or not supported; nothing was sent.
+        """
+        settings = translate(generation_config, kwargs, self.generation_config)
+        if settings.num_return_sequences != 1:
+            raise ConfigError("num_return_sequences", settings.num_return_sequences, "1 in stream")
+        given = _one_input(prompt, input_ids)
+        if isinstance(given, str):
+            given = self.tokenizer(given)["input_ids"]
+        if isinstance(given, torch.Tensor):
+            given = given.flatten().tolist() if given.dim() < 2 or given.shape[0] == 1 else given
+        tokens = _check_prompt(given, 0)
+        decode = None if as_tokens else self._decoder(skip_special_tokens)
+        (row,) = self._start([tokens], [len(tokens)], settings, cache_salt, seed)
+        return TokenStream(row, decode, self.abort)
+
+    def abort(self, request_id: str) -> None:
+        """End a request; whoever waits for it gets `RequestAborted`."""
+        for poller in self._pollers:
+            poller.abort([request_id])
+
+    def flush(self, timeout_s: float = 30.0) -> dict[str, Any]:
+        """Save everything that is cached; see `Group.flush`."""
+        return self._group.flush(timeout_s)
+
+    def clear(self, tier: str = "all") -> None:
+        """Drop cached blocks of a tier: "gpu", "ram", "disk" or "all".
+
+        Blocks in "gpu" and "ram" are saved to the tiers below first.
+        """
+        if tier not in TIERS:
+            raise ConfigError("tier", tier, f"one of {', '.join(TIERS)}")
+        self._group.clear(tier)
+
+    def stats(self) -> CacheStats:
+        """Counters and state, added up over the group's actors."""
+        return CacheStats.from_status(self._group.status())
+
+    def close(self) -> None:
+        """Abort this adapter's requests; stop the actors if they were started here for it alone."""
+        self._finalizer()
+
+    def __enter__(self) -> KVCacheAdapter:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"KVCacheAdapter({self._model.source.name!r}, group={self._group.spec.group!r})"
+
+    def _start(
+        self,
+        prompts: Sequence[tuple[int, ...]],
+        widths: Sequence[int],
+        settings: GenerationSettings,
+        cache_salt: str | None,
+        seed: int | None,
+    ) -> list[PendingRequest]:
+        """Check all requests, then submit them, all or none."""
+        if not self._finalizer.alive:
+            raise ConfigError("adapter", "closed", "an open adapter")
+        salt = self._group.spec.config.cache_salt if cache_salt is None else cache_salt
+        if not isinstance(salt, str):
+            raise ConfigError("cache_salt", cache_salt, "a text or None")
+        drawn = draw_seed(settings, seed)
+        rows = []
+        for index, (prompt, width) in enumerate(zip(prompts, widths, strict=True)):
+            for sample in range(settings.num_return_sequences):
+                sampling = settings.sampling_params(
+                    width,
+                    max_positions=self._model.max_positions,
+                    seed=drawn,
+                    sample_index=index * settings.num_return_sequences + sample,
+                )
+                request = Request(
+                    f"{self._client_id}-{next(self._numbers)}",
+                    self._client_id,
+                    prompt,
+                    sampling,
+                    cache_salt=salt,
+                    max_time_s=settings.max_time_s,
+                )
+                self.info.check(request)
+                rows.append(PendingRequest(request))
+        self._submit(rows)
+        return rows
+
+    def _submit(self, rows: list[PendingRequest]) -> None:
+        by_replica: dict[int, list[PendingRequest]] = {}
+        for row in rows:
+            by_replica.setdefault(self._route(row.request), []).append(row)
+        try:
+            for index, group in by_replica.items():
+                self._pollers[index].submit(group)
+        except BaseException:
+            for row in rows:
+                self.abort(row.request_id)
+            raise
+
+    def _route(self, request: Request) -> int:
+        if len(self._pollers) == 1:
+            return 0
+        root = self.info.roots(request.cache_salt)[0]
+        keys = chain_keys(root, request.prompt, self.info.block_size)
+        try:
+            index = self._group.coordinator.route(keys)
+        except LiteCacheError as error:
+            logger.info("routed without the coordinator: %s", error)
+            index = None
+        if index is None or index >= len(self._pollers):
+            loads = [poller.load for poller in self._pollers]
+            index = loads.index(min(loads))
+        return index
+
+    def _decoder(self, skip_special_tokens: bool) -> Callable[[list[int]], str]:
+        tokenizer = self.tokenizer
+
+        def decode(token_ids: list[int]) -> str:
+            text: str = tokenizer.decode(
+                token_ids,
+                skip_special_tokens=skip_special_tokens,
+                clean_up_tokenization_spaces=False,
+            )
+            return text
+
+        return decode
+
+
+class _Aborting:
+    """Aborts requests when their caller stops waiting for them: an error, or ctrl-C."""
+
+    def __init__(self, adapter: KVCacheAdapter, rows: list[PendingRequest]) -> None:
+        self._adapter, self._rows = adapter, rows
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, *exception: object) -> None:
+        if kind is not None:
+            for row in self._rows:
+                if not row.done:
+                    self._adapter.abort(row.request_id)
+
+
+def _join_or_start(
+    spec: GroupSpec,
+    joinable: bool,
+    any_config: bool,
+    detached: bool,
+    options: dict[str, dict[str, Any]],
+) -> tuple[Group, bool]:
+    """The group, and whether it was started here."""
+    expected = spec.describe()
+    if any_config:
+        expected["config"] = None
+    if joinable and exists(spec.group):
+        return Group.attach(spec.group, expected), False
+    try:
+        return Group.start(spec, detached=detached, actor_options=options), True
+    except GroupError:
+        # Another driver may have started it in the meantime: then this one joins.
+        if not joinable or not exists(spec.group):
+            raise
+    return Group.attach(spec.group, expected), False
+
+
+def _shut_down(pollers: list[ReplicaPoller], owned: Group | None) -> None:
+    for poller in pollers:
+        poller.close()
+    if owned is not None and ray.is_initialized():
+        owned.stop()
+
+
+def _one_input(first: Any, second: Any) -> Any:
+    if first is not None and second is not None:
+        raise ConfigError("inputs", "given twice", "either the first argument or input_ids")
+    return first if first is not None else second
+
+
+def _check_prompt(prompt: Any, index: int) -> tuple[int, ...]:
+    values = prompt.tolist() if isinstance(prompt, torch.Tensor) else prompt
+    valid = "a list of token ids"
+    if isinstance(values, (str, bytes)) or not isinstance(values, Sequence):
+        raise ConfigError(f"prompts[{index}]", prompt, valid)
+    if not values:
+        raise ConfigError(f"prompts[{index}]", [], "at least one token")
+    for token in values:
+        if isinstance(token, bool) or not isinstance(token, int):
+            raise ConfigError(f"prompts[{index}]", token, valid)
+    return tuple(values)
+
+
+def _report(rows: list[PendingRequest]) -> ReuseReport:
+    def since_submission(row: PendingRequest, moment: float | None) -> float | None:
+        return None if moment is None else moment - row.submitted_at
+
+    return ReuseReport(
+        tuple(row.reused_tokens for row in rows),
+        tuple(since_submission(row, row.first_token_at) for row in rows),
+        tuple(since_submission(row, row.finished_at) for row in rows),
+    )

@@ -1,0 +1,150 @@
+"""One request in flight, as the driver sees it: tokens so far, and how it ended.
+
+The poll thread feeds it, the caller's thread waits on it. It carries what is needed to submit the
+request again after its actor died: the prompt and every token received.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections.abc import Iterator
+
+import litecache.errors
+from litecache.errors import GroupUnavailableError, LiteCacheError, RequestAborted
+from litecache.types import FinishReason, Request, TokenDelta
+
+
+class PendingRequest:
+    """A request between submission and its last token.
+
+    Attributes:
+        request: as first submitted.
+        tokens: received so far; only ever appended to.
+        reused_tokens: prompt tokens by tier that were not computed, from the first submission.
+        ttft_s: seconds from submission to the first token, as the engine measured them.
+        finish_reason: None while it goes on.
+        first_token_at: `time.perf_counter()` of the first token's arrival.
+        finished_at: the same of the last one's.
+    """
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.tokens: list[int] = []
+        self.reused_tokens: dict[str, int] = {}
+        self.ttft_s: float | None = None
+        self.finish_reason: FinishReason | None = None
+        self.submitted_at = time.perf_counter()
+        self.first_token_at: float | None = None
+        self.finished_at: float | None = None
+        self._error: Exception | None = None
+        self._attempt = 0
+        self._condition = threading.Condition()
+
+    @property
+    def request_id(self) -> str:
+        """The caller's name of the request; the same through all attempts."""
+        return self.request.request_id
+
+    @property
+    def wire_id(self) -> str:
+        """The engine's name of the current attempt: output of an earlier one is told apart."""
+        return f"{self.request_id}.{self._attempt}"
+
+    @property
+    def done(self) -> bool:
+        """It has ended, well or not."""
+        return self.finish_reason is not None
+
+    def wire_request(self) -> Request:
+        """The request as it has to be submitted now: prompt and the tokens so far."""
+        return dataclasses.replace(
+            self.request,
+            request_id=self.wire_id,
+            prompt=self.request.prompt + tuple(self.tokens),
+            num_resumed_tokens=len(self.tokens),
+        )
+
+    def next_attempt(self) -> bool:
+        """Prepare another submission; False when the tokens received are already all."""
+        self._attempt += 1
+        sampling = self.request.sampling
+        if self.tokens and self.tokens[-1] in sampling.eos_token_ids:
+            self._finish(FinishReason.STOP)
+        elif len(self.tokens) >= sampling.max_new_tokens:
+            self._finish(FinishReason.LENGTH)
+        return not self.done
+
+    def feed(self, delta: TokenDelta) -> None:
+        """Take what one step produced."""
+        with self._condition:
+            if self.done:
+                return
+            if delta.token_ids and self.first_token_at is None:
+                self.first_token_at = time.perf_counter()
+            self.tokens.extend(delta.token_ids)
+            if delta.reused_tokens is not None and self.ttft_s is None:
+                self.reused_tokens = dict(delta.reused_tokens)
+            if delta.ttft_s is not None and self.ttft_s is None:
+                self.ttft_s = delta.ttft_s
+            if delta.finish_reason is not None:
+                if delta.finish_reason is FinishReason.ERROR:
+                    self._error = remote_error(delta.error_type, delta.error)
+                elif delta.finish_reason is FinishReason.ABORT:
+                    self._error = RequestAborted(f"request {self.request_id} was aborted")
+                self._finish(delta.finish_reason)
+            self._condition.notify_all()
+
+    def fail(self, error: Exception) -> None:
+        """End it with an error."""
+        with self._condition:
+            if not self.done:
+                self._error = error
+                self._finish(FinishReason.ERROR)
+            self._condition.notify_all()
+
+    def wait(self) -> list[int]:
+        """All tokens, when the request has ended.
+
+        Raises:
+            LiteCacheError: it failed or was aborted.
+        """
+        with self._condition:
+            self._condition.wait_for(lambda: self.done)
+        if self._error is not None:
+            raise self._error
+        return self.tokens
+
+    def stream(self) -> Iterator[list[int]]:
+        """New tokens as they come, in lists of at least one.
+
+        Raises:
+            LiteCacheError: it failed or was aborted, after the tokens that came before.
+        """
+        taken = 0
+        while True:
+            with self._condition:
+                self._condition.wait_for(lambda: self.done or len(self.tokens) > taken)  # noqa: B023
+                new, done = self.tokens[taken:], self.done
+            if new:
+                taken += len(new)
+                yield new
+            elif done:
+                break
+        if self._error is not None:
+            raise self._error
+
+    def _finish(self, reason: FinishReason) -> None:
+        with self._condition:
+            self.finish_reason = reason
+            self.finished_at = time.perf_counter()
+            self._condition.notify_all()
+
+
+def remote_error(kind: str | None, text: str | None) -> Exception:
+    """The error of a class named by a message."""
+    found = getattr(litecache.errors, kind or "", None)
+    if isinstance(found, type) and issubclass(found, LiteCacheError):
+        return found(text or found.__name__)
+    return GroupUnavailableError(f"{kind}: {text}")

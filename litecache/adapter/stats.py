@@ -1,0 +1,109 @@
+"""`CacheStats`: what the group did so far, added up over its actors."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class CacheStats:
+    """Counters since the actors started, and their present state.
+
+    Attributes:
+        requests: ended requests by outcome.
+        running, waiting: requests now.
+        prompt_tokens: tokens of all prompts.
+        reused_tokens: of those, not computed, by tier.
+        generated_tokens: tokens drawn.
+        misses: looked up and not found, by "tier: reason".
+        blocks: blocks of the pools by state.
+        io_bytes: moved so far, by "direction tier".
+        evictions, drops: by tier and by reason.
+        latencies: name -> {"count", "mean"} in seconds.
+        shards: per shard, what its store says of itself.
+        unavailable: actors that did not answer.
+    """
+
+    requests: dict[str, int] = field(default_factory=dict)
+    running: int = 0
+    waiting: int = 0
+    prompt_tokens: int = 0
+    reused_tokens: dict[str, int] = field(default_factory=dict)
+    generated_tokens: int = 0
+    misses: dict[str, int] = field(default_factory=dict)
+    blocks: dict[str, int] = field(default_factory=dict)
+    io_bytes: dict[str, int] = field(default_factory=dict)
+    evictions: dict[str, int] = field(default_factory=dict)
+    drops: dict[str, int] = field(default_factory=dict)
+    latencies: dict[str, dict[str, float]] = field(default_factory=dict)
+    shards: dict[str, dict[str, Any]] = field(default_factory=dict)
+    unavailable: tuple[str, ...] = ()
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the prompt tokens that were not computed."""
+        return sum(self.reused_tokens.values()) / self.prompt_tokens if self.prompt_tokens else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {**dataclasses.asdict(self), "hit_rate": self.hit_rate}
+
+    @classmethod
+    def from_status(cls, actors: Mapping[str, Mapping[str, Any]]) -> CacheStats:
+        """Add up what `Group.status` returned."""
+        answering = {name: actor for name, actor in actors.items() if "error" not in actor}
+        snapshots = [a["metrics"] for a in answering.values() if "metrics" in a]
+        counters = _Counters(snapshots)
+        engines = [a["engine"] for a in answering.values() if "engine" in a]
+        blocks: dict[str, int] = defaultdict(int)
+        for engine in engines:
+            for state, count in engine["blocks"].items():
+                blocks[state] += int(count)
+        return cls(
+            requests=counters.by("litecache_requests", "outcome"),
+            running=sum(int(engine["running"]) for engine in engines),
+            waiting=sum(int(engine["waiting"]) for engine in engines),
+            prompt_tokens=counters.total("litecache_prompt_tokens"),
+            reused_tokens=counters.by("litecache_reused_tokens", "tier"),
+            generated_tokens=counters.total("litecache_generated_tokens"),
+            misses=counters.by("litecache_misses", "tier", "reason", between=": "),
+            blocks=dict(blocks),
+            io_bytes=counters.by("litecache_storage_bytes", "direction", "tier"),
+            evictions=counters.by("litecache_evictions", "tier"),
+            drops=counters.by("litecache_drops", "reason"),
+            latencies=_latencies(snapshots),
+            shards={name: dict(a["store"]) for name, a in answering.items() if "store" in a},
+            unavailable=tuple(sorted(actors.keys() - answering.keys())),
+        )
+
+
+class _Counters:
+    """Counters of several snapshots as one."""
+
+    def __init__(self, snapshots: Iterable[Mapping[str, Any]]) -> None:
+        self._values = [value for snapshot in snapshots for value in snapshot["counters"]]
+
+    def total(self, name: str) -> int:
+        return int(sum(value for counter, _, value in self._values if counter == name))
+
+    def by(self, name: str, *labels: str, between: str = " ") -> dict[str, int]:
+        sums: dict[str, int] = defaultdict(int)
+        for counter, labelled, value in self._values:
+            if counter == name:
+                sums[between.join(labelled.get(label, "") for label in labels)] += int(value)
+        return dict(sums)
+
+
+def _latencies(snapshots: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    counts: dict[str, float] = defaultdict(float)
+    sums: dict[str, float] = defaultdict(float)
+    for snapshot in snapshots:
+        for name, labels, histogram in snapshot["histograms"]:
+            key = " ".join([name.removeprefix("litecache_"), *labels.values()])
+            counts[key] += histogram["count"]
+            sums[key] += histogram["sum"]
+    return {key: {"count": counts[key], "mean": sums[key] / counts[key]} for key in counts}
