@@ -31,7 +31,7 @@ MAX_QUERIES = 16
 """Sequences with more queries than this are left to the prefill kernel."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_seqs", "window", "num_programs"])
 def _plan_kernel(
     contexts_ptr, starts_ptr, ends_ptr, owner_ptr, num_seqs, window, num_programs,
     TILE: tl.constexpr, SEQS_PAD: tl.constexpr, BLOCK_P: tl.constexpr, KV_HEADS: tl.constexpr,
@@ -61,7 +61,7 @@ def _plan_kernel(
     tl.store(owner_ptr + program, owner, mask=program < num_programs)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride", "window", "num_seqs", "num_programs"])
 def _decode_kernel(
     q_ptr, out_ptr, q_token, q_head, o_token, o_head,
     k_ptr, v_ptr, k_block, k_head, v_block, v_head,

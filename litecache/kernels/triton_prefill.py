@@ -23,7 +23,7 @@ from litecache.kernels.triton_common import (
 from litecache.kernels.tuning import PrefillConfig
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride", "window", "first_seq"])
 def _prefill_kernel(
     q_ptr, out_ptr, lse_ptr, q_token, q_head, o_token, o_head, lse_head,
     k_ptr, v_ptr, k_block, k_head, v_block, v_head,
