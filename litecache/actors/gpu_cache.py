@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_CHECKED_ON_LOOP_TOKENS = 16384
+
 
 class GpuCache:
     """Plain class behind the actor.
@@ -107,8 +109,12 @@ class GpuCache:
         outbox = self._opened_outbox()
         epoch, new = outbox.register(client_id, [r.request_id for r in requests])
         try:
-            # In a thread: checking and hashing long prompts would hold up everyone's tokens.
-            await asyncio.to_thread(engine.submit, [r for r in requests if r.request_id in new])
+            fresh = [r for r in requests if r.request_id in new]
+            if sum(len(r.prompt) for r in fresh) > _CHECKED_ON_LOOP_TOKENS:
+                # Checking so many tokens would hold up everyone's polls.
+                await asyncio.to_thread(engine.submit, fresh)
+            else:
+                engine.submit(fresh)
         except BaseException:
             outbox.forget(client_id, new)
             raise
@@ -119,10 +125,12 @@ class GpuCache:
 
         While the model loads the reply is empty and its epoch is "".
         """
-        try:
-            await asyncio.wait_for(asyncio.shield(self._ready()), hold_s)
-        except asyncio.TimeoutError:
-            return PollReply(1)
+        if not self._loading.done():
+            try:
+                await asyncio.wait_for(asyncio.shield(self._ready()), hold_s)
+            except asyncio.TimeoutError:
+                return PollReply(1)
+        await self._ready()
         return await self._opened_outbox().poll(client_id, epoch, ack, hold_s)
 
     async def abort(self, request_ids: Sequence[str]) -> None:
@@ -172,6 +180,8 @@ class GpuCache:
     async def _ready(self) -> Engine:
         if self._stopped.is_set():
             raise GroupUnavailableError(f"{self._name} has been stopped")
+        if self._loading.done():
+            return self._loading.result()
         return await asyncio.shield(asyncio.wrap_future(self._loading))
 
     def _opened_outbox(self) -> Outbox:

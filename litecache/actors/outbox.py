@@ -34,8 +34,7 @@ class _Client:
         live: ids of requests that have not finished.
         num_tokens: tokens in `deltas`.
         last_seen: when the latest poll or submission arrived.
-        news: set while there is something to tell.
-        poll_number: of the latest poll; an older one still waiting gives up.
+        waiter: of the poll that is held open, if any.
     """
 
     epoch: str
@@ -45,8 +44,12 @@ class _Client:
     live: set[str] = field(default_factory=set)
     num_tokens: int = 0
     paused: bool = False
-    news: asyncio.Event = field(default_factory=asyncio.Event)
-    poll_number: int = 0
+    waiter: asyncio.Future[bool] | None = None
+
+    def wake(self, current: bool = True) -> None:
+        """End the wait of the poll that is held open; `current`: it may take the deltas."""
+        if self.waiter is not None and not self.waiter.done():
+            self.waiter.set_result(current)
 
 
 class Outbox:
@@ -110,7 +113,7 @@ class Outbox:
             client.num_tokens += len(delta.token_ids)
             if delta.finish_reason is not None:
                 client.live.discard(delta.request_id)
-            client.news.set()
+            client.wake()
             if client.paused and delta.request_id in client.live:
                 self._pause([delta.request_id])  # submitted after the others had paused
             elif client.num_tokens >= self._max_unacknowledged_tokens:
@@ -127,19 +130,18 @@ class Outbox:
             hold_s: how long to wait when there is nothing to tell.
         """
         client = self._seen(client_id)
-        client.poll_number += 1
-        number = client.poll_number
-        client.news.set()  # an older poll of this client that still waits gives way
+        client.wake(current=False)  # an older poll of this client that still waits gives way
         if epoch == client.epoch:
             self._acknowledge(client, ack)
-        if client.deltas:
-            client.news.set()
-        else:
-            client.news.clear()
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(client.news.wait(), hold_s)
-        deltas = tuple(client.deltas) if client.poll_number == number else ()
-        return PollReply(client.first_seq, deltas, client.epoch)
+        current = True
+        if not client.deltas:
+            # A bare future and timer: `wait_for` would put a task between a token and its reply.
+            loop = asyncio.get_running_loop()
+            client.waiter = waiter = loop.create_future()
+            timer = loop.call_later(hold_s, client.wake)
+            current = await waiter
+            timer.cancel()
+        return PollReply(client.first_seq, tuple(client.deltas) if current else (), client.epoch)
 
     @property
     def live_requests(self) -> int:
@@ -185,7 +187,7 @@ class Outbox:
         silent = [name for name, client in self._clients.items() if client.last_seen <= deadline]
         for client_id in silent:
             client = self._clients.pop(client_id)
-            client.news.set()
+            client.wake()
             if client.live:
                 self._abort_client(client_id)
         self._arm_timer()

@@ -25,6 +25,9 @@ from litecache.paths import models_folder
 
 logger = logging.getLogger(__name__)
 
+# `save_pretrained` writes these into the module's own config; the second time they are there.
+_SET_BY_SAVING = ("architectures", "dtype", "torch_dtype", "transformers_version")
+
 
 @dataclass(frozen=True)
 class ResolvedModel:
@@ -119,7 +122,8 @@ def save_module(module: Any) -> Path:
     Raises:
         LiteCacheError: the folder cannot be written.
     """
-    target = models_folder() / module_fingerprint(module, module.config.to_dict())
+    config = {k: v for k, v in module.config.to_dict().items() if k not in _SET_BY_SAVING}
+    target = models_folder() / module_fingerprint(module, config)
     if target.is_dir():
         return target
     try:

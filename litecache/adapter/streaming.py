@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -64,7 +64,9 @@ class TokenStream:
         self.request_id = pending.request_id
         self._pending = pending
         self._abandon = abandon
-        self._items = self._text(decode) if decode is not None else self._ids()
+        self._items: Generator[Any, None, None]
+        # No reference back to self: a stream that is dropped has to end at once.
+        self._items = _text(pending, decode) if decode is not None else _one_by_one(pending)
 
     def __iter__(self) -> Iterator[Any]:
         return self
@@ -97,20 +99,6 @@ class TokenStream:
         if hasattr(self, "_items"):
             self.close()
 
-    def _ids(self) -> Any:
-        for tokens in self._pending.stream():
-            yield from tokens
-
-    def _text(self, decode: Callable[[list[int]], str]) -> Any:
-        decoder = TextDecoder(decode)
-        for tokens in self._pending.stream():
-            piece = decoder.add(tokens)
-            if piece:
-                yield piece
-        rest = decoder.add([], last=True)
-        if rest:
-            yield rest
-
 
 def feed_streamer(
     streamer: Any, input_ids: torch.Tensor, rows: Sequence[PendingRequest], pad_token_id: int | None
@@ -136,6 +124,17 @@ def feed_streamer(
     streamer.end()
 
 
-def _one_by_one(row: PendingRequest) -> Iterator[int]:
+def _text(row: PendingRequest, decode: Callable[[list[int]], str]) -> Generator[str, None, None]:
+    decoder = TextDecoder(decode)
+    for tokens in row.stream():
+        piece = decoder.add(tokens)
+        if piece:
+            yield piece
+    rest = decoder.add([], last=True)
+    if rest:
+        yield rest
+
+
+def _one_by_one(row: PendingRequest) -> Generator[int, None, None]:
     for tokens in row.stream():
         yield from tokens

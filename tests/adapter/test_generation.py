@@ -1,0 +1,221 @@
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from transformers import GenerationConfig, LogitsProcessorList
+
+from litecache.adapter.generation import GenerationSettings, draw_seed, translate
+from litecache.adapter.refusals import NEUTRAL_VALUES, NEUTRAL_WHEN_SAMPLING
+from litecache.errors import ConfigError
+from litecache.types import SamplingParams
+
+MODEL = GenerationConfig(eos_token_id=2, pad_token_id=0)
+
+
+def settings(given: GenerationConfig | None = None, **overrides: Any) -> GenerationSettings:
+    return translate(given, overrides, MODEL)
+
+
+def params(width: int, limit: int | None = None, **overrides: Any) -> SamplingParams:
+    return settings(**overrides).sampling_params(width, max_positions=limit, seed=0, sample_index=0)
+
+
+def test_arguments_go_before_the_given_config_before_the_model_before_the_defaults() -> None:
+    model = GenerationConfig(temperature=0.3, top_p=0.4, top_k=7, do_sample=True)
+    given = GenerationConfig(temperature=0.5, top_p=0.6)
+    merged = translate(given, {"temperature": 0.9}, model)
+    assert (merged.temperature, merged.top_p, merged.top_k) == (0.9, 0.6, 7)
+    assert merged.min_p == 0.0
+
+
+def test_sampling_without_settings_uses_hugging_faces_top_k_of_50() -> None:
+    merged = settings(do_sample=True)
+    assert (merged.temperature, merged.top_k, merged.top_p) == (1.0, 50, 1.0)
+
+
+def test_greedy_settings_are_neutral() -> None:
+    model = GenerationConfig(temperature=0.6, top_p=0.9, top_k=40)
+    sampling = translate(None, {"max_new_tokens": 3}, model).sampling_params(
+        5, max_positions=None, seed=9, sample_index=1
+    )
+    assert sampling == SamplingParams(max_new_tokens=3, seed=9, sample_index=1)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "width", "limit", "expected"),
+    [
+        ({"max_new_tokens": 7}, 10, None, 7),
+        ({"max_length": 30}, 10, None, 20),
+        ({"max_new_tokens": 7, "max_length": 12}, 10, None, 7),
+        ({}, 10, None, 20),
+        ({}, 10, 25, 15),
+    ],
+)
+def test_lengths_count_as_in_hugging_face(
+    overrides: dict[str, Any], width: int, limit: int | None, expected: int
+) -> None:
+    assert params(width, limit, **overrides).max_new_tokens == expected
+
+
+@pytest.mark.parametrize(
+    ("overrides", "width", "expected"),
+    [({"min_new_tokens": 4}, 10, 4), ({"min_length": 12}, 10, 2), ({"min_length": 5}, 10, 0)],
+)
+def test_minimum_lengths(overrides: dict[str, Any], width: int, expected: int) -> None:
+    assert params(width, max_new_tokens=20, **overrides).min_new_tokens == expected
+
+
+def test_a_prompt_as_long_as_max_length_is_refused() -> None:
+    with pytest.raises(ConfigError, match="max_length=10.*more than the 10 tokens"):
+        params(10, max_length=10)
+
+
+@pytest.mark.parametrize(
+    ("eos", "expected"), [(5, (5,)), ([5, 6], (5, 6)), (torch.tensor([7]), (7,))]
+)
+def test_end_tokens_may_be_one_or_several(eos: Any, expected: tuple[int, ...]) -> None:
+    assert settings(eos_token_id=eos).eos_token_ids == expected
+
+
+def test_the_pad_token_falls_back_to_the_first_end_token() -> None:
+    merged = translate(None, {}, GenerationConfig(eos_token_id=[4, 5]))
+    assert (merged.pad_token_id, merged.mask_pad_token) == (4, None)
+    assert (settings().pad_token_id, settings().mask_pad_token) == (0, 0)
+    assert settings(pad_token_id=2).mask_pad_token is None
+
+
+def test_temperature_without_do_sample_is_ignored_with_a_warning() -> None:
+    with pytest.warns(UserWarning, match=r"temperature=0.7 has no effect without do_sample=True"):
+        merged = settings(temperature=0.7)
+    assert not merged.do_sample
+
+
+def test_a_models_own_sampling_settings_warn_nobody() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        translate(None, {"do_sample": False}, GenerationConfig(temperature=0.6, top_p=0.9))
+
+
+# A value that changes the output, for every setting that the engine loop lacks.
+EFFECTIVE: dict[str, Any] = {name: 2 for name in (*NEUTRAL_VALUES, *NEUTRAL_WHEN_SAMPLING)} | {
+    "use_cache": False,
+    "cache_implementation": "static",
+    "use_mtp": True,
+}
+
+
+@pytest.mark.parametrize("name", sorted(NEUTRAL_VALUES))
+def test_settings_that_the_engine_loop_lacks_are_refused_by_name(name: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        settings(**{name: EFFECTIVE[name]})
+    assert refusal.value.field == name
+
+
+@pytest.mark.parametrize("name", sorted(NEUTRAL_VALUES))
+def test_the_same_settings_at_their_neutral_values_pass(name: str) -> None:
+    for value in NEUTRAL_VALUES[name]:
+        assert settings(**{name: value}) == settings()
+
+
+@pytest.mark.parametrize("name", sorted(NEUTRAL_WHEN_SAMPLING))
+def test_sampling_methods_that_are_missing_are_refused_only_when_they_would_act(name: str) -> None:
+    assert not settings(**{name: 0.5}).do_sample
+    with pytest.raises(ConfigError) as refusal:
+        settings(do_sample=True, **{name: 0.5})
+    assert refusal.value.field == name
+
+
+def test_a_refusal_in_the_models_own_config_counts_too() -> None:
+    with pytest.raises(ConfigError, match="repetition_penalty=1.05"):
+        translate(None, {}, GenerationConfig(repetition_penalty=1.05))
+    translate(None, {"repetition_penalty": 1.0}, GenerationConfig(repetition_penalty=1.05))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("logits_processor", LogitsProcessorList([lambda ids, scores: scores])),
+        ("stopping_criteria", [lambda ids, scores: True]),
+        ("prefix_allowed_tokens_fn", lambda batch, ids: [1]),
+        ("assistant_model", object()),
+        ("inputs_embeds", torch.ones(1, 2, 4)),
+        ("past_key_values", object()),
+        ("negative_prompt_ids", torch.ones(1, 2)),
+        ("token_type_ids", torch.ones(1, 2)),
+        ("synced_gpus", True),
+    ],
+)
+def test_arguments_that_the_engine_loop_lacks_are_refused_by_name(name: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"{name}.*not supported"):
+        settings(**{name: value})
+
+
+def test_arguments_without_effect_pass() -> None:
+    settings(
+        logits_processor=LogitsProcessorList(),
+        stopping_criteria=None,
+        synced_gpus=False,
+        token_type_ids=torch.zeros(1, 3, dtype=torch.int64),
+    )
+
+
+def test_a_mistyped_argument_is_refused() -> None:
+    with pytest.raises(ConfigError, match="max_new_token=3"):
+        settings(max_new_token=3)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", 0.0),
+        ("temperature", -1.0),
+        ("temperature", float("nan")),
+        ("temperature", float("inf")),
+        ("top_p", 1.5),
+        ("top_k", -3),
+        ("top_k", 2.5),
+        ("min_p", 1.1),
+        ("max_new_tokens", 0),
+        ("max_new_tokens", True),
+        ("max_length", -1),
+        ("min_new_tokens", -1),
+        ("eos_token_id", -5),
+        ("pad_token_id", "x"),
+        ("num_return_sequences", 0),
+        ("max_time", 0.0),
+        ("do_sample", 1),
+    ],
+)
+def test_invalid_values_are_refused_by_name(name: str, value: Any) -> None:
+    overrides = {"do_sample": True, name: value}
+    with pytest.raises(ConfigError) as refusal:
+        settings(**overrides)
+    assert refusal.value.field == name
+
+
+def test_several_samples_need_sampling() -> None:
+    assert settings(num_return_sequences=3, do_sample=True).num_return_sequences == 3
+    with pytest.raises(ConfigError, match="num_return_sequences=3"):
+        settings(num_return_sequences=3)
+
+
+def test_the_seed_comes_from_torchs_generator_when_sampling_only() -> None:
+    sampling, greedy = settings(do_sample=True), settings()
+    torch.manual_seed(5)
+    first = draw_seed(sampling, None)
+    after = torch.rand(1)
+    torch.manual_seed(5)
+    assert draw_seed(greedy, None) == 0
+    assert draw_seed(sampling, None) == first
+    assert torch.equal(torch.rand(1), after)
+    assert draw_seed(sampling, 77) == 77
+    with pytest.raises(ConfigError, match="seed=-1"):
+        draw_seed(sampling, -1)
+
+
+def test_something_else_than_a_generation_config_is_refused() -> None:
+    with pytest.raises(ConfigError, match="generation_config"):
+        settings({"max_new_tokens": 3})  # type: ignore[arg-type]

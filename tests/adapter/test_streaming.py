@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+
+from litecache.adapter.pending import PendingRequest, remote_error
+from litecache.adapter.streaming import TextDecoder, TokenStream, feed_streamer
+from litecache.errors import CapacityError, GroupUnavailableError, RequestAborted
+from litecache.types import FinishReason, Request, SamplingParams, TokenDelta
+
+
+def pending(max_new_tokens: int = 8, eos: tuple[int, ...] = ()) -> PendingRequest:
+    sampling = SamplingParams(max_new_tokens=max_new_tokens, eos_token_ids=eos)
+    return PendingRequest(Request("r", "c", (1, 2), sampling))
+
+
+def ended(*tokens: int) -> PendingRequest:
+    row = pending()
+    row.feed(TokenDelta("r.0", tokens, FinishReason.LENGTH))
+    return row
+
+
+def utf8(ids: list[int]) -> str:
+    return bytes(ids).decode("utf-8", errors="replace")
+
+
+def test_pieces_of_text_add_up_and_no_character_is_cut() -> None:
+    text = "naïve 日本語 text 🙂 " * 5
+    decoder = TextDecoder(utf8)
+    pieces = [decoder.add([byte]) for byte in text.encode()]
+    pieces.append(decoder.add([], last=True))
+    assert "".join(pieces) == text
+    assert not any("�" in piece for piece in pieces)
+
+
+def test_an_incomplete_character_at_the_end_is_given_out() -> None:
+    decoder = TextDecoder(utf8)
+    assert decoder.add("é".encode()[:1]) == ""
+    assert decoder.add([], last=True) == "�"
+
+
+def test_tokens_arrive_while_the_request_goes_on() -> None:
+    row = pending()
+    stream = TokenStream(row, None, lambda _: None)
+    row.feed(TokenDelta("r.0", (4,), reused_tokens={"ram": 2}, ttft_s=0.5))
+    assert next(stream) == 4
+    assert (stream.reused_tokens, stream.ttft_s) == ({"ram": 2}, 0.5)
+    threading.Timer(0.01, lambda: row.feed(TokenDelta("r.0", (5,), FinishReason.STOP))).start()
+    assert list(stream) == [5]
+    assert stream.token_ids == [4, 5]
+
+
+def test_a_stream_that_is_dropped_early_aborts_its_request() -> None:
+    aborted: list[str] = []
+    row = pending()
+    row.feed(TokenDelta("r.0", (4,)))
+    stream = TokenStream(row, None, aborted.append)
+    next(stream)
+    del stream
+    assert aborted == ["r"]
+
+
+def test_a_finished_stream_aborts_nothing() -> None:
+    aborted: list[str] = []
+    stream = TokenStream(ended(1, 2), None, aborted.append)
+    assert list(stream) == [1, 2]
+    stream.close()
+    assert aborted == []
+
+
+def test_an_aborted_request_raises_after_the_tokens_that_came_before() -> None:
+    row = pending()
+    row.feed(TokenDelta("r.0", (4,)))
+    row.feed(TokenDelta("r.0", (), FinishReason.ABORT))
+    stream = TokenStream(row, None, lambda _: None)
+    assert next(stream) == 4
+    with pytest.raises(RequestAborted, match="request r was aborted"):
+        next(stream)
+
+
+def test_an_engines_error_keeps_its_class() -> None:
+    row = pending()
+    row.feed(TokenDelta("r.0", (), FinishReason.ERROR, "no room", "CapacityError"))
+    with pytest.raises(CapacityError, match="no room"):
+        row.wait()
+    assert type(remote_error("KeyError", "x")) is GroupUnavailableError
+    assert type(remote_error("__name__", "x")) is GroupUnavailableError
+
+
+def test_another_attempt_carries_the_tokens_so_far_under_another_name() -> None:
+    row = pending()
+    row.feed(TokenDelta("r.0", (4, 5)))
+    assert row.next_attempt()
+    request = row.wire_request()
+    assert (request.request_id, request.prompt, request.num_resumed_tokens) == (
+        "r.1",
+        (1, 2, 4, 5),
+        2,
+    )
+
+
+@pytest.mark.parametrize(
+    ("tokens", "reason"), [((4, 9), FinishReason.STOP), ((4, 5, 6), FinishReason.LENGTH)]
+)
+def test_a_request_whose_last_token_had_arrived_is_not_submitted_again(
+    tokens: tuple[int, ...], reason: FinishReason
+) -> None:
+    row = pending(max_new_tokens=3, eos=(9,))
+    row.feed(TokenDelta("r.0", tokens))
+    assert not row.next_attempt()
+    assert row.finish_reason is reason
+    assert row.wait() == list(tokens)
+
+
+class Recorder:
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.calls.append(value.tolist())
+
+    def end(self) -> None:
+        self.calls.append("end")
+
+
+def test_a_streamer_gets_the_prompt_then_one_row_of_tokens_a_step() -> None:
+    recorder = Recorder()
+    feed_streamer(recorder, torch.tensor([[1], [2]]), [ended(5, 6), ended(7)], 0)
+    assert recorder.calls == [[[1], [2]], [5, 7], [6, 0], "end"]
