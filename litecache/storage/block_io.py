@@ -296,16 +296,18 @@ class BlockIo:
         """Carry the journal to the file, and sync or compact if it is due."""
         disk = self._tiers.disk
         assert disk is not None
-        self._flush_journal()
+        self.flush_journal()
         if self._fsync == "always":
             self.sync()
         if self._threads:
             with self._lock:
                 self._keep.notify()
 
-    def _flush_journal(self) -> None:
+    def flush_journal(self) -> None:
+        """Carry what changed to the journal file, so that it survives kill -9."""
         disk = self._tiers.disk
-        assert disk is not None
+        if disk is None:
+            return
         with self._lock:
             seq = disk.begin_sync()
         try:

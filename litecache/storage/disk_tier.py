@@ -183,11 +183,12 @@ class DiskTier:
     def _make_room(self, pages: int, n: int) -> None:
         other = self.queues.oldest_elsewhere(pages)
         if other is not None:
-            for entry in self.space.neighbours(self._index.disk[other] - 1):
+            for entry in self.space.in_the_way(self._index.disk[other] - 1, pages):
                 if entry in self.queues and self._may_evict(entry):
                     self.queues.remove(entry)
                     self._give_up(entry)
-            return
+            if self.space.allocatable(pages):
+                return
         for _ in range(n):
             victim = self.queues.evict(pages, self._may_evict)
             if victim is None:

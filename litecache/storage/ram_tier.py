@@ -119,7 +119,7 @@ class RamTier:
     def _make_room(self, pages: int, n: int) -> None:
         other = self.queues.oldest_elsewhere(pages)
         if other is not None:
-            for handle in self.space.neighbours(self.at(other).slot):
+            for handle in self.space.in_the_way(self.at(other).slot, pages):
                 if handle in self.queues and self._may_evict(handle):
                     self.queues.remove(handle)
                     self._give_up(handle)

@@ -21,7 +21,7 @@ from .protocol import PAGE_BYTES
 
 _CANDIDATES = 64
 _LARGEST_REGION_BYTES = 64 << 20
-_WASTE = 0.04
+_WASTE = 0.125
 
 
 def pick_segment_bytes(total_bytes: int) -> int:
@@ -127,26 +127,27 @@ class SegmentSpace:
                 break
         return best, best_run
 
-    def region_segments(self, block_pages: int) -> list[int]:
-        """Sizes in segments that a region of this block size may have, best first.
+    def region_segments(self, block_pages: int) -> int:
+        """Segments in a region of this block size: the fewest that waste little of their end.
 
-        The best wastes little of its end; the smallest is for when there is no room for that.
+        It depends on the sizes alone and regions start at multiples of it, so a slot's region is
+        known without being written down.
         """
         smallest = -(-block_pages // self.segment_pages)
         largest = max(smallest, _LARGEST_REGION_BYTES // self.segment_bytes)
         for count in range(smallest, min(largest, smallest + 16) + 1):
             if count * self.segment_pages % block_pages <= _WASTE * count * self.segment_pages:
-                return [count] if count == smallest else [count, smallest]
-        return [smallest]
+                return count
+        return smallest
 
     def _assign(self, block_pages: int) -> Region | None:
-        for count in self.region_segments(block_pages):
-            first = self._spare_run(count)
-            slots = count * self.segment_pages // block_pages
-            if first is not None and self._may_grow(0, slots):
-                self._spare.difference_update(range(first, first + count))
-                return self._adopt(first, count, block_pages)
-        return None
+        count = self.region_segments(block_pages)
+        first = self._spare_run(count)
+        slots = count * self.segment_pages // block_pages
+        if first is None or not self._may_grow(0, slots):
+            return None
+        self._spare.difference_update(range(first, first + count))
+        return self._adopt(first, count, block_pages)
 
     def _adopt(self, first: int, count: int, block_pages: int) -> Region:
         region = Region(first * self.segment_pages, count, self.segment_pages, block_pages)
@@ -159,8 +160,8 @@ class SegmentSpace:
     def _spare_run(self, count: int) -> int | None:
         if count == 1:
             return min(self._spare) if self._spare else None
-        for first in sorted(self._spare):
-            if all(first + i in self._spare for i in range(count)):
+        for first in sorted(segment for segment in self._spare if segment % count == 0):
+            if self._spare.issuperset(range(first, first + count)):
                 return first
         return None
 
@@ -169,10 +170,13 @@ class SegmentSpace:
 
         The owner makes them outside its lock and then calls `grow`, or does not.
         """
-        for count in self.region_segments(block_pages):
-            if self._may_grow(count, count * self.segment_pages // block_pages):
-                return range(self.grown, self.grown + count)
-        return None
+        count = self.region_segments(block_pages)
+        first = self.grown // count * count
+        if not self._spare.issuperset(range(first, self.grown)):
+            first += count
+        new = range(self.grown, first + count)
+        slots = count * self.segment_pages // block_pages
+        return new if self._may_grow(len(new), slots) else None
 
     def bind(self, slot: int, handle: int) -> None:
         """Note whose slot it is."""
@@ -244,7 +248,7 @@ class SegmentSpace:
         if pages <= 0 or segment >= self.grown:
             return none
         if region is None:
-            region = self._adopt_at(segment, int(slots[-1]), pages)
+            region = self._adopt_at(segment, pages)
             if region is None:
                 return none
         index, odd = np.divmod(slots - region.base, pages)
@@ -273,16 +277,14 @@ class SegmentSpace:
         accepted: npt.NDArray[np.bool_] = fits
         return accepted
 
-    def _adopt_at(self, segment: int, slot: int, pages: int) -> Region | None:
-        # a region of several segments is found from its first; slots are multiples from there
-        for count in self.region_segments(pages):
-            for first in range(segment, segment - count, -1):
-                run = range(first, first + count)
-                aligned = (slot - first * self.segment_pages) % pages == 0
-                if aligned and self._spare.issuperset(run):
-                    self._spare.difference_update(run)
-                    return self._adopt(first, count, pages)
-        return None
+    def _adopt_at(self, segment: int, pages: int) -> Region | None:
+        count = self.region_segments(pages)
+        first = segment // count * count
+        run = range(first, first + count)
+        if not self._spare.issuperset(run):
+            return None
+        self._spare.difference_update(run)
+        return self._adopt(first, count, pages)
 
     def owner(self, slot: int) -> int:
         """Handle that the slot was bound to, or -1."""
@@ -296,23 +298,26 @@ class SegmentSpace:
             held = owners >= 0
             owners[held] = renumbered[owners[held]]
 
-    def neighbours(self, slot: int) -> list[int]:
-        """Handles of all slots in use of the region that `slot` lies in."""
-        region = self._regions[slot // self.segment_pages]
-        return [handle for handle in region.owners if handle >= 0]
+    def in_the_way(self, slot: int, block_pages: int) -> list[int]:
+        """Handles that would have to leave for a region of `block_pages` where `slot` lies."""
+        count = self.region_segments(block_pages)
+        first = slot // self.segment_pages // count * count
+        run = range(first, first + count)
+        regions = {id(r): r for s in run if (r := self._regions.get(s)) is not None}
+        return [h for region in regions.values() for h in region.owners if h >= 0]
 
     def available(self, block_pages: int) -> int:
-        """Slots of a block size that can be given out now, about (spare segments one by one)."""
+        """Slots of a block size that can be given out now, at least."""
         held = sum(region.free_count for region in self._partial.get(block_pages, {}).values())
-        smallest = self.region_segments(block_pages)[-1]
-        per_region = smallest * self.segment_pages // block_pages
-        return held + len(self._spare) // smallest * per_region
+        count = self.region_segments(block_pages)
+        if count == 1:
+            return held + len(self._spare) * (self.segment_pages // block_pages)
+        spare = self._spare_run(count) is not None
+        return held + spare * (count * self.segment_pages // block_pages)
 
     def allocatable(self, block_pages: int) -> bool:
         """Whether a slot can be given out now."""
-        if self._partial.get(block_pages):
-            return True
-        return any(self._spare_run(n) is not None for n in self.region_segments(block_pages))
+        return self.available(block_pages) > 0
 
     def used_slots(self, block_pages: int) -> int:
         """Slots in use of one block size."""

@@ -528,7 +528,7 @@ class ShardStore:
             if any(dropped):
                 self._io.note_change()
             self._changed.notify_all()
-        self._io.drain()
+        self._io.flush_journal()
         return dropped
 
     def _drop(self, key: BlockKey) -> bool:
@@ -559,7 +559,8 @@ class ShardStore:
                     self._tiers.drop_disk_copy(entry)
             self._io.note_change()
             self._changed.notify_all()
-        self._io.drain()
+        # a removal must hold after kill -9 too
+        self._io.flush_journal()
 
     def pin(self, keys: Sequence[BlockKey]) -> list[bool]:
         """Keep blocks from being evicted from disk until `unpin`, over restarts too."""
@@ -576,7 +577,7 @@ class ShardStore:
                 if entry >= 0 and self._tiers.disk is not None:
                     self._tiers.disk.set_pinned(entry, flags)
             self._io.note_change()
-        self._io.drain()
+        self._io.flush_journal()
         return [entry >= 0 for entry in entries]
 
     def keys(self) -> list[BlockKey]:

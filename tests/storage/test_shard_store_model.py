@@ -1,0 +1,50 @@
+"""The shard store behaves like a dict that may forget, and planted bugs are caught."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis.stateful import run_state_machine_as_test
+from shard_machine import RamOnly, Roomy, ShardMachine, Tight
+
+from litecache.storage import block_io, ram_tier
+
+MACHINES = [Roomy, Tight, RamOnly]
+
+
+def run(machine: type[ShardMachine], examples: int, *, derandomize: bool = False) -> None:
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=examples,
+            stateful_step_count=50,
+            deadline=None,
+            database=None,
+            derandomize=derandomize,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_store_equals_a_dict_over_random_operations(machine: type[ShardMachine]) -> None:
+    run(machine, 100)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("machine", MACHINES)
+def test_store_equals_a_dict_over_1000_random_examples(machine: type[ShardMachine]) -> None:
+    run(machine, 1000)
+
+
+def test_the_model_catches_a_skipped_checksum(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(block_io, "fault", lambda memory, key, expected, error: None)
+    with pytest.raises(AssertionError, match=r"wrong bytes|changed"):
+        run(Roomy, 300)
+
+
+def test_the_model_catches_eviction_of_leased_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ram_tier.RamTier, "_may_evict", lambda self, handle: True)
+    with pytest.raises((AssertionError, KeyError)):
+        run(Tight, 300)
