@@ -9,7 +9,6 @@ All methods run on one asyncio event loop; the engine's thread enters by `call_s
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import time
 from collections import deque

@@ -69,7 +69,7 @@ def test_minimum_lengths(overrides: dict[str, Any], width: int, expected: int) -
 
 
 def test_a_prompt_as_long_as_max_length_is_refused() -> None:
-    with pytest.raises(ConfigError, match="max_length=10.*more than the 10 tokens"):
+    with pytest.raises(ConfigError, match=r"max_length=10.*more than the 10 tokens"):
         params(10, max_length=10)
 
 
@@ -100,7 +100,7 @@ def test_a_models_own_sampling_settings_warn_nobody() -> None:
 
 
 # A value that changes the output, for every setting that the engine loop lacks.
-EFFECTIVE: dict[str, Any] = {name: 2 for name in (*NEUTRAL_VALUES, *NEUTRAL_WHEN_SAMPLING)} | {
+EFFECTIVE: dict[str, Any] = dict.fromkeys((*NEUTRAL_VALUES, *NEUTRAL_WHEN_SAMPLING), 2) | {
     "use_cache": False,
     "cache_implementation": "static",
     "use_mtp": True,
@@ -129,7 +129,7 @@ def test_sampling_methods_that_are_missing_are_refused_only_when_they_would_act(
 
 
 def test_a_refusal_in_the_models_own_config_counts_too() -> None:
-    with pytest.raises(ConfigError, match="repetition_penalty=1.05"):
+    with pytest.raises(ConfigError, match=r"repetition_penalty=1\.05"):
         translate(None, {}, GenerationConfig(repetition_penalty=1.05))
     translate(None, {"repetition_penalty": 1.0}, GenerationConfig(repetition_penalty=1.05))
 

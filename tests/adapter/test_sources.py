@@ -40,7 +40,7 @@ def test_what_is_no_model_is_refused(model: Any) -> None:
 
 
 def test_a_config_needs_random_weights() -> None:
-    with pytest.raises(ConfigError, match='weights=.*"random"'):
+    with pytest.raises(ConfigError, match=r'weights=.*"random"'):
         resolve_model(TINY)
     resolved = resolve_model(TINY, weights="random", seed=3)
     assert resolved.source.config is not None

@@ -1,0 +1,54 @@
+"""One tiny model and one group of actors with all tiers, shared by the tests of this folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from litecache.adapter import KVCacheAdapter
+from litecache.config import CacheConfig
+
+
+@pytest.fixture(scope="session")
+def tiny_llama() -> LlamaForCausalLM:
+    """Random weights; its end token is out of the way so that lengths are exact."""
+    torch.set_num_threads(1)
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=211,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.2,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def tiny_config(folder: Path) -> CacheConfig:
+    return CacheConfig(
+        num_blocks=96,
+        dtype="float32",
+        ram_bytes="16MB",
+        storage_dir=str(folder),
+        storage_bytes="64MB",
+    )
+
+
+@pytest.fixture(scope="session")
+def llm(
+    ray_local: None, tiny_llama: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[KVCacheAdapter]:
+    """An adapter over a private group; tests leave it usable for the next one."""
+    config = tiny_config(tmp_path_factory.mktemp("storage"))
+    with KVCacheAdapter(tiny_llama, cache_config=config, num_threads=1) as adapter:
+        yield adapter
