@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,19 +28,25 @@ class PinnedArenas:
     """Registers arena segments with CUDA, once per process and segment."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        # Re-entrant: the finalizer may run while this very thread holds the lock.
+        self._lock = threading.RLock()
         self._registered: dict[int, dict[int, int]] = {}
 
     def ensure(self, arena: ArenaView, offset: int) -> bool:
         """Pin the segment that holds byte `offset`; False when the driver refuses."""
         segment = offset // arena.segment_bytes
         with self._lock:
-            known = self._registered.setdefault(id(arena), {})
+            known = self._registered.get(id(arena))
+            if known is None:
+                known = self._registered[id(arena)] = {}
+                # The arena of a shard that died goes with the last lease on it.
+                weakref.finalize(arena, self._forget, id(arena))
             if segment not in known:
                 start = segment * arena.segment_bytes
                 size = min(arena.segment_bytes, len(arena.array) - start)
                 address = arena.array.ctypes.data + start
-                error = _cudart().cudaHostRegister(address, size, 0)
+                # An int: the binding's enum is true even for success.
+                error = int(_cudart().cudaHostRegister(address, size, 0))
                 if error:
                     logger.warning("segment %d of the arena cannot be pinned: %s", segment, error)
                 known[segment] = 0 if error else address
@@ -47,8 +54,11 @@ class PinnedArenas:
 
     def forget(self, arena: ArenaView) -> None:
         """Unpin an arena before it is unmapped."""
+        self._forget(id(arena))
+
+    def _forget(self, arena_id: int) -> None:
         with self._lock:
-            for address in self._registered.pop(id(arena), {}).values():
+            for address in self._registered.pop(arena_id, {}).values():
                 if address:
                     _cudart().cudaHostUnregister(address)
 
