@@ -240,8 +240,7 @@ class GpuCache:
             num_threads=spec.num_threads or len(os.sched_getaffinity(0)),
             metrics=self._metrics,
         )
-        if hasattr(engine, "set_shards"):
-            self._shards.watch(engine.set_shards)
+        self._shards.watch(engine.set_shards)
         self._exporter = MetricsExporter(self._metrics, {"group": spec.group, "actor": self._name})
         threading.Thread(target=self._keep_reporting, name="report", daemon=True).start()
         return engine

@@ -40,7 +40,7 @@ class PinnedArenas:
             if known is None:
                 known = self._registered[id(arena)] = {}
                 # The arena of a shard that died goes with the last lease on it.
-                weakref.finalize(arena, self._forget, id(arena))
+                weakref.finalize(arena, self._forget, id(arena)).atexit = False
             if segment not in known:
                 start = segment * arena.segment_bytes
                 size = min(arena.segment_bytes, len(arena.array) - start)

@@ -185,6 +185,15 @@ class Engine:
             self._saver.drain(timeout_s)
         return self.call(self._scheduler.cache.evict_idle)
 
+    def set_shards(self, shards: Sequence[ShardClient]) -> None:
+        """Use these local shards from now on: one came back, with another arena.
+
+        Leases and copies under way end with the clients that they began with. An engine that
+        was made without shards stays without.
+        """
+        if self._shards is not None:
+            self._shards.replace(shards)
+
     def check_integrity(self) -> None:
         """Assert that the scheduler's books are in order."""
         self.call(self._scheduler.check_integrity)

@@ -65,6 +65,10 @@ class ShardSet:
         """The local shards."""
         return list(self._shards)
 
+    def replace(self, shards: Sequence[ShardClient]) -> None:
+        """Ask these from now on; leases keep the client that gave them."""
+        self._shards = list(shards)
+
     def choose(self, run_key: BlockKey) -> ShardClient:
         """The shard for a run of blocks, by rendezvous hash of the run's first key."""
         return max(
