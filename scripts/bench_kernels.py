@@ -70,7 +70,7 @@ def memory_limits() -> dict[str, float]:
     """GB/s of an eager copy (read plus write) and of a streaming read."""
     source = torch.empty(2 * GIB, dtype=torch.bfloat16, device=DEVICE).normal_()
     target = torch.empty_like(source)
-    copied = min(event_ms(lambda: target.copy_(source), 10))
+    copied = summarise(event_ms(lambda: target.copy_(source), 10)).median
     programs, block = 132 * 16, 4096
     per_program = source.numel() // programs // block * block
     out = torch.empty(programs, device=DEVICE)
@@ -223,17 +223,20 @@ DECODES: list[tuple[Shape, str, list[int], float]] = [
 
 
 def decode_candidates(shape: Shape) -> list[DecodeConfig]:
-    """Decode configurations worth a try that fit the shared memory of a multiprocessor."""
-    tile = 2 * shape.dim * getattr(torch, shape.dtype).itemsize
-    return [
-        DecodeConfig(block_n, warps, stages, waves * 132)
-        for block_n in (32, 64, 128)
-        for warps, stages, waves in (
-            (4, 2, 2), (4, 3, 2), (4, 4, 2), (4, 3, 3), (2, 3, 4), (2, 4, 3), (2, 4, 4), (8, 3, 1),
-            (8, 4, 1), (8, 3, 2),
-        )
-        if block_n * tile * (stages - 1) * waves < 225_000 and block_n * tile >= 8192
+    """Decode configurations worth a try: block_n, warps, stages, programs a multiprocessor."""
+    numbers = [
+        (32, 2, 3, 4), (32, 2, 3, 5), (32, 2, 2, 6), (32, 2, 2, 8), (32, 2, 4, 4), (64, 4, 2, 4),
+        (64, 4, 3, 3), (64, 4, 2, 3), (64, 2, 2, 5), (64, 2, 2, 4), (64, 2, 3, 3), (32, 1, 3, 5),
+        (32, 1, 2, 8), (32, 1, 2, 10), (16, 1, 4, 8), (16, 1, 3, 10),
     ]  # fmt: skip
+    if 2 * shape.dim * getattr(torch, shape.dtype).itemsize <= 256:
+        numbers = [
+            (64, 2, 3, 4), (64, 2, 3, 5), (64, 2, 2, 6), (64, 2, 2, 8), (64, 2, 3, 6),
+            (64, 4, 3, 4), (64, 4, 2, 4), (128, 4, 2, 3), (128, 4, 3, 3), (64, 1, 2, 8),
+            (32, 1, 3, 8), (32, 1, 3, 12), (32, 2, 3, 8), (32, 2, 4, 6), (64, 1, 3, 5),
+            (64, 4, 3, 5), (128, 2, 2, 5),
+        ]  # fmt: skip
+    return [DecodeConfig(n, warps, stages, waves * 132) for n, warps, stages, waves in numbers]
 
 
 def prefill_candidates(shape: Shape) -> list[PrefillConfig]:
@@ -241,8 +244,8 @@ def prefill_candidates(shape: Shape) -> list[PrefillConfig]:
     return [
         PrefillConfig(*numbers)
         for numbers in (
-            (128, 64, 8, 3), (128, 64, 8, 2), (128, 64, 4, 3), (128, 128, 8, 2), (128, 128, 8, 3),
-            (64, 64, 4, 3), (64, 64, 4, 2), (128, 32, 4, 4), (256, 64, 8, 2),
+            (128, 64, 8, 2), (128, 128, 8, 2), (128, 128, 8, 3), (64, 64, 4, 3), (64, 64, 4, 2),
+            (64, 128, 4, 2), (64, 32, 4, 3), (64, 32, 4, 4), (128, 64, 8, 4),
         )
     ]  # fmt: skip
 
@@ -321,8 +324,8 @@ CHUNKS = ([512] * 16, [512 + 1024 * i for i in range(1, 17)])
 def sweep_all(report: Report, limit: float, names: list[str]) -> None:
     """Compiles and measures the candidates of the named parts."""
     parts: dict[str, tuple[Shape, list[list[int]], int]] = {
-        "llama": (LLAMA, [[4096] * 64, [8192] * 16, [131072], [8192] * 8], 1),
-        "ragged": (LLAMA, [[1024] * 256, ragged_lengths(128)], 1),
+        "llama": (LLAMA, [[4096] * 64, [1024] * 256, [131072], [8192] * 8], 1),
+        "ragged": (LLAMA, [ragged_lengths(128)], 1),
         "smollm": (SMOLLM, [[2048] * 128], 1),
         "gpt2": (GPT2, [[2048] * 64], 1),
         "int8": (replace(LLAMA, dtype="int8", pool_bytes=40 * 10**9), [[4096] * 64], 1),

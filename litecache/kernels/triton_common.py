@@ -118,45 +118,42 @@ def fold_tile(
     qk_scale, softcap, window,
     BLOCK_N: tl.constexpr, PAGE: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
-    MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, ALIKE: tl.constexpr,
     SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, QUANTISED: tl.constexpr,
 ):  # fmt: skip
     """Folds keys `start .. start + BLOCK_N` into a row tile's running softmax.
 
     `acc` is the unnormalised sum, `peak` the largest score in log2 units, `total` the sum of
-    weights. `MASKED=False` promises that every row sees every key of the tile.
+    weights. `MASKED=False` promises that every row sees every key of the tile; `ALIKE` that keys
+    and values have the same block stride and dimension.
     """
     column = start + tl.arange(0, BLOCK_N)
     k_dim = tl.arange(0, D_PAD)
     v_dim = tl.arange(0, DV_PAD)
-    slot = column % PAGE
+    token = column
     if MASKED:
-        live = (column >= first_key) & (column < end_key)
-        page = load_pages(table_ptr, tl.minimum(column, end_key - 1) // PAGE)
-    else:
-        page = load_pages(table_ptr, column // PAGE)
+        # Slots beyond the context may hold NaN, and 0 * NaN would reach the sum. Reading the last
+        # live key again instead costs less than a predicate on every load.
+        token = tl.minimum(token, end_key - 1)
+        if WINDOWED:
+            token = tl.maximum(token, first_key)
+    slot = token % PAGE
+    page = load_pages(table_ptr, token // PAGE)
     k_place = (page * k_stride + slot * D)[:, None] + k_dim[None, :]
-    v_place = (page * v_stride + slot * DV)[:, None] + v_dim[None, :]
-    # Slots beyond the context may hold NaN, and 0 * NaN would reach the sum: load zeros instead.
-    if MASKED:
-        k = tl.load(k_ptr + k_place, mask=live[:, None] & (k_dim < D)[None, :], other=0.0)
-        v = tl.load(v_ptr + v_place, mask=live[:, None] & (v_dim < DV)[None, :], other=0.0)
+    v_place = k_place
+    if not ALIKE:
+        v_place = (page * v_stride + slot * DV)[:, None] + v_dim[None, :]
+    if D == D_PAD:
+        k = tl.load(k_ptr + k_place)
     else:
-        if D == D_PAD:
-            k = tl.load(k_ptr + k_place)
-        else:
-            k = tl.load(k_ptr + k_place, mask=(k_dim < D)[None, :], other=0.0)
-        if DV == DV_PAD:
-            v = tl.load(v_ptr + v_place)
-        else:
-            v = tl.load(v_ptr + v_place, mask=(v_dim < DV)[None, :], other=0.0)
+        k = tl.load(k_ptr + k_place, mask=(k_dim < D)[None, :], other=0.0)
+    if DV == DV_PAD:
+        v = tl.load(v_ptr + v_place)
+    else:
+        v = tl.load(v_ptr + v_place, mask=(v_dim < DV)[None, :], other=0.0)
     if QUANTISED:
-        if MASKED:
-            k_factor = tl.load(ks_ptr + page * ks_stride + slot, mask=live, other=0.0)
-            v_factor = tl.load(vs_ptr + page * vs_stride + slot, mask=live, other=0.0)
-        else:
-            k_factor = tl.load(ks_ptr + page * ks_stride + slot)
-            v_factor = tl.load(vs_ptr + page * vs_stride + slot)
+        k_factor = tl.load(ks_ptr + page * ks_stride + slot)
+        v_factor = tl.load(vs_ptr + page * vs_stride + slot)
         scores = dot(q, tl.trans(widen(k))) * q_factor[:, None] * (k_factor * qk_scale)[None, :]
     else:
         scores = dot(q, tl.trans(k.to(q.dtype))) * qk_scale
@@ -168,7 +165,7 @@ def fold_tile(
     if ALIBI:
         scores += slope[:, None] * (column[None, :] - q_position[:, None]).to(tl.float32)
     if MASKED:
-        visible = live[None, :]
+        visible = (column < end_key)[None, :]
         if CAUSAL:
             visible = visible & (column[None, :] <= q_position[:, None])
         if WINDOWED:

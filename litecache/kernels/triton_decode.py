@@ -52,11 +52,9 @@ def _plan_kernel(
     if tl.program_id(0) == 0:
         tl.store(ends_ptr + 1 + seq, ends, mask=real)
         tl.store(ends_ptr, 0)
-    work = tl.sum(tiles, 0).to(tl.int64) * KV_HEADS
-    programs = tl.minimum(work, num_programs)
+    share = tl.cdiv(tl.sum(tiles, 0) * KV_HEADS, num_programs)
     program = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
-    share = program.to(tl.int64) * work // programs
-    before = (ends.to(tl.int64) * KV_HEADS)[None, :] <= share[:, None]
+    before = (ends * KV_HEADS)[None, :] <= (program * share)[:, None]
     owner = tl.sum((before & real[None, :]).to(tl.int32), 1)
     tl.store(owner_ptr + program, owner, mask=program < num_programs)
 
@@ -73,20 +71,20 @@ def _decode_kernel(
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, PAGE: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
     WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, ALIBI: tl.constexpr,
-    QUANTISED: tl.constexpr, STAGES: tl.constexpr, MERGE: tl.constexpr,
+    QUANTISED: tl.constexpr, ALIKE: tl.constexpr, STAGES: tl.constexpr, MERGE: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
-    work = tl.load(ends_ptr + num_seqs).to(tl.int64) * KV_HEADS
-    programs = tl.minimum(work, num_programs)
-    if program < programs:
-        share_begin = program * work // programs
-        share_end = (program + 1) * work // programs
+    work = tl.load(ends_ptr + num_seqs) * KV_HEADS
+    share = tl.cdiv(work, num_programs)
+    share_begin = program * share
+    if share_begin < work:
+        share_end = tl.minimum(share_begin + share, work)
         seq = tl.load(owner_ptr + program)
         at = share_begin
         while at < share_end:
-            seq_begin = tl.load(ends_ptr + seq).to(tl.int64)
-            seq_tiles = tl.load(ends_ptr + seq + 1).to(tl.int64) - seq_begin
-            kv_head = ((at - seq_begin * KV_HEADS) // seq_tiles).to(tl.int32)
+            seq_begin = tl.load(ends_ptr + seq)
+            seq_tiles = tl.load(ends_ptr + seq + 1) - seq_begin
+            kv_head = (at - seq_begin * KV_HEADS) // seq_tiles
             pair_begin = seq_begin * KV_HEADS + kv_head * seq_tiles
             pair_end = pair_begin + seq_tiles
             stop = tl.minimum(pair_end, share_end)
@@ -121,8 +119,8 @@ def _decode_kernel(
                 ks_base += kv_head * PAGE
                 vs_base += kv_head * PAGE
             base = first_key // BLOCK_N * BLOCK_N
-            low = base + (at - pair_begin).to(tl.int32) * BLOCK_N
-            high = tl.minimum(base + (stop - pair_begin).to(tl.int32) * BLOCK_N, context)
+            low = base + (at - pair_begin) * BLOCK_N
+            high = tl.minimum(base + (stop - pair_begin) * BLOCK_N, context)
             for start in tl.range(low, high, BLOCK_N, num_stages=STAGES):
                 acc, peak, total = fold_tile(
                     acc, peak, total, q, q_factor, q_position, slope,
@@ -130,7 +128,7 @@ def _decode_kernel(
                     k_base, v_base, k_block, v_block, ks_base, vs_base, ks_block, vs_block,
                     qk_scale, softcap, window,
                     BLOCK_N, PAGE, D, D_PAD, DV, DV_PAD,
-                    True, MAX_Q > 1, WINDOWED, SOFTCAP, ALIBI, QUANTISED,
+                    True, MAX_Q > 1, WINDOWED, ALIKE, SOFTCAP, ALIBI, QUANTISED,
                 )  # fmt: skip
 
             if stop - at == seq_tiles:
@@ -154,9 +152,8 @@ def _decode_kernel(
                 )
                 tl.store(state_ptr + (place * ROWS + row) * 2, peak, mask=mine)
                 tl.store(state_ptr + (place * ROWS + row) * 2 + 1, total, mask=mine)
-                first_owner = ((pair_begin + 1) * programs - 1) // work
-                last_owner = (pair_end * programs - 1) // work
-                pieces = (last_owner - first_owner + 1).to(tl.int32)
+                first_owner = pair_begin // share
+                pieces = (pair_end - 1) // share - first_owner + 1
                 pair = seq * KV_HEADS + kv_head
                 # Every thread's piece is written before the one thread that counts releases it.
                 tl.debug_barrier()
@@ -164,8 +161,7 @@ def _decode_kernel(
                 if arrived == pieces - 1:
                     _merge(
                         partial_ptr, state_ptr, out_ptr, o_token, o_head, sinks_ptr,
-                        first_owner.to(tl.int32), pieces,
-                        (pair_begin != first_owner * work // programs).to(tl.int32),
+                        first_owner, pieces, (pair_begin != first_owner * share).to(tl.int32),
                         first_token, queries, kv_head,
                         GROUP, ROWS, DV, DV_PAD, SINKS, MERGE,
                     )  # fmt: skip
@@ -289,6 +285,7 @@ def decode(
         D=k_dim, D_PAD=max(16, triton.next_power_of_2(k_dim)), DV=v_dim, DV_PAD=v_pad,
         WINDOWED=window is not None, SOFTCAP=softcap is not None, SINKS=sinks is not None,
         ALIBI=alibi_slopes is not None, QUANTISED=k_scale is not None,
+        ALIKE=k_cache.stride(0) == v_cache.stride(0) and k_dim == v_dim,
         STAGES=config.num_stages, MERGE=max(1, min(16, 8192 // (rows * v_pad))),
         num_warps=config.num_warps,
     )  # fmt: skip

@@ -33,7 +33,7 @@ def _prefill_kernel(
     GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAGE: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
     WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, ALIBI: tl.constexpr,
-    QUANTISED: tl.constexpr, FLOORS: tl.constexpr, LSE: tl.constexpr, STAGES: tl.constexpr,
+    QUANTISED: tl.constexpr, ALIKE: tl.constexpr, FLOORS: tl.constexpr, LSE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     kv_head = tl.program_id(0)
     tile = tl.num_programs(1) - 1 - tl.program_id(1)
@@ -88,7 +88,7 @@ def _prefill_kernel(
                 k_base, v_base, k_block, v_block, ks_base, vs_base, ks_block, vs_block,
                 qk_scale, softcap, window,
                 BLOCK_N, PAGE, D, D_PAD, DV, DV_PAD,
-                False, True, WINDOWED, SOFTCAP, ALIBI, QUANTISED,
+                False, True, WINDOWED, ALIKE, SOFTCAP, ALIBI, QUANTISED,
             )  # fmt: skip
         for start in tl.range(full_end, end_key, BLOCK_N, num_stages=STAGES):
             acc, peak, total = fold_tile(
@@ -97,7 +97,7 @@ def _prefill_kernel(
                 k_base, v_base, k_block, v_block, ks_base, vs_base, ks_block, vs_block,
                 qk_scale, softcap, window,
                 BLOCK_N, PAGE, D, D_PAD, DV, DV_PAD,
-                True, True, WINDOWED, SOFTCAP, ALIBI, QUANTISED,
+                True, True, WINDOWED, ALIKE, SOFTCAP, ALIBI, QUANTISED,
             )  # fmt: skip
 
         sink = peak
@@ -175,6 +175,7 @@ def prefill(
         DV=v_dim, DV_PAD=max(16, triton.next_power_of_2(v_dim)),
         WINDOWED=window is not None, SOFTCAP=softcap is not None, SINKS=sinks is not None,
         ALIBI=alibi_slopes is not None, QUANTISED=k_scale is not None,
+        ALIKE=k_cache.stride(0) == v_cache.stride(0) and k_dim == v_dim,
         FLOORS=floors is not None, LSE=lse is not None, STAGES=config.num_stages,
         num_warps=config.num_warps,
     )  # fmt: skip

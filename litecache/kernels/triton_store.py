@@ -29,8 +29,8 @@ def _store_side(
     place = cache_ptr + (page * cache_block + head * cache_head + slot * D)[:, None] + dim[None, :]
     if LARGEST > 0:
         wide = tl.where(mask, rows.to(tl.float32), 0.0)
-        scale = tl.max(tl.abs(wide), 1) / LARGEST
-        codes = wide / tl.where(scale > 0, scale, 1.0)[:, None]
+        scale = tl.div_rn(tl.max(tl.abs(wide), 1), LARGEST)
+        codes = tl.div_rn(wide, tl.where(scale > 0, scale, 1.0)[:, None])
         if cache_ptr.dtype.element_ty == tl.int8:
             codes = tl.minimum(tl.maximum(tl.floor(codes + 0.5), -127.0), 127.0)
         tl.store(place, codes.to(cache_ptr.dtype.element_ty), mask=mask)

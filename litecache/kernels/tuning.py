@@ -56,7 +56,7 @@ def decode_config(device: torch.device, dim: int, itemsize: int) -> DecodeConfig
     if device.type != "cuda":
         return DecodeConfig(16, 4, 1, multiprocessors)
     row_bytes = dim * itemsize
-    block_n = max(16, min(128, 16384 // row_bytes))
+    block_n = max(16, min(64, 1 << (16384 // row_bytes).bit_length() - 1))
     return DecodeConfig(block_n, 4, 3, 2 * multiprocessors)
 
 
