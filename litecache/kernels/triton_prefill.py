@@ -33,7 +33,8 @@ def _prefill_kernel(
     GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAGE: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
     WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, ALIBI: tl.constexpr,
-    QUANTISED: tl.constexpr, ALIKE: tl.constexpr, FLOORS: tl.constexpr, LSE: tl.constexpr, STAGES: tl.constexpr,
+    QUANTISED: tl.constexpr, ALIKE: tl.constexpr, FLOORS: tl.constexpr, LSE: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     kv_head = tl.program_id(0)
     tile = tl.num_programs(1) - 1 - tl.program_id(1)
