@@ -77,6 +77,11 @@ def attention_context(context: AttentionContext) -> Iterator[None]:
         _CONTEXT.reset(token)
 
 
+def current_context() -> AttentionContext:
+    """Who computes attention in the forward under way."""
+    return _CONTEXT.get()
+
+
 class PagedContext:
     """Attention over the pools of a model's KV groups.
 
@@ -94,6 +99,11 @@ class PagedContext:
         self.metadata: Sequence[AttentionMetadata] = ()
         """One per group; set before each forward."""
 
+    def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, AttentionMetadata]:
+        """The K and V views of a layer and the step's metadata of its group."""
+        group, k_cache, v_cache = self._layers[layer]
+        return k_cache, v_cache, self.metadata[group]
+
     def attend(
         self,
         layer: int,
@@ -103,8 +113,7 @@ class PagedContext:
         options: AttentionOptions,
     ) -> torch.Tensor:
         """Write this step's KV to its slots, then attend to all that is visible."""
-        group, k_cache, v_cache = self._layers[layer]
-        metadata = self.metadata[group]
+        k_cache, v_cache, metadata = self.layer(layer)
         store_kv(key, value, k_cache, v_cache, metadata.slot_mapping)
         return paged_attention(
             query,

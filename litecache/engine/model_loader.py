@@ -22,6 +22,7 @@ from litecache.engine.hf_attention import IMPLEMENTATION, register
 from litecache.engine.kv_layout import KVSpec
 from litecache.engine.model_checks import check_config, check_shape, choose_max_model_len, refusal
 from litecache.engine.model_source import ModelSource
+from litecache.engine.passes import apply_passes
 from litecache.engine.probe import record_specs, use_paged_attention, verify_paged
 from litecache.errors import ConfigError, ModelNotSupportedError
 
@@ -42,6 +43,7 @@ class LoadedModel:
         vocab_size: number of logits.
         eos_token_ids: from its generation config; may be empty.
         fingerprint: digest of config and all weights, equal for equal models.
+        passes: names of the passes that made its forward faster.
     """
 
     model: Any
@@ -53,6 +55,7 @@ class LoadedModel:
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     fingerprint: str
+    passes: tuple[str, ...] = ()
 
 
 def load_model(source: ModelSource, config: CacheConfig) -> LoadedModel:
@@ -75,7 +78,7 @@ def load_model(source: ModelSource, config: CacheConfig) -> LoadedModel:
     dtype = _choose_dtype(hf_config, config)
     register()
     if source.weights == "random":
-        model = _random_model(hf_config, source.seed, device, dtype)
+        model = random_model(hf_config, source.seed, device, dtype)
         identity = {**hf_config.to_dict(), "dtype": str(dtype), "device": device.type}
         fingerprint = random_fingerprint(identity, source.seed)
     else:
@@ -86,6 +89,7 @@ def load_model(source: ModelSource, config: CacheConfig) -> LoadedModel:
     specs = record_specs(model, config.kv_dtype or str(dtype).removeprefix("torch."))
     error = verify_paged(model, specs, config.block_size)
     logger.info("%s: %d layers, paged logits within %.1e", source.name, len(specs), error)
+    passes = apply_passes(model, specs, config.block_size, max_model_len)
     return LoadedModel(
         model=model,
         hf_config=hf_config,
@@ -96,6 +100,7 @@ def load_model(source: ModelSource, config: CacheConfig) -> LoadedModel:
         vocab_size=hf_config.get_text_config(decoder=True).vocab_size,
         eos_token_ids=_eos_token_ids(model),
         fingerprint=fingerprint,
+        passes=passes,
     )
 
 
@@ -141,7 +146,7 @@ def read_config(source: ModelSource) -> Any:
         raise ConfigError("model", source.path, f"{valid} ({_first_line(error)})") from error
 
 
-def _random_model(hf_config: Any, seed: int, device: torch.device, dtype: torch.dtype) -> Any:
+def random_model(hf_config: Any, seed: int, device: torch.device, dtype: torch.dtype) -> Any:
     """Draw weights where they stay, in their final dtype, leaving torch's generator untouched."""
     from transformers import AutoModelForCausalLM
 

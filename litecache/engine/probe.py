@@ -101,6 +101,30 @@ def verify_paged(model: Any, specs: tuple[KVSpec, ...], block_size: int) -> floa
     Raises:
         ModelNotSupportedError: the error is above the tolerance of the dtype.
     """
+    paged = paged_logits(model, specs, block_size)
+    reference = _ordinary_forward(model, _probe_tokens(model, 2))
+    error = float((paged - reference).norm() / reference.norm())
+    tolerance = TOLERANCE[next(model.parameters()).dtype]
+    if not error <= tolerance:
+        raise refusal(
+            model.config,
+            f"its logits over paged KV differ from its own attention by {error:.1e} relative"
+            f" (allowed: {tolerance:.0e})",
+        )
+    return error
+
+
+def paged_logits(model: Any, specs: tuple[KVSpec, ...], block_size: int) -> torch.Tensor:
+    """Logits of two sequences, run packed and in chunks over a small pool.
+
+    Args:
+        model: as for `record_specs`.
+        specs: what `record_specs` found.
+        block_size: tokens per block.
+
+    Returns:
+        float32 `[2, PROBE_TOKENS, vocab]`.
+    """
     tokens = _probe_tokens(model, 2)
     device = tokens.device
     layout = KVLayout.from_specs(specs, block_size)
@@ -130,31 +154,22 @@ def verify_paged(model: Any, specs: tuple[KVSpec, ...], block_size: int) -> floa
         for row, start, end in chunks:
             parts[row].append(logits[first : first + end - start])
             first += end - start
-    paged = torch.stack([torch.cat(row) for row in parts])
-    reference = _ordinary_forward(model, tokens)
-    error = float((paged - reference).norm() / reference.norm())
-    tolerance = TOLERANCE[next(model.parameters()).dtype]
-    if not error <= tolerance:
-        raise refusal(
-            model.config,
-            f"its logits over paged KV differ from its own attention by {error:.1e} relative"
-            f" (allowed: {tolerance:.0e})",
-        )
-    return error
+    return torch.stack([torch.cat(row) for row in parts])
 
 
 def _probe_tokens(model: Any, rows: int) -> torch.Tensor:
     """Fixed, varied ids `[rows, PROBE_TOKENS]`."""
     vocab = model.config.get_text_config(decoder=True).vocab_size
     ids = torch.arange(rows * PROBE_TOKENS, dtype=torch.int64) * 7919 + 11
-    device = next(model.parameters()).device
+    device: torch.device = next(model.parameters()).device
     return (ids % vocab).view(rows, PROBE_TOKENS).to(device)
 
 
 def _forward(model: Any, ids: torch.Tensor, positions: torch.Tensor, context: Any) -> torch.Tensor:
     with torch.inference_mode(), attention_context(context):
         logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits
-    return torch.as_tensor(logits).float()
+    out: torch.Tensor = logits.float()
+    return out
 
 
 def _ordinary_forward(model: Any, tokens: torch.Tensor) -> torch.Tensor:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import copy
+import functools
+import os
 import random
 from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
 
 import torch
 
@@ -46,19 +49,27 @@ FAMILIES = {
 GREEDY = SamplingParams(max_new_tokens=64)
 
 
-def tiny_model(family: str, seed: int = 0, **config: object) -> LoadedModel:
-    """A random float32 model of three layers on the CPU."""
+def tiny_model(family: str, seed: int = 0, passes: str = "none", **config: object) -> LoadedModel:
+    """A random float32 model of three layers on the CPU, by default without any pass."""
     fields = {**FAMILIES[family], "model_type": family}
     source = ModelSource(config=fields, weights="random", seed=seed)
-    return load_model(source, CacheConfig(device="cpu", dtype="float32", **config))
+    with mock.patch.dict(os.environ, LITECACHE_PASSES=passes):
+        return load_model(source, CacheConfig(device="cpu", dtype="float32", **config))
+
+
+@functools.cache
+def stock_model(family: str, seed: int) -> Any:
+    """The same weights in unmodified transformers."""
+    loaded = tiny_model(family, seed)
+    softcap = getattr(loaded.hf_config, "attn_logit_softcapping", None)
+    loaded.model.set_attn_implementation("eager" if softcap else "sdpa")
+    loaded.model.generation_config.eos_token_id = None
+    return loaded.model
 
 
 def stock_generate(loaded: LoadedModel, prompt: list[int], count: int) -> list[int]:
-    """Greedy tokens by unmodified transformers, without end-of-sequence."""
-    model = copy.deepcopy(loaded.model)
-    softcap = getattr(loaded.hf_config, "attn_logit_softcapping", None)
-    model.set_attn_implementation("eager" if softcap else "sdpa")
-    model.generation_config.eos_token_id = None
+    """Greedy tokens by unmodified transformers from the weights of seed 0, without end."""
+    model = stock_model(loaded.hf_config.model_type, 0)
     ids = torch.tensor([prompt])
     out = model.generate(
         ids,

@@ -33,7 +33,8 @@ def test_random_weights_follow_the_seed_and_leave_the_global_generator_alone():
     assert first.fingerprint == again.fingerprint != other.fingerprint
 
 
-def test_a_saved_model_loads_from_its_folder(tmp_path):
+def test_a_saved_model_loads_from_its_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("LITECACHE_PASSES", "none")
     first = tiny_model("qwen3")
     first.model.save_pretrained(tmp_path)
     config = CacheConfig(device="cpu", max_model_len=100)

@@ -13,9 +13,13 @@ from litecache.errors import ConfigError
 from litecache.types import SamplingParams
 
 
-@pytest.fixture(scope="module", params=sorted(FAMILIES))
+@pytest.fixture(
+    scope="module",
+    params=[*sorted(FAMILIES), "llama+passes", "qwen3+passes", "mistral+passes", "phi+passes"],
+)
 def loaded(request):
-    return tiny_model(request.param)
+    family, _, passes = request.param.partition("+")
+    return tiny_model(family, passes="fused,merged,small" if passes else "none")
 
 
 @pytest.fixture(scope="module")

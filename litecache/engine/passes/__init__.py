@@ -1,0 +1,94 @@
+"""Faster bodies under the same model: each pass is a module of its own and proves itself on load.
+
+A pass replaces parts of the model where their structure allows it and leaves the rest alone. After
+each one the logits of a packed, chunked, paged run are compared with those before; a pass that
+changes them is undone. `LITECACHE_PASSES` lists the passes to run (comma-separated, "none" = none).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from litecache.engine.kv_layout import KVSpec
+from litecache.engine.passes.fused_layers import fuse_layers
+from litecache.engine.passes.merged_projections import merge_projections
+from litecache.engine.passes.small_modules import replace_small_modules
+from litecache.engine.probe import TOLERANCE, paged_logits
+from litecache.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+PASSES = ("fused", "merged", "small")
+"""In the order in which they run: "merged" takes what "fused" left."""
+
+
+def chosen_passes() -> tuple[str, ...]:
+    """The passes that `LITECACHE_PASSES` asks for, all by default.
+
+    Raises:
+        ConfigError: it names none that exists.
+    """
+    text = os.environ.get("LITECACHE_PASSES")
+    if text is None:
+        return PASSES
+    names = [name.strip() for name in text.split(",") if name.strip() not in ("", "none")]
+    for name in names:
+        if name not in PASSES:
+            raise ConfigError("LITECACHE_PASSES", name, f'"none", or some of {", ".join(PASSES)}')
+    return tuple(name for name in PASSES if name in names)
+
+
+def apply_passes(
+    model: Any, specs: tuple[KVSpec, ...], block_size: int, max_model_len: int
+) -> tuple[str, ...]:
+    """Run the chosen passes.
+
+    Args:
+        model: passed the probe.
+        specs: its KV shapes.
+        block_size: tokens per block.
+        max_model_len: longest sequence in tokens.
+
+    Returns:
+        Names of the passes that replaced something and kept the logits.
+    """
+    runs: dict[str, Callable[[], Callable[[], None] | None]] = {
+        "fused": lambda: fuse_layers(model),
+        "merged": lambda: merge_projections(model),
+        "small": lambda: replace_small_modules(model, max_model_len),
+    }
+    names = chosen_passes()
+    if not names:
+        return ()
+    reference = paged_logits(model, specs, block_size)
+    tolerance = TOLERANCE[next(model.parameters()).dtype]
+    kept = []
+    for name in names:
+        undo = runs[name]()
+        if undo is None:
+            continue
+        error = _error(model, specs, block_size, reference)
+        if error <= tolerance:
+            kept.append(name)
+            logger.info("pass %s: logits within %.1e", name, error)
+        else:
+            undo()
+            logger.warning("pass %s is undone: it changes the logits by %.1e", name, error)
+    return tuple(kept)
+
+
+def _error(
+    model: Any, specs: tuple[KVSpec, ...], block_size: int, reference: torch.Tensor
+) -> float:
+    try:
+        logits = paged_logits(model, specs, block_size)
+    except Exception:
+        logger.exception("a pass broke the forward")
+        return float("inf")
+    error = float((logits - reference).norm() / reference.norm())
+    return error if error == error else float("inf")

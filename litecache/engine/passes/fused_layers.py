@@ -1,0 +1,250 @@
+"""Pass "fused": decoder layers of Llama's structure run with few, large operations.
+
+A layer is replaced when its parts have the expected names and types and its output on random
+input equals the original's; what the structure cannot tell (a residual multiplier, a layer without
+rotation) shows there. The scale, window and so on are those that the original passed to attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from litecache.engine.hf_attention import (
+    AttentionOptions,
+    PagedContext,
+    attention_context,
+    current_context,
+)
+from litecache.engine.passes.layer_ops import TritonOps, choose_ops
+from litecache.engine.passes.merge import can_merge, merge
+from litecache.kernels import paged_attention
+
+_LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+_ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+_NORMS = {"q_norm", "k_norm"}
+_MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+_PROBE_TOKENS = 5
+_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+"""Of the relative error of what a layer adds to its input."""
+
+
+class FusedDecoderLayer(nn.Module):
+    """Drop-in for a pre-norm decoder layer; weights are shared with the original.
+
+    Args:
+        original: a layer for which `has_structure` holds.
+        options: what the original's attention asks for.
+    """
+
+    def __init__(self, original: Any, options: AttentionOptions) -> None:
+        super().__init__()
+        attention, mlp = original.self_attn, original.mlp
+        self._layer = attention.layer_idx
+        self._dim = attention.head_dim
+        self._heads = attention.q_proj.out_features // self._dim
+        self._kv_heads = attention.k_proj.out_features // self._dim
+        self._options = options
+        self._qkv = merge([attention.q_proj, attention.k_proj, attention.v_proj])
+        self._gate_up = merge([mlp.gate_proj, mlp.up_proj])
+        self._out = _parameters(attention.o_proj)
+        self._down = _parameters(mlp.down_proj)
+        self._norms = [
+            (norm.weight.data, norm.variance_epsilon)
+            for norm in (original.input_layernorm, original.post_attention_layernorm)
+        ]
+        self._qk_norm: tuple[torch.Tensor, torch.Tensor, float] | None = None
+        if hasattr(attention, "q_norm"):
+            q_norm, k_norm = attention.q_norm, attention.k_norm
+            self._qk_norm = (q_norm.weight.data, k_norm.weight.data, q_norm.variance_epsilon)
+        weight = self._qkv[0]
+        self._ops = choose_ops(weight.device, weight.dtype)
+        self._on_gpu = isinstance(self._ops, TritonOps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        *args: Any,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Hidden states `[1, T, width]`; cos and sin `[1, T, rotary_dim]`."""
+        ops = self._ops
+        x = hidden_states[0]
+        normal = ops.norm(x, *self._norms[0])
+        qkv = ops.linear(normal, *self._qkv)
+        cos, sin = position_embeddings
+        attended = self._attend(qkv, cos[0], sin[0])
+        x = ops.linear_add(x, attended.reshape(x.shape[0], -1), *self._out)
+        normal = ops.norm(x, *self._norms[1])
+        active = ops.gated_linear(normal, *self._gate_up)
+        return ops.linear_add(x, active, *self._down)[None]
+
+    def _attend(self, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        context = current_context()
+        tokens = qkv.shape[0]
+        queries_end = self._heads
+        keys_end = queries_end + self._kv_heads
+        if self._on_gpu and isinstance(context, PagedContext):
+            from litecache.engine.passes.triton_elementwise import rotate_and_store
+
+            k_cache, v_cache, metadata = context.layer(self._layer)
+            rotate_and_store(
+                qkv, cos, sin, k_cache, v_cache, metadata.slot_mapping, self._heads, self._qk_norm
+            )
+            heads = qkv.view(tokens, -1, self._dim)
+            options = self._options
+            return paged_attention(
+                heads[:, :queries_end],
+                k_cache,
+                v_cache,
+                metadata,
+                scale=options.scale,
+                window=options.window,
+                softcap=options.softcap,
+                sinks=options.sinks,
+                key=heads[:, queries_end:keys_end],
+                value=heads[:, keys_end:],
+            )
+        heads = qkv.view(tokens, -1, self._dim)
+        query_key, value = heads[:, :keys_end], heads[:, keys_end:]
+        if self._qk_norm is not None:
+            q_weight, k_weight, eps = self._qk_norm
+            query = self._ops.norm(query_key[:, :queries_end].contiguous(), q_weight, eps)
+            key = self._ops.norm(query_key[:, queries_end:].contiguous(), k_weight, eps)
+            query_key = torch.cat([query, key], dim=1)
+        query_key = _rotate(query_key, cos, sin)
+        return context.attend(
+            self._layer,
+            query_key[:, :queries_end],
+            query_key[:, queries_end:],
+            value,
+            self._options,
+        )
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding of `[T, heads, dim]` by cos and sin `[T, rotary_dim]`."""
+    rotary = cos.shape[-1]
+    turned = x[..., :rotary] if rotary < x.shape[-1] else x
+    low, high = turned.chunk(2, dim=-1)
+    half = torch.cat((-high, low), dim=-1)
+    turned = (turned * cos[:, None]).addcmul_(half, sin[:, None])
+    return turned if rotary == x.shape[-1] else torch.cat((turned, x[..., rotary:]), dim=-1)
+
+
+def _parameters(linear: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
+    return linear.weight.data, None if linear.bias is None else linear.bias.data
+
+
+def has_structure(layer: nn.Module) -> bool:
+    """Whether a layer's parts are those of a pre-norm decoder with rotary and gated MLP."""
+    children = dict(layer.named_children())
+    if set(children) != _LAYER:
+        return False
+    attention: Any = children["self_attn"]
+    mlp: Any = children["mlp"]
+    inner = {name for name, _ in attention.named_children()}
+    norms = [children["input_layernorm"], children["post_attention_layernorm"]]
+    if inner == _ATTENTION | _NORMS:
+        norms += [attention.q_norm, attention.k_norm]
+    elif inner != _ATTENTION:
+        return False
+    if {name for name, _ in mlp.named_children()} != _MLP:
+        return False
+    return (
+        isinstance(getattr(attention, "head_dim", None), int)
+        and can_merge([attention.q_proj, attention.k_proj, attention.v_proj])
+        and can_merge([mlp.gate_proj, mlp.up_proj])
+        and type(attention.o_proj) is nn.Linear
+        and type(mlp.down_proj) is nn.Linear
+        and "silu" in type(mlp.act_fn).__name__.lower()
+        and all(hasattr(norm, "variance_epsilon") and hasattr(norm, "weight") for norm in norms)
+    )
+
+
+class _DenseContext:
+    """Causal attention without a cache, which notes what the layer asked for."""
+
+    options: AttentionOptions
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        options: AttentionOptions,
+    ) -> torch.Tensor:
+        self.options = options
+        out = functional.scaled_dot_product_attention(
+            query.transpose(0, 1),
+            key.transpose(0, 1),
+            value.transpose(0, 1),
+            is_causal=True,
+            scale=options.scale,
+            enable_gqa=True,
+        )
+        return out.transpose(0, 1)
+
+
+def fuse_layers(model: Any) -> Callable[[], None] | None:
+    """Replace every layer that has the structure and proves equal.
+
+    Args:
+        model: a causal language model.
+
+    Returns:
+        A function that puts the original layers back, or None when none was replaced.
+    """
+    replaced: list[tuple[nn.ModuleList, int, nn.Module]] = []
+    for layers, rotary in _stacks(model):
+        for index, layer in enumerate(layers):
+            if has_structure(layer):
+                fused = _proven(layer, rotary)
+                if fused is not None:
+                    replaced.append((layers, index, layer))
+                    layers[index] = fused
+
+    def undo() -> None:
+        for layers, index, layer in replaced:
+            layers[index] = layer
+
+    return undo if replaced else None
+
+
+def _stacks(model: nn.Module) -> Iterator[tuple[nn.ModuleList, nn.Module]]:
+    """Lists of decoder layers beside a rotary embedding."""
+    for module in list(model.modules()):
+        layers, rotary = getattr(module, "layers", None), getattr(module, "rotary_emb", None)
+        if isinstance(layers, nn.ModuleList) and isinstance(rotary, nn.Module):
+            yield layers, rotary
+
+
+def _proven(layer: Any, rotary: nn.Module) -> FusedDecoderLayer | None:
+    """The fused layer, or None when its output differs from the original's."""
+    weight = layer.self_attn.q_proj.weight
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1, _PROBE_TOKENS, weight.shape[1], generator=generator)
+    hidden = hidden.to(weight.device, weight.dtype)
+    positions = torch.arange(3, 3 + _PROBE_TOKENS, device=weight.device)[None]
+    context = _DenseContext()
+    try:
+        with torch.inference_mode(), attention_context(context):
+            embeddings = rotary(hidden, positions)
+            arguments = {"position_embeddings": embeddings, "position_ids": positions}
+            expected = layer(hidden, attention_mask=None, **arguments)
+            fused = FusedDecoderLayer(layer, context.options)
+            got = fused(hidden.clone(), **arguments)
+            if not isinstance(expected, torch.Tensor):
+                return None
+            added = (expected - hidden).float().norm()
+            error = float((got - expected).float().norm() / added)
+    except Exception:
+        # A family whose layers are called in another way keeps them.
+        return None
+    return fused if error <= _TOLERANCE[weight.dtype] else None
