@@ -29,8 +29,8 @@ from transformers import LlamaConfig
 
 from litecache import CacheConfig, KVCacheAdapter
 from litecache.engine.block_copier import BlockCopier, PinnedArenas
-from litecache.engine.model_loader import load_model
-from litecache.engine.model_source import ModelSource
+from litecache.engine.hf_attention import register
+from litecache.engine.model_loader import random_model
 from litecache.storage.client import LocalShardClient
 from litecache.storage.shard_store import ShardStore
 
@@ -61,9 +61,10 @@ class Reference:
     """Stock transformers on the same weights."""
 
     def __init__(self, dtype: str, device: str) -> None:
-        config = CacheConfig(dtype=dtype, device=device, num_blocks=64)
-        source = ModelSource(config=llama().to_dict(), weights="random", seed=0)
-        self.model: Any = load_model(source, config).model
+        register()
+        self.model: Any = random_model(
+            llama(), 0, torch.device(device), getattr(torch, dtype)
+        ).eval()
         self.model.set_attn_implementation("sdpa")
         self.device = device
         self.exact = dtype == "float32"
