@@ -116,7 +116,7 @@ def run_phase(phase: str, model_dir: str, store: str, result_file: Path) -> None
     from litecache import CacheConfig, KVCacheAdapter
 
     if not os.environ.get("RAY_ADDRESS"):
-        ray.init(address="local", log_to_driver=False)  # ends with this process
+        ray.init(address="local", include_dashboard=False, log_to_driver=False)
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     questions, doc_begin, doc_end = prompts(tokenizer)
     result: dict[str, Any] = {"phase": phase, "document": [doc_begin, doc_end], "questions": []}
