@@ -41,7 +41,7 @@ MIN_COPY_GB_S = 45.0
 
 
 def llama() -> LlamaConfig:
-    """Small, with weights wide enough that greedy choices are rarely ties."""
+    """Small; logits of a few units, so that bfloat16's own noise in them stays below a tie's gap."""
     return LlamaConfig(
         vocab_size=8192,
         hidden_size=512,
@@ -51,7 +51,7 @@ def llama() -> LlamaConfig:
         num_key_value_heads=2,
         head_dim=64,
         max_position_embeddings=4096,
-        initializer_range=0.12,
+        initializer_range=0.04,
         eos_token_id=None,
         bos_token_id=None,
     )
@@ -62,9 +62,8 @@ class Reference:
 
     def __init__(self, dtype: str, device: str) -> None:
         register()
-        self.model: Any = random_model(
-            llama(), 0, torch.device(device), getattr(torch, dtype)
-        ).eval()
+        where = torch.device(device)
+        self.model: Any = random_model(llama(), 0, where, getattr(torch, dtype)).eval()
         self.model.set_attn_implementation("sdpa")
         self.device = device
         self.exact = dtype == "float32"
@@ -76,18 +75,17 @@ class Reference:
         )
         return out[0, len(prompt) :].tolist()
 
-    def same(self, prompt: list[int], wanted: list[int], given: list[int]) -> bool:
-        """Equal, or in bfloat16 different from a tie on."""
+    def gap(self, prompt: list[int], wanted: list[int], given: list[int]) -> float:
+        """How far the first other token lies below the best one, in logits; 0 when all are equal."""
         if wanted == given:
-            return True
+            return 0.0
         if self.exact or len(wanted) != len(given):
-            return False
+            return float("inf")
         first = next(i for i, (a, b) in enumerate(zip(wanted, given, strict=True)) if a != b)
         ids = torch.tensor([prompt + wanted[:first]], device=self.device)
         with torch.inference_mode():
             logits = self.model(ids).logits[0, -1].float()
-        top = logits.topk(2).values
-        return bool(top[0] - top[1] < TIE_GAP and logits[given[first]] >= top[1])
+        return float(logits.max() - logits[given[first]])
 
 
 def check_tokens(dtype: str, device: str, folder: Path) -> list[dict[str, Any]]:
@@ -119,7 +117,8 @@ def check_tokens(dtype: str, device: str, folder: Path) -> list[dict[str, Any]]:
         after = llm.stats().reused_tokens
         reused = {t: int(n - before.get(t, 0)) for t, n in after.items() if n - before.get(t, 0)}
         checks = zip(prompts, wanted, given, strict=True)
-        right = sum(reference.same(prompt, want, give) for prompt, want, give in checks)
+        gaps = [reference.gap(prompt, want, give) for prompt, want, give in checks]
+        right = sum(gap < TIE_GAP for gap in gaps)
         enough = tier is None or reused.get(tier, 0) >= full
         equal = sum(want == give for want, give in zip(wanted, given, strict=True))
         rows.append(
@@ -129,6 +128,7 @@ def check_tokens(dtype: str, device: str, folder: Path) -> list[dict[str, Any]]:
                 "right": right,
                 "equal": equal,
                 "of": len(prompts),
+                "largest_gap": round(max(gaps), 4),
                 "reused": reused,
                 "seconds": round(seconds, 3),
                 "ok": right == len(prompts) and enough,
@@ -202,9 +202,10 @@ def main() -> int:
             report["rows"] += check_tokens(dtype, options.device, Path(folder))
         if options.json:
             options.json.write_text(json.dumps(report, indent=1))
-    table = Table("dtype", "case", "right", "equal", "reused tokens", "seconds", "ok")
+    table = Table("dtype", "case", "right", "equal", "gap", "reused tokens", "seconds", "ok")
     for row in report["rows"]:
         cells = (row["dtype"], row["case"], f"{row['right']}/{row['of']}", row["equal"])
+        cells += (row["largest_gap"],)
         table.add_row(*map(str, (*cells, row["reused"], row["seconds"], row["ok"])))
     console = Console()
     console.print(table)
