@@ -41,7 +41,7 @@ MIN_COPY_GB_S = 45.0
 
 
 def llama() -> LlamaConfig:
-    """Small; logits of a few units, so that bfloat16's own noise in them stays below a tie's gap."""
+    """Small; its logits stay so small that the noise of bfloat16 is below a tie's gap."""
     return LlamaConfig(
         vocab_size=8192,
         hidden_size=512,
@@ -76,7 +76,7 @@ class Reference:
         return out[0, len(prompt) :].tolist()
 
     def gap(self, prompt: list[int], wanted: list[int], given: list[int]) -> float:
-        """How far the first other token lies below the best one, in logits; 0 when all are equal."""
+        """How far the first other token lies below the best one, in logits; 0 when equal."""
         if wanted == given:
             return 0.0
         if self.exact or len(wanted) != len(given):
@@ -204,8 +204,13 @@ def main() -> int:
             options.json.write_text(json.dumps(report, indent=1))
     table = Table("dtype", "case", "right", "equal", "gap", "reused tokens", "seconds", "ok")
     for row in report["rows"]:
-        cells = (row["dtype"], row["case"], f"{row['right']}/{row['of']}", row["equal"])
-        cells += (row["largest_gap"],)
+        cells = (
+            row["dtype"],
+            row["case"],
+            f"{row['right']}/{row['of']}",
+            row["equal"],
+            row["largest_gap"],
+        )
         table.add_row(*map(str, (*cells, row["reused"], row["seconds"], row["ok"])))
     console = Console()
     console.print(table)
