@@ -31,6 +31,7 @@ from litecache.actors.naming import (
 from litecache.actors.placement import (
     check_actor_options,
     check_memory,
+    check_shares,
     node_ranks,
     shard_options,
 )
@@ -99,6 +100,7 @@ class Group:
         """
         check_group_name(spec.group)
         options = check_actor_options(actor_options)
+        check_shares(spec)
         check_memory(spec)
         starter = _Starter(spec, detached, options)
         try:
@@ -327,6 +329,11 @@ class _Starter:
         """End whatever was created."""
         if self.coordinator is None:
             return
+        # Closed rather than killed: a dying process would keep its folder locked for a moment.
+        closing = [shard.stop.remote(0.0) for shard in self.shards.values()]
+        for ref in closing:
+            with contextlib.suppress(LiteCacheError):
+                result(ref, STOP_TIMEOUT_S, "closing a shard")
         try:
             end_actors(self._spec.group, [*self.replicas, *self.shards.values()])
         except LiteCacheError as error:

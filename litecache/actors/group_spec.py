@@ -8,12 +8,13 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+import litecache
 from litecache.actors.naming import shard_name
 from litecache.config import CacheConfig
 from litecache.engine.model_source import ModelSource
 from litecache.errors import GroupMismatchError
 
-VERSION = "0.1.0"
+VERSION = litecache.__version__
 
 
 @dataclass(frozen=True)

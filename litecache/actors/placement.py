@@ -15,6 +15,7 @@ from litecache.engine.model_source import ModelSource
 from litecache.errors import CapacityError, ConfigError
 
 MEMORY_SHARE = 0.85
+MIN_SHARE_BYTES = 1 << 20
 ACTOR_KINDS = ("gpu", "shard", "coordinator")
 
 
@@ -99,6 +100,21 @@ def node_ranks(node_ids: list[str]) -> dict[str, int]:
         ranks[node_id] = seen.get(host, 0)
         seen[host] = ranks[node_id] + 1
     return ranks
+
+
+def check_shares(spec: GroupSpec) -> None:
+    """Refuse bounds that leave a shard less than it can work with.
+
+    Raises:
+        ConfigError: names the bound and how many shards divide it.
+    """
+    config = spec.config
+    count = len(config.shard_folders)
+    for name in ("ram_bytes", "storage_bytes"):
+        total = getattr(config, name)
+        if (name == "ram_bytes" or config.storage_dir) and total // count < MIN_SHARE_BYTES:
+            valid = f"at least {MIN_SHARE_BYTES:,} for each of the {count} shard(s) of a node"
+            raise ConfigError(name, total, valid)
 
 
 def check_memory(spec: GroupSpec) -> None:

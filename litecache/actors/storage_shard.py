@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -150,7 +149,6 @@ class StorageShard:
             **self.info(),
             "store": self._open_store.stats(),
             "metrics": self._metrics.snapshot(),
-            "heavy_modules": sorted({"torch", "transformers", "triton"} & sys.modules.keys()),
         }
 
     @ray.method(concurrency_group="bulk")

@@ -32,6 +32,7 @@ from litecache.adapter.sources import resolve_model
 from litecache.adapter.stats import CacheStats
 from litecache.adapter.streaming import TokenStream, feed_streamer
 from litecache.config import CacheConfig
+from litecache.engine.model_checks import check_config, check_shape, choose_max_model_len
 from litecache.errors import ConfigError, GroupError, LiteCacheError
 from litecache.hashing import chain_keys
 from litecache.types import Request
@@ -100,10 +101,14 @@ class KVCacheAdapter:
         if group is not None:
             check_group_name(group)
         self._model = resolve_model(model, weights=weights, seed=seed)
+        config = cache_config or CacheConfig()
+        # The actors check all of this, too; here it costs no process.
+        check_config(self._model.config)
+        check_shape(self._model.config, config)
+        choose_max_model_len(self._model.config, config)
         if not ray.is_initialized():
             ray.init(log_to_driver=False)
         joinable = group or (DEFAULT_GROUP if detached else None)
-        config = cache_config or CacheConfig()
         spec = GroupSpec(
             joinable or f"private-{uuid.uuid4().hex[:8]}",
             self._model.source,

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
+from tiny_config import tiny_config
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from litecache.adapter import KVCacheAdapter
-from litecache.config import CacheConfig
 
 
 @pytest.fixture(scope="session")
@@ -32,16 +31,6 @@ def tiny_llama() -> LlamaForCausalLM:
         pad_token_id=0,
     )
     return LlamaForCausalLM(config).eval()
-
-
-def tiny_config(folder: Path) -> CacheConfig:
-    return CacheConfig(
-        num_blocks=96,
-        dtype="float32",
-        ram_bytes="16MB",
-        storage_dir=str(folder),
-        storage_bytes="64MB",
-    )
 
 
 @pytest.fixture(scope="session")

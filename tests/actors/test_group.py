@@ -1,0 +1,266 @@
+"""Groups of actors: started as a whole or not at all, joined, looked at, stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from litecache.actors import group as group_module
+from litecache.actors.group import Group, actor_names, exists, list_groups
+from litecache.actors.group_spec import GroupSpec, digest
+from litecache.actors.metrics_export import MetricsExporter
+from litecache.actors.placement import check_actor_options, node_ranks, shard_options
+from litecache.config import CacheConfig
+from litecache.engine.model_source import ModelSource
+from litecache.errors import (
+    CapacityError,
+    ConfigError,
+    GroupError,
+    GroupMismatchError,
+    GroupUnavailableError,
+    LiteCacheError,
+    ModelNotSupportedError,
+    StorageFormatError,
+    StorageFullError,
+    StorageLockedError,
+)
+from litecache.metrics import Metrics
+from litecache.storage.shard_store import ShardStore
+
+TINY = {
+    "model_type": "llama",
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+
+
+def make_spec(name: str, folder: Path | None = None, **changes: Any) -> GroupSpec:
+    model = {**TINY, **changes.pop("model", {})}
+    settings = {
+        "num_blocks": 16,
+        "dtype": "float32",
+        "ram_bytes": "4MB",
+        "storage_dir": None if folder is None else str(folder),
+        "storage_bytes": "64MB",
+        **changes,
+    }
+    return GroupSpec(
+        name, ModelSource(config=model, weights="random"), CacheConfig(**settings), num_threads=1
+    )
+
+
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory: pytest.TempPathFactory) -> GroupSpec:
+    return make_spec("shared", tmp_path_factory.mktemp("group"), storage_shards=2)
+
+
+@pytest.fixture(scope="module")
+def group(ray_local: None, spec: GroupSpec) -> Iterator[Group]:
+    started = Group.start(spec)
+    yield started
+    if exists("shared"):
+        started.stop()
+
+
+def test_actors_have_the_agreed_names_and_say_what_they_do(group: Group, spec: GroupSpec) -> None:
+    node = ray.get_runtime_context().get_node_id()
+    assert actor_names("shared") == [
+        "litecache:shared:coordinator",
+        "litecache:shared:gpu:0",
+        f"litecache:shared:shard:{node[:8]}:0",
+        f"litecache:shared:shard:{node[:8]}:1",
+    ]
+    assert list(group.shards) == spec.shard_names(node)
+    assert "shared" in list_groups()
+    status = group.status()
+    assert sorted(status) == actor_names("shared")
+    assert not any("error" in actor for actor in status.values())
+    folders = [status[name]["directory"] for name in group.shards]
+    assert [Path(folder).name for folder in folders] == ["shard-0", "shard-1"]
+    assert status["litecache:shared:gpu:0"]["shards"] == [f"{node[:8]}:0", f"{node[:8]}:1"]
+
+
+def test_the_coordinator_and_the_shards_load_no_torch(group: Group) -> None:
+    status = group.status()
+    coordinator = ray.get(group.coordinator_handle.info.remote())
+    pids = [coordinator["pid"], *(status[name]["pid"] for name in group.shards)]
+    for pid in pids:
+        assert "libtorch" not in Path(f"/proc/{pid}/maps").read_text()
+    gpu = status["litecache:shared:gpu:0"]["pid"]
+    assert "libtorch" in Path(f"/proc/{gpu}/maps").read_text()
+
+
+def test_a_group_is_joined_with_equal_settings(group: Group, spec: GroupSpec) -> None:
+    joined = Group.attach("shared", spec.describe())
+    assert joined.spec == spec
+    assert joined.info == group.info
+    assert list(joined.shards) == list(group.shards)
+    assert Group.attach("shared").spec.config == spec.config
+    any_config = {**spec.describe(), "config": None}
+    assert Group.attach("shared", any_config).info == group.info
+
+
+def test_joining_with_other_settings_names_what_differs_and_both_digests(
+    group: Group, spec: GroupSpec
+) -> None:
+    other = make_spec("shared", model={"hidden_size": 64}, block_size=32)
+    with pytest.raises(GroupMismatchError) as mismatch:
+        Group.attach("shared", other.describe())
+    text = str(mismatch.value)
+    assert "block_size is 16, not 32" in text
+    assert "model.config" in text
+    assert "num_blocks" not in text
+    assert "its digest" in text
+    assert digest(other.describe()) in text
+    assert digest(spec.describe()) in text
+
+
+def test_a_group_cannot_be_started_twice(group: Group, spec: GroupSpec) -> None:
+    with pytest.raises(GroupError, match="there already"):
+        Group.start(spec)
+    assert len(actor_names("shared")) == 4
+
+
+def test_a_group_that_is_not_there_cannot_be_joined(ray_local: None) -> None:
+    with pytest.raises(GroupUnavailableError, match="no group 'nobody'"):
+        Group.attach("nobody")
+
+
+@pytest.mark.parametrize("name", ["", "a:b", "a b", "x" * 65, 7])
+def test_a_bad_group_name_is_refused(name: Any) -> None:
+    with pytest.raises(ConfigError, match="group="):
+        Group.start(make_spec(name))
+
+
+@pytest.mark.parametrize(
+    "options", [{"cpu": {}}, {"gpu": 3}, {"shard": {"name": "x"}}, [], {"gpu": {"lifetime": None}}]
+)
+def test_bad_actor_options_are_refused(options: Any) -> None:
+    with pytest.raises(ConfigError, match="actor_options"):
+        check_actor_options(options)
+
+
+def other_format(folder: Path) -> None:
+    with ShardStore(str(folder / "shard-0"), storage_bytes=64 << 20, ram_bytes=1 << 20):
+        pass
+    (folder / "shard-0" / "superblock").write_bytes(b"something else" * 300)
+
+
+@pytest.mark.parametrize(
+    ("prepare", "changes", "error"),
+    [
+        (other_format, {}, StorageFormatError),
+        (None, {"storage_bytes": "12TB"}, StorageFullError),
+        (None, {"model": {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}},
+         ModelNotSupportedError),
+    ],
+)  # fmt: skip
+def test_a_start_that_is_refused_leaves_nothing_behind(
+    ray_local: None, tmp_path: Path, prepare: Any, changes: dict[str, Any], error: type[Exception]
+) -> None:
+    if prepare is not None:
+        prepare(tmp_path)
+    with pytest.raises(error):
+        Group.start(make_spec("refused", tmp_path, **changes))
+    assert actor_names("refused") == []
+    assert not exists("refused")
+    # The folder is free: no lock stays with a dying process for long.
+    if prepare is None and "storage_bytes" not in changes:
+        _open_soon(tmp_path / "shard-0")
+
+
+def test_a_folder_in_use_is_refused(ray_local: None, tmp_path: Path) -> None:
+    folder = tmp_path / "shard-0"
+    with ShardStore(str(folder), storage_bytes=32 << 20, ram_bytes=1 << 20):
+        with pytest.raises(StorageLockedError, match=str(folder)):
+            Group.start(make_spec("refused", tmp_path))
+        assert actor_names("refused") == []
+
+
+def _open_soon(folder: Path) -> None:
+    for _ in range(200):
+        try:
+            ShardStore(str(folder), storage_bytes=32 << 20, ram_bytes=1 << 20).close()
+            return
+        except StorageLockedError:
+            continue
+    raise AssertionError(f"{folder} is still locked")
+
+
+@pytest.mark.parametrize("name", ["ram_bytes", "storage_bytes"])
+def test_bounds_too_small_for_the_number_of_shards_are_refused(
+    ray_local: None, tmp_path: Path, name: str
+) -> None:
+    with pytest.raises(ConfigError, match=rf"{name}=6000000 .* each of the 6 shard"):
+        Group.start(
+            make_spec("refused", tmp_path, storage_shards=6, **{"ram_bytes": "8MB", name: "6MB"})
+        )
+    assert actor_names("refused") == []
+
+
+def test_too_much_memory_is_refused_before_anything_starts(ray_local: None) -> None:
+    with pytest.raises(CapacityError, match=r"ram_bytes=.* 85%"):
+        Group.start(make_spec("refused", ram_bytes="4TB"))
+    assert actor_names("refused") == []
+
+
+def test_a_place_that_does_not_exist_is_told_with_what_is_free(
+    ray_local: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(group_module, "PLACE_TIMEOUT_S", 2.0)
+    with pytest.raises(GroupUnavailableError, match=r"num_cpus.*free in the cluster.*CPU"):
+        Group.start(make_spec("refused"), actor_options={"gpu": {"num_cpus": 1000}})
+    assert actor_names("refused") == []
+
+
+def test_shards_share_the_bounds_of_a_node_and_nodes_of_one_host_share_no_folder() -> None:
+    spec = make_spec("x", Path("/data"), storage_shards=2, ram_bytes=4 << 20)
+    first, second = shard_options(spec, 0), shard_options(spec, 1)
+    assert [o["directory"] for o in first] == ["/data/shard-0", "/data/shard-1"]
+    assert [o["directory"] for o in second] == ["/data/shard-2", "/data/shard-3"]
+    assert sum(o["ram_bytes"] for o in first) == spec.config.ram_bytes
+    assert sum(o["storage_bytes"] for o in first) == spec.config.storage_bytes
+
+
+def test_nodes_of_one_host_are_counted(ray_local: None) -> None:
+    node = ray.get_runtime_context().get_node_id()
+    assert node_ranks([node, node]) == {node: 0}
+
+
+def test_counters_reach_rays_metrics_once_per_change(ray_local: None) -> None:
+    metrics = Metrics()
+    metrics.inc("litecache_prompt_tokens", 5)
+    metrics.set("litecache_slab_bytes", 7)
+    metrics.observe("litecache_ttft_seconds", 0.2)
+    exporter = MetricsExporter(metrics, {"group": "g", "actor": "a"}, interval_s=3600)
+    try:
+        assert exporter.export() == 3
+        assert exporter.export() == 0
+        metrics.inc("litecache_prompt_tokens", 1)
+        metrics.inc("litecache_prompt_tokens", 1, tier="gpu")
+        assert exporter.export() == 2
+    finally:
+        exporter.close()
+
+
+def test_a_group_that_is_stopped_leaves_no_actor_and_no_lock(group: Group) -> None:
+    folders = [actor["directory"] for actor in group.status().values() if "directory" in actor]
+    reports = group.stop()
+    assert all(
+        report["complete"] if isinstance(report, dict) else report.complete
+        for report in reports.values()
+    )
+    assert actor_names("shared") == []
+    for folder in folders:
+        ShardStore(folder, storage_bytes=32 << 20, ram_bytes=1 << 20).close()
+    with pytest.raises(LiteCacheError):
+        group.flush(1)

@@ -1,0 +1,167 @@
+"""`RayShardClient` against a real `StorageShard` actor."""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from litecache.actors.calls import result
+from litecache.actors.shard_client import RayShardClient
+from litecache.actors.storage_shard import StorageShard
+from litecache.errors import StorageLockedError
+from litecache.metrics import Metrics
+from litecache.storage.protocol import CommitItem, CommitStatus, SlotRef, StageStatus
+from litecache.storage.shard_store import ShardStore
+
+BLOCK = 8192
+KEYS = [bytes([n]) * 16 for n in range(1, 4)]
+
+
+def start(folder: Path | None, **options: Any) -> Any:
+    store = {
+        "directory": None if folder is None else str(folder / "shard-0"),
+        "storage_bytes": 32 << 20,
+        "ram_bytes": 4 << 20,
+    }
+    actor = ray.remote(concurrency_groups={"bulk": 2})(StorageShard)
+    return actor.options(num_cpus=0, max_concurrency=4, **options).remote("t", 0, store)
+
+
+@pytest.fixture
+def shard(ray_local: None, tmp_path: Path) -> Iterator[Any]:
+    handle = start(tmp_path)
+    yield handle
+    ray.kill(handle)
+
+
+def put(client: RayShardClient, keys: list[bytes]) -> None:
+    slots = client.reserve(BLOCK, len(keys))
+    for slot, key in zip(slots, keys, strict=True):
+        client.arena.buffer(slot.slot, BLOCK)[:] = key * (BLOCK // 16)
+    items = [CommitItem(*slot, key, bytes(16)) for slot, key in zip(slots, keys, strict=True)]
+    assert client.commit(items) == [CommitStatus.STORED] * len(keys)
+
+
+def leases(handle: Any) -> int:
+    return int(result(handle.stats.remote(), 10)["store"]["leases"])
+
+
+def wait_until(condition: Any) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_blocks_go_in_and_come_out_through_the_shared_arena(shard: Any) -> None:
+    client = RayShardClient(shard, "s")
+    assert client.query(KEYS) == [False] * 3
+    put(client, KEYS)
+    assert client.query(KEYS) == [True] * 3
+    assert client.flush(10).complete
+    assert client.durable(KEYS) == [True] * 3
+    found = client.stage([*KEYS, bytes(16)])
+    assert [r.status for r in found] == [StageStatus.READY] * 3 + [StageStatus.MISS]
+    for key, stage in zip(KEYS, found, strict=False):
+        assert bytes(client.arena.buffer(stage.slot, 16)) == key
+        assert client.arena.holds(stage.slot, stage.generation)
+    client.release([SlotRef(r.slot, r.generation) for r in found[:3]])
+    wait_until(lambda: leases(shard) == 0)
+    assert result(shard.fetch.remote(KEYS[:1]), 10) == [KEYS[0] * (BLOCK // 16)]
+    client.close()
+    wait_until(lambda: result(shard.stats.remote(), 10)["store"]["clients"] == 0)
+
+
+def test_a_shard_that_is_killed_answers_miss_and_is_reported_lost_once(
+    ray_local: None, tmp_path: Path
+) -> None:
+    handle = start(tmp_path)
+    lost: queue.Queue[RayShardClient] = queue.Queue()
+    metrics = Metrics()
+    client = RayShardClient(handle, "s", metrics=metrics, on_lost=lost.put)
+    put(client, KEYS)
+    os.kill(result(handle.info.remote(), 10)["pid"], signal.SIGKILL)
+    assert [r.status for r in client.stage(KEYS)] == [StageStatus.MISS] * 3
+    assert lost.get(timeout=20) is client
+    assert client.lost
+    assert client.reserve(BLOCK, 2) == []
+    assert client.query(KEYS) == [False] * 3
+    assert client.commit([CommitItem(0, 0, KEYS[0], KEYS[1])]) == [CommitStatus.STALE]
+    assert client.cancel(KEYS) == [False] * 3
+    assert client.durable(KEYS) == [False] * 3
+    assert not client.flush(1).complete
+    client.release([SlotRef(0, 0)])
+    client.touch(KEYS)
+    assert lost.empty()
+    assert metrics.by_label("litecache_misses", "reason")["shard_lost"] == 1
+    client.close()
+
+
+def test_leases_of_an_answer_that_comes_too_late_are_returned(shard: Any) -> None:
+    client = RayShardClient(shard, "s", timeout_s=0.3)
+    put(client, KEYS)
+    pid = result(shard.info.remote(), 10)["pid"]
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        assert [r.status for r in client.stage(KEYS)] == [StageStatus.MISS] * 3
+        started = time.monotonic()
+        assert client.reserve(BLOCK, 1) == []  # not asked while the late call is open
+        assert time.monotonic() - started < 0.2
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    wait_until(lambda: client.query(KEYS) == [True] * 3)
+    wait_until(lambda: leases(shard) == 0)
+    assert not client.lost
+    assert client.stage(KEYS[:1])[0].status is StageStatus.READY
+
+
+def test_leases_end_with_the_client_process(shard: Any) -> None:
+    @ray.remote(num_cpus=0)
+    class Holder:
+        def hold(self, handle: Any) -> int:
+            self.client = RayShardClient(handle, "s")
+            return len(self.client.reserve(BLOCK, 3))
+
+    holder = Holder.remote()
+    assert ray.get(holder.hold.remote(shard)) == 3
+    assert leases(shard) == 3
+    ray.kill(holder)
+    wait_until(lambda: leases(shard) == 0)
+
+
+def test_a_flush_does_not_delay_short_calls(shard: Any) -> None:
+    client = RayShardClient(shard, "s")
+    put(client, KEYS)
+    done = threading.Event()
+    flushing = threading.Thread(target=lambda: (client.flush(10), done.set()))
+    flushing.start()
+    assert client.query(KEYS) == [True] * 3
+    flushing.join(20)
+    assert done.is_set()
+
+
+def test_what_keeps_a_store_from_opening_is_told_by_its_class(
+    ray_local: None, tmp_path: Path
+) -> None:
+    with ShardStore(str(tmp_path / "shard-0"), storage_bytes=32 << 20, ram_bytes=1 << 20):
+        handle = start(tmp_path)
+        with pytest.raises(StorageLockedError, match="shard-0"):
+            result(handle.info.remote(), 20)
+    ray.kill(handle)
+
+
+def test_a_shard_process_loads_neither_torch_nor_transformers(shard: Any) -> None:
+    pid = result(shard.info.remote(), 10)["pid"]
+    maps = Path(f"/proc/{pid}/maps").read_text()
+    assert "libray" in maps or "_raylet" in maps
+    assert "libtorch" not in maps
+    assert "tokenizers" not in maps

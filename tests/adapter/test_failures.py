@@ -1,0 +1,145 @@
+"""What the caller sees when an actor dies: the same tokens, a little later."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from tiny_config import tiny_config
+from transformers import LlamaForCausalLM
+
+from litecache.actors.calls import result
+from litecache.actors.naming import coordinator_name, replica_name
+from litecache.adapter import KVCacheAdapter
+from litecache.errors import GroupUnavailableError, LiteCacheError
+
+SETTINGS = {"do_sample": True, "seed": 17, "eos_token_id": 210}
+
+
+@pytest.fixture(scope="module")
+def fragile(
+    ray_local: None, tiny_llama: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[KVCacheAdapter]:
+    config = tiny_config(tmp_path_factory.mktemp("fragile"))
+    with KVCacheAdapter(tiny_llama, cache_config=config, num_threads=1) as adapter:
+        yield adapter
+
+
+def wait_for(condition: Callable[[], Any], timeout_s: float = 40) -> Any:
+    """State of other processes can only be asked for."""
+    deadline = time.monotonic() + timeout_s
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.05)
+    return value
+
+
+def kill(llm: KVCacheAdapter, name: str) -> int:
+    actors = llm.group.status()
+    pid: int = actors[name]["pid"]
+    os.kill(pid, signal.SIGKILL)
+    return pid
+
+
+def shard_of(llm: KVCacheAdapter) -> str:
+    (name,) = llm.group.shards
+    return name
+
+
+def prompt(length: int, seed: int) -> torch.Tensor:
+    return torch.randint(3, 210, (1, length), generator=torch.Generator().manual_seed(seed))
+
+
+def reuse(llm: KVCacheAdapter, ids: torch.Tensor) -> tuple[list[int], dict[str, int]]:
+    out = llm.generate(ids, max_new_tokens=6, return_dict_in_generate=True)
+    return out.sequences[0].tolist(), out.litecache.reused_tokens[0]
+
+
+def test_a_stream_goes_on_with_the_same_tokens_when_its_gpu_cache_is_killed(
+    fragile: KVCacheAdapter,
+) -> None:
+    ids = prompt(50, seed=1)
+    expected = list(fragile.stream(input_ids=ids, as_tokens=True, max_new_tokens=200, **SETTINGS))
+    stream = fragile.stream(input_ids=ids, as_tokens=True, max_new_tokens=200, **SETTINGS)
+    tokens = [next(stream) for _ in range(20)]
+    kill(fragile, replica_name(fragile.group.spec.group, 0))
+    tokens += list(stream)
+    assert tokens == expected
+    # What it had computed before the crash came back from the shard.
+    assert fragile.stats().reused_tokens.get("ram", 0) >= 48
+
+
+def test_requests_go_on_when_a_shard_is_killed_and_it_serves_again_when_it_is_back(
+    fragile: KVCacheAdapter,
+) -> None:
+    ids = prompt(60, seed=2)
+    tokens, _ = reuse(fragile, ids)
+    fragile.flush()
+    before = fragile.stats().shards[shard_of(fragile)]
+    kill(fragile, shard_of(fragile))
+    fragile.clear("gpu")
+    assert reuse(fragile, ids) == (tokens, {})
+    wait_for(lambda: fragile.stats().shards.get(shard_of(fragile), {}).get("clients"))
+    after = fragile.stats().shards[shard_of(fragile)]
+    assert after["epoch"] != before["epoch"]
+    wait_for(lambda: fragile.clear("gpu") or reuse(fragile, ids) == (tokens, {"disk": 48}))
+
+
+def keys_of(llm: KVCacheAdapter) -> bytes:
+    handle = llm.group.shards[shard_of(llm)]
+    held: bytes = result(handle.keys.remote(), 10)
+    return held
+
+
+def keys_in_map(llm: KVCacheAdapter) -> bytes:
+    shard_id = shard_of(llm).split(":shard:")[1]
+    try:
+        known: bytes = result(llm.group.coordinator_handle.keys_of.remote(shard_id), 10)
+    except LiteCacheError:
+        return b""
+    return known
+
+
+def test_a_restarted_coordinator_learns_again_where_all_blocks_are(
+    fragile: KVCacheAdapter,
+) -> None:
+    ids = prompt(70, seed=3)
+    tokens, _ = reuse(fragile, ids)
+    fragile.flush()
+    wait_for(lambda: keys_in_map(fragile) == keys_of(fragile))
+    name = coordinator_name(fragile.group.spec.group)
+    handle = fragile.group.coordinator_handle
+    first = result(handle.info.remote(), 10)
+    os.kill(first["pid"], signal.SIGKILL)
+    assert reuse(fragile, ids)[0] == tokens
+    more = prompt(40, seed=4)
+    reuse(fragile, more)
+    fragile.flush()
+
+    def restarted() -> bool:
+        try:
+            return bool(result(handle.info.remote(), 10)["epoch"] != first["epoch"])
+        except GroupUnavailableError:
+            return False
+
+    wait_for(restarted)
+    held = keys_of(fragile)
+    assert len(held) >= 16 * 6
+    wait_for(lambda: keys_in_map(fragile) == held)
+    assert "error" not in fragile.group.status()[name]
+
+
+def test_blocks_on_disk_are_used_after_all_actors_were_stopped_and_started_again(
+    fragile: KVCacheAdapter, tiny_llama: LlamaForCausalLM
+) -> None:
+    ids = prompt(90, seed=5)
+    tokens, _ = reuse(fragile, ids)
+    config = fragile.group.spec.config
+    fragile.close()
+    with KVCacheAdapter(tiny_llama, cache_config=config, num_threads=1) as again:
+        assert reuse(again, ids) == (tokens, {"disk": 80})

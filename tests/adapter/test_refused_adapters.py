@@ -1,0 +1,86 @@
+"""What `KVCacheAdapter` refuses before it starts anything, Ray included."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from transformers import FalconConfig, LlamaConfig
+
+from litecache.adapter import KVCacheAdapter
+from litecache.config import CacheConfig
+from litecache.errors import ConfigError, ModelNotSupportedError
+
+LLAMA = LlamaConfig(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    max_position_embeddings=128,
+)
+
+
+@pytest.fixture
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    def started(*args: object, **kwargs: object) -> None:
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", started)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"cache_config": CacheConfig(num_layers=5)}, ConfigError, r"num_layers=5"),
+        ({"cache_config": CacheConfig(max_model_len=999)}, ConfigError, r"max_model_len=999"),
+        ({"cache_config": {"block_size": 16}}, ConfigError, r"cache_config="),
+        ({"group": "a:b"}, ConfigError, r"group='a:b'"),
+        ({"replicas": 0}, ConfigError, r"replicas=0"),
+        ({"num_threads": 1.5}, ConfigError, r"num_threads=1.5"),
+        ({"seed": -1}, ConfigError, r"seed=-1"),
+        ({"weights": "auto"}, ConfigError, r"weights='auto'"),
+        ({"actor_options": {"cpu": {}}}, ConfigError, r"actor_options='cpu'"),
+    ],
+)
+def test_bad_settings_are_refused_before_anything_starts(
+    no_ray: None, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        KVCacheAdapter(LLAMA, **{"weights": "random", **options})
+
+
+def test_unsupported_models_are_named_with_the_reason(no_ray: None) -> None:
+    dynamic = LlamaConfig(
+        **{**LLAMA.to_dict(), "rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}
+    )
+    with pytest.raises(ModelNotSupportedError, match=r"'llama' is not supported.*dynamic"):
+        KVCacheAdapter(dynamic, weights="random")
+
+
+def test_an_unknown_path_is_refused(no_ray: None, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model="):
+        KVCacheAdapter(tmp_path / "nothing-here")
+
+
+def test_a_gpu_that_the_cluster_lacks_is_refused(ray_local: None) -> None:
+    config = CacheConfig(device="cuda")
+    if ray.cluster_resources().get("GPU"):
+        pytest.skip("this cluster has a GPU")
+    with pytest.raises(ConfigError, match=r"device='cuda'.*no GPU"):
+        KVCacheAdapter(LLAMA, weights="random", cache_config=config)
+    with pytest.raises(ConfigError, match=r"Ray picks the GPU"):
+        KVCacheAdapter(LLAMA, weights="random", cache_config=CacheConfig(device="cuda:1"))
+
+
+def test_a_model_that_only_the_probe_can_judge_leaves_no_actor(ray_local: None) -> None:
+    falcon = FalconConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+    with pytest.raises(ModelNotSupportedError, match="falcon"):
+        KVCacheAdapter(
+            falcon, weights="random", group="falcon", cache_config=CacheConfig(max_model_len=64)
+        )
+    named = ray.util.list_named_actors(all_namespaces=True)
+    assert not [actor for actor in named if ":falcon:" in actor["name"]]
