@@ -6,13 +6,14 @@ Python loop over tokens; those over rows are short comprehensions.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from litecache.engine.cuda_graphs import GraphKey
 from litecache.engine.kv_layout import KVLayout
 from litecache.engine.random_numbers import draw_keys
 from litecache.engine.row_tables import RowTables
@@ -33,8 +34,8 @@ class Batch:
 
     Attributes:
         shape: of the inputs, padding included.
-        query_lens: tokens of each sequence, without padding.
-        context_lens: visible tokens of each sequence, without padding.
+        query_lens: tokens of each sequence, a graph's padded decodes included.
+        context_lens: visible tokens of each sequence, likewise.
         sampled_rows: rows whose token is drawn, without padding.
         every_token_sampled: logits are wanted at all tokens, in order.
         all_greedy, any_sorted, any_min_p: see SamplingBatch.
@@ -50,6 +51,11 @@ class Batch:
     any_sorted: bool
     any_min_p: bool
     masked: tuple[tuple[int, int], ...]
+
+    @property
+    def filtered(self) -> bool:
+        """Whether drawing needs more than a race over all tokens."""
+        return self.any_sorted or self.any_min_p or bool(self.masked)
 
 
 class BatchBuilder:
@@ -72,12 +78,12 @@ class BatchBuilder:
         self._buffers = buffers
         self._max_tokens = max_batch_tokens
 
-    def build(self, plan: StepPlan, padded: StepShape | None = None) -> Batch:
+    def build(self, plan: StepPlan, graph: GraphKey | None = None) -> Batch:
         """Apply a plan's changes and upload its inputs.
 
         Args:
-            plan: with at least one row step.
-            padded: a shape to pad to; its deltas are ignored.
+            plan: with at least one row step, unless `graph` is given.
+            graph: the bucket to pad to.
 
         Raises:
             ConfigError: the plan has more tokens than the buffers hold.
@@ -85,16 +91,20 @@ class BatchBuilder:
         deltas = self.apply(plan)
         steps = np.array(
             [(s.row, s.start, s.num_tokens, s.sample, s.cached) for s in plan.rows], dtype=np.int64
-        )
+        ).reshape(-1, 5)
+        if graph is not None:
+            steps = self._pad_decodes(steps, graph.decodes)
         rows, starts, counts, sample, cached = steps.T
         num_tokens = int(counts.sum())
-        if num_tokens > self._max_tokens:
-            raise ConfigError("num_tokens", num_tokens, f"at most {self._max_tokens} in a step")
+        if plan.num_tokens > self._max_tokens:
+            raise ConfigError(
+                "num_tokens", plan.num_tokens, f"at most {self._max_tokens} in a step"
+            )
         samples = np.flatnonzero(sample)
-        if padded is None:
+        if graph is None:
             shape = StepShape(num_tokens, len(rows), len(samples), self._groups, deltas)
         else:
-            shape = StepShape(padded.tokens, padded.seqs, padded.samples, self._groups, deltas)
+            shape = replace(graph.shape(self._groups), deltas=deltas)
         fields = self._buffers.host(shape)
         ends = np.cumsum(counts)
         contexts = starts + counts
@@ -104,7 +114,15 @@ class BatchBuilder:
         if deltas:
             self._fill_deltas(fields, plan.table_updates)
         self._buffers.upload(shape)
-        return self._batch(plan, shape, samples, rows, contexts)
+        return self._batch(shape, samples, rows, counts, contexts)
+
+    def _pad_decodes(self, steps: Ints, slots: int) -> Ints:
+        """Fill a graph's decode slots: the padding row's token, hidden in the trash block."""
+        decodes = int((steps[:, 2] == 1).sum())
+        padding = np.tile(
+            np.array([self._tables.num_rows, 0, 1, 0, 1], dtype=np.int64), (slots - decodes, 1)
+        )
+        return np.concatenate([steps[:decodes], padding, steps[decodes:]])
 
     def apply(self, plan: StepPlan) -> int:
         """Enter a plan's new rows and block table changes.
@@ -131,7 +149,7 @@ class BatchBuilder:
         self, fields: Fields, rows: Ints, starts: Ints, counts: Ints, cached: Ints, ends: Ints
     ) -> None:
         """Ids, positions and slots of all tokens; padding writes to the trash block."""
-        tables, count = self._tables, int(ends[-1])
+        tables, count = self._tables, int(counts.sum())
         if count == len(rows):
             token_rows, positions, hidden = rows, starts, cached
         else:
@@ -157,7 +175,7 @@ class BatchBuilder:
         padded_slots[:, count:] = 0
 
     def _fill_seqs(self, fields: Fields, rows: Ints, contexts: Ints, ends: Ints) -> None:
-        """Padded sequences see one token of the padding row's trash block."""
+        """Sequences after the last one have no tokens."""
         count = len(rows)
         fields["rows"][:count] = rows
         fields["rows"][count:] = self._tables.num_rows
@@ -166,9 +184,7 @@ class BatchBuilder:
         starts = fields["cu_seqlens"]
         starts[0] = 0
         starts[1 : count + 1] = ends
-        tokens, seqs = len(fields["ids"]), len(fields["rows"])
-        # One token each in a batch of decodes, none in a mixed batch.
-        starts[count + 1 :] = np.minimum(ends[-1] + np.arange(1, seqs - count + 1), tokens)
+        starts[count + 1 :] = starts[count]
 
     def _fill_samples(self, fields: Fields, rows: Ints, contexts: Ints, logit_index: Ints) -> None:
         tables, count = self._tables, len(rows)
@@ -193,7 +209,7 @@ class BatchBuilder:
             start = end
 
     def _batch(
-        self, plan: StepPlan, shape: StepShape, samples: Ints, rows: Ints, contexts: Ints
+        self, shape: StepShape, samples: Ints, rows: Ints, counts: Ints, contexts: Ints
     ) -> Batch:
         tables = self._tables
         sampled = rows[samples]
@@ -202,10 +218,10 @@ class BatchBuilder:
         early = np.flatnonzero(generated < tables.min_new_tokens[sampled])
         return Batch(
             shape=shape,
-            query_lens=tuple(step.num_tokens for step in plan.rows),
+            query_lens=tuple(counts.tolist()),
             context_lens=tuple(contexts.tolist()),
             sampled_rows=tuple(sampled.tolist()),
-            every_token_sampled=len(samples) == plan.num_tokens,
+            every_token_sampled=len(samples) == shape.tokens,
             all_greedy=not len(drawing),
             any_sorted=bool((tables.top_k[drawing] > 0).any() or (tables.top_p[drawing] < 1).any()),
             any_min_p=bool((tables.min_p[drawing] > 0).any()),

@@ -8,12 +8,16 @@ executed before the result of the step that sampled its input was read.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 from litecache.engine.batch_builder import MAX_DELTAS, Batch, BatchBuilder
+from litecache.engine.cuda_graphs import GraphCache, GraphKey, StepGraph
 from litecache.engine.hf_attention import PagedContext, attention_context
 from litecache.engine.kv_layout import KVLayout, KVPool
 from litecache.engine.model_loader import LoadedModel
@@ -22,6 +26,8 @@ from litecache.engine.sampler import INVALID_TOKEN, SamplingBatch, sample
 from litecache.engine.step_buffers import StepBuffers, StepShape
 from litecache.engine.step_plan import BlockCopy, StepPlan, StepResult
 from litecache.kernels import AttentionMetadata, copy_blocks
+
+logger = logging.getLogger(__name__)
 
 
 class StepHandle:
@@ -87,13 +93,22 @@ class ModelRunner:
         self._model = loaded.model
         self._layout = layout
         self._pools = tuple(pools)
+        self._device = device
         self._on_gpu = device.type == "cuda"
+        self._max_model_len = max_model_len
         self._keeps_logits = "logits_to_keep" in inspect.signature(loaded.model.forward).parameters
         self._context = PagedContext(layout, pools)
         self._tables = RowTables(layout, max_requests, max_model_len, device)
+        self._graphs: GraphCache | None = None
         largest = StepShape(
             max_batch_tokens, max_requests, max_requests, len(layout.groups), MAX_DELTAS
         )
+        if self._on_gpu and os.environ.get("LITECACHE_GRAPHS", "1") != "0":
+            self._graphs = GraphCache(max_requests, max_batch_tokens)
+            padded = self._graphs.largest.shape(len(layout.groups))
+            largest = replace(
+                padded, tokens=max(padded.tokens, max_batch_tokens), deltas=MAX_DELTAS
+            )
         self._buffers = StepBuffers(largest, max_requests, device)
         self._builder = BatchBuilder(layout, self._tables, self._buffers, max_batch_tokens)
 
@@ -108,14 +123,63 @@ class ModelRunner:
                 self._builder.apply(plan)
                 self._copy(plan.copies)
                 return StepHandle(plan.step, (), torch.empty(0, dtype=torch.int64))
-            batch = self._builder.build(plan)
+            key = self._graph_key(plan)
+            graph = None if key is None else self._graph(key)
+            batch = self._builder.build(plan, key if graph is not None else None)
             fields = self._buffers.device(batch.shape)
             self._apply_deltas(fields)
             self._copy(plan.copies)
-            logits = self._forward(batch, fields)
-            tokens = sample(logits, self._sampling_batch(batch, fields))
-            self._buffers.last_tokens.index_copy_(0, fields["sample_rows"], tokens.clamp(min=0))
+            if graph is not None:
+                graph.graph.replay()
+                tokens = graph.tokens
+                if batch.filtered:
+                    tokens = self._draw(graph.logits, batch, fields)
+            else:
+                logits = self._forward(self._metadata(batch, fields), fields, batch)
+                tokens = self._draw(logits, batch, fields)
             return self._handle(plan, batch, tokens)
+
+    def warm_up(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Capture the graphs of all decode batches and of short chunks, so that none waits later.
+
+        Args:
+            progress: called with the number captured and the number of all.
+        """
+        if self._graphs is None:
+            return
+        keys = [GraphKey(size) for size in reversed(self._graphs.decode_buckets)]
+        keys += [key for key in (self._graphs.key_for(0, 16, 1),) if key is not None]
+        with torch.inference_mode():
+            for done, key in enumerate(keys, start=1):
+                self._graph(key)
+                if progress is not None:
+                    progress(done, len(keys))
+
+    def _graph_key(self, plan: StepPlan) -> GraphKey | None:
+        if self._graphs is None:
+            return None
+        decodes = sum(row.num_tokens == 1 for row in plan.rows)
+        return self._graphs.key_for(decodes, plan.num_tokens - decodes, len(plan.rows) - decodes)
+
+    def _graph(self, key: GraphKey) -> StepGraph | None:
+        """The graph of a bucket, captured now if it was not; None when the model refuses."""
+        assert self._graphs is not None
+        found = self._graphs.find(key)
+        if found is not None:
+            return found
+        self._builder.build(StepPlan(step=0), key)
+        fields = self._buffers.device(key.shape(len(self._pools)))
+
+        def step() -> tuple[torch.Tensor, torch.Tensor]:
+            logits = self._forward(self._static_metadata(key, fields), fields)
+            return logits, self._remember(logits, fields)
+
+        try:
+            return self._graphs.capture(key, step)
+        except RuntimeError:
+            logger.exception("no CUDA graphs for this model: %s cannot be captured", key)
+            self._graphs = None
+            return None
 
     def _apply_deltas(self, fields: dict[str, torch.Tensor]) -> None:
         if len(fields["delta_index"]):
@@ -130,10 +194,17 @@ class ModelRunner:
             src, dst = torch.tensor(pairs, dtype=torch.int64).T.contiguous().to(pool.device)
             copy_blocks(pool, src, dst)
 
-    def _forward(self, batch: Batch, fields: dict[str, torch.Tensor]) -> torch.Tensor:
+    def _forward(
+        self,
+        metadata: list[AttentionMetadata],
+        fields: dict[str, torch.Tensor],
+        batch: Batch | None = None,
+    ) -> torch.Tensor:
         """Logits `[samples, vocab]`."""
-        self._context.metadata = self._metadata(batch, fields)
-        index = None if batch.every_token_sampled else fields["logit_index"]
+        self._context.metadata = metadata
+        index = None
+        if batch is None or not batch.every_token_sampled:
+            index = fields["logit_index"]
         options = {}
         if self._keeps_logits and index is not None:
             options["logits_to_keep"] = index
@@ -149,24 +220,65 @@ class ModelRunner:
         return logits  # type: ignore[no-any-return]
 
     def _metadata(self, batch: Batch, fields: dict[str, torch.Tensor]) -> list[AttentionMetadata]:
-        block_size = self._layout.block_size
         longest = max(batch.context_lens)
-        width = -(-longest // block_size)
-        slots = fields["slots"].view(len(self._pools), -1)
+        width = -(-longest // self._layout.block_size)
         return [
             AttentionMetadata(
-                slot_mapping=slots[group],
+                slot_mapping=slots,
                 block_tables=tables[:, :width].index_select(0, fields["rows"]),
                 context_lens=fields["context_lens"],
                 cu_seqlens_q=fields["cu_seqlens"],
-                block_size=block_size,
+                block_size=self._layout.block_size,
                 max_query_len=max(batch.query_lens),
                 max_context_len=longest,
                 query_lens=batch.query_lens,
                 context_lens_host=batch.context_lens,
             )
-            for group, tables in enumerate(self._tables.device_tables)
+            for slots, tables in self._groups(fields)
         ]
+
+    def _static_metadata(
+        self, key: GraphKey, fields: dict[str, torch.Tensor]
+    ) -> list[AttentionMetadata]:
+        """What holds for every step of a bucket: lengths are read on the device."""
+        return [
+            AttentionMetadata(
+                slot_mapping=slots,
+                block_tables=tables.index_select(0, fields["rows"]),
+                context_lens=fields["context_lens"],
+                cu_seqlens_q=fields["cu_seqlens"],
+                block_size=self._layout.block_size,
+                max_query_len=key.max_query_len,
+                max_context_len=self._max_model_len,
+                query_lens=key.query_lens,
+            )
+            for slots, tables in self._groups(fields)
+        ]
+
+    def _groups(self, fields: dict[str, torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        slots = fields["slots"].view(len(self._pools), -1)
+        return list(zip(slots, self._tables.device_tables, strict=True))
+
+    def _draw(
+        self, logits: torch.Tensor, batch: Batch, fields: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """Draw tokens and write them where the next step reads them."""
+        if self._on_gpu and not batch.filtered:
+            return self._remember(logits, fields)
+        tokens = sample(logits, self._sampling_batch(batch, fields))
+        self._buffers.last_tokens.index_copy_(0, fields["sample_rows"], tokens.clamp(min=0))
+        return tokens
+
+    def _remember(self, logits: torch.Tensor, fields: dict[str, torch.Tensor]) -> torch.Tensor:
+        from litecache.engine.passes.triton_sampler import sample_and_remember
+
+        return sample_and_remember(
+            logits,
+            fields["temperature"],
+            fields["keys"],
+            fields["sample_rows"],
+            self._buffers.last_tokens,
+        )
 
     def _sampling_batch(self, batch: Batch, fields: dict[str, torch.Tensor]) -> SamplingBatch:
         masked = None

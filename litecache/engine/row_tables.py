@@ -26,10 +26,10 @@ class RowTables:
         device: where the block tables are gathered.
 
     Attributes:
-        tokens: int32 `[rows, max_model_len]`, ids the host knows.
-        num_known: int64 `[rows]`, how many of them are valid; later positions were sampled and
+        tokens: int32 `[rows + 1, max_model_len]`, ids the host knows.
+        num_known: int64 `[rows + 1]`, how many of them are valid; later positions were sampled and
             are known to the device.
-        num_prompt: int64 `[rows]`, sampling positions count from it.
+        num_prompt: int64 `[rows + 1]`, sampling positions count from it.
         block_tables: int32 `[groups, rows + 1, max_blocks]` on the host.
         device_tables: the same on the device (on CPU the same memory).
     """
@@ -40,17 +40,18 @@ class RowTables:
         self.num_rows = max_requests
         max_blocks = -(-max_model_len // layout.block_size)
         # Zeros come from untouched pages: rows cost memory only once they are used.
-        self.tokens = np.zeros((max_requests, max_model_len), dtype=np.int32)
-        self.num_known = np.zeros(max_requests, dtype=np.int64)
-        self.num_prompt = np.zeros(max_requests, dtype=np.int64)
-        self.temperature = np.zeros(max_requests, dtype=np.float32)
-        self.top_k = np.zeros(max_requests, dtype=np.int64)
-        self.top_p = np.ones(max_requests, dtype=np.float32)
-        self.min_p = np.zeros(max_requests, dtype=np.float32)
-        self.seed = np.zeros(max_requests, dtype=np.int64)
-        self.sample_index = np.zeros(max_requests, dtype=np.int64)
-        self.min_new_tokens = np.zeros(max_requests, dtype=np.int64)
-        self.eos_token_ids: list[tuple[int, ...]] = [()] * max_requests
+        self.tokens = np.zeros((max_requests + 1, max_model_len), dtype=np.int32)
+        self.num_known = np.zeros(max_requests + 1, dtype=np.int64)
+        self.num_known[max_requests] = 1
+        self.num_prompt = np.zeros(max_requests + 1, dtype=np.int64)
+        self.temperature = np.zeros(max_requests + 1, dtype=np.float32)
+        self.top_k = np.zeros(max_requests + 1, dtype=np.int64)
+        self.top_p = np.ones(max_requests + 1, dtype=np.float32)
+        self.min_p = np.zeros(max_requests + 1, dtype=np.float32)
+        self.seed = np.zeros(max_requests + 1, dtype=np.int64)
+        self.sample_index = np.zeros(max_requests + 1, dtype=np.int64)
+        self.min_new_tokens = np.zeros(max_requests + 1, dtype=np.int64)
+        self.eos_token_ids: list[tuple[int, ...]] = [()] * (max_requests + 1)
         self.block_tables = np.zeros(
             (len(layout.groups), max_requests + 1, max_blocks), dtype=np.int32
         )

@@ -20,6 +20,8 @@ from litecache.engine.step_plan import BlockCopy, NewRow, RowStep, StepPlan, Tab
 from litecache.types import SamplingParams
 
 VOCAB = 211
+DEVICE = "cpu"
+"""The GPU tests set it to "cuda"."""
 _SHAPE = {
     "vocab_size": VOCAB,
     "hidden_size": 64,
@@ -50,17 +52,18 @@ GREEDY = SamplingParams(max_new_tokens=64)
 
 
 def tiny_model(family: str, seed: int = 0, passes: str = "none", **config: object) -> LoadedModel:
-    """A random float32 model of three layers on the CPU, by default without any pass."""
+    """A random float32 model of three layers, by default without any pass."""
     fields = {**FAMILIES[family], "model_type": family}
     source = ModelSource(config=fields, weights="random", seed=seed)
+    config = {"device": DEVICE, "dtype": "float32", **config}
     with mock.patch.dict(os.environ, LITECACHE_PASSES=passes):
-        return load_model(source, CacheConfig(device="cpu", dtype="float32", **config))
+        return load_model(source, CacheConfig(**config))
 
 
 @functools.cache
-def stock_model(family: str, seed: int) -> Any:
+def stock_model(family: str, seed: int, device: str) -> Any:
     """The same weights in unmodified transformers."""
-    loaded = tiny_model(family, seed)
+    loaded = tiny_model(family, seed, device=device)
     softcap = getattr(loaded.hf_config, "attn_logit_softcapping", None)
     loaded.model.set_attn_implementation("eager" if softcap else "sdpa")
     loaded.model.generation_config.eos_token_id = None
@@ -69,8 +72,8 @@ def stock_model(family: str, seed: int) -> Any:
 
 def stock_generate(loaded: LoadedModel, prompt: list[int], count: int) -> list[int]:
     """Greedy tokens by unmodified transformers from the weights of seed 0, without end."""
-    model = stock_model(loaded.hf_config.model_type, 0)
-    ids = torch.tensor([prompt])
+    model = stock_model(loaded.hf_config.model_type, 0, loaded.device.type)
+    ids = torch.tensor([prompt], device=model.device)
     out = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),  # else it takes ids equal to the padding for padding

@@ -1,0 +1,148 @@
+"""CUDA graphs of whole steps, by bucket: the host launches one thing instead of hundreds.
+
+A step is padded to the next bucket: decodes up to a batch size, a chunk's tokens up to a token
+count. Padded decodes read and write the trash block, padded tokens belong to no sequence. Graphs
+are captured when a bucket is first needed (or by `warm_up`), share one memory pool, and read all
+inputs from the step buffers in place.
+"""
+
+from __future__ import annotations
+
+import bisect
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from litecache.engine.step_buffers import StepShape
+
+logger = logging.getLogger(__name__)
+
+_MIXED_DECODES = (0, 16, 64, 256)
+_CHUNK_TOKENS = (16, 32, 64, 128, 256, 512, 1024, 2048)
+_CHUNK_SEQS = (4, 32)
+
+
+@dataclass(frozen=True)
+class GraphKey:
+    """What a graph was captured for.
+
+    Attributes:
+        decodes: sequences of one token, which come first.
+        chunk_tokens: tokens of all longer sequences together.
+        chunk_seqs: number of those.
+    """
+
+    decodes: int
+    chunk_tokens: int = 0
+    chunk_seqs: int = 0
+
+    @property
+    def max_query_len(self) -> int:
+        """Longest sequence the graph allows."""
+        return max(1, self.chunk_tokens)
+
+    @property
+    def query_lens(self) -> tuple[int, ...]:
+        """What attention is told at capture: leading decodes, and one chunk that fills the rest."""
+        if not self.chunk_seqs:
+            return (1,) * self.decodes
+        return (1,) * self.decodes + (self.chunk_tokens,) + (0,) * (self.chunk_seqs - 1)
+
+    def shape(self, groups: int) -> StepShape:
+        """Sizes of the step buffers' fields."""
+        seqs = self.decodes + self.chunk_seqs
+        return StepShape(self.decodes + self.chunk_tokens, seqs, seqs, groups)
+
+
+@dataclass(frozen=True)
+class StepGraph:
+    """A captured step: replay it, then read its outputs.
+
+    Attributes:
+        graph: to be replayed on the current stream.
+        logits: `[samples, vocab]`.
+        tokens: int64 `[samples]`, drawn inside the graph.
+    """
+
+    graph: torch.cuda.CUDAGraph
+    logits: torch.Tensor
+    tokens: torch.Tensor
+
+
+class GraphCache:
+    """Graphs by key.
+
+    Args:
+        max_requests: rows of the engine.
+        max_tokens: tokens of the largest step.
+    """
+
+    def __init__(self, max_requests: int, max_tokens: int) -> None:
+        small = [size for size in (1, 2, 4, 8) if size < max_requests]
+        large = [*range(16, min(64, max_requests), 8), *range(64, max_requests, 16)]
+        self._decodes = [*small, *(size for size in large if size < max_requests), max_requests]
+        self._mixed = [size for size in _MIXED_DECODES if size < max_requests]
+        if max_requests <= _MIXED_DECODES[-1]:
+            self._mixed.append(max_requests)
+        self._chunks = [size for size in _CHUNK_TOKENS if size <= max(16, max_tokens)]
+        self._graphs: dict[GraphKey, StepGraph] = {}
+        self._pool: Any = None
+
+    @property
+    def decode_buckets(self) -> list[int]:
+        """Batch sizes of pure decode steps."""
+        return list(self._decodes)
+
+    @property
+    def largest(self) -> GraphKey:
+        """A bucket that none exceeds in tokens or sequences."""
+        return GraphKey(max(self._decodes[-1], self._mixed[-1]), self._chunks[-1], _CHUNK_SEQS[-1])
+
+    def key_for(self, decodes: int, chunk_tokens: int, chunk_seqs: int) -> GraphKey | None:
+        """The bucket of a step, None when it is too large for any."""
+        if not chunk_seqs:
+            size = _next(self._decodes, decodes)
+            return None if size is None else GraphKey(size)
+        slots = _next(self._mixed, decodes)
+        tokens = _next(self._chunks, chunk_tokens)
+        seqs = _next(_CHUNK_SEQS, chunk_seqs)
+        if slots is None or tokens is None or seqs is None:
+            return None
+        return GraphKey(slots, tokens, seqs)
+
+    def find(self, key: GraphKey) -> StepGraph | None:
+        """The graph of a key, None when it has yet to be captured."""
+        return self._graphs.get(key)
+
+    def capture(
+        self, key: GraphKey, step: Callable[[], tuple[torch.Tensor, torch.Tensor]]
+    ) -> StepGraph:
+        """Capture `step`, whose inputs are in place, after running it once to warm it up.
+
+        Args:
+            key: under which it is kept.
+            step: computes logits and tokens from the step buffers.
+        """
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            # Compiles kernels and makes the libraries allocate what they need.
+            step()
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        # Other threads copy blocks meanwhile: their calls must not end the capture.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            logits, tokens = step()
+        self._pool = graph.pool()
+        captured = self._graphs[key] = StepGraph(graph, logits, tokens)
+        logger.debug("captured %s", key)
+        return captured
+
+
+def _next(sizes: list[int] | tuple[int, ...], wanted: int) -> int | None:
+    index = bisect.bisect_left(sizes, wanted)
+    return sizes[index] if index < len(sizes) else None
