@@ -70,7 +70,7 @@ class Request:
         num_resumed_tokens: how many tokens at the end of `prompt` were generated before; they
             count towards `max_new_tokens` and shift the generator's positions by nothing.
         cache_salt: blocks are shared only within one salt.
-        priority: lower runs first.
+        priority: lower runs first; one level is worth ten seconds of waiting.
         max_time_s: ends the request with what it has after so many seconds; None = no limit.
     """
 

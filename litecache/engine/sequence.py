@@ -13,6 +13,10 @@ from litecache.hashing import BlockKey
 from litecache.types import Request
 
 
+PRIORITY_STEP_S = 10.0
+"""One level of priority is worth so many seconds of waiting, so that nobody starves."""
+
+
 class SequenceStatus(enum.Enum):
     """Where a sequence stands; only RUNNING ones hold a row and a block table."""
 
@@ -71,9 +75,9 @@ class Sequence:
         self.announced = False
 
     @property
-    def order(self) -> tuple[int, int]:
-        """Sort key: priority, then arrival."""
-        return (self.request.priority, self.ticket)
+    def order(self) -> tuple[float, int]:
+        """Sort key: arrival, moved by priority; waiting long enough outweighs any priority."""
+        return (self.submitted_s + self.request.priority * PRIORITY_STEP_S, self.ticket)
 
     @property
     def tokens(self) -> TokenArray:

@@ -77,6 +77,30 @@ def test_two_shards_both_hold_bytes_and_give_back_what_they_hold(tmp_path: Path)
         assert [counts.get("disk") for counts in harness.reused] == [64] * 12
 
 
+def test_full_hit_leaves_the_published_bytes_unchanged() -> None:
+    prompt = random_prompt(64, seed=5)
+    with Harness(family_source("llama")) as harness:
+        wanted = harness.run([prompt], 1)
+        (pool,) = harness.engine._pools
+        published = [b for b in range(1, 257) if harness.engine._scheduler.cache.pools[0].key(b)]
+        before = pool.buffer[published].clone()
+        assert len(published) == 4
+        assert harness.run([prompt], 1) == wanted
+        assert harness.reused == [{"gpu": 64}]
+        assert torch.equal(pool.buffer[published], before)
+        assert before.any()
+
+
+def test_partial_block_is_reused_to_the_token() -> None:
+    prompt = random_prompt(64, seed=6)
+    fork = prompt[:41] + [(prompt[41] + 1) % 211] + prompt[42:60]
+    loaded = tiny_model("llama")
+    with Harness(family_source("llama")) as harness:
+        harness.run([prompt], 1)
+        assert harness.run([fork], 16) == [stock_generate(loaded, fork, 16)]
+        assert harness.reused == [{"gpu": 41}]
+
+
 def test_another_salt_shares_nothing(tmp_path: Path) -> None:
     prompt = tuple(random_prompt(64, seed=1))
     with Harness(family_source("llama"), folders=[tmp_path / "s"]) as harness:

@@ -307,3 +307,15 @@ def test_lower_priority_value_runs_first() -> None:
         world.finish_step()
         order += [name for name in world.finished if name not in order]
     assert order == ["r1", "r0"]
+
+
+def test_a_low_priority_request_does_not_starve_under_a_stream_of_urgent_ones() -> None:
+    world = World(num_blocks=20, lower_tiers=False, max_requests=1)
+    low = world.submit((0, 1, 1), 1, priority=3)
+    while low not in world.finished:
+        world.now += 1.0
+        assert world.now < 60, "starved"
+        world.submit((1, 0, int(world.now) % 2), 1)
+        world.step()
+        world.finish_step()
+    assert world.now > 20, "priority has no effect"
