@@ -93,7 +93,9 @@ def hf_prefill_s(model_dir: str, prompt: list[int], rounds: int = 3) -> float:
     """Seconds that stock `transformers` takes to the first token of the prompt (the best round)."""
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     torch.set_num_threads(os.cpu_count() or 1)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).to(device)
@@ -116,7 +118,10 @@ def run_phase(phase: str, model_dir: str, store: str, result_file: Path) -> None
     from litecache import CacheConfig, KVCacheAdapter
 
     if not os.environ.get("RAY_ADDRESS"):
-        ray.init(address="local", include_dashboard=False, log_to_driver=False)
+        # Ends with this process.
+        ray.init(
+            address="local", include_dashboard=False, log_to_driver=False, logging_level="warning"
+        )
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     questions, doc_begin, doc_end = prompts(tokenizer)
     result: dict[str, Any] = {"phase": phase, "document": [doc_begin, doc_end], "questions": []}
@@ -221,20 +226,20 @@ def spawn(phase: str, model_dir: str, folder: Path) -> dict[str, Any]:
 
 
 def show(phases: list[dict[str, Any]], same: dict[str, bool]) -> None:
-    """The table: a row per question, a group of columns per phase."""
-    table = Table(title="SmolLM2-135M-Instruct, float32, one document, several questions")
+    """The table: a section per phase, a row per question."""
+    table = Table(title="SmolLM2-135M-Instruct, float32: several questions about one document")
+    table.add_column("phase")
     table.add_column("question")
-    table.add_column("prompt", justify="right")
+    for column in ("prompt", "first token", "from GPU", "RAM", "disk", "tokens/s"):
+        table.add_column(column, justify="right")
+    table.add_column("same answer")
     for phase in phases:
-        for column in ("first token", "GPU/RAM/disk", "tok/s"):
-            table.add_column(f"{phase['phase']}\n{column}", justify="right")
-    table.add_column("same\nanswer")
-    for rows in zip(*(phase["questions"] for phase in phases), strict=True):
-        cells = [rows[0]["id"], str(rows[0]["prompt_tokens"])]
-        for row in rows:
-            reused = "/".join(str(row["reused"][tier]) for tier in ("gpu", "ram", "disk"))
-            cells += [f"{row['ttft_s'] * 1e3:,.0f} ms", reused, f"{row['tokens_per_s']:.1f}"]
-        table.add_row(*cells, "yes" if same[rows[0]["id"]] else "[red]NO[/]")
+        for row in phase["questions"]:
+            cells = [phase["phase"], row["id"], str(row["prompt_tokens"])]
+            cells.append(f"{row['ttft_s'] * 1e3:,.0f} ms")
+            cells += [str(row["reused"][tier]) for tier in ("gpu", "ram", "disk")]
+            table.add_row(*cells, f"{row['tokens_per_s']:.1f}", "yes" if same[row["id"]] else "NO")
+        table.add_section()
     console.print(table)
 
 
@@ -242,8 +247,9 @@ def figures(cold: dict[str, Any], warm: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows of the JSON file; each compares with a figure of the same run."""
     first, again = cold["questions"][0], warm["questions"][0]
     begin, end = cold["document"]
-    # Reuse counts from the prompt's first token, so what precedes the document is taken off.
-    from_disk = max(0, min(end, again["reused"]["disk"]) - begin)
+    # A prompt's reused tokens lie in this order: from the pool, from RAM, from disk.
+    above = again["reused"]["gpu"] + again["reused"]["ram"]
+    from_disk = max(0, min(end, above + again["reused"]["disk"]) - max(begin, above))
     hf = cold["hf_prefill_s"]
 
     def row(case: str, metric: str, value: float, unit: str, **rest: Any) -> dict[str, Any]:
