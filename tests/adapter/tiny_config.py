@@ -1,17 +1,35 @@
-"""Settings of a cache for a tiny model, with all tiers."""
+"""Tiny models and settings that several tests and their helper processes share."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from transformers import LlamaConfig
+
 from litecache.config import CacheConfig
 
 
 def tiny_config(folder: Path) -> CacheConfig:
+    """All tiers, small."""
     return CacheConfig(
         num_blocks=96,
         dtype="float32",
         ram_bytes="16MB",
         storage_dir=str(folder),
         storage_bytes="64MB",
+    )
+
+
+def endless_llama() -> LlamaConfig:
+    """A model whose sequences never end by themselves and may be very long."""
+    return LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=16384,
+        bos_token_id=1,
+        eos_token_id=None,
+        pad_token_id=0,
     )

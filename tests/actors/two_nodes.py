@@ -1,0 +1,143 @@
+"""Two replicas and two shards on a cluster of two "nodes"; prints what happened as JSON.
+
+Run by test_two_nodes.py in a process of its own, because it needs a Ray of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import ray
+import torch
+from ray.cluster_utils import Cluster
+from transformers import LlamaConfig
+
+from litecache.actors.calls import result
+from litecache.adapter import KVCacheAdapter
+from litecache.config import CacheConfig
+from litecache.errors import LiteCacheError
+
+TINY = LlamaConfig(
+    vocab_size=211,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=512,
+    initializer_range=0.2,
+    eos_token_id=210,
+)
+
+
+def wait_for(condition: Callable[[], Any], what: str, timeout_s: float = 60) -> Any:
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            if value := condition():
+                return value
+        except LiteCacheError:
+            pass
+        if time.monotonic() > deadline:
+            raise AssertionError(f"it did not happen: {what}")
+        time.sleep(0.05)
+
+
+def ask(llm: KVCacheAdapter, replica: int, ids: torch.Tensor) -> tuple[list[int], dict[str, int]]:
+    llm._route = lambda request: replica  # type: ignore[method-assign]
+    out = llm.generate(ids, max_new_tokens=8, return_dict_in_generate=True)
+    del llm._route
+    return out.sequences[0].tolist(), out.litecache.reused_tokens[0]
+
+
+def counter(actor: dict[str, Any], name: str) -> float:
+    return sum(value for found, _, value in actor["metrics"]["counters"] if found == name)
+
+
+def run(folder: str) -> dict[str, Any]:
+    config = CacheConfig(
+        num_blocks=64,
+        dtype="float32",
+        ram_bytes="16MB",
+        storage_dir=folder,
+        storage_bytes="64MB",
+    )
+    llm = KVCacheAdapter(TINY, weights="random", cache_config=config, replicas=2, num_threads=1)
+    group = llm.group
+    gpus = [f"litecache:{group.spec.group}:gpu:{i}" for i in range(2)]
+    status = group.status()
+    nodes = [status[gpu]["node_id"] for gpu in gpus]
+    shard_of = {a["node_id"]: name for name, a in status.items() if ":shard:" in name}
+    wait_for(lambda: all(group.status()[g]["remote_shards"] == 1 for g in gpus), "nodes known")
+
+    def located(replica: int) -> bytes:
+        name = shard_of[nodes[replica]].split(":shard:")[1]
+        return bytes(result(group.coordinator_handle.keys_of.remote(name), 10))
+
+    def held(replica: int) -> bytes:
+        return bytes(result(group.shards[shard_of[nodes[replica]]].keys.remote(), 10))
+
+    ids = torch.randint(3, 210, (1, 100), generator=torch.Generator().manual_seed(0))
+    first, cold = ask(llm, 0, ids)
+    llm.flush()
+    wait_for(lambda: len(located(0)) >= 16 * 6, "blocks of replica 0 located")
+    before = counter(group.status()[gpus[1]], "litecache_remote_blocks")
+    second, warm = ask(llm, 1, ids)
+    after = counter(group.status()[gpus[1]], "litecache_remote_blocks")
+    out = llm.generate(ids, max_new_tokens=8, return_dict_in_generate=True)
+    other = torch.randint(3, 210, (1, 60), generator=torch.Generator().manual_seed(1))
+    ask(llm, 1, other)
+    llm.flush()
+
+    coordinator = result(group.coordinator_handle.info.remote(), 10)
+    os.kill(coordinator["pid"], signal.SIGKILL)
+    without, _ = ask(llm, 0, ids)
+    routed = llm.generate(ids, max_new_tokens=8)[0].tolist()
+    epoch = coordinator["epoch"]
+    wait_for(
+        lambda: result(group.coordinator_handle.info.remote(), 10)["epoch"] != epoch, "restart"
+    )
+    wait_for(lambda: all(located(i) == held(i) for i in range(2)), "the map is filled again")
+    report = {
+        "nodes": len(set(nodes)),
+        "cold": cold,
+        "warm": warm,
+        "same": first == second == without == routed,
+        "remote_blocks": after - before,
+        "routed_reuse": out.litecache.reused_tokens[0],
+        "held_bytes": [len(held(i)) for i in range(2)],
+        "stored": [a["store"]["disk_blocks"] for a in group.status().values() if "store" in a],
+    }
+    llm.close()
+    return report
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    store = 128 << 20
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={
+            "num_cpus": 1,
+            "object_store_memory": store,
+            "include_dashboard": False,
+            "temp_dir": sys.argv[2],
+        },
+    )
+    try:
+        cluster.add_node(num_cpus=1, object_store_memory=store)
+        ray.init(address=cluster.address, log_to_driver=False)
+        print(json.dumps(run(sys.argv[1])))
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+if __name__ == "__main__":
+    main()
