@@ -261,8 +261,7 @@ class Engine:
         try:
             self._in_flight.append((plan.step, self._runner.execute(plan)))
         except Exception as error:
-            logger.exception("step %d failed", plan.step)
-            self._carry_out(self._scheduler.fail_step(plan.step, f"step failed: {error}"))
+            self._undo(plan.step, error)
 
     def _finish_step(self) -> None:
         step, handle = self._in_flight.popleft()
@@ -270,11 +269,21 @@ class Engine:
         try:
             result = handle.result()
         except Exception as error:
-            logger.exception("step %d failed", step)
-            self._carry_out(self._scheduler.fail_step(step, f"step failed: {error}"))
+            self._undo(step, error)
             return
         self.metrics.observe("litecache_step_seconds", time.perf_counter() - started, kind="wait")
         self._carry_out(self._scheduler.on_result(result, time.monotonic()))
+
+    def _undo(self, step: int, error: Exception) -> None:
+        """A step raised: its requests run again, smaller or alone."""
+        out_of_memory = isinstance(error, torch.OutOfMemoryError)
+        kind = "out_of_memory" if out_of_memory else "error"
+        self.metrics.inc("litecache_failed_steps", kind=kind)
+        logger.warning("step %d failed: %s", step, error, exc_info=not out_of_memory)
+        if out_of_memory:
+            torch.cuda.empty_cache()
+        message = f"step {step} failed: {type(error).__name__}: {error}"
+        self._carry_out(self._scheduler.undo_step(step, message, out_of_memory=out_of_memory))
 
     def _take_messages(self, *, wait: bool) -> None:
         with contextlib.suppress(queue.Empty):

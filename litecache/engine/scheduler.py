@@ -67,6 +67,7 @@ class Scheduler:
         self._chunk_grid = max(1, max_batch_tokens // 2) if deterministic else None
         self._sequences: dict[str, Sequence] = {}
         self._timed: dict[str, Sequence] = {}
+        self._suspects: dict[str, Sequence] = {}
         self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []
         self._free_rows = list(range(max_requests - 1, -1, -1))
@@ -122,6 +123,7 @@ class Scheduler:
             seq.num_in_flight -= step.sample
             if seq.status is SequenceStatus.FINISHED:
                 continue
+            self._suspects.pop(seq.id, None)
             if step.row in result.invalid_rows:
                 message = f"logits of step {result.step} at position {step.start} are not finite"
                 self._finish(seq, FinishReason.ERROR, out, message)
@@ -134,13 +136,31 @@ class Scheduler:
                 self._emit(seq, token, now, out)
         return out
 
-    def fail_step(self, step: int, message: str) -> Schedule:
-        """A launched step raised: every request in it ends with the error."""
+    def undo_step(self, step: int, message: str, *, out_of_memory: bool) -> Schedule:
+        """A launched step raised: nothing of it counts.
+
+        Out of memory, the step's requests start over under half the token budget. After any other
+        error they run alone, one after the other, so that the one that raises is found and fails
+        by itself. A step of one request that cannot be made smaller fails it.
+        """
         out = Schedule()
-        for seq, row_step, _ in self._take_launched(step).rows:
+        launched = self._take_launched(step)
+        tokens = sum(row_step.num_tokens for _, row_step, _ in launched.rows)
+        smaller = max(self.cache.block_size, min(tokens, self._max_batch_tokens) // 2)
+        hopeless = len(launched.rows) == 1 and (not out_of_memory or tokens <= smaller)
+        if out_of_memory:
+            self._max_batch_tokens = smaller
+        for seq, row_step, life in launched.rows:
             seq.num_in_flight -= row_step.sample
-            if seq.status is not SequenceStatus.FINISHED:
+            if seq.status is SequenceStatus.FINISHED:
+                continue
+            if hopeless:
                 self._finish(seq, FinishReason.ERROR, out, message)
+                continue
+            if seq.status is SequenceStatus.RUNNING and life == seq.life:
+                self._preempt(seq)
+            if not out_of_memory:
+                self._suspects[seq.id] = seq
         return out
 
     # What goes out
@@ -152,13 +172,15 @@ class Scheduler:
             if seq.deadline_s is not None and now >= seq.deadline_s:
                 self._finish(seq, FinishReason.LENGTH, out)
         plan = PlanBuilder(self._max_batch_tokens, self._chunk_grid)
-        for seq in list(self._running):
+        alone = next(iter(self._suspects.values()), None)
+        running = [seq for seq in self._running if alone in (None, seq)]
+        for seq in running:
             if seq.num_todo == 1 and self._may_step(seq) and self._grow(seq, plan):
                 plan.add_step(seq, 1)
-        for seq in self._running:
+        for seq in running:
             if seq.num_todo > 1 and self._may_step(seq):
                 plan.add_chunk(seq)
-        self._admit(plan, out)
+        self._admit(plan, out, alone)
         out.plan = plan.build(self._step + 1)
         if out.plan is not None:
             self._step += 1
@@ -256,11 +278,16 @@ class Scheduler:
 
     # Admission
 
-    def _admit(self, plan: PlanBuilder, out: Schedule) -> None:
+    def _admit(self, plan: PlanBuilder, out: Schedule, alone: Sequence | None) -> None:
         """Stage, load and start waiting requests in order; one that does not fit holds the rest."""
         blocked = False
         for seq in list(self._waiting):
-            if seq.status is not SequenceStatus.WAITING or seq.num_in_flight or seq.paused:
+            if (
+                alone not in (None, seq)
+                or seq.status is not SequenceStatus.WAITING
+                or seq.num_in_flight
+                or seq.paused
+            ):
                 continue
             blocked = blocked or plan.budget <= 0 or not self._free_rows
             asks = self._lower_tiers and not seq.looked_up
@@ -271,10 +298,9 @@ class Scheduler:
             match = self.cache.match(seq.chain, seq.tokens)
             if match.pending_owner not in (None, seq.id):
                 continue
-            if asks:
-                # No place to ask now: those who have one go first, or nobody ever gives one back.
-                if not self._staging.has_room or self._staging.stage(seq, out):
-                    continue
+            # No place to ask now: those who have one go first, or nobody ever gives one back.
+            if asks and (not self._staging.has_room or self._staging.stage(seq, out)):
+                continue
             if blocked:
                 continue
             if not self._with_room(seq, functools.partial(self._load, seq, out)):
@@ -387,6 +413,7 @@ class Scheduler:
         seq.status = SequenceStatus.FINISHED
         del self._sequences[seq.id]
         self._timed.pop(seq.id, None)
+        self._suspects.pop(seq.id, None)
 
     def _take_launched(self, step: int) -> Launched:
         launched = self._launched.pop(step)

@@ -134,6 +134,11 @@ class World:
     def finish_step(self) -> None:
         self.take(self.scheduler.on_result(self.results.pop(0), self.now))
 
+    def fail_last_step(self, out_of_memory: bool) -> None:
+        step = self.results.pop().step
+        out = self.scheduler.undo_step(step, "planted", out_of_memory=out_of_memory)
+        self.take(out)
+
     def answer_stage(self, position: int, have: Callable[[BlockKey], bool]) -> None:
         order = self.stages.pop(position)
         found = {r: "ram" for r, key in order.blocks.items() if key in self.stored and have(key)}

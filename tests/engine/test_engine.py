@@ -10,6 +10,8 @@ from engine_harness import Harness, family_source
 from plan_driver import FAMILIES, random_prompt, stock_generate, tiny_model
 
 from litecache.engine.engine import Engine
+from litecache.engine.model_runner import StepHandle
+from litecache.engine.step_plan import StepPlan
 from litecache.errors import CapacityError, ConfigError
 from litecache.types import FinishReason, Request, SamplingParams
 
@@ -93,7 +95,7 @@ def test_full_hit_leaves_the_published_bytes_unchanged() -> None:
 
 def test_partial_block_is_reused_to_the_token() -> None:
     prompt = random_prompt(64, seed=6)
-    fork = prompt[:41] + [(prompt[41] + 1) % 211] + prompt[42:60]
+    fork = [*prompt[:41], (prompt[41] + 1) % 211, *prompt[42:60]]
     loaded = tiny_model("llama")
     with Harness(family_source("llama")) as harness:
         harness.run([prompt], 1)
@@ -147,17 +149,59 @@ def test_bad_request_is_refused_before_anything_is_queued(
         assert harness.engine.stats()["waiting"] == harness.engine.stats()["running"] == 0
 
 
-def test_failing_step_fails_its_requests_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_request_that_raises_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = [random_prompt(20, seed=i) for i in range(3)]
+    poison = [210] * 9
     with Harness(family_source("llama")) as harness:
-        wanted = harness.run([random_prompt(20, 3)], 4)
+        wanted = harness.run(prompts, 4)
+        harness.empty("gpu")
         runner = harness.engine._runner
         original = runner.execute
-        monkeypatch.setattr(runner, "execute", lambda plan: 1 / 0)
-        harness.run([random_prompt(20, 4)], 4)
-        assert harness.reasons == [FinishReason.ERROR]
-        assert "division by zero" in str(harness.errors[0])
-        monkeypatch.setattr(runner, "execute", original)
-        assert harness.run([random_prompt(20, 3)], 4) == wanted
+        rows: dict[int, tuple[int, ...]] = {}
+
+        def execute(plan: StepPlan) -> StepHandle:
+            rows.update({new.row: new.token_ids for new in plan.new_rows})
+            if any(rows[step.row][:9] == tuple(poison) for step in plan.rows):
+                raise RuntimeError("planted")
+            return original(plan)
+
+        monkeypatch.setattr(runner, "execute", execute)
+        outputs = harness.run([*prompts[:2], poison, prompts[2]], 4)
+        assert [*outputs[:2], outputs[3]] == wanted
+        assert harness.reasons[2] is FinishReason.ERROR
+        assert "planted" in str(harness.errors[2])
+        assert outputs[2] == []
+
+
+def test_out_of_memory_in_a_step_shrinks_the_batch_and_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    prompts = [random_prompt(60, seed=i) for i in range(4)]
+    loaded = tiny_model("llama")
+    with Harness(family_source("llama")) as harness:
+        runner = harness.engine._runner
+        original = runner.execute
+
+        def execute(plan: StepPlan) -> StepHandle:
+            if plan.num_tokens > 50:
+                raise torch.OutOfMemoryError("planted")
+            return original(plan)
+
+        monkeypatch.setattr(runner, "execute", execute)
+        assert harness.run(prompts, 8) == [stock_generate(loaded, p, 8) for p in prompts]
+        assert harness.engine.metrics.value("litecache_failed_steps", kind="out_of_memory") > 0
+
+
+def test_out_of_memory_that_no_batch_size_cures_fails_the_request_and_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def execute(plan: StepPlan) -> StepHandle:
+        raise torch.OutOfMemoryError("planted")
+
+    with Harness(family_source("llama")) as harness:
+        monkeypatch.setattr(harness.engine._runner, "execute", execute)
+        harness.run([random_prompt(60, seed=i) for i in range(3)], 4)
+        assert harness.reasons == [FinishReason.ERROR] * 3
 
 
 def test_closed_engine_refuses_instead_of_hanging() -> None:

@@ -102,6 +102,13 @@ class SchedulerMachine(RuleBasedStateMachine):
     def pause(self, pick: int, paused: bool) -> None:
         self.world.scheduler.set_paused([f"r{pick}"], paused)
 
+    @rule(out_of_memory=st.booleans())
+    def step_raises(self, out_of_memory: bool) -> None:
+        """The newest launched step never happened."""
+        world = self.world
+        if len(world.results) < 2 and world.step():
+            world.fail_last_step(out_of_memory)
+
     @rule()
     def evict(self) -> None:
         self.world.scheduler.cache.evict_idle()
