@@ -175,20 +175,8 @@ class Group:
         Returns:
             The flush reports of replicas and shards that still answered, by actor name.
         """
-        reports: dict[str, Any] = {}
-        # Replicas first: their flush commits blocks that the shards then write out.
-        for handles in (
-            {replica_name(self.spec.group, i): r for i, r in enumerate(self.replicas)},
-            self.shards,
-        ):
-            refs = {name: handle.stop.remote(timeout_s) for name, handle in handles.items()}
-            for name, ref in refs.items():
-                try:
-                    reports[name] = result(ref, timeout_s + 5, f"{name}: stop")
-                except LiteCacheError as error:
-                    logger.warning("%s", error)
-        end_actors(self.spec.group, [*self.replicas, *self.shards.values()])
-        return reports
+        replicas = {replica_name(self.spec.group, i): r for i, r in enumerate(self.replicas)}
+        return _stop(self.spec.group, replicas, self.shards, timeout_s)
 
     def status(self) -> dict[str, Any]:
         """What each actor says of itself; an actor that does not answer has an "error"."""
@@ -227,6 +215,44 @@ def list_groups() -> list[str]:
         for actor in named
         if actor["namespace"] == NAMESPACE and actor["name"].endswith(":coordinator")
     )
+
+
+def stop_group(group: str, timeout_s: float = STOP_TIMEOUT_S) -> dict[str, Any]:
+    """Stop a group found by name, in whatever state its actors are; see `Group.stop`.
+
+    Raises:
+        GroupUnavailableError: there is no such group.
+    """
+    check_group_name(group)
+    handles = {}
+    for name in actor_names(group):
+        with contextlib.suppress(ValueError):
+            handles[name] = ray.get_actor(name, NAMESPACE)
+    if not handles:
+        raise GroupUnavailableError(f"there is no group {group!r} to stop")
+    return _stop(
+        group,
+        {name: handle for name, handle in handles.items() if ":gpu:" in name},
+        {name: handle for name, handle in handles.items() if ":shard:" in name},
+        timeout_s,
+    )
+
+
+def _stop(
+    group: str, replicas: dict[str, Any], shards: dict[str, Any], timeout_s: float
+) -> dict[str, Any]:
+    reports: dict[str, Any] = {}
+    # Replicas first: their flush commits blocks that the shards then write out.
+    for handles in (replicas, shards):
+        refs = {name: handle.stop.remote(timeout_s) for name, handle in handles.items()}
+        for name, ref in refs.items():
+            try:
+                report = result(ref, timeout_s + 5, f"{name}: stop")
+                reports[name] = report if isinstance(report, dict) else report._asdict()
+            except LiteCacheError as error:
+                logger.warning("%s", error)
+    end_actors(group, [*replicas.values(), *shards.values()])
+    return reports
 
 
 def end_actors(group: str, handles: list[Any]) -> None:

@@ -1,0 +1,184 @@
+"""`litecache doctor`: what this machine has, and what would go wrong on it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from litecache.errors import LiteCacheError
+from litecache.paths import litecache_home
+
+PACKAGES = ("torch", "transformers", "ray", "triton", "numpy", "xxhash", "msgpack")
+_SHM_COMFORT_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One checked thing.
+
+    Attributes:
+        name: what was checked.
+        status: "ok", "note" (works, but know it) or "bad" (will not work).
+        detail: what was found, and what to do about it.
+    """
+
+    name: str
+    status: str
+    detail: str
+
+    def to_dict(self) -> dict[str, str]:
+        """Plain values."""
+        return asdict(self)
+
+
+def examine(storage_dir: str | None = None) -> list[Finding]:
+    """Check everything; a check that fails unexpectedly is a finding of its own.
+
+    Args:
+        storage_dir: a folder for the disk tier to check, too.
+    """
+    checks: list[Callable[[], Iterator[Finding]]] = [
+        _platform,
+        _packages,
+        _devices,
+        _memory,
+        _shared_memory,
+        _home,
+        _ray_auth,
+    ]
+    if storage_dir is not None:
+        checks.append(lambda: _storage(storage_dir))
+    findings: list[Finding] = []
+    for check in checks:
+        try:
+            findings.extend(check())
+        except Exception as error:  # a doctor reports, whatever it meets
+            name = getattr(check, "__name__", "check").strip("_")
+            findings.append(Finding(name, "bad", f"{type(error).__name__}: {error}"))
+    return findings
+
+
+def _platform() -> Iterator[Finding]:
+    version = platform.python_version()
+    if sys.platform != "linux":
+        yield Finding("platform", "bad", f"{sys.platform}: LiteCache runs on Linux")
+    yield Finding("python", "ok" if sys.version_info >= (3, 10) else "bad", version)
+    yield Finding("cores", "ok", str(len(os.sched_getaffinity(0))))
+
+
+def _packages() -> Iterator[Finding]:
+    for package in PACKAGES:
+        try:
+            yield Finding(package, "ok", importlib.metadata.version(package))
+        except importlib.metadata.PackageNotFoundError:
+            status = "note" if package == "triton" else "bad"
+            yield Finding(package, status, f"not installed: pip install {package}")
+
+
+def _devices() -> Iterator[Finding]:
+    import torch
+
+    if not torch.cuda.is_available():
+        yield Finding("gpu", "note", "none: models run on the CPU")
+        return
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        yield Finding(f"gpu {index}", "ok", f"{properties.name}, {_gib(properties.total_memory)}")
+
+
+def _memory() -> Iterator[Finding]:
+    from litecache.actors.placement import MEMORY_SHARE, memory_limit_bytes
+
+    limit = memory_limit_bytes()
+    yield Finding(
+        "memory",
+        "ok",
+        f"{_gib(limit)}; ram_bytes, Ray's object store and weights may take {MEMORY_SHARE:.0%}",
+    )
+
+
+def _shared_memory() -> Iterator[Finding]:
+    if hasattr(os, "memfd_create"):
+        os.close(os.memfd_create("litecache-doctor"))
+        yield Finding("arena", "ok", "memfd")
+    else:
+        yield Finding("arena", "note", "no memfd: the arena is a file in /dev/shm")
+    size = shutil.disk_usage("/dev/shm").total
+    status = "ok" if size >= _SHM_COMFORT_BYTES else "note"
+    yield Finding("/dev/shm", status, f"{_gib(size)}; Ray's object store lives there")
+
+
+def _home() -> Iterator[Finding]:
+    home = litecache_home()
+    parent = next(folder for folder in (home, *home.parents) if folder.exists())
+    writable = os.access(parent, os.W_OK)
+    detail = f"{home}, {_gib(shutil.disk_usage(parent).free)} free"
+    yield Finding("cache folder", "ok" if writable else "bad", detail)
+
+
+def _ray_auth() -> Iterator[Finding]:
+    mode = os.environ.get("RAY_AUTH_MODE")
+    token_file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser()
+    has_token = token_file.is_file() or "RAY_AUTH_TOKEN" in os.environ
+    if mode == "token" and not has_token:
+        detail = "RAY_AUTH_MODE=token without a token: run `ray get-auth-token --generate`"
+        yield Finding("ray auth", "bad", detail)
+    elif mode is None and has_token:
+        detail = (
+            f"{token_file} exists: a Ray started now asks for it, so export RAY_AUTH_MODE=token "
+            "wherever you connect from"
+        )
+        yield Finding("ray auth", "note", detail)
+    else:
+        yield Finding("ray auth", "ok", mode or "off")
+
+
+def _storage(storage_dir: str) -> Iterator[Finding]:
+    folder = Path(storage_dir)
+    if not folder.is_absolute():
+        yield Finding("storage_dir", "bad", f"{storage_dir} is not absolute")
+        return
+    parent = next(found for found in (folder, *folder.parents) if found.exists())
+    if not os.access(parent, os.W_OK):
+        yield Finding("storage_dir", "bad", f"{parent} is not writable")
+        return
+    yield Finding("storage_dir", "ok", f"{_gib(shutil.disk_usage(parent).free)} free in {parent}")
+    with tempfile.NamedTemporaryFile(dir=parent) as probe:
+        try:
+            os.close(os.open(probe.name, os.O_RDWR | os.O_DIRECT))
+            yield Finding("direct I/O", "ok", "O_DIRECT works")
+        except OSError:
+            detail = "refused by the file system: buffered I/O instead, slower for large blocks"
+            yield Finding("direct I/O", "note", detail)
+
+
+def _gib(size: int) -> str:
+    return f"{size / (1 << 30):.1f} GiB"
+
+
+def cluster_findings() -> list[Finding]:
+    """What a running Ray cluster says, for those who are connected to one."""
+    import ray
+
+    from litecache.actors.group import list_groups
+
+    resources: dict[str, Any] = ray.cluster_resources()
+    shown = ", ".join(f"{k} {resources[k]:g}" for k in ("CPU", "GPU") if k in resources)
+    try:
+        groups = ", ".join(list_groups()) or "none"
+    except LiteCacheError as error:
+        groups = str(error)
+    nodes = sum(node["Alive"] for node in ray.nodes())
+    return [
+        Finding("ray cluster", "ok", f"{nodes} node(s), {shown}"),
+        Finding("groups", "ok", groups),
+    ]

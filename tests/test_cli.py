@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from litecache.actors.group import actor_names
+from litecache.cli import app, main, parse_settings
+from litecache.config import CacheConfig
+from litecache.errors import ConfigError
+
+WORDS = [f"w{number}" for number in range(64)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=128,
+        eos_token_id=None,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    return folder
+
+
+def invoke(*arguments: str) -> Any:
+    done = CliRunner().invoke(app, [*arguments, "--json"], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def test_a_group_goes_up_answers_shows_itself_and_goes_down(ray_local: None, model: Path) -> None:
+    settings = ["--set", "num_blocks=32", "--set", "ram_bytes=4MB", "--set", "dtype=float32"]
+    started = invoke("up", str(model), "--group", "cli", "--num-threads", "1", *settings)
+    try:
+        assert started["device"] == "cpu"
+        assert started["actors"] == actor_names("cli")
+        prompt = " ".join(WORDS[1:41])
+        first, second = (
+            invoke("generate", str(model), prompt, "--group", "cli", "--max-new-tokens", "9")
+            for _ in range(2)
+        )
+        assert first["text"] == second["text"]
+        assert len(first["text"].split()) == first["tokens"] == 9
+        assert (first["reused_tokens"], second["reused_tokens"]) == ({}, {"gpu": 39})
+        shown = invoke("status", "--group", "cli")
+        assert sorted(shown["actors"]) == started["actors"]
+        assert shown["stats"]["prompt_tokens"] == 80
+        assert shown["stats"]["hit_rate"] == pytest.approx(39 / 80)
+        table = CliRunner().invoke(app, ["status", "--group", "cli"]).stdout
+        assert "80 prompt tokens, 49% reused (gpu 39), 18 generated" in table
+    finally:
+        stopped = invoke("down", "--group", "cli")
+    assert list(stopped) == ["cli"]
+    assert actor_names("cli") == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["down", "--group", "nobody"], "there is no group 'nobody'"),
+        (["status", "--group", "nobody"], "there is no group 'nobody'"),
+        (["up", "/no/such/model"], "model='/no/such/model' is invalid"),
+        (["up", "m", "--set", "blocksize=3"], "--set='blocksize=3' is invalid: NAME=VALUE"),
+        (["up", "m", "--set", "block_size=12"], "block_size=12 is invalid: a power of two"),
+    ],
+)
+def test_errors_are_one_line_and_exit_with_1(
+    ray_local: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["litecache", *arguments])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert exit_.value.code == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: ")
+    assert message in shown
+    assert len(shown.splitlines()) == 1
+
+
+def test_settings_are_parsed_as_fields_of_the_config() -> None:
+    parsed = parse_settings(
+        ["block_size=32", "storage_dir=/data/kv", "ram_bytes=2GB", "deterministic=true"]
+    )
+    assert parsed == CacheConfig(
+        block_size=32, storage_dir="/data/kv", ram_bytes="2GB", deterministic=True
+    )
+    with pytest.raises(ConfigError, match="--set"):
+        parse_settings(["block_size"])
+
+
+def test_the_doctor_finds_what_works_and_what_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    findings = {f["name"]: f for f in invoke("doctor", "--storage-dir", str(tmp_path))}
+    assert findings["torch"]["status"] == "ok"
+    assert findings["storage_dir"]["status"] == "ok"
+    assert findings["ray auth"] == {"name": "ray auth", "status": "ok", "detail": "token"}
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "no-token"))
+    done = CliRunner().invoke(app, ["doctor", "--storage-dir", "relative"])
+    assert done.exit_code == 1
+    assert "bad   ray auth" in done.stdout
+    assert "relative is not absolute" in done.stdout
