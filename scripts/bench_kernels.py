@@ -225,16 +225,19 @@ DECODES: list[tuple[Shape, str, list[int], float]] = [
 def decode_candidates(shape: Shape) -> list[DecodeConfig]:
     """Decode configurations worth a try: block_n, warps, stages, programs a multiprocessor."""
     numbers = [
-        (32, 2, 3, 4), (32, 2, 3, 5), (32, 2, 2, 6), (32, 2, 2, 8), (32, 2, 4, 4), (64, 4, 2, 4),
-        (64, 4, 3, 3), (64, 4, 2, 3), (64, 2, 2, 5), (64, 2, 2, 4), (64, 2, 3, 3), (32, 1, 3, 5),
-        (32, 1, 2, 8), (32, 1, 2, 10), (16, 1, 4, 8), (16, 1, 3, 10),
+        (32, 2, 3, 4), (32, 2, 3, 5), (32, 2, 2, 5), (32, 2, 2, 6), (64, 4, 2, 3), (64, 2, 2, 4),
+        (64, 4, 3, 3), (32, 4, 3, 3), (32, 2, 4, 4),
     ]  # fmt: skip
-    if 2 * shape.dim * getattr(torch, shape.dtype).itemsize <= 256:
+    item = getattr(torch, shape.dtype).itemsize
+    if item == 1:
         numbers = [
-            (64, 2, 3, 4), (64, 2, 3, 5), (64, 2, 2, 6), (64, 2, 2, 8), (64, 2, 3, 6),
-            (64, 4, 3, 4), (64, 4, 2, 4), (128, 4, 2, 3), (128, 4, 3, 3), (64, 1, 2, 8),
-            (32, 1, 3, 8), (32, 1, 3, 12), (32, 2, 3, 8), (32, 2, 4, 6), (64, 1, 3, 5),
-            (64, 4, 3, 5), (128, 2, 2, 5),
+            (64, 2, 3, 4), (64, 2, 2, 4), (64, 4, 3, 2), (64, 4, 3, 3), (32, 2, 3, 4),
+            (64, 1, 3, 5), (64, 1, 3, 6), (128, 4, 2, 2), (32, 1, 3, 8),
+        ]  # fmt: skip
+    elif shape.dim == 64:
+        numbers = [
+            (64, 2, 3, 5), (64, 2, 2, 6), (64, 2, 3, 6), (128, 4, 3, 3), (128, 4, 2, 3),
+            (64, 2, 2, 7), (128, 2, 2, 4), (64, 4, 3, 4), (32, 1, 3, 12),
         ]  # fmt: skip
     return [DecodeConfig(n, warps, stages, waves * 132) for n, warps, stages, waves in numbers]
 

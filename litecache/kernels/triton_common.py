@@ -31,6 +31,15 @@ def dot(a, b):
 
 
 @triton.jit
+def dot_onto(a, b, acc):
+    """`acc + a @ b` in float32."""
+    if _EXACT_DOT:
+        return acc + tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    else:
+        return tl.dot(a, b, acc, input_precision="ieee", out_dtype=tl.float32)
+
+
+@triton.jit
 def widen(codes):
     """int8 or fp8 codes as float16, exactly.
 
@@ -85,10 +94,14 @@ def load_pages(table_ptr, index):
 def load_rows(
     q_ptr, stride_token, stride_head, first_token, kv_head, first_row, num_rows,
     BLOCK_M: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+    OFFSET: tl.constexpr = 0, STEP: tl.constexpr = 1,
 ):  # fmt: skip
-    """Queries of a row tile, `[BLOCK_M, D_PAD]`, zeros where there is no row or dimension."""
+    """Queries of a row tile, `[BLOCK_M, D_PAD / STEP]`: every `STEP`th dimension from `OFFSET`.
+
+    Zeros where there is no row or dimension.
+    """
     row = first_row + tl.arange(0, BLOCK_M)
-    dim = tl.arange(0, D_PAD)
+    dim = OFFSET + tl.arange(0, D_PAD // STEP) * STEP
     token = (first_token + row // GROUP).to(tl.int64)
     head = kv_head * GROUP + row % GROUP
     place = token[:, None] * stride_token + head[:, None] * stride_head + dim[None, :]

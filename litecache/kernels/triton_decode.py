@@ -4,8 +4,8 @@ The keys of all (sequence, KV head) pairs are cut into tiles and laid end to end
 programs takes equal shares of that line (the stream-K idea of Osama et al., 2023, applied to
 flash-decoding). So ragged batches balance by themselves, there is no split count to tune and no
 cliff between batch sizes. A share that covers a pair completely writes its output; pieces of a
-pair go to a workspace and whoever finishes last merges them. Shares are computed on the device
-once a step from the context lengths, so a CUDA graph replays at any length.
+pair go to a workspace and whoever finishes last merges them: one launch. Shares are computed on
+the device once a step from the context lengths, so a CUDA graph replays at any length.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import triton
 import triton.language as tl
 
 from litecache.kernels.metadata import AttentionMetadata
+from litecache.kernels.triton_codes import attend_codes
 from litecache.kernels.triton_common import (
     LOG2E,
     finish,
     fold_tile,
     load_rows,
-    normalise_query,
     store_rows,
 )
 from litecache.kernels.tuning import DecodeConfig
@@ -71,7 +71,8 @@ def _decode_kernel(
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, PAGE: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
     WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, ALIBI: tl.constexpr,
-    QUANTISED: tl.constexpr, ALIKE: tl.constexpr, STAGES: tl.constexpr, MERGE: tl.constexpr,
+    QUANTISED: tl.constexpr, FLOAT: tl.constexpr, ALIKE: tl.constexpr, STAGES: tl.constexpr,
+    MERGE: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     work = tl.load(ends_ptr + num_seqs) * KV_HEADS
@@ -96,21 +97,13 @@ def _decode_kernel(
             if WINDOWED:
                 first_key = tl.maximum(context - queries + 1 - window, 0)
             row = tl.arange(0, BLOCK_M)
-            q = load_rows(
-                q_ptr, q_token, q_head, first_token, kv_head, 0, queries * GROUP,
-                BLOCK_M, GROUP, D, D_PAD,
-            )  # fmt: skip
-            q, q_factor = normalise_query(q, QUANTISED)
             q_position = context - queries + row // GROUP
             head = kv_head * GROUP + row % GROUP
-            slope = q_factor
+            slope = row.to(tl.float32)
             if ALIBI:
                 slope = tl.load(slopes_ptr + head).to(tl.float32) * LOG2E
             qk_scale = scale if SOFTCAP else scale * LOG2E
 
-            acc = tl.zeros((BLOCK_M, DV_PAD), tl.float32)
-            peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-            total = tl.zeros((BLOCK_M,), tl.float32)
             table_ptr = tables_ptr + seq.to(tl.int64) * table_stride
             k_base = k_ptr + kv_head.to(tl.int64) * k_head
             v_base = v_ptr + kv_head.to(tl.int64) * v_head
@@ -121,15 +114,32 @@ def _decode_kernel(
             base = first_key // BLOCK_N * BLOCK_N
             low = base + (at - pair_begin) * BLOCK_N
             high = tl.minimum(base + (stop - pair_begin) * BLOCK_N, context)
-            for start in tl.range(low, high, BLOCK_N, num_stages=STAGES):
-                acc, peak, total = fold_tile(
-                    acc, peak, total, q, q_factor, q_position, slope,
-                    start, first_key, context, table_ptr,
+            if QUANTISED:
+                acc, peak, total = attend_codes(
+                    q_ptr, q_token, q_head, first_token, kv_head, queries * GROUP,
+                    q_position, slope, low, high, first_key, context, table_ptr,
                     k_base, v_base, k_block, v_block, ks_base, vs_base, ks_block, vs_block,
                     qk_scale, softcap, window,
-                    BLOCK_N, PAGE, D, D_PAD, DV, DV_PAD,
-                    True, MAX_Q > 1, WINDOWED, ALIKE, SOFTCAP, ALIBI, QUANTISED,
+                    BLOCK_M, GROUP, BLOCK_N, PAGE, D, D_PAD, DV, DV_PAD,
+                    MAX_Q > 1, WINDOWED, SOFTCAP, ALIBI, FLOAT, ALIKE, STAGES,
                 )  # fmt: skip
+            else:
+                q = load_rows(
+                    q_ptr, q_token, q_head, first_token, kv_head, 0, queries * GROUP,
+                    BLOCK_M, GROUP, D, D_PAD,
+                )  # fmt: skip
+                acc = tl.zeros((BLOCK_M, DV_PAD), tl.float32)
+                peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+                total = tl.zeros((BLOCK_M,), tl.float32)
+                for start in tl.range(low, high, BLOCK_N, num_stages=STAGES):
+                    acc, peak, total = fold_tile(
+                        acc, peak, total, q, slope, q_position, slope,
+                        start, first_key, context, table_ptr,
+                        k_base, v_base, k_block, v_block, ks_base, vs_base, ks_block, vs_block,
+                        qk_scale, softcap, window,
+                        BLOCK_N, PAGE, D, D_PAD, DV, DV_PAD,
+                        True, MAX_Q > 1, WINDOWED, ALIKE, SOFTCAP, ALIBI, False,
+                    )  # fmt: skip
 
             if stop - at == seq_tiles:
                 sink = peak
@@ -152,17 +162,16 @@ def _decode_kernel(
                 )
                 tl.store(state_ptr + (place * ROWS + row) * 2, peak, mask=mine)
                 tl.store(state_ptr + (place * ROWS + row) * 2 + 1, total, mask=mine)
+                pair = seq * KV_HEADS + kv_head
                 first_owner = pair_begin // share
                 pieces = (pair_end - 1) // share - first_owner + 1
-                pair = seq * KV_HEADS + kv_head
-                # Every thread's piece is written before the one thread that counts releases it.
+                # Every thread's piece is written before the one that counts releases it.
                 tl.debug_barrier()
                 arrived = tl.atomic_add(counter_ptr + pair, 1, sem="acq_rel")
                 if arrived == pieces - 1:
                     _merge(
                         partial_ptr, state_ptr, out_ptr, o_token, o_head, sinks_ptr,
-                        first_owner, pieces, (pair_begin != first_owner * share).to(tl.int32),
-                        first_token, queries, kv_head,
+                        pair_begin, pair_end, share, first_token, queries, kv_head,
                         GROUP, ROWS, DV, DV_PAD, SINKS, MERGE,
                     )  # fmt: skip
                     tl.store(counter_ptr + pair, 0)
@@ -174,11 +183,14 @@ def _decode_kernel(
 @triton.jit
 def _merge(
     partial_ptr, state_ptr, out_ptr, o_token, o_head, sinks_ptr,
-    first_owner, pieces, first_is_later, first_token, queries, kv_head,
+    pair_begin, pair_end, share, first_token, queries, kv_head,
     GROUP: tl.constexpr, ROWS: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
     SINKS: tl.constexpr, MERGE: tl.constexpr,
 ):  # fmt: skip
     """Merges the pieces of one pair, `MERGE` at a time, and writes its output."""
+    first_owner = pair_begin // share
+    pieces = (pair_end - 1) // share - first_owner + 1
+    first_is_later = (pair_begin != first_owner * share).to(tl.int32)
     row = tl.arange(0, ROWS)
     dim = tl.arange(0, DV_PAD)
     head = kv_head * GROUP + row % GROUP
@@ -267,8 +279,13 @@ def decode(
     group = query.shape[1] // kv_heads
     max_queries = 1 if num_seqs == metadata.num_decodes else metadata.max_query_len
     rows = triton.next_power_of_2(max_queries * group)
-    v_pad = max(16, triton.next_power_of_2(v_dim))
+    # The matrix units want 16 along a product; a word of an eight-bit pool holds four codes.
+    least = 16 if k_scale is None else 64
+    v_pad = max(least, triton.next_power_of_2(v_dim))
     plan = _plan(metadata, num_seqs, kv_heads, window, rows, v_pad, config)
+    is_float = k_cache.dtype == torch.float8_e4m3fn
+    if k_scale is not None:
+        k_cache, v_cache = k_cache.view(torch.int32), v_cache.view(torch.int32)
     _decode_kernel[(config.num_programs,)](
         query, out, query.stride(0), query.stride(1), out.stride(0), out.stride(1),
         k_cache, v_cache, k_cache.stride(0), k_cache.stride(1),
@@ -282,13 +299,18 @@ def decode(
         scale, softcap or 1.0, window or 0, num_seqs, config.num_programs,
         KV_HEADS=kv_heads, GROUP=group, MAX_Q=max_queries, BLOCK_M=max(16, rows),
         ROWS=rows, BLOCK_N=config.block_n, PAGE=page,
-        D=k_dim, D_PAD=max(16, triton.next_power_of_2(k_dim)), DV=v_dim, DV_PAD=v_pad,
+        D=k_dim, D_PAD=max(least, triton.next_power_of_2(k_dim)), DV=v_dim, DV_PAD=v_pad,
         WINDOWED=window is not None, SOFTCAP=softcap is not None, SINKS=sinks is not None,
         ALIBI=alibi_slopes is not None, QUANTISED=k_scale is not None,
-        ALIKE=k_cache.stride(0) == v_cache.stride(0) and k_dim == v_dim,
-        STAGES=config.num_stages, MERGE=max(1, min(16, 8192 // (rows * v_pad))),
+        FLOAT=is_float, ALIKE=k_cache.stride(0) == v_cache.stride(0) and k_dim == v_dim,
+        STAGES=config.num_stages, MERGE=_merge_width(config, rows * v_pad),
         num_warps=config.num_warps,
     )  # fmt: skip
+
+
+def _merge_width(config: DecodeConfig, elements: int) -> int:
+    """Pieces merged at once: many hide latency, their registers cost programs in flight."""
+    return max(1, min(16, 4096 * config.num_warps // elements))
 
 
 def _plan(
