@@ -49,6 +49,7 @@ class DiskTier:
         index: the shard's blocks; filled from the folder.
         policy: name of the eviction policy.
         on_evict: called with the entry whose disk copy was given up, under the store's lock.
+        before_evict: called before victims are chosen.
         quotas: namespace to the disk bytes that it may take.
         direct: try O_DIRECT.
 
@@ -65,12 +66,14 @@ class DiskTier:
         index: BlockIndex,
         policy: str,
         on_evict: Callable[[int], None],
+        before_evict: Callable[[], None],
         quotas: dict[str, int],
         direct: bool = True,
     ) -> None:
         self._files = files
         self._index = index
         self._on_evict = on_evict
+        self._before_evict = before_evict
         self.limit = storage_bytes
         self.queues = Queues(policy)
         self._quotas = quotas
@@ -181,6 +184,7 @@ class DiskTier:
             self._give_up(victim)
 
     def _make_room(self, pages: int, n: int) -> None:
+        self._before_evict()
         other = self.queues.oldest_elsewhere(pages)
         if other is not None:
             for entry in self.space.in_the_way(self._index.disk[other] - 1, pages):
@@ -305,6 +309,7 @@ class DiskTier:
 
     def begin_compaction(self) -> snapshot.Snapshot:
         """Under the store's lock: a copy of all that the new snapshot will hold."""
+        self._before_evict()
         self._append_dels()
         self.compacting = True
         seq = self.journal.begin_rewrite()

@@ -76,11 +76,19 @@ class RamTier:
         arena: the memory.
         policy: name of the eviction policy.
         on_evict: called with a block whose clean copy is given up.
+        before_evict: called before victims are chosen.
     """
 
-    def __init__(self, arena: Arena, policy: str, on_evict: Callable[[RamBlock], None]) -> None:
+    def __init__(
+        self,
+        arena: Arena,
+        policy: str,
+        on_evict: Callable[[RamBlock], None],
+        before_evict: Callable[[], None],
+    ) -> None:
         self.arena = arena
         self._on_evict = on_evict
+        self._before_evict = before_evict
         self.space = SegmentSpace(arena.segment_bytes, self._may_grow)
         self.grow_failed = False
         self.queues = Queues(policy)
@@ -117,6 +125,7 @@ class RamTier:
         return [self._adopt(slot, nbytes) for slot in slots]
 
     def _make_room(self, pages: int, n: int) -> None:
+        self._before_evict()
         other = self.queues.oldest_elsewhere(pages)
         if other is not None:
             for handle in self.space.in_the_way(self.at(other).slot, pages):

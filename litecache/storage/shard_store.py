@@ -122,6 +122,7 @@ class ShardStore:
                     index=self._tiers.index,
                     policy=eviction,
                     on_evict=self._tiers.on_disk_evict,
+                    before_evict=self._tiers.settle_recency,
                     quotas=quotas or {},
                     direct=direct,
                 )

@@ -22,7 +22,7 @@ from .key_table import Entries
 from .protocol import PAGE_BYTES, SlotState
 from .ram_tier import RamBlock, RamState, RamTier
 
-_ANCESTORS = 4096
+_PENDING = 1024
 _DELTAS = 65_536
 
 
@@ -54,7 +54,8 @@ class Tiers:
         metrics: Metrics,
     ) -> None:
         self.index = BlockIndex()
-        self.ram = RamTier(arena, eviction, self._on_ram_evict)
+        self._above: dict[BlockKey, None] = {}
+        self.ram = RamTier(arena, eviction, self._on_ram_evict, self.settle_recency)
         self.disk: DiskTier | None = None
         self._admission = admission
         self._ttl_s = ttl_s
@@ -122,7 +123,7 @@ class Tiers:
     def touch(self, entries: Sequence[int]) -> None:
         """Refresh recency of a chain, tails first whichever way it is given.
 
-        The ancestors that are present follow, so that a head is never older than its tail.
+        The ancestors that are present follow before the next eviction.
         """
         if not entries:
             return
@@ -131,12 +132,27 @@ class Tiers:
         order = list(entries) if backward else list(reversed(entries))
         for entry in order:
             self._touch(entry)
-        head = order[-1]
-        for _ in range(_ANCESTORS):
-            head = index.find(index.parent_of(head))
-            if head < 0:
-                return
-            self._touch(head)
+        above = index.parent_of(order[-1])
+        self._above.pop(above, None)
+        self._above[above] = None
+        if len(self._above) > _PENDING:
+            self.settle_recency()
+
+    def settle_recency(self) -> None:
+        """Touch the ancestors of what was touched, so that no head is older than its tail.
+
+        Put off until something is about to be evicted: a chain that is used piece by piece is then
+        walked once and not once per piece.
+        """
+        index = self.index
+        visited: set[int] = set()
+        for key in reversed(self._above):
+            entry = index.find(key)
+            while entry >= 0 and entry not in visited:
+                visited.add(entry)
+                self._touch(entry)
+                entry = index.find(index.parent_of(entry))
+        self._above.clear()
 
     def _touch(self, entry: int) -> None:
         handle = self.index.ram[entry] - 1

@@ -86,6 +86,9 @@ class ShardMachine(RuleBasedStateMachine):
 
     @rule(first=NUMBERS, count=st.integers(1, 6))
     def put(self, first: int, count: int) -> None:
+        self.put_numbers(first, count)
+
+    def put_numbers(self, first: int, count: int) -> None:
         parent = ROOT
         for number in range(first, min(first + count, 40)):
             key, nbytes = key_of(number), size_of(number)
@@ -115,6 +118,9 @@ class ShardMachine(RuleBasedStateMachine):
 
     @rule(numbers=st.lists(NUMBERS, min_size=1, max_size=8), keep=st.booleans())
     def stage(self, numbers: list[int], keep: bool) -> None:
+        self.stage_numbers(numbers, keep)
+
+    def stage_numbers(self, numbers: list[int], keep: bool) -> None:
         keys = [key_of(number) for number in numbers]
         leased = []
         for number, key, result in zip(numbers, keys, self.client.stage(keys), strict=True):
@@ -132,10 +138,18 @@ class ShardMachine(RuleBasedStateMachine):
                 assert self.client.arena.entry(ref.slot)[2] == key
             else:
                 assert key in self.damaged, "a sound block failed to load"
-        if keep and len(self.held) < 6:
+        if keep and len(self.held) < 16:
             self.held += leased
         else:
             self.client.release([ref for ref, _, _ in leased])
+
+    @rule(keep=st.booleans())
+    def stage_everything(self, keep: bool) -> None:
+        self.stage_numbers(list(range(40)), keep)
+
+    @rule(first=NUMBERS)
+    def put_many(self, first: int) -> None:
+        self.put_numbers(first, 16)
 
     @rule()
     def release_all(self) -> None:
@@ -197,8 +211,8 @@ class ShardMachine(RuleBasedStateMachine):
         assert durable <= found, "a durable block was lost"
         self.model = {key: self.model[key] for key in found}
 
-    @rule(number=NUMBERS, offset=st.integers(0, 4095))
-    def flip_a_byte_on_disk(self, number: int, offset: int) -> None:
+    @rule(number=NUMBERS, offset=st.integers(0, 4095), cold=st.booleans())
+    def flip_a_byte_on_disk(self, number: int, offset: int, cold: bool) -> None:
         key = key_of(number)
         entry = self.store._tiers.index.find(key)
         if entry < 0 or not self.has_disk or not self.store._tiers.index.disk[entry]:
@@ -210,6 +224,8 @@ class ShardMachine(RuleBasedStateMachine):
             slab.seek(at)
             slab.write(bytes([byte ^ 0x40]))
         self.damaged.add(key)
+        if cold:
+            self.store.clear("ram")
 
 
 class Roomy(ShardMachine):
