@@ -77,10 +77,14 @@ def chain_keys(
         token_ids: `[num_tokens]`; a trailing partial block gets no key.
         block_size: tokens per block.
     """
-    words = np.asarray(token_ids, dtype=np.int64)
+    data = np.asarray(token_ids, dtype=np.int64).astype("<i8", copy=False).tobytes()
+    size = block_size * 8
     keys: list[BlockKey] = []
     parent = root
-    for start in range(0, len(words) - block_size + 1, block_size):
-        parent = block_key(parent, words[start : start + block_size])
+    # One call per block: the digest of parent + tokens, as `block_key` has it.
+    for start in range(0, len(data) - size + 1, size):
+        parent = hashlib.blake2b(
+            parent + data[start : start + size], digest_size=KEY_BYTES, person=b"litecache-block"
+        ).digest()
         keys.append(parent)
     return keys

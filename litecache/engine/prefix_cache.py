@@ -104,14 +104,11 @@ class PrefixCache:
         for group, index in zip(self.groups, self.indexes, strict=True):
             if group.window_blocks is None:
                 keys = chain.keys[group.index][:limit]
-                limit = next(
-                    (
-                        i
-                        for i, key in enumerate(keys)
-                        if key not in index and (group.index, i) not in extra
-                    ),
-                    len(keys),
-                )
+                limit = index.match_run(keys)
+                while limit < len(keys) and (keys[limit] in index or (group.index, limit) in extra):
+                    limit += 1
+        if all(group.window_blocks is None for group in self.groups):
+            return limit
         runs = [self._runs(group, chain, limit, extra) for group in self.groups]
         for length in range(limit, 0, -1):
             if all(

@@ -60,12 +60,8 @@ class PrefixIndex:
 
     def match_run(self, keys: Sequence[BlockKey]) -> int:
         """How many keys from the front are present without a gap."""
-        count = 0
-        for key in keys:
-            if key not in self._entries:
-                break
-            count += 1
-        return count
+        entries = self._entries
+        return next((i for i, key in enumerate(keys) if key not in entries), len(keys))
 
     def match_partial(self, parent: BlockKey, tokens: TokenArray) -> PartialMatch | None:
         """The child of `parent` that shares the most leading tokens with `tokens`, if any."""

@@ -50,7 +50,7 @@ class Publisher:
 
     def save_on_sight(self, seq: Sequence, match: PrefixMatch, out: Schedule) -> None:
         """Blocks that are used again and were not saved so far are saved now."""
-        if self._admission == "none":
+        if self._admission == "none" or not any(self._cache.unsaved):
             return
         for index in range(match.num_blocks):
             for group, blocks in enumerate(match.blocks):

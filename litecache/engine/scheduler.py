@@ -361,17 +361,19 @@ class Scheduler:
 
     def _reuse_by_tier(self, seq: Sequence, match: PrefixMatch) -> dict[str, int]:
         """Tokens that need no computing, by the tier they came from."""
-        size = self.cache.block_size
+        size, gpu = self.cache.block_size, Tier.GPU.value
         reused: dict[str, int] = {}
-        tier = Tier.GPU.value
+        tail = match.num_tokens - match.num_blocks * size
+        if not seq.tiers:
+            return {gpu: match.num_tokens} if match.num_tokens else reused
+        tier = gpu
         for index in reversed(range(match.num_blocks)):
             # What no window reaches any more was not fetched: it counts with what follows it.
             if any(blocks[index] != TRASH_BLOCK for blocks in match.blocks):
-                tier = seq.tiers.get(index, Tier.GPU.value)
+                tier = seq.tiers.get(index, gpu)
             reused[tier] = reused.get(tier, 0) + size
-        tail = match.num_tokens - match.num_blocks * size
         if tail:
-            reused[Tier.GPU.value] = reused.get(Tier.GPU.value, 0) + tail
+            reused[gpu] = reused.get(gpu, 0) + tail
         return reused
 
     # Ends
