@@ -12,7 +12,6 @@ from litecache.engine.prefix_index import TokenArray
 from litecache.hashing import BlockKey
 from litecache.types import Request
 
-
 PRIORITY_STEP_S = 10.0
 """One level of priority is worth so many seconds of waiting, so that nobody starves."""
 
