@@ -1,6 +1,6 @@
 """Is everything right on this GPU? A random Llama through Ray, its KV in every tier.
 
-    python scripts/check_gpu.py [--device cuda] [--json FILE]
+    python scripts/check_gpu.py [--device cuda] [--dtype float32 bfloat16] [--json FILE]
 
 For float32 and bfloat16: tokens cold, on GPU, RAM and disk hits and after a restart of all actors
 are compared with stock transformers ("same tokens" of docs/architecture.md: equal in float32; in
@@ -192,12 +192,13 @@ def main() -> int:
     """Run all checks and print one table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     report: dict[str, Any] = {"machine": machine_info(), "rows": []}
     if options.device != "cpu":
         report["copies"] = copy_rates(options.device)
-    for dtype in ("float32", "bfloat16"):
+    for dtype in options.dtype:
         with tempfile.TemporaryDirectory(prefix="litecache-check-") as folder:
             report["rows"] += check_tokens(dtype, options.device, Path(folder))
         if options.json:
