@@ -113,12 +113,14 @@ def test_the_progress_bar_counts_tensors_and_gives_transformers_its_own_back() -
 
     original = parser.tqdm
     seen: list[float] = []
-    with (
-        pytest.raises(RuntimeError, match="in the middle"),
-        gguf._own_tensor_bar(lambda percent, stage: seen.append(percent)),
-    ):
-        assert list(parser.tqdm(["a", "b", "c"], desc="ignored")) == ["a", "b", "c"]
-        raise RuntimeError("in the middle")
+
+    def convert_and_fail() -> None:
+        with gguf._own_tensor_bar(lambda percent, stage: seen.append(percent)):
+            assert list(parser.tqdm(["a", "b", "c"], desc="ignored")) == ["a", "b", "c"]
+            raise RuntimeError("in the middle")
+
+    with pytest.raises(RuntimeError, match="in the middle"):
+        convert_and_fail()
     assert len(seen) == 3
     assert seen == sorted(seen)
     assert 0 < seen[0] < seen[-1] < 100
