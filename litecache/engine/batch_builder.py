@@ -7,21 +7,19 @@ Python loop over tokens; those over rows are short comprehensions.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from litecache.engine.cuda_graphs import GraphKey
-from litecache.engine.kv_layout import KVLayout
-from litecache.engine.random_numbers import draw_keys
+from litecache.engine.kv_layout import TRASH_BLOCK, KVLayout
+from litecache.engine.random_numbers import position_keys
 from litecache.engine.row_tables import RowTables
-from litecache.engine.step_buffers import StepBuffers, StepShape
+from litecache.engine.step_buffers import Fields, StepBuffers, StepShape
 from litecache.engine.step_plan import StepPlan, TableUpdate
 from litecache.errors import ConfigError
 
-Fields = dict[str, npt.NDArray[Any]]
 Ints = npt.NDArray[np.int64]
 
 MAX_DELTAS = 1 << 14
@@ -92,14 +90,12 @@ class BatchBuilder:
         steps = np.array(
             [(s.row, s.start, s.num_tokens, s.sample, s.cached) for s in plan.rows], dtype=np.int64
         ).reshape(-1, 5)
+        num_tokens = int(steps[:, 2].sum())
+        if num_tokens > self._max_tokens:
+            raise ConfigError("num_tokens", num_tokens, f"at most {self._max_tokens} in a step")
         if graph is not None:
             steps = self._pad_decodes(steps, graph.decodes)
         rows, starts, counts, sample, cached = steps.T
-        num_tokens = int(counts.sum())
-        if plan.num_tokens > self._max_tokens:
-            raise ConfigError(
-                "num_tokens", plan.num_tokens, f"at most {self._max_tokens} in a step"
-            )
         samples = np.flatnonzero(sample)
         if graph is None:
             shape = StepShape(num_tokens, len(rows), len(samples), self._groups, deltas)
@@ -119,6 +115,8 @@ class BatchBuilder:
     def _pad_decodes(self, steps: Ints, slots: int) -> Ints:
         """Fill a graph's decode slots: the padding row's token, hidden in the trash block."""
         decodes = int((steps[:, 2] == 1).sum())
+        if decodes == slots:
+            return steps
         padding = np.tile(
             np.array([self._tables.num_rows, 0, 1, 0, 1], dtype=np.int64), (slots - decodes, 1)
         )
@@ -169,7 +167,7 @@ class BatchBuilder:
         blocks = tables.block_tables[:, token_rows, positions >> self._shift].astype(np.int64)
         slots = (blocks << self._shift) + (positions & (self._block_size - 1))
         if hidden.any():
-            slots[:, hidden != 0] = 0
+            slots[:, hidden != 0] = TRASH_BLOCK
         padded_slots = fields["slots"].reshape(self._groups, -1)
         padded_slots[:, :count] = slots
         padded_slots[:, count:] = 0
@@ -195,9 +193,10 @@ class BatchBuilder:
         for name in ("temperature", "top_k", "top_p", "min_p"):
             fields[name][:count] = getattr(tables, name)[rows]
             fields[name][count:] = 0
-        positions = contexts - tables.num_prompt[rows]
-        fields["keys"][:count] = draw_keys(tables.seed[rows], tables.sample_index[rows], positions)
-        fields["keys"][count:] = 0
+        if fields["temperature"].any():
+            positions = contexts - tables.num_prompt[rows]
+            fields["keys"][:count] = position_keys(tables.stream[rows], positions)
+            fields["keys"][count:] = 0
 
     def _fill_deltas(self, fields: Fields, updates: tuple[TableUpdate, ...]) -> None:
         start = 0
@@ -214,8 +213,11 @@ class BatchBuilder:
         tables = self._tables
         sampled = rows[samples]
         drawing = sampled[tables.temperature[sampled] > 0]
-        generated = contexts[samples] - tables.num_prompt[sampled]
-        early = np.flatnonzero(generated < tables.min_new_tokens[sampled])
+        masked: list[tuple[int, int]] = []
+        early = contexts[samples] - tables.num_prompt[sampled] < tables.min_new_tokens[sampled]
+        for index in np.flatnonzero(early).tolist():
+            masked += [(index, token) for token in tables.eos_token_ids[sampled[index]]]
+        top_k, top_p = tables.top_k[drawing], tables.top_p[drawing]
         return Batch(
             shape=shape,
             query_lens=tuple(counts.tolist()),
@@ -223,11 +225,7 @@ class BatchBuilder:
             sampled_rows=tuple(sampled.tolist()),
             every_token_sampled=len(samples) == shape.tokens,
             all_greedy=not len(drawing),
-            any_sorted=bool((tables.top_k[drawing] > 0).any() or (tables.top_p[drawing] < 1).any()),
-            any_min_p=bool((tables.min_p[drawing] > 0).any()),
-            masked=tuple(
-                (int(index), token)
-                for index in early
-                for token in tables.eos_token_ids[sampled[index]]
-            ),
+            any_sorted=bool(len(drawing) and ((top_k > 0).any() or (top_p < 1).any())),
+            any_min_p=bool(len(drawing) and (tables.min_p[drawing] > 0).any()),
+            masked=tuple(masked),
         )

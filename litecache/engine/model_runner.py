@@ -29,6 +29,9 @@ from litecache.kernels import AttentionMetadata, copy_blocks
 
 logger = logging.getLogger(__name__)
 
+MAX_UNREAD_STEPS = 8
+"""Steps that may be executed on a GPU before the result of the first is read."""
+
 
 class StepHandle:
     """A step under way.
@@ -111,6 +114,16 @@ class ModelRunner:
             )
         self._buffers = StepBuffers(largest, max_requests, device)
         self._builder = BatchBuilder(layout, self._tables, self._buffers, max_batch_tokens)
+        self._results = []
+        self._turn = 0
+        if self._on_gpu:
+            self._results = [
+                (
+                    torch.empty(largest.samples, dtype=torch.int64, pin_memory=True),
+                    torch.cuda.Event(),  # type: ignore[no-untyped-call]
+                )
+                for _ in range(MAX_UNREAD_STEPS)
+            ]
 
     def execute(self, plan: StepPlan) -> StepHandle:
         """Start a step; steps run in the order of the calls.
@@ -158,8 +171,9 @@ class ModelRunner:
     def _graph_key(self, plan: StepPlan) -> GraphKey | None:
         if self._graphs is None:
             return None
-        decodes = sum(row.num_tokens == 1 for row in plan.rows)
-        return self._graphs.key_for(decodes, plan.num_tokens - decodes, len(plan.rows) - decodes)
+        counts = [row.num_tokens for row in plan.rows]
+        decodes = counts.count(1)
+        return self._graphs.key_for(decodes, sum(counts) - decodes, len(counts) - decodes)
 
     def _graph(self, key: GraphKey) -> StepGraph | None:
         """The graph of a bucket, captured now if it was not; None when the model refuses."""
@@ -301,8 +315,8 @@ class ModelRunner:
     def _handle(self, plan: StepPlan, batch: Batch, tokens: torch.Tensor) -> StepHandle:
         if not self._on_gpu:
             return StepHandle(plan.step, batch.sampled_rows, tokens)
-        host = torch.empty(len(tokens), dtype=torch.int64, pin_memory=True)
-        host.copy_(tokens, non_blocking=True)
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        host, event = self._results[self._turn]
+        self._turn = (self._turn + 1) % len(self._results)
+        host[: len(tokens)].copy_(tokens, non_blocking=True)
         event.record()
         return StepHandle(plan.step, batch.sampled_rows, host, event)

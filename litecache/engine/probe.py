@@ -159,7 +159,7 @@ def paged_logits(model: Any, specs: tuple[KVSpec, ...], block_size: int) -> torc
 
 def _probe_tokens(model: Any, rows: int) -> torch.Tensor:
     """Fixed, varied ids `[rows, PROBE_TOKENS]`."""
-    vocab = model.config.get_text_config(decoder=True).vocab_size
+    vocab = int(model.config.get_text_config(decoder=True).vocab_size)
     ids = torch.arange(rows * PROBE_TOKENS, dtype=torch.int64) * 7919 + 11
     device: torch.device = next(model.parameters()).device
     return (ids % vocab).view(rows, PROBE_TOKENS).to(device)

@@ -45,11 +45,31 @@ def draw_keys(
         position: of the token that is drawn.
         purpose: what the number is for.
     """
-    with np.errstate(over="ignore"):
-        word = _mix(np.full(len(seed), purpose, dtype=np.uint64) * np.uint64(_GOLDEN))
-        for part in (seed, sample_index, position):
-            word = _mix((word + part.astype(np.uint64)) * np.uint64(_GOLDEN) + np.uint64(_GOLDEN))
+    return position_keys(stream_keys(seed, sample_index, purpose), position)
+
+
+def stream_keys(
+    seed: npt.NDArray[np.int64],
+    sample_index: npt.NDArray[np.int64],
+    purpose: int = PURPOSE_TOKEN,
+) -> npt.NDArray[np.int64]:
+    """The part of a draw's key that all positions of a sequence share."""
+    word = _mix(np.full(len(seed), purpose, dtype=np.uint64) * np.uint64(_GOLDEN))
+    for part in (seed, sample_index):
+        word = _absorb(word, part)
     return word.view(np.int64)
+
+
+def position_keys(
+    stream: npt.NDArray[np.int64], position: npt.NDArray[np.int64]
+) -> npt.NDArray[np.int64]:
+    """The keys of one position in each of several sequences."""
+    return _absorb(stream.view(np.uint64), position).view(np.int64)
+
+
+def _absorb(word: npt.NDArray[np.uint64], part: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
+    golden = np.uint64(_GOLDEN)
+    return _mix((word + part.astype(np.uint64)) * golden + golden)
 
 
 def random_bits(keys: torch.Tensor, count: int) -> torch.Tensor:

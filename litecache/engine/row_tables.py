@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from litecache.engine.kv_layout import KVLayout
+from litecache.engine.random_numbers import stream_keys
 from litecache.engine.step_plan import NewRow, TableUpdate
 
 
@@ -30,6 +31,7 @@ class RowTables:
         num_known: int64 `[rows + 1]`, how many of them are valid; later positions were sampled and
             are known to the device.
         num_prompt: int64 `[rows + 1]`, sampling positions count from it.
+        stream: int64 `[rows + 1]`, of the random generator.
         block_tables: int32 `[groups, rows + 1, max_blocks]` on the host.
         device_tables: the same on the device (on CPU the same memory).
     """
@@ -48,8 +50,7 @@ class RowTables:
         self.top_k = np.zeros(max_requests + 1, dtype=np.int64)
         self.top_p = np.ones(max_requests + 1, dtype=np.float32)
         self.min_p = np.zeros(max_requests + 1, dtype=np.float32)
-        self.seed = np.zeros(max_requests + 1, dtype=np.int64)
-        self.sample_index = np.zeros(max_requests + 1, dtype=np.int64)
+        self.stream = np.zeros(max_requests + 1, dtype=np.int64)
         self.min_new_tokens = np.zeros(max_requests + 1, dtype=np.int64)
         self.eos_token_ids: list[tuple[int, ...]] = [()] * (max_requests + 1)
         self.block_tables = np.zeros(
@@ -67,8 +68,8 @@ class RowTables:
         self.top_k[row] = sampling.top_k
         self.top_p[row] = sampling.top_p
         self.min_p[row] = sampling.min_p
-        self.seed[row] = sampling.seed
-        self.sample_index[row] = sampling.sample_index
+        seed = np.array([sampling.seed], dtype=np.int64)
+        self.stream[row] = stream_keys(seed, np.array([sampling.sample_index]))[0]
         self.min_new_tokens[row] = sampling.min_new_tokens
         self.eos_token_ids[row] = sampling.eos_token_ids
 

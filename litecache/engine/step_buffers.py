@@ -7,6 +7,7 @@ are the same memory.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,10 @@ import torch
 
 _RING = 4
 """Host buffers in turn: a copy may still read the last ones while the next step is built."""
+
+_CACHED_SHAPES = 512
+
+Fields = dict[str, npt.NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,7 @@ class StepBuffers:
     def __init__(self, largest: StepShape, num_rows: int, device: torch.device) -> None:
         # One more word receives the tokens of padded rows.
         self._offset = num_rows + 1
-        words = self._offset + sum(_words(*field[1:]) for field in largest.fields())
+        words = self._offset + _total_words(largest)
         self._device = torch.zeros(words, dtype=torch.int64, device=device)
         self._on_gpu = device.type == "cuda"
         if self._on_gpu:
@@ -78,6 +83,9 @@ class StepBuffers:
         else:
             self._ring = [self._device]
         self._turn = 0
+        # Steps of one shape come again and again, and cutting views costs more than filling them.
+        self._host_fields: dict[tuple[int, StepShape], Fields] = {}
+        self._device_fields: dict[StepShape, dict[str, torch.Tensor]] = {}
 
     @property
     def words(self) -> torch.Tensor:
@@ -99,26 +107,35 @@ class StepBuffers:
         """Whether host and device have memory of their own."""
         return self._on_gpu
 
-    def host(self, shape: StepShape) -> dict[str, npt.NDArray[Any]]:
+    def host(self, shape: StepShape) -> Fields:
         """The next host buffer's fields, to be filled before `upload`."""
         self._turn = (self._turn + 1) % len(self._ring)
         if self._on_gpu:
             self._copied[self._turn].synchronize()
-        fields = self._cut(self._ring[self._turn], shape)
-        return {name: field.numpy() for name, field in fields.items()}
+        key = (self._turn, shape)
+        fields = self._host_fields.get(key)
+        if fields is None:
+            _bound(self._host_fields)
+            cut = self._cut(self._ring[self._turn], shape)
+            fields = self._host_fields[key] = {name: part.numpy() for name, part in cut.items()}
+        return fields
 
     def upload(self, shape: StepShape) -> None:
         """Copy the filled fields to the device, in stream order."""
         if not self._on_gpu:
             return
-        end = self._offset + sum(_words(*field[1:]) for field in shape.fields())
+        end = self._offset + _total_words(shape)
         source = self._ring[self._turn][self._offset : end]
         self._device[self._offset : end].copy_(source, non_blocking=True)
         self._copied[self._turn].record()
 
     def device(self, shape: StepShape) -> dict[str, torch.Tensor]:
         """The fields on the device, as views."""
-        return self._cut(self._device, shape)
+        fields = self._device_fields.get(shape)
+        if fields is None:
+            _bound(self._device_fields)
+            fields = self._device_fields[shape] = self._cut(self._device, shape)
+        return fields
 
     def _cut(self, buffer: torch.Tensor, shape: StepShape) -> dict[str, torch.Tensor]:
         fields = {}
@@ -128,6 +145,17 @@ class StepBuffers:
             fields[name] = buffer[start:end].view(getattr(torch, dtype))[:length]
             start = end
         return fields
+
+
+@functools.lru_cache(maxsize=_CACHED_SHAPES)
+def _total_words(shape: StepShape) -> int:
+    return sum(_words(dtype, length) for _, dtype, length in shape.fields())
+
+
+def _bound(cache: dict[Any, Any]) -> None:
+    """Forget everything when eager steps have filled a cache with shapes of their own."""
+    if len(cache) >= _CACHED_SHAPES:
+        cache.clear()
 
 
 def _words(dtype: str, length: int) -> int:

@@ -154,8 +154,8 @@ def test_a_step_that_draws_nothing_gives_no_tokens(llama):
     driver = PlanDriver(llama)
     driver.add(0, random_prompt(40, 1))
     handle = driver.step({0: 30})
-    assert handle.ready()
     assert handle.result().tokens == ()
+    assert handle.ready()
 
 
 def test_a_plan_of_deltas_alone_takes_effect(llama):

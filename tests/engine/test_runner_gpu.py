@@ -1,4 +1,4 @@
-"""The runner's promises once more on a GPU, where steps replay CUDA graphs and passes run Triton."""
+"""The runner's promises once more on a GPU: steps replay CUDA graphs, passes run Triton."""
 
 from __future__ import annotations
 
@@ -60,6 +60,7 @@ def test_triton_ops_equal_torch_ops(tokens, width, out):
     fast, plain = TritonOps(), TorchOps()
     pairs = [
         (fast.norm(x, scale, 1e-6), plain.norm(x, scale, 1e-6)),
+        (fast.norm(x[None, None], scale, 1e-6), plain.norm(x[None, None], scale, 1e-6)),
         (fast.linear(x, weight, bias), plain.linear(x, weight, bias)),
         (
             fast.linear_add(residual.clone(), x, weight, None),
@@ -70,6 +71,14 @@ def test_triton_ops_equal_torch_ops(tokens, width, out):
             plain.linear_add(residual, x, weight, bias),
         ),
         (fast.gated_linear(x, gate, None), plain.gated_linear(x, gate, None)),
+        (
+            fast.linear(x, weight, bias, (scale, 1e-5)),
+            plain.linear(x, weight, bias, (scale, 1e-5)),
+        ),
+        (
+            fast.gated_linear(x, gate, None, (scale, 1e-5)),
+            plain.gated_linear(x, gate, None, (scale, 1e-5)),
+        ),
     ]
     for got, expected in pairs:
         assert (got - expected).float().norm() <= 1e-2 * expected.float().norm()

@@ -7,6 +7,7 @@ rotation) shows there. The scale, window and so on are those that the original p
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -24,10 +25,12 @@ from litecache.engine.passes.layer_ops import TritonOps, choose_ops
 from litecache.engine.passes.merge import can_merge, merge
 from litecache.kernels import paged_attention
 
+logger = logging.getLogger(__name__)
+
 _LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 _NORMS = {"q_norm", "k_norm"}
-_MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+_MLP = {"gate_proj", "up_proj", "down_proj"}
 _PROBE_TOKENS = 5
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 """Of the relative error of what a layer adds to its input."""
@@ -75,13 +78,11 @@ class FusedDecoderLayer(nn.Module):
         """Hidden states `[1, T, width]`; cos and sin `[1, T, rotary_dim]`."""
         ops = self._ops
         x = hidden_states[0]
-        normal = ops.norm(x, *self._norms[0])
-        qkv = ops.linear(normal, *self._qkv)
+        qkv = ops.linear(x, *self._qkv, norm=self._norms[0])
         cos, sin = position_embeddings
         attended = self._attend(qkv, cos[0], sin[0])
         x = ops.linear_add(x, attended.reshape(x.shape[0], -1), *self._out)
-        normal = ops.norm(x, *self._norms[1])
-        active = ops.gated_linear(normal, *self._gate_up)
+        active = ops.gated_linear(x, *self._gate_up, norm=self._norms[1])
         return ops.linear_add(x, active, *self._down)[None]
 
     def _attend(self, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -143,18 +144,17 @@ def _parameters(linear: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
 
 def has_structure(layer: nn.Module) -> bool:
     """Whether a layer's parts are those of a pre-norm decoder with rotary and gated MLP."""
-    children = dict(layer.named_children())
-    if set(children) != _LAYER:
+    if _parts(layer) != _LAYER:
         return False
-    attention: Any = children["self_attn"]
-    mlp: Any = children["mlp"]
-    inner = {name for name, _ in attention.named_children()}
-    norms = [children["input_layernorm"], children["post_attention_layernorm"]]
+    attention: Any = layer.self_attn
+    mlp: Any = layer.mlp
+    inner = _parts(attention)
+    norms: list[Any] = [layer.input_layernorm, layer.post_attention_layernorm]
     if inner == _ATTENTION | _NORMS:
         norms += [attention.q_norm, attention.k_norm]
     elif inner != _ATTENTION:
         return False
-    if {name for name, _ in mlp.named_children()} != _MLP:
+    if _parts(mlp) != _MLP:
         return False
     return (
         isinstance(getattr(attention, "head_dim", None), int)
@@ -162,9 +162,14 @@ def has_structure(layer: nn.Module) -> bool:
         and can_merge([mlp.gate_proj, mlp.up_proj])
         and type(attention.o_proj) is nn.Linear
         and type(mlp.down_proj) is nn.Linear
-        and "silu" in type(mlp.act_fn).__name__.lower()
+        and "silu" in type(getattr(mlp, "act_fn", None)).__name__.lower()
         and all(hasattr(norm, "variance_epsilon") and hasattr(norm, "weight") for norm in norms)
     )
+
+
+def _parts(module: nn.Module) -> set[str]:
+    """Names of the children that have parameters; versions differ in the others."""
+    return {n for n, child in module.named_children() if next(child.parameters(), None) is not None}
 
 
 class _DenseContext:
@@ -243,8 +248,12 @@ def _proven(layer: Any, rotary: nn.Module) -> FusedDecoderLayer | None:
             if not isinstance(expected, torch.Tensor):
                 return None
             added = (expected - hidden).float().norm()
-            error = float((got - expected).float().norm() / added)
-    except Exception:
+            difference = float((got - expected).float().norm() / added)
+    except Exception as error:
         # A family whose layers are called in another way keeps them.
+        logger.info("layer %s stays as it is: %s", type(layer).__name__, error)
         return None
-    return fused if error <= _TOLERANCE[weight.dtype] else None
+    if not difference <= _TOLERANCE[weight.dtype]:
+        logger.info("layer %s stays as it is: differs by %.1e", type(layer).__name__, difference)
+        return None
+    return fused

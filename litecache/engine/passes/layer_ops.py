@@ -11,18 +11,25 @@ from typing import Protocol
 import torch
 from torch.nn import functional
 
+Norm = tuple[torch.Tensor, float]
+"""Weight and epsilon of an RMS norm."""
+
 
 class LayerOps(Protocol):
     """What a decoder layer computes beside attention; activations are `[T, width]`."""
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """RMS norm of each row."""
+        """RMS norm over the last dimension of a contiguous `x`."""
         ...
 
     def linear(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        norm: Norm | None = None,
     ) -> torch.Tensor:
-        """`x @ weight.T + bias`."""
+        """`norm(x) @ weight.T + bias`."""
         ...
 
     def linear_add(
@@ -36,9 +43,13 @@ class LayerOps(Protocol):
         ...
 
     def gated_linear(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        norm: Norm | None = None,
     ) -> torch.Tensor:
-        """`silu(gate) * up` of the merged projection `[2 * width, in]`, the gate first."""
+        """`silu(gate) * up` of the merged projection `[2 * width, in]` of `norm(x)`."""
         ...
 
 
@@ -50,9 +61,15 @@ class TorchOps:
         return functional.rms_norm(x, (x.shape[-1],), weight, eps)
 
     def linear(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        norm: Norm | None = None,
     ) -> torch.Tensor:
         """See LayerOps."""
+        if norm is not None:
+            x = self.norm(x, *norm)
         return functional.linear(x, weight, bias)
 
     def linear_add(
@@ -66,10 +83,14 @@ class TorchOps:
         return functional.linear(x, weight, bias).add_(residual)
 
     def gated_linear(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        norm: Norm | None = None,
     ) -> torch.Tensor:
         """See LayerOps."""
-        gate, up = functional.linear(x, weight, bias).chunk(2, dim=-1)
+        gate, up = self.linear(x, weight, bias, norm).chunk(2, dim=-1)
         return functional.silu(gate).mul_(up)
 
 
@@ -88,11 +109,17 @@ class TritonOps:
         return self._elementwise.rms_norm(x, weight, eps)
 
     def linear(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        norm: Norm | None = None,
     ) -> torch.Tensor:
         """See LayerOps."""
         if x.shape[0] <= self._few:
-            return self._stream(x, weight, bias)
+            return self._stream(x, weight, bias, norm=norm)
+        if norm is not None:
+            x = self.norm(x, *norm)
         return functional.linear(x, weight, bias)
 
     def linear_add(
@@ -111,12 +138,16 @@ class TritonOps:
         return torch.addmm(residual, x, weight.t(), out=residual)
 
     def gated_linear(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        norm: Norm | None = None,
     ) -> torch.Tensor:
         """See LayerOps."""
         if x.shape[0] <= self._few:
-            return self._stream(x, weight, bias, gated=True)
-        return self._elementwise.silu_and_multiply(functional.linear(x, weight, bias))
+            return self._stream(x, weight, bias, norm=norm, gated=True)
+        return self._elementwise.silu_and_multiply(self.linear(x, weight, bias, norm))
 
 
 def choose_ops(device: torch.device, dtype: torch.dtype) -> LayerOps:

@@ -46,8 +46,7 @@ class KernelNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., width]` to the same shape."""
-        rows = x.reshape(-1, x.shape[-1])
-        return self._ops.norm(rows, self.weight, self.variance_epsilon).view(x.shape)
+        return self._ops.norm(x.contiguous(), self.weight, self.variance_epsilon)
 
 
 class StreamHead(nn.Module):

@@ -21,11 +21,12 @@ def _norm_kernel(x_ptr, weight_ptr, out_ptr, width, eps, BLOCK: tl.constexpr):
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """RMS norm of each row of a contiguous `x` `[T, width]`."""
+    """RMS norm over the last dimension of a contiguous `x` `[..., width]`."""
     out = torch.empty_like(x)
-    block = triton.next_power_of_2(x.shape[1])
-    _norm_kernel[(x.shape[0],)](
-        x, weight, out, x.shape[1], eps, BLOCK=block, num_warps=max(1, min(16, block // 512))
+    width = x.shape[-1]
+    block = triton.next_power_of_2(width)
+    _norm_kernel[(x.numel() // width,)](
+        x, weight, out, width, eps, BLOCK=block, num_warps=max(1, min(16, block // 512))
     )
     return out
 

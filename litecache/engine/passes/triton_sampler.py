@@ -81,9 +81,7 @@ def _winner_kernel(
     there = part < parts
     best = tl.load(value_ptr + row * parts + part, mask=there, other=float("-inf"))
     top = tl.max(best, 0)
-    ours = 0
-    if tl.load(temperature_ptr + row) > 0:
-        ours = pieces
+    ours = tl.where(tl.load(temperature_ptr + row) > 0, pieces, 0)
     value = tl.load(value_ptr + ours + row * parts + part, mask=there, other=float("-inf"))
     index = tl.load(index_ptr + ours + row * parts + part, mask=there, other=2147483647)
     token = tl.min(tl.where(value == tl.max(value, 0), index, 2147483647), 0).to(tl.int64)
