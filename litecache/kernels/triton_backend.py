@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from triton import next_power_of_2
 
+from litecache.kernels import library_prefill
 from litecache.kernels.metadata import AttentionMetadata
 from litecache.kernels.triton_decode import MAX_QUERIES, decode
 from litecache.kernels.triton_prefill import prefill
 from litecache.kernels.triton_store import copy_blocks, store_kv
-from litecache.kernels.tuning import decode_config, prefill_config
+from litecache.kernels.tuning import Shape, decode_config, prefill_config
 
 __all__ = ["copy_blocks", "paged_attention", "store_kv"]
 
@@ -36,28 +38,38 @@ def paged_attention(
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of packed queries over paged KV; see `litecache.kernels.paged_attention`."""
-    if out is None:
-        out = query.new_empty(query.shape[0], query.shape[1], v_cache.shape[3])
     group = query.shape[1] // k_cache.shape[1]
     dim, itemsize = max(k_cache.shape[3], v_cache.shape[3]), k_cache.dtype.itemsize
-    short = metadata.max_query_len <= MAX_QUERIES
-    if short and metadata.max_query_len * group <= _MAX_DECODE_ROWS:
+    queries = metadata.max_query_len
+    if queries <= MAX_QUERIES and queries * group <= _MAX_DECODE_ROWS:
         decodes = metadata.num_seqs
     else:
-        decodes = metadata.num_decodes
+        decodes, queries = metadata.num_decodes, 1
     extras: dict[str, Any] = {
-        "scale": scale,
         "window": window,
         "softcap": softcap,
         "sinks": sinks,
         "alibi_slopes": alibi_slopes,
-        "k_scale": k_scale,
-        "v_scale": v_scale,
     }
+    scales: dict[str, Any] = {"scale": scale, "k_scale": k_scale, "v_scale": v_scale}
+    by_library = decodes < metadata.num_seqs and library_prefill.usable(
+        query, v_cache, metadata, decodes, **extras
+    )
+    if out is None and (decodes or not by_library):
+        out = query.new_empty(query.shape[0], query.shape[1], v_cache.shape[3])
     if decodes:
-        config = decode_config(query.device, dim, itemsize)
-        decode(query, k_cache, v_cache, metadata, decodes, out, config, **extras)
+        assert out is not None
+        shape = Shape(
+            itemsize, next_power_of_2(dim), group > 1, max(16, next_power_of_2(queries * group))
+        )
+        config = decode_config(query.device, shape)
+        decode(query, k_cache, v_cache, metadata, decodes, out, config, **extras, **scales)
+    if by_library:
+        return library_prefill.attend(
+            query, k_cache, v_cache, metadata, decodes, out, key=key, value=value, **scales
+        )
+    assert out is not None
     if decodes < metadata.num_seqs:
         tile = prefill_config(query.device, dim, itemsize)
-        prefill(query, k_cache, v_cache, metadata, decodes, out, tile, **extras)
+        prefill(query, k_cache, v_cache, metadata, decodes, out, tile, **extras, **scales)
     return out

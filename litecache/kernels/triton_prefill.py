@@ -23,17 +23,17 @@ from litecache.kernels.triton_common import (
 from litecache.kernels.tuning import PrefillConfig
 
 
-@triton.jit(do_not_specialize=["table_stride", "window", "first_seq"])
+@triton.jit(do_not_specialize=["table_stride", "window", "first_seq", "floor"])
 def _prefill_kernel(
     q_ptr, out_ptr, lse_ptr, q_token, q_head, o_token, o_head, lse_head,
     k_ptr, v_ptr, k_block, k_head, v_block, v_head,
     ks_ptr, vs_ptr, ks_block, vs_block,
-    tables_ptr, table_stride, contexts_ptr, starts_ptr, floors_ptr, sinks_ptr, slopes_ptr,
-    scale, softcap, window, first_seq,
+    tables_ptr, table_stride, contexts_ptr, starts_ptr, sinks_ptr, slopes_ptr,
+    scale, softcap, window, first_seq, floor,
     GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAGE: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
     WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, ALIBI: tl.constexpr,
-    QUANTISED: tl.constexpr, ALIKE: tl.constexpr, FLOORS: tl.constexpr, LSE: tl.constexpr,
+    QUANTISED: tl.constexpr, ALIKE: tl.constexpr, LSE: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     kv_head = tl.program_id(0)
@@ -61,15 +61,13 @@ def _prefill_kernel(
         low_position = context - queries + first_row // GROUP
         last_row = tl.minimum(first_row + BLOCK_M, num_rows) - 1
         end_key = tl.minimum(context - queries + last_row // GROUP + 1, context)
-        first_key = 0
-        if FLOORS:
-            first_key = tl.load(floors_ptr + seq)
+        first_key = floor
         if WINDOWED:
             first_key = tl.maximum(first_key, low_position - window + 1)
         low = first_key // BLOCK_N * BLOCK_N
-        # Keys before this are seen by all rows.
+        # Keys before this are seen by all rows; `floor` is a multiple of the tile.
         full_end = tl.maximum((low_position + 1) // BLOCK_N * BLOCK_N, low)
-        if WINDOWED or FLOORS:
+        if WINDOWED:
             full_end = low
 
         acc = tl.zeros((BLOCK_M, DV_PAD), tl.float32)
@@ -133,7 +131,7 @@ def prefill(
     alibi_slopes: torch.Tensor | None,
     k_scale: torch.Tensor | None,
     v_scale: torch.Tensor | None,
-    floors: torch.Tensor | None = None,
+    floor: int = 0,
     lse: torch.Tensor | None = None,
 ) -> None:
     """Attends the sequences from `first_seq` on.
@@ -153,7 +151,7 @@ def prefill(
         alibi_slopes: see there.
         k_scale: see there.
         v_scale: see there.
-        floors: int32 `[S]`, keys before this position are left out (someone else attends them).
+        floor: keys before this position are left out: someone else attends them. A multiple of 256.
         lse: float32 `[num_heads, T]`, receives the log of the sum of exponentials.
     """
     kv_heads, page, k_dim = k_cache.shape[1:]
@@ -169,14 +167,14 @@ def prefill(
         k_scale.stride(0) if k_scale is not None else 0,
         v_scale.stride(0) if v_scale is not None else 0,
         metadata.block_tables, metadata.block_tables.stride(0), metadata.context_lens,
-        metadata.cu_seqlens_q, floors, sinks, alibi_slopes,
-        scale, softcap or 1.0, window or 0, first_seq,
+        metadata.cu_seqlens_q, sinks, alibi_slopes,
+        scale, softcap or 1.0, window or 0, first_seq, floor,
         GROUP=group, BLOCK_M=config.block_m, BLOCK_N=config.block_n, PAGE=page,
         D=k_dim, D_PAD=max(16, triton.next_power_of_2(k_dim)),
         DV=v_dim, DV_PAD=max(16, triton.next_power_of_2(v_dim)),
         WINDOWED=window is not None, SOFTCAP=softcap is not None, SINKS=sinks is not None,
         ALIBI=alibi_slopes is not None, QUANTISED=k_scale is not None,
         ALIKE=k_cache.stride(0) == v_cache.stride(0) and k_dim == v_dim,
-        FLOORS=floors is not None, LSE=lse is not None, STAGES=config.num_stages,
+        LSE=lse is not None, STAGES=config.num_stages,
         num_warps=config.num_warps,
     )  # fmt: skip

@@ -93,18 +93,33 @@ def store_kv(
 
 
 @triton.jit
-def _copy_kernel(pool_ptr, src_ptr, dst_ptr, words, BLOCK: tl.constexpr):
+def _copy_kernel(from_ptr, to_ptr, src_ptr, dst_ptr, words, BLOCK: tl.constexpr):
     word = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     src = tl.load(src_ptr + tl.program_id(0)) * words
     dst = tl.load(dst_ptr + tl.program_id(0)) * words
-    tl.store(
-        pool_ptr + dst + word, tl.load(pool_ptr + src + word, mask=word < words), mask=word < words
+    there = word < words
+    tl.store(to_ptr + dst + word, tl.load(from_ptr + src + word, mask=there), mask=there)
+
+
+def copy_rows(
+    source: torch.Tensor, target: torch.Tensor, src: torch.Tensor, dst: torch.Tensor
+) -> None:
+    """Copies whole rows by a kernel; either side may be pinned host memory.
+
+    Args:
+        source: uint8 `[n, row_bytes]`, contiguous.
+        target: uint8 `[m, row_bytes]`, contiguous.
+        src: int64 `[k]` on the device, rows to read.
+        dst: int64 `[k]` on the device, distinct rows to write; none of them is read.
+    """
+    if source.shape[1] % 8 == 0:
+        source, target = source.view(torch.int64), target.view(torch.int64)
+    words = source.shape[1]
+    _copy_kernel[(src.shape[0], triton.cdiv(words, _COPY_ELEMENTS))](
+        source, target, src, dst, words, BLOCK=_COPY_ELEMENTS, num_warps=4
     )
 
 
 def copy_blocks(pool: torch.Tensor, src: torch.Tensor, dst: torch.Tensor) -> None:
     """Copies whole blocks; no block is both source and destination."""
-    words = pool.view(torch.int64) if pool.shape[1] % 8 == 0 else pool
-    _copy_kernel[(src.shape[0], triton.cdiv(words.shape[1], _COPY_ELEMENTS))](
-        words, src, dst, words.shape[1], BLOCK=_COPY_ELEMENTS, num_warps=4
-    )
+    copy_rows(pool, pool, src, dst)

@@ -1,11 +1,21 @@
-"""Launch configurations by chip and shape: read from a table, never searched at run time."""
+"""Launch configurations by chip and shape: looked up, never searched for at run time.
+
+The table was measured on an H200 (compute capability 9.0); entries of other chips are reasoned
+from their shared memory and registers, and say so. `litecache.kernels.tune` measures a machine's
+own decode entries into a JSON file, which `LITECACHE_TUNING` names.
+"""
 
 from __future__ import annotations
 
+import json
+import os
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import torch
+
+from litecache.errors import KernelError
 
 
 @dataclass(frozen=True)
@@ -13,10 +23,11 @@ class DecodeConfig:
     """How the decode kernel is launched.
 
     Attributes:
-        block_n: keys a tile.
+        block_n: keys a tile, a power of two.
         num_warps: warps a program.
         num_stages: tiles in flight.
-        num_programs: size of the fixed grid.
+        num_programs: size of the fixed grid. All of them must fit the chip at once: shares are
+            equal, so a second wave would double the time.
     """
 
     block_n: int
@@ -42,6 +53,41 @@ class PrefillConfig:
     num_stages: int
 
 
+@dataclass(frozen=True)
+class Shape:
+    """What a decode configuration depends on.
+
+    Attributes:
+        itemsize: bytes of a pool element.
+        dim: the larger of K's and V's head dimension, padded to a power of two.
+        grouped: several query heads read one KV head.
+        rows: queries times heads of a group, padded to a power of two, at least 16.
+    """
+
+    itemsize: int
+    dim: int
+    grouped: bool
+    rows: int
+
+    @property
+    def name(self) -> str:
+        """The key of the shape in a tuning file."""
+        kind = "grouped" if self.grouped else "single"
+        return f"{self.itemsize}B-d{self.dim}-{kind}-r{self.rows}"
+
+
+# (capability, itemsize, dim) -> block_n, warps, stages, programs a multiprocessor; for few rows.
+_MEASURED: dict[tuple[tuple[int, int], int, int, bool], tuple[int, int, int, int]] = {
+    ((9, 0), 2, 128, True): (32, 2, 3, 4),
+    ((9, 0), 2, 128, False): (32, 2, 3, 4),
+    ((9, 0), 2, 64, True): (128, 4, 3, 3),
+    ((9, 0), 2, 64, False): (64, 2, 2, 6),
+    ((9, 0), 1, 128, True): (32, 1, 3, 8),
+    ((9, 0), 1, 128, False): (32, 1, 3, 8),
+}
+_MOST_ROWS_MEASURED = 32
+
+
 @cache
 def num_multiprocessors(device: torch.device) -> int:
     """Multiprocessors of a GPU; a small stand-in for the interpreter."""
@@ -50,14 +96,50 @@ def num_multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def decode_config(device: torch.device, dim: int, itemsize: int) -> DecodeConfig:
-    """The decode launch for heads of `dim` elements of `itemsize` bytes."""
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+@cache
+def own_entries(path: str | None) -> dict[str, list[int]]:
+    """Entries of a tuning file: shape name to block_n, warps, stages, programs a multiprocessor.
+
+    Raises:
+        KernelError: the file is not what `litecache.kernels.tune` writes.
+    """
+    if not path:
+        return {}
+    try:
+        entries = json.loads(Path(path).read_text(encoding="utf-8"))["decode"]
+        if not all(len([int(n) for n in numbers]) == 4 for numbers in entries.values()):
+            raise ValueError("an entry without four numbers")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise KernelError(f"LITECACHE_TUNING={path!r} is no tuning file: {error}") from error
+    return dict(entries)
+
+
+def decode_config(device: torch.device, shape: Shape) -> DecodeConfig:
+    """The decode launch for a shape on a device."""
     multiprocessors = num_multiprocessors(device)
     if device.type != "cuda":
         return DecodeConfig(16, 4, 1, multiprocessors)
-    row_bytes = dim * itemsize
-    block_n = max(16, min(64, 1 << (16384 // row_bytes).bit_length() - 1))
-    return DecodeConfig(block_n, 4, 3, 2 * multiprocessors)
+    numbers = own_entries(os.environ.get("LITECACHE_TUNING")).get(shape.name)
+    if numbers is None:
+        numbers = list(_decode_numbers(_capability(device), shape))
+    block_n, warps, stages, programs = numbers
+    return DecodeConfig(block_n, warps, stages, programs * multiprocessors)
+
+
+def _decode_numbers(capability: tuple[int, int], shape: Shape) -> tuple[int, int, int, int]:
+    measured = _MEASURED.get((capability, shape.itemsize, shape.dim, shape.grouped))
+    if measured is not None and shape.rows <= _MOST_ROWS_MEASURED:
+        return measured
+    # Reasoned, not measured: tiles of 16 KiB, two of them in flight, two programs of four warps a
+    # multiprocessor fit the 100 KB of an L4 or RTX 4090 as well as the 164 KB of an A100.
+    row_bytes = 2 * shape.dim * shape.itemsize
+    block_n = max(16, min(64, 1 << max(0, (16384 // row_bytes).bit_length() - 1)))
+    return block_n, 4, 2 if shape.rows > _MOST_ROWS_MEASURED else 3, 2
 
 
 def prefill_config(device: torch.device, dim: int, itemsize: int) -> PrefillConfig:
@@ -66,8 +148,12 @@ def prefill_config(device: torch.device, dim: int, itemsize: int) -> PrefillConf
         return PrefillConfig(16, 16, 4, 1)
     if itemsize == 4:
         return PrefillConfig(64, 32, 4, 1 if dim > 64 else 2)
-    if dim <= 64:
-        return PrefillConfig(128, 128, 4, 3)
+    if _capability(device) == (9, 0) and itemsize == 2:
+        if 64 < dim <= 128:
+            return PrefillConfig(128, 128, 8, 3)
+        if dim <= 64:
+            return PrefillConfig(128, 128, 4, 3)
+    # Reasoned, not measured.
     if dim <= 128:
-        return PrefillConfig(128, 64, 8, 3)
+        return PrefillConfig(64, 64, 4, 2)
     return PrefillConfig(64, 32, 4, 2)

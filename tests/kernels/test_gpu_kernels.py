@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from kernel_cases import Case, make_batch, worst_error
 from kernel_grid import LARGE, TINY, tolerance
 from kernel_oracle import attend_wide
 
-from litecache.kernels import AttentionMetadata, copy_blocks, paged_attention, reference, store_kv
+from litecache.kernels import (
+    AttentionMetadata,
+    copy_blocks,
+    library_prefill,
+    paged_attention,
+    reference,
+    store_kv,
+)
+from litecache.kernels.moves import move_blocks
 from litecache.kernels.quantise import dequantise
 
 pytestmark = [
@@ -27,6 +38,46 @@ def test_attention_agrees_with_the_oracle(case: Case) -> None:
     )
     expected = attend_wide(batch.query, batch.wide_k, batch.wide_v, batch.metadata, **batch.options)
     assert worst_error(out, expected) < tolerance(case)
+
+
+@pytest.mark.parametrize(
+    ("queries", "contexts", "pool_dtype", "own_kv"),
+    [
+        ((2048,), (2048,), None, True),
+        ((2048,), (2048,), None, False),
+        ((3072,), (3072 + 2048,), None, True),
+        ((2048,), (2048 + 100,), None, True),
+        ((2048,), (2048 + 8192 + 2048 + 17,), None, True),
+        ((1, 1, 2048, 3072), (50, 3, 4096, 3072), None, True),
+        ((1, 2048, 3072), (50, 2500, 3072), torch.int8, True),
+    ],
+)
+def test_the_library_path_agrees_with_the_oracle(
+    queries: tuple[int, ...],
+    contexts: tuple[int, ...],
+    pool_dtype: torch.dtype | None,
+    own_kv: bool,
+) -> None:
+    case = Case(queries, contexts, heads=(8, 2), dims=(128, 128), block_size=16,
+                dtype=torch.bfloat16, pool_dtype=pool_dtype, own_kv=own_kv)  # fmt: skip
+    batch = make_batch(case, "cuda")
+    calls = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(library_prefill, "attend", _counted(library_prefill.attend, calls))
+        out = paged_attention(
+            batch.query, batch.k_cache, batch.v_cache, batch.metadata, **batch.arguments()
+        )
+    expected = attend_wide(batch.query, batch.wide_k, batch.wide_v, batch.metadata, **batch.options)
+    assert worst_error(out, expected) < 1e-2
+    assert len(calls) == 1
+
+
+def _counted(function: Callable[..., Any], calls: list[int]) -> Callable[..., Any]:
+    def counted(*arguments: Any, **named: Any) -> Any:
+        calls.append(1)
+        return function(*arguments, **named)
+
+    return counted
 
 
 def test_repeated_runs_give_the_same_bits() -> None:
@@ -138,3 +189,15 @@ def test_copy_moves_whole_blocks() -> None:
     expected[dst] = pool[src]
     copy_blocks(pool, src, dst)
     assert torch.equal(pool, expected)
+
+
+@pytest.mark.parametrize("block_bytes", [368640, 1 << 21])
+def test_blocks_move_to_pinned_memory_and_back(block_bytes: int) -> None:
+    pool = torch.randint(0, 256, (40, block_bytes), dtype=torch.uint8, device="cuda")
+    before = pool.clone()
+    slots = torch.empty(16, block_bytes, dtype=torch.uint8, pin_memory=True)
+    blocks, rows = [3, 4, 39, 17], [0, 1, 9, 5]
+    move_blocks(pool, slots, blocks, rows)
+    pool[blocks] = 0
+    move_blocks(slots, pool, rows, blocks)
+    assert torch.equal(pool, before)

@@ -8,8 +8,9 @@ from kernel_cases import Case, make_batch, worst_error
 from kernel_grid import TINY, tolerance
 from kernel_oracle import attend
 
-from litecache.kernels import copy_blocks, paged_attention, store_kv
+from litecache.kernels import copy_blocks, library_prefill, paged_attention, store_kv
 from litecache.kernels.quantise import dequantise, quantise
+from litecache.kernels.triton_gather import gather, merge_two
 
 torch.set_num_threads(1)
 
@@ -60,3 +61,76 @@ def test_copy_moves_whole_blocks(block_bytes: int) -> None:
     expected[[4, 1]] = pool[[2, 5]]
     copy_blocks(pool, torch.tensor([2, 5]), torch.tensor([4, 1]))
     assert torch.equal(pool, expected)
+
+
+@pytest.mark.parametrize("pool_dtype", [None, torch.int8])
+def test_gather_returns_the_tokens_in_order(pool_dtype: torch.dtype | None) -> None:
+    case = Case((3,), (37,), dims=(24, 8), pool_dtype=pool_dtype)
+    batch = make_batch(case)
+    got = gather(batch.k_cache, batch.k_scale, batch.metadata.block_tables[0], 5, 30, torch.float32)
+    positions = torch.arange(5, 35)
+    blocks = batch.metadata.block_tables[0, positions // 8].long()
+    assert torch.equal(got.transpose(0, 1).double(), batch.wide_k[blocks, :, positions % 8])
+
+
+def test_two_attentions_merge_into_one() -> None:
+    scores, values = torch.randn(3, 5, 40), torch.randn(3, 40, 8)
+    whole = (torch.softmax(scores, -1) @ values).transpose(0, 1)
+    halves = []
+    for part in (slice(0, 10), slice(10, 40)):
+        out = torch.softmax(scores[..., part], -1) @ values[:, part]
+        halves += [out.transpose(0, 1), torch.logsumexp(scores[..., part], -1)]
+    merged = torch.empty(5, 3, 8)
+    merge_two(*halves, merged)
+    torch.testing.assert_close(merged, whole)
+
+
+def _torch_attention(
+    query: torch.Tensor,
+    keys_and_values: tuple[torch.Tensor, ...],
+    scale: float,
+    *,
+    causal: bool,
+    lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What cuDNN computes: the causal mask aligned at the top left."""
+    group = query.shape[1] // keys_and_values[0].shape[1]
+    key, value = (x[0].repeat_interleave(group, 0) for x in keys_and_values)
+    scores = query.transpose(0, 1) @ key.transpose(1, 2) * scale
+    if causal:
+        scores = scores.masked_fill(torch.ones(scores.shape[1:]).triu(1).bool(), -torch.inf)
+    out = (torch.softmax(scores, -1) @ value).transpose(0, 1)
+    return out, torch.logsumexp(scores, -1) if lse else torch.empty(0)
+
+
+@pytest.mark.parametrize("own_kv", [True, False])
+@pytest.mark.parametrize(
+    ("queries", "contexts"),
+    [
+        ((8,), (8,)),  # no prefix
+        ((8,), (40,)),  # a piece of each size
+        ((8,), (88,)),  # two large pieces and a small one
+        ((8,), (30,)),  # a small piece and a rest for Triton
+        ((8,), (15,)),  # only a rest
+        ((1, 8, 8), (5, 24, 8)),  # after a decode
+    ],
+)
+def test_the_library_path_covers_every_key_once(
+    monkeypatch: pytest.MonkeyPatch,
+    queries: tuple[int, ...],
+    contexts: tuple[int, ...],
+    own_kv: bool,
+) -> None:
+    monkeypatch.setattr(library_prefill, "PIECES", (32, 16))
+    monkeypatch.setattr(library_prefill, "_cudnn", _torch_attention)
+    batch = make_batch(Case(queries, contexts))
+    first = sum(1 for count in queries if count == 1)
+    out = torch.full((sum(queries), 4, 16), torch.nan) if first else None
+    got = library_prefill.attend(
+        batch.query, batch.k_cache, batch.v_cache, batch.metadata, first, out,
+        scale=batch.options["scale"], k_scale=None, v_scale=None,
+        key=batch.key if own_kv else None, value=batch.value if own_kv else None,
+    )  # fmt: skip
+    expected = attend(batch.query, batch.wide_k, batch.wide_v, batch.metadata, **batch.options)
+    rows = slice(first, None)
+    assert worst_error(got[rows], expected[rows]) < 1e-5
