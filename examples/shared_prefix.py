@@ -118,7 +118,8 @@ def run_phase(phase: str, model_dir: str, store: str, result_file: Path) -> None
     from litecache import CacheConfig, KVCacheAdapter
 
     if not os.environ.get("RAY_ADDRESS"):
-        # Ends with this process.
+        # Ends with this process. Ray gives actors niceness 15; HF's prefill here runs with 0.
+        os.environ.setdefault("RAY_worker_niceness", "0")
         ray.init(
             address="local", include_dashboard=False, log_to_driver=False, logging_level="warning"
         )
