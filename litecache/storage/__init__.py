@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from .arena_view import ArenaView
 from .client import LocalShardClient, ShardClient
+from .inspect import inspect_store, verify_store
 from .key_table import KeyTable
 from .protocol import (
     PAGE_BYTES,
@@ -22,6 +23,15 @@ from .protocol import (
     StageResult,
     StageStatus,
 )
+from .service import (
+    LocalCacheService,
+    PyLocalCacheService,
+    PyState,
+    PyTask,
+    StorageEngine,
+    Task,
+    TaskState,
+)
 from .shard_store import ShardStore
 
 __all__ = [
@@ -34,11 +44,20 @@ __all__ = [
     "Deltas",
     "FlushReport",
     "KeyTable",
+    "LocalCacheService",
     "LocalShardClient",
+    "PyLocalCacheService",
+    "PyState",
+    "PyTask",
     "ShardClient",
     "ShardStore",
     "SlotRef",
     "SlotState",
     "StageResult",
     "StageStatus",
+    "StorageEngine",
+    "Task",
+    "TaskState",
+    "inspect_store",
+    "verify_store",
 ]

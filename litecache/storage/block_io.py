@@ -24,6 +24,8 @@ from .tiers import Tiers, WriteBatch
 
 logger = logging.getLogger(__name__)
 
+OnWritten = Callable[[Sequence[tuple[bytes, str | None]]], None]
+
 MIN_REQUEST_BYTES = 4 << 20
 MAX_REQUEST_BYTES = 16 << 20
 
@@ -62,6 +64,7 @@ class BlockIo:
         fsync: `always`, `interval` or `never`.
         interval_s: how long a write may stay unsynced under `interval`.
         metrics: where bytes and latencies are counted.
+        on_written: told, without the lock, which keys reached the disk (None) or why not.
     """
 
     def __init__(
@@ -74,8 +77,10 @@ class BlockIo:
         fsync: str,
         interval_s: float,
         metrics: Metrics,
+        on_written: OnWritten | None = None,
     ) -> None:
         self._tiers = tiers
+        self._on_written = on_written
         self._lock = lock
         self._changed = changed
         self._work = threading.Condition(lock)
@@ -262,21 +267,28 @@ class BlockIo:
         tiers, disk = self._tiers, self._tiers.disk
         assert disk is not None
         good = [i for i, error in enumerate(errors) if error is None]
+        told: list[tuple[bytes, str | None]] = []
         with self._lock:
+            told += [(blocks[i].key or b"", None) for i in good]
             self.writing_slots.difference_update(slots)
             for i, error in enumerate(errors):
                 if error is not None:
                     logger.warning("a block cannot be written: %s", error)
                     disk.free(slots[i])
                     self.failed_writes += 1
-                    tiers.fail_write(
-                        blocks[i], "disk_full" if error.errno in NO_SPACE else "io_error"
-                    )
+                    reason = "disk_full" if error.errno in NO_SPACE else "io_error"
+                    told.append((blocks[i].key or b"", reason))
+                    tiers.fail_write(blocks[i], reason)
             tiers.finish_write(
                 [blocks[i] for i in good], [slots[i] for i in good], [sums[i] for i in good]
             )
             self._unsynced = True
             self._changed.notify_all()
+        self._tell(told)
+
+    def _tell(self, told: Sequence[tuple[bytes, str | None]]) -> None:
+        if self._on_written is not None and told:
+            self._on_written(told)
 
     def _settle_homeless(self, blocks: list[RamBlock], progress: bool) -> None:
         with self._lock:
@@ -288,9 +300,15 @@ class BlockIo:
                 if not progress:
                     self._changed.wait(0.05)
                 return
+            # a disk that was full may have room again: the next batch tries to grow
+            reason = "disk_full" if disk.grow_failed else "no_room"
+            disk.grow_failed = False
+            told: list[tuple[bytes, str | None]] = []
             for block in blocks:
                 self.failed_writes += 1
-                self._tiers.fail_write(block, "no_room")
+                told.append((block.key or b"", reason))
+                self._tiers.fail_write(block, reason)
+        self._tell(told)
 
     def maintain_after_write(self) -> None:
         """Carry the journal to the file, and sync or compact if it is due."""

@@ -18,7 +18,7 @@ from ..hashing import BlockKey
 from ..metrics import Metrics
 from .admission import get_admission
 from .arena import Arena
-from .block_io import BlockIo, fault
+from .block_io import BlockIo, OnWritten, fault
 from .disk_tier import DiskTier
 from .eviction import get_policy
 from .files import Files
@@ -71,6 +71,8 @@ class ShardStore:
         files: the file system, for fault injection.
         direct: try O_DIRECT.
         use_memfd: False forces a `/dev/shm` file.
+        on_written: told by an I/O thread which keys reached the disk (None), or why they did not
+            and were dropped: `disk_full`, `io_error`, `no_room`.
 
     Raises:
         ConfigError: a field is invalid.
@@ -97,6 +99,7 @@ class ShardStore:
         files: Files | None = None,
         direct: bool = True,
         use_memfd: bool = True,
+        on_written: OnWritten | None = None,
     ) -> None:
         _validate(directory, storage_bytes, ram_bytes, fsync, io_threads, ttl_s)
         get_policy(eviction)
@@ -144,6 +147,7 @@ class ShardStore:
             fsync=fsync,
             interval_s=fsync_interval_s,
             metrics=self.metrics,
+            on_written=on_written,
         )
 
     def attach(self, client_pid: int) -> Attachment:
@@ -428,6 +432,18 @@ class ShardStore:
             if disk is None:
                 return [False] * len(keys)
             return [e >= 0 and disk.is_durable(e) for e in self._tiers.find(keys)]
+
+    def awaits_disk(self, keys: Sequence[BlockKey]) -> list[bool]:
+        """Which keys are in RAM and still on their way to disk."""
+        with self._lock:
+            blocks = [self._tiers.block_of(e) if e >= 0 else None for e in self._tiers.find(keys)]
+            return [block is not None and bool(self._io.pending([block])) for block in blocks]
+
+    def wait_for_change(self, timeout_s: float) -> None:
+        """Sleep until a read or write ends, a lease is released, or the time is over."""
+        with self._lock:
+            if not self._closed:
+                self._changed.wait(timeout_s)
 
     def wait(self, slots: Sequence[SlotRef], timeout_s: float = 30.0) -> list[bool]:
         """Block until leased slots have stopped loading.

@@ -1,0 +1,168 @@
+"""`PyLocalCacheService`, `PyTask`, `PyState`: the form that LightLLM calls.
+
+Token lists instead of hash values. `hash()` keeps its documented value, xxh3_128 of each block's
+tokens alone; the keys inside are chained over everything before a block, because the same tokens
+after another prefix have other KV.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from ...errors import ConfigError
+from ...hashing import BlockKey, block_key, root_key
+from .local_cache_service import LocalCacheService, as_key
+from .task import Task, TaskState
+
+_MODES = {"r": "read", "read": "read", "w": "write", "write": "write"}
+_START_POS_FIELD = "start_pos"
+
+
+class PyTask:
+    """A task of `PyLocalCacheService`."""
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+
+    def ready(self) -> bool:
+        """All blocks are Finished or Aborted, for good."""
+        return self._task.ready()
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Sleep until ready."""
+        return self._task.wait(timeout_s)
+
+    def data_safe(self) -> bool:
+        """The pages may be reused."""
+        return self._task.data_safe()
+
+    def state(self) -> list[TaskState]:
+        """One state per block."""
+        return self._task.state()
+
+    def results(self) -> list[str]:
+        """One result per block, in words."""
+        return self._task.results()
+
+    @property
+    def page_already_list(self) -> list[int]:
+        """Pages whose blocks were stored before this write."""
+        return self._task.get_page_already_list()
+
+
+class PyLocalCacheService:
+    """A `LocalCacheService` by token lists; it runs at once.
+
+    Args:
+        kvcache_tensor: 2-D contiguous CPU uint8 tensor `[pages, page bytes]`.
+        file: prefix of the folders.
+        storage_size: bound in bytes.
+        num_shard: number of shards.
+        num_worker: threads that copy.
+
+    Raises:
+        ConfigError, StorageFullError, StorageLockedError: see `LocalCacheService`.
+    """
+
+    def __init__(
+        self,
+        kvcache_tensor: Any,
+        file: str,
+        storage_size: int = 32 * 2**30,
+        num_shard: int = 32,
+        num_worker: int = 16,
+    ) -> None:
+        if str(getattr(kvcache_tensor, "dtype", "")).rpartition(".")[2] != "uint8":
+            dtype = getattr(kvcache_tensor, "dtype", type(kvcache_tensor).__name__)
+            raise ConfigError("kvcache_tensor", str(dtype), "a tensor of uint8")
+        self._service = LocalCacheService(file, storage_size, num_shard, kvcache_tensor, num_worker)
+        self._block_size = self._service.block_size()
+        self._page_size = self._service.page_size()
+        self._n = self._block_size // self._page_size
+        self._root = root_key({"page_bytes": self._page_size, "pages_per_block": self._n})
+        self._service.run()
+
+    def hash(self, tokens: Sequence[int]) -> list[str]:
+        """xxh3_128 of each block's tokens as uint64, in hex; not the keys used inside."""
+        words = np.asarray(tokens, dtype=np.uint64)
+        return [
+            xxhash.xxh3_128(words[i : i + self._n].tobytes()).hexdigest()
+            for i in range(0, len(words), self._n)
+        ]
+
+    def _keys(self, tokens: Sequence[int]) -> list[BlockKey]:
+        words = np.asarray(tokens, dtype=np.uint64).view(np.int64)
+        keys: list[BlockKey] = []
+        parent = self._root
+        for i in range(0, len(words), self._n):
+            parent = block_key(parent, words[i : i + self._n])
+            keys.append(parent)
+        return keys
+
+    def _keys_of(
+        self, tokens: Sequence[int] | None, hash_128s: Sequence[int] | None
+    ) -> list[bytes]:
+        if (tokens is None) == (hash_128s is None):
+            raise ConfigError("tokens", "both or none", "either tokens or hash_128s")
+        if hash_128s is not None:
+            return [as_key(value) for value in hash_128s]
+        return self._keys(tokens or [])
+
+    def query(
+        self, tokens: Sequence[int] | None = None, *, hash_128s: Sequence[int] | None = None
+    ) -> list[bool]:
+        """Which blocks are stored; a block counts only with everything before it equal."""
+        return self._service.query_many(self._keys_of(tokens, hash_128s))
+
+    def create(
+        self,
+        tokens: Sequence[int] | None = None,
+        kv_page_indexer: Any = (),
+        mode: str = "r",
+        start_pos: int = 0,
+        *,
+        hash_128s: Sequence[int] | None = None,
+    ) -> PyTask:
+        """Begin to write (`w`) or read (`r`) the blocks of a token list.
+
+        Args:
+            tokens: all tokens from the start of the sequence.
+            kv_page_indexer: the page of each token.
+            mode: `r` or `w`.
+            start_pos: skip the blocks before this token.
+            hash_128s: keys instead of tokens, one per block.
+
+        Raises:
+            ConfigError: unknown mode, pages out of range, counts that differ.
+        """
+        if mode not in _MODES:
+            raise ConfigError("mode", mode, "r or w")
+        keys = self._keys_of(tokens, hash_128s)
+        pages = np.asarray(kv_page_indexer)
+        if tokens is not None and len(pages) != len(tokens):
+            raise ConfigError("kv_page_indexer", f"{len(pages)} pages", f"{len(tokens)}, as tokens")
+        first = start_pos // self._n
+        if start_pos < 0 or first > len(keys):
+            raise ConfigError(_START_POS_FIELD, start_pos, f"0 to {len(pages)}")
+        task = self._service.create(_MODES[mode], keys[first:], pages[first * self._n :])
+        return PyTask(task)
+
+    def abort(self, task: PyTask) -> None:
+        """End a task now and for good."""
+        self._service.abort(task._task)
+
+    def active_threads(self, mode: str) -> int:
+        """Tasks of a mode that are not ready."""
+        return self._service.active_threads(mode)
+
+    def flush(self, timeout_s: float = 60.0) -> bool:
+        """Make all finished writes durable."""
+        return self._service.flush(timeout_s)
+
+    def close(self) -> None:
+        """Give the prefix up."""
+        self._service.close()
