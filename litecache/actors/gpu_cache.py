@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import dataclasses
 import logging
 import os
@@ -105,33 +106,37 @@ class GpuCache:
         if not self._loading.done():
             # A caller that gave up waiting could not tell whether its requests run.
             raise GroupUnavailableError(f"{self._name} is loading its model")
-        engine = await self._ready()
-        outbox = self._opened_outbox()
-        epoch, new = outbox.register(client_id, [r.request_id for r in requests])
-        try:
-            fresh = [r for r in requests if r.request_id in new]
-            if sum(len(r.prompt) for r in fresh) > _CHECKED_ON_LOOP_TOKENS:
-                # Checking so many tokens would hold up everyone's polls.
-                await asyncio.to_thread(engine.submit, fresh)
-            else:
-                engine.submit(fresh)
-        except BaseException:
-            outbox.forget(client_id, new)
-            raise
-        return epoch
+        return await self._accept(await self._ready(), client_id, requests)
 
-    async def poll(self, client_id: str, epoch: str, ack: int, hold_s: float) -> PollReply:
+    async def poll(
+        self,
+        client_id: str,
+        epoch: str,
+        ack: int,
+        hold_s: float,
+        gap_s: float = 0.0,
+        requests: Sequence[Request] = (),
+    ) -> PollReply:
         """Tokens after `ack`, as soon as there are any; see `Outbox.poll`.
 
         While the model loads the reply is empty and its epoch is "".
+
+        Args:
+            client_id, epoch, ack, hold_s, gap_s: see `Outbox.poll`.
+            requests: submitted first, in the same call; not while the model loads.
         """
         if not self._loading.done():
-            try:
+            with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(asyncio.shield(self._ready()), hold_s)
-            except asyncio.TimeoutError:
-                return PollReply(1)
-        await self._ready()
-        return await self._opened_outbox().poll(client_id, epoch, ack, hold_s)
+            return PollReply(1)
+        engine = await self._ready()
+        if requests:
+            await self._accept(engine, client_id, requests)
+        reply = await self._opened_outbox().poll(client_id, epoch, ack, hold_s, gap_s)
+        if not reply.deltas:
+            # No token in all that time: submitting nothing raises what ended the engine's thread.
+            engine.submit([])
+        return reply
 
     async def abort(self, request_ids: Sequence[str]) -> None:
         """End requests; their last delta says ABORT."""
@@ -172,6 +177,21 @@ class GpuCache:
         self._stopped.set()
         await asyncio.to_thread(self._close, engine)
         return report
+
+    async def _accept(self, engine: Engine, client_id: str, requests: Sequence[Request]) -> str:
+        outbox = self._opened_outbox()
+        epoch, new = outbox.register(client_id, [r.request_id for r in requests])
+        fresh = [r for r in requests if r.request_id in new]
+        try:
+            if sum(len(r.prompt) for r in fresh) > _CHECKED_ON_LOOP_TOKENS:
+                # Checking so many tokens would hold up everyone's polls.
+                await asyncio.to_thread(engine.submit, fresh)
+            else:
+                engine.submit(fresh)
+        except BaseException:
+            outbox.forget(client_id, new)
+            raise
+        return epoch
 
     def _begin(self) -> None:
         if self._begun.acquire(blocking=False):

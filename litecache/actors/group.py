@@ -43,6 +43,8 @@ logger = logging.getLogger(__name__)
 PLACE_TIMEOUT_S = 60.0
 LOAD_TIMEOUT_S = 900.0
 STOP_TIMEOUT_S = 30.0
+# The engine answers between two steps, and a long prefill on a CPU is one step of seconds.
+STATUS_TIMEOUT_S = 15.0
 
 _COORDINATOR_OPTIONS: dict[str, Any] = {"num_cpus": 0}
 _SHARD_OPTIONS: dict[str, Any] = {"num_cpus": 0, "max_concurrency": 8}
@@ -188,7 +190,7 @@ class Group:
         actors: dict[str, Any] = {}
         for name, ref in refs.items():
             try:
-                actors[name] = result(ref, what=name)
+                actors[name] = result(ref, STATUS_TIMEOUT_S, name)
             except LiteCacheError as error:
                 actors[name] = {"error": str(error)}
         try:
@@ -348,7 +350,8 @@ class _Starter:
 
     def load(self, timeout_s: float) -> Any:
         """Let the replicas load their model."""
-        result([replica.begin.remote() for replica in self.replicas], what="begin")
+        begun = [replica.begin.remote() for replica in self.replicas]
+        result(begun, PLACE_TIMEOUT_S, "beginning to load")
         return _wait_loaded(self.replicas, time.monotonic() + timeout_s)
 
     def undo(self) -> None:
@@ -395,7 +398,8 @@ def _find(name: str, deadline: float) -> Any:
 
 def _shard_names(spec: GroupSpec, replicas: list[Any]) -> list[str]:
     try:
-        places = result([replica.where.remote() for replica in replicas], what="where")
+        asked = [replica.where.remote() for replica in replicas]
+        places = result(asked, STATUS_TIMEOUT_S, "asking for the replicas' nodes")
     except UNREACHABLE as error:
         raise GroupUnavailableError(f"group {spec.group!r} does not answer: {error}") from error
     nodes = sorted({place["node_id"] for place in places})

@@ -16,6 +16,10 @@ DEFAULT_GROUP = "default"
 CALL_TIMEOUT_S = 2.0
 # How long a poll is held open when there is nothing to tell; far below the heartbeat's limit.
 POLL_HOLD_S = 2.0
+# The least time between two replies to one client, except for first and last tokens, which never
+# wait: a reply costs the engine's process more than a small model's step.
+STREAM_GAP_S = 0.01
+BATCH_GAP_S = 0.05
 # How often shards and replicas report to the coordinator when nothing changes.
 REPORT_INTERVAL_S = 2.0
 # Silence after which the coordinator takes a member for dead.

@@ -34,6 +34,8 @@ class _Client:
         num_tokens: tokens in `deltas`.
         last_seen: when the latest poll or submission arrived.
         waiter: of the poll that is held open, if any.
+        replied_at: when the last poll returned.
+        gap_s: the waiting poll asks for this time since then, unless something is urgent.
     """
 
     epoch: str
@@ -44,6 +46,8 @@ class _Client:
     num_tokens: int = 0
     paused: bool = False
     waiter: asyncio.Future[bool] | None = None
+    replied_at: float = 0.0
+    gap_s: float = 0.0
 
     def wake(self, current: bool = True) -> None:
         """End the wait of the poll that is held open; `current`: it may take the deltas."""
@@ -112,14 +116,16 @@ class Outbox:
             client.num_tokens += len(delta.token_ids)
             if delta.finish_reason is not None:
                 client.live.discard(delta.request_id)
-            client.wake()
+            self._wake_in_time(client, delta)
             if client.paused and delta.request_id in client.live:
                 self._pause([delta.request_id])  # submitted after the others had paused
             elif client.num_tokens >= self._max_unacknowledged_tokens:
                 client.paused = True
                 self._pause(sorted(client.live))
 
-    async def poll(self, client_id: str, epoch: str, ack: int, hold_s: float) -> PollReply:
+    async def poll(
+        self, client_id: str, epoch: str, ack: int, hold_s: float, gap_s: float = 0.0
+    ) -> PollReply:
         """All deltas after `ack`, as soon as there is one, or none after `hold_s` seconds.
 
         Args:
@@ -127,20 +133,30 @@ class Outbox:
             epoch: the epoch of the client's last reply; `ack` counts in it.
             ack: the last sequence number that the client has.
             hold_s: how long to wait when there is nothing to tell.
+            gap_s: least time since the last reply, to tell several tokens at once; a request's
+                first and last tokens do not wait for it.
         """
         client = self._seen(client_id)
         client.wake(current=False)  # an older poll of this client that still waits gives way
         if epoch == client.epoch:
             self._acknowledge(client, ack)
+        wait_s = hold_s
+        if client.deltas:
+            due_s = client.replied_at + gap_s - self._clock()
+            wait_s = 0.0 if any(map(_is_urgent, client.deltas)) else min(hold_s, due_s)
         current = True
-        if not client.deltas:
+        if wait_s > 0:
             # A bare future and timer: `wait_for` would put a task between a token and its reply.
             loop = asyncio.get_running_loop()
+            client.gap_s = gap_s
             client.waiter = waiter = loop.create_future()
-            timer = loop.call_later(hold_s, client.wake)
+            timer = loop.call_later(wait_s, client.wake)
             current = await waiter
             timer.cancel()
-        return PollReply(client.first_seq, tuple(client.deltas) if current else (), client.epoch)
+        if not current:
+            return PollReply(client.first_seq, (), client.epoch)
+        client.replied_at = self._clock()
+        return PollReply(client.first_seq, tuple(client.deltas), client.epoch)
 
     @property
     def live_requests(self) -> int:
@@ -162,6 +178,15 @@ class Outbox:
         client.last_seen = self._clock()
         self._arm_timer()
         return client
+
+    def _wake_in_time(self, client: _Client, delta: TokenDelta) -> None:
+        if client.waiter is None or client.waiter.done():
+            return
+        wait_s = client.replied_at + client.gap_s - self._clock()
+        if wait_s <= 0 or _is_urgent(delta):
+            client.wake()
+        elif len(client.deltas) == 1:  # the timer of the first delta serves those that follow
+            asyncio.get_running_loop().call_later(wait_s, client.wake)
 
     def _acknowledge(self, client: _Client, ack: int) -> None:
         while client.deltas and client.first_seq <= ack:
@@ -190,3 +215,8 @@ class Outbox:
             if client.live:
                 self._abort_client(client_id)
         self._arm_timer()
+
+
+def _is_urgent(delta: TokenDelta) -> bool:
+    """A request's first token, or its last."""
+    return delta.finish_reason is not None or delta.ttft_s is not None

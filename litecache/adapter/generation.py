@@ -140,7 +140,7 @@ def translate(
     config, rest = _merge(given, overrides, defaults)
     refuse_arguments(rest)
     do_sample = _flag("do_sample", config.do_sample)
-    refuse_settings(config.to_dict() | _own_fields(config), sampling=do_sample)
+    refuse_settings(_own_fields(config), sampling=do_sample)
     if not do_sample:
         _warn_ignored(given, overrides)
     samples = _count("num_return_sequences", config.num_return_sequences, 1)
@@ -176,7 +176,7 @@ def translate(
 
 
 def _own_fields(config: GenerationConfig) -> dict[str, Any]:
-    # to_dict() leaves out what does not serialise (a compile config, a watermark object).
+    # Not to_dict(): that copies deeply, and leaves out what does not serialise.
     return {name: value for name, value in vars(config).items() if not name.startswith("_")}
 
 

@@ -206,7 +206,9 @@ class KVCacheAdapter:
         prompts = split_rows(input_ids, mask, settings.mask_pad_token)
         samples = settings.num_return_sequences
         widths = [input_ids.shape[1]] * len(prompts)
-        rows = self._start(prompts, widths, settings, cache_salt, seed)
+        rows = self._start(
+            prompts, widths, settings, cache_salt, seed, streaming=streamer is not None
+        )
         with _Aborting(self, rows):
             if streamer is not None:
                 expanded = input_ids.repeat_interleave(samples, dim=0)
@@ -285,7 +287,7 @@ class KVCacheAdapter:
             given = given.flatten().tolist() if given.dim() < 2 or given.shape[0] == 1 else given
         tokens = _check_prompt(given, 0)
         decode = None if as_tokens else self._decoder(skip_special_tokens)
-        (row,) = self._start([tokens], [len(tokens)], settings, cache_salt, seed)
+        (row,) = self._start([tokens], [len(tokens)], settings, cache_salt, seed, streaming=True)
         return TokenStream(row, decode, self.abort)
 
     def abort(self, request_id: str) -> None:
@@ -330,6 +332,8 @@ class KVCacheAdapter:
         settings: GenerationSettings,
         cache_salt: str | None,
         seed: int | None,
+        *,
+        streaming: bool = False,
     ) -> list[PendingRequest]:
         """Check all requests, then submit them, all or none."""
         if not self._finalizer.alive:
@@ -356,7 +360,7 @@ class KVCacheAdapter:
                     max_time_s=settings.max_time_s,
                 )
                 self.info.check(request)
-                rows.append(PendingRequest(request))
+                rows.append(PendingRequest(request, streaming=streaming))
         self._submit(rows)
         return rows
 

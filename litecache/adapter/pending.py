@@ -25,12 +25,14 @@ class PendingRequest:
         reused_tokens: prompt tokens by tier that were not computed, from the first submission.
         ttft_s: seconds from submission to the first token, as the engine measured them.
         finish_reason: None while it goes on.
+        streaming: somebody looks at each token as it comes.
         first_token_at: `time.perf_counter()` of the first token's arrival.
         finished_at: the same of the last one's.
     """
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: Request, *, streaming: bool = False) -> None:
         self.request = request
+        self.streaming = streaming
         self.tokens: list[int] = []
         self.reused_tokens: dict[str, int] = {}
         self.ttft_s: float | None = None

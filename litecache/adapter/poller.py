@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from litecache.actors.calls import UNREACHABLE, ActorEndedError, result
-from litecache.actors.naming import CALL_TIMEOUT_S, POLL_HOLD_S
+from litecache.actors.naming import BATCH_GAP_S, CALL_TIMEOUT_S, POLL_HOLD_S, STREAM_GAP_S
 from litecache.adapter.pending import PendingRequest
 from litecache.errors import GroupUnavailableError, LiteCacheError
-from litecache.types import PollReply
+from litecache.types import PollReply, Request
 
 logger = logging.getLogger(__name__)
 
@@ -47,9 +47,12 @@ class ReplicaPoller:
         self._give_up_s = give_up_s
         self._open: dict[str, PendingRequest] = {}
         self._submitted: dict[str, str | None] = {}
-        self._condition = threading.Condition()
+        self._condition = threading.Condition(threading.RLock())
         self._closed = False
         self._epoch, self._ack = "", 0
+        # A poll that was sent along with a submission, and the ids that it submits.
+        self._first_poll: tuple[Any, list[str]] | None = None
+        self._polling = False
         self._thread = threading.Thread(target=self._run, name="litecache-poll", daemon=True)
         self._thread.start()
 
@@ -61,34 +64,40 @@ class ReplicaPoller:
     def submit(self, pending: Sequence[PendingRequest]) -> None:
         """Start requests; their tokens arrive from now on.
 
+        A driver that has nothing open sends the requests and the first poll as one call, and what
+        the engine refuses then shows in the requests. The driver has checked them before.
+
         Raises:
             LiteCacheError: the engine refused them; none was started.
         """
         ids = [p.wire_id for p in pending]
-        # Sent before the poll thread wakes up, and without waiting: the first poll then travels
-        # together with the submission instead of a round trip later.
-        ref = self._handle.submit.remote(self._client_id, [p.wire_request() for p in pending])
+        requests = [p.wire_request() for p in pending]
         with self._condition:
+            alone = not self._polling
+            self._polling = True
             for wire_id, request in zip(ids, pending, strict=True):
                 self._open[wire_id] = request
                 self._submitted[wire_id] = None
-            self._condition.notify_all()
+            if alone:
+                try:
+                    self._first_poll = self._send_poll(requests), ids
+                except BaseException:
+                    self._drop(ids)
+                    raise
+                finally:
+                    self._condition.notify_all()
+                return
         epoch = _LOST
         try:
+            ref = self._handle.submit.remote(self._client_id, requests)
             epoch = result(ref, CALL_TIMEOUT_S, f"{self._name}: submit")
         except UNREACHABLE as error:
             # The poll thread submits them again when the actor is back.
             logger.warning("%s", error)
         except LiteCacheError:
-            with self._condition:
-                for wire_id in ids:
-                    self._open.pop(wire_id, None)
-                    self._submitted.pop(wire_id, None)
+            self._drop(ids)
             raise
-        with self._condition:
-            for wire_id in ids:
-                if wire_id in self._submitted:
-                    self._submitted[wire_id] = epoch
+        self._mark(ids, epoch)
 
     def abort(self, request_ids: Sequence[str]) -> None:
         """End requests; unknown ids are passed over."""
@@ -103,6 +112,7 @@ class ReplicaPoller:
             open_ids, left = list(self._open), list(self._open.values())
             self._closed = True
             self._open.clear()
+            self._submitted.clear()
             self._condition.notify_all()
         if open_ids:
             self._handle.abort.remote(open_ids)
@@ -115,32 +125,52 @@ class ReplicaPoller:
         failing_since: float | None = None
         while True:
             with self._condition:
-                self._condition.wait_for(lambda: self._closed or bool(self._open))
+                self._polling = bool(self._open)
+                self._condition.wait_for(lambda: self._closed or self._polling)
                 if self._closed:
                     return
+                first, self._first_poll = self._first_poll, None
+            ids: list[str] = []
             try:
-                self._take(self._poll())
+                ref, ids = first if first is not None else (self._send_poll(()), [])
+                reply = self._receive(ref)
+                self._mark(ids, reply.epoch or _LOST)
+                self._take(reply)
                 failing_since = None
             except UNREACHABLE as error:
+                self._mark(ids, _LOST)
                 now = time.monotonic()
                 failing_since = failing_since or now
                 logger.info("%s", error)
                 ended = isinstance(error, ActorEndedError)
                 patience_s = min(self._give_up_s, _GIVE_UP_ENDED_S if ended else self._give_up_s)
                 if now - failing_since > patience_s:
-                    self._fail_all(
+                    self._fail(
+                        list(self._open),
                         GroupUnavailableError(
                             f"{self._name} has not answered for {patience_s:g} s: {error}"
-                        )
+                        ),
                     )
                     failing_since = None
                 time.sleep(_RETRY_S)
             except LiteCacheError as error:
-                # The actor answers, with an error: its model cannot be loaded again.
-                self._fail_all(error)
+                # With a submission: it was refused. Without: the model cannot be loaded again.
+                self._fail(ids or list(self._open), error)
+            except Exception as error:
+                # Ray was shut down under the adapter, or worse: callers must not wait for ever.
+                logger.exception("%s: polling failed", self._name)
+                text = f"{self._name}: polling failed: {type(error).__name__}: {error}"
+                self._fail(list(self._open), GroupUnavailableError(text))
 
-    def _poll(self) -> PollReply:
-        ref = self._handle.poll.remote(self._client_id, self._epoch, self._ack, POLL_HOLD_S)
+    def _send_poll(self, requests: Sequence[Request]) -> Any:
+        with self._condition:
+            streaming = any(pending.streaming for pending in self._open.values())
+        gap_s = STREAM_GAP_S if streaming else BATCH_GAP_S
+        return self._handle.poll.remote(
+            self._client_id, self._epoch, self._ack, POLL_HOLD_S, gap_s, requests
+        )
+
+    def _receive(self, ref: Any) -> PollReply:
         reply: PollReply = result(ref, 2 * POLL_HOLD_S + CALL_TIMEOUT_S, f"{self._name}: poll")
         return reply
 
@@ -158,7 +188,7 @@ class ReplicaPoller:
                 continue
             pending.feed(delta)
             if pending.done:
-                self._drop(delta.request_id)
+                self._drop([delta.request_id])
         self._resubmit(reply.epoch)
 
     def _resubmit(self, epoch: str) -> None:
@@ -168,9 +198,10 @@ class ReplicaPoller:
                 for wire_id, submitted in self._submitted.items()
                 if submitted is not None and submitted != epoch
             ]
-            requests = [self._open.pop(wire_id) for wire_id in stale if wire_id in self._open]
-            for wire_id in stale:
-                del self._submitted[wire_id]
+            requests = self._drop(stale)
+        if stale:
+            # Where only the answer was lost, the earlier attempt runs: nobody waits for it now.
+            self._handle.abort.remote(stale)
         again = [request for request in requests if request.next_attempt()]
         if not again:
             return
@@ -185,15 +216,19 @@ class ReplicaPoller:
             for request in again:
                 request.fail(error)
 
-    def _drop(self, wire_id: str) -> None:
+    def _mark(self, wire_ids: Sequence[str], epoch: str) -> None:
+        """Note under which epoch requests were submitted; `_LOST`: perhaps not at all."""
         with self._condition:
-            self._open.pop(wire_id, None)
-            self._submitted.pop(wire_id, None)
+            for wire_id in wire_ids:
+                if wire_id in self._submitted:
+                    self._submitted[wire_id] = epoch
 
-    def _fail_all(self, error: Exception) -> None:
+    def _drop(self, wire_ids: Sequence[str]) -> list[PendingRequest]:
         with self._condition:
-            left = list(self._open.values())
-            self._open.clear()
-            self._submitted.clear()
-        for pending in left:
+            for wire_id in wire_ids:
+                self._submitted.pop(wire_id, None)
+            return [self._open.pop(wire_id) for wire_id in wire_ids if wire_id in self._open]
+
+    def _fail(self, wire_ids: Sequence[str], error: Exception) -> None:
+        for pending in self._drop(wire_ids):
             pending.fail(error)

@@ -177,6 +177,43 @@ def test_a_request_submitted_twice_is_new_only_once() -> None:
     run(body)
 
 
+def test_tokens_within_the_gap_are_told_together() -> None:
+    async def body() -> None:
+        outbox = Hooks().outbox()
+        epoch, _ = outbox.register("c", ["r"])
+        outbox.push([("c", TokenDelta("r", (1,), ttft_s=0.1))])
+        first = await outbox.poll("c", epoch, 0, 15, 0.1)
+        assert [d.token_ids for d in first.deltas] == [(1,)]
+        waiting = asyncio.create_task(outbox.poll("c", epoch, 1, 15, 0.1))
+        await asyncio.sleep(0)
+        for token in (2, 3):
+            outbox.push([("c", delta("r", token))])
+            await asyncio.sleep(0.01)
+        assert not waiting.done()
+        assert [d.token_ids for d in (await waiting).deltas] == [(2,), (3,)]
+
+    run(body)
+
+
+@pytest.mark.parametrize("before_the_poll", [True, False])
+def test_first_and_last_tokens_do_not_wait_for_the_gap(before_the_poll: bool) -> None:
+    async def body() -> None:
+        outbox = Hooks().outbox()
+        epoch, _ = outbox.register("c", ["r"])
+        outbox.push([("c", TokenDelta("r", (1,), ttft_s=0.1))])
+        await outbox.poll("c", epoch, 0, 15, 3600)
+        last = ("c", delta("r", 2, finish=FinishReason.LENGTH))
+        if before_the_poll:
+            outbox.push([last])
+        waiting = asyncio.create_task(outbox.poll("c", epoch, 1, 3600, 3600))
+        await asyncio.sleep(0)
+        if not before_the_poll:
+            outbox.push([last])
+        assert [d.token_ids for d in (await waiting).deltas] == [(2,)]
+
+    run(body)
+
+
 @pytest.mark.parametrize("late", ["forgotten", "finished"])
 def test_output_of_requests_that_are_over_is_void(late: str) -> None:
     async def body() -> None:
