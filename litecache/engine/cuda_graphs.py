@@ -77,17 +77,17 @@ class GraphCache:
 
     Args:
         max_requests: rows of the engine.
-        max_tokens: tokens of the largest step.
+        max_chunk_tokens: longer chunks run without a graph.
     """
 
-    def __init__(self, max_requests: int, max_tokens: int) -> None:
+    def __init__(self, max_requests: int, max_chunk_tokens: int) -> None:
         small = [size for size in (1, 2, 4, 8) if size < max_requests]
         large = [*range(16, min(64, max_requests), 8), *range(64, max_requests, 16)]
         self._decodes = [*small, *(size for size in large if size < max_requests), max_requests]
         self._mixed = [size for size in _MIXED_DECODES if size < max_requests]
         if max_requests <= _MIXED_DECODES[-1]:
             self._mixed.append(max_requests)
-        self._chunks = [size for size in _CHUNK_TOKENS if size <= max(16, max_tokens)]
+        self._chunks = [size for size in _CHUNK_TOKENS if size <= max(16, max_chunk_tokens)]
         self._graphs: dict[GraphKey, StepGraph] = {}
         self._pool: Any = None
 

@@ -29,6 +29,9 @@ from litecache.kernels import AttentionMetadata, copy_blocks
 
 logger = logging.getLogger(__name__)
 
+FUSED_GRAPH_TOKENS = 1024
+"""Longest chunk that a model of fused layers replays as a graph: the host launches a longer one
+faster than the GPU runs it, and only outside a graph may attention choose its kernel by length."""
 MAX_UNREAD_STEPS = 8
 """Steps that may be executed on a GPU before the result of the first is read."""
 
@@ -107,7 +110,8 @@ class ModelRunner:
             max_batch_tokens, max_requests, max_requests, len(layout.groups), MAX_DELTAS
         )
         if self._on_gpu and os.environ.get("LITECACHE_GRAPHS", "1") != "0":
-            self._graphs = GraphCache(max_requests, max_batch_tokens)
+            longest = FUSED_GRAPH_TOKENS if "fused" in loaded.passes else max_batch_tokens
+            self._graphs = GraphCache(max_requests, min(longest, max_batch_tokens))
             padded = self._graphs.largest.shape(len(layout.groups))
             largest = replace(
                 padded, tokens=max(padded.tokens, max_batch_tokens), deltas=MAX_DELTAS

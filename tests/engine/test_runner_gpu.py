@@ -71,14 +71,6 @@ def test_triton_ops_equal_torch_ops(tokens, width, out):
             plain.linear_add(residual, x, weight, bias),
         ),
         (fast.gated_linear(x, gate, None), plain.gated_linear(x, gate, None)),
-        (
-            fast.linear(x, weight, bias, (scale, 1e-5)),
-            plain.linear(x, weight, bias, (scale, 1e-5)),
-        ),
-        (
-            fast.gated_linear(x, gate, None, (scale, 1e-5)),
-            plain.gated_linear(x, gate, None, (scale, 1e-5)),
-        ),
     ]
     for got, expected in pairs:
         assert (got - expected).float().norm() <= 1e-2 * expected.float().norm()

@@ -78,11 +78,11 @@ class FusedDecoderLayer(nn.Module):
         """Hidden states `[1, T, width]`; cos and sin `[1, T, rotary_dim]`."""
         ops = self._ops
         x = hidden_states[0]
-        qkv = ops.linear(x, *self._qkv, norm=self._norms[0])
+        qkv = ops.linear(ops.norm(x, *self._norms[0]), *self._qkv)
         cos, sin = position_embeddings
         attended = self._attend(qkv, cos[0], sin[0])
         x = ops.linear_add(x, attended.reshape(x.shape[0], -1), *self._out)
-        active = ops.gated_linear(x, *self._gate_up, norm=self._norms[1])
+        active = ops.gated_linear(ops.norm(x, *self._norms[1]), *self._gate_up)
         return ops.linear_add(x, active, *self._down)[None]
 
     def _attend(self, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -11,9 +11,6 @@ from typing import Protocol
 import torch
 from torch.nn import functional
 
-Norm = tuple[torch.Tensor, float]
-"""Weight and epsilon of an RMS norm."""
-
 
 class LayerOps(Protocol):
     """What a decoder layer computes beside attention; activations are `[T, width]`."""
@@ -23,13 +20,9 @@ class LayerOps(Protocol):
         ...
 
     def linear(
-        self,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        norm: Norm | None = None,
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        """`norm(x) @ weight.T + bias`."""
+        """`x @ weight.T + bias`."""
         ...
 
     def linear_add(
@@ -43,13 +36,9 @@ class LayerOps(Protocol):
         ...
 
     def gated_linear(
-        self,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        norm: Norm | None = None,
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        """`silu(gate) * up` of the merged projection `[2 * width, in]` of `norm(x)`."""
+        """`silu(gate) * up` of the merged projection `[2 * width, in]`."""
         ...
 
 
@@ -61,15 +50,9 @@ class TorchOps:
         return functional.rms_norm(x, (x.shape[-1],), weight, eps)
 
     def linear(
-        self,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        norm: Norm | None = None,
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
         """See LayerOps."""
-        if norm is not None:
-            x = self.norm(x, *norm)
         return functional.linear(x, weight, bias)
 
     def linear_add(
@@ -83,14 +66,10 @@ class TorchOps:
         return functional.linear(x, weight, bias).add_(residual)
 
     def gated_linear(
-        self,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        norm: Norm | None = None,
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
         """See LayerOps."""
-        gate, up = self.linear(x, weight, bias, norm).chunk(2, dim=-1)
+        gate, up = self.linear(x, weight, bias).chunk(2, dim=-1)
         return functional.silu(gate).mul_(up)
 
 
@@ -109,17 +88,11 @@ class TritonOps:
         return self._elementwise.rms_norm(x, weight, eps)
 
     def linear(
-        self,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        norm: Norm | None = None,
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
         """See LayerOps."""
         if x.shape[0] <= self._few:
-            return self._stream(x, weight, bias, norm=norm)
-        if norm is not None:
-            x = self.norm(x, *norm)
+            return self._stream(x, weight, bias)
         return functional.linear(x, weight, bias)
 
     def linear_add(
@@ -138,16 +111,12 @@ class TritonOps:
         return torch.addmm(residual, x, weight.t(), out=residual)
 
     def gated_linear(
-        self,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        norm: Norm | None = None,
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
         """See LayerOps."""
         if x.shape[0] <= self._few:
-            return self._stream(x, weight, bias, norm=norm, gated=True)
-        return self._elementwise.silu_and_multiply(self.linear(x, weight, bias, norm))
+            return self._stream(x, weight, bias, gated=True)
+        return self._elementwise.silu_and_multiply(self.linear(x, weight, bias))
 
 
 def choose_ops(device: torch.device, dtype: torch.dtype) -> LayerOps:

@@ -35,13 +35,10 @@ class StreamConfig:
 
 
 @triton.jit
-def _row_sums(
-    x_ptr, w_ptr, norm_ptr, row, there, K,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, NORM: tl.constexpr,
-):  # fmt: skip
-    """`w[row] @ (x * norm)` for one token, float32 `[BLOCK_N]`, and the sum of x's squares."""
+def _row_sums(x_ptr, w_ptr, row, there, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+              STAGES: tl.constexpr):  # fmt: skip
+    """`w[row] @ x` for one token, float32 `[BLOCK_N]`."""
     acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    squares = tl.zeros((BLOCK_K,), tl.float32)
     base = w_ptr + row.to(tl.int64)[:, None] * K
     for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         column = start + tl.arange(0, BLOCK_K)
@@ -53,22 +50,15 @@ def _row_sums(
             other=0.0,
             eviction_policy="evict_first",
         )
-        if NORM:
-            squares += x * x
-            x *= tl.load(norm_ptr + column, mask=inside, other=0.0).to(tl.float32)
         acc += w.to(tl.float32) * x[None, :]
-    return tl.sum(acc, 1), tl.sum(squares, 0)
+    return tl.sum(acc, 1)
 
 
 @triton.jit
-def _row_products(
-    x_ptr, w_ptr, norm_ptr, row, there, tokens, K,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr,
-    NORM: tl.constexpr,
-):  # fmt: skip
-    """`w[row] @ (x * norm).T`, float32 `[BLOCK_N, BLOCK_M]`, and each token's sum of squares."""
+def _row_products(x_ptr, w_ptr, row, there, tokens, K, BLOCK_N: tl.constexpr,
+                  BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """`w[row] @ x.T` for several tokens, float32 `[BLOCK_N, BLOCK_M]`."""
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    squares = tl.zeros((BLOCK_M,), tl.float32)
     token = tl.arange(0, BLOCK_M)
     base = w_ptr + row.to(tl.int64)[:, None] * K
     for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
@@ -85,37 +75,24 @@ def _row_products(
             other=0.0,
             eviction_policy="evict_first",
         )
-        if NORM:
-            wide = x.to(tl.float32)
-            squares += tl.sum(wide * wide, 0)
-            norm = tl.load(norm_ptr + column, mask=inside, other=0.0).to(tl.float32)
-            x = (wide * norm[:, None]).to(x.dtype)
         acc = tl.dot(w, x, acc, out_dtype=tl.float32)
-    return acc, squares
+    return acc
 
 
 @triton.jit
 def _stream_kernel(
-    x_ptr, w_ptr, norm_ptr, eps, bias_ptr, residual_ptr, out_ptr, tokens, N, K,
+    x_ptr, w_ptr, bias_ptr, residual_ptr, out_ptr, tokens, N, K,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr,
-    NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr,
+    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     there = row < N
     if BLOCK_M == 1:
-        acc, squares = _row_sums(
-            x_ptr, w_ptr, norm_ptr, row, there, K, BLOCK_N, BLOCK_K, STAGES, NORM
-        )
-        # A norm's scale is one factor of the whole row: it can wait until after the product.
-        scale = tl.rsqrt(squares / K + eps) if NORM else 1.0
-        acc *= scale
+        acc = _row_sums(x_ptr, w_ptr, row, there, K, BLOCK_N, BLOCK_K, STAGES)
         if BIAS:
             acc += tl.load(bias_ptr + row, mask=there, other=0.0).to(tl.float32)
         if GATED:
-            up, _ = _row_sums(
-                x_ptr, w_ptr, norm_ptr, row + N, there, K, BLOCK_N, BLOCK_K, STAGES, NORM
-            )
-            up *= scale
+            up = _row_sums(x_ptr, w_ptr, row + N, there, K, BLOCK_N, BLOCK_K, STAGES)
             if BIAS:
                 up += tl.load(bias_ptr + N + row, mask=there, other=0.0).to(tl.float32)
             acc = acc * tl.sigmoid(acc) * up
@@ -126,19 +103,13 @@ def _stream_kernel(
         token = tl.arange(0, BLOCK_M)
         place = token[None, :] * N + row[:, None]
         mask = there[:, None] & (token < tokens)[None, :]
-        acc, squares = _row_products(
-            x_ptr, w_ptr, norm_ptr, row, there, tokens, K, BLOCK_N, BLOCK_K, BLOCK_M, STAGES, NORM
-        )
-        scale = tl.rsqrt(squares / K + eps)[None, :] if NORM else 1.0
-        acc *= scale
+        acc = _row_products(x_ptr, w_ptr, row, there, tokens, K, BLOCK_N, BLOCK_K, BLOCK_M, STAGES)
         if BIAS:
             acc += tl.load(bias_ptr + row, mask=there, other=0.0).to(tl.float32)[:, None]
         if GATED:
-            up, _ = _row_products(
-                x_ptr, w_ptr, norm_ptr, row + N, there, tokens, K,
-                BLOCK_N, BLOCK_K, BLOCK_M, STAGES, NORM,
-            )  # fmt: skip
-            up *= scale
+            up = _row_products(
+                x_ptr, w_ptr, row + N, there, tokens, K, BLOCK_N, BLOCK_K, BLOCK_M, STAGES
+            )
             if BIAS:
                 up += tl.load(bias_ptr + N + row, mask=there, other=0.0).to(tl.float32)[:, None]
             acc = acc * tl.sigmoid(acc) * up
@@ -152,7 +123,6 @@ def stream_linear(
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
     *,
-    norm: tuple[torch.Tensor, float] | None = None,
     residual: torch.Tensor | None = None,
     gated: bool = False,
     config: StreamConfig | None = None,
@@ -163,7 +133,6 @@ def stream_linear(
         x: `[T, K]`, contiguous.
         weight: `[N, K]`, contiguous; with `gated` `[2N, K]`, the gate's rows first.
         bias: `[N]`, with `gated` `[2N]`.
-        norm: weight `[K]` and epsilon of an RMS norm that `x` passes first.
         residual: `[T, N]`, added to the result.
         gated: return `silu(gate) * up`.
         config: launch, None = from the table.
@@ -174,14 +143,11 @@ def stream_linear(
     tokens, k = x.shape
     n = weight.shape[0] // 2 if gated else weight.shape[0]
     config = config or stream_config(tokens, n, gated)
-    norm_weight, eps = norm if norm is not None else (None, 0.0)
-    block_m = 1 if tokens == 1 else max(16, triton.next_power_of_2(tokens))
     out = torch.empty((tokens, n), dtype=x.dtype, device=x.device)
     _stream_kernel[(triton.cdiv(n, config.block_n),)](
-        x, weight, norm_weight, eps, bias, residual, out, tokens, n, k,
-        BLOCK_N=config.block_n, BLOCK_K=config.block_k, BLOCK_M=block_m,
-        STAGES=config.num_stages, NORM=norm is not None,
-        BIAS=bias is not None, RESIDUAL=residual is not None,
+        x, weight, bias, residual, out, tokens, n, k,
+        BLOCK_N=config.block_n, BLOCK_K=config.block_k, BLOCK_M=1 if tokens == 1 else 16,
+        STAGES=config.num_stages, BIAS=bias is not None, RESIDUAL=residual is not None,
         GATED=gated, num_warps=config.num_warps,
     )  # fmt: skip
     return out
