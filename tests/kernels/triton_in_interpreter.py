@@ -8,7 +8,14 @@ from kernel_cases import Case, make_batch, worst_error
 from kernel_grid import TINY, tolerance
 from kernel_oracle import attend
 
-from litecache.kernels import copy_blocks, library_prefill, paged_attention, store_kv
+from litecache.kernels import (
+    copy_blocks,
+    library_prefill,
+    paged_attention,
+    store_kv,
+    triton_convert,
+)
+from litecache.kernels.convert import BlockForm, convert_reference
 from litecache.kernels.quantise import dequantise, quantise
 from litecache.kernels.triton_gather import gather, merge_two
 
@@ -134,3 +141,20 @@ def test_the_library_path_covers_every_key_once(
     expected = attend(batch.query, batch.wide_k, batch.wide_v, batch.metadata, **batch.options)
     rows = slice(first, None)
     assert worst_error(got[rows], expected[rows]) < 1e-5
+
+
+def test_convert_writes_what_the_reference_writes() -> None:
+    wide = BlockForm(torch.float32, 2, 40, 24, layer_bytes=8192, v_offset=4096)
+    narrow = BlockForm(torch.int8, 2, 40, 24, 2560, 1024, scale_offset=2048)
+    pool = torch.zeros(3, 16384, dtype=torch.uint8)
+    wide.tokens(pool).normal_()
+    ours, theirs = (torch.zeros(2, 5120, dtype=torch.uint8) for _ in range(2))
+    src, dst = torch.tensor([2, 0]), torch.tensor([0, 1])
+    triton_convert.convert(pool, wide, ours, narrow, src, dst)
+    convert_reference(pool, wide, theirs, narrow, src, dst)
+    assert torch.equal(narrow.scales(ours), narrow.scales(theirs))
+    assert (narrow.tokens(ours).int() - narrow.tokens(theirs).int()).abs().max() <= 1
+    back, expected = torch.zeros_like(pool), torch.zeros_like(pool)
+    triton_convert.convert(theirs, narrow, back, wide, dst, src)
+    convert_reference(theirs, narrow, expected, wide, dst, src)
+    assert torch.equal(back, expected)
