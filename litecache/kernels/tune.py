@@ -1,0 +1,182 @@
+"""Measures decode configurations on this machine's GPU: `python -m litecache.kernels.tune FILE`.
+
+The best of each shape goes into a JSON file that `LITECACHE_TUNING` names from then on. Serving
+never searches: what is not in the file comes from the table in `tuning.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import statistics
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+
+from litecache.errors import KernelError
+from litecache.kernels.metadata import AttentionMetadata
+from litecache.kernels.tuning import DecodeConfig, Shape, num_multiprocessors
+
+logger = logging.getLogger(__name__)
+
+Numbers = tuple[int, int, int, int]
+"""block_n, warps, stages, programs a multiprocessor."""
+
+_BLOCK_SIZE = 16
+_KV_HEADS = 8
+_LAYERS = 8
+_ROUNDS = 5
+SHAPES = tuple(
+    Shape(itemsize, dim, grouped, 16)
+    for itemsize in (2, 1)
+    for dim in (64, 128, 256)
+    for grouped in (True, False)
+)
+"""What is tuned unless told otherwise."""
+
+
+def candidates(shape: Shape) -> list[Numbers]:
+    """Configurations worth a try for a shape; tiles of 4 to 32 KiB of keys and values."""
+    row_bytes = 2 * shape.dim * shape.itemsize
+    return [
+        (block_n, warps, stages, programs)
+        for block_n in (16, 32, 64, 128)
+        if 4096 <= block_n * row_bytes <= 32768
+        for warps, stages, programs in (
+            (1, 3, 8), (1, 3, 5), (2, 3, 4), (2, 2, 6), (2, 2, 4), (4, 3, 3), (4, 2, 3), (4, 3, 2),
+        )
+    ]  # fmt: skip
+
+
+def tune(
+    shapes: Iterable[Shape], measure: Callable[[Shape, Numbers], float]
+) -> dict[str, list[int]]:
+    """The fastest candidate of each shape.
+
+    Args:
+        shapes: what to tune.
+        measure: microseconds of a shape under a configuration; raises RuntimeError or ValueError
+            where the chip cannot run it.
+
+    Returns:
+        Shape name to block_n, warps, stages and programs a multiprocessor.
+
+    Raises:
+        KernelError: no candidate of a shape ran.
+    """
+    best: dict[str, list[int]] = {}
+    for shape in shapes:
+        times: dict[Numbers, float] = {}
+        for numbers in candidates(shape):
+            try:
+                times[numbers] = measure(shape, numbers)
+            except (RuntimeError, ValueError) as error:
+                logger.info("%s under %s: %s", shape.name, numbers, error)
+        if not times:
+            raise KernelError(f"no decode configuration of {shape.name} runs on this GPU")
+        fastest = min(times, key=lambda numbers: times[numbers])
+        logger.info("%s: %s, %.1f us", shape.name, fastest, times[fastest])
+        best[shape.name] = list(fastest)
+    return best
+
+
+class GraphTimer:
+    """Times the decode kernel over random blocks by replaying a CUDA graph through some layers.
+
+    Args:
+        device: a CUDA device.
+        batch: sequences.
+        context: tokens of each.
+    """
+
+    def __init__(self, device: torch.device, batch: int = 64, context: int = 2048) -> None:
+        self._device, self._batch, self._context = device, batch, context
+        self._shape: Shape | None = None
+
+    def __call__(self, shape: Shape, numbers: Numbers) -> float:
+        """Microseconds of one layer."""
+        # Triton is imported where a GPU is known to be there.
+        from litecache.kernels.triton_decode import decode
+
+        if shape != self._shape:
+            self._prepare(shape)
+        block_n, warps, stages, programs = numbers
+        config = DecodeConfig(block_n, warps, stages, programs * num_multiprocessors(self._device))
+        out = torch.empty_like(self._query)
+
+        def step() -> None:
+            self._metadata.scratch.clear()
+            for k, v, scale in self._layers:
+                decode(
+                    self._query, k, v, self._metadata, self._batch, out, config,
+                    scale=shape.dim**-0.5, window=None, softcap=None, sinks=None,
+                    alibi_slopes=None, k_scale=scale, v_scale=scale,
+                )  # fmt: skip
+
+        step()
+        torch.cuda.synchronize(self._device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        times = []
+        for _ in range(_ROUNDS + 1):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(begin.elapsed_time(end) * 1e3 / len(self._layers))
+        graph.reset()
+        return statistics.median(times[1:])
+
+    def _prepare(self, shape: Shape) -> None:
+        """A pool of several layers, larger than the cache together, and a step over it."""
+        self._shape = shape
+        width = self._context // _BLOCK_SIZE
+        count = self._batch * width + 1
+        size = (count, _KV_HEADS, _BLOCK_SIZE, shape.dim)
+        self._layers = [self._layer(size, shape.itemsize) for _ in range(_LAYERS)]
+        tables = (torch.randperm(count - 1) + 1).view(self._batch, width).tolist()
+        lens = [self._context] * self._batch
+        self._metadata = AttentionMetadata.build(
+            [1] * self._batch, lens, tables, _BLOCK_SIZE, self._device
+        )
+        heads = _KV_HEADS * (4 if shape.grouped else 1)
+        self._query = torch.randn(
+            self._batch, heads, shape.dim, device=self._device, dtype=torch.bfloat16
+        )
+
+    def _layer(
+        self, size: tuple[int, ...], itemsize: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        if itemsize == 1:
+            k, v = (
+                torch.randint(-127, 128, size, dtype=torch.int8, device=self._device)
+                for _ in range(2)
+            )
+            return k, v, torch.rand(size[:3], device=self._device)
+        k, v = (torch.randn(size, dtype=torch.bfloat16, device=self._device) for _ in range(2))
+        return k, v, None
+
+
+def main() -> None:
+    """Tunes every shape in `SHAPES` and writes the file."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("file", type=Path, help="where to write the configurations")
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if not torch.cuda.is_available():
+        raise SystemExit("tuning needs a CUDA device")
+    device = torch.device("cuda", torch.cuda.current_device())
+    entries = tune(SHAPES, GraphTimer(device))
+    document = {"gpu": torch.cuda.get_device_name(device), "decode": entries}
+    temporary = options.file.with_name(options.file.name + ".tmp")
+    temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, options.file)
+
+
+if __name__ == "__main__":
+    main()
