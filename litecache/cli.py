@@ -1,4 +1,4 @@
-"""The command line: `litecache up`, `down`, `status`, `generate`, `doctor`.
+"""The command line: `litecache up`, `down`, `status`, `generate`, `inspect`, `verify`, `doctor`.
 
 A group started by `up` is detached: it outlives the command, until `down`. Neither ever starts or
 stops Ray. Every command takes `--json` for machines; errors go to stderr and exit with 1.
@@ -23,6 +23,7 @@ app = typer.Typer(
 Model = Annotated[str, typer.Argument(help="a hub name, a folder or a .gguf file")]
 GroupName = Annotated[str, typer.Option(help="name of the group of actors")]
 Address = Annotated[str | None, typer.Option(help="Ray's address; default RAY_ADDRESS or auto")]
+Folder = Annotated[str, typer.Argument(help="a storage_dir, or one shard's folder in it")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 Settings = Annotated[
     list[str] | None,
@@ -158,6 +159,56 @@ def generate(
 
 
 @app.command()
+def inspect(directory: Folder, as_json: AsJson = False) -> None:
+    """Show what a storage folder holds; works beside a running group."""
+    from litecache.storage import inspect_store
+
+    reports = inspect_store(directory)
+    if as_json:
+        _print_json([report.to_dict() for report in reports])
+        return
+    for report in reports:
+        typer.echo(
+            f"{report.path}: {report.blocks:,} blocks, {_size(report.bytes)} "
+            f"({_size(report.disk_bytes)} on disk), {report.hits:,} hits, "
+            f"{report.damaged_records} damaged records"
+        )
+        for name in report.namespaces:
+            typer.echo(
+                f"  {name.name}: {name.blocks:,} blocks, {_size(name.bytes)}, {name.hits:,} hits, "
+                f"last used {name.idle_s:,} s ago"
+            )
+
+
+@app.command()
+def verify(directory: Folder, as_json: AsJson = False) -> None:
+    """Read every block of a storage folder and check it; exit with 1 when one is not sound."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from litecache.storage import verify_store
+
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("reading", total=None)
+        reports = verify_store(
+            directory, lambda done, total: progress.update(task, completed=done, total=total)
+        )
+    if as_json:
+        _print_json([report.to_dict() for report in reports])
+    else:
+        for report in reports:
+            outcome = "sound" if report.ok else f"{len(report.bad)} bad"
+            typer.echo(
+                f"{report.path}: {report.checked:,} blocks, {_size(report.bytes)}: {outcome}, "
+                f"{report.damaged_records} damaged records"
+            )
+            for key, reason in report.bad:
+                typer.echo(f"  {key}: {reason}")
+    if not all(report.ok for report in reports):
+        raise typer.Exit(1)
+
+
+@app.command()
 def doctor(
     storage_dir: Annotated[str | None, typer.Option(help="a folder for the disk tier")] = None,
     address: Address = None,
@@ -229,6 +280,10 @@ def _connect(address: str | None) -> None:
             f"no Ray cluster to join ({first}): start one with `ray start --head`, and export the "
             "same RAY_AUTH_MODE and token for both"
         ) from error
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def _print_json(value: object) -> None:

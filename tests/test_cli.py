@@ -16,6 +16,7 @@ from litecache.actors.group import actor_names
 from litecache.cli import app, main, parse_settings
 from litecache.config import CacheConfig
 from litecache.errors import ConfigError
+from litecache.storage import CommitItem, LocalShardClient, ShardStore
 
 WORDS = [f"w{number}" for number in range(64)]
 
@@ -76,6 +77,7 @@ def test_a_group_goes_up_answers_shows_itself_and_goes_down(ray_local: None, mod
     [
         (["down", "--group", "nobody"], "there is no group 'nobody'"),
         (["status", "--group", "nobody"], "there is no group 'nobody'"),
+        (["inspect", "/no/such/store"], "dir='/no/such/store' is invalid"),
         (["up", "/no/such/model"], "model='/no/such/model' is invalid"),
         (["up", "m", "--set", "blocksize=3"], "--set='blocksize=3' is invalid: NAME=VALUE"),
         (["up", "m", "--set", "block_size=12"], "block_size=12 is invalid: a power of two"),
@@ -96,6 +98,44 @@ def test_errors_are_one_line_and_exit_with_1(
     assert shown.startswith("error: ")
     assert message in shown
     assert len(shown.splitlines()) == 1
+
+
+def filled_store(folder: Path) -> Path:
+    with ShardStore(str(folder / "shard-0"), storage_bytes=8 << 20, ram_bytes=1 << 20) as store:
+        client = LocalShardClient(store)
+        slots = client.reserve(4096, 3)
+        items = []
+        for number, slot in enumerate(slots, start=1):
+            client.arena.buffer(slot.slot, 4096)[:] = bytes([number]) * 4096
+            items.append(CommitItem(*slot, bytes([number]) * 16, bytes(16), "model-a"))
+        client.commit(items)
+        client.flush()
+        client.close()
+    return folder
+
+
+def test_a_storage_folder_is_inspected_and_verified(tmp_path: Path) -> None:
+    folder = filled_store(tmp_path)
+    (report,) = invoke("inspect", str(folder))
+    assert report["blocks"] == 3
+    assert [name["name"] for name in report["namespaces"]] == ["model-a"]
+    text = CliRunner().invoke(app, ["inspect", str(folder)]).stdout
+    assert "3 blocks" in text
+    assert "model-a: 3 blocks" in text
+    (sound,) = invoke("verify", str(folder))
+    assert (sound["ok"], sound["checked"]) == (True, 3)
+
+
+def test_verify_finds_a_flipped_byte_and_exits_with_1(tmp_path: Path) -> None:
+    folder = filled_store(tmp_path)
+    slab = folder / "shard-0" / "slab"
+    content = bytearray(slab.read_bytes())
+    content[content.index(bytes([2]) * 4096) + 100] ^= 1
+    slab.write_bytes(content)
+    done = CliRunner().invoke(app, ["verify", str(folder)])
+    assert done.exit_code == 1
+    assert "1 bad" in done.stdout
+    assert (bytes([2]) * 16).hex() in done.stdout
 
 
 def test_settings_are_parsed_as_fields_of_the_config() -> None:

@@ -81,6 +81,7 @@ class Coordinator:
     async def stats(self) -> dict[str, Any]:
         """Members and the size of the map."""
         return {
+            **await self.info(),
             "keys": len(self._locations),
             "shards": self._locations.shards(),
             "replicas": self._router.replicas(),
