@@ -79,6 +79,23 @@ class Files:
         """Fill buffers from `offset`; fewer bytes than asked for only at the end of the file."""
         return self._transfer(os.preadv, fd, buffers, offset)
 
+    def read_all(self, path: str) -> bytes:
+        """A whole file; empty when there is none.
+
+        Raises:
+            OSError: it cannot be read to its end: half a journal must not pass for a whole one.
+        """
+        if not self.exists(path):
+            return b""
+        fd = self.open(path)
+        try:
+            raw = bytearray(self.size(fd))
+            if raw and (got := self.read(fd, [memoryview(raw)], 0)) != len(raw):
+                raise OSError(errno.EIO, f"only {got} of {len(raw)} bytes of {path} can be read")
+            return bytes(raw)
+        finally:
+            self.close(fd)
+
     def write(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
         """Write all buffers at `offset`."""
         return self._transfer(os.pwritev, fd, buffers, offset)

@@ -125,13 +125,7 @@ class Folder:
                 raise StorageFormatError(f"{self.path} has {', '.join(others)} but no superblock")
             self._write_superblock(segment_bytes)
             return segment_bytes
-        fd = self._files.open(path)
-        try:
-            raw = bytearray(SUPERBLOCK_BYTES)
-            length = self._files.read(fd, [memoryview(raw)], 0)
-        finally:
-            self._files.close(fd)
-        return parse_superblock(bytes(raw[:length]), path)
+        return parse_superblock(self._files.read_all(path)[:SUPERBLOCK_BYTES], path)
 
     def _write_superblock(self, segment_bytes: int) -> None:
         head = _SUPERBLOCK.pack(_MAGIC, FORMAT_VERSION, 0, segment_bytes)

@@ -127,13 +127,7 @@ def inspect_store(directory: str) -> list[ShardReport]:
 
 def _segment_bytes(files: Files, folder: str) -> int:
     path = f"{folder}/superblock"
-    fd = files.open(path)
-    try:
-        raw = bytearray(SUPERBLOCK_BYTES)
-        length = files.read(fd, [memoryview(raw)], 0)
-    finally:
-        files.close(fd)
-    return parse_superblock(bytes(raw[:length]), path)
+    return parse_superblock(files.read_all(path)[:SUPERBLOCK_BYTES], path)
 
 
 def _inspect(folder: str) -> ShardReport:

@@ -52,7 +52,7 @@ def recover(files: Files, folder: str) -> Recovered:
     """
     base = snapshot.read(files, f"{folder}/snapshot")
     path = f"{folder}/journal"
-    raw = _read_all(files, path)
+    raw = files.read_all(path)
     changes, end = journal.parse(raw, path)
     names = list(base.names[:MAX_NAMES]) or [""]
     parts = [base.records]
@@ -75,19 +75,6 @@ def recover(files: Files, folder: str) -> Recovered:
             _bind_name(names, change.body)
     records = _last_of_each_key(np.concatenate(parts) if rows else base.records)
     return Recovered(_without(records, dels), names, seq, end, len(changes), damaged)
-
-
-def _read_all(files: Files, path: str) -> bytes:
-    if not files.exists(path):
-        return b""
-    fd = files.open(path)
-    try:
-        raw = bytearray(files.size(fd))
-        if raw:
-            del raw[files.read(fd, [memoryview(raw)], 0) :]
-        return bytes(raw)
-    finally:
-        files.close(fd)
 
 
 def _bind_name(names: list[str], body: bytes) -> None:

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 
-from ..errors import ConfigError, StorageError
+from ..errors import ConfigError, StorageError, StorageFullError
 from ..hashing import BlockKey
 from ..metrics import Metrics
 from .admission import get_admission
@@ -21,7 +21,7 @@ from .arena import Arena
 from .block_io import BlockIo, OnWritten, fault
 from .disk_tier import DiskTier
 from .eviction import get_policy
-from .files import Files
+from .files import NO_SPACE, Files
 from .leases import Client, Clients
 from .protocol import (
     PAGE_BYTES,
@@ -129,6 +129,10 @@ class ShardStore:
                     quotas=quotas or {},
                     direct=direct,
                 )
+        except OSError as error:
+            self._arena.close()
+            kind = StorageFullError if error.errno in NO_SPACE else StorageError
+            raise kind(f"the store in {directory} cannot be opened: {error}") from error
         except BaseException:
             self._arena.close()
             raise
@@ -207,12 +211,15 @@ class ShardStore:
         """
         results = self._stage_once(client_id, keys)
         busy = [i for i, result in enumerate(results) if result.status is StageStatus.BUSY]
-        if busy:
-            # Another client may have taken the segment that was grown for these: ask once more,
-            # now that growth or eviction can see their need.
+        space, grown = self._tiers.ram.space, -1
+        while busy and space.grown != grown:
+            # another client, or another block size, took the segment that was grown for these: ask
+            # again for as long as the arena grows, now that growth and eviction see their need
+            grown = space.grown
             again = self._stage_once(client_id, [keys[i] for i in busy])
             for i, result in zip(busy, again, strict=True):
                 results[i] = result
+            busy = [i for i in busy if results[i].status is StageStatus.BUSY]
         self._count_stage(results)
         self._io.drain()
         return results

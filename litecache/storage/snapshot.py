@@ -92,17 +92,10 @@ def read(files: Files, path: str) -> Snapshot:
 
     Raises:
         StorageFormatError: the header is sound and of another version, or not a regular file.
+        OSError: the file cannot be read.
     """
-    if not files.exists(path):
-        return EMPTY
-    fd = files.open(path)
-    try:
-        raw = bytearray(files.size(fd))
-        if raw:
-            del raw[files.read(fd, [memoryview(raw)], 0) :]
-    finally:
-        files.close(fd)
-    return _parse(bytes(raw), path)
+    raw = files.read_all(path)
+    return _parse(raw, path) if raw else EMPTY
 
 
 def _parse(raw: bytes, path: str) -> Snapshot:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -46,20 +47,29 @@ def kill_rounds(count: int, seed: int) -> tuple[int, int]:
         nbytes, fsync = draw.choice(SIZES), draw.choice(["always", "interval"])
         first = number
         durable, number = write_until_killed(folder, first, fsync, nbytes, draw.uniform(0.02, 0.4))
-        with ShardStore(folder, storage_bytes=48 * MIB, ram_bytes=8 * MIB) as store:
-            store.check_integrity()
-            client = LocalShardClient(store)
-            recent = [n for n in durable if n >= number - KEPT_BYTES // nbytes]
-            assert all(store.query([key_of(n) for n in recent])), "a durable block is gone"
-            asked += len(recent)
-            for n in range(max(first, number - 256), number + 8):
-                (hit,) = get(client, [key_of(n)], nbytes)
-                assert hit or n not in recent, "a durable block cannot be read"
-                hits += hit and n in recent
-            hits += sum(n < max(first, number - 256) for n in recent)
-            client.close()
+        found, wanted = check_after_kill(folder, durable, first, number, nbytes)
+        hits, asked = hits + found, asked + wanted
         number += 100
+    shutil.rmtree(folder, ignore_errors=True)
     return hits, asked
+
+
+def check_after_kill(
+    folder: str, durable: list[int], first: int, number: int, nbytes: int
+) -> tuple[int, int]:
+    """Open what a killed process left; (hits, number) of the durable blocks that it must hold."""
+    with ShardStore(folder, storage_bytes=48 * MIB, ram_bytes=8 * MIB) as store:
+        store.check_integrity()
+        client = LocalShardClient(store)
+        recent = {n for n in durable if n >= number - KEPT_BYTES // nbytes}
+        assert all(store.query([key_of(n) for n in recent])), "a durable block is gone"
+        hits = 0
+        for n in sorted(recent | set(range(max(first, number - 256), number + 8))):
+            (hit,) = get(client, [key_of(n)], nbytes)
+            assert hit or n not in recent, "a durable block cannot be read"
+            hits += hit and n in recent
+        client.close()
+    return hits, len(recent)
 
 
 def test_durable_blocks_survive_kill_9(capsys: pytest.CaptureFixture[str]) -> None:

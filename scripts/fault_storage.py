@@ -1,0 +1,194 @@
+"""Fault injection: power cuts and disk errors in a simulated file system, and real SIGKILLs.
+
+`--count` faults are injected by the simulated disk (`tests/storage/fault_files.py`), `--kills` real
+SIGKILLs hit a writing process, `--ray-kills` more hit a Ray actor. An oracle keeps its own sha256
+of every block. Exit status 1 on any wrong byte, lost durable block, leak or hang, or when one of
+the three planted bugs is not caught.
+
+    python scripts/fault_storage.py --seed 1 --count 20000 --kills 300 --ray-kills 20
+"""
+
+from __future__ import annotations
+
+import collections
+import logging
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from bench_common import Report, Row, parser
+
+TESTS = Path(__file__).resolve().parents[1] / "tests" / "storage"
+sys.path.insert(0, str(TESTS))
+
+from fault_world import BUGS, BrokenPromiseError, Tally, first_violation, run_world  # noqa: E402
+from storage_help import MIB, bytes_of, fast_folder, key_of  # noqa: E402
+from test_kill9 import SIZES, check_after_kill, kill_rounds  # noqa: E402
+
+from litecache.storage import CommitItem, LocalShardClient, ShardStore  # noqa: E402
+
+
+def simulated(report: Report, seed: int, count: int) -> bool:
+    """Worlds on a faulty disk until `count` faults were injected."""
+    total: collections.Counter[str] = collections.Counter()
+    tally = Tally()
+    begun = time.monotonic()
+    worlds = violations = 0
+    while sum(total.values()) < count:
+        try:
+            world = run_world(seed + worlds)
+        except (BrokenPromiseError, AssertionError) as found:
+            violations += 1
+            report.console.print(f"[red]seed {seed + worlds}: {found}")
+        else:
+            total += world.faults
+            tally.cuts += world.cuts
+            tally.untouched += world.untouched
+            tally.hits += world.hits
+        worlds += 1
+        if worlds % 100 == 0:
+            report.console.print(f"  {worlds} worlds, {sum(total.values())} faults")
+    spent = time.monotonic() - begun
+    for kind, number in sorted(total.items()):
+        report.add(Row("simulated disk", f"faults: {kind}", number, ""))
+    share = tally.hits / max(1, tally.untouched)
+    report.add(
+        Row("simulated disk", "faults in all", sum(total.values()), ""),
+        Row("simulated disk", "power cuts", tally.cuts, ""),
+        Row("simulated disk", "violations", violations, "", 0),
+        Row("simulated disk", "untouched durable blocks hit", share, "", 0.95),
+        Row("simulated disk", "time", spent, "s"),
+    )
+    return not violations and share >= 0.95
+
+
+def planted(report: Report, seed: int) -> bool:
+    """Each planted bug must be noticed."""
+    caught = [first_violation(bug, range(seed, seed + 60)) for bug in BUGS]
+    for bug, how in zip(BUGS, caught, strict=True):
+        report.console.print(f"  planted '{bug}': {how or 'NOT CAUGHT'}")
+    report.add(Row("planted bugs", "caught", sum(map(bool, caught)), "", len(BUGS)))
+    return all(caught)
+
+
+def kills(report: Report, seed: int, count: int) -> bool:
+    """SIGKILLs of a writing process."""
+    begun = time.monotonic()
+    hits, asked = kill_rounds(count, seed)
+    report.add(
+        Row("SIGKILL", "kills", count, ""),
+        Row("SIGKILL", "durable blocks hit", hits / max(1, asked), "", 1.0, samples=asked),
+        Row("SIGKILL", "time", time.monotonic() - begun, "s"),
+    )
+    return hits == asked
+
+
+class Writer:
+    """What the Ray actor runs: stores blocks and says which are durable."""
+
+    def __init__(self, folder: str, nbytes: int) -> None:
+        self.store = ShardStore(
+            folder, storage_bytes=48 * MIB, ram_bytes=8 * MIB, fsync_interval_s=0.02
+        )
+        self.client = LocalShardClient(self.store)
+        self.nbytes = nbytes
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def write(self, first: int, count: int) -> list[int]:
+        items, parent = [], bytes(16)
+        for number, ref in enumerate(self.client.reserve(self.nbytes, count), first):
+            key = key_of(number)
+            self.client.arena.buffer(ref.slot, self.nbytes)[:] = bytes_of(key, self.nbytes)
+            items.append(CommitItem(*ref, key, parent, "ray"))
+            parent = key
+        self.client.commit(items)
+        numbers = list(range(max(0, first - 64), first + count))
+        return [n for n, d in zip(numbers, self.store.durable(map_keys(numbers)), strict=True) if d]
+
+
+def map_keys(numbers: list[int]) -> list[bytes]:
+    return [key_of(number) for number in numbers]
+
+
+def ray_kills(report: Report, seed: int, count: int) -> bool:
+    """SIGKILLs of a Ray actor that holds the store."""
+    import ray
+
+    path = f"{TESTS}:{Path(__file__).parent}"
+    ray.init(
+        num_cpus=1,
+        include_dashboard=False,
+        logging_level=logging.ERROR,
+        log_to_driver=False,
+        runtime_env={"env_vars": {"PYTHONPATH": path}},
+    )
+    draw = random.Random(seed)
+    folder = fast_folder()
+    hits = asked = number = 0
+    try:
+        actor_class: Any = ray.remote(Writer)
+        for _ in range(count):
+            nbytes = draw.choice(SIZES)
+            actor = actor_class.remote(folder, nbytes)
+            pid = ray.get(actor.pid.remote(), timeout=60)
+            first, durable = number, set()
+            stop = time.monotonic() + draw.uniform(0.05, 0.6)
+            while time.monotonic() < stop:
+                durable |= set(ray.get(actor.write.remote(number, 8), timeout=60))
+                number += 8
+            actor.write.remote(number, 8)
+            os.kill(pid, signal.SIGKILL)
+            number += 8
+            wait_gone(pid)
+            found, wanted = check_after_kill(folder, sorted(durable), first, number, nbytes)
+            hits, asked = hits + found, asked + wanted
+            number += 100
+    finally:
+        ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+    report.add(
+        Row("SIGKILL of a Ray actor", "kills", count, ""),
+        Row("SIGKILL of a Ray actor", "durable blocks hit", hits / max(1, asked), "", 1.0,
+            samples=asked),
+    )  # fmt: skip
+    return hits == asked
+
+
+def wait_gone(pid: int) -> None:
+    deadline = time.monotonic() + 30
+    while os.path.exists(f"/proc/{pid}") and time.monotonic() < deadline:
+        with open(f"/proc/{pid}/stat") as stat:
+            if stat.read().rpartition(")")[2].split()[0] == "Z":
+                return
+        time.sleep(0.02)
+
+
+def main() -> int:
+    made = parser(__doc__ or "")
+    made.add_argument("--seed", type=int, default=1)
+    made.add_argument("--count", type=int, default=20_000, help="faults of the simulated disk")
+    made.add_argument("--kills", type=int, default=300)
+    made.add_argument("--ray-kills", type=int, default=20)
+    args = made.parse_args()
+    if args.quick:
+        args.count, args.kills, args.ray_kills = 500, 5, 0
+    logging.disable(logging.CRITICAL)
+    report = Report("Faults", args.json)
+    good = [planted(report, args.seed), simulated(report, args.seed * 1_000_000, args.count)]
+    good.append(kills(report, args.seed, args.kills))
+    if args.ray_kills:
+        good.append(ray_kills(report, args.seed, args.ray_kills))
+    report.show()
+    report.console.print("every promise held" if all(good) else "[red]a promise was broken")
+    return 0 if all(good) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
