@@ -123,14 +123,14 @@ class GraphTimer:
             step()
         times = []
         for _ in range(_ROUNDS + 1):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin, end = (_event() for _ in range(2))
             begin.record()
             graph.replay()
             end.record()
             end.synchronize()
             times.append(begin.elapsed_time(end) * 1e3 / len(self._layers))
         graph.reset()
-        return statistics.median(times[1:])
+        return float(statistics.median(times[1:]))
 
     def _prepare(self, shape: Shape) -> None:
         """A pool of several layers, larger than the cache together, and a step over it."""
@@ -160,6 +160,10 @@ class GraphTimer:
             return k, v, torch.rand(size[:3], device=self._device)
         k, v = (torch.randn(size, dtype=torch.bfloat16, device=self._device) for _ in range(2))
         return k, v, None
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
 def main() -> None:

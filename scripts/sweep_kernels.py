@@ -1,0 +1,169 @@
+"""Measures the launch candidates of the decode and prefill kernels: what fills the tuning table.
+
+    python scripts/sweep_kernels.py --parts llama,smollm,int8 [--json FILE]
+
+Candidates are compiled in parallel first; each part ends with its candidates, best last.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from dataclasses import replace
+
+import torch
+from bench_common import Report, Row, parser, summarise
+from kernel_bench import (
+    CHUNKS,
+    GPT2,
+    LLAMA,
+    SMOLLM,
+    Bench,
+    Shape,
+    causal_flops,
+    memory_limits,
+    ragged_lengths,
+)
+
+from litecache.kernels.tune import candidates
+from litecache.kernels.tuning import DecodeConfig, PrefillConfig
+from litecache.kernels.tuning import Shape as TunedShape
+
+
+def decode_candidates(shape: Shape) -> list[DecodeConfig]:
+    """The candidates of `litecache.kernels.tune` for a geometry."""
+    item = getattr(torch, shape.dtype).itemsize
+    tuned = TunedShape(item, shape.dim, shape.heads > shape.kv_heads, 16)
+    return [
+        DecodeConfig(block_n, warps, stages, programs * 132)
+        for block_n, warps, stages, programs in candidates(tuned)
+    ]
+
+
+def prefill_candidates(shape: Shape) -> list[PrefillConfig]:
+    """Prefill configurations worth a try."""
+    return [
+        PrefillConfig(*numbers)
+        for numbers in (
+            (128, 64, 8, 2), (128, 128, 8, 2), (128, 128, 8, 3), (64, 64, 4, 3), (64, 64, 4, 2),
+            (64, 128, 4, 2), (64, 32, 4, 3), (64, 32, 4, 4), (128, 64, 8, 4),
+        )
+    ]  # fmt: skip
+
+
+def _compile(task: tuple[Shape, DecodeConfig | PrefillConfig, int]) -> None:
+    shape, config, queries = task
+    bench = Bench(replace(shape, pool_bytes=200 * (1 << 20)))
+    try:
+        if isinstance(config, DecodeConfig):
+            bench.decode_us(bench.metadata([queries] * 2, [40] * 2), config, 1)
+        else:
+            bench.prefill_us(bench.metadata([40], [40]), config, 1, 1)
+    except Exception as error:
+        print("failed", config, str(error)[:120], flush=True)
+
+
+def compile_all(tasks: list[tuple[Shape, DecodeConfig | PrefillConfig, int]]) -> None:
+    """Compiles kernels in parallel; the measuring process then finds them in Triton's cache."""
+    with multiprocessing.get_context("spawn").Pool(14) as workers:
+        workers.map(_compile, tasks, chunksize=1)
+
+
+def sweep_decode(
+    bench: Bench, contexts: list[list[int]], limit: float, report: Report, queries: int = 1
+) -> None:
+    """The share of the limit of every candidate, a row each, best last."""
+    shape, found = bench.shape, []
+    batches = [bench.metadata([queries] * len(lengths), lengths) for lengths in contexts]
+    for config in decode_candidates(shape):
+        shares = []
+        try:
+            for metadata, lengths in zip(batches, contexts, strict=True):
+                times = summarise(bench.decode_us(metadata, config, 3)).median
+                shares.append(sum(lengths) * shape.token_bytes / times / 1e3 / limit)
+        except Exception as error:
+            print("failed", config, str(error)[:80], flush=True)
+            continue
+        found.append((sum(shares), config, shares))
+        report.extra.setdefault("sweep", []).append([shape.name, queries, repr(config), shares])
+        report.write()
+    for _, config, shares in sorted(found, key=lambda item: item[0]):
+        numbers = f"n{config.block_n} w{config.num_warps} s{config.num_stages}"
+        waves = f"x{config.num_programs // 132}"
+        print(shape.name, f"q{queries}", numbers, waves, *(f"{s:.3f}" for s in shares), flush=True)
+
+
+def sweep_prefill(bench: Bench, batches: list[tuple[list[int], list[int]]], report: Report) -> None:
+    """TFLOP/s of every candidate of the Triton path, best last."""
+    found = []
+    for config in prefill_candidates(bench.shape):
+        rates = []
+        try:
+            for queries, contexts in batches:
+                metadata = bench.metadata(queries, contexts)
+                times = summarise(bench.prefill_us(metadata, config, 3, 2)).median
+                rates.append(causal_flops(queries, contexts, bench.shape) / times / 1e6)
+        except Exception as error:
+            print("failed", config, str(error)[:80], flush=True)
+            continue
+        found.append((sum(rates), config, rates))
+        report.extra.setdefault("sweep", []).append([bench.shape.name, repr(config), rates])
+        report.write()
+    for _, config, rates in sorted(found, key=lambda item: item[0]):
+        print(bench.shape.name, config, *(f"{rate:.0f}" for rate in rates), flush=True)
+
+
+def sweep_all(report: Report, limit: float, names: list[str]) -> None:
+    """Compiles and measures the candidates of the named parts."""
+    parts: dict[str, tuple[Shape, list[list[int]], int]] = {
+        "llama": (LLAMA, [[4096] * 64, [1024] * 256, [131072], [8192] * 8], 1),
+        "ragged": (LLAMA, [ragged_lengths(128)], 1),
+        "smollm": (SMOLLM, [[2048] * 128], 1),
+        "gpt2": (GPT2, [[2048] * 64], 1),
+        "int8": (replace(LLAMA, dtype="int8", pool_bytes=40 * 10**9), [[4096] * 64], 1),
+        "fp8": (replace(LLAMA, dtype="float8_e4m3fn", pool_bytes=40 * 10**9), [[4096] * 64], 1),
+        "verify": (LLAMA, [[4096] * 64], 8),
+    }
+    tasks: list[tuple[Shape, DecodeConfig | PrefillConfig, int]] = [
+        (shape, config, queries)
+        for name, (shape, _, queries) in parts.items()
+        if name in names
+        for config in decode_candidates(shape)
+    ]
+    if "prefill" in names:
+        tasks += [(LLAMA, config, 1) for config in prefill_candidates(LLAMA)]
+    compile_all(tasks)
+    bench = None
+    for name, (shape, contexts, queries) in parts.items():
+        if name not in names:
+            continue
+        if bench is None or bench.shape != shape:
+            bench = None
+            torch.cuda.empty_cache()
+            bench = Bench(shape)
+        sweep_decode(bench, contexts, limit, report, queries)
+    if "prefill" in names:
+        if bench is None or bench.shape != LLAMA:
+            bench = None
+            torch.cuda.empty_cache()
+            bench = Bench(LLAMA)
+        batches = [([8192], [8192]), ([32768], [32768]), ([8192], [32768]), CHUNKS]
+        sweep_prefill(bench, batches, report)
+
+
+def main() -> None:
+    arguments = parser(__doc__ or "")
+    names = "llama,ragged,smollm,gpt2,int8,fp8,verify,prefill"
+    arguments.add_argument("--parts", default=names, help=f"some of {names}")
+    options = arguments.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("sweep_kernels.py needs a CUDA device")
+    report = Report("kernel candidates", options.json)
+    limits = memory_limits()
+    for name, value in limits.items():
+        report.add(Row("limit", name, value, "GB/s"))
+    parts = ["smollm"] if options.quick else options.parts.split(",")
+    sweep_all(report, max(limits.values()), parts)
+
+
+if __name__ == "__main__":
+    main()
