@@ -98,8 +98,8 @@ class ShardSet:
                 if spare is not None:
                     self.give_back([spare])
         self._ask_remote(keys, leases)
-        for lease, reason in zip(leases, reasons, strict=True):
-            if lease is None:
+        for found, reason in zip(leases, reasons, strict=True):
+            if found is None:
                 self._metrics.inc("litecache_misses", tier="shard", reason=reason)
         return leases
 
