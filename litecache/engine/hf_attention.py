@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 
 from litecache.engine.kv_layout import KVLayout, KVPool
-from litecache.kernels import AttentionMetadata, paged_attention, store_kv
+from litecache.kernels import AttentionMetadata, dispatch
 
 IMPLEMENTATION = "litecache"
 
@@ -85,6 +85,9 @@ def current_context() -> AttentionContext:
 class PagedContext:
     """Attention over the pools of a model's KV groups.
 
+    The kernels' arguments are checked at a layer's first call; after that only the step changes,
+    which the runner builds itself, and the calls go to the backend at once.
+
     Args:
         layout: the model's KV groups.
         pools: one per group.
@@ -96,6 +99,8 @@ class PagedContext:
             for group, pool in zip(layout.groups, pools, strict=True)
             for layer in group.layers
         }
+        self._backend = dispatch.backend(pools[0].buffer.device)
+        self._checked: set[int] = set()
         self.metadata: Sequence[AttentionMetadata] = ()
         """One per group; set before each forward."""
 
@@ -114,8 +119,23 @@ class PagedContext:
     ) -> torch.Tensor:
         """Write this step's KV to its slots, then attend to all that is visible."""
         k_cache, v_cache, metadata = self.layer(layer)
-        store_kv(key, value, k_cache, v_cache, metadata.slot_mapping)
-        return paged_attention(
+        kernels = self._backend if layer in self._checked else dispatch
+        kernels.store_kv(key, value, k_cache, v_cache, metadata.slot_mapping)
+        return self.attend_stored(layer, query, key, value, options)
+
+    def attend_stored(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        options: AttentionOptions,
+    ) -> torch.Tensor:
+        """As `attend`, for KV that is in its slots already."""
+        k_cache, v_cache, metadata = self.layer(layer)
+        kernels = self._backend if layer in self._checked else dispatch
+        self._checked.add(layer)
+        out: torch.Tensor = kernels.paged_attention(
             query,
             k_cache,
             v_cache,
@@ -127,6 +147,7 @@ class PagedContext:
             key=key,
             value=value,
         )
+        return out
 
 
 def _attention_forward(

@@ -6,10 +6,10 @@ import pytest
 import torch
 from plan_driver import FAMILIES, tiny_model
 
-from litecache.engine import hf_attention, probe
+from litecache.engine import probe
 from litecache.engine.kv_layout import KVLayout
 from litecache.errors import ModelNotSupportedError
-from litecache.kernels import paged_attention
+from litecache.kernels import reference
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -31,10 +31,12 @@ def test_right_models_pass_with_a_tiny_error(family):
 def test_a_wrong_attention_is_caught(monkeypatch, fault):
     loaded = tiny_model("gemma2")
 
-    def faulty(*args, **kwargs):
-        return paged_attention(*args, **{**kwargs, **fault})
+    right = reference.paged_attention
 
-    monkeypatch.setattr(hf_attention, "paged_attention", faulty)
+    def faulty(*args, **kwargs):
+        return right(*args, **{**kwargs, **fault})
+
+    monkeypatch.setattr(reference, "paged_attention", faulty)
     with pytest.raises(ModelNotSupportedError, match=r"gemma2.*paged KV differ"):
         probe.verify_paged(loaded.model, loaded.specs, 16)
 

@@ -23,7 +23,6 @@ from litecache.engine.hf_attention import (
 )
 from litecache.engine.passes.layer_ops import TritonOps, choose_ops
 from litecache.engine.passes.merge import can_merge, merge
-from litecache.kernels import paged_attention
 
 logger = logging.getLogger(__name__)
 
@@ -98,18 +97,12 @@ class FusedDecoderLayer(nn.Module):
                 qkv, cos, sin, k_cache, v_cache, metadata.slot_mapping, self._heads, self._qk_norm
             )
             heads = qkv.view(tokens, -1, self._dim)
-            options = self._options
-            return paged_attention(
+            return context.attend_stored(
+                self._layer,
                 heads[:, :queries_end],
-                k_cache,
-                v_cache,
-                metadata,
-                scale=options.scale,
-                window=options.window,
-                softcap=options.softcap,
-                sinks=options.sinks,
-                key=heads[:, queries_end:keys_end],
-                value=heads[:, keys_end:],
+                heads[:, queries_end:keys_end],
+                heads[:, keys_end:],
+                self._options,
             )
         heads = qkv.view(tokens, -1, self._dim)
         query_key, value = heads[:, :keys_end], heads[:, keys_end:]
