@@ -15,8 +15,10 @@ from transformers import LlamaForCausalLM
 
 from litecache.actors.calls import result
 from litecache.actors.naming import coordinator_name, replica_name
+from litecache.actors.outbox import HEARTBEAT_TIMEOUT_S
 from litecache.adapter import KVCacheAdapter
 from litecache.errors import GroupUnavailableError, LiteCacheError
+from litecache.types import PollReply
 
 SETTINGS = {"do_sample": True, "seed": 17, "eos_token_id": 210}
 
@@ -132,6 +134,45 @@ def test_a_restarted_coordinator_learns_again_where_all_blocks_are(
     assert len(held) >= 16 * 6
     wait_for(lambda: keys_in_map(fragile) == held)
     assert "error" not in fragile.group.status()[name]
+
+
+@pytest.mark.slow
+def test_a_stream_goes_on_when_its_gpu_cache_does_not_answer_for_a_while(
+    fragile: KVCacheAdapter,
+) -> None:
+    ids = prompt(45, seed=6)
+    expected = list(fragile.stream(input_ids=ids, as_tokens=True, max_new_tokens=300, **SETTINGS))
+    pid = fragile.group.status()[replica_name(fragile.group.spec.group, 0)]["pid"]
+    stream = fragile.stream(input_ids=ids, as_tokens=True, max_new_tokens=300, **SETTINGS)
+    tokens = [next(stream) for _ in range(5)]
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        time.sleep(8)  # longer than any poll may take
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert tokens + list(stream) == expected
+
+
+@pytest.mark.slow
+def test_a_driver_that_was_suspended_and_given_up_gets_the_same_tokens(
+    fragile: KVCacheAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = prompt(46, seed=7)
+    expected = list(fragile.stream(input_ids=ids, as_tokens=True, max_new_tokens=300, **SETTINGS))
+    (poller,) = fragile._pollers
+    receive, suspended = poller._receive, []
+
+    def sleep_once(ref: Any) -> PollReply:
+        reply = receive(ref)
+        if len(poller._open) == 1 and not suspended:
+            suspended.append(True)
+            time.sleep(HEARTBEAT_TIMEOUT_S + 2)
+        return reply
+
+    monkeypatch.setattr(poller, "_receive", sleep_once)
+    stream = fragile.stream(input_ids=ids, as_tokens=True, max_new_tokens=300, **SETTINGS)
+    assert list(stream) == expected
+    assert suspended
 
 
 def test_blocks_on_disk_are_used_after_all_actors_were_stopped_and_started_again(

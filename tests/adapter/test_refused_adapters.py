@@ -76,6 +76,7 @@ def test_a_gpu_that_the_cluster_lacks_is_refused(ray_local: None) -> None:
         KVCacheAdapter(LLAMA, weights="random", cache_config=CacheConfig(device="cuda:1"))
 
 
+@pytest.mark.slow
 def test_a_model_that_only_the_probe_can_judge_leaves_no_actor(ray_local: None) -> None:
     falcon = FalconConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
     with pytest.raises(ModelNotSupportedError, match="falcon"):
