@@ -174,7 +174,8 @@ class Bench:
             metadata.scratch.clear()
             for k, v, k_scale, v_scale in self.views:
                 decode(
-                    query, k, v, metadata, metadata.num_seqs, out, config,
+                    query, k, v, metadata, slice(0, metadata.num_seqs),
+                    metadata.max_query_len, out, config,
                     scale=self.shape.dim**-0.5, window=None, softcap=None, sinks=None,
                     alibi_slopes=None, k_scale=k_scale, v_scale=v_scale,
                 )  # fmt: skip

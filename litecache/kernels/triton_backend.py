@@ -40,11 +40,8 @@ def paged_attention(
     """Attention of packed queries over paged KV; see `litecache.kernels.paged_attention`."""
     group = query.shape[1] // k_cache.shape[1]
     dim, itemsize = max(k_cache.shape[3], v_cache.shape[3]), k_cache.dtype.itemsize
-    queries = metadata.max_query_len
-    if queries <= MAX_QUERIES and queries * group <= _MAX_DECODE_ROWS:
-        decodes = metadata.num_seqs
-    else:
-        decodes, queries = metadata.num_decodes, 1
+    decodes, queries = metadata.num_decodes, metadata.max_query_len
+    short = queries <= MAX_QUERIES and queries * group <= _MAX_DECODE_ROWS
     extras: dict[str, Any] = {
         "window": window,
         "softcap": softcap,
@@ -52,24 +49,27 @@ def paged_attention(
         "alibi_slopes": alibi_slopes,
     }
     scales: dict[str, Any] = {"scale": scale, "k_scale": k_scale, "v_scale": v_scale}
-    by_library = decodes < metadata.num_seqs and library_prefill.usable(
-        query, v_cache, metadata, decodes, **extras
+    rest = decodes < metadata.num_seqs
+    by_library = (
+        rest and not short and library_prefill.usable(query, v_cache, metadata, decodes, **extras)
     )
     if out is None and (decodes or not by_library):
         out = query.new_empty(query.shape[0], query.shape[1], v_cache.shape[3])
-    if decodes:
+    # Sequences of one query and those of a few are two launches: rows cost registers.
+    for seqs, most in ((slice(0, decodes), 1), (slice(decodes, metadata.num_seqs), queries)):
+        if seqs.start == seqs.stop or (most > 1 and not short):
+            continue
         assert out is not None
-        shape = Shape(
-            itemsize, next_power_of_2(dim), group > 1, max(16, next_power_of_2(queries * group))
-        )
+        rows = max(16, next_power_of_2(most * group))
+        shape = Shape(itemsize, next_power_of_2(dim), group > 1, rows)
         config = decode_config(query.device, shape)
-        decode(query, k_cache, v_cache, metadata, decodes, out, config, **extras, **scales)
+        decode(query, k_cache, v_cache, metadata, seqs, most, out, config, **extras, **scales)
     if by_library:
         return library_prefill.attend(
             query, k_cache, v_cache, metadata, decodes, out, key=key, value=value, **scales
         )
     assert out is not None
-    if decodes < metadata.num_seqs:
+    if rest and not short:
         tile = prefill_config(query.device, dim, itemsize)
         prefill(query, k_cache, v_cache, metadata, decodes, out, tile, **extras, **scales)
     return out

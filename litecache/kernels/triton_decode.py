@@ -244,7 +244,8 @@ def decode(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     metadata: AttentionMetadata,
-    num_seqs: int,
+    seqs: slice,
+    max_queries: int,
     out: torch.Tensor,
     config: DecodeConfig,
     *,
@@ -256,14 +257,15 @@ def decode(
     k_scale: torch.Tensor | None,
     v_scale: torch.Tensor | None,
 ) -> None:
-    """Attends the first `num_seqs` sequences, of at most `MAX_QUERIES` queries each.
+    """Attends some sequences, of at most `MAX_QUERIES` queries each.
 
     Args:
         query: `[T, num_heads, k_dim]`.
         k_cache: `[num_blocks, kv_heads, block_size, k_dim]`.
         v_cache: `[num_blocks, kv_heads, block_size, v_dim]`.
         metadata: the step.
-        num_seqs: how many leading sequences to attend.
+        seqs: which of its sequences, `slice(first, end)`.
+        max_queries: largest number of queries among them.
         out: `[T, num_heads, v_dim]`; rows of those sequences are written, all of them.
         config: tile, warps, stages and programs.
         scale: see `litecache.kernels.paged_attention`, as for the rest.
@@ -277,12 +279,14 @@ def decode(
     kv_heads, page, k_dim = k_cache.shape[1:]
     v_dim = v_cache.shape[3]
     group = query.shape[1] // kv_heads
-    max_queries = 1 if num_seqs == metadata.num_decodes else metadata.max_query_len
+    num_seqs = seqs.stop - seqs.start
+    tables, contexts = metadata.block_tables[seqs], metadata.context_lens[seqs]
+    starts = metadata.cu_seqlens_q[seqs.start : seqs.stop + 1]
     rows = triton.next_power_of_2(max_queries * group)
     # The matrix units want 16 along a product; a word of an eight-bit pool holds four codes.
     least = 16 if k_scale is None else 64
     v_pad = max(least, triton.next_power_of_2(v_dim))
-    plan = _plan(metadata, num_seqs, kv_heads, window, rows, v_pad, config)
+    plan = _plan(metadata, seqs, kv_heads, window, rows, v_pad, config)
     is_float = k_cache.dtype == torch.float8_e4m3fn
     if k_scale is not None:
         k_cache, v_cache = k_cache.view(torch.int32), v_cache.view(torch.int32)
@@ -293,8 +297,7 @@ def decode(
         k_scale, v_scale,
         k_scale.stride(0) if k_scale is not None else 0,
         v_scale.stride(0) if v_scale is not None else 0,
-        metadata.block_tables, metadata.block_tables.stride(0), metadata.context_lens,
-        metadata.cu_seqlens_q, plan.ends, plan.owner,
+        tables, tables.stride(0), contexts, starts, plan.ends, plan.owner,
         plan.partial, plan.state, plan.counter, sinks, alibi_slopes,
         scale, softcap or 1.0, window or 0, num_seqs, config.num_programs,
         KV_HEADS=kv_heads, GROUP=group, MAX_Q=max_queries, BLOCK_M=max(16, rows),
@@ -321,7 +324,7 @@ def _merge_width(config: DecodeConfig, rows: int, v_pad: int, quantised: bool) -
 
 def _plan(
     metadata: AttentionMetadata,
-    num_seqs: int,
+    seqs: slice,
     kv_heads: int,
     window: int | None,
     rows: int,
@@ -329,11 +332,12 @@ def _plan(
     config: DecodeConfig,
 ) -> _Plan:
     """The step's shares, made by the first layer that asks for this shape."""
-    name = ("decode", num_seqs, kv_heads, window, rows, v_pad, config)
+    name = ("decode", seqs.start, seqs.stop, kv_heads, window, rows, v_pad, config)
     plan: _Plan | None = metadata.scratch.get(name)
     if plan is None:
         device = metadata.context_lens.device
         programs = config.num_programs
+        num_seqs = seqs.stop - seqs.start
         plan = metadata.scratch[name] = _Plan(
             ends=torch.empty(num_seqs + 1, dtype=torch.int32, device=device),
             owner=torch.empty(programs, dtype=torch.int32, device=device),
@@ -344,8 +348,8 @@ def _plan(
         seqs_pad = max(16, triton.next_power_of_2(num_seqs))
         block_p = max(1, min(64, 16384 // seqs_pad))
         _plan_kernel[(triton.cdiv(programs, block_p),)](
-            metadata.context_lens, metadata.cu_seqlens_q, plan.ends, plan.owner,
-            num_seqs, window or 0, programs,
+            metadata.context_lens[seqs], metadata.cu_seqlens_q[seqs.start :],
+            plan.ends, plan.owner, num_seqs, window or 0, programs,
             TILE=config.block_n, SEQS_PAD=seqs_pad, BLOCK_P=block_p, KV_HEADS=kv_heads,
             WINDOWED=window is not None,
         )  # fmt: skip

@@ -111,7 +111,7 @@ class GraphTimer:
             self._metadata.scratch.clear()
             for k, v, scale in self._layers:
                 decode(
-                    self._query, k, v, self._metadata, self._batch, out, config,
+                    self._query, k, v, self._metadata, slice(0, self._batch), 1, out, config,
                     scale=shape.dim**-0.5, window=None, softcap=None, sinks=None,
                     alibi_slopes=None, k_scale=scale, v_scale=scale,
                 )  # fmt: skip
