@@ -7,6 +7,7 @@ whoever caused it, on its own thread, which makes tests deterministic.
 
 from __future__ import annotations
 
+import errno
 import logging
 import threading
 import time
@@ -193,6 +194,9 @@ class BlockIo:
             # tails settle first, so that they are older than their heads in RAM too
             for job, reason in reversed(list(zip(jobs, reasons, strict=True))):
                 tiers.finish_load(job.block, job.transfer.slot, reason)
+            if tiers.changed_on_disk:
+                tiers.changed_on_disk = False
+                self.note_change()
             self._changed.notify_all()
             if tiers.dirty:
                 self._work.notify()
@@ -253,19 +257,20 @@ class BlockIo:
         begun = time.perf_counter()
         errors = disk.write(transfers)
         self._account("write", sum(len(t.memory) for t in transfers), begun)
-        self._finish(blocks, slots, sums, errors)
+        self._finish(batch, slots, sums, errors)
         self.maintain_after_write()
         return True
 
     def _finish(
         self,
-        blocks: list[RamBlock],
+        batch: WriteBatch,
         slots: list[int],
         sums: list[int],
         errors: list[OSError | None],
     ) -> None:
         tiers, disk = self._tiers, self._tiers.disk
         assert disk is not None
+        blocks = batch.blocks[: len(slots)]
         good = [i for i, error in enumerate(errors) if error is None]
         told: list[tuple[bytes, str | None]] = []
         with self._lock:
@@ -282,6 +287,7 @@ class BlockIo:
             tiers.finish_write(
                 [blocks[i] for i in good], [slots[i] for i in good], [sums[i] for i in good]
             )
+            disk.end_writes(batch.namespace, batch.pages * len(slots))
             self._unsynced = True
             self._changed.notify_all()
         self._tell(told)
@@ -349,12 +355,10 @@ class BlockIo:
                 self._unsynced = False
                 if seq == before and not disk.journal.broken:
                     return True
-            try:
-                disk.slab.sync()
-            except OSError as error:
-                logger.error("the slab cannot be synced: %s", error)
-                self._distrust(before)
+            if not self._sync_slab(before):
                 return False
+            with self._lock:
+                seq = disk.mark_synced(seq)
             try:
                 disk.journal.flush()
                 if not disk.journal.broken:
@@ -368,6 +372,18 @@ class BlockIo:
                 disk.synced_seq = max(disk.synced_seq, seq)
                 self._changed.notify_all()
             return True
+
+    def _sync_slab(self, synced_seq: int) -> bool:
+        disk = self._tiers.disk
+        assert disk is not None
+        try:
+            disk.slab.sync()
+        except OSError as error:
+            logger.error("the slab cannot be synced: %s", error)
+            # a second sync may succeed without the writes that the first one lost
+            self._distrust(synced_seq)
+            return False
+        return True
 
     def _distrust(self, synced_seq: int) -> None:
         """The device may have lost what was written since the last sync: drop it."""
@@ -394,10 +410,12 @@ class BlockIo:
         disk = self._tiers.disk
         assert disk is not None
         with self._lock:
+            synced_seq = disk.synced_seq
             captured = disk.begin_compaction()
         try:
             # the snapshot must not name a block whose bytes a power cut could still take
-            disk.slab.sync()
+            if not self._sync_slab(synced_seq):
+                raise OSError(errno.EIO, "the slab cannot be synced")
             disk.compact(captured)
         except OSError as error:
             logger.error("compaction failed: %s", error)

@@ -26,7 +26,7 @@ from .folder import Folder
 from .journal import Journal
 from .key_table import Entries
 from .protocol import PAGE_BYTES
-from .records import RECORD_BYTES, seal
+from .records import FLAG_DOUBTFUL, FLAG_PINNED, RECORD_BYTES, seal
 from .recovery import MAX_NAMES, Recovered, recover
 from .segments import SegmentSpace, pick_segment_bytes
 from .slab import Slab, Transfer
@@ -83,6 +83,7 @@ class DiskTier:
         self.busy: dict[int, int] = {}
         self._zombies: set[int] = set()
         self._dels: list[bytes] = []
+        self._unplaced: dict[int, int] = {}
         self.synced_seq = 0
         self.grow_failed = False
         self.compacting = False
@@ -145,7 +146,7 @@ class DiskTier:
             kept["namespace"].astype(np.int64),
             kept["key"][:, 0],
         )
-        for entry in np.flatnonzero(kept["flags"]).tolist():
+        for entry in np.flatnonzero(kept["flags"] & FLAG_PINNED).tolist():
             self.queues.remove(entry)
 
     def _add_name(self, name: str) -> int:
@@ -169,19 +170,32 @@ class DiskTier:
 
     def allocate(self, pages: int, n: int, namespace: int) -> list[int]:
         """Up to `n` slots, evicting what is oldest; fewer when the rest is busy or may grow."""
-        self._respect_quota(pages, n, namespace)
+        n = self._within_quota(pages, n, namespace)
         slots = self.space.allocate(pages, n)
         if len(slots) < n and self.space.growth(pages) is None:
             self._make_room(pages, n - len(slots))
             slots += self.space.allocate(pages, n - len(slots))
+        self._unplaced[namespace] = self._unplaced.get(namespace, 0) + pages * len(slots)
         return slots
 
-    def _respect_quota(self, pages: int, n: int, namespace: int) -> None:
-        while self.queues.over_quota(pages, namespace, n):
+    def _within_quota(self, pages: int, n: int, namespace: int) -> int:
+        """How many of `n` blocks a namespace may add, after its oldest have made room."""
+        quota = self.queues.quota_pages.get(namespace)
+        if quota is None:
+            return n
+        free = quota - self._unplaced.get(namespace, 0)
+        n = min(n, max(0, free // pages))
+        while self.queues.held_pages(namespace) + n * pages > free:
+            self._before_evict()
             victim = self.queues.evict(pages, self._may_evict, namespace)
             if victim is None:
-                return
+                return max(0, (free - self.queues.held_pages(namespace)) // pages)
             self._give_up(victim)
+        return n
+
+    def end_writes(self, namespace: int, pages: int) -> None:
+        """Slots that were allocated have been placed or freed."""
+        self._unplaced[namespace] -= pages
 
     def _make_room(self, pages: int, n: int) -> None:
         self._before_evict()
@@ -246,6 +260,7 @@ class DiskTier:
         for entry, slot, checksum in zip(entries, slots, checksums, strict=True):
             index.disk[entry] = slot + 1
             index.checksum[entry] = checksum
+            index.flags[entry] &= ~FLAG_DOUBTFUL
             self.space.bind(slot, entry)
         # tail first, here and in the file, so that eviction takes tails first after a restart too
         tail_first = list(reversed(entries))
@@ -263,18 +278,29 @@ class DiskTier:
             entry, index.pages[entry], index.namespace[entry], index.fingerprint(entry)
         )
 
-    def set_pinned(self, entry: int, flags: int) -> None:
+    def set_pinned(self, entry: int, pinned: bool) -> None:
         """Take an entry out of eviction, or put it back, and remember that on disk."""
         index = self._index
-        index.flags[entry] = flags
+        index.flags[entry] = index.flags[entry] & ~FLAG_PINNED | (FLAG_PINNED if pinned else 0)
         if not index.disk[entry]:
             return
         if index.pinned(entry) and entry in self.queues:
             self.queues.remove(entry)
         elif not index.pinned(entry) and entry not in self.queues:
             self._enqueue(entry)
-        body = seal(index.records(np.array([entry], np.int64)))
-        index.put_seq[entry] = self.journal.append(journal_file.PUT, body)
+        self._rewrite(entry)
+
+    def _rewrite(self, entry: int) -> None:
+        body = seal(self._index.records(np.array([entry], np.int64)))
+        self._index.put_seq[entry] = self.journal.append(journal_file.PUT, body)
+
+    def trust(self, entry: int) -> bool:
+        """A block was read and is sound; whether that was news."""
+        if not self._index.flags[entry] & FLAG_DOUBTFUL:
+            return False
+        self._index.flags[entry] &= ~FLAG_DOUBTFUL
+        self._rewrite(entry)
+        return True
 
     def _append_dels(self) -> None:
         if self._dels:
@@ -283,7 +309,9 @@ class DiskTier:
 
     def is_durable(self, entry: int) -> bool:
         """Whether the disk copy survives what the fsync policy promises."""
-        return bool(self._index.disk[entry]) and self._index.put_seq[entry] <= self.synced_seq
+        index = self._index
+        sound = index.disk[entry] and not index.flags[entry] & FLAG_DOUBTFUL
+        return bool(sound) and index.put_seq[entry] <= self.synced_seq
 
     def on_disk(self) -> Entries:
         """Entries with a disk copy, oldest use first."""
@@ -306,6 +334,13 @@ class DiskTier:
         """Under the store's lock: the sequence that a sync from now on covers."""
         self._append_dels()
         return self.journal.seq
+
+    def mark_synced(self, seq: int) -> int:
+        """Under the store's lock: the slab is synced up to `seq`; the sequence of the mark if
+        nothing came in between, else `seq`.
+        """
+        mark = self.journal.append(journal_file.SYNC, seq.to_bytes(8, "little"))
+        return mark if mark == seq + 1 else seq
 
     def begin_compaction(self) -> snapshot.Snapshot:
         """Under the store's lock: a copy of all that the new snapshot will hold."""

@@ -11,6 +11,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import stat
 import struct
 
 import xxhash
@@ -29,8 +30,8 @@ def disk_room_bytes(path: str) -> int:
     """Bytes free on the file system that `path` is or will be on."""
     while not os.path.isdir(path):
         path = os.path.dirname(path) or "/"
-    stat = os.statvfs(path)
-    return stat.f_bavail * stat.f_frsize
+    room = os.statvfs(path)
+    return room.f_bavail * room.f_frsize
 
 
 def disk_used_bytes(folder: str) -> int:
@@ -105,6 +106,8 @@ class Folder:
             if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
                 raise StorageFormatError(f"{self.file('lock')} is not a regular file") from error
             raise
+        if not stat.S_ISREG(os.fstat(self._lock_fd).st_mode):
+            raise StorageFormatError(f"{self.file('lock')} is not a regular file")
         try:
             fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -2,7 +2,8 @@
 
 File: a header of 32 bytes, then frames of `magic u32 | length u32 | xxh3_64 u64 | payload`. A
 payload is `[seq, kind, body]`: puts carry `records.RECORD` bytes, dels carry (key, slot) pairs of
-20 bytes, a name binds a namespace number. Sequence numbers only grow; replay skips what the
+20 bytes, a name binds a namespace number, a sync says up to which sequence number the slab's bytes
+were forced to the device. Sequence numbers only grow; replay skips what the
 snapshot already holds. A damaged frame is skipped by searching for the next magic, so damage costs
 what it touched.
 
@@ -35,7 +36,7 @@ _FRAME_MAGIC = b"\xf1LJ\x0a"
 VERSION = 1
 MAX_PAYLOAD_BYTES = 4 << 20
 
-PUT, DEL, NAME = 1, 2, 3
+PUT, DEL, NAME, SYNC = 1, 2, 3, 4
 
 
 class Change(NamedTuple):

@@ -28,6 +28,7 @@ RECORD = np.dtype(
 )
 RECORD_BYTES = RECORD.itemsize
 FLAG_PINNED = 1
+FLAG_DOUBTFUL = 2
 
 Records = npt.NDArray[np.void]
 

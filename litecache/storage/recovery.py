@@ -16,7 +16,7 @@ import numpy as np
 
 from . import journal, snapshot
 from .files import Files
-from .records import Records, unseal
+from .records import FLAG_DOUBTFUL, Records, unseal
 
 logger = logging.getLogger(__name__)
 
@@ -59,12 +59,13 @@ def recover(files: Files, folder: str) -> Recovered:
     dels: list[tuple[int, bytes]] = []
     rows = len(base.records)
     seq, damaged = base.seq, base.damaged + (end < len(raw))
+    synced = max([base.seq, *(_synced_seq(c) for c in changes if c.kind == journal.SYNC)])
     for change in changes:
         seq = max(seq, change.seq)
         if change.seq <= base.seq:
             continue
         if change.kind == journal.PUT:
-            parts.append(unseal(change.body))
+            parts.append(_puts(change, synced))
             rows += len(parts[-1])
         elif change.kind == journal.DEL:
             dels += [
@@ -75,6 +76,19 @@ def recover(files: Files, folder: str) -> Recovered:
             _bind_name(names, change.body)
     records = _last_of_each_key(np.concatenate(parts) if rows else base.records)
     return Recovered(_without(records, dels), names, seq, end, len(changes), damaged)
+
+
+def _synced_seq(change: journal.Change) -> int:
+    return int.from_bytes(change.body[:8], "little") if len(change.body) == 8 else 0
+
+
+def _puts(change: journal.Change, synced: int) -> Records:
+    records = unseal(change.body)
+    if change.seq > synced:
+        # a power cut may have kept the record and lost the bytes: not durable until read once
+        records = records.copy()
+        records["flags"] |= FLAG_DOUBTFUL
+    return records
 
 
 def _bind_name(names: list[str], body: bytes) -> None:
@@ -97,6 +111,8 @@ class _Rows(NamedTuple):
 def _last_of_each_key(records: Records) -> _Rows:
     if not len(records):
         return _Rows(records, np.zeros(0, np.int64))
+    if len(np.unique(records["key"][:, 0])) == len(records):
+        return _Rows(records, np.arange(len(records), dtype=np.int64))
     keys = np.ascontiguousarray(records["key"]).view("V16").ravel()
     _, last = np.unique(keys[::-1], return_index=True)
     order = np.sort(len(records) - 1 - last).astype(np.int64)

@@ -35,7 +35,6 @@ from .protocol import (
     StageStatus,
 )
 from .ram_tier import RamBlock, RamState
-from .records import FLAG_PINNED
 from .scratch import scratch_memory
 from .segments import pick_segment_bytes
 from .slab import Transfer
@@ -103,6 +102,7 @@ class ShardStore:
     ) -> None:
         _validate(directory, storage_bytes, ram_bytes, fsync, io_threads, ttl_s)
         get_policy(eviction)
+        admit = get_admission(admission)
         self.metrics = metrics or Metrics()
         self.epoch = secrets.randbits(62)
         self.directory = directory
@@ -115,7 +115,7 @@ class ShardStore:
             self.epoch,
             use_memfd=use_memfd,
         )
-        self._tiers = Tiers(self._arena, eviction, get_admission(admission), ttl_s, self.metrics)
+        self._tiers = Tiers(self._arena, eviction, admit, ttl_s, self.metrics)
         try:
             if directory is not None:
                 self._tiers.disk = DiskTier(
@@ -588,18 +588,18 @@ class ShardStore:
 
     def pin(self, keys: Sequence[BlockKey]) -> list[bool]:
         """Keep blocks from being evicted from disk until `unpin`, over restarts too."""
-        return self._set_flags(keys, FLAG_PINNED)
+        return self._set_pinned(keys, True)
 
     def unpin(self, keys: Sequence[BlockKey]) -> list[bool]:
         """Let blocks be evicted again."""
-        return self._set_flags(keys, 0)
+        return self._set_pinned(keys, False)
 
-    def _set_flags(self, keys: Sequence[BlockKey], flags: int) -> list[bool]:
+    def _set_pinned(self, keys: Sequence[BlockKey], pinned: bool) -> list[bool]:
         with self._lock:
             entries = self._tiers.find(keys)
             for entry in entries:
                 if entry >= 0 and self._tiers.disk is not None:
-                    self._tiers.disk.set_pinned(entry, flags)
+                    self._tiers.disk.set_pinned(entry, pinned)
             self._io.note_change()
         self._io.flush_journal()
         return [entry >= 0 for entry in entries]

@@ -54,7 +54,7 @@ class Tiers:
         metrics: Metrics,
     ) -> None:
         self.index = BlockIndex()
-        self._above: dict[BlockKey, None] = {}
+        self._tails: dict[BlockKey, None] = {}
         self.ram = RamTier(arena, eviction, self._on_ram_evict, self.settle_recency)
         self.disk: DiskTier | None = None
         self._admission = admission
@@ -65,6 +65,7 @@ class Tiers:
         self.reads: deque[list[RamBlock]] = deque()
         self._changes: dict[BlockKey, bool] = {}
         self.changes_lost = False
+        self.changed_on_disk = False
 
     def on_disk_evict(self, entry: int) -> None:
         """A disk copy was evicted; without one in RAM the key is gone."""
@@ -121,38 +122,56 @@ class Tiers:
         return self.ram.at(handle) if handle >= 0 else None
 
     def touch(self, entries: Sequence[int]) -> None:
-        """Refresh recency of a chain, tails first whichever way it is given.
+        """Blocks were used; whatever lies above them in their chains was used too.
 
-        The ancestors that are present follow before the next eviction.
+        Only the last block of each piece of a chain is noted here. The order changes before the
+        next eviction (`settle_recency`), so a chain that is used piece by piece is walked once.
         """
-        if not entries:
-            return
         index = self.index
-        backward = len(entries) > 1 and index.parent_of(entries[0]) == index.key_at(entries[1])
-        order = list(entries) if backward else list(reversed(entries))
-        for entry in order:
-            self._touch(entry)
-        above = index.parent_of(order[-1])
-        self._above.pop(above, None)
-        self._above[above] = None
-        if len(self._above) > _PENDING:
+        for i, entry in enumerate(entries):
+            key = index.key_at(entry)
+            following = i + 1 < len(entries) and index.parent_of(entries[i + 1]) == key
+            preceding = i > 0 and index.parent_of(entries[i - 1]) == key
+            if following or preceding:
+                continue
+            # chains are mostly used in order: the piece before this one needs no walk of its own
+            head = (
+                entry
+                if i == 0 or index.parent_of(entry) != index.key_at(entries[i - 1])
+                else (self._head_of(entries, i))
+            )
+            self._tails.pop(index.parent_of(head), None)
+            self._tails.pop(key, None)
+            self._tails[key] = None
+        if len(self._tails) > _PENDING:
             self.settle_recency()
 
-    def settle_recency(self) -> None:
-        """Touch the ancestors of what was touched, so that no head is older than its tail.
+    def _head_of(self, entries: Sequence[int], last: int) -> int:
+        index = self.index
+        while last > 0 and index.parent_of(entries[last]) == index.key_at(entries[last - 1]):
+            last -= 1
+        return entries[last]
 
-        Put off until something is about to be evicted: a chain that is used piece by piece is then
-        walked once and not once per piece.
+    def settle_recency(self) -> None:
+        """Bring the eviction order up to date: tails first, so that no head leaves before them.
+
+        Each block moves once, on behalf of its latest use.
         """
         index = self.index
         visited: set[int] = set()
-        for key in reversed(self._above):
+        pieces: list[list[int]] = []
+        for key in reversed(self._tails):
+            piece: list[int] = []
             entry = index.find(key)
             while entry >= 0 and entry not in visited:
                 visited.add(entry)
-                self._touch(entry)
+                piece.append(entry)
                 entry = index.find(index.parent_of(entry))
-        self._above.clear()
+            pieces.append(piece)
+        for piece in reversed(pieces):
+            for entry in piece:
+                self._touch(entry)
+        self._tails.clear()
 
     def _touch(self, entry: int) -> None:
         handle = self.index.ram[entry] - 1
@@ -236,6 +255,7 @@ class Tiers:
             self.ram.reap(block)
         elif reason is None:
             self.ram.settle(block)
+            self.changed_on_disk |= self.disk.trust(block.entry)
         else:
             self._metrics.inc("litecache_misses", tier="disk", reason=reason)
             # its use of the disk slot has ended: no longer LOADING, so that drop() knows

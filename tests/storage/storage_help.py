@@ -34,10 +34,12 @@ def fast_folder() -> str:
     return tempfile.mkdtemp(prefix="litecache-test-", dir=base)
 
 
-def put(client: LocalShardClient, keys: Sequence[bytes], nbytes: int) -> list[CommitStatus]:
+def put(
+    client: LocalShardClient, keys: Sequence[bytes], nbytes: int, parent: bytes = ROOT
+) -> list[CommitStatus]:
     """Store blocks as one chain; those that get no slot are left out."""
     refs = client.reserve(nbytes, len(keys))
-    items, parent = [], ROOT
+    items = []
     for ref, key in zip(refs, keys, strict=False):
         client.arena.buffer(ref.slot, nbytes)[:] = bytes_of(key, nbytes)
         items.append(CommitItem(ref.slot, ref.generation, key, parent, "test"))
@@ -65,10 +67,12 @@ def fill(store: ShardStore, numbers: Iterable[int], nbytes: int, batch: int = 8)
     """Store many blocks, waiting for room; their keys."""
     client = LocalShardClient(store)
     keys = [key_of(number) for number in numbers]
+    parent = ROOT
     for start in range(0, len(keys), batch):
         rest = keys[start : start + batch]
         while rest:
-            stored = len(put(client, rest, nbytes))
+            stored = len(put(client, rest, nbytes, parent))
+            parent = rest[stored - 1] if stored else parent
             rest = rest[stored:]
             if rest:
                 store.flush(10)

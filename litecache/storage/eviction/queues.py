@@ -129,12 +129,9 @@ class Queues:
         oldest = queue.policy.peek()
         return within, self._tick[oldest] if oldest is not None else 0
 
-    def over_quota(self, pages: int, namespace: int, more: int) -> bool:
-        """Whether `more` blocks would take a namespace beyond its quota."""
-        if namespace not in self.quota_pages:
-            return False
-        held = sum(len(q.policy) * q.pages for q in self._queues if q.namespace == namespace)
-        return held + more * pages > self.quota_pages[namespace]
+    def held_pages(self, namespace: int) -> int:
+        """Pages held by a namespace that has a quota."""
+        return sum(len(q.policy) * q.pages for q in self._queues if q.namespace == namespace)
 
     def oldest_elsewhere(self, pages: int) -> int | None:
         """The oldest of all, when it is of another block size than `pages`; else None."""

@@ -1,0 +1,451 @@
+"""Promises of the shard store, one by one."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+
+import pytest
+from storage_help import KIB, MIB, ROOT, bytes_of, fill, get, key_of, put
+
+from litecache.errors import (
+    ConfigError,
+    StorageError,
+    StorageFormatError,
+    StorageFullError,
+    StorageLockedError,
+)
+from litecache.storage import (
+    CommitItem,
+    CommitStatus,
+    LocalShardClient,
+    ShardStore,
+    SlotRef,
+    SlotState,
+    StageStatus,
+    inspect_store,
+    verify_store,
+)
+
+NBYTES = 64 * KIB
+
+
+def make(folder, **options) -> ShardStore:
+    options = {"storage_bytes": 16 * MIB, "ram_bytes": 4 * MIB, "io_threads": 2, **options}
+    return ShardStore(str(folder) if folder is not None else None, **options)
+
+
+def keys_of(numbers) -> list[bytes]:
+    return [key_of(number) for number in numbers]
+
+
+def test_a_committed_block_is_read_back_from_ram_disk_and_after_a_restart(tmp_path):
+    with make(tmp_path / "s") as store:
+        keys = fill(store, range(20), NBYTES)
+        client = LocalShardClient(store)
+        assert all(get(client, keys, NBYTES))
+        store.clear("ram")
+        assert {r.status for r in client.stage(keys[:1])} == {StageStatus.LOADING}
+        assert all(get(client, keys, NBYTES))
+        assert all(store.durable(keys))
+        client.close()
+    with make(tmp_path / "s") as store:
+        client = LocalShardClient(store)
+        assert all(get(client, keys, NBYTES))
+        store.check_integrity()
+
+
+def test_without_a_folder_nothing_is_durable_and_eviction_forgets():
+    with make(None) as store:
+        keys = fill(store, range(200), NBYTES)
+        assert not any(store.durable(keys))
+        found = store.query(keys)
+        assert 0 < sum(found) < 200
+        assert found[-1]
+        store.check_integrity()
+
+
+def test_the_client_sees_completion_in_the_slot_table(tmp_path):
+    with make(tmp_path) as store:
+        client = LocalShardClient(store)
+        put(client, keys_of(range(1)), NBYTES)
+        store.flush()
+        store.clear("ram")
+        (result,) = client.stage(keys_of(range(1)))
+        assert client.wait([SlotRef(result.slot, result.generation)]) == [True]
+        assert client.arena.entry(result.slot) == (SlotState.READY, result.generation, key_of(0))
+        client.release([SlotRef(result.slot, result.generation)])
+
+
+def test_a_slot_given_to_other_contents_has_another_generation():
+    with make(None, ram_bytes=1 * MIB) as store:
+        client = LocalShardClient(store)
+        put(client, [key_of(0)], NBYTES)
+        (old,) = client.stage([key_of(0)])
+        client.release([SlotRef(old.slot, old.generation)])
+        fill(store, range(1, 60), NBYTES)
+        assert not client.arena.holds(old.slot, old.generation)
+        assert client.commit([CommitItem(old.slot, old.generation, key_of(99), ROOT)]) == [
+            CommitStatus.STALE
+        ]
+
+
+def test_a_second_commit_of_a_key_gives_the_slot_back(tmp_path):
+    with make(tmp_path) as store:
+        client = LocalShardClient(store)
+        assert put(client, [key_of(0)], NBYTES) == [CommitStatus.STORED]
+        assert put(client, [key_of(0)], NBYTES) == [CommitStatus.EXISTS]
+        assert store.stats()["leases"] == 0
+        store.check_integrity()
+
+
+def test_reserve_never_waits_and_leased_slots_are_back_pressure():
+    with make(None, ram_bytes=1 * MIB) as store:
+        client = LocalShardClient(store)
+        refs = client.reserve(NBYTES, 100)
+        assert 0 < len(refs) < 100
+        assert client.reserve(NBYTES, 1) == []
+        client.release(refs)
+        assert len(client.reserve(NBYTES, 100)) == len(refs)
+
+
+def test_stage_answers_busy_when_every_slot_is_leased(tmp_path):
+    with make(tmp_path, ram_bytes=1 * MIB) as store:
+        keys = fill(store, range(40), NBYTES)
+        store.clear("ram")
+        client = LocalShardClient(store)
+        statuses = [result.status for result in client.stage(keys)]
+        assert statuses.count(StageStatus.BUSY) >= 20
+        assert StageStatus.MISS not in statuses
+
+
+def test_cancel_drops_reads_that_have_not_begun(tmp_path):
+    with make(tmp_path) as store:
+        keys = fill(store, range(30), NBYTES)
+        store.clear("ram")
+        client = LocalShardClient(store)
+        gate = threading.Event()
+        disk = store._tiers.disk
+        read = disk.read
+        disk.read = lambda transfers: (gate.wait(10), read(transfers))[1]
+        results = [client.stage([key])[0] for key in keys]
+        cancelled = client.cancel(keys)
+        gate.set()
+        assert sum(cancelled) >= 26
+        rest = [
+            SlotRef(r.slot, r.generation)
+            for r, gone in zip(results, cancelled, strict=True)
+            if not gone
+        ]
+        assert all(client.wait(rest))
+        client.release(rest)
+        assert store.stats()["leases"] == 0
+        store.check_integrity()
+        assert all(get(client, keys, NBYTES))
+
+
+def test_eviction_takes_tails_before_heads(tmp_path):
+    with make(tmp_path, storage_bytes=4 * MIB, ram_bytes=1 * MIB) as store:
+        chain = fill(store, range(30), NBYTES)
+        store.flush()
+        store.clear("ram")
+        fill(store, range(100, 140), NBYTES)
+        store.flush()
+        store.clear("ram")
+        found = store.query(chain)
+        assert 0 < sum(found) < 30
+        assert found == sorted(found, reverse=True), "a head left before its tail"
+
+
+def test_touching_a_chain_keeps_it(tmp_path):
+    with make(tmp_path, storage_bytes=4 * MIB, ram_bytes=1 * MIB) as store:
+        chain = fill(store, range(20), NBYTES)
+        for start in range(100, 300, 10):
+            fill(store, range(start, start + 10), NBYTES)
+            store.touch(chain)
+        assert all(store.query(chain))
+
+
+def test_recency_survives_a_restart(tmp_path):
+    with make(tmp_path, storage_bytes=4 * MIB, ram_bytes=1 * MIB) as store:
+        old, new = fill(store, range(20), NBYTES), fill(store, range(20, 40), NBYTES)
+        store.touch(old)
+    with make(tmp_path, storage_bytes=4 * MIB, ram_bytes=1 * MIB) as store:
+        fill(store, range(100, 125), NBYTES)
+        store.flush()
+        store.clear("ram")
+        assert sum(store.query(old)) > sum(store.query(new))
+
+
+def test_a_pinned_prefix_stays_over_churn_and_restart_until_unpinned(tmp_path):
+    options = {"storage_bytes": 4 * MIB, "ram_bytes": 1 * MIB}
+    with make(tmp_path, **options) as store:
+        chain = fill(store, range(8), NBYTES)
+        store.flush()
+        assert all(store.pin(chain))
+        fill(store, range(100, 200), NBYTES)
+    with make(tmp_path, **options) as store:
+        fill(store, range(200, 300), NBYTES)
+        assert all(store.query(chain))
+        store.unpin(chain)
+        fill(store, range(300, 400), NBYTES)
+        store.flush()
+        store.clear("ram")
+        assert not any(store.query(chain))
+        store.check_integrity()
+
+
+def test_a_namespace_keeps_to_its_quota(tmp_path):
+    with make(tmp_path, quotas={"test": 1 * MIB}) as store:
+        keys = fill(store, range(60), NBYTES)
+        store.flush()
+        store.clear("ram")
+        assert sum(store.query(keys)) <= 16
+        assert sum(store.query(keys)) >= 8
+        store.check_integrity()
+
+
+def test_a_block_older_than_its_ttl_is_a_miss(tmp_path, monkeypatch):
+    with make(tmp_path, ttl_s=100) as store:
+        keys = fill(store, range(3), NBYTES)
+        assert all(store.query(keys))
+        now = time.time()
+        monkeypatch.setattr(time, "time", lambda: now + 101)
+        assert not any(store.query(keys))
+        store.check_integrity()
+
+
+@pytest.mark.parametrize(("admission", "on_disk"), [("all", 5), ("reused", 2), ("none", 0)])
+def test_admission_decides_what_is_written(tmp_path, admission, on_disk):
+    with make(tmp_path, admission=admission) as store:
+        keys = fill(store, range(5), NBYTES)
+        client = LocalShardClient(store)
+        get(client, keys[:2], NBYTES)
+        store.flush()
+        assert sum(store.durable(keys)) == on_disk
+        client.close()
+
+
+@pytest.mark.parametrize("eviction", ["lru", "lfu", "s3fifo"])
+def test_disk_and_memory_stay_within_their_bounds(tmp_path, eviction):
+    with make(tmp_path, storage_bytes=6 * MIB, ram_bytes=2 * MIB, eviction=eviction) as store:
+        for start in range(0, 400, 20):
+            fill(store, range(start, start + 20), (16 + start % 3 * 20) * KIB)
+            used = sum(f.stat().st_blocks * 512 for f in tmp_path.iterdir())
+            assert used <= 6 * MIB
+            assert store._arena.resident_bytes() <= 2 * MIB + store._arena.segment_bytes + 64 * KIB
+        store.check_integrity()
+
+
+def test_block_sizes_share_the_store_and_idle_ones_give_way(tmp_path):
+    with make(tmp_path, storage_bytes=4 * MIB, ram_bytes=2 * MIB) as store:
+        fill(store, range(100), 32 * KIB)
+        later = fill(store, range(1000, 1030), 64 * KIB)
+        store.flush()
+        store.clear("ram")
+        assert sum(store.query(later)) >= 20
+        store.check_integrity()
+
+
+def test_deleted_blocks_stay_deleted_after_kill_9(tmp_path):
+    store = make(tmp_path)
+    keys = fill(store, range(4), NBYTES)
+    store.flush()
+    assert store.delete(keys[:2]) == [True, True]
+    store.abandon()
+    with make(tmp_path) as store:
+        assert store.query(keys) == [False, False, True, True]
+
+
+def test_deleting_a_leased_block_keeps_its_bytes_until_release(tmp_path):
+    with make(tmp_path) as store:
+        client = LocalShardClient(store)
+        put(client, [key_of(0)], NBYTES)
+        (lease,) = client.stage([key_of(0)])
+        store.delete([key_of(0)])
+        fill(store, range(1, 50), NBYTES)
+        assert bytes(client.arena.buffer(lease.slot, NBYTES)) == bytes_of(key_of(0), NBYTES)
+        assert not client.arena.holds(lease.slot, lease.generation)
+        client.release([SlotRef(lease.slot, lease.generation)])
+        store.check_integrity()
+
+
+def test_deltas_tell_net_changes_once():
+    with make(None) as store:
+        keys = fill(store, range(3), NBYTES)
+        store.delete(keys[:1])
+        first = store.drain_deltas()
+        assert (set(first.added), first.removed, first.resync) == (set(keys[1:]), [], False)
+        second = store.drain_deltas()
+        assert (second.seq, second.added, second.removed) == (first.seq + 1, [], [])
+        store.delete(keys[1:2])
+        assert store.drain_deltas().removed == keys[1:2]
+        assert store.keys() == keys[2:]
+
+
+def test_fetch_reads_through_the_disk_without_a_slot(tmp_path):
+    with make(tmp_path) as store:
+        keys = fill(store, range(3), NBYTES)
+        store.flush()
+        store.clear("ram")
+        found = store.fetch([*keys, key_of(9)])
+        assert [data for _, data in found[:3]] == [bytes_of(key, NBYTES) for key in keys]
+        assert found[3] == (key_of(9), None)
+        assert store.stats()["ram_slots"]["clean"] == 0
+
+
+def test_a_read_only_shard_serves_and_takes_nothing(tmp_path):
+    with make(tmp_path) as store:
+        keys = fill(store, range(3), NBYTES)
+    with make(tmp_path, accepts_writes=False) as store:
+        client = LocalShardClient(store)
+        assert client.reserve(NBYTES, 1) == []
+        assert all(get(client, keys, NBYTES))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"storage_bytes": 1 << 44}, StorageFullError, "storage_bytes"),
+        ({"ram_bytes": 1 << 50}, StorageFullError, "ram_bytes"),
+        ({"fsync": "sometimes"}, ConfigError, "always, interval, never"),
+        ({"eviction": "fifo"}, ConfigError, "lfu, lru, s3fifo"),
+        ({"admission": "some"}, ConfigError, "all, none, reused"),
+        ({"storage_bytes": 5}, ConfigError, "1 MiB"),
+        ({"ttl_s": 0}, ConfigError, "ttl_s"),
+    ],
+)
+def test_a_refused_construction_leaves_nothing_behind(tmp_path, options, error, text):
+    before = set(threading.enumerate()), set(os.listdir("/proc/self/fd"))
+    with pytest.raises(error, match=text):
+        make(tmp_path / "new" / "shard", **options)
+    assert not (tmp_path / "new").exists()
+    assert (set(threading.enumerate()), set(os.listdir("/proc/self/fd"))) == before
+
+
+def test_a_folder_in_use_is_refused_and_left_alone(tmp_path):
+    with make(tmp_path) as store:
+        keys = fill(store, range(3), NBYTES)
+        with pytest.raises(StorageLockedError, match=str(os.getpid())):
+            make(tmp_path)
+        with pytest.raises(StorageLockedError):
+            verify_store(str(tmp_path))
+        assert all(store.query(keys))
+
+
+def test_a_relative_path_and_a_file_as_folder_are_refused(tmp_path):
+    (tmp_path / "file").write_text("x")
+    for path in ("relative/path", str(tmp_path / "file")):
+        with pytest.raises(ConfigError, match="storage_dir"):
+            ShardStore(path, storage_bytes=16 * MIB, ram_bytes=1 * MIB)
+
+
+@pytest.mark.parametrize("name", ["superblock", "slab", "snapshot", "journal", "lock"])
+def test_symlinks_and_fifos_in_a_store_are_refused(tmp_path, name):
+    make(tmp_path / "s").close()
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"precious")
+    target = tmp_path / "s" / name
+    target.unlink()
+    target.symlink_to(victim)
+    with pytest.raises(StorageFormatError, match="regular"):
+        make(tmp_path / "s")
+    target.unlink()
+    os.mkfifo(target)
+    with pytest.raises(StorageFormatError, match="regular"):
+        make(tmp_path / "s")
+    assert victim.read_bytes() == b"precious"
+
+
+def test_another_format_version_is_refused(tmp_path):
+    import struct
+
+    import xxhash
+
+    make(tmp_path).close()
+    head = struct.pack("<8sIIQ", b"LCSLAB\r\n", 99, 0, 65536)
+    raw = head + struct.pack("<Q", xxhash.xxh3_64_intdigest(head))
+    (tmp_path / "superblock").write_bytes(raw.ljust(4096, b"\0"))
+    with pytest.raises(StorageFormatError, match="99"):
+        make(tmp_path)
+
+
+def test_a_smaller_bound_at_the_next_start_holds_at_once(tmp_path):
+    with make(tmp_path, storage_bytes=16 * MIB) as store:
+        keys = fill(store, range(150), NBYTES)
+    with make(tmp_path, storage_bytes=4 * MIB) as store:
+        assert sum(f.stat().st_blocks * 512 for f in tmp_path.iterdir()) <= 4 * MIB
+        store.check_integrity()
+        client = LocalShardClient(store)
+        assert 0 < sum(get(client, keys, NBYTES)) < 150
+        client.close()
+
+
+def test_files_are_private(tmp_path):
+    make(tmp_path / "s").close()
+    assert (tmp_path / "s").stat().st_mode & 0o777 == 0o700
+    assert {f.stat().st_mode & 0o777 for f in (tmp_path / "s").iterdir()} == {0o600}
+
+
+def test_inspect_and_verify_tell_the_truth(tmp_path):
+    with make(tmp_path / "shard-0") as store:
+        keys = fill(store, range(10), NBYTES)
+    (report,) = inspect_store(str(tmp_path))
+    assert (report.blocks, report.bytes) == (10, 10 * NBYTES)
+    assert [(n.name, n.blocks) for n in report.namespaces] == [("test", 10)]
+    calls = []
+    (verdict,) = verify_store(str(tmp_path), lambda done, total: calls.append((done, total)))
+    assert verdict.ok
+    assert verdict.checked == 10
+    assert calls[-1] == (10 * NBYTES, 10 * NBYTES)
+    with open(tmp_path / "shard-0" / "slab", "r+b") as slab:
+        slab.seek(3 * NBYTES + 5)
+        slab.write(b"\xaa\x55")
+    (verdict,) = verify_store(str(tmp_path))
+    assert [reason for _, reason in verdict.bad] == ["corrupt"]
+    assert bytes.fromhex(verdict.bad[0][0]) in keys
+    with pytest.raises(ConfigError, match="storage folder"):
+        inspect_store(str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize("fsync", ["always", "interval", "never"])
+def test_durable_follows_the_fsync_policy(tmp_path, fsync):
+    with make(tmp_path, fsync=fsync, fsync_interval_s=30) as store:
+        client = LocalShardClient(store)
+        put(client, keys_of(range(4)), NBYTES)
+        deadline = time.monotonic() + 10
+        while store.awaits_disk(keys_of(range(4))) != [False] * 4 and time.monotonic() < deadline:
+            store.wait_for_change(0.1)
+        if fsync == "always":
+            while not all(store.durable(keys_of(range(4)))) and time.monotonic() < deadline:
+                store.wait_for_change(0.1)
+        expected = {"always": True, "interval": False}.get(fsync)
+        if expected is not None:
+            assert store.durable(keys_of(range(4))) == [expected] * 4
+        assert store.flush().complete
+        assert all(store.durable(keys_of(range(4))))
+        client.close()
+
+
+def test_a_closed_store_refuses_and_its_threads_are_gone(tmp_path):
+    before = set(threading.enumerate())
+    store = make(tmp_path)
+    LocalShardClient(store)
+    store.close()
+    store.close()
+    assert set(threading.enumerate()) <= before
+    with pytest.raises(StorageError, match="closed"):
+        store.attach(os.getpid())
+
+
+def test_the_fallback_arena_works_and_leaves_no_file(tmp_path):
+    with make(tmp_path, use_memfd=False) as store:
+        client = LocalShardClient(store)
+        path = client.arena.attachment.arena_path
+        assert path is not None
+        assert os.path.exists(path)
+        put(client, [key_of(0)], NBYTES)
+        assert all(get(client, [key_of(0)], NBYTES))
+        client.close()
+    assert not os.path.exists(path)
