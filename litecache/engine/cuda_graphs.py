@@ -97,6 +97,11 @@ class GraphCache:
         return list(self._decodes)
 
     @property
+    def chunk_buckets(self) -> list[int]:
+        """Token counts of the longer sequences of a step."""
+        return list(self._chunks)
+
+    @property
     def largest(self) -> GraphKey:
         """A bucket that none exceeds in tokens or sequences."""
         return GraphKey(max(self._decodes[-1], self._mixed[-1]), self._chunks[-1], _CHUNK_SEQS[-1])

@@ -93,7 +93,7 @@ def profile_peak(loaded: LoadedModel, config: CacheConfig) -> int:
             input_ids=ids[None],
             position_ids=torch.arange(tokens, device=device)[None],
             use_cache=False,
-            logits_to_keep=samples,
+            **({"logits_to_keep": samples} if loaded.keeps_logits else {}),
         ).logits[0][-samples:]
         ones = torch.ones(samples, device=device)
         sample(

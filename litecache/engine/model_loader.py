@@ -6,10 +6,10 @@ other resource exists.
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import os
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,11 @@ class LoadedModel:
     eos_token_ids: tuple[int, ...]
     fingerprint: str
     passes: tuple[str, ...] = ()
+
+    @property
+    def keeps_logits(self) -> bool:
+        """Whether the model computes logits at chosen positions only when asked to."""
+        return "logits_to_keep" in inspect.signature(self.model.forward).parameters
 
 
 def load_model(source: ModelSource, config: CacheConfig) -> LoadedModel:
@@ -168,16 +173,16 @@ def _pretrained_model(
     from transformers.utils import is_accelerate_available
 
     # With accelerate, transformers copies each tensor to the device as it reads it.
-    direct = device.type == "cuda" and is_accelerate_available()
+    direct = {"device_map": {"": device}} if is_accelerate_available() else {}
     try:
-        with torch.device(device) if direct else nullcontext():
-            model = AutoModelForCausalLM.from_pretrained(
-                source.path,
-                config=hf_config,
-                dtype=dtype,
-                revision=source.revision,
-                attn_implementation=IMPLEMENTATION,
-            )
+        model = AutoModelForCausalLM.from_pretrained(
+            source.path,
+            config=hf_config,
+            dtype=dtype,
+            revision=source.revision,
+            attn_implementation=IMPLEMENTATION,
+            **direct,
+        )
     except (KeyError, ValueError) as error:
         raise _not_a_decoder(hf_config, error) from error
     except Exception as error:  # safetensors raises a class of its own for damaged files

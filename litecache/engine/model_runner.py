@@ -7,7 +7,6 @@ executed before the result of the step that sampled its input was read.
 
 from __future__ import annotations
 
-import inspect
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -102,7 +101,7 @@ class ModelRunner:
         self._device = device
         self._on_gpu = device.type == "cuda"
         self._max_model_len = max_model_len
-        self._keeps_logits = "logits_to_keep" in inspect.signature(loaded.model.forward).parameters
+        self._keeps_logits = loaded.keeps_logits
         self._context = PagedContext(layout, pools)
         self._tables = RowTables(layout, max_requests, max_model_len, device)
         self._graphs: GraphCache | None = None
@@ -157,7 +156,7 @@ class ModelRunner:
             return self._handle(plan, batch, tokens)
 
     def warm_up(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Capture the graphs of all decode batches and of short chunks, so that none waits later.
+        """Capture the graphs of all decode batches and of the usual chunks, so that none waits.
 
         Args:
             progress: called with the number captured and the number of all.
@@ -165,7 +164,9 @@ class ModelRunner:
         if self._graphs is None:
             return
         keys = [GraphKey(size) for size in reversed(self._graphs.decode_buckets)]
-        keys += [key for key in (self._graphs.key_for(0, 16, 1),) if key is not None]
+        for decodes in (1, 0):
+            found = [self._graphs.key_for(decodes, n, 1) for n in self._graphs.chunk_buckets]
+            keys += [key for key in reversed(found) if key is not None]
         with torch.inference_mode():
             for done, key in enumerate(keys, start=1):
                 self._graph(key)
