@@ -31,7 +31,10 @@ MAX_QUERIES = 16
 """Sequences with more queries than this are left to the prefill kernel."""
 
 
-@triton.jit(do_not_specialize=["num_seqs", "window", "num_programs"])
+@triton.jit(
+    do_not_specialize=["num_seqs", "window", "num_programs"],
+    do_not_specialize_on_alignment=["contexts_ptr", "starts_ptr"],
+)
 def _plan_kernel(
     contexts_ptr, starts_ptr, ends_ptr, owner_ptr, num_seqs, window, num_programs,
     TILE: tl.constexpr, SEQS_PAD: tl.constexpr, BLOCK_P: tl.constexpr, KV_HEADS: tl.constexpr,
@@ -59,7 +62,11 @@ def _plan_kernel(
     tl.store(owner_ptr + program, owner, mask=program < num_programs)
 
 
-@triton.jit(do_not_specialize=["table_stride", "window", "num_seqs", "num_programs"])
+@triton.jit(
+    do_not_specialize=["table_stride", "window", "num_seqs", "num_programs"],
+    # Slices of a step start anywhere; a second variant would be compiled while requests wait.
+    do_not_specialize_on_alignment=["tables_ptr", "contexts_ptr", "starts_ptr"],
+)
 def _decode_kernel(
     q_ptr, out_ptr, q_token, q_head, o_token, o_head,
     k_ptr, v_ptr, k_block, k_head, v_block, v_head,

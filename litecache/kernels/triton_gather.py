@@ -12,7 +12,7 @@ import triton.language as tl
 _TOKENS = 32
 
 
-@triton.jit(do_not_specialize=["first", "count"])
+@triton.jit(do_not_specialize=["first", "count"], do_not_specialize_on_alignment=["table_ptr"])
 def _gather_kernel(
     cache_ptr, cache_block, cache_head, scale_ptr, scale_block, table_ptr, out_ptr, out_head,
     first, count,

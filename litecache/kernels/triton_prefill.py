@@ -23,7 +23,10 @@ from litecache.kernels.triton_common import (
 from litecache.kernels.tuning import PrefillConfig
 
 
-@triton.jit(do_not_specialize=["table_stride", "window", "first_seq", "floor"])
+@triton.jit(
+    do_not_specialize=["table_stride", "window", "first_seq", "floor"],
+    do_not_specialize_on_alignment=["tables_ptr", "contexts_ptr", "starts_ptr"],
+)
 def _prefill_kernel(
     q_ptr, out_ptr, lse_ptr, q_token, q_head, o_token, o_head, lse_head,
     k_ptr, v_ptr, k_block, k_head, v_block, v_head,

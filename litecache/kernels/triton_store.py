@@ -39,7 +39,7 @@ def _store_side(
         tl.store(place, rows.to(cache_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["slots_ptr"])
 def _store_kernel(
     key_ptr, value_ptr, key_token, key_head, value_token, value_head,
     k_ptr, v_ptr, k_block, k_head, v_block, v_head, ks_ptr, vs_ptr, ks_block, vs_block,
