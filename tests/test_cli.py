@@ -12,7 +12,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from litecache.actors.group import actor_names
+from litecache.actors.group_start import actor_names
 from litecache.cli import app, main, parse_settings
 from litecache.config import CacheConfig
 from litecache.errors import ConfigError

@@ -12,7 +12,6 @@ import logging
 import uuid
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -20,41 +19,34 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from litecache.actors.group import Group, exists
+from litecache.actors.group import Group
 from litecache.actors.group_spec import GroupSpec
 from litecache.actors.naming import DEFAULT_GROUP, check_group_name, replica_name
 from litecache.actors.placement import check_actor_options, choose_num_gpus
 from litecache.adapter.generation import GenerationSettings, draw_seed, translate
-from litecache.adapter.pending import PendingRequest
+from litecache.adapter.membership import join_or_start, leave
+from litecache.adapter.pending import AbortOnExit, PendingRequest
 from litecache.adapter.poller import ReplicaPoller
-from litecache.adapter.prompts import append_rows, check_input_ids, split_rows
+from litecache.adapter.prompts import (
+    append_rows,
+    check_input_ids,
+    check_prompt,
+    one_input,
+    split_rows,
+)
+from litecache.adapter.results import ReuseReport
 from litecache.adapter.sources import resolve_model
 from litecache.adapter.stats import CacheStats
 from litecache.adapter.streaming import TokenStream, feed_streamer
 from litecache.config import CacheConfig
 from litecache.engine.model_checks import check_config, check_shape, choose_max_model_len
-from litecache.errors import ConfigError, GroupError, LiteCacheError
+from litecache.errors import ConfigError, LiteCacheError
 from litecache.hashing import chain_keys
 from litecache.types import Request
 
 logger = logging.getLogger(__name__)
 
 TIERS = ("gpu", "ram", "disk", "all")
-
-
-@dataclass(frozen=True)
-class ReuseReport:
-    """What each row of a result reused: `.litecache` of a returned dict.
-
-    Attributes:
-        reused_tokens: per row, prompt tokens by tier that were not computed.
-        ttft_s: per row, seconds from submission to the first token's arrival here.
-        total_s: per row, seconds from submission to the last token's arrival.
-    """
-
-    reused_tokens: tuple[dict[str, int], ...]
-    ttft_s: tuple[float | None, ...]
-    total_s: tuple[float | None, ...]
 
 
 class KVCacheAdapter:
@@ -117,7 +109,7 @@ class KVCacheAdapter:
             num_threads,
             choose_num_gpus(config, options),
         )
-        self._group, started = _join_or_start(
+        self._group, started = join_or_start(
             spec, joinable is not None, cache_config is None, detached, options
         )
         self._tokenizer = tokenizer
@@ -129,7 +121,7 @@ class KVCacheAdapter:
         ]
         # Runs on close, on garbage collection and at exit, once, and before Ray's own exit hook.
         self._finalizer = weakref.finalize(
-            self, _shut_down, self._pollers, self._group if started and not detached else None
+            self, leave, self._pollers, self._group if started and not detached else None
         )
 
     @property
@@ -199,7 +191,7 @@ class KVCacheAdapter:
             ConfigError: a setting is invalid or not supported; nothing was sent.
             LiteCacheError: a request failed.
         """
-        given = _one_input(inputs, kwargs.pop("input_ids", None))
+        given = one_input(inputs, kwargs.pop("input_ids", None))
         mask = kwargs.pop("attention_mask", None)
         settings = translate(generation_config, kwargs, self.generation_config)
         input_ids = check_input_ids(given)
@@ -209,7 +201,7 @@ class KVCacheAdapter:
         rows = self._start(
             prompts, widths, settings, cache_salt, seed, streaming=streamer is not None
         )
-        with _Aborting(self, rows):
+        with AbortOnExit(self.abort, rows):
             if streamer is not None:
                 expanded = input_ids.repeat_interleave(samples, dim=0)
                 feed_streamer(streamer, expanded, rows, settings.pad_token_id)
@@ -219,7 +211,7 @@ class KVCacheAdapter:
         if not settings.return_dict:
             return sequences
         output = GenerateDecoderOnlyOutput(sequences=sequences)
-        output.litecache = _report(rows)
+        output.litecache = ReuseReport.of(rows)
         return output
 
     def generate_batch(
@@ -241,11 +233,11 @@ class KVCacheAdapter:
             LiteCacheError: a request failed.
         """
         settings = translate(generation_config, kwargs, self.generation_config)
-        checked = [_check_prompt(prompt, index) for index, prompt in enumerate(prompts)]
+        checked = [check_prompt(prompt, index) for index, prompt in enumerate(prompts)]
         if not checked:
             return []
         rows = self._start(checked, [len(p) for p in checked], settings, cache_salt, seed)
-        with _Aborting(self, rows):
+        with AbortOnExit(self.abort, rows):
             return [list(row.wait()) for row in rows]
 
     def stream(
@@ -280,12 +272,12 @@ class KVCacheAdapter:
         settings = translate(generation_config, kwargs, self.generation_config)
         if settings.num_return_sequences != 1:
             raise ConfigError("num_return_sequences", settings.num_return_sequences, "1 in stream")
-        given = _one_input(prompt, input_ids)
+        given = one_input(prompt, input_ids)
         if isinstance(given, str):
             given = self.tokenizer(given)["input_ids"]
         if isinstance(given, torch.Tensor):
             given = given.flatten().tolist() if given.dim() < 2 or given.shape[0] == 1 else given
-        tokens = _check_prompt(given, 0)
+        tokens = check_prompt(given, 0)
         decode = None if as_tokens else self._decoder(skip_special_tokens)
         (row,) = self._start([tokens], [len(tokens)], settings, cache_salt, seed, streaming=True)
         return TokenStream(row, decode, self.abort)
@@ -403,78 +395,3 @@ class KVCacheAdapter:
             return text
 
         return decode
-
-
-class _Aborting:
-    """Aborts requests when their caller stops waiting for them: an error, or ctrl-C."""
-
-    def __init__(self, adapter: KVCacheAdapter, rows: list[PendingRequest]) -> None:
-        self._adapter, self._rows = adapter, rows
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, *exception: object) -> None:
-        if kind is not None:
-            for row in self._rows:
-                if not row.done:
-                    self._adapter.abort(row.request_id)
-
-
-def _join_or_start(
-    spec: GroupSpec,
-    joinable: bool,
-    any_config: bool,
-    detached: bool,
-    options: dict[str, dict[str, Any]],
-) -> tuple[Group, bool]:
-    """The group, and whether it was started here."""
-    expected = spec.describe()
-    if any_config:
-        expected["config"] = None
-    if joinable and exists(spec.group):
-        return Group.attach(spec.group, expected), False
-    try:
-        return Group.start(spec, detached=detached, actor_options=options), True
-    except GroupError:
-        # Another driver may have started it in the meantime: then this one joins.
-        if not joinable or not exists(spec.group):
-            raise
-    return Group.attach(spec.group, expected), False
-
-
-def _shut_down(pollers: list[ReplicaPoller], owned: Group | None) -> None:
-    for poller in pollers:
-        poller.close()
-    if owned is not None and ray.is_initialized():
-        owned.stop()
-
-
-def _one_input(first: Any, second: Any) -> Any:
-    if first is not None and second is not None:
-        raise ConfigError("inputs", "given twice", "either the first argument or input_ids")
-    return first if first is not None else second
-
-
-def _check_prompt(prompt: Any, index: int) -> tuple[int, ...]:
-    values = prompt.tolist() if isinstance(prompt, torch.Tensor) else prompt
-    valid = "a list of token ids"
-    if isinstance(values, (str, bytes)) or not isinstance(values, Sequence):
-        raise ConfigError(f"prompts[{index}]", prompt, valid)
-    if not values:
-        raise ConfigError(f"prompts[{index}]", [], "at least one token")
-    for token in values:
-        if isinstance(token, bool) or not isinstance(token, int):
-            raise ConfigError(f"prompts[{index}]", token, valid)
-    return tuple(values)
-
-
-def _report(rows: list[PendingRequest]) -> ReuseReport:
-    def since_submission(row: PendingRequest, moment: float | None) -> float | None:
-        return None if moment is None else moment - row.submitted_at
-
-    return ReuseReport(
-        tuple(row.reused_tokens for row in rows),
-        tuple(since_submission(row, row.first_token_at) for row in rows),
-        tuple(since_submission(row, row.finished_at) for row in rows),
-    )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import litecache.errors
 from litecache.errors import GroupUnavailableError, LiteCacheError, RequestAborted
@@ -150,3 +150,24 @@ def remote_error(kind: str | None, text: str | None) -> Exception:
     if isinstance(found, type) and issubclass(found, LiteCacheError):
         return found(text or found.__name__)
     return GroupUnavailableError(f"{kind}: {text}")
+
+
+class AbortOnExit:
+    """Aborts requests when their caller stops waiting for them: an error, or ctrl-C.
+
+    Args:
+        abort: called with the id of each request that has not ended.
+        rows: the requests.
+    """
+
+    def __init__(self, abort: Callable[[str], None], rows: list[PendingRequest]) -> None:
+        self._abort, self._rows = abort, rows
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, *exception: object) -> None:
+        if kind is not None:
+            for row in self._rows:
+                if not row.done:
+                    self._abort(row.request_id)

@@ -7,6 +7,7 @@ and appends the new tokens, so a left-padded row comes back as HF returns it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -27,6 +28,35 @@ def check_input_ids(input_ids: object) -> torch.Tensor:
     if input_ids.numel() == 0:
         raise ConfigError("input_ids", list(input_ids.shape), "at least one row and one token")
     return input_ids.detach().to("cpu", torch.int64)
+
+
+def one_input(first: Any, second: Any) -> Any:
+    """The input that was given, as the first argument or by name.
+
+    Raises:
+        ConfigError: both were.
+    """
+    if first is not None and second is not None:
+        raise ConfigError("inputs", "given twice", "either the first argument or input_ids")
+    return first if first is not None else second
+
+
+def check_prompt(prompt: Any, index: int) -> tuple[int, ...]:
+    """Token ids of one prompt, a list or a tensor.
+
+    Raises:
+        ConfigError: names the prompt by its index.
+    """
+    values = prompt.tolist() if isinstance(prompt, torch.Tensor) else prompt
+    valid = "a list of token ids"
+    if isinstance(values, (str, bytes)) or not isinstance(values, Sequence):
+        raise ConfigError(f"prompts[{index}]", prompt, valid)
+    if not values:
+        raise ConfigError(f"prompts[{index}]", [], "at least one token")
+    for token in values:
+        if isinstance(token, bool) or not isinstance(token, int):
+            raise ConfigError(f"prompts[{index}]", token, valid)
+    return tuple(values)
 
 
 def split_rows(

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import ray
 
-from litecache.actors import group as group_module
-from litecache.actors.group import Group, actor_names, exists, list_groups
+from litecache.actors import group_start
+from litecache.actors.group import Group, exists, list_groups
 from litecache.actors.group_spec import GroupSpec, digest
+from litecache.actors.group_start import actor_names
 from litecache.actors.metrics_export import MetricsExporter
 from litecache.actors.placement import check_actor_options, node_ranks, shard_options
 from litecache.config import CacheConfig
@@ -216,7 +217,7 @@ def test_too_much_memory_is_refused_before_anything_starts(ray_local: None) -> N
 def test_a_place_that_does_not_exist_is_told_with_what_is_free(
     ray_local: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(group_module, "PLACE_TIMEOUT_S", 2.0)
+    monkeypatch.setattr(group_start, "PLACE_TIMEOUT_S", 2.0)
     with pytest.raises(GroupUnavailableError, match=r"num_cpus.*free in the cluster.*CPU"):
         Group.start(make_spec("refused"), actor_options={"gpu": {"num_cpus": 1000}})
     assert actor_names("refused") == []
