@@ -249,7 +249,6 @@ class GpuCache:
             config = dataclasses.replace(config, device="cuda")
         if not spec.num_gpus and config.device is None:
             config = dataclasses.replace(config, device="cpu")
-        self._report()
         self._shards = ShardWatch(spec.shard_names(self._node_id), self._connect)
         engine = Engine(
             spec.source,
@@ -262,6 +261,8 @@ class GpuCache:
         )
         self._shards.watch(engine.set_shards)
         self._exporter = MetricsExporter(self._metrics, {"group": spec.group, "actor": self._name})
+        # Only now: a replica that reports is given requests.
+        self._report()
         threading.Thread(target=self._keep_reporting, name="report", daemon=True).start()
         return engine
 

@@ -75,14 +75,19 @@ class LocationMap:
         added: Sequence[BlockKey],
         removed: Sequence[BlockKey],
     ) -> bool:
-        """Apply one message of a shard, and take it for alive.
+        """Apply one message of a shard, once, and take it for alive.
 
         Returns:
             False when the message does not follow what is known: then nothing was applied and the
             shard has to send everything by `begin_resync` and `add_keys`.
         """
         shard = self._shards.get(shard_id)
-        if shard is None or shard.epoch != epoch or not shard.complete or seq != shard.seq + 1:
+        if shard is None or shard.epoch != epoch or not shard.complete:
+            return False
+        if seq == shard.seq:  # the answer to it was lost
+            shard.last_seen = self._clock()
+            return True
+        if seq != shard.seq + 1:
             return False
         shard.node_id, shard.seq, shard.last_seen = node_id, seq, self._clock()
         self._remove(shard.bit, removed)

@@ -81,6 +81,7 @@ class LocationReporter:
         self._store, self._sink = store, sink
         self._shard_id, self._node_id = shard_id, node_id
         self._interval_s = interval_s
+        self._unsent: Deltas | None = None
         self._changed = threading.Event()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="location-reporter", daemon=True)
@@ -102,11 +103,13 @@ class LocationReporter:
         Raises:
             LiteCacheError: the coordinator does not answer; the next report repairs it.
         """
-        deltas = self._store.drain_deltas()
+        # A message whose answer was lost is sent again: a resync of a large shard is dear.
+        deltas = self._unsent = self._unsent or self._store.drain_deltas()
         who = (self._shard_id, self._node_id, deltas.epoch)
         if not deltas.resync and self._sink.report_shard(
             *who, deltas.seq, deltas.added, deltas.removed
         ):
+            self._unsent = None
             return
         # Keys that change from here on are in the next deltas, too; applying them twice is right.
         keys = self._store.keys()
@@ -115,12 +118,14 @@ class LocationReporter:
                 "%s: the coordinator follows no more shards; other nodes cannot use its blocks",
                 self._shard_id,
             )
+            self._unsent = None
             return
         for start in range(0, max(1, len(keys)), _KEYS_PER_MESSAGE):
             part = keys[start : start + _KEYS_PER_MESSAGE]
             last = start + _KEYS_PER_MESSAGE >= len(keys)
             if not self._sink.add_keys(self._shard_id, deltas.epoch, part, last):
                 return
+        self._unsent = None
 
     def _run(self) -> None:
         while not self._stopped.is_set():

@@ -54,6 +54,15 @@ def test_messages_of_an_unknown_shard_epoch_or_after_a_gap_ask_for_a_resync() ->
     assert len(located) == 0
 
 
+def test_a_message_sent_twice_is_applied_once() -> None:
+    located = joined(("a", "n1"))
+    assert located.apply("a", "n1", 1, 1, KEYS[:2], [])
+    assert located.apply("a", "n1", 1, 2, [], KEYS[:1])
+    assert located.apply("a", "n1", 1, 2, [], KEYS[:1])
+    assert located.keys_of("a") == {KEYS[1]}
+    assert located.apply("a", "n1", 1, 3, [], [])
+
+
 def test_a_resync_replaces_what_was_known_and_takes_several_parts() -> None:
     located = joined(("a", "n1"))
     assert located.apply("a", "n1", 1, 1, KEYS[:3], [])

@@ -21,6 +21,7 @@ class FlakyMap:
     def __init__(self) -> None:
         self.located = LocationMap()
         self.out_of_reach = False
+        self.resyncs = 0
         self.changed = threading.Condition()
 
     def restart(self) -> None:
@@ -42,6 +43,7 @@ class FlakyMap:
 
     def begin_resync(self, shard_id: str, node_id: str, epoch: int, seq: int) -> bool:
         self._reach()
+        self.resyncs += 1
         return self.located.begin_resync(shard_id, node_id, epoch, seq)
 
     def add_keys(self, shard_id: str, epoch: int, keys: Sequence[bytes], last: bool) -> bool:
@@ -121,5 +123,6 @@ def test_changes_while_the_coordinator_is_out_of_reach_are_not_lost(store: Shard
             reporter.report()  # this message is lost
         sink.out_of_reach = False
         sink.wait_for(keys)
+        assert sink.resyncs == 1  # the one at the start
     finally:
         reporter.close()
