@@ -35,6 +35,8 @@ class AttentionMetadata:
         max_context_len: largest context (an upper bound under graphs).
         query_lens: host copy of the query counts; None when a graph replays with other lengths.
         context_lens_host: host copy of `context_lens`; None likewise. The CPU path needs both.
+        deterministic: a sequence's result must not depend on what else is in the batch: decode cuts
+            contexts at fixed positions, at some cost in speed.
         scratch: per-step things that layers share, keyed by whoever computes them.
     """
 
@@ -47,6 +49,7 @@ class AttentionMetadata:
     max_context_len: int
     query_lens: tuple[int, ...] | None = None
     context_lens_host: tuple[int, ...] | None = None
+    deterministic: bool = False
     scratch: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property

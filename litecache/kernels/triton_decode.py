@@ -5,12 +5,13 @@ programs takes equal shares of that line (the stream-K idea of Osama et al., 202
 flash-decoding). So ragged batches balance by themselves, there is no split count to tune and no
 cliff between batch sizes. A share that covers a pair completely writes its output; pieces of a
 pair go to a workspace and whoever finishes last merges them: one launch. Shares are computed on
-the device once a step from the context lengths, so a CUDA graph replays at any length.
+the device once a step from the context lengths, so a CUDA graph replays at any length. Where a
+step asks for determinism, shares are fixed chunks of each pair instead.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 import triton
@@ -25,41 +26,14 @@ from litecache.kernels.triton_common import (
     load_rows,
     store_rows,
 )
+from litecache.kernels.triton_plan import plan_decode
 from litecache.kernels.tuning import DecodeConfig
 
 MAX_QUERIES = 16
 """Sequences with more queries than this are left to the prefill kernel."""
 
-
-@triton.jit(
-    do_not_specialize=["num_seqs", "window", "num_programs"],
-    do_not_specialize_on_alignment=["contexts_ptr", "starts_ptr"],
-)
-def _plan_kernel(
-    contexts_ptr, starts_ptr, ends_ptr, owner_ptr, num_seqs, window, num_programs,
-    TILE: tl.constexpr, SEQS_PAD: tl.constexpr, BLOCK_P: tl.constexpr, KV_HEADS: tl.constexpr,
-    WINDOWED: tl.constexpr,
-):  # fmt: skip
-    """Cumulative tiles per sequence, and the sequence in which each program's share begins."""
-    seq = tl.arange(0, SEQS_PAD)
-    real = seq < num_seqs
-    context = tl.load(contexts_ptr + seq, mask=real, other=0)
-    tiles = tl.cdiv(context, TILE)
-    if WINDOWED:
-        begin = tl.load(starts_ptr + seq, mask=real, other=0)
-        end = tl.load(starts_ptr + seq + 1, mask=real, other=0)
-        tiles -= tl.maximum(context - (end - begin) + 1 - window, 0) // TILE
-    # An empty sequence keeps one tile, whose owner writes its zeros.
-    tiles = tl.where(real, tl.maximum(tiles, 1), 0)
-    ends = tl.cumsum(tiles, 0)
-    if tl.program_id(0) == 0:
-        tl.store(ends_ptr + 1 + seq, ends, mask=real)
-        tl.store(ends_ptr, 0)
-    share = tl.cdiv(tl.sum(tiles, 0) * KV_HEADS, num_programs)
-    program = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
-    before = (ends * KV_HEADS)[None, :] <= (program * share)[:, None]
-    owner = tl.sum((before & real[None, :]).to(tl.int32), 1)
-    tl.store(owner_ptr + program, owner, mask=program < num_programs)
+_FIXED_CHUNK = 1024
+"""Tokens of a piece where results must not depend on the batch."""
 
 
 @triton.jit(
@@ -79,11 +53,15 @@ def _decode_kernel(
     D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
     WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, ALIBI: tl.constexpr,
     QUANTISED: tl.constexpr, FLOAT: tl.constexpr, ALIKE: tl.constexpr, STAGES: tl.constexpr,
-    MERGE: tl.constexpr,
+    MERGE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     work = tl.load(ends_ptr + num_seqs) * KV_HEADS
-    share = tl.cdiv(work, num_programs)
+    # With fixed chunks, which pairs are padded to, every cut lies at the same place of its pair
+    # whatever the batch.
+    share = CHUNK
+    if CHUNK == 0:
+        share = tl.cdiv(work, num_programs)
     share_begin = program * share
     if share_begin < work:
         share_end = tl.minimum(share_begin + share, work)
@@ -235,17 +213,6 @@ def _merge(
     )  # fmt: skip
 
 
-@dataclass
-class _Plan:
-    """Device tensors of a step that all layers of the same shape share."""
-
-    ends: torch.Tensor
-    owner: torch.Tensor
-    partial: torch.Tensor
-    state: torch.Tensor
-    counter: torch.Tensor
-
-
 def decode(
     query: torch.Tensor,
     k_cache: torch.Tensor,
@@ -293,7 +260,12 @@ def decode(
     # The matrix units want 16 along a product; a word of an eight-bit pool holds four codes.
     least = 16 if k_scale is None else 64
     v_pad = max(least, triton.next_power_of_2(v_dim))
-    plan = _plan(metadata, seqs, kv_heads, window, rows, v_pad, config)
+    chunk = 0
+    if metadata.deterministic:
+        chunk = max(1, _FIXED_CHUNK // config.block_n)
+        chunks = triton.cdiv(metadata.max_context_len, chunk * config.block_n)
+        config = replace(config, num_programs=num_seqs * kv_heads * max(1, chunks))
+    plan = plan_decode(metadata, seqs, kv_heads, window, rows, v_pad, config, chunk)
     is_float = k_cache.dtype == torch.float8_e4m3fn
     if k_scale is not None:
         k_cache, v_cache = k_cache.view(torch.int32), v_cache.view(torch.int32)
@@ -314,6 +286,7 @@ def decode(
         ALIBI=alibi_slopes is not None, QUANTISED=k_scale is not None,
         FLOAT=is_float, ALIKE=k_cache.stride(0) == v_cache.stride(0) and k_dim == v_dim,
         STAGES=config.num_stages, MERGE=_merge_width(config, rows, v_pad, k_scale is not None),
+        CHUNK=chunk,
         num_warps=config.num_warps,
     )  # fmt: skip
 
@@ -327,37 +300,3 @@ def _merge_width(config: DecodeConfig, rows: int, v_pad: int, quantised: bool) -
     burdened = quantised or rows > 16
     elements = (512 if burdened else 4096) * config.num_warps
     return max(1, min(16, elements // (rows * v_pad)))
-
-
-def _plan(
-    metadata: AttentionMetadata,
-    seqs: slice,
-    kv_heads: int,
-    window: int | None,
-    rows: int,
-    v_pad: int,
-    config: DecodeConfig,
-) -> _Plan:
-    """The step's shares, made by the first layer that asks for this shape."""
-    name = ("decode", seqs.start, seqs.stop, kv_heads, window, rows, v_pad, config)
-    plan: _Plan | None = metadata.scratch.get(name)
-    if plan is None:
-        device = metadata.context_lens.device
-        programs = config.num_programs
-        num_seqs = seqs.stop - seqs.start
-        plan = metadata.scratch[name] = _Plan(
-            ends=torch.empty(num_seqs + 1, dtype=torch.int32, device=device),
-            owner=torch.empty(programs, dtype=torch.int32, device=device),
-            partial=torch.empty(2 * programs * rows * v_pad, dtype=torch.float32, device=device),
-            state=torch.empty(2 * programs * rows * 2, dtype=torch.float32, device=device),
-            counter=torch.zeros(num_seqs * kv_heads, dtype=torch.int32, device=device),
-        )
-        seqs_pad = max(16, triton.next_power_of_2(num_seqs))
-        block_p = max(1, min(64, 16384 // seqs_pad))
-        _plan_kernel[(triton.cdiv(programs, block_p),)](
-            metadata.context_lens[seqs], metadata.cu_seqlens_q[seqs.start :],
-            plan.ends, plan.owner, num_seqs, window or 0, programs,
-            TILE=config.block_n, SEQS_PAD=seqs_pad, BLOCK_P=block_p, KV_HEADS=kv_heads,
-            WINDOWED=window is not None,
-        )  # fmt: skip
-    return plan

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -91,6 +92,23 @@ def test_repeated_runs_give_the_same_bits() -> None:
         for _ in range(20)
     ]
     assert all(torch.equal(outs[0], out) for out in outs[1:])
+
+
+def test_deterministic_results_do_not_depend_on_the_batch() -> None:
+    case = Case((1,) * 5, (1, 17, 3000, 9000, 40000), heads=(32, 8), dims=(128, 128),
+                block_size=16, dtype=torch.bfloat16)  # fmt: skip
+    batch = make_batch(case, "cuda")
+    metadata = dataclasses.replace(batch.metadata, deterministic=True)
+    arguments = (batch.k_cache, batch.v_cache)
+    together = paged_attention(batch.query, *arguments, metadata, **batch.arguments())
+    expected = attend_wide(batch.query, batch.wide_k, batch.wide_v, metadata, **batch.options)
+    assert worst_error(together, expected) < 1e-2
+    for row in range(5):
+        table = metadata.block_tables[row].tolist()
+        alone = AttentionMetadata.build([1], [case.context_lens[row]], [table], 16, "cuda")
+        alone.deterministic = True
+        out = paged_attention(batch.query[row : row + 1], *arguments, alone, **batch.arguments())
+        assert torch.equal(out[0], together[row])
 
 
 def test_a_captured_graph_replays_at_other_lengths() -> None:

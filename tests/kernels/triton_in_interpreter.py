@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from kernel_cases import Case, make_batch, worst_error
@@ -9,6 +11,7 @@ from kernel_grid import TINY, tolerance
 from kernel_oracle import attend
 
 from litecache.kernels import (
+    AttentionMetadata,
     copy_blocks,
     library_prefill,
     paged_attention,
@@ -158,3 +161,20 @@ def test_convert_writes_what_the_reference_writes() -> None:
     triton_convert.convert(theirs, narrow, back, wide, dst, src)
     convert_reference(theirs, narrow, expected, wide, dst, src)
     assert torch.equal(back, expected)
+
+
+def test_deterministic_results_do_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("litecache.kernels.triton_decode._FIXED_CHUNK", 32)
+    case = Case((1, 1, 1), (9, 70, 130), heads=(4, 2))
+    batch = make_batch(case)
+    metadata = dataclasses.replace(batch.metadata, deterministic=True)
+    arguments = (batch.k_cache, batch.v_cache)
+    together = paged_attention(batch.query, *arguments, metadata, **batch.arguments())
+    expected = attend(batch.query, batch.wide_k, batch.wide_v, batch.metadata, **batch.options)
+    assert worst_error(together, expected) < 1e-5
+    for row in range(3):
+        table = batch.metadata.block_tables[row].tolist()
+        alone = AttentionMetadata.build([1], [case.context_lens[row]], [table], 8)
+        alone.deterministic = True
+        out = paged_attention(batch.query[row : row + 1], *arguments, alone, **batch.arguments())
+        assert torch.equal(out[0], together[row])
