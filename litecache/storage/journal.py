@@ -35,6 +35,7 @@ _FRAME = struct.Struct("<4sIQ")
 _FRAME_MAGIC = b"\xf1LJ\x0a"
 VERSION = 1
 MAX_PAYLOAD_BYTES = 4 << 20
+_MAX_SEQ = 1 << 62
 
 PUT, DEL, NAME, SYNC = 1, 2, 3, 4
 
@@ -70,13 +71,13 @@ def parse(raw: bytes, path: str) -> tuple[list[Change], int]:
         sound = digest == xxhash.xxh3_64_intdigest(raw[: _HEADER.size - 8])
         if sound and magic == _HEADER_MAGIC and version != VERSION:
             raise StorageFormatError(f"{path} has journal version {version}, this reads {VERSION}")
-    changes: list[Change] = []
+    # by number, not by place: a stale sector may repeat a later record in front of earlier ones
+    changes: dict[int, Change] = {}
     end = min(len(raw), _HEADER.size)
     for change, after in _frames(raw):
         end = after
-        if not changes or change.seq > changes[-1].seq:
-            changes.append(change)
-    return changes, end
+        changes.setdefault(change.seq, change)
+    return [changes[seq] for seq in sorted(changes)], end
 
 
 def _frames(raw: bytes) -> Iterator[tuple[Change, int]]:
@@ -102,7 +103,8 @@ def _frame_at(raw: bytes, at: int) -> tuple[Change | None, int]:
         return None, at
     try:
         seq, kind, body = msgpack.unpackb(payload)
-        if isinstance(seq, int) and isinstance(kind, int) and isinstance(body, bytes):
+        typed = isinstance(seq, int) and isinstance(kind, int) and isinstance(body, bytes)
+        if typed and 0 < seq <= _MAX_SEQ:
             return Change(seq, kind, body), end
     except (ValueError, TypeError, msgpack.exceptions.UnpackException):
         logger.warning("a journal record with a sound checksum cannot be read")

@@ -28,6 +28,7 @@ class RamState(IntEnum):
     CLEAN = 4
 
 
+LOADED = (RamState.DIRTY, RamState.WRITING, RamState.CLEAN)
 _IO_STATES = (RamState.LOADING, RamState.WRITING)
 
 

@@ -7,21 +7,23 @@ their leases in `Clients`; this class puts them under one lock and never does I/
 
 from __future__ import annotations
 
-import logging
 import secrets
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from ..errors import ConfigError, StorageError, StorageFullError
 from ..hashing import BlockKey
 from ..metrics import Metrics
 from .admission import get_admission
 from .arena import Arena
-from .block_io import BlockIo, OnWritten, fault
+from .arena_growth import ArenaGrowth
+from .block_io import BlockIo, OnWritten
 from .disk_tier import DiskTier
 from .eviction import get_policy
+from .fetching import Fetching
 from .files import NO_SPACE, Files
+from .lease_book import LeaseBook
 from .leases import Client, Clients
 from .protocol import (
     PAGE_BYTES,
@@ -32,19 +34,15 @@ from .protocol import (
     FlushReport,
     SlotRef,
     StageResult,
-    StageStatus,
 )
-from .ram_tier import RamBlock, RamState
-from .scratch import scratch_memory
+from .ram_tier import LOADED, RamState
 from .segments import pick_segment_bytes
-from .slab import Transfer
+from .shard_options import validate_options
+from .shard_stats import set_gauges, shard_stats
+from .staging import Staging
 from .tiers import Tiers
 
-logger = logging.getLogger(__name__)
-
-FSYNC_POLICIES = ("always", "interval", "never")
 _MAX_NAMESPACE = 200
-_LOADED = (RamState.DIRTY, RamState.WRITING, RamState.CLEAN)
 
 
 class ShardStore:
@@ -100,7 +98,7 @@ class ShardStore:
         use_memfd: bool = True,
         on_written: OnWritten | None = None,
     ) -> None:
-        _validate(directory, storage_bytes, ram_bytes, fsync, io_threads, ttl_s)
+        validate_options(directory, storage_bytes, ram_bytes, fsync, io_threads, ttl_s)
         get_policy(eviction)
         admit = get_admission(admission)
         self.metrics = metrics or Metrics()
@@ -138,10 +136,10 @@ class ShardStore:
             raise
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
-        self._grow_lock = threading.Lock()
+        self._growth = ArenaGrowth(self._tiers.ram, self._lock)
+        self._leases = LeaseBook(self._tiers.ram)
         self._delta_seq = 0
         self._closed = False
-        self._own = Client(0, 0, -1)
         self._clients = Clients(self._lock, self.epoch, self._client_gone)
         self._io = BlockIo(
             self._tiers,
@@ -153,6 +151,9 @@ class ShardStore:
             metrics=self.metrics,
             on_written=on_written,
         )
+        parts = (self._tiers, self._io, self._leases)
+        self._staging = Staging(*parts, self._growth, self._lock, self.metrics)
+        self._fetching = Fetching(*parts, self._lock, self.metrics)
 
     def attach(self, client_pid: int) -> Attachment:
         """Register a client process.
@@ -168,35 +169,8 @@ class ShardStore:
         self._clients.detach(client_id)
 
     def _client_gone(self, client: Client) -> None:
-        for slot, (_, count) in list(client.leases.items()):
-            block = self._tiers.ram.by_slot[slot]
-            block.leases -= count
-            self._abandon(block)
-        client.leases.clear()
+        self._leases.end_all(client)
         self._changed.notify_all()
-
-    def _abandon(self, block: RamBlock) -> None:
-        """A lease ended: a slot that was never committed, or is dead, goes back."""
-        if block.state is RamState.RESERVED and not block.dead and not block.leases:
-            block.dead = True
-        self._tiers.ram.reap(block)
-
-    @staticmethod
-    def _lease(client: Client, block: RamBlock) -> None:
-        held = client.leases.setdefault(block.slot, [block.generation, 0])
-        held[1] += 1
-        block.leases += 1
-
-    def _end_lease(self, client: Client, slot: int, generation: int) -> RamBlock | None:
-        held = client.leases.get(slot)
-        if held is None or held[0] != generation:
-            return None
-        held[1] -= 1
-        if not held[1]:
-            del client.leases[slot]
-        block = self._tiers.ram.by_slot[slot]
-        block.leases -= 1
-        return block
 
     def stage(self, client_id: int, keys: Sequence[BlockKey]) -> list[StageResult]:
         """Lease blocks in RAM and begin to read those on disk, in the order given.
@@ -209,120 +183,10 @@ class ShardStore:
             StorageError: unknown client.
             ConfigError: a key is not 16 bytes.
         """
-        results = self._stage_once(client_id, keys)
-        busy = [i for i, result in enumerate(results) if result.status is StageStatus.BUSY]
-        space, grown = self._tiers.ram.space, -1
-        while busy and space.grown != grown:
-            # another client, or another block size, took the segment that was grown for these: ask
-            # again for as long as the arena grows, now that growth and eviction see their need
-            grown = space.grown
-            again = self._stage_once(client_id, [keys[i] for i in busy])
-            for i, result in zip(busy, again, strict=True):
-                results[i] = result
-            busy = [i for i in busy if results[i].status is StageStatus.BUSY]
-        self._count_stage(results)
-        self._io.drain()
-        return results
-
-    def _stage_once(self, client_id: int, keys: Sequence[BlockKey]) -> list[StageResult]:
-        self._grow_for_loads(keys)
+        self._check_open()
         with self._lock:
             client = self._clients.get(client_id)
-            tiers = self._tiers
-            entries = tiers.find(keys)
-            results = [StageResult(StageStatus.MISS)] * len(keys)
-            loads: dict[int, list[int]] = {}
-            used: list[int] = []
-            for i, entry in enumerate(entries):
-                if entry < 0:
-                    continue
-                block = tiers.block_of(entry)
-                if block is None:
-                    loads.setdefault(tiers.index.pages[entry], []).append(i)
-                    continue
-                self._lease(client, block)
-                results[i] = _leased(block)
-                used.append(entry)
-            started: dict[int, RamBlock] = {}
-            for pages, wanted in loads.items():
-                self._begin_loads(client, pages, wanted, entries, results, started)
-            if started:
-                self._io.queue_reads([started[i] for i in sorted(started)])
-                self._io.kick()
-            tiers.use([e for i, e in enumerate(entries) if results[i].slot >= 0])
-            if tiers.dirty:
-                self._io.kick()
-        return results
-
-    def _begin_loads(
-        self,
-        client: Client,
-        pages: int,
-        wanted: list[int],
-        entries: list[int],
-        results: list[StageResult],
-        started: dict[int, RamBlock],
-    ) -> None:
-        tiers = self._tiers
-        distinct = list(dict.fromkeys(entries[i] for i in wanted))
-        free = tiers.ram.allocate(pages * PAGE_BYTES, len(distinct))
-        # making room may have dropped nothing that is on disk, so all entries still stand
-        blocks = dict(zip(distinct, free, strict=False))
-        for i in wanted:
-            block = blocks.get(entries[i])
-            if block is None:
-                results[i] = StageResult(StageStatus.BUSY)
-                continue
-            if block.state is RamState.RESERVED:
-                tiers.begin_load(entries[i], block)
-                started[i] = block
-            self._lease(client, block)
-            results[i] = _leased(block)
-
-    def _grow_for_loads(self, keys: Sequence[BlockKey]) -> None:
-        needs: dict[int, int] = {}
-        with self._lock:
-            self._check_open()
-            index = self._tiers.index
-            for entry in self._tiers.find(keys):
-                if entry >= 0 and not index.ram[entry]:
-                    needs[index.pages[entry]] = needs.get(index.pages[entry], 0) + 1
-        for pages, count in needs.items():
-            self._grow_arena(pages, count)
-
-    def _grow_arena(self, pages: int, n: int) -> None:
-        """Let the arena grow, outside the lock, until it has `n` slots or reaches its bound."""
-        space = self._tiers.ram.space
-        with self._lock:
-            if space.available(pages) >= n or space.growth(pages) is None:
-                return
-        with self._grow_lock:
-            while True:
-                with self._lock:
-                    segments = space.growth(pages)
-                    if self._closed or space.available(pages) >= n or segments is None:
-                        return
-                try:
-                    self._arena.grow(segments)
-                except OSError as error:
-                    logger.error("the arena cannot grow: %s", error)
-                    self._tiers.ram.grow_failed = True
-                    return
-                with self._lock:
-                    space.grow(segments)
-
-    def _count_stage(self, results: Iterable[StageResult]) -> None:
-        counts = [0, 0, 0, 0]
-        for result in results:
-            counts[result.status] += 1
-        for status, name, labels in (
-            (StageStatus.READY, "litecache_hits", {"tier": "ram"}),
-            (StageStatus.LOADING, "litecache_hits", {"tier": "disk"}),
-            (StageStatus.MISS, "litecache_misses", {"tier": "shard", "reason": "absent"}),
-            (StageStatus.BUSY, "litecache_misses", {"tier": "shard", "reason": "busy"}),
-        ):
-            if counts[status]:
-                self.metrics.inc(name, counts[status], **labels)
+        return self._staging.stage(client, keys)
 
     def cancel(self, client_id: int, keys: Sequence[BlockKey]) -> list[bool]:
         """Give up reads that have not begun.
@@ -333,26 +197,16 @@ class ShardStore:
         """
         with self._lock:
             client = self._clients.get(client_id)
-            return [self._cancel(client, entry) for entry in self._tiers.find(keys)]
-
-    def _cancel(self, client: Client, entry: int) -> bool:
-        block = self._tiers.block_of(entry) if entry >= 0 else None
-        if block is None or block.state is not RamState.LOADING or block.started:
-            return False
-        if self._end_lease(client, block.slot, block.generation) is None:
-            return False
-        if not block.leases:
-            self._tiers.cancel_load(block)
-        return True
+            return [self._staging.cancel(client, entry) for entry in self._tiers.find(keys)]
 
     def release(self, client_id: int, slots: Sequence[SlotRef]) -> None:
         """End one lease per slot given; one that is not held is ignored."""
         with self._lock:
             client = self._clients.get(client_id)
             for slot, generation in slots:
-                block = self._end_lease(client, slot, generation)
+                block = self._leases.end(client, slot, generation)
                 if block is not None:
-                    self._abandon(block)
+                    self._leases.abandon(block)
             self._changed.notify_all()
 
     def reserve(self, client_id: int, block_bytes: int, n: int) -> list[SlotRef]:
@@ -367,14 +221,14 @@ class ShardStore:
             raise ConfigError("n", n, "zero or more")
         self._check_open()
         if self.accepts_writes and n:
-            self._grow_arena(block_bytes // PAGE_BYTES, n)
+            self._growth.ensure(block_bytes // PAGE_BYTES, n)
         with self._lock:
             client = self._clients.get(client_id)
             if not self.accepts_writes or self._closed:
                 return []
             blocks = self._tiers.ram.allocate(block_bytes, n)
             for block in blocks:
-                self._lease(client, block)
+                self._leases.give(client, block)
         if len(blocks) < n:
             self.metrics.inc("litecache_drops", n - len(blocks), reason="no_slot")
         return [SlotRef(block.slot, block.generation) for block in blocks]
@@ -399,13 +253,13 @@ class ShardStore:
             for slot, generation, key, parent, namespace in items:
                 held = tiers.ram.by_slot.get(slot)
                 reserved = held is not None and held.state is RamState.RESERVED and not held.dead
-                block = self._end_lease(client, slot, generation) if reserved else None
+                block = self._leases.end(client, slot, generation) if reserved else None
                 if block is None:
                     statuses.append(CommitStatus.STALE)
                     continue
                 known = tiers.find([key])[0]
                 if known >= 0:
-                    self._abandon(block)
+                    self._leases.abandon(block)
                     tiers.consider_again(known)
                     entries.append(known)
                     statuses.append(CommitStatus.EXISTS)
@@ -474,7 +328,7 @@ class ShardStore:
         return (
             block is not None
             and block.generation == generation
-            and block.state in _LOADED
+            and block.state in LOADED
             and not block.dead
         )
 
@@ -499,51 +353,7 @@ class ShardStore:
 
     def fetch(self, keys: Sequence[BlockKey]) -> list[tuple[BlockKey, bytes | None]]:
         """Copies of blocks, for another node; those on disk are read without taking a RAM slot."""
-        return [(key, self._fetch(key)) for key in keys]
-
-    def _fetch(self, key: BlockKey) -> bytes | None:
-        tiers = self._tiers
-        with self._lock:
-            entry = tiers.find([key])[0]
-            block = tiers.block_of(entry) if entry >= 0 else None
-            if block is not None and block.state in _LOADED:
-                self._lease(self._own, block)
-            elif entry >= 0 and tiers.disk is not None and tiers.index.disk[entry]:
-                block = None
-                slot = tiers.index.disk[entry] - 1
-                nbytes, expected = (
-                    tiers.index.pages[entry] * PAGE_BYTES,
-                    tiers.index.checksum[entry],
-                )
-                tiers.disk.begin_use(slot)
-            else:
-                return None
-        if block is not None:
-            data = bytes(self._arena.buffer(block.slot, block.nbytes))
-            with self._lock:
-                if self._end_lease(self._own, block.slot, block.generation) is not None:
-                    self._abandon(block)
-            return data
-        return self._fetch_from_disk(key, slot, nbytes, expected)
-
-    def _fetch_from_disk(
-        self, key: BlockKey, slot: int, nbytes: int, expected: int
-    ) -> bytes | None:
-        tiers, disk = self._tiers, self._tiers.disk
-        assert disk is not None
-        with scratch_memory(nbytes) as memory:
-            error = disk.read([Transfer(slot, memory)])[0]
-            reason = fault(memory, key, expected, error)
-            data = bytes(memory) if reason is None else None
-        with self._lock:
-            if reason is not None:
-                self.metrics.inc("litecache_misses", tier="disk", reason=reason)
-                entry = tiers.index.find(key)
-                if entry >= 0 and tiers.index.disk[entry] == slot + 1:
-                    tiers.drop_disk_copy(entry)
-                    self._io.note_change()
-            disk.end_use(slot)
-        return data
+        return [(key, self._fetching.fetch(key)) for key in keys]
 
     def delete(self, keys: Sequence[BlockKey]) -> list[bool]:
         """Drop blocks from every tier; which of them were there."""
@@ -622,51 +432,15 @@ class ShardStore:
     def stats(self) -> dict[str, object]:
         """Counts and bytes, msgpack-able; also sets the gauges."""
         with self._lock:
-            ram, disk = self._tiers.ram, self._tiers.disk
-            states = {
-                state.name.lower(): sum(b.state is state for b in ram.by_slot.values())
-                for state in RamState
-            }
-            used = sum(block.nbytes for block in ram.by_slot.values())
-            result: dict[str, object] = {
-                "epoch": self.epoch,
-                "blocks": len(self._tiers.index),
-                "ram_slots": states,
-                "ram_bytes_used": used,
-                "ram_bytes": self._arena.arena_bytes,
-                "clients": len(self._clients.all()),
-                "leases": sum(block.leases for block in ram.by_slot.values()),
-                "disk_blocks": 0,
-                "slab_bytes": 0,
-                "journal_bytes": 0,
-                "queued_reads": sum(map(len, self._tiers.reads)),
-            }
-            if disk is not None:
-                result["disk_blocks"] = int((self._tiers.index.column("disk") != 0).sum())
-                result["slab_bytes"] = disk.space.grown * disk.space.segment_bytes
-                result["journal_bytes"] = disk.journal.bytes
-                result["direct_io"] = disk.slab.direct
-                result["damaged_records"] = disk.damaged_records
-        for state, count in states.items():
-            self.metrics.set("litecache_arena_slots", count, state=state)
-        self.metrics.set("litecache_slab_bytes", float(str(result["slab_bytes"])))
+            result = shard_stats(self._tiers, self.epoch, len(self._clients.all()))
+        set_gauges(self.metrics, result)
         return result
 
     def check_integrity(self) -> None:
         """AssertionError unless index, tiers, queues and leases agree."""
         with self._lock:
             self._tiers.check_integrity(self._io.writing_slots)
-            leases: dict[int, int] = {}
-            for client in (*self._clients.all(), self._own):
-                for slot, (generation, count) in client.leases.items():
-                    block = self._tiers.ram.by_slot[slot]
-                    assert block.generation == generation, "a lease outlived its slot"
-                    leases[slot] = leases.get(slot, 0) + count
-            for slot, block in self._tiers.ram.by_slot.items():
-                assert block.leases == leases.get(slot, 0), f"leases of slot {slot} differ"
-                assert block.state is not RamState.RESERVED or block.leases, (
-                    "a reserved slot leaked"
-                )
+            self._leases.check_integrity(self._clients.all())
 
     def _check_open(self) -> None:
         if self._closed:
@@ -685,7 +459,7 @@ class ShardStore:
         with self._lock:
             if self._closed:
                 return
-            self._closed = True
+            self._closed = self._growth.closed = True
             self._changed.notify_all()
         self._io.close()
         self._clients.close()
@@ -700,28 +474,3 @@ class ShardStore:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-
-def _leased(block: RamBlock) -> StageResult:
-    status = StageStatus.LOADING if block.state is RamState.LOADING else StageStatus.READY
-    return StageResult(status, block.slot, block.generation)
-
-
-def _validate(
-    directory: str | None,
-    storage_bytes: int,
-    ram_bytes: int,
-    fsync: str,
-    io_threads: int,
-    ttl_s: float | None,
-) -> None:
-    if fsync not in FSYNC_POLICIES:
-        raise ConfigError("fsync", fsync, "one of " + ", ".join(FSYNC_POLICIES))
-    if ram_bytes < 1 << 20:
-        raise ConfigError("ram_bytes", ram_bytes, "at least 1 MiB")
-    if directory is not None and not 1 << 20 <= storage_bytes <= 16 << 40:
-        raise ConfigError("storage_bytes", storage_bytes, "1 MiB to 16 TiB a shard")
-    if io_threads < 0:
-        raise ConfigError("io_threads", io_threads, "zero or more")
-    if ttl_s is not None and ttl_s <= 0:
-        raise ConfigError("ttl_s", ttl_s, "more than zero, or None")

@@ -1,0 +1,46 @@
+"""A shard's figures, for `stats()` and the gauges."""
+
+from __future__ import annotations
+
+from ..metrics import Metrics
+from .ram_tier import RamState
+from .tiers import Tiers
+
+
+def shard_stats(tiers: Tiers, epoch: int, clients: int) -> dict[str, object]:
+    """Counts and bytes, msgpack-able; under the store's lock."""
+    ram, disk = tiers.ram, tiers.disk
+    states = {
+        state.name.lower(): sum(b.state is state for b in ram.by_slot.values())
+        for state in RamState
+    }
+    used = sum(block.nbytes for block in ram.by_slot.values())
+    result: dict[str, object] = {
+        "epoch": epoch,
+        "blocks": len(tiers.index),
+        "ram_slots": states,
+        "ram_bytes_used": used,
+        "ram_bytes": ram.arena.arena_bytes,
+        "clients": clients,
+        "leases": sum(block.leases for block in ram.by_slot.values()),
+        "disk_blocks": 0,
+        "slab_bytes": 0,
+        "journal_bytes": 0,
+        "queued_reads": sum(map(len, tiers.reads)),
+    }
+    if disk is not None:
+        result["disk_blocks"] = int((tiers.index.column("disk") != 0).sum())
+        result["slab_bytes"] = disk.space.grown * disk.space.segment_bytes
+        result["journal_bytes"] = disk.journal.bytes
+        result["direct_io"] = disk.slab.direct
+        result["damaged_records"] = disk.damaged_records
+    return result
+
+
+def set_gauges(metrics: Metrics, stats: dict[str, object]) -> None:
+    """Copy the figures that are exported as gauges."""
+    states = stats["ram_slots"]
+    assert isinstance(states, dict)
+    for state, count in states.items():
+        metrics.set("litecache_arena_slots", count, state=state)
+    metrics.set("litecache_slab_bytes", float(str(stats["slab_bytes"])))

@@ -1,0 +1,150 @@
+"""Staging: lease what is in RAM, begin to read what is on disk."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Sequence
+
+from ..hashing import BlockKey
+from ..metrics import Metrics
+from .arena_growth import ArenaGrowth
+from .block_io import BlockIo
+from .lease_book import LeaseBook
+from .leases import Client
+from .protocol import PAGE_BYTES, StageResult, StageStatus
+from .ram_tier import RamBlock, RamState
+from .tiers import Tiers
+
+
+class Staging:
+    """Answers `stage` and `cancel`.
+
+    Args:
+        tiers, io, leases, growth: parts of the store.
+        lock: the store's lock.
+        metrics: where hits and misses are counted.
+    """
+
+    def __init__(
+        self,
+        tiers: Tiers,
+        io: BlockIo,
+        leases: LeaseBook,
+        growth: ArenaGrowth,
+        lock: threading.Lock,
+        metrics: Metrics,
+    ) -> None:
+        self._tiers = tiers
+        self._io = io
+        self._leases = leases
+        self._growth = growth
+        self._lock = lock
+        self._metrics = metrics
+
+    def stage(self, client: Client, keys: Sequence[BlockKey]) -> list[StageResult]:
+        """See `ShardStore.stage`."""
+        results = self._once(client, keys)
+        busy = [i for i, result in enumerate(results) if result.status is StageStatus.BUSY]
+        space, grown = self._tiers.ram.space, -1
+        while busy and space.grown != grown:
+            # another client, or another block size, took the segment that was grown for these: ask
+            # again for as long as the arena grows, now that growth and eviction see their need
+            grown = space.grown
+            again = self._once(client, [keys[i] for i in busy])
+            for i, result in zip(busy, again, strict=True):
+                results[i] = result
+            busy = [i for i in busy if results[i].status is StageStatus.BUSY]
+        self._count(results)
+        self._io.drain()
+        return results
+
+    def _once(self, client: Client, keys: Sequence[BlockKey]) -> list[StageResult]:
+        self._grow_for_loads(keys)
+        with self._lock:
+            tiers = self._tiers
+            entries = tiers.find(keys)
+            results = [StageResult(StageStatus.MISS)] * len(keys)
+            loads: dict[int, list[int]] = {}
+            for i, entry in enumerate(entries):
+                if entry < 0:
+                    continue
+                block = tiers.block_of(entry)
+                if block is None:
+                    loads.setdefault(tiers.index.pages[entry], []).append(i)
+                    continue
+                self._leases.give(client, block)
+                results[i] = _leased(block)
+            started: dict[int, RamBlock] = {}
+            for pages, wanted in loads.items():
+                self._begin_loads(client, pages, wanted, entries, results, started)
+            if started:
+                self._io.queue_reads([started[i] for i in sorted(started)])
+                self._io.kick()
+            tiers.use([e for i, e in enumerate(entries) if results[i].slot >= 0])
+            if tiers.dirty:
+                self._io.kick()
+        return results
+
+    def _begin_loads(
+        self,
+        client: Client,
+        pages: int,
+        wanted: list[int],
+        entries: list[int],
+        results: list[StageResult],
+        started: dict[int, RamBlock],
+    ) -> None:
+        tiers = self._tiers
+        distinct = list(dict.fromkeys(entries[i] for i in wanted))
+        free = tiers.ram.allocate(pages * PAGE_BYTES, len(distinct))
+        # making room may have dropped nothing that is on disk, so all entries still stand
+        blocks = dict(zip(distinct, free, strict=False))
+        for i in wanted:
+            block = blocks.get(entries[i])
+            if block is None:
+                results[i] = StageResult(StageStatus.BUSY)
+                continue
+            if block.state is RamState.RESERVED:
+                tiers.begin_load(entries[i], block)
+                started[i] = block
+            self._leases.give(client, block)
+            results[i] = _leased(block)
+
+    def _grow_for_loads(self, keys: Sequence[BlockKey]) -> None:
+        needs: dict[int, int] = {}
+        with self._lock:
+            index = self._tiers.index
+            for entry in self._tiers.find(keys):
+                if entry >= 0 and not index.ram[entry]:
+                    needs[index.pages[entry]] = needs.get(index.pages[entry], 0) + 1
+        for pages, count in needs.items():
+            self._growth.ensure(pages, count)
+
+    def _count(self, results: Iterable[StageResult]) -> None:
+        counts = [0, 0, 0, 0]
+        for result in results:
+            counts[result.status] += 1
+        for status, name, labels in (
+            (StageStatus.READY, "litecache_hits", {"tier": "ram"}),
+            (StageStatus.LOADING, "litecache_hits", {"tier": "disk"}),
+            (StageStatus.MISS, "litecache_misses", {"tier": "shard", "reason": "absent"}),
+            (StageStatus.BUSY, "litecache_misses", {"tier": "shard", "reason": "busy"}),
+        ):
+            if counts[status]:
+                self._metrics.inc(name, counts[status], **labels)
+
+    def cancel(self, client: Client, entry: int) -> bool:
+        """Give up one read that has not begun, under the lock; whether a lease ended."""
+        block = self._tiers.block_of(entry) if entry >= 0 else None
+        if block is None or block.state is not RamState.LOADING or block.started:
+            return False
+        if self._leases.end(client, block.slot, block.generation) is None:
+            return False
+        if not block.leases:
+            self._tiers.cancel_load(block)
+        return True
+
+
+def _leased(block: RamBlock) -> StageResult:
+    status = StageStatus.LOADING if block.state is RamState.LOADING else StageStatus.READY
+    return StageResult(status, block.slot, block.generation)
