@@ -35,6 +35,7 @@ os.environ.update(
     RAY_AUTH_MODE="token",
     RAY_AUTH_TOKEN_PATH=str(_TOKEN),
     RAY_USAGE_STATS_ENABLED="0",
+    RAY_worker_niceness="0",  # Ray gives workers 15, so a busy machine would starve them
     OMP_NUM_THREADS="1",
     TOKENIZERS_PARALLELISM="false",
     HF_HUB_OFFLINE="1",
