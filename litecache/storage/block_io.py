@@ -399,6 +399,8 @@ class BlockIo:
                 self.failed_writes += 1
                 self._metrics.inc("litecache_drops", reason="sync_error")
                 tiers.drop(entry)
+            # their records must be gone for good before a later mark could vouch for them
+            disk.journal.broken = True
             self._changed.notify_all()
 
     def compact(self) -> bool:

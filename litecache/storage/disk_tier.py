@@ -37,6 +37,7 @@ META_FIXED_BYTES = 128 << 10
 META_SLOT_BYTES = 4 * RECORD_BYTES + 40
 _JOURNAL_FREE_BYTES = 32 << 10
 _SLOT = struct.Struct("<I")
+_DELS_PER_RECORD = 10_000
 
 
 class DiskTier:
@@ -97,7 +98,9 @@ class DiskTier:
                 self.journal = Journal(
                     files, self.folder.file("journal"), recovered.seq, recovered.journal_end
                 )
+                self._keep_doubts()
                 # what was read back counts as durable from here on: make that true
+                self.journal.flush()
                 self.slab.sync()
                 self.journal.sync()
                 files.sync_folder(path)
@@ -148,6 +151,14 @@ class DiskTier:
         )
         for entry in np.flatnonzero(kept["flags"] & FLAG_PINNED).tolist():
             self.queues.remove(entry)
+
+    def _keep_doubts(self) -> None:
+        """Write down which blocks are doubtful, before a mark of a later sync covers them."""
+        flags = self._index.column("flags").astype(np.uint8)
+        doubtful = np.flatnonzero(flags & FLAG_DOUBTFUL)
+        for start in range(0, len(doubtful), _DELS_PER_RECORD):
+            body = seal(self._index.records(doubtful[start : start + _DELS_PER_RECORD]))
+            self.journal.append(journal_file.PUT, body)
 
     def _add_name(self, name: str) -> int:
         number = len(self.names)
@@ -303,9 +314,11 @@ class DiskTier:
         return True
 
     def _append_dels(self) -> None:
-        if self._dels:
-            self.journal.append(journal_file.DEL, b"".join(self._dels))
-            self._dels.clear()
+        # a record stays far below what replay accepts
+        for start in range(0, len(self._dels), _DELS_PER_RECORD):
+            body = b"".join(self._dels[start : start + _DELS_PER_RECORD])
+            self.journal.append(journal_file.DEL, body)
+        self._dels.clear()
 
     def is_durable(self, entry: int) -> bool:
         """Whether the disk copy survives what the fsync policy promises."""
