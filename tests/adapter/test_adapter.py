@@ -114,6 +114,35 @@ def test_a_batch_of_lists_gives_lists_of_new_tokens(
     assert llm.generate_batch([], max_new_tokens=3) == []
 
 
+def test_the_older_call_works_and_temperature_alone_changes_nothing(
+    llm: KVCacheAdapter, tiny_llama: LlamaForCausalLM
+) -> None:
+    (ids,) = prompts(30, seed=15)
+    with pytest.warns(UserWarning, match="temperature=0.7 has no effect"):
+        out = llm.generate(input_ids=ids, max_length=100, temperature=0.7)
+    assert torch.equal(out, stock(tiny_llama, ids, max_length=100))
+
+
+def test_text_goes_in_and_comes_out_piece_by_piece(
+    llm: KVCacheAdapter, tiny_llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Letters:
+        """One token per character."""
+
+        def __call__(self, text: str) -> dict[str, list[int]]:
+            return {"input_ids": [ord(letter) for letter in text]}
+
+        def decode(self, token_ids: list[int], **options: Any) -> str:
+            return "".join(chr(token) for token in token_ids)
+
+    monkeypatch.setattr(llm, "_tokenizer", Letters())
+    text = "Once upon a time"
+    ids = torch.tensor([[ord(letter) for letter in text]])
+    expected = stock(tiny_llama, ids, max_new_tokens=20)[0, len(text) :].tolist()
+    pieces = list(llm.stream(text, max_new_tokens=20))
+    assert "".join(pieces) == "".join(chr(token) for token in expected)
+
+
 def test_a_stream_gives_the_tokens_of_generate(
     llm: KVCacheAdapter, tiny_llama: LlamaForCausalLM
 ) -> None:
