@@ -32,6 +32,9 @@ from litecache.kernels.tuning import DecodeConfig
 MAX_QUERIES = 16
 """Sequences with more queries than this are left to the prefill kernel."""
 
+_MANY_PIECES = 4
+"""Mean pieces of a pair from which many rows are merged by a launch of their own."""
+
 _FIXED_CHUNK = 1024
 """Tokens of a piece where results must not depend on the batch."""
 
@@ -53,7 +56,7 @@ def _decode_kernel(
     D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
     WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, ALIBI: tl.constexpr,
     QUANTISED: tl.constexpr, FLOAT: tl.constexpr, ALIKE: tl.constexpr, STAGES: tl.constexpr,
-    MERGE: tl.constexpr, CHUNK: tl.constexpr,
+    MERGE: tl.constexpr, CHUNK: tl.constexpr, INLINE_MERGE: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     work = tl.load(ends_ptr + num_seqs) * KV_HEADS
@@ -147,41 +150,71 @@ def _decode_kernel(
                 )
                 tl.store(state_ptr + (place * ROWS + row) * 2, peak, mask=mine)
                 tl.store(state_ptr + (place * ROWS + row) * 2 + 1, total, mask=mine)
-                pair = seq * KV_HEADS + kv_head
-                first_owner = pair_begin // share
-                pieces = (pair_end - 1) // share - first_owner + 1
-                # Every thread's piece is written before the one that counts releases it.
-                tl.debug_barrier()
-                arrived = tl.atomic_add(counter_ptr + pair, 1, sem="acq_rel")
-                if arrived == pieces - 1:
-                    _merge(
-                        partial_ptr, state_ptr, out_ptr, o_token, o_head, sinks_ptr,
-                        pair_begin, pair_end, share, first_token, queries, kv_head,
-                        GROUP, ROWS, DV, DV_PAD, SINKS, MERGE,
-                    )  # fmt: skip
-                    tl.store(counter_ptr + pair, 0)
+                if INLINE_MERGE:
+                    pair = seq * KV_HEADS + kv_head
+                    pieces = (pair_end - 1) // share - pair_begin // share + 1
+                    # Every thread's piece is written before the one that counts releases it.
+                    tl.debug_barrier()
+                    arrived = tl.atomic_add(counter_ptr + pair, 1, sem="acq_rel")
+                    if arrived == pieces - 1:
+                        _merge(
+                            partial_ptr, state_ptr, out_ptr, o_token, o_head, sinks_ptr,
+                            pair_begin, pair_end, share, first_token, queries, kv_head, 0,
+                            GROUP, ROWS, ROWS, DV, DV_PAD, SINKS, MERGE,
+                        )  # fmt: skip
+                        tl.store(counter_ptr + pair, 0)
             at = stop
             if (stop == pair_end) & (kv_head == KV_HEADS - 1):
                 seq += 1
 
 
+@triton.jit(
+    do_not_specialize=["num_seqs", "num_programs"], do_not_specialize_on_alignment=["starts_ptr"]
+)
+def _merge_kernel(
+    partial_ptr, state_ptr, out_ptr, o_token, o_head, sinks_ptr, starts_ptr, ends_ptr,
+    num_seqs, num_programs,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+    DV: tl.constexpr, DV_PAD: tl.constexpr, SINKS: tl.constexpr, MERGE: tl.constexpr,
+    CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Merges `TILE` rows of every pair that was cut: a program for each pair and row tile."""
+    seq = tl.program_id(0) // KV_HEADS
+    kv_head = tl.program_id(0) % KV_HEADS
+    share = CHUNK
+    if CHUNK == 0:
+        share = tl.cdiv(tl.load(ends_ptr + num_seqs) * KV_HEADS, num_programs)
+    seq_begin = tl.load(ends_ptr + seq)
+    seq_tiles = tl.load(ends_ptr + seq + 1) - seq_begin
+    pair_begin = seq_begin * KV_HEADS + kv_head * seq_tiles
+    pair_end = pair_begin + seq_tiles
+    if pair_begin // share != (pair_end - 1) // share:
+        first_token = tl.load(starts_ptr + seq)
+        queries = tl.load(starts_ptr + seq + 1) - first_token
+        _merge(
+            partial_ptr, state_ptr, out_ptr, o_token, o_head, sinks_ptr,
+            pair_begin, pair_end, share, first_token, queries, kv_head, tl.program_id(1) * TILE,
+            GROUP, ROWS, TILE, DV, DV_PAD, SINKS, MERGE,
+        )  # fmt: skip
+
+
 @triton.jit
 def _merge(
     partial_ptr, state_ptr, out_ptr, o_token, o_head, sinks_ptr,
-    pair_begin, pair_end, share, first_token, queries, kv_head,
-    GROUP: tl.constexpr, ROWS: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
-    SINKS: tl.constexpr, MERGE: tl.constexpr,
+    pair_begin, pair_end, share, first_token, queries, kv_head, first_row,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, DV: tl.constexpr,
+    DV_PAD: tl.constexpr, SINKS: tl.constexpr, MERGE: tl.constexpr,
 ):  # fmt: skip
-    """Merges the pieces of one pair, `MERGE` at a time, and writes its output."""
+    """Merges the pieces of one pair for `TILE` of its rows, `MERGE` pieces at a time."""
     first_owner = pair_begin // share
     pieces = (pair_end - 1) // share - first_owner + 1
     first_is_later = (pair_begin != first_owner * share).to(tl.int32)
-    row = tl.arange(0, ROWS)
+    row = first_row + tl.arange(0, TILE)
     dim = tl.arange(0, DV_PAD)
     head = kv_head * GROUP + row % GROUP
-    acc = tl.zeros((ROWS, DV_PAD), tl.float32)
-    peak = tl.full((ROWS,), float("-inf"), tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
+    acc = tl.zeros((TILE, DV_PAD), tl.float32)
+    peak = tl.full((TILE,), float("-inf"), tl.float32)
+    total = tl.zeros((TILE,), tl.float32)
     for begin in range(0, pieces, MERGE):
         piece = begin + tl.arange(0, MERGE)
         place = (first_owner + piece) * 2 + tl.where(piece == 0, first_is_later, 0)
@@ -208,8 +241,8 @@ def _merge(
         sink = tl.load(sinks_ptr + head).to(tl.float32) * LOG2E
     result = finish(acc, peak, total, sink, SINKS)
     store_rows(
-        out_ptr, o_token, o_head, result, first_token, kv_head, 0, queries * GROUP,
-        ROWS, GROUP, DV, DV_PAD,
+        out_ptr, o_token, o_head, result, first_token, kv_head, first_row, queries * GROUP,
+        TILE, GROUP, DV, DV_PAD,
     )  # fmt: skip
 
 
@@ -265,6 +298,8 @@ def decode(
         chunk = max(1, _FIXED_CHUNK // config.block_n)
         chunks = triton.cdiv(metadata.max_context_len, chunk * config.block_n)
         config = replace(config, num_programs=num_seqs * kv_heads * max(1, chunks))
+    # Few pairs of many rows: their pieces are merged by many programs, in a launch of its own.
+    inline = rows <= 16 or (chunk == 0 and num_seqs * kv_heads * _MANY_PIECES > config.num_programs)
     plan = plan_decode(metadata, seqs, kv_heads, window, rows, v_pad, config, chunk)
     is_float = k_cache.dtype == torch.float8_e4m3fn
     if k_scale is not None:
@@ -286,9 +321,18 @@ def decode(
         ALIBI=alibi_slopes is not None, QUANTISED=k_scale is not None,
         FLOAT=is_float, ALIKE=k_cache.stride(0) == v_cache.stride(0) and k_dim == v_dim,
         STAGES=config.num_stages, MERGE=_merge_width(config, rows, v_pad, k_scale is not None),
-        CHUNK=chunk,
+        CHUNK=chunk, INLINE_MERGE=inline,
         num_warps=config.num_warps,
     )  # fmt: skip
+    if not inline:
+        tile = min(8, rows)
+        _merge_kernel[(num_seqs * kv_heads, rows // tile)](
+            plan.partial, plan.state, out, out.stride(0), out.stride(1), sinks, starts, plan.ends,
+            num_seqs, config.num_programs,
+            KV_HEADS=kv_heads, GROUP=group, ROWS=rows, TILE=tile, DV=v_dim, DV_PAD=v_pad,
+            SINKS=sinks is not None, MERGE=max(1, min(16, 8192 // (tile * v_pad))), CHUNK=chunk,
+            num_warps=4,
+        )  # fmt: skip
 
 
 def _merge_width(config: DecodeConfig, rows: int, v_pad: int, quantised: bool) -> int:

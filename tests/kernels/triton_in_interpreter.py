@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from litecache.kernels import (
     paged_attention,
     store_kv,
     triton_convert,
+    triton_decode,
 )
 from litecache.kernels.convert import BlockForm, convert_reference
 from litecache.kernels.quantise import dequantise, quantise
@@ -178,3 +180,29 @@ def test_deterministic_results_do_not_depend_on_the_batch(monkeypatch: pytest.Mo
         alone.deterministic = True
         out = paged_attention(batch.query[row : row + 1], *arguments, alone, **batch.arguments())
         assert torch.equal(out[0], together[row])
+
+
+@pytest.mark.parametrize("many", [1, 100])
+@pytest.mark.parametrize("extras", [{}, {"sinks": True}, {"pool_dtype": torch.int8}])
+def test_many_rows_of_few_pairs_merge_in_either_launch(
+    monkeypatch: pytest.MonkeyPatch, many: int, extras: dict[str, Any]
+) -> None:
+    monkeypatch.setattr("litecache.kernels.triton_decode._MANY_PIECES", many)
+    launches = []
+    kernel = triton_decode._merge_kernel
+
+    class Counted:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            launches.append(grid)
+            return kernel[grid]
+
+    monkeypatch.setattr(triton_decode, "_merge_kernel", Counted())
+    case = Case((8,), (90,), heads=(4, 1), **extras)
+    batch = make_batch(case)
+    out = torch.full((8, 4, 16), torch.nan)
+    paged_attention(
+        batch.query, batch.k_cache, batch.v_cache, batch.metadata, **batch.arguments(), out=out
+    )
+    expected = attend(batch.query, batch.wide_k, batch.wide_v, batch.metadata, **batch.options)
+    assert worst_error(out, expected) < tolerance(case)
+    assert launches == ([(1, 4)] if many == 1 else [])
