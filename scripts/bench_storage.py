@@ -96,6 +96,7 @@ class Shard:
         self.source = np.random.default_rng(1).integers(0, 256, turn_bytes, np.uint8)
         self.target = np.empty(turn_bytes, np.uint8)
         self.target[:] = 1
+        self.own = memoryview(self.target)
         self.turns: list[list[bytes]] = []
         self.chunk = 0
 
@@ -163,9 +164,7 @@ class Shard:
         if copy:
             for i, ref in enumerate(refs):
                 at = (start + i) * self.block
-                self.target[at : at + self.block] = np.frombuffer(
-                    self.client.arena.buffer(ref.slot, self.block), np.uint8
-                )
+                self.own[at : at + self.block] = self.client.arena.buffer(ref.slot, self.block)
         self.client.release(refs)
         return hits
 
@@ -201,11 +200,11 @@ def paired(
     samples = alternate(rounds, {"ours": ours, "limit": limit})
     mine, bound = summarise(samples["ours"]), summarise(samples["limit"])
     ratio = summarise([a / b for a, b in zip(samples["ours"], samples["limit"], strict=True)])
+    rate, limit_rate = mine.median, bound.median
     report.add(
-        Row(case, metric, mine.median, "GB/s", bound.median, ratio.median, peer, mine.spread, rounds),
-        Row(case, f"{metric}, paired ratio", ratio.median, "", 1.0, ratio.median, peer, ratio.spread,
-            rounds),
-    )  # fmt: skip
+        Row(case, metric, rate, "GB/s", limit_rate, ratio.median, peer, mine.spread, rounds),
+        Row(case, f"{metric}, paired", ratio.median, "", 1, None, "ratio", ratio.spread, rounds),
+    )
 
 
 def bench_size(report: Report, folder: str, raw: RawFile, name: str, args: object) -> None:
@@ -281,6 +280,46 @@ def age(shard: Shard, disk_bytes: int) -> None:
     shard.turns = [pool[i : i + size] for i in range(0, len(pool) - size + 1, size)]
 
 
+def bench_light_mem(report: Report, folder: str, quick: bool) -> None:
+    """The same tensor through `light_mem` and `PyLocalCacheService`, if `light_mem` is there."""
+    try:
+        import light_mem
+        import torch
+    except ImportError:
+        report.console.print("light_mem is not importable: no comparison with it")
+        return
+    from litecache.storage import PyLocalCacheService
+
+    pages, page_bytes = (64 if quick else 256), MIB
+    kv = torch.randint(0, 256, (pages, page_bytes), dtype=torch.uint8)
+    makers = {
+        "light_mem": lambda: light_mem.PyLocalCacheService(
+            kvcache_tensor=kv, file=f"{folder}/peer", storage_size=4 << 30, num_shard=4,
+            num_worker=16),
+        "litecache": lambda: PyLocalCacheService(
+            kvcache_tensor=kv, file=f"{folder}/ours", storage_size=4 << 30, num_shard=4,
+            num_worker=16),
+    }  # fmt: skip
+    for name, make in makers.items():
+        service = make()
+        for mode, label in (("w", "write until ready"), ("r", "read")):
+            rates = []
+            for turn in range(3):
+                tokens = list(range(turn * pages, (turn + 1) * pages))
+                begun = time.perf_counter()
+                task = service.create(
+                    tokens=tokens,
+                    kv_page_indexer=torch.arange(pages, dtype=torch.int32),
+                    mode=mode,
+                )
+                while not task.ready():
+                    time.sleep(0.0005)
+                rates.append(pages * page_bytes / (time.perf_counter() - begun) / 1e9)
+            result = summarise(rates)
+            report.add(Row("PyLocalCacheService", label, result.median, "GB/s", None, None, name,
+                           result.spread, 3))  # fmt: skip
+
+
 def bench_index(report: Report, quick: bool) -> None:
     """Query time of 1,000 keys in one call, and memory of ten million entries."""
     from litecache.storage.block_index import BlockIndex
@@ -325,7 +364,7 @@ def plot(report: Report, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = [row for row in report.rows if row.unit == "GB/s"]
+    rows = [row for row in report.rows if row.unit == "GB/s" and row.ratio is not None]
     metrics = list(dict.fromkeys(row.metric for row in rows))
     figure, axes = pyplot.subplots(1, len(metrics), figsize=(3 * len(metrics), 3.4))
     for axis, metric in zip(np.atleast_1d(axes), metrics, strict=True):
@@ -371,6 +410,16 @@ def main() -> None:
         for name in args.sizes:
             bench_size(report, folder, raw, name, args)
         raw.close()
+        private = RawFile(f"{folder}/raw", turn, turn, shared=False)
+        for kind in ("read", "write"):
+            threads, request = private.best(kind, args.quick)
+            rates = summarise([private.turn(kind, threads, request) for _ in range(8)])
+            report.add(
+                Row("raw disk", f"{kind}, private memory", rates.median, "GB/s", None, None,
+                    f"{threads} threads x {request >> 20} MiB", rates.spread, 8)
+            )  # fmt: skip
+        private.close()
+        bench_light_mem(report, folder, args.quick)
     report.show()
     if args.plot:
         plot(report, args.plot)
