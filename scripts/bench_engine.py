@@ -274,6 +274,7 @@ def main() -> int:
     made.add_argument("--rounds", type=int, default=5)
     made.add_argument("--device", default="cuda")
     made.add_argument("--num-blocks", type=int, default=None)
+    made.add_argument("--max-batch-tokens", type=int, default=2048)
     made.add_argument("--admission", default="none", help="what the lower tiers save meanwhile")
     options = made.parse_args()
     rounds, scale = (2, 16) if options.quick else (options.rounds, 1)
@@ -292,6 +293,7 @@ def main() -> int:
             max_model_len=min(config["max_position_embeddings"], 40_960),
             num_blocks=options.num_blocks,
             admission=options.admission,
+            max_batch_tokens=options.max_batch_tokens,
         )
         started = time.perf_counter()
         client = (InProcess if options.in_process else ThroughRay)(config, cache_config)

@@ -16,6 +16,7 @@ from litecache.engine.cuda_graphs import GraphKey
 from litecache.engine.kv_layout import TRASH_BLOCK, KVLayout
 from litecache.engine.random_numbers import position_keys
 from litecache.engine.row_tables import RowTables
+from litecache.engine.sampler import EVERY_TOKEN
 from litecache.engine.step_buffers import Fields, StepBuffers, StepShape
 from litecache.engine.step_plan import StepPlan, TableUpdate
 from litecache.errors import ConfigError
@@ -36,7 +37,7 @@ class Batch:
         context_lens: visible tokens of each sequence, likewise.
         sampled_rows: rows whose token is drawn, without padding.
         every_token_sampled: logits are wanted at all tokens, in order.
-        all_greedy, any_sorted, any_min_p: see SamplingBatch.
+        all_greedy, num_sorted, any_min_p: see SamplingBatch.
         masked: (sample, token) pairs whose logits are struck out.
     """
 
@@ -46,14 +47,14 @@ class Batch:
     sampled_rows: tuple[int, ...]
     every_token_sampled: bool
     all_greedy: bool
-    any_sorted: bool
+    num_sorted: int
     any_min_p: bool
     masked: tuple[tuple[int, int], ...]
 
     @property
     def filtered(self) -> bool:
         """Whether drawing needs more than a race over all tokens."""
-        return self.any_sorted or self.any_min_p or bool(self.masked)
+        return bool(self.num_sorted or self.any_min_p or self.masked)
 
 
 class BatchBuilder:
@@ -217,7 +218,6 @@ class BatchBuilder:
         early = contexts[samples] - tables.num_prompt[sampled] < tables.min_new_tokens[sampled]
         for index in np.flatnonzero(early).tolist():
             masked += [(index, token) for token in tables.eos_token_ids[sampled[index]]]
-        top_k, top_p = tables.top_k[drawing], tables.top_p[drawing]
         return Batch(
             shape=shape,
             query_lens=tuple(counts.tolist()),
@@ -225,7 +225,16 @@ class BatchBuilder:
             sampled_rows=tuple(sampled.tolist()),
             every_token_sampled=len(samples) == shape.tokens,
             all_greedy=not len(drawing),
-            any_sorted=bool(len(drawing) and ((top_k > 0).any() or (top_p < 1).any())),
+            num_sorted=_num_sorted(tables.top_k[drawing], tables.top_p[drawing]),
             any_min_p=bool(len(drawing) and (tables.min_p[drawing] > 0).any()),
             masked=tuple(masked),
         )
+
+
+def _num_sorted(top_k: Ints, top_p: npt.NDArray[np.float32]) -> int:
+    """See `SamplingBatch.num_sorted`, for the rows that draw."""
+    if not len(top_k):
+        return 0
+    if ((top_k == 0) & (top_p < 1)).any():
+        return EVERY_TOKEN
+    return int(top_k.max())

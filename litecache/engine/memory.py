@@ -13,7 +13,7 @@ from litecache.config import CacheConfig
 from litecache.engine.hf_attention import AttentionOptions, attention_context
 from litecache.engine.kv_layout import KVLayout
 from litecache.engine.model_loader import LoadedModel
-from litecache.engine.sampler import SamplingBatch, sample
+from litecache.engine.sampler import EVERY_TOKEN, SamplingBatch, sample
 from litecache.errors import CapacityError
 
 CPU_POOL_BYTES = 4 << 30
@@ -105,7 +105,7 @@ def profile_peak(loaded: LoadedModel, config: CacheConfig) -> int:
                 min_p=ones * 0.1,
                 keys=torch.zeros(samples, dtype=torch.int64, device=device),
                 all_greedy=False,
-                any_sorted=True,
+                num_sorted=EVERY_TOKEN,
                 any_min_p=True,
             ),
         )

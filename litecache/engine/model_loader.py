@@ -34,7 +34,8 @@ class LoadedModel:
     """A model that passed the probe.
 
     Attributes:
-        model: the unmodified Hugging Face model in eval mode, with paged attention chosen.
+        model: the Hugging Face model in eval mode, with paged attention chosen and the passes
+            applied.
         hf_config: its configuration.
         specs: KV shape of each layer.
         device: where weights and pool are.

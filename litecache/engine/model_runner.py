@@ -312,7 +312,7 @@ class ModelRunner:
             min_p=fields["min_p"],
             keys=fields["keys"],
             all_greedy=batch.all_greedy,
-            any_sorted=batch.any_sorted,
+            num_sorted=batch.num_sorted,
             any_min_p=batch.any_min_p,
             masked=masked,
         )

@@ -15,6 +15,7 @@ import torch
 from litecache.engine.random_numbers import exponentials
 
 INVALID_TOKEN = -1
+EVERY_TOKEN = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class SamplingBatch:
         min_p: float32 `[S]`; 0 = off.
         keys: int64 `[S]`, of the generator.
         all_greedy: no row draws; the tensors above are not read.
-        any_sorted: some row has top-k or top-p.
+        num_sorted: how many of the likeliest tokens must be put in order for top-k and top-p:
+            the largest top-k, or `EVERY_TOKEN` when a row has top-p alone; 0 = no row has either.
         any_min_p: some row has min-p.
         masked: rows and tokens `([n], [n])` whose logits are struck out, None = none.
     """
@@ -39,7 +41,7 @@ class SamplingBatch:
     min_p: torch.Tensor
     keys: torch.Tensor
     all_greedy: bool
-    any_sorted: bool
+    num_sorted: int
     any_min_p: bool
     masked: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -79,19 +81,25 @@ def _draw(logits: torch.Tensor, best: torch.Tensor, batch: SamplingBatch) -> tor
 def _threshold(scaled: torch.Tensor, batch: SamplingBatch) -> torch.Tensor | None:
     """The least scaled logit each row keeps, `[S]`; the largest of a row is 0."""
     threshold = None
-    if batch.any_sorted:
+    if batch.num_sorted:
         vocab = scaled.shape[1]
-        ordered = scaled.sort(dim=-1).values
-        top_k = torch.where(batch.top_k > 0, batch.top_k.clamp(max=vocab), vocab)
-        least = ordered.gather(1, (vocab - top_k)[:, None])
+        if batch.num_sorted < vocab:
+            # Behind top-k nothing else is left for top-p to look at.
+            count = batch.num_sorted
+            ordered = scaled.topk(count, dim=-1).values.flip(-1)
+        else:
+            count = vocab
+            ordered = scaled.sort(dim=-1).values
+        top_k = torch.where(batch.top_k > 0, batch.top_k.clamp(max=count), count)
+        least = ordered.gather(1, (count - top_k)[:, None])
         # Ascending sums as transformers takes them: a token goes when it and all below it hold
         # at most 1 - top_p together; the likeliest one always stays.
         below = ordered.masked_fill(ordered < least, float("-inf")).softmax(dim=-1).cumsum(dim=-1)
         removed = below <= (1 - batch.top_p)[:, None]
         removed |= ordered < least
-        first_kept = removed.sum(dim=-1, keepdim=True).clamp(max=vocab - 1)
-        threshold = ordered.gather(1, first_kept)[:, 0]
-        threshold = torch.where(batch.top_p < 1, threshold, least[:, 0])
+        first_kept = removed.sum(dim=-1, keepdim=True).clamp(max=count - 1)
+        threshold = torch.where(batch.top_k > 0, least[:, 0], float("-inf"))
+        threshold = torch.where(batch.top_p < 1, ordered.gather(1, first_kept)[:, 0], threshold)
     if batch.any_min_p:
         least_p = torch.log(batch.min_p)
         threshold = least_p if threshold is None else torch.maximum(threshold, least_p)

@@ -150,6 +150,15 @@ def test_non_finite_logits_are_reported_for_their_row_alone():
     assert result.tokens[0] == stock_generate(loaded, [1, 2, 3], 1)[0]
 
 
+def test_a_model_that_gives_all_logits_draws_the_same(llama):
+    prompt = random_prompt(20, 1)
+    driver = PlanDriver(llama)
+    driver.runner._keeps_logits = False
+    driver.add(0, random_prompt(31, 2))
+    driver.add(1, prompt)
+    assert driver.step({0: 30, 1: 20}).result().tokens[0] == stock_generate(llama, prompt, 1)[0]
+
+
 def test_a_step_that_draws_nothing_gives_no_tokens(llama):
     driver = PlanDriver(llama)
     driver.add(0, random_prompt(40, 1))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -14,8 +16,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from litecache.engine.batch_builder import _num_sorted
 from litecache.engine.random_numbers import draw_keys, exponentials, random_bits
-from litecache.engine.sampler import INVALID_TOKEN, SamplingBatch, sample
+from litecache.engine.sampler import EVERY_TOKEN, INVALID_TOKEN, SamplingBatch, sample
 
 
 def batch_of(rows, *, keys=None, masked=None):
@@ -28,7 +31,7 @@ def batch_of(rows, *, keys=None, masked=None):
         min_p=torch.tensor(min_p, dtype=torch.float32),
         keys=torch.arange(len(rows)) if keys is None else keys,
         all_greedy=all(t == 0 for t in temperature),
-        any_sorted=any(k > 0 for k in top_k) or any(p < 1 for p in top_p),
+        num_sorted=_num_sorted(np.array(top_k), np.array(top_p)),
         any_min_p=any(p > 0 for p in min_p),
         masked=masked,
     )
@@ -99,6 +102,15 @@ def test_a_mixed_batch_gives_each_row_what_it_gets_alone():
     for index, row in enumerate(rows):
         alone = sample(logits[index : index + 1].clone(), batch_of([row], keys=keys[[index]]))
         assert alone == together[index]
+
+
+def test_ordering_only_the_likeliest_tokens_gives_the_same_draws():
+    logits = torch.randn(300, 90, generator=torch.Generator().manual_seed(5)) * 2
+    rows = [(1.0, k, p, 0.0) for k, p in ((7, 1.0), (30, 0.8), (0, 1.0), (1, 0.5))] * 75
+    batch = batch_of(rows, keys=keys_for(300))
+    assert batch.num_sorted == 30
+    every = dataclasses.replace(batch, num_sorted=EVERY_TOKEN)
+    assert torch.equal(sample(logits.clone(), batch), sample(logits.clone(), every))
 
 
 def test_masked_tokens_and_non_finite_rows():
