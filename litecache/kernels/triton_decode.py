@@ -298,8 +298,10 @@ def decode(
         chunk = max(1, _FIXED_CHUNK // config.block_n)
         chunks = triton.cdiv(metadata.max_context_len, chunk * config.block_n)
         config = replace(config, num_programs=num_seqs * kv_heads * max(1, chunks))
-    # Few pairs of many rows: their pieces are merged by many programs, in a launch of its own.
-    inline = rows <= 16 or (chunk == 0 and num_seqs * kv_heads * _MANY_PIECES > config.num_programs)
+    # Where pairs of many rows are cut into many pieces, many programs merge them, in a launch of
+    # its own; beyond 32 rows the merge would also spill the kernel's registers.
+    few_pieces = num_seqs * kv_heads * _MANY_PIECES > config.num_programs
+    inline = rows <= 16 or (rows <= 32 and chunk == 0 and few_pieces)
     plan = plan_decode(metadata, seqs, kv_heads, window, rows, v_pad, config, chunk)
     is_float = k_cache.dtype == torch.float8_e4m3fn
     if k_scale is not None:

@@ -25,7 +25,7 @@ TINY = [
     Case((1, 1), (9, 37), heads=(9, 3), dims=(24, 8), softcap=2.0, sinks=True, alibi=True),
     Case((1, 20), (9, 37), block_size=32, dtype=torch.bfloat16),
     Case((1, 20), (9, 37), dtype=torch.float16, pool_dtype=torch.int8),
-    Case((3, 3), (9, 37), pool_dtype=torch.int8, window=9),
+    Case((3, 3), (5, 18), heads=(2, 1), pool_dtype=torch.int8, window=9),
 ]
 
 _RAGGED = (1, 15, 16, 17, 129, 1000, 4097)
