@@ -14,6 +14,7 @@ import collections
 import logging
 import os
 import random
+import select
 import shutil
 import signal
 import sys
@@ -144,9 +145,8 @@ def ray_kills(report: Report, seed: int, count: int) -> bool:
                 durable |= set(ray.get(actor.write.remote(number, 8), timeout=60))
                 number += 8
             actor.write.remote(number, 8)
-            os.kill(pid, signal.SIGKILL)
+            kill_and_wait(pid)
             number += 8
-            wait_gone(pid)
             found, wanted = check_after_kill(folder, sorted(durable), first, number, nbytes)
             hits, asked = hits + found, asked + wanted
             number += 100
@@ -161,13 +161,16 @@ def ray_kills(report: Report, seed: int, count: int) -> bool:
     return hits == asked
 
 
-def wait_gone(pid: int) -> None:
-    deadline = time.monotonic() + 30
-    while os.path.exists(f"/proc/{pid}") and time.monotonic() < deadline:
-        with open(f"/proc/{pid}/stat") as stat:
-            if stat.read().rpartition(")")[2].split()[0] == "Z":
-                return
-        time.sleep(0.02)
+def kill_and_wait(pid: int) -> None:
+    """SIGKILL, then wait for the last thread: until then the kernel keeps its locks."""
+    pidfd = os.pidfd_open(pid)
+    try:
+        os.kill(pid, signal.SIGKILL)
+        poller = select.poll()
+        poller.register(pidfd, select.POLLIN)
+        assert poller.poll(30_000), "the actor did not die"
+    finally:
+        os.close(pidfd)
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""The I/O of a shard: threads that read and write slots, and one that syncs and compacts.
+"""The I/O of a shard: threads that read and write slots.
 
 Reads go before writes, and at least one thread is never used for writing. No lock is held during
 I/O. Idle threads sleep on a condition variable; nothing polls. With `threads=0` all work is done by
@@ -7,7 +7,6 @@ whoever caused it, on its own thread, which makes tests deterministic.
 
 from __future__ import annotations
 
-import errno
 import logging
 import threading
 import time
@@ -18,6 +17,7 @@ import xxhash
 
 from ..metrics import Metrics
 from .files import NO_SPACE
+from .keeper import Keeper
 from .protocol import PAGE_BYTES
 from .ram_tier import RamBlock, RamState
 from .slab import Transfer
@@ -62,8 +62,7 @@ class BlockIo:
         lock: the store's lock.
         changed: notified when a read or write ended.
         threads: number of I/O threads.
-        fsync: `always`, `interval` or `never`.
-        interval_s: how long a write may stay unsynced under `interval`.
+        keeper: told of every write.
         metrics: where bytes and latencies are counted.
         on_written: told, without the lock, which keys reached the disk (None) or why not.
     """
@@ -75,8 +74,7 @@ class BlockIo:
         changed: threading.Condition,
         *,
         threads: int,
-        fsync: str,
-        interval_s: float,
+        keeper: Keeper,
         metrics: Metrics,
         on_written: OnWritten | None = None,
     ) -> None:
@@ -85,23 +83,17 @@ class BlockIo:
         self._lock = lock
         self._changed = changed
         self._work = threading.Condition(lock)
-        self._keep = threading.Condition(lock)
-        self._fsync = fsync
-        self._interval_s = interval_s
+        self._keeper = keeper
         self._metrics = metrics
         self._threads = threads
         self._writers = 0
         self._closing = False
-        self._unsynced = False
-        self._compact_failed = False
         self.writing_slots: set[int] = set()
         self.failed_writes = 0
         self._grow_lock = threading.Lock()
-        self._sync_lock = threading.Lock()
         self._running: list[threading.Thread] = []
         if tiers.disk is not None and threads:
             self._start(self._run, "io", threads)
-            self._start(self._run_keeper, "keeper", 1)
 
     def _start(self, target: Callable[[], None], name: str, count: int) -> None:
         for number in range(count):
@@ -122,18 +114,12 @@ class BlockIo:
         """There is work; the lock is held."""
         self._work.notify_all()
 
-    def note_change(self) -> None:
-        """Metadata changed without a write; the lock is held."""
-        self._unsynced = True
-        self._keep.notify()
-
     def drain(self) -> None:
         """Without threads, do all queued work now; the lock is not held."""
         if not self._threads and self._tiers.disk is not None:
             while self._step(wait=False):
                 pass
-            if self._unsynced or self._tiers.disk.wants_compaction():
-                self._maintain(force_sync=False)
+            self._keeper.catch_up()
 
     def _run(self) -> None:
         while self._step(wait=True):
@@ -196,7 +182,7 @@ class BlockIo:
                 tiers.finish_load(job.block, job.transfer.slot, reason)
             if tiers.changed_on_disk:
                 tiers.changed_on_disk = False
-                self.note_change()
+                self._keeper.note_change()
             self._changed.notify_all()
             if tiers.dirty:
                 self._work.notify()
@@ -258,7 +244,7 @@ class BlockIo:
         errors = disk.write(transfers)
         self._account("write", sum(len(t.memory) for t in transfers), begun)
         self._finish(batch, slots, sums, errors)
-        self.maintain_after_write()
+        self._keeper.after_write()
         return True
 
     def _finish(
@@ -288,7 +274,7 @@ class BlockIo:
                 [blocks[i] for i in good], [slots[i] for i in good], [sums[i] for i in good]
             )
             disk.end_writes(batch.namespace, batch.pages * len(slots))
-            self._unsynced = True
+            self._keeper.note_change()
             self._changed.notify_all()
         self._tell(told)
 
@@ -316,156 +302,6 @@ class BlockIo:
                 self._tiers.fail_write(block, reason)
         self._tell(told)
 
-    def maintain_after_write(self) -> None:
-        """Carry the journal to the file, and sync or compact if it is due."""
-        disk = self._tiers.disk
-        assert disk is not None
-        self.flush_journal()
-        if self._fsync == "always":
-            self.sync()
-        if self._threads:
-            with self._lock:
-                self._keep.notify()
-
-    def flush_journal(self) -> None:
-        """Carry what changed to the journal file, so that it survives kill -9."""
-        disk = self._tiers.disk
-        if disk is None:
-            return
-        with self._lock:
-            seq = disk.begin_sync()
-        try:
-            disk.journal.flush()
-        except OSError as error:
-            logger.error("the journal cannot be written: %s", error)
-            return
-        if self._fsync == "never" and not disk.journal.broken:
-            with self._lock:
-                disk.synced_seq = max(disk.synced_seq, seq)
-
-    def sync(self) -> bool:
-        """Make everything written so far durable; False when the disk refused."""
-        disk = self._tiers.disk
-        if disk is None:
-            return True
-        with self._sync_lock:
-            with self._lock:
-                seq = disk.begin_sync()
-                before = disk.synced_seq
-                self._unsynced = False
-                if seq == before and not disk.journal.broken:
-                    return True
-            if not self._sync_slab(before):
-                return False
-            with self._lock:
-                seq = disk.mark_synced(seq)
-            try:
-                disk.journal.flush()
-                if not disk.journal.broken:
-                    disk.journal.sync()
-            except OSError as error:
-                logger.error("the journal cannot be synced: %s", error)
-            # a journal that failed once may have lost pages: only a new one can be trusted
-            if disk.journal.broken and not self._compact_locked():
-                return False
-            with self._lock:
-                disk.synced_seq = max(disk.synced_seq, seq)
-                self._changed.notify_all()
-            return True
-
-    def _sync_slab(self, synced_seq: int) -> bool:
-        disk = self._tiers.disk
-        assert disk is not None
-        try:
-            disk.slab.sync()
-        except OSError as error:
-            logger.error("the slab cannot be synced: %s", error)
-            # a second sync may succeed without the writes that the first one lost
-            self._distrust(synced_seq)
-            return False
-        return True
-
-    def _distrust(self, synced_seq: int) -> None:
-        """The device may have lost what was written since the last sync: drop it."""
-        tiers, disk = self._tiers, self._tiers.disk
-        assert disk is not None
-        with self._lock:
-            doubtful = [
-                entry
-                for entry in disk.on_disk().tolist()
-                if tiers.index.put_seq[entry] > synced_seq
-            ]
-            for entry in doubtful:
-                self.failed_writes += 1
-                self._metrics.inc("litecache_drops", reason="sync_error")
-                tiers.drop(entry)
-            # their records must be gone for good before a later mark could vouch for them
-            disk.journal.broken = True
-            self._changed.notify_all()
-
-    def compact(self) -> bool:
-        """Write a snapshot and start a new journal; False when the disk refused."""
-        with self._sync_lock:
-            return self._compact_locked()
-
-    def _compact_locked(self) -> bool:
-        disk = self._tiers.disk
-        assert disk is not None
-        with self._lock:
-            synced_seq = disk.synced_seq
-            captured = disk.begin_compaction()
-        try:
-            # the snapshot must not name a block whose bytes a power cut could still take
-            if not self._sync_slab(synced_seq):
-                raise OSError(errno.EIO, "the slab cannot be synced")
-            disk.compact(captured)
-        except OSError as error:
-            logger.error("compaction failed: %s", error)
-            disk.compacting = False
-            disk.journal.abandon_rewrite()
-            self._compact_failed = True
-            return False
-        self._compact_failed = False
-        with self._lock:
-            disk.synced_seq = max(disk.synced_seq, captured.seq)
-            self._changed.notify_all()
-        return True
-
-    def _run_keeper(self) -> None:
-        while True:
-            with self._lock:
-                while not self._closing and not self._due():
-                    self._keep.wait()
-                if self._closing:
-                    return
-                if self._unsynced and self._fsync == "interval":
-                    deadline = time.monotonic() + self._interval_s
-                    while not self._closing and (left := deadline - time.monotonic()) > 0:
-                        self._keep.wait(left)
-                if self._closing:
-                    return
-            self._maintain(force_sync=self._fsync == "interval")
-
-    def _due(self) -> bool:
-        disk = self._tiers.disk
-        assert disk is not None
-        if disk.wants_compaction() and not self._compact_failed:
-            return True
-        return self._unsynced and self._fsync == "interval"
-
-    def _maintain(self, *, force_sync: bool) -> None:
-        disk = self._tiers.disk
-        assert disk is not None
-        if force_sync or self._fsync == "always":
-            # one new attempt at a failed compaction per sync, not a storm of them
-            self._compact_failed = False
-            self.sync()
-        with self._lock:
-            self._unsynced = self._unsynced and not force_sync
-            wanted = disk.wants_compaction() and not self._compact_failed
-        if wanted:
-            self.compact()
-
     def pending(self, blocks: Sequence[RamBlock]) -> list[RamBlock]:
         """Those still on their way to disk; the lock is held."""
         states = (RamState.DIRTY, RamState.WRITING)
@@ -477,7 +313,6 @@ class BlockIo:
             self._closing = True
             self._tiers.reads.clear()
             self._work.notify_all()
-            self._keep.notify_all()
         for thread in self._running:
             thread.join()
 

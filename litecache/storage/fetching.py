@@ -6,7 +6,8 @@ import threading
 
 from ..hashing import BlockKey
 from ..metrics import Metrics
-from .block_io import BlockIo, fault
+from .block_io import fault
+from .keeper import Keeper
 from .lease_book import LeaseBook
 from .protocol import PAGE_BYTES
 from .ram_tier import LOADED
@@ -19,16 +20,21 @@ class Fetching:
     """Answers `fetch`.
 
     Args:
-        tiers, io, leases: parts of the store.
+        tiers, keeper, leases: parts of the store.
         lock: the store's lock.
         metrics: where damage is counted.
     """
 
     def __init__(
-        self, tiers: Tiers, io: BlockIo, leases: LeaseBook, lock: threading.Lock, metrics: Metrics
+        self,
+        tiers: Tiers,
+        keeper: Keeper,
+        leases: LeaseBook,
+        lock: threading.Lock,
+        metrics: Metrics,
     ) -> None:
         self._tiers = tiers
-        self._io = io
+        self._keeper = keeper
         self._leases = leases
         self._lock = lock
         self._metrics = metrics
@@ -72,6 +78,6 @@ class Fetching:
                 entry = tiers.index.find(key)
                 if entry >= 0 and tiers.index.disk[entry] == slot + 1:
                     tiers.drop_disk_copy(entry)
-                    self._io.note_change()
+                    self._keeper.note_change()
             disk.end_use(slot)
         return data

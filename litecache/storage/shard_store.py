@@ -23,6 +23,7 @@ from .disk_tier import DiskTier
 from .eviction import get_policy
 from .fetching import Fetching
 from .files import NO_SPACE, Files
+from .keeper import Keeper
 from .lease_book import LeaseBook
 from .leases import Client, Clients
 from .protocol import (
@@ -141,19 +142,27 @@ class ShardStore:
         self._delta_seq = 0
         self._closed = False
         self._clients = Clients(self._lock, self.epoch, self._client_gone)
+        self._keeper = Keeper(
+            self._tiers,
+            self._lock,
+            self._changed,
+            threaded=io_threads > 0,
+            fsync=fsync,
+            interval_s=fsync_interval_s,
+            metrics=self.metrics,
+        )
         self._io = BlockIo(
             self._tiers,
             self._lock,
             self._changed,
             threads=io_threads,
-            fsync=fsync,
-            interval_s=fsync_interval_s,
+            keeper=self._keeper,
             metrics=self.metrics,
             on_written=on_written,
         )
         parts = (self._tiers, self._io, self._leases)
         self._staging = Staging(*parts, self._growth, self._lock, self.metrics)
-        self._fetching = Fetching(*parts, self._lock, self.metrics)
+        self._fetching = Fetching(self._tiers, self._keeper, self._leases, self._lock, self.metrics)
 
     def attach(self, client_pid: int) -> Attachment:
         """Register a client process.
@@ -338,18 +347,21 @@ class ShardStore:
         self._io.drain()
         with self._lock:
             mine = self._io.pending(list(self._tiers.ram.by_slot.values()))
-            failed = self._io.failed_writes
+            failed = self._failures()
             while self._io.pending(mine) and not self._closed:
                 left = deadline - time.monotonic()
                 if left <= 0:
                     break
                 self._changed.wait(left)
             pending = len(self._io.pending(mine))
-            failed = self._io.failed_writes - failed
-        synced = self._io.sync()
+            failed = self._failures() - failed
+        synced = self._keeper.sync()
         written = len(mine) - pending - failed
         complete = synced and not pending and not failed
         return FlushReport(max(0, written) if synced else 0, pending, failed, complete)
+
+    def _failures(self) -> int:
+        return self._io.failed_writes + self._keeper.lost_writes
 
     def fetch(self, keys: Sequence[BlockKey]) -> list[tuple[BlockKey, bytes | None]]:
         """Copies of blocks, for another node; those on disk are read without taking a RAM slot."""
@@ -360,9 +372,9 @@ class ShardStore:
         with self._lock:
             dropped = [self._drop(key) for key in keys]
             if any(dropped):
-                self._io.note_change()
+                self._keeper.note_change()
             self._changed.notify_all()
-        self._io.flush_journal()
+        self._keeper.flush_journal()
         return dropped
 
     def _drop(self, key: BlockKey) -> bool:
@@ -391,10 +403,10 @@ class ShardStore:
                     self._tiers.drop_ram_copy(entry)
                 elif self._tiers.index.disk[entry]:
                     self._tiers.drop_disk_copy(entry)
-            self._io.note_change()
+            self._keeper.note_change()
             self._changed.notify_all()
         # a removal must hold after kill -9 too
-        self._io.flush_journal()
+        self._keeper.flush_journal()
 
     def pin(self, keys: Sequence[BlockKey]) -> list[bool]:
         """Keep blocks from being evicted from disk until `unpin`, over restarts too."""
@@ -410,8 +422,8 @@ class ShardStore:
             for entry in entries:
                 if entry >= 0 and self._tiers.disk is not None:
                     self._tiers.disk.set_pinned(entry, pinned)
-            self._io.note_change()
-        self._io.flush_journal()
+            self._keeper.note_change()
+        self._keeper.flush_journal()
         return [entry >= 0 for entry in entries]
 
     def keys(self) -> list[BlockKey]:
@@ -462,10 +474,11 @@ class ShardStore:
             self._closed = self._growth.closed = True
             self._changed.notify_all()
         self._io.close()
+        self._keeper.close()
         self._clients.close()
         if self._tiers.disk is not None:
             if compact:
-                self._io.compact()
+                self._keeper.compact()
             self._tiers.disk.close()
         self._arena.close()
 

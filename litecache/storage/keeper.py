@@ -1,0 +1,232 @@
+"""Durability: carries the journal to its file, syncs, compacts, and says what is durable.
+
+One thread sleeps until something was written and its interval is over, or the journal has outgrown
+its share. Nothing here holds the store's lock while a disk works.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import threading
+import time
+
+from ..metrics import Metrics
+from .tiers import Tiers
+
+logger = logging.getLogger(__name__)
+
+
+class Keeper:
+    """Keeps the disk tier's metadata on disk.
+
+    Args:
+        tiers: the state, guarded by `lock`.
+        lock: the store's lock.
+        changed: notified when more has become durable.
+        threaded: False does all work when it is asked for.
+        fsync: `always`, `interval` or `never`.
+        interval_s: how long a write may stay unsynced under `interval`.
+        metrics: where drops are counted.
+    """
+
+    def __init__(
+        self,
+        tiers: Tiers,
+        lock: threading.Lock,
+        changed: threading.Condition,
+        *,
+        threaded: bool,
+        fsync: str,
+        interval_s: float,
+        metrics: Metrics,
+    ) -> None:
+        self._tiers = tiers
+        self._lock = lock
+        self._changed = changed
+        self._wake = threading.Condition(lock)
+        self._fsync = fsync
+        self._interval_s = interval_s
+        self._metrics = metrics
+        self._closing = False
+        self._unsynced = False
+        self._compact_failed = False
+        self._sync_lock = threading.Lock()
+        self.lost_writes = 0
+        self._thread: threading.Thread | None = None
+        if tiers.disk is not None and threaded:
+            self._thread = threading.Thread(target=self._run, name="litecache-keeper", daemon=True)
+            self._thread.start()
+
+    def note_change(self) -> None:
+        """Metadata changed without a write; the lock is held."""
+        self._unsynced = True
+        self._wake.notify()
+
+    def after_write(self) -> None:
+        """Carry the journal to the file, and sync or compact if it is due."""
+        disk = self._tiers.disk
+        assert disk is not None
+        self.flush_journal()
+        if self._fsync == "always":
+            self.sync()
+        if self._thread is not None:
+            with self._lock:
+                self._wake.notify()
+
+    def flush_journal(self) -> None:
+        """Carry what changed to the journal file, so that it survives kill -9."""
+        disk = self._tiers.disk
+        if disk is None:
+            return
+        with self._lock:
+            seq = disk.begin_sync()
+        try:
+            disk.journal.flush()
+        except OSError as error:
+            logger.error("the journal cannot be written: %s", error)
+            return
+        if self._fsync == "never" and not disk.journal.broken:
+            with self._lock:
+                disk.synced_seq = max(disk.synced_seq, seq)
+
+    def sync(self) -> bool:
+        """Make everything written so far durable; False when the disk refused."""
+        disk = self._tiers.disk
+        if disk is None:
+            return True
+        with self._sync_lock:
+            with self._lock:
+                seq = disk.begin_sync()
+                before = disk.synced_seq
+                self._unsynced = False
+                if seq == before and not disk.journal.broken:
+                    return True
+            if not self._sync_slab(before):
+                return False
+            with self._lock:
+                seq = disk.mark_synced(seq)
+            try:
+                disk.journal.flush()
+                if not disk.journal.broken:
+                    disk.journal.sync()
+            except OSError as error:
+                logger.error("the journal cannot be synced: %s", error)
+            # a journal that failed once may have lost pages: only a new one can be trusted
+            if disk.journal.broken and not self._compact_locked():
+                return False
+            with self._lock:
+                disk.synced_seq = max(disk.synced_seq, seq)
+                self._changed.notify_all()
+            return True
+
+    def _sync_slab(self, synced_seq: int) -> bool:
+        disk = self._tiers.disk
+        assert disk is not None
+        try:
+            disk.slab.sync()
+        except OSError as error:
+            logger.error("the slab cannot be synced: %s", error)
+            # a second sync may succeed without the writes that the first one lost
+            self._distrust(synced_seq)
+            return False
+        return True
+
+    def _distrust(self, synced_seq: int) -> None:
+        """The device may have lost what was written since the last sync: drop it."""
+        tiers, disk = self._tiers, self._tiers.disk
+        assert disk is not None
+        with self._lock:
+            doubtful = [
+                entry
+                for entry in disk.on_disk().tolist()
+                if tiers.index.put_seq[entry] > synced_seq
+            ]
+            for entry in doubtful:
+                self.lost_writes += 1
+                self._metrics.inc("litecache_drops", reason="sync_error")
+                tiers.drop(entry)
+            # their records must be gone for good before a later mark could vouch for them
+            disk.journal.broken = True
+            self._changed.notify_all()
+
+    def compact(self) -> bool:
+        """Write a snapshot and start a new journal; False when the disk refused."""
+        with self._sync_lock:
+            return self._compact_locked()
+
+    def _compact_locked(self) -> bool:
+        disk = self._tiers.disk
+        assert disk is not None
+        with self._lock:
+            synced_seq = disk.synced_seq
+            captured = disk.begin_compaction()
+        try:
+            # the snapshot must not name a block whose bytes a power cut could still take
+            if not self._sync_slab(synced_seq):
+                raise OSError(errno.EIO, "the slab cannot be synced")
+            disk.compact(captured)
+        except OSError as error:
+            logger.error("compaction failed: %s", error)
+            disk.compacting = False
+            disk.journal.abandon_rewrite()
+            self._compact_failed = True
+            return False
+        self._compact_failed = False
+        with self._lock:
+            disk.synced_seq = max(disk.synced_seq, captured.seq)
+            self._changed.notify_all()
+        return True
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                while not self._closing and not self._due():
+                    self._wake.wait()
+                if self._closing:
+                    return
+                if self._unsynced and self._fsync == "interval":
+                    deadline = time.monotonic() + self._interval_s
+                    while not self._closing and (left := deadline - time.monotonic()) > 0:
+                        self._wake.wait(left)
+                if self._closing:
+                    return
+            self._maintain(force_sync=self._fsync == "interval")
+
+    def _due(self) -> bool:
+        disk = self._tiers.disk
+        assert disk is not None
+        if disk.wants_compaction() and not self._compact_failed:
+            return True
+        return self._unsynced and self._fsync == "interval"
+
+    def _maintain(self, *, force_sync: bool) -> None:
+        disk = self._tiers.disk
+        assert disk is not None
+        if force_sync or self._fsync == "always":
+            # one new attempt at a failed compaction per sync, not a storm of them
+            self._compact_failed = False
+            self.sync()
+        with self._lock:
+            self._unsynced = self._unsynced and not force_sync
+            wanted = disk.wants_compaction() and not self._compact_failed
+        if wanted:
+            self.compact()
+
+    def catch_up(self) -> None:
+        """Without a thread: do what it would have done by now, but for the interval's sync."""
+        disk = self._tiers.disk
+        if (
+            self._thread is None
+            and disk is not None
+            and (self._unsynced or disk.wants_compaction())
+        ):
+            self._maintain(force_sync=False)
+
+    def close(self) -> None:
+        """End the thread."""
+        with self._lock:
+            self._closing = True
+            self._wake.notify_all()
+        if self._thread is not None:
+            self._thread.join()
