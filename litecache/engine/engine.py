@@ -90,7 +90,10 @@ class Engine:
             max_requests=config.max_requests,
             max_model_len=loaded.max_model_len,
             max_batch_tokens=config.max_batch_tokens,
+            deterministic=config.deterministic,
         )
+        # CUDA graphs and their kernels now, so that no request waits for them.
+        self._runner.warm_up()
         self.info = _describe(source, config, loaded, layout, num_blocks, self._num_threads)
         self._overlap = 1 if loaded.device.type == "cuda" else 0
         self._device = loaded.device

@@ -82,6 +82,7 @@ class ModelRunner:
         max_requests: rows of the tables; plans use rows 0 to max_requests - 1.
         max_model_len: longest sequence in tokens.
         max_batch_tokens: most tokens of one step.
+        deterministic: attention cuts a sequence at places that do not depend on the batch.
     """
 
     def __init__(
@@ -93,8 +94,10 @@ class ModelRunner:
         max_requests: int,
         max_model_len: int,
         max_batch_tokens: int,
+        deterministic: bool = False,
     ) -> None:
         device = loaded.device
+        self._deterministic = deterministic
         self._model = loaded.model
         self._layout = layout
         self._pools = tuple(pools)
@@ -248,6 +251,7 @@ class ModelRunner:
                 context_lens=fields["context_lens"],
                 cu_seqlens_q=fields["cu_seqlens"],
                 block_size=self._layout.block_size,
+                deterministic=self._deterministic,
                 max_query_len=max(batch.query_lens),
                 max_context_len=longest,
                 query_lens=batch.query_lens,
@@ -267,6 +271,7 @@ class ModelRunner:
                 context_lens=fields["context_lens"],
                 cu_seqlens_q=fields["cu_seqlens"],
                 block_size=self._layout.block_size,
+                deterministic=self._deterministic,
                 max_query_len=key.max_query_len,
                 max_context_len=self._max_model_len,
                 query_lens=key.query_lens,
