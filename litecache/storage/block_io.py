@@ -7,6 +7,7 @@ whoever caused it, on its own thread, which makes tests deterministic.
 
 from __future__ import annotations
 
+import errno
 import logging
 import threading
 import time
@@ -240,6 +241,11 @@ class BlockIo:
             checksum(transfer.memory, block.key or b"")
             for transfer, block in zip(transfers, blocks, strict=True)
         ]
+        # the slots' former owners must be gone from the journal before their bytes are
+        if not self._keeper.flush_journal() and not self._keeper.compact():
+            error = self._keeper.last_error or OSError(errno.EIO, "the journal cannot be written")
+            self._finish(batch, slots, sums, [error] * len(slots))
+            return True
         begun = time.perf_counter()
         errors = disk.write(transfers)
         self._account("write", sum(len(t.memory) for t in transfers), begun)

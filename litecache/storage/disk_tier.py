@@ -142,6 +142,9 @@ class DiskTier:
             logger.info("%d blocks do not fit the store any more", n - len(kept))
             renumbered = np.cumsum(fits) - 1
             self.space.rebind(renumbered)
+        if not self.folder.intact:
+            # any slot may have been given to another block whose record is lost
+            kept["flags"] |= FLAG_DOUBTFUL
         entries = self._index.load(kept)
         self.queues.extend(
             entries,
@@ -397,8 +400,14 @@ class DiskTier:
             self.compacting = False
         self.journal.finish_rewrite(captured.seq)
 
-    def close(self) -> None:
-        """Close all files and give the lock up."""
+    def close(self, *, clean: bool) -> None:
+        """Close all files and give the lock up.
+
+        Args:
+            clean: a compaction has just succeeded.
+        """
+        if clean:
+            self.folder.note_clean()
         self.journal.close()
         self.slab.close()
         self.folder.close()

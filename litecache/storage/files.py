@@ -143,6 +143,11 @@ class Files:
         except FileNotFoundError:
             return
 
+    def boot_id(self) -> str:
+        """Changes when the machine starts: then what was not synced may be lost."""
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            return file.read().strip()
+
     def sync_folder(self, path: str) -> None:
         """Force renames and new names in a folder to the device."""
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

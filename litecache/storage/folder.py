@@ -53,6 +53,10 @@ class Folder:
         storage_bytes: what the shard may come to take; refused when the disk has too little.
         segment_bytes: for a new store; an old one keeps its own (`segment_bytes` says which).
 
+    Attributes:
+        intact: what the last owner wrote is all there: it closed cleanly, or the machine has run
+            on since. Otherwise a power cut may have kept a write and lost its record.
+
     Raises:
         ConfigError: the path is not absolute, or not a folder.
         StorageFullError: the disk has too little room for `storage_bytes`.
@@ -71,6 +75,7 @@ class Folder:
                 f"storage_bytes={storage_bytes} is invalid: the disk of {path} has {room} bytes"
             )
         self.path = path
+        self.intact = True
         self._files = files
         self._made = self._make()
         self._lock_fd = -1
@@ -111,14 +116,26 @@ class Folder:
         try:
             fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = os.pread(self._lock_fd, 32, 0).decode(errors="replace").strip()
+            holder = os.pread(self._lock_fd, 32, 0).decode(errors="replace").partition(" ")[0]
             # whoever holds it owns the files: discard() must leave them alone
             self._made = []
             raise StorageLockedError(
                 f"{self.path} is in use by another store (process {holder or 'unknown'})"
             ) from None
-        os.ftruncate(self._lock_fd, 0)
-        os.pwrite(self._lock_fd, f"{os.getpid()}\n".encode(), 0)
+        before = os.pread(self._lock_fd, 128, 0).decode(errors="replace").split()
+        boot = self._files.boot_id()
+        fresh = not self._files.exists(self.file("superblock"))
+        self.intact = fresh or before[1:] in (["clean"], [boot])
+        self._note(boot)
+
+    def _note(self, state: str) -> None:
+        # one sector, synced: an old "clean" must not come back after a power cut
+        os.pwrite(self._lock_fd, f"{os.getpid()} {state}".ljust(127).encode() + b"\n", 0)
+        os.fdatasync(self._lock_fd)
+
+    def note_clean(self) -> None:
+        """Everything is synced and nothing will be written any more."""
+        self._note("clean")
 
     def _open_superblock(self, segment_bytes: int) -> int:
         path = self.file("superblock")

@@ -53,6 +53,7 @@ class Keeper:
         self._compact_failed = False
         self._sync_lock = threading.Lock()
         self.lost_writes = 0
+        self.last_error: OSError | None = None
         self._thread: threading.Thread | None = None
         if tiers.disk is not None and threaded:
             self._thread = threading.Thread(target=self._run, name="litecache-keeper", daemon=True)
@@ -74,21 +75,27 @@ class Keeper:
             with self._lock:
                 self._wake.notify()
 
-    def flush_journal(self) -> None:
-        """Carry what changed to the journal file, so that it survives kill -9."""
+    def flush_journal(self) -> bool:
+        """Carry what changed to the journal file, so that it survives kill -9.
+
+        Returns:
+            Whether the journal holds everything.
+        """
         disk = self._tiers.disk
         if disk is None:
-            return
+            return True
         with self._lock:
             seq = disk.begin_sync()
         try:
             disk.journal.flush()
         except OSError as error:
             logger.error("the journal cannot be written: %s", error)
-            return
+            self.last_error = error
+            return False
         if self._fsync == "never" and not disk.journal.broken:
             with self._lock:
                 disk.synced_seq = max(disk.synced_seq, seq)
+        return not disk.journal.broken
 
     def sync(self) -> bool:
         """Make everything written so far durable; False when the disk refused."""

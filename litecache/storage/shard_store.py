@@ -477,9 +477,8 @@ class ShardStore:
         self._keeper.close()
         self._clients.close()
         if self._tiers.disk is not None:
-            if compact:
-                self._keeper.compact()
-            self._tiers.disk.close()
+            clean = compact and self._keeper.compact()
+            self._tiers.disk.close(clean=clean)
         self._arena.close()
 
     def __enter__(self) -> ShardStore:

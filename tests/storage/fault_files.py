@@ -47,6 +47,7 @@ class FaultFiles(Files):
         self.flipped: list[tuple[str, int]] = []
         self.enabled = True
         self.direct = True
+        self.boots = 0
 
     def _hit(self, kind: str) -> bool:
         if self.enabled and self.draw.random() < self.rates.get(kind, 0):
@@ -173,8 +174,12 @@ class FaultFiles(Files):
         self.stable_names = dict(self.names)
         self.unsynced_names.clear()
 
+    def boot_id(self) -> str:
+        return f"boot-{self.boots}"
+
     def power_cut(self) -> None:
         """Everything that was not synced is decided now; open files are gone."""
+        self.boots += 1
         names = dict(self.stable_names)
         # a journalling file system keeps a prefix of the name changes
         kept = self.draw.randrange(len(self.unsynced_names) + 1)

@@ -449,3 +449,27 @@ def test_the_fallback_arena_works_and_leaves_no_file(tmp_path):
         assert all(get(client, [key_of(0)], NBYTES))
         client.close()
     assert not os.path.exists(path)
+
+
+def test_after_a_power_cut_blocks_hit_but_are_durable_only_once_read(tmp_path, monkeypatch):
+    from litecache.storage.files import Files
+
+    store = make(tmp_path)
+    keys = fill(store, range(6), NBYTES)
+    store.flush()
+    assert all(store.durable(keys))
+    store.abandon()
+    with make(tmp_path) as killed:  # the machine ran on: nothing is in doubt
+        assert all(killed.durable(keys))
+        killed.abandon()
+    monkeypatch.setattr(Files, "boot_id", lambda self: "another")
+    with make(tmp_path) as store:
+        assert all(store.query(keys))
+        assert not any(store.durable(keys))
+        client = LocalShardClient(store)
+        assert all(get(client, keys[:2], NBYTES))
+        store.flush()
+        assert store.durable(keys) == [True] * 2 + [False] * 4
+        client.close()
+    with make(tmp_path) as store:
+        assert store.durable(keys) == [True] * 2 + [False] * 4

@@ -269,12 +269,12 @@ def test_half_a_million_blocks_are_back_in_two_seconds_of_cpu(tmp_path, monkeypa
             quotas={},
         )
 
-    open_tier().close()
+    open_tier().close(clean=True)
     snapshot.write(Files(), str(tmp_path), "snapshot", snapshot.Snapshot(1, [""], records, 0))
     os.truncate(tmp_path / "slab", (int(records["slot"].max()) // pages + 1) * segment)
     begun = time.process_time()
     tier = open_tier()
     spent = time.process_time() - begun
     assert len(tier.on_disk()) == count
-    tier.close()
+    tier.close(clean=True)
     assert spent < 2
