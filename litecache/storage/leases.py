@@ -25,14 +25,16 @@ class Client:
     Attributes:
         pid, pidfd: the process and the proof of its end.
         leases: slot to [generation, count].
+        gone: it has ended; no lease may be given to it any more.
     """
 
-    __slots__ = ("client_id", "leases", "pid", "pidfd")
+    __slots__ = ("client_id", "gone", "leases", "pid", "pidfd")
 
     def __init__(self, client_id: int, pid: int, pidfd: int) -> None:
         self.client_id = client_id
         self.pid = pid
         self.pidfd = pidfd
+        self.gone = False
         self.leases: dict[int, list[int]] = {}
 
 
@@ -107,6 +109,7 @@ class Clients:
     def _end(self, client_id: int) -> None:
         client = self._clients.pop(client_id, None)
         if client is not None:
+            client.gone = True
             self._on_gone(client)
             os.close(client.pidfd)
 

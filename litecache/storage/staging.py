@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Sequence
 
+from ..errors import StorageError
 from ..hashing import BlockKey
 from ..metrics import Metrics
 from .arena_growth import ArenaGrowth
@@ -61,6 +62,8 @@ class Staging:
     def _once(self, client: Client, keys: Sequence[BlockKey]) -> list[StageResult]:
         self._grow_for_loads(keys)
         with self._lock:
+            if client.gone:
+                raise StorageError(f"client_id={client.client_id} has been detached")
             tiers = self._tiers
             entries = tiers.find(keys)
             results = [StageResult(StageStatus.MISS)] * len(keys)

@@ -473,3 +473,27 @@ def test_after_a_power_cut_blocks_hit_but_are_durable_only_once_read(tmp_path, m
         client.close()
     with make(tmp_path) as store:
         assert store.durable(keys) == [True] * 2 + [False] * 4
+
+
+def test_buffered_io_works_where_o_direct_is_refused(tmp_path):
+    with make(tmp_path, direct=False) as store:
+        assert store.stats()["direct_io"] is False
+        keys = fill(store, range(10), NBYTES)
+        store.clear("ram")
+        client = LocalShardClient(store)
+        assert all(get(client, keys, NBYTES))
+        client.close()
+
+
+def test_a_client_that_detaches_during_stage_gets_no_lease(tmp_path):
+    with make(tmp_path) as store:
+        client = LocalShardClient(store)
+        put(client, [key_of(0)], NBYTES)
+        ensure = store._growth.ensure
+        store.flush()
+        store.clear("ram")
+        store._growth.ensure = lambda pages, n: (client.close(), ensure(pages, n))
+        with pytest.raises(StorageError, match="detached"):
+            client.stage([key_of(0)])
+        assert store.stats()["leases"] == 0
+        store.check_integrity()
