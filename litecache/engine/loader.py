@@ -131,7 +131,7 @@ class Loader:
                 if state is SlotState.READY:
                     self._copy_in(copier, order, ref, lease)
                     copied.append((ref, lease))
-                elif state is SlotState.LOADING:
+                elif state is SlotState.LOADING and not lease.shard.lost:
                     still.append((ref, lease))
                 else:
                     self._miss(lease, "failed")

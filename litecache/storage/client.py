@@ -31,6 +31,11 @@ class ShardClient(Protocol):
         """The shard's slots, mapped into this process."""
         ...
 
+    @property
+    def lost(self) -> bool:
+        """The shard's process is gone: what it was loading will never be ready."""
+        ...
+
     def stage(self, keys: Sequence[BlockKey]) -> list[StageResult]:
         """Lease the blocks that are there; start reading those that are on disk."""
         ...
@@ -87,6 +92,11 @@ class LocalShardClient:
     def arena(self) -> ArenaView:
         """The shard's slots."""
         return self._arena
+
+    @property
+    def lost(self) -> bool:
+        """Never: it lives and dies with this process."""
+        return False
 
     def stage(self, keys: Sequence[BlockKey]) -> list[StageResult]:
         """See `ShardStore.stage`."""

@@ -9,10 +9,14 @@ import torch
 from engine_harness import Harness, family_source
 from plan_driver import FAMILIES, random_prompt, stock_generate, tiny_model
 
+from litecache.engine import loader
 from litecache.engine.engine import Engine
 from litecache.engine.model_runner import StepHandle
 from litecache.engine.step_plan import StepPlan
 from litecache.errors import CapacityError, ConfigError
+from litecache.storage.arena_view import ArenaView
+from litecache.storage.client import LocalShardClient
+from litecache.storage.protocol import SlotState
 from litecache.types import FinishReason, Request, SamplingParams
 
 LENGTHS = (1, 15, 16, 17, 40, 77)
@@ -101,6 +105,22 @@ def test_partial_block_is_reused_to_the_token() -> None:
         harness.run([prompt], 1)
         assert harness.run([fork], 16) == [stock_generate(loaded, fork, 16)]
         assert harness.reused == [{"gpu": 41}]
+
+
+def test_reads_of_a_shard_that_died_are_misses_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = random_prompt(64, seed=8)
+    with Harness(family_source("llama"), folders=[tmp_path / "s"]) as harness:
+        wanted = harness.run([prompt], 8)
+        harness.empty("gpu")
+        with monkeypatch.context() as dead:
+            # Never ready and never given up by the clock: only `lost` can end the wait.
+            dead.setattr(loader, "LOAD_TIMEOUT_S", 1e9)
+            dead.setattr(ArenaView, "state", lambda self, slot, generation: SlotState.LOADING)
+            dead.setattr(LocalShardClient, "lost", True)
+            assert harness.run([prompt], 8) == wanted
+            assert harness.reused == [{}]
 
 
 def test_another_salt_shares_nothing(tmp_path: Path) -> None:
