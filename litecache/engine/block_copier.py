@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from litecache.storage.arena_view import ArenaView
@@ -118,7 +119,9 @@ class BlockCopier:
 
     def _copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
         if self._stream is None:
-            target.copy_(source)
+            # numpy's is one memcpy on this thread; torch's would wake a second team of OpenMP
+            # threads, which spin beside the one that computes.
+            np.copyto(target.numpy(), source.numpy())
             return
         with torch.cuda.stream(self._stream):
             target.copy_(source, non_blocking=True)
