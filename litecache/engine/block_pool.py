@@ -103,13 +103,6 @@ class BlockPool:
         self._loading.discard(block)
         self._keys[block] = key
 
-    def unpublish(self, block: int) -> None:
-        """Forget the key of a published block; an idle one becomes free."""
-        self._keys[block] = None
-        if block in self._idle:
-            del self._idle[block]
-            self._free.append(block)
-
     def copy_on_write(self, block: int) -> int:
         """A block that the one caller may write to, in exchange for its reference to `block`.
 
