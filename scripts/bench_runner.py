@@ -98,16 +98,27 @@ class Bench:
         """ms to compute a prompt from position `start` on, in chunks, of each of three runs."""
         samples = []
         for _ in range(4):
-            changes = self.rows(1, length, 1)
             before = time.perf_counter()
-            for begin in range(start, length, self.chunk):
-                end = min(begin + self.chunk, length)
-                step = RowStep(0, begin, end - begin, end == length)
-                handle = self.runner.execute(StepPlan(1, rows=(step,), **changes))
-                changes = {}
-            handle.result()
+            self._compute(length, start)
             samples.append((time.perf_counter() - before) * 1e3)
         return samples[1:]
+
+    def _compute(self, length: int, start: int) -> None:
+        changes = self.rows(1, length, 1)
+        for begin in range(start, length, self.chunk):
+            end = min(begin + self.chunk, length)
+            step = RowStep(0, begin, end - begin, end == length)
+            handle = self.runner.execute(StepPlan(1, rows=(step,), **changes))
+            changes = {}
+        handle.result()
+
+    def profile_prompt(self, length: int) -> list[tuple[str, float, int]]:
+        """Kernels of a cold prompt: name, µs, launches."""
+        from torch.profiler import ProfilerActivity, profile
+
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            self._compute(length, 0)
+        return _by_time(profiler, 1, 16)
 
     def profile(self, batch: int, length: int) -> list[tuple[str, float, int]]:
         """Kernels of a decode step: name, µs, launches."""
@@ -118,8 +129,14 @@ class Bench:
         with profile(activities=[ProfilerActivity.CUDA]) as profiler:
             for step in range(5):
                 self.runner.execute(self.decode_plan(batch, length + step)).result()
-        events = sorted(profiler.key_averages(), key=lambda e: -e.self_device_time_total)
-        return [(e.key[:48], e.self_device_time_total / 5, e.count // 5) for e in events[:12]]
+        return _by_time(profiler, 5, 12)
+
+
+def _by_time(profiler: Any, steps: int, count: int) -> list[tuple[str, float, int]]:
+    events = sorted(profiler.key_averages(), key=lambda e: -e.self_device_time_total)
+    return [
+        (e.key[:48], e.self_device_time_total / steps, e.count // steps) for e in events[:count]
+    ]
 
 
 def graph_us(work: Callable[[int], Any], count: int) -> float:
@@ -189,6 +206,7 @@ def main() -> int:
     made.add_argument("--device", default="cuda")
     made.add_argument("--max-batch-tokens", type=int, default=2048)
     made.add_argument("--profile", action="store_true", help="kernels of a step")
+    made.add_argument("--parts", nargs="+", default=["decode", "prompt"], help="decode, prompt")
     made.add_argument("--linear", action="store_true", help="streamed products alone")
     options = made.parse_args()
     report = Report("Model runner", options.json)
@@ -200,7 +218,8 @@ def main() -> int:
     for name in options.geometry:
         bench = Bench(name, options.device, options.max_batch_tokens, 400 if quick else 12_000)
         report.extra.setdefault("passes", {})[name] = bench.passes
-        for batch, length in DECODES[: 1 if quick else None]:
+        decodes = DECODES if "decode" in options.parts else ()
+        for batch, length in decodes[: 1 if quick else None]:
             samples, host = bench.decode(batch, length // (8 if quick else 1), 4 if quick else 40)
             step = summarise(samples)
             case = f"{name} decode, batch {batch}, context {length}"
@@ -210,13 +229,17 @@ def main() -> int:
             )
             if options.profile and options.device != "cpu":
                 report.extra.setdefault("profiles", {})[case] = bench.profile(batch, length)
-        for length in LENGTHS[: 0 if quick else None]:
+        lengths = LENGTHS if "prompt" in options.parts else ()
+        for length in lengths[: 0 if quick else None]:
             for start, what in ((0, "cold"), (length - 1, "full hit")):
                 first = summarise(bench.first_token(length, start))
                 report.add(
                     Row(f"{name} {what}, {length} tokens", "first token", first.median, "ms",
                         spread=first.spread, samples=first.samples)
                 )  # fmt: skip
+            if options.profile and options.device != "cpu":
+                kernels = bench.profile_prompt(length)
+                report.extra.setdefault("profiles", {})[f"{name} cold, {length} tokens"] = kernels
         del bench
     for case, kernels in report.extra.get("profiles", {}).items():
         report.console.print(case)

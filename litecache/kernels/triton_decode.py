@@ -26,6 +26,7 @@ from litecache.kernels.triton_common import (
     load_rows,
     store_rows,
 )
+from litecache.kernels.triton_pdl import await_previous, fetch_to_l2, pdl_enabled
 from litecache.kernels.triton_plan import plan_decode
 from litecache.kernels.tuning import DecodeConfig
 
@@ -34,6 +35,9 @@ MAX_QUERIES = 16
 
 _MANY_PIECES = 4
 """Mean pieces of a pair from which many rows are merged by a launch of their own."""
+
+_FETCH_TOKENS = 64
+"""Tokens whose keys and values a program asks for before its turn."""
 
 _FIXED_CHUNK = 1024
 """Tokens of a piece where results must not depend on the batch."""
@@ -56,7 +60,9 @@ def _decode_kernel(
     D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
     WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, ALIBI: tl.constexpr,
     QUANTISED: tl.constexpr, FLOAT: tl.constexpr, ALIKE: tl.constexpr, STAGES: tl.constexpr,
-    MERGE: tl.constexpr, CHUNK: tl.constexpr, INLINE_MERGE: tl.constexpr,
+    MERGE: tl.constexpr, CHUNK: tl.constexpr, INLINE_MERGE: tl.constexpr, PDL: tl.constexpr,
+    FETCH_PAGES: tl.constexpr, FETCH_PIECES: tl.constexpr, FETCH_K: tl.constexpr,
+    FETCH_V: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     work = tl.load(ends_ptr + num_seqs) * KV_HEADS
@@ -102,6 +108,18 @@ def _decode_kernel(
             base = first_key // BLOCK_N * BLOCK_N
             low = base + (at - pair_begin) * BLOCK_N
             high = tl.minimum(base + (stop - pair_begin) * BLOCK_N, context)
+            if PDL:  # noqa: SIM102 - constants are folded one `if` at a time
+                # Keys of earlier steps are there already: ask for the first ones meanwhile.
+                if at == share_begin:
+                    _fetch_pages(
+                        k_base, k_block, table_ptr, low, high,
+                        PAGE, FETCH_PAGES, FETCH_PIECES, FETCH_K,
+                    )  # fmt: skip
+                    _fetch_pages(
+                        v_base, v_block, table_ptr, low, high,
+                        PAGE, FETCH_PAGES, FETCH_PIECES, FETCH_V,
+                    )  # fmt: skip
+            await_previous(PDL)
             if QUANTISED:
                 acc, peak, total = attend_codes(
                     q_ptr, q_token, q_head, first_token, kv_head, queries * GROUP,
@@ -168,6 +186,20 @@ def _decode_kernel(
                 seq += 1
 
 
+@triton.jit
+def _fetch_pages(
+    base_ptr, block_stride, table_ptr, low, high,
+    PAGE: tl.constexpr, PAGES: tl.constexpr, PIECES: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """Asks for the pages from token `low` on, in pieces of `SIZE` bytes, one a thread."""
+    if SIZE > 0:
+        index = tl.arange(0, PAGES * PIECES)
+        token = tl.minimum(low // PAGE * PAGE + index // PIECES * PAGE, tl.maximum(high - 1, 0))
+        page = tl.load(table_ptr + token // PAGE).to(tl.int64)
+        address = (base_ptr + page * block_stride).to(tl.int64) + (index % PIECES) * SIZE
+        fetch_to_l2(address, SIZE)
+
+
 @triton.jit(
     do_not_specialize=["num_seqs", "num_programs"], do_not_specialize_on_alignment=["starts_ptr"]
 )
@@ -176,7 +208,7 @@ def _merge_kernel(
     num_seqs, num_programs,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
     DV: tl.constexpr, DV_PAD: tl.constexpr, SINKS: tl.constexpr, MERGE: tl.constexpr,
-    CHUNK: tl.constexpr,
+    CHUNK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Merges `TILE` rows of every pair that was cut: a program for each pair and row tile."""
     seq = tl.program_id(0) // KV_HEADS
@@ -188,6 +220,7 @@ def _merge_kernel(
     seq_tiles = tl.load(ends_ptr + seq + 1) - seq_begin
     pair_begin = seq_begin * KV_HEADS + kv_head * seq_tiles
     pair_end = pair_begin + seq_tiles
+    await_previous(PDL)
     if pair_begin // share != (pair_end - 1) // share:
         first_token = tl.load(starts_ptr + seq)
         queries = tl.load(starts_ptr + seq + 1) - first_token
@@ -302,8 +335,10 @@ def decode(
     # its own; beyond 32 rows the merge would also spill the kernel's registers.
     few_pieces = num_seqs * kv_heads * _MANY_PIECES > config.num_programs
     inline = rows <= 16 or (rows <= 32 and chunk == 0 and few_pieces)
-    plan = plan_decode(metadata, seqs, kv_heads, window, rows, v_pad, config, chunk)
+    plan, fresh = plan_decode(metadata, seqs, kv_heads, window, rows, v_pad, config, chunk)
+    pdl = pdl_enabled(query.device)
     is_float = k_cache.dtype == torch.float8_e4m3fn
+    fetch = _fetch_plan(page, (k_dim, v_dim), k_cache.dtype.itemsize, 32 * config.num_warps)
     if k_scale is not None:
         k_cache, v_cache = k_cache.view(torch.int32), v_cache.view(torch.int32)
     _decode_kernel[(config.num_programs,)](
@@ -323,8 +358,10 @@ def decode(
         ALIBI=alibi_slopes is not None, QUANTISED=k_scale is not None,
         FLOAT=is_float, ALIKE=k_cache.stride(0) == v_cache.stride(0) and k_dim == v_dim,
         STAGES=config.num_stages, MERGE=_merge_width(config, rows, v_pad, k_scale is not None),
-        CHUNK=chunk, INLINE_MERGE=inline,
-        num_warps=config.num_warps,
+        CHUNK=chunk, INLINE_MERGE=inline, PDL=pdl,
+        FETCH_PAGES=fetch[0], FETCH_PIECES=fetch[1], FETCH_K=fetch[2], FETCH_V=fetch[3],
+        # The plan is read before the wait, so the kernel right behind the plan starts after it.
+        num_warps=config.num_warps, launch_pdl=pdl and not fresh,
     )  # fmt: skip
     if not inline:
         tile = min(8, rows)
@@ -333,8 +370,20 @@ def decode(
             num_seqs, config.num_programs,
             KV_HEADS=kv_heads, GROUP=group, ROWS=rows, TILE=tile, DV=v_dim, DV_PAD=v_pad,
             SINKS=sinks is not None, MERGE=max(1, min(16, 8192 // (tile * v_pad))), CHUNK=chunk,
-            num_warps=4,
+            PDL=pdl, num_warps=4, launch_pdl=pdl,
         )  # fmt: skip
+
+
+def _fetch_plan(
+    page: int, dims: tuple[int, int], itemsize: int, threads: int
+) -> tuple[int, int, int, int]:
+    """Pages to ask for early, the pieces of each, and a piece's bytes of keys and of values."""
+    pages = max(1, _FETCH_TOKENS // page)
+    pieces = max(1, threads // pages)
+    sizes = [page * dim * itemsize // pieces for dim in dims]
+    # The instruction takes multiples of 16 bytes; odd shapes do without.
+    k_size, v_size = (size if size * pieces % 16 == 0 and size % 16 == 0 else 0 for size in sizes)
+    return pages, pieces, k_size, v_size
 
 
 def _merge_width(config: DecodeConfig, rows: int, v_pad: int, quantised: bool) -> int:

@@ -79,10 +79,11 @@ def plan_decode(
     v_pad: int,
     config: DecodeConfig,
     chunk: int,
-) -> DecodePlan:
-    """The step's shares, made by the first layer that asks for this shape."""
+) -> tuple[DecodePlan, bool]:
+    """The step's shares, and whether this call made them: the first layer of a shape does."""
     name = ("decode", seqs.start, seqs.stop, kv_heads, window, rows, v_pad, config, chunk)
     plan: DecodePlan | None = metadata.scratch.get(name)
+    fresh = plan is None
     if plan is None:
         device = metadata.context_lens.device
         programs = config.num_programs
@@ -102,4 +103,4 @@ def plan_decode(
             TILE=config.block_n, SEQS_PAD=seqs_pad, BLOCK_P=block_p, KV_HEADS=kv_heads,
             WINDOWED=window is not None, CHUNK=chunk,
         )  # fmt: skip
-    return plan
+    return plan, fresh

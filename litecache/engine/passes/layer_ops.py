@@ -11,6 +11,8 @@ from typing import Protocol
 import torch
 from torch.nn import functional
 
+from litecache.engine.passes.linear_tuning import MAX_TOKENS
+
 
 class LayerOps(Protocol):
     """What a decoder layer computes beside attention; activations are `[T, width]`."""
@@ -76,12 +78,12 @@ class TorchOps:
 class TritonOps:
     """Triton kernels, and the library for products of many tokens."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         from litecache.engine.passes import triton_elementwise, triton_linear
 
         self._elementwise = triton_elementwise
         self._stream = triton_linear.stream_linear
-        self._few = triton_linear.MAX_TOKENS
+        triton_linear.prepare(device)
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """See LayerOps."""
@@ -91,7 +93,7 @@ class TritonOps:
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
         """See LayerOps."""
-        if x.shape[0] <= self._few:
+        if x.shape[0] <= MAX_TOKENS:
             return self._stream(x, weight, bias)
         return functional.linear(x, weight, bias)
 
@@ -103,7 +105,7 @@ class TritonOps:
         bias: torch.Tensor | None,
     ) -> torch.Tensor:
         """See LayerOps."""
-        if x.shape[0] <= self._few:
+        if x.shape[0] <= MAX_TOKENS:
             return self._stream(x, weight, bias, residual=residual)
         if bias is not None:
             residual = residual + bias
@@ -114,7 +116,7 @@ class TritonOps:
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
         """See LayerOps."""
-        if x.shape[0] <= self._few:
+        if x.shape[0] <= MAX_TOKENS:
             return self._stream(x, weight, bias, gated=True)
         return self._elementwise.silu_and_multiply(self.linear(x, weight, bias))
 
@@ -122,5 +124,5 @@ class TritonOps:
 def choose_ops(device: torch.device, dtype: torch.dtype) -> LayerOps:
     """The operations for weights of this kind."""
     if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
-        return TritonOps()
+        return TritonOps(device)
     return TorchOps()

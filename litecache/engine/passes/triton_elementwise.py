@@ -6,17 +6,20 @@ import torch
 import triton
 import triton.language as tl
 
+from litecache.kernels.triton_pdl import await_previous, pdl_enabled
+
 
 @triton.jit
-def _norm_kernel(x_ptr, weight_ptr, out_ptr, width, eps, BLOCK: tl.constexpr):
+def _norm_kernel(x_ptr, weight_ptr, out_ptr, width, eps, BLOCK: tl.constexpr, PDL: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < width
+    weight = tl.load(weight_ptr + column, mask=inside, other=0.0)
+    await_previous(PDL)
     x = tl.load(x_ptr + row * width + column, mask=inside, other=0.0).to(tl.float32)
     scale = tl.rsqrt(tl.sum(x * x, 0) / width + eps)
     # Rounded before the weight as the model rounds it.
     normal = (x * scale).to(out_ptr.dtype.element_ty)
-    weight = tl.load(weight_ptr + column, mask=inside, other=0.0)
     tl.store(out_ptr + row * width + column, weight * normal, mask=inside)
 
 
@@ -25,17 +28,20 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     out = torch.empty_like(x)
     width = x.shape[-1]
     block = triton.next_power_of_2(width)
+    pdl = pdl_enabled(x.device)
     _norm_kernel[(x.numel() // width,)](
-        x, weight, out, width, eps, BLOCK=block, num_warps=max(1, min(16, block // 512))
-    )
+        x, weight, out, width, eps, BLOCK=block, PDL=pdl,
+        num_warps=max(1, min(16, block // 512)), launch_pdl=pdl,
+    )  # fmt: skip
     return out
 
 
 @triton.jit
-def _gate_kernel(x_ptr, out_ptr, width, BLOCK: tl.constexpr):
+def _gate_kernel(x_ptr, out_ptr, width, BLOCK: tl.constexpr, PDL: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
+    await_previous(PDL)
     gate = tl.load(x_ptr + row * 2 * width + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(x_ptr + row * 2 * width + width + column, mask=inside, other=0.0)
     # Rounded after silu as the model rounds it.
@@ -47,7 +53,10 @@ def silu_and_multiply(x: torch.Tensor) -> torch.Tensor:
     """`silu(gate) * up` for contiguous `x` `[T, 2 * width]`, the gate first."""
     width = x.shape[1] // 2
     out = torch.empty((x.shape[0], width), dtype=x.dtype, device=x.device)
-    _gate_kernel[(x.shape[0], triton.cdiv(width, 1024))](x, out, width, BLOCK=1024, num_warps=4)
+    pdl = pdl_enabled(x.device)
+    _gate_kernel[(x.shape[0], triton.cdiv(width, 1024))](
+        x, out, width, BLOCK=1024, PDL=pdl, num_warps=4, launch_pdl=pdl
+    )
     return out
 
 
@@ -57,9 +66,10 @@ def _rotary_kernel(
     k_ptr, v_ptr, k_block, k_head, v_block, v_head, slots_ptr,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, ROT: tl.constexpr,
     HALF_PAD: tl.constexpr, REST_PAD: tl.constexpr, PAGE: tl.constexpr, NORM: tl.constexpr,
-    ROWS: tl.constexpr,
+    ROWS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
+    await_previous(PDL)
     head = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     total: tl.constexpr = HEADS + 2 * KV_HEADS
     there = head < total
@@ -145,6 +155,7 @@ def rotate_and_store(
     rotary = cos.shape[-1]
     q_weight, k_weight, eps = norm if norm is not None else (None, None, 0.0)
     rows = 8 if qkv.shape[0] > 64 else 2
+    pdl = pdl_enabled(qkv.device)
     _rotary_kernel[(qkv.shape[0], triton.cdiv(num_heads + 2 * kv_heads, rows))](
         qkv, cos, sin, q_weight, k_weight, eps,
         k_cache, v_cache, k_cache.stride(0), k_cache.stride(1),
@@ -152,5 +163,6 @@ def rotate_and_store(
         HEADS=num_heads, KV_HEADS=kv_heads, DIM=dim, ROT=rotary,
         HALF_PAD=triton.next_power_of_2(rotary // 2),
         REST_PAD=triton.next_power_of_2(max(1, dim - rotary)),
-        PAGE=page, NORM=norm is not None, ROWS=rows, num_warps=1 if rows == 2 else 4,
+        PAGE=page, NORM=norm is not None, ROWS=rows, PDL=pdl,
+        num_warps=1 if rows == 2 else 4, launch_pdl=pdl,
     )  # fmt: skip

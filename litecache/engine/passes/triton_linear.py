@@ -1,121 +1,168 @@
 """Linear layers for a handful of tokens: the weights stream through once, at memory bandwidth.
 
-Libraries tune matrix products for many tokens; with one to sixteen the time is that of reading the
-weights. A program owns a few rows of the weight matrix and walks along them with several tiles in
-flight. One token is multiplied and summed in registers; more tokens go through the tensor cores as
-the narrow side of the product. Epilogues add a bias or the residual, or apply `silu(gate) * up`.
+Libraries tune matrix products for many tokens; with one to sixty-four the time is that of reading
+the weights. A program owns some rows of the weight matrix, or a part of them (then whoever finishes
+last adds up the parts), and walks along them with several tiles in flight. One token is multiplied
+and summed in registers; more tokens go through the tensor cores as the narrow side of the product.
+Epilogues add a bias or the residual, or apply `silu(gate) * up`. The first weights are asked for
+while the kernel before still runs (`litecache.kernels.triton_pdl`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 
-MAX_TOKENS = 16
+from litecache.engine.passes.linear_tuning import StreamConfig, stream_config
+from litecache.kernels.triton_pdl import await_previous, fetch_to_l2, pdl_enabled
 
-
-@dataclass(frozen=True)
-class StreamConfig:
-    """How a product is launched.
-
-    Attributes:
-        block_n: weight rows a program.
-        block_k: columns a tile.
-        num_warps: warps a program.
-        num_stages: tiles in flight.
-    """
-
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
+_PARTIAL_ELEMENTS = 8 << 20
+_COUNTERS = 1 << 14
 
 
 @triton.jit
-def _row_sums(x_ptr, w_ptr, row, there, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+def _fetch_rows(w_ptr, row_base, N, K, first, BLOCK_N: tl.constexpr, FETCH: tl.constexpr,
+                THREADS: tl.constexpr):  # fmt: skip
+    """Asks for the first `FETCH` bytes of each of a program's rows, a piece a thread."""
+    pieces: tl.constexpr = THREADS // BLOCK_N if THREADS > BLOCK_N else 1
+    index = tl.arange(0, BLOCK_N * pieces)
+    row = tl.minimum(row_base + index // pieces, N - 1)
+    size: tl.constexpr = FETCH // pieces
+    address = (w_ptr + row.to(tl.int64) * K + first).to(tl.int64) + (index % pieces) * size
+    fetch_to_l2(address, size)
+
+
+@triton.jit
+def _load_weights(w_ptr, row, column, N, K, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr):
+    place = w_ptr + row.to(tl.int64)[:, None] * K + column[None, :]
+    if EVEN_N and EVEN_K:
+        return tl.load(place, eviction_policy="evict_first")
+    else:
+        mask = (row < N)[:, None] & (column < K)[None, :]
+        return tl.load(place, mask=mask, other=0.0, eviction_policy="evict_first")
+
+
+@triton.jit
+def _row_sums(x_ptr, w_ptr, row, N, K, begin, end, UP, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+              GATED: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
               STAGES: tl.constexpr):  # fmt: skip
-    """`w[row] @ x` for one token, float32 `[BLOCK_N]`."""
+    """`w[row] @ x` for one token, float32 `[BLOCK_N]`; gated also for the rows `UP` further on."""
     acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    base = w_ptr + row.to(tl.int64)[:, None] * K
-    for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+    up = acc
+    for start in tl.range(begin, end, BLOCK_K, num_stages=STAGES):
         column = start + tl.arange(0, BLOCK_K)
-        inside = column < K
-        x = tl.load(x_ptr + column, mask=inside, other=0.0).to(tl.float32)
-        w = tl.load(
-            base + column[None, :],
-            mask=there[:, None] & inside[None, :],
-            other=0.0,
-            eviction_policy="evict_first",
-        )
+        if EVEN_K:
+            x = tl.load(x_ptr + column).to(tl.float32)
+        else:
+            x = tl.load(x_ptr + column, mask=column < K, other=0.0).to(tl.float32)
+        w = _load_weights(w_ptr, row, column, N, K, EVEN_N, EVEN_K)
         acc += w.to(tl.float32) * x[None, :]
-    return tl.sum(acc, 1)
+        if GATED:
+            w = _load_weights(w_ptr + UP.to(tl.int64) * K, row, column, N, K, EVEN_N, EVEN_K)
+            up += w.to(tl.float32) * x[None, :]
+    return tl.sum(acc, 1)[:, None], tl.sum(up, 1)[:, None]
 
 
 @triton.jit
-def _row_products(x_ptr, w_ptr, row, there, tokens, K, BLOCK_N: tl.constexpr,
-                  BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+def _row_products(x_ptr, w_ptr, row, tokens, N, K, begin, end, UP, BLOCK_N: tl.constexpr,
+                  BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, GATED: tl.constexpr,
+                  EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """`w[row] @ x.T` for several tokens, float32 `[BLOCK_N, BLOCK_M]`."""
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    token = tl.arange(0, BLOCK_M)
-    base = w_ptr + row.to(tl.int64)[:, None] * K
-    for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+    up = acc
+    # Columns beyond the last token are computed from its numbers and never stored.
+    token = tl.minimum(tl.arange(0, BLOCK_M), tokens - 1)
+    for start in tl.range(begin, end, BLOCK_K, num_stages=STAGES):
         column = start + tl.arange(0, BLOCK_K)
-        inside = column < K
-        x = tl.load(
-            x_ptr + token[None, :] * K + column[:, None],
-            mask=(token < tokens)[None, :] & inside[:, None],
-            other=0.0,
-        )
-        w = tl.load(
-            base + column[None, :],
-            mask=there[:, None] & inside[None, :],
-            other=0.0,
-            eviction_policy="evict_first",
-        )
+        place = x_ptr + token[None, :] * K + column[:, None]
+        x = tl.load(place) if EVEN_K else tl.load(place, mask=(column < K)[:, None], other=0.0)
+        w = _load_weights(w_ptr, row, column, N, K, EVEN_N, EVEN_K)
         acc = tl.dot(w, x, acc, out_dtype=tl.float32)
-    return acc
-
-
-@triton.jit
-def _stream_kernel(
-    x_ptr, w_ptr, bias_ptr, residual_ptr, out_ptr, tokens, N, K,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr,
-    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    there = row < N
-    if BLOCK_M == 1:
-        acc = _row_sums(x_ptr, w_ptr, row, there, K, BLOCK_N, BLOCK_K, STAGES)
-        if BIAS:
-            acc += tl.load(bias_ptr + row, mask=there, other=0.0).to(tl.float32)
         if GATED:
-            up = _row_sums(x_ptr, w_ptr, row + N, there, K, BLOCK_N, BLOCK_K, STAGES)
-            if BIAS:
-                up += tl.load(bias_ptr + N + row, mask=there, other=0.0).to(tl.float32)
-            acc = acc * tl.sigmoid(acc) * up
-        if RESIDUAL:
-            acc += tl.load(residual_ptr + row, mask=there, other=0.0).to(tl.float32)
-        tl.store(out_ptr + row, acc.to(out_ptr.dtype.element_ty), mask=there)
+            w = _load_weights(w_ptr + UP.to(tl.int64) * K, row, column, N, K, EVEN_N, EVEN_K)
+            up = tl.dot(w, x, up, out_dtype=tl.float32)
+    return acc, up
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _stream_kernel(
+    x_ptr, w_ptr, bias_ptr, residual_ptr, out_ptr, partial_ptr, counter_ptr, tokens, N, K, share,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr,
+    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr, SPLITS: tl.constexpr,
+    EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, FETCH: tl.constexpr, THREADS: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    base = tl.program_id(0) * BLOCK_N
+    row = base + tl.arange(0, BLOCK_N)
+    begin = tl.program_id(1) * share
+    end = tl.minimum(begin + share, K)
+    if PDL and FETCH > 0:
+        _fetch_rows(w_ptr, base, N, K, begin, BLOCK_N, FETCH, THREADS)
+        if GATED:
+            _fetch_rows(w_ptr, base + N, 2 * N, K, begin, BLOCK_N, FETCH, THREADS)
+    await_previous(PDL)
+    if BLOCK_M == 1:
+        acc, up = _row_sums(
+            x_ptr, w_ptr, row, N, K, begin, end, N, BLOCK_N, BLOCK_K, GATED, EVEN_N, EVEN_K, STAGES
+        )
     else:
-        token = tl.arange(0, BLOCK_M)
-        place = token[None, :] * N + row[:, None]
+        acc, up = _row_products(
+            x_ptr, w_ptr, row, tokens, N, K, begin, end, N, BLOCK_N, BLOCK_K, BLOCK_M, GATED,
+            EVEN_N, EVEN_K, STAGES,
+        )  # fmt: skip
+    token = tl.arange(0, BLOCK_M)
+    last = True
+    if SPLITS > 1:
+        sides: tl.constexpr = 2 if GATED else 1
+        grid_rows = tl.num_programs(0) * BLOCK_N
+        line = (row * BLOCK_M)[:, None] + token[None, :]
+        mine = partial_ptr + tl.program_id(1) * (sides * grid_rows * BLOCK_M) + line
+        tl.store(mine, acc)
+        if GATED:
+            tl.store(mine + grid_rows * BLOCK_M, up)
+        # Every thread's part is written before the one that counts releases it.
+        tl.debug_barrier()
+        last = tl.atomic_add(counter_ptr + tl.program_id(0), 1, sem="acq_rel") == SPLITS - 1
+        if last:
+            tl.store(counter_ptr + tl.program_id(0), 0)
+            acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+            up = acc
+            # In a fixed order, whoever comes last: the sum does not depend on the race.
+            for part in tl.static_range(SPLITS):
+                there = partial_ptr + part * (sides * grid_rows * BLOCK_M) + line
+                acc += tl.load(there, cache_modifier=".cg")
+                if GATED:
+                    up += tl.load(there + grid_rows * BLOCK_M, cache_modifier=".cg")
+    if last:
+        there = row < N
         mask = there[:, None] & (token < tokens)[None, :]
-        acc = _row_products(x_ptr, w_ptr, row, there, tokens, K, BLOCK_N, BLOCK_K, BLOCK_M, STAGES)
+        place = token[None, :] * N + row[:, None]
         if BIAS:
             acc += tl.load(bias_ptr + row, mask=there, other=0.0).to(tl.float32)[:, None]
         if GATED:
-            up = _row_products(
-                x_ptr, w_ptr, row + N, there, tokens, K, BLOCK_N, BLOCK_K, BLOCK_M, STAGES
-            )
             if BIAS:
                 up += tl.load(bias_ptr + N + row, mask=there, other=0.0).to(tl.float32)[:, None]
             acc = acc * tl.sigmoid(acc) * up
         if RESIDUAL:
             acc += tl.load(residual_ptr + place, mask=mask, other=0.0).to(tl.float32)
         tl.store(out_ptr + place, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@cache
+def _workspace(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Parts of split products and the counters of who has arrived; 0 between launches."""
+    return (
+        torch.empty(_PARTIAL_ELEMENTS, dtype=torch.float32, device=device),
+        torch.zeros(_COUNTERS, dtype=torch.int32, device=device),
+    )
+
+
+def prepare(device: torch.device) -> None:
+    """Make what all launches on a device share, before any of them is captured in a graph."""
+    _workspace(device)
 
 
 def stream_linear(
@@ -142,25 +189,25 @@ def stream_linear(
     """
     tokens, k = x.shape
     n = weight.shape[0] // 2 if gated else weight.shape[0]
-    config = config or stream_config(tokens, n, gated)
+    config = config or stream_config(tokens, n, k, gated)
+    rows = 1 if tokens == 1 else max(16, triton.next_power_of_2(tokens))
+    blocks = triton.cdiv(n, config.block_n)
+    splits = config.splits
+    if splits * (1 + gated) * blocks * config.block_n * rows > _PARTIAL_ELEMENTS:
+        splits = 1
+    share = triton.cdiv(triton.cdiv(k, splits), config.block_k) * config.block_k
+    splits = triton.cdiv(k, share)
+    partial, counter = _workspace(x.device) if splits > 1 else (None, None)
+    # The last part of a row may be shorter; addresses must be multiples of 16 bytes.
+    fetch = config.fetch_bytes(k - (splits - 1) * share) if k % 8 == 0 else 0
+    pdl = pdl_enabled(x.device)
     out = torch.empty((tokens, n), dtype=x.dtype, device=x.device)
-    _stream_kernel[(triton.cdiv(n, config.block_n),)](
-        x, weight, bias, residual, out, tokens, n, k,
-        BLOCK_N=config.block_n, BLOCK_K=config.block_k, BLOCK_M=1 if tokens == 1 else 16,
-        STAGES=config.num_stages, BIAS=bias is not None, RESIDUAL=residual is not None,
-        GATED=gated, num_warps=config.num_warps,
+    _stream_kernel[(blocks, splits)](
+        x, weight, bias, residual, out, partial, counter, tokens, n, k, share,
+        BLOCK_N=config.block_n, BLOCK_K=config.block_k, BLOCK_M=rows, STAGES=config.num_stages,
+        BIAS=bias is not None, RESIDUAL=residual is not None, GATED=gated, SPLITS=splits,
+        EVEN_N=n % config.block_n == 0, EVEN_K=k % config.block_k == 0,
+        FETCH=fetch, THREADS=32 * config.num_warps, PDL=pdl,
+        num_warps=config.num_warps, launch_pdl=pdl,
     )  # fmt: skip
     return out
-
-
-def stream_config(tokens: int, n: int, gated: bool) -> StreamConfig:
-    """The launch for `n` result columns, from measurements on an H200 (docs/engine.md)."""
-    if tokens == 1:
-        if n <= 1024:
-            return StreamConfig(2, 1024, 4, 3)
-        if gated and n >= 8192:
-            return StreamConfig(4, 512, 4, 4)
-        return StreamConfig(4, 256, 2, 5)
-    if n >= 8192:
-        return StreamConfig(64, 128, 4, 4)
-    return StreamConfig(16, 256, 2, 4)
