@@ -29,7 +29,7 @@ from litecache.engine.staging import Staging
 from litecache.engine.step_plan import NewRow, StepResult, TableUpdate
 from litecache.errors import CapacityError
 from litecache.hashing import BlockKey
-from litecache.types import FinishReason, Request, Tier, TokenDelta
+from litecache.types import FinishReason, Request, Tier, TokenDelta, TokenLogprobs
 
 
 class Scheduler:
@@ -117,9 +117,9 @@ class Scheduler:
         """A launched step is done."""
         out = Schedule()
         launched = self._take_launched(result.step)
-        tokens = iter(result.tokens)
+        samples = enumerate(result.tokens)
         for seq, step, life in launched.rows:
-            token = next(tokens) if step.sample else None
+            place, token = next(samples) if step.sample else (-1, None)
             seq.num_in_flight -= step.sample
             if seq.status is SequenceStatus.FINISHED:
                 continue
@@ -133,7 +133,7 @@ class Scheduler:
             if life == seq.life and seq.status is SequenceStatus.RUNNING:
                 self._publisher.publish_computed(seq, step.start + step.num_tokens, out)
             if token is not None:
-                self._emit(seq, token, now, out)
+                self._emit(seq, token, result.logprobs.get(place), now, out)
         return out
 
     def undo_step(self, step: int, message: str, *, out_of_memory: bool) -> Schedule:
@@ -378,18 +378,27 @@ class Scheduler:
 
     # Ends
 
-    def _emit(self, seq: Sequence, token: int, now: float, out: Schedule) -> None:
+    def _emit(
+        self,
+        seq: Sequence,
+        token: int,
+        logprobs: TokenLogprobs | None,
+        now: float,
+        out: Schedule,
+    ) -> None:
         reason = None
         if token in seq.request.sampling.eos_token_ids:
             reason = FinishReason.STOP
         elif seq.num_tokens >= seq.max_tokens:
             reason = FinishReason.LENGTH
+        told = () if logprobs is None else (logprobs,)
         if seq.announced:
-            delta = TokenDelta(seq.id, (token,), reason)
+            delta = TokenDelta(seq.id, (token,), reason, logprobs=told)
         else:
             ttft_s = now - seq.submitted_s
+            reused = dict(seq.reused or {})
             delta = TokenDelta(
-                seq.id, (token,), reason, reused_tokens=dict(seq.reused or {}), ttft_s=ttft_s
+                seq.id, (token,), reason, reused_tokens=reused, ttft_s=ttft_s, logprobs=told
             )
             seq.announced = True
         out.deltas.append((seq.request.client_id, delta))
