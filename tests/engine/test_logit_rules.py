@@ -104,6 +104,13 @@ def test_presence_and_frequency_count_the_output_only() -> None:
     assert got[0].tolist() == [0, 0, 0, -1.0, 0, -1.0, 0, 0]
 
 
+def test_a_sequence_longer_than_the_history_does_not_match_it() -> None:
+    rules = LogitRules(sequence_bias=(((5, 5, 6), 2.0), ((5, 7), 1.0)))
+    entry = RowRules(rules, [5], 1)
+    got = RuleBook(8, torch.device("cpu")).apply(torch.zeros(1, 8), [RuledSample(0, 0, 1, entry)])
+    assert got[0].tolist() == [0, 0, 0, 0, 0, 0, 0, 1.0]
+
+
 def test_bfloat16_logits_are_changed_in_float32() -> None:
     logits = torch.tensor([[3.0, -2.0]], dtype=torch.bfloat16)
     entry = RowRules(LogitRules(repetition_penalty=1.001), [0, 1], 2)
@@ -184,15 +191,17 @@ def test_greedy_tokens_equal_stock_generate_in_a_pool_that_preempts(case: str) -
 def test_rows_with_and_without_rules_share_a_batch_and_a_row_is_reused() -> None:
     loaded = tiny_model("llama")
     prompt = random_prompt(21, seed=4)
-    penalised = SamplingParams(max_new_tokens=64, repetition_penalty=1.4)
+    other = random_prompt(9, seed=5)
+    (missing,) = stock(other, 1)
+    rules: dict[str, Any] = {"repetition_penalty": 1.4, "suppress_tokens": [missing]}
+    penalised = SamplingParams(64, repetition_penalty=1.4, suppress_tokens=(missing,))
     driver = PlanDriver(loaded)
     driver.add(0, prompt)
     driver.add(1, prompt, penalised)
     steps = [driver.step({0: 21, 1: 21}), *(driver.step({0: 1, 1: 1}) for _ in range(11))]
     columns = list(zip(*(step.result().tokens for step in steps), strict=True))
     assert list(columns[0]) == stock(prompt, 12)
-    assert list(columns[1]) == stock(prompt, 12, repetition_penalty=1.4)
-    other = random_prompt(9, seed=5)
+    assert list(columns[1]) == stock(prompt, 12, **rules)
     driver.add(1, other)
     first = driver.step({1: 9}).result().tokens[0]
     assert [first, *driver.decode(1, 7)] == stock(other, 8), "the rules of the row's last owner"
