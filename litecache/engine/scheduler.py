@@ -124,7 +124,12 @@ class Scheduler:
                 continue
             self._suspects.pop(seq.id, None)
             if step.row in result.invalid_rows:
-                message = f"logits of step {result.step} at position {step.start} are not finite"
+                message = (
+                    f"request {seq.id}: the logits of step {result.step} at position"
+                    f" {step.start + step.num_tokens - 1} are not finite"
+                )
+                if seq.request.sampling.any_rules:
+                    message += ", or its rules leave no token to draw"
                 self._finish(seq, FinishReason.ERROR, out, message)
                 continue
             if token is not None:
