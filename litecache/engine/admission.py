@@ -59,7 +59,7 @@ class Admission:
             ):
                 continue
             blocked = blocked or plan.budget <= 0 or not self._queues.has_row
-            asks = self._lower_tiers and not seq.looked_up
+            asks = self._asks(seq, blocked)
             if blocked and not (asks and self._staging.has_room):
                 if not (self._lower_tiers and self._staging.has_room):
                     return
@@ -77,6 +77,16 @@ class Admission:
             elif not seq.staged:
                 start = functools.partial(self._start, seq, match, plan, out)
                 blocked = not self._with_room(seq, start)
+
+    def _asks(self, seq: Sequence, blocked: bool) -> bool:
+        """Whether the lower tiers may hold blocks that the pool lacks."""
+        if not self._lower_tiers or seq.looked_up:
+            return False
+        # What the pool held when it was asked may be evicted while the request waits, above all
+        # the blocks of a preempted one: it asks again when its turn comes.
+        return seq.complete_at is None or (
+            not blocked and seq.complete_at != self._cache.num_evictions
+        )
 
     def _with_room(self, seq: Sequence, act: Callable[[], bool]) -> bool:
         """Try `act`; when nothing runs that could free blocks, take others' loaded ones."""

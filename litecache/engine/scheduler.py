@@ -272,6 +272,7 @@ class Scheduler:
         self._queues.preempt(seq)
         seq.life += 1
         seq.looked_up = seq.cached = False
+        seq.complete_at = None
         seq.num_computed = 0
 
     # Ends
