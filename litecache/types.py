@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-MESSAGE_VERSION = 1
+MESSAGE_VERSION = 2
 
 
 class Tier(str, enum.Enum):
@@ -30,8 +31,51 @@ class FinishReason(str, enum.Enum):
     ERROR = "error"
 
 
+@dataclass(frozen=True, kw_only=True)
+class LogitRules:
+    """What changes a sequence's logits before a token is drawn, by its own tokens.
+
+    Meaning and order are those of transformers' processors: biases, repetition penalty, n-grams,
+    then what is struck out. Presence and frequency penalties follow the repetition penalty.
+
+    Attributes:
+        sequence_bias: (token ids, bias) pairs: the bias is added to the last token of the ids
+            where the tokens before it have just been seen; -inf forbids it.
+        bad_words_ids: sequences that are never completed.
+        suppress_tokens: never drawn.
+        begin_suppress_tokens: not drawn as the first new token.
+        repetition_penalty: divides positive and multiplies negative logits of all tokens of
+            prompt and output; 1 = off.
+        presence_penalty: is taken from the logits of the tokens of the output; 0 = off.
+        frequency_penalty: the same, times the number of occurrences; 0 = off.
+        no_repeat_ngram_size: no run of so many tokens occurs twice in prompt and output; 0 = off.
+    """
+
+    sequence_bias: tuple[tuple[tuple[int, ...], float], ...] = ()
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()
+    suppress_tokens: tuple[int, ...] = ()
+    begin_suppress_tokens: tuple[int, ...] = ()
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    no_repeat_ngram_size: int = 0
+
+    @property
+    def any_rules(self) -> bool:
+        """Whether logits are changed in any step but the first."""
+        return bool(
+            self.sequence_bias
+            or self.bad_words_ids
+            or self.suppress_tokens
+            or self.repetition_penalty != 1
+            or self.presence_penalty
+            or self.frequency_penalty
+            or self.no_repeat_ngram_size
+        )
+
+
 @dataclass(frozen=True)
-class SamplingParams:
+class SamplingParams(LogitRules):
     """How tokens are drawn.
 
     Attributes:
@@ -45,6 +89,8 @@ class SamplingParams:
             (seed, sample_index, position, purpose) alone.
         sample_index: which of several samples of one call this is.
         eos_token_ids: drawing one of these ends the request; the token is part of the output.
+        logprobs: report each token's log-probability and those of so many of the likeliest, as
+            the model gives them, before rules, temperature and filters; None = off.
     """
 
     max_new_tokens: int
@@ -56,6 +102,7 @@ class SamplingParams:
     seed: int = 0
     sample_index: int = 0
     eos_token_ids: tuple[int, ...] = ()
+    logprobs: int | None = None
 
 
 @dataclass(frozen=True)
@@ -85,6 +132,18 @@ class Request:
     version: int = MESSAGE_VERSION
 
 
+class TokenLogprobs(NamedTuple):
+    """Natural logarithms of probabilities at one position.
+
+    Attributes:
+        logprob: of the token that was drawn.
+        top: (token id, its log-probability) of the likeliest, best first.
+    """
+
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
 @dataclass(frozen=True)
 class TokenDelta:
     """What one step produced for one request.
@@ -97,6 +156,7 @@ class TokenDelta:
         error_type: name of the LiteCacheError subclass to raise for it.
         reused_tokens: prompt tokens by tier that were not computed; sent with the first token.
         ttft_s: seconds from submission to the first token inside the engine; sent with it.
+        logprobs: per token, where the request asked for them.
     """
 
     request_id: str
@@ -106,6 +166,7 @@ class TokenDelta:
     error_type: str | None = None
     reused_tokens: dict[str, int] | None = None
     ttft_s: float | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True)

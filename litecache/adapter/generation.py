@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from litecache.adapter.logit_settings import OWN_ARGUMENTS, logit_rules
 from litecache.adapter.refusals import refuse_arguments, refuse_settings
+from litecache.adapter.values import check_count, check_flag, check_number, check_token_ids
 from litecache.errors import ConfigError
-from litecache.types import SamplingParams
+from litecache.types import LogitRules, SamplingParams
 
 _DEFAULTS: dict[str, Any] = {
     "min_length": 0,
@@ -49,6 +51,9 @@ class GenerationSettings:
         num_return_sequences: samples per prompt.
         return_dict: return a `ModelOutput`.
         max_time_s: bound on the time of a sequence.
+        rules: what changes logits before a token is drawn.
+        logprobs: as in `SamplingParams`.
+        stop_strings: texts that end a sequence as soon as one is complete.
     """
 
     do_sample: bool
@@ -67,6 +72,9 @@ class GenerationSettings:
     num_return_sequences: int
     return_dict: bool
     max_time_s: float | None
+    rules: LogitRules
+    logprobs: int | None
+    stop_strings: tuple[str, ...]
 
     def sampling_params(
         self, prompt_width: int, *, max_positions: int | None, seed: int, sample_index: int
@@ -110,6 +118,8 @@ class GenerationSettings:
             seed=seed,
             sample_index=sample_index,
             eos_token_ids=self.eos_token_ids,
+            logprobs=self.logprobs,
+            **vars(self.rules),
         )
 
 
@@ -137,42 +147,57 @@ def translate(
     Raises:
         ConfigError: a value is invalid or not supported.
     """
-    config, rest = _merge(given, overrides, defaults)
+    own = {name: value for name, value in overrides.items() if name in OWN_ARGUMENTS}
+    others = {name: value for name, value in overrides.items() if name not in OWN_ARGUMENTS}
+    config, rest = _merge(given, others, defaults)
     refuse_arguments(rest)
-    do_sample = _flag("do_sample", config.do_sample)
+    do_sample = check_flag("do_sample", config.do_sample)
     refuse_settings(_own_fields(config), sampling=do_sample)
     if not do_sample:
         _warn_ignored(given, overrides)
-    samples = _count("num_return_sequences", config.num_return_sequences, 1)
+    samples = check_count("num_return_sequences", config.num_return_sequences, 1)
     if samples > 1 and not do_sample:
         raise ConfigError("num_return_sequences", samples, "1, unless do_sample=True")
     max_new, max_length = config.max_new_tokens, config.max_length
     min_new = config.min_new_tokens
-    eos = _token_ids("eos_token_id", config.eos_token_id)
-    pad = None if config.pad_token_id is None else _count("pad_token_id", config.pad_token_id, 0)
+    eos = check_token_ids("eos_token_id", config.eos_token_id)
+    pad = (
+        None if config.pad_token_id is None else check_count("pad_token_id", config.pad_token_id, 0)
+    )
     max_time = config.max_time
+    logprobs = own.get("logprobs")
     if max_time is not None:
-        max_time = _number("max_time", max_time, 0.0, math.inf, open_low=True)
+        max_time = check_number("max_time", max_time, 0.0, math.inf, open_low=True)
     return GenerationSettings(
         do_sample=do_sample,
-        temperature=_number("temperature", config.temperature, 0.0, math.inf, open_low=True)
+        temperature=check_number("temperature", config.temperature, 0.0, math.inf, open_low=True)
         if do_sample
         else 0.0,
-        top_k=_count("top_k", config.top_k or 0, 0) if do_sample else 0,
-        top_p=_number("top_p", config.top_p, 0.0, 1.0) if do_sample else 1.0,
-        min_p=_number("min_p", config.min_p or 0.0, 0.0, 1.0) if do_sample else 0.0,
-        max_new_tokens=None if max_new is None else _count("max_new_tokens", max_new, 1),
-        max_length=None if max_length is None else _count("max_length", max_length, 1),
+        top_k=check_count("top_k", config.top_k or 0, 0) if do_sample else 0,
+        top_p=check_number("top_p", config.top_p, 0.0, 1.0) if do_sample else 1.0,
+        min_p=check_number("min_p", config.min_p or 0.0, 0.0, 1.0) if do_sample else 0.0,
+        max_new_tokens=None if max_new is None else check_count("max_new_tokens", max_new, 1),
+        max_length=None if max_length is None else check_count("max_length", max_length, 1),
         default_length=max_new is None and max_length is None,
-        min_new_tokens=None if min_new is None else _count("min_new_tokens", min_new, 0),
-        min_length=_count("min_length", config.min_length, 0),
-        eos_token_ids=eos,
+        min_new_tokens=None if min_new is None else check_count("min_new_tokens", min_new, 0),
+        min_length=check_count("min_length", config.min_length, 0),
+        eos_token_ids=eos + check_token_ids("stop_token_ids", own.get("stop_token_ids")),
         pad_token_id=pad if pad is not None else (eos[0] if eos else None),
         mask_pad_token=pad if pad not in eos else None,
         num_return_sequences=samples,
-        return_dict=_flag("return_dict_in_generate", config.return_dict_in_generate),
+        return_dict=check_flag("return_dict_in_generate", config.return_dict_in_generate),
         max_time_s=max_time,
+        rules=logit_rules(vars(config), own, eos),
+        logprobs=None if logprobs is None else check_count("logprobs", logprobs, 0),
+        stop_strings=_texts("stop_strings", config.stop_strings),
     )
+
+
+def _texts(name: str, value: Any) -> tuple[str, ...]:
+    values = [value] if isinstance(value, str) else [] if value is None else value
+    if not isinstance(values, (list, tuple)) or not all(isinstance(v, str) and v for v in values):
+        raise ConfigError(name, value, "a text or a list of texts, none of them empty")
+    return tuple(values)
 
 
 def _own_fields(config: GenerationConfig) -> dict[str, Any]:
@@ -214,36 +239,3 @@ def _warn_ignored(given: GenerationConfig | None, overrides: dict[str, Any]) -> 
         warnings.warn(
             f"{', '.join(ignored)} has no effect without do_sample=True", UserWarning, stacklevel=4
         )
-
-
-def _flag(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ConfigError(name, value, "True or False")
-    return value
-
-
-def _count(name: str, value: Any, low: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ConfigError(name, value, f"an integer of at least {low}")
-    return value
-
-
-def _number(name: str, value: Any, low: float, high: float, *, open_low: bool = False) -> float:
-    fits = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not fits or not (low < value if open_low else low <= value) or not value <= high:
-        text = f"above {low:g}" if open_low else f"at least {low:g}"
-        if math.isfinite(high):
-            text += f" and at most {high:g}"
-        raise ConfigError(name, value, f"a number {text}")
-    if not math.isfinite(value):
-        raise ConfigError(name, value, "a finite number")
-    return float(value)
-
-
-def _token_ids(name: str, value: Any) -> tuple[int, ...]:
-    if value is None:
-        return ()
-    if isinstance(value, torch.Tensor):
-        value = value.tolist()
-    values = value if isinstance(value, (list, tuple)) else [value]
-    return tuple(_count(name, token, 0) for token in values)

@@ -37,6 +37,7 @@ from litecache.adapter.prompts import (
 from litecache.adapter.results import ReuseReport
 from litecache.adapter.sources import resolve_model
 from litecache.adapter.stats import CacheStats
+from litecache.adapter.stop_strings import StopStrings
 from litecache.adapter.streaming import TokenStream, feed_streamer
 from litecache.config import CacheConfig
 from litecache.engine.model_checks import check_config, check_shape, choose_max_model_len
@@ -113,6 +114,7 @@ class KVCacheAdapter:
             spec, joinable is not None, cache_config is None, detached, options
         )
         self._tokenizer = tokenizer
+        self._last_stop: tuple[Any, tuple[str, ...], StopStrings] | None = None
         self._client_id = uuid.uuid4().hex[:12]
         self._numbers = itertools.count(1)
         self._pollers = [
@@ -171,6 +173,7 @@ class KVCacheAdapter:
         streamer: Any = None,
         cache_salt: str | None = None,
         seed: int | None = None,
+        tokenizer: Any = None,
         **kwargs: Any,
     ) -> torch.Tensor | GenerateDecoderOnlyOutput:
         """Continue every row of a batch, as `transformers`' `generate` does.
@@ -181,7 +184,10 @@ class KVCacheAdapter:
             streamer: gets the prompt and then each step's tokens.
             cache_salt: share cached blocks only with calls of the same salt.
             seed: of sampling; None = drawn from torch's default generator.
-            **kwargs: `attention_mask`, and any field of `GenerationConfig`.
+            tokenizer: for `stop_strings`; None = the adapter's.
+            **kwargs: `attention_mask`, any field of `GenerationConfig`, and `logit_bias`,
+                `presence_penalty`, `frequency_penalty`, `stop_token_ids`, `logprobs` (needs
+                `return_dict_in_generate`: see `ReuseReport.logprobs`).
 
         Returns:
             `[batch * num_return_sequences, tokens + new]`, or with `return_dict_in_generate` a
@@ -194,12 +200,15 @@ class KVCacheAdapter:
         given = one_input(inputs, kwargs.pop("input_ids", None))
         mask = kwargs.pop("attention_mask", None)
         settings = translate(generation_config, kwargs, self.generation_config)
+        if settings.logprobs is not None and not settings.return_dict:
+            raise ConfigError("logprobs", settings.logprobs, "with return_dict_in_generate=True")
         input_ids = check_input_ids(given)
         prompts = split_rows(input_ids, mask, settings.mask_pad_token)
         samples = settings.num_return_sequences
         widths = [input_ids.shape[1]] * len(prompts)
         rows = self._start(
-            prompts, widths, settings, cache_salt, seed, streaming=streamer is not None
+            *(prompts, widths, settings, cache_salt, seed, tokenizer),
+            streaming=streamer is not None,
         )
         with AbortOnExit(self.abort, rows):
             if streamer is not None:
@@ -221,9 +230,10 @@ class KVCacheAdapter:
         *,
         cache_salt: str | None = None,
         seed: int | None = None,
+        tokenizer: Any = None,
         **kwargs: Any,
     ) -> list[list[int]]:
-        """Continue lists of token ids of any lengths.
+        """Continue lists of token ids of any lengths; arguments as in `generate`.
 
         Returns:
             The new tokens of each prompt, `num_return_sequences` lists in a row for each.
@@ -233,10 +243,13 @@ class KVCacheAdapter:
             LiteCacheError: a request failed.
         """
         settings = translate(generation_config, kwargs, self.generation_config)
+        if settings.logprobs is not None:
+            raise ConfigError("logprobs", settings.logprobs, "None in generate_batch")
         checked = [check_prompt(prompt, index) for index, prompt in enumerate(prompts)]
         if not checked:
             return []
-        rows = self._start(checked, [len(p) for p in checked], settings, cache_salt, seed)
+        widths = [len(prompt) for prompt in checked]
+        rows = self._start(checked, widths, settings, cache_salt, seed, tokenizer)
         with AbortOnExit(self.abort, rows):
             return [list(row.wait()) for row in rows]
 
@@ -250,6 +263,7 @@ class KVCacheAdapter:
         skip_special_tokens: bool = True,
         cache_salt: str | None = None,
         seed: int | None = None,
+        tokenizer: Any = None,
         **kwargs: Any,
     ) -> TokenStream:
         """Continue one prompt and iterate over the output as it comes.
@@ -260,11 +274,10 @@ class KVCacheAdapter:
             input_ids: token ids, instead of `prompt`.
             as_tokens: iterate over token ids instead of text.
             skip_special_tokens: leave them out of the text.
-            cache_salt, seed: as in `generate`.
-            **kwargs: any field of `GenerationConfig`.
+            cache_salt, seed, tokenizer, **kwargs: as in `generate`.
 
         Returns:
-            An iterator with `.request_id`, `.reused_tokens`, `.ttft_s` and `.close()`.
+            An iterator with `.request_id`, `.reused_tokens`, `.ttft_s`, `.logprobs` and `.close()`.
 
         Raises:
             ConfigError: a setting is invalid or not supported; nothing was sent.
@@ -279,7 +292,9 @@ class KVCacheAdapter:
             given = given.flatten().tolist() if given.dim() < 2 or given.shape[0] == 1 else given
         tokens = check_prompt(given, 0)
         decode = None if as_tokens else self._decoder(skip_special_tokens)
-        (row,) = self._start([tokens], [len(tokens)], settings, cache_salt, seed, streaming=True)
+        (row,) = self._start(
+            *([tokens], [len(tokens)], settings, cache_salt, seed, tokenizer), streaming=True
+        )
         return TokenStream(row, decode, self.abort)
 
     def abort(self, request_id: str) -> None:
@@ -324,6 +339,7 @@ class KVCacheAdapter:
         settings: GenerationSettings,
         cache_salt: str | None,
         seed: int | None,
+        tokenizer: Any,
         *,
         streaming: bool = False,
     ) -> list[PendingRequest]:
@@ -334,6 +350,9 @@ class KVCacheAdapter:
         if not isinstance(salt, str):
             raise ConfigError("cache_salt", cache_salt, "a text or None")
         drawn = draw_seed(settings, seed)
+        stop = None
+        if settings.stop_strings:
+            stop = self._stop_strings(tokenizer or self.tokenizer, settings.stop_strings)
         rows = []
         for index, (prompt, width) in enumerate(zip(prompts, widths, strict=True)):
             for sample in range(settings.num_return_sequences):
@@ -352,9 +371,16 @@ class KVCacheAdapter:
                     max_time_s=settings.max_time_s,
                 )
                 self.info.check(request)
-                rows.append(PendingRequest(request, streaming=streaming))
+                rows.append(PendingRequest(request, streaming=streaming, stop=stop))
         self._submit(rows)
         return rows
+
+    def _stop_strings(self, tokenizer: Any, texts: tuple[str, ...]) -> StopStrings:
+        """Kept from call to call: transformers looks at the whole vocabulary to prepare one."""
+        kept = self._last_stop
+        if kept is None or kept[0] is not tokenizer or kept[1] != texts:
+            kept = self._last_stop = (tokenizer, texts, StopStrings(tokenizer, texts))
+        return kept[2]
 
     def _submit(self, rows: list[PendingRequest]) -> None:
         by_replica: dict[int, list[PendingRequest]] = {}

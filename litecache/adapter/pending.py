@@ -12,8 +12,9 @@ import time
 from collections.abc import Callable, Iterator
 
 import litecache.errors
+from litecache.adapter.stop_strings import StopStrings
 from litecache.errors import GroupUnavailableError, LiteCacheError, RequestAborted
-from litecache.types import FinishReason, Request, TokenDelta
+from litecache.types import FinishReason, Request, TokenDelta, TokenLogprobs
 
 
 class PendingRequest:
@@ -22,18 +23,28 @@ class PendingRequest:
     Attributes:
         request: as first submitted.
         tokens: received so far; only ever appended to.
+        logprobs: of these tokens, where the request asked for them.
         reused_tokens: prompt tokens by tier that were not computed, from the first submission.
         ttft_s: seconds from submission to the first token, as the engine measured them.
         finish_reason: None while it goes on.
         streaming: somebody looks at each token as it comes.
         first_token_at: `time.perf_counter()` of the first token's arrival.
         finished_at: the same of the last one's.
+
+    Args:
+        request: what to do.
+        streaming: see above.
+        stop: texts that end it, looked for in the tokens as they arrive.
     """
 
-    def __init__(self, request: Request, *, streaming: bool = False) -> None:
+    def __init__(
+        self, request: Request, *, streaming: bool = False, stop: StopStrings | None = None
+    ) -> None:
         self.request = request
-        self.streaming = streaming
+        self.streaming = streaming or stop is not None
+        self._stop = stop
         self.tokens: list[int] = []
+        self.logprobs: list[TokenLogprobs] = []
         self.reused_tokens: dict[str, int] = {}
         self.ttft_s: float | None = None
         self.finish_reason: FinishReason | None = None
@@ -85,7 +96,9 @@ class PendingRequest:
                 return
             if delta.token_ids and self.first_token_at is None:
                 self.first_token_at = time.perf_counter()
+            delta = self._cut(delta)
             self.tokens.extend(delta.token_ids)
+            self.logprobs.extend(delta.logprobs)
             if delta.reused_tokens is not None and self.ttft_s is None:
                 self.reused_tokens = dict(delta.reused_tokens)
             if delta.ttft_s is not None and self.ttft_s is None:
@@ -97,6 +110,21 @@ class PendingRequest:
                     self._error = RequestAborted(f"request {self.request_id} was aborted")
                 self._finish(delta.finish_reason)
             self._condition.notify_all()
+
+    def _cut(self, delta: TokenDelta) -> TokenDelta:
+        """End it at the token that completes a stop string; later ones were drawn for nothing."""
+        if self._stop is None or not delta.token_ids:
+            return delta
+        count = self._stop.first_end((*self.request.prompt, *self.tokens), delta.token_ids)
+        if count is None:
+            return delta
+        return dataclasses.replace(
+            delta,
+            token_ids=delta.token_ids[:count],
+            logprobs=delta.logprobs[:count],
+            finish_reason=FinishReason.STOP,
+            error=None,
+        )
 
     def fail(self, error: Exception) -> None:
         """End it with an error."""

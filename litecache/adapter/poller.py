@@ -189,6 +189,9 @@ class ReplicaPoller:
             pending.feed(delta)
             if pending.done:
                 self._drop([delta.request_id])
+                if delta.finish_reason is None:
+                    # A stop string is complete; only the driver could see it.
+                    self._handle.abort.remote([delta.request_id])
         self._resubmit(reply.epoch)
 
     def _resubmit(self, epoch: str) -> None:

@@ -16,8 +16,6 @@ _OFF = (None, False)
 # Fields of GenerationConfig -> values at which they have no effect.
 NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "assistant_early_exit": (None,),
-    "bad_words_ids": (None,),
-    "begin_suppress_tokens": (None,),
     "cache_implementation": (None, "dynamic", "hybrid"),
     "compile_config": (None,),
     "constraints": (None,),
@@ -31,7 +29,6 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "forced_eos_token_id": (None,),
     "guidance_scale": (None, 1.0),
     "low_memory": _OFF,
-    "no_repeat_ngram_size": (None, 0),
     "num_beam_groups": (None, 1),
     "num_beams": (None, 1),
     "output_attentions": _OFF,
@@ -43,11 +40,7 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "prompt_lookup_num_tokens": (None,),
     "remove_invalid_values": _OFF,
     "renormalize_logits": _OFF,
-    "repetition_penalty": (None, 1.0),
-    "sequence_bias": (None,),
     "speculation_type": (None,),
-    "stop_strings": (None,),
-    "suppress_tokens": (None,),
     "token_healing": _OFF,
     "use_cache": (None, True),
     "use_mtp": _OFF,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from litecache.adapter.pending import PendingRequest
+from litecache.types import TokenLogprobs
 
 # An unfinished UTF-8 sequence decodes to this.
 _REPLACEMENT = "�"
@@ -88,6 +89,11 @@ class TokenStream:
     def token_ids(self) -> list[int]:
         """All tokens received so far."""
         return list(self._pending.tokens)
+
+    @property
+    def logprobs(self) -> list[TokenLogprobs]:
+        """Of all tokens received so far, with `logprobs=k`."""
+        return list(self._pending.logprobs)
 
     def close(self) -> None:
         """Stop early: the request is aborted unless it has ended."""

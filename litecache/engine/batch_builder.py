@@ -14,6 +14,7 @@ import torch
 
 from litecache.engine.cuda_graphs import GraphKey
 from litecache.engine.kv_layout import TRASH_BLOCK, KVLayout
+from litecache.engine.logit_rules import RuledSample
 from litecache.engine.random_numbers import position_keys
 from litecache.engine.row_tables import RowTables
 from litecache.engine.sampler import EVERY_TOKEN
@@ -39,6 +40,8 @@ class Batch:
         every_token_sampled: logits are wanted at all tokens, in order.
         all_greedy, num_sorted, any_min_p: see SamplingBatch.
         masked: (sample, token) pairs whose logits are struck out.
+        ruled: sampled rows with rules.
+        logprobs: (sample, number of the likeliest) of the rows that report log-probabilities.
     """
 
     shape: StepShape
@@ -50,11 +53,13 @@ class Batch:
     num_sorted: int
     any_min_p: bool
     masked: tuple[tuple[int, int], ...]
+    ruled: tuple[RuledSample, ...]
+    logprobs: tuple[tuple[int, int], ...]
 
     @property
     def filtered(self) -> bool:
         """Whether drawing needs more than a race over all tokens."""
-        return bool(self.num_sorted or self.any_min_p or self.masked)
+        return bool(self.num_sorted or self.any_min_p or self.masked or self.ruled)
 
 
 class BatchBuilder:
@@ -215,9 +220,11 @@ class BatchBuilder:
         sampled = rows[samples]
         drawing = sampled[tables.temperature[sampled] > 0]
         masked: list[tuple[int, int]] = []
-        early = contexts[samples] - tables.num_prompt[sampled] < tables.min_new_tokens[sampled]
-        for index in np.flatnonzero(early).tolist():
+        num_new = contexts[samples] - tables.num_prompt[sampled]
+        for index in np.flatnonzero(num_new < tables.min_new_tokens[sampled]).tolist():
             masked += [(index, token) for token in tables.eos_token_ids[sampled[index]]]
+        for index in np.flatnonzero(num_new == 0).tolist():
+            masked += [(index, token) for token in tables.begin_suppressed[sampled[index]]]
         return Batch(
             shape=shape,
             query_lens=tuple(counts.tolist()),
@@ -228,7 +235,26 @@ class BatchBuilder:
             num_sorted=_num_sorted(tables.top_k[drawing], tables.top_p[drawing]),
             any_min_p=bool(len(drawing) and (tables.min_p[drawing] > 0).any()),
             masked=tuple(masked),
+            ruled=self._ruled(sampled, contexts[samples]),
+            logprobs=self._logprobs(sampled),
         )
+
+    def _ruled(self, sampled: Ints, contexts: Ints) -> tuple[RuledSample, ...]:
+        rules = self._tables.rules
+        if not rules:
+            return ()
+        rows = zip(sampled.tolist(), contexts.tolist(), strict=True)
+        return tuple(
+            RuledSample(index, row, length, rules[row])
+            for index, (row, length) in enumerate(rows)
+            if row in rules
+        )
+
+    def _logprobs(self, sampled: Ints) -> tuple[tuple[int, int], ...]:
+        counts = self._tables.logprobs
+        if not counts:
+            return ()
+        return tuple((i, counts[row]) for i, row in enumerate(sampled.tolist()) if row in counts)
 
 
 def _num_sorted(top_k: Ints, top_p: npt.NDArray[np.float32]) -> int:

@@ -372,7 +372,7 @@ class Engine:
             "running": scheduler.num_running,
             "waiting": scheduler.num_waiting,
             "preemptions": scheduler.preemptions,
-            "evictions": sum(pool.evictions for pool in scheduler.cache.pools),
+            "evictions": scheduler.cache.num_evictions,
             "pool_bytes": sum(pool.buffer.numel() for pool in self._pools),
             "metrics": self.metrics.snapshot(),
         }

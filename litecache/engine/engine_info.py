@@ -6,6 +6,7 @@ import functools
 from dataclasses import dataclass
 
 from litecache.engine.kv_layout import LAYOUT_VERSION
+from litecache.engine.sampling_checks import check_sampling
 from litecache.errors import CapacityError, ConfigError
 from litecache.hashing import BlockKey, root_key
 from litecache.types import Request
@@ -74,7 +75,9 @@ class EngineInfo:
         if low < 0 or high >= self.vocab_size:
             value = low if low < 0 else high
             raise ConfigError("input_ids", value, f"token ids from 0 to {self.vocab_size - 1}")
-        _check_sampling(request)
+        check_sampling(request.sampling, self.vocab_size)
+        if request.max_time_s is not None and not request.max_time_s > 0:
+            raise ConfigError("max_time", request.max_time_s, "a positive number of seconds")
         new = request.sampling.max_new_tokens - request.num_resumed_tokens
         if new < 1:
             raise ConfigError("max_new_tokens", request.sampling.max_new_tokens, "at least 1")
@@ -112,17 +115,3 @@ def _roots(info: EngineInfo, cache_salt: str) -> tuple[BlockKey, ...]:
         )
         for group, shape in enumerate(info.group_shapes)
     )
-
-
-def _check_sampling(request: Request) -> None:
-    sampling = request.sampling
-    if not sampling.temperature >= 0:
-        raise ConfigError("temperature", sampling.temperature, "0 (greedy) or positive")
-    if not 0 < sampling.top_p <= 1:
-        raise ConfigError("top_p", sampling.top_p, "a number in (0, 1]")
-    if not 0 <= sampling.min_p <= 1:
-        raise ConfigError("min_p", sampling.min_p, "a number in [0, 1]")
-    if sampling.top_k < 0:
-        raise ConfigError("top_k", sampling.top_k, "0 (off) or positive")
-    if request.max_time_s is not None and not request.max_time_s > 0:
-        raise ConfigError("max_time", request.max_time_s, "a positive number of seconds")

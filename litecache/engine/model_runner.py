@@ -19,6 +19,8 @@ from litecache.engine.batch_builder import MAX_DELTAS, Batch, BatchBuilder
 from litecache.engine.cuda_graphs import GraphCache, GraphKey, StepGraph
 from litecache.engine.hf_attention import PagedContext, attention_context
 from litecache.engine.kv_layout import KVLayout, KVPool
+from litecache.engine.logit_rules import RuleBook
+from litecache.engine.logprobs import LogprobRows
 from litecache.engine.model_loader import LoadedModel
 from litecache.engine.row_tables import RowTables
 from litecache.engine.sampler import INVALID_TOKEN, SamplingBatch, sample
@@ -43,6 +45,7 @@ class StepHandle:
         rows: the sampled rows, in order.
         tokens: int64 `[>= len(rows)]` on the host, valid once `event` has passed.
         event: recorded behind the copy of the tokens; None when they are there already.
+        logprobs: of the rows that asked for them; their copy lies before the event, too.
     """
 
     def __init__(
@@ -51,11 +54,13 @@ class StepHandle:
         rows: tuple[int, ...],
         tokens: torch.Tensor,
         event: torch.cuda.Event | None = None,
+        logprobs: LogprobRows | None = None,
     ) -> None:
         self._step = step
         self._rows = rows
         self._tokens = tokens
         self._event = event
+        self._logprobs = logprobs
 
     def ready(self) -> bool:
         """Whether `result` would return at once."""
@@ -69,7 +74,8 @@ class StepHandle:
         invalid = tuple(
             row for row, token in zip(self._rows, tokens, strict=True) if token == INVALID_TOKEN
         )
-        return StepResult(self._step, tokens, invalid)
+        logprobs = {} if self._logprobs is None else self._logprobs.read()
+        return StepResult(self._step, tokens, invalid, logprobs)
 
 
 class ModelRunner:
@@ -119,6 +125,7 @@ class ModelRunner:
                 padded, tokens=max(padded.tokens, max_batch_tokens), deltas=MAX_DELTAS
             )
         self._buffers = StepBuffers(largest, max_requests, device)
+        self._rules = RuleBook(max_model_len, device)
         self._builder = BatchBuilder(layout, self._tables, self._buffers, max_batch_tokens)
         self._results = []
         self._turn = 0
@@ -150,13 +157,15 @@ class ModelRunner:
             self._copy(plan.copies)
             if graph is not None:
                 graph.graph.replay()
-                tokens = graph.tokens
-                if batch.filtered:
-                    tokens = self._draw(graph.logits, batch, fields)
+                logits, tokens = graph.logits, graph.tokens
             else:
                 logits = self._forward(self._metadata(batch, fields), fields, batch)
+            logprobs = LogprobRows(logits, batch.logprobs) if batch.logprobs else None
+            if graph is None or batch.filtered:
                 tokens = self._draw(logits, batch, fields)
-            return self._handle(plan, batch, tokens)
+            if logprobs is not None:
+                logprobs.send(tokens)
+            return self._handle(plan, batch, tokens, logprobs)
 
     def warm_up(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Capture the graphs of all decode batches and of the usual chunks, so that none waits.
@@ -289,7 +298,11 @@ class ModelRunner:
         """Draw tokens and write them where the next step reads them."""
         if self._on_gpu and not batch.filtered:
             return self._remember(logits, fields)
+        if batch.ruled:
+            logits = self._rules.apply(logits, batch.ruled)
         tokens = sample(logits, self._sampling_batch(batch, fields))
+        if batch.ruled:
+            self._rules.remember(tokens)
         self._buffers.last_tokens.index_copy_(0, fields["sample_rows"], tokens.clamp(min=0))
         return tokens
 
@@ -308,7 +321,7 @@ class ModelRunner:
         masked = None
         if batch.masked:
             pairs = torch.from_numpy(np.array(batch.masked, dtype=np.int64).T.copy())
-            rows, tokens = pairs.to(self._buffers.words.device)
+            rows, tokens = pairs.to(self._buffers.words.device, non_blocking=True)
             masked = (rows, tokens)
         return SamplingBatch(
             temperature=fields["temperature"],
@@ -322,11 +335,13 @@ class ModelRunner:
             masked=masked,
         )
 
-    def _handle(self, plan: StepPlan, batch: Batch, tokens: torch.Tensor) -> StepHandle:
+    def _handle(
+        self, plan: StepPlan, batch: Batch, tokens: torch.Tensor, logprobs: LogprobRows | None
+    ) -> StepHandle:
         if not self._on_gpu:
-            return StepHandle(plan.step, batch.sampled_rows, tokens)
+            return StepHandle(plan.step, batch.sampled_rows, tokens, None, logprobs)
         host, event = self._results[self._turn]
         self._turn = (self._turn + 1) % len(self._results)
         host[: len(tokens)].copy_(tokens, non_blocking=True)
         event.record()
-        return StepHandle(plan.step, batch.sampled_rows, host, event)
+        return StepHandle(plan.step, batch.sampled_rows, host, event, logprobs)

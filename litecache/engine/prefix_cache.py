@@ -169,6 +169,11 @@ class PrefixCache:
         """Drop all blocks nobody uses; returns how many."""
         return sum(pool.evict_idle() for pool in self.pools)
 
+    @property
+    def num_evictions(self) -> int:
+        """Published blocks dropped so far, over all groups."""
+        return sum(pool.evictions for pool in self.pools)
+
     def stats(self) -> dict[str, int]:
         """Blocks by state over all groups."""
         total: dict[str, int] = {}

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from litecache.engine.kv_layout import KVLayout
+from litecache.engine.logit_rules import RowRules
 from litecache.engine.random_numbers import stream_keys
 from litecache.engine.step_plan import NewRow, TableUpdate
 
@@ -32,6 +33,8 @@ class RowTables:
             are known to the device.
         num_prompt: int64 `[rows + 1]`, sampling positions count from it.
         stream: int64 `[rows + 1]`, of the random generator.
+        rules: of the rows that have any.
+        logprobs: of the rows that report log-probabilities, for how many of the likeliest.
         block_tables: int32 `[groups, rows + 1, max_blocks]` on the host.
         device_tables: the same on the device (on CPU the same memory).
     """
@@ -53,6 +56,9 @@ class RowTables:
         self.stream = np.zeros(max_requests + 1, dtype=np.int64)
         self.min_new_tokens = np.zeros(max_requests + 1, dtype=np.int64)
         self.eos_token_ids: list[tuple[int, ...]] = [()] * (max_requests + 1)
+        self.begin_suppressed: list[tuple[int, ...]] = [()] * (max_requests + 1)
+        self.rules: dict[int, RowRules] = {}
+        self.logprobs: dict[int, int] = {}
         self.block_tables = np.zeros(
             (len(layout.groups), max_requests + 1, max_blocks), dtype=np.int32
         )
@@ -72,6 +78,13 @@ class RowTables:
         self.stream[row] = stream_keys(seed, np.array([sampling.sample_index]))[0]
         self.min_new_tokens[row] = sampling.min_new_tokens
         self.eos_token_ids[row] = sampling.eos_token_ids
+        self.begin_suppressed[row] = sampling.begin_suppress_tokens
+        self.rules.pop(row, None)
+        if sampling.any_rules:
+            self.rules[row] = RowRules(sampling, new.token_ids, new.num_prompt_tokens)
+        self.logprobs.pop(row, None)
+        if sampling.logprobs is not None:
+            self.logprobs[row] = sampling.logprobs
 
     def update_tables(self, updates: Sequence[TableUpdate]) -> None:
         """Write blocks into the host's block tables (on CPU the device's too)."""

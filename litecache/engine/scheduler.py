@@ -14,22 +14,22 @@ writes to; copies on other streams wait for the steps launched before them.
 
 from __future__ import annotations
 
-import bisect
-import functools
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 
+from litecache.engine.admission import Admission
 from litecache.engine.kv_layout import TRASH_BLOCK
 from litecache.engine.plan_builder import Launched, PlanBuilder
-from litecache.engine.prefix_cache import BlockRef, PrefixCache, PrefixMatch
+from litecache.engine.prefix_cache import BlockRef, PrefixCache
 from litecache.engine.publisher import Publisher
+from litecache.engine.request_queues import RequestQueues
 from litecache.engine.schedule import LoadOrder, SaveOrder, Schedule
 from litecache.engine.sequence import Sequence, SequenceStatus
 from litecache.engine.staging import Staging
-from litecache.engine.step_plan import NewRow, StepResult, TableUpdate
+from litecache.engine.step_plan import StepResult, TableUpdate
 from litecache.errors import CapacityError
 from litecache.hashing import BlockKey
-from litecache.types import FinishReason, Request, Tier, TokenDelta
+from litecache.types import FinishReason, Request, TokenDelta, TokenLogprobs
 
 
 class Scheduler:
@@ -58,19 +58,18 @@ class Scheduler:
     ) -> None:
         self.cache = cache
         self.preemptions = 0
-        self._lower_tiers = lower_tiers
         self._roots = roots
         self._publisher = Publisher(cache, admission if lower_tiers else "none")
         self._staging = Staging(cache, self._publisher)
-        self._max_requests = max_requests
         self._max_batch_tokens = max_batch_tokens
         self._chunk_grid = max(1, max_batch_tokens // 2) if deterministic else None
         self._sequences: dict[str, Sequence] = {}
         self._timed: dict[str, Sequence] = {}
         self._suspects: dict[str, Sequence] = {}
-        self._waiting: list[Sequence] = []
-        self._running: list[Sequence] = []
-        self._free_rows = list(range(max_requests - 1, -1, -1))
+        self._queues = RequestQueues(max_requests)
+        self._admission = Admission(
+            cache, self._queues, self._staging, self._publisher, lower_tiers=lower_tiers
+        )
         self._launched: dict[int, Launched] = {}
         self._arrivals = 0
         self._step = 0
@@ -85,7 +84,7 @@ class Scheduler:
         self._sequences[seq.id] = seq
         if seq.deadline_s is not None:
             self._timed[seq.id] = seq
-        bisect.insort(self._waiting, seq, key=lambda s: s.order)
+        self._queues.add(seq)
 
     def abort(self, request_ids: Iterable[str]) -> Schedule:
         """End requests; unknown ids are passed over."""
@@ -117,15 +116,20 @@ class Scheduler:
         """A launched step is done."""
         out = Schedule()
         launched = self._take_launched(result.step)
-        tokens = iter(result.tokens)
+        samples = enumerate(result.tokens)
         for seq, step, life in launched.rows:
-            token = next(tokens) if step.sample else None
+            place, token = next(samples) if step.sample else (-1, None)
             seq.num_in_flight -= step.sample
             if seq.status is SequenceStatus.FINISHED:
                 continue
             self._suspects.pop(seq.id, None)
             if step.row in result.invalid_rows:
-                message = f"logits of step {result.step} at position {step.start} are not finite"
+                message = (
+                    f"request {seq.id}: the logits of step {result.step} at position"
+                    f" {step.start + step.num_tokens - 1} are not finite"
+                )
+                if seq.request.sampling.any_rules:
+                    message += ", or its rules leave no token to draw"
                 self._finish(seq, FinishReason.ERROR, out, message)
                 continue
             if token is not None:
@@ -133,7 +137,7 @@ class Scheduler:
             if life == seq.life and seq.status is SequenceStatus.RUNNING:
                 self._publisher.publish_computed(seq, step.start + step.num_tokens, out)
             if token is not None:
-                self._emit(seq, token, now, out)
+                self._emit(seq, token, result.logprobs.get(place), now, out)
         return out
 
     def undo_step(self, step: int, message: str, *, out_of_memory: bool) -> Schedule:
@@ -173,14 +177,14 @@ class Scheduler:
                 self._finish(seq, FinishReason.LENGTH, out)
         plan = PlanBuilder(self._max_batch_tokens, self._chunk_grid)
         alone = next(iter(self._suspects.values()), None)
-        running = [seq for seq in self._running if alone in (None, seq)]
+        running = [seq for seq in self._queues.running if alone in (None, seq)]
         for seq in running:
             if seq.num_todo == 1 and self._may_step(seq) and self._grow(seq, plan):
                 plan.add_step(seq, 1)
         for seq in running:
             if seq.num_todo > 1 and self._may_step(seq):
                 plan.add_chunk(seq)
-        self._admit(plan, out, alone)
+        self._admission.admit(plan, out, alone)
         out.plan = plan.build(self._step + 1)
         if out.plan is not None:
             self._step += 1
@@ -190,12 +194,12 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         """Requests without a row."""
-        return len(self._waiting)
+        return len(self._queues.waiting)
 
     @property
     def num_running(self) -> int:
         """Requests with a row."""
-        return len(self._running)
+        return len(self._queues.running)
 
     def next_deadline(self) -> float | None:
         """Earliest deadline of any request."""
@@ -209,10 +213,8 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Assert that rows, block tables and references add up."""
         self.cache.check_integrity()
-        rows = [seq.row for seq in self._running]
-        assert sorted(rows + self._free_rows) == list(range(self._max_requests)), "a row is lost"
-        assert sorted(self._waiting, key=lambda s: s.order) == self._waiting, "queue out of order"
-        live = sorted(seq.id for seq in self._waiting + self._running)
+        self._queues.check_integrity()
+        live = sorted(seq.id for seq in self._queues.waiting + self._queues.running)
         assert live == sorted(self._sequences), "a request is in no queue, or in two"
         for group, pool in enumerate(self.cache.pools):
             refs = [0] * (pool.num_blocks + 1)
@@ -239,7 +241,7 @@ class Scheduler:
                 try:
                     table.extend(self.cache.pools[group].allocate(1))
                 except CapacityError:
-                    victim = self._running[-1]
+                    victim = self._queues.running[-1]
                     self._preempt(victim)
                     if victim is seq:
                         return False
@@ -266,130 +268,36 @@ class Scheduler:
 
     def _preempt(self, seq: Sequence) -> None:
         self.preemptions += 1
-        self._running.remove(seq)
-        self._free_rows.append(seq.row)
         self._drop_blocks(seq)
-        seq.row = -1
+        self._queues.preempt(seq)
         seq.life += 1
-        seq.status = SequenceStatus.WAITING
         seq.looked_up = seq.cached = False
+        seq.complete_at = None
         seq.num_computed = 0
-        bisect.insort(self._waiting, seq, key=lambda s: s.order)
-
-    # Admission
-
-    def _admit(self, plan: PlanBuilder, out: Schedule, alone: Sequence | None) -> None:
-        """Stage, load and start waiting requests in order; one that does not fit holds the rest."""
-        blocked = False
-        for seq in list(self._waiting):
-            if (
-                alone not in (None, seq)
-                or seq.status is not SequenceStatus.WAITING
-                or seq.num_in_flight
-                or seq.paused
-            ):
-                continue
-            blocked = blocked or plan.budget <= 0 or not self._free_rows
-            asks = self._lower_tiers and not seq.looked_up
-            if blocked and not (asks and self._staging.has_room):
-                if not (self._lower_tiers and self._staging.has_room):
-                    return
-                continue
-            match = self.cache.match(seq.chain, seq.tokens)
-            if match.pending_owner not in (None, seq.id):
-                continue
-            # No place to ask now: those who have one go first, or nobody ever gives one back.
-            if asks and (not self._staging.has_room or self._staging.stage(seq, out)):
-                continue
-            if blocked:
-                continue
-            if not self._with_room(seq, functools.partial(self._load, seq, out)):
-                blocked = True
-            elif not seq.staged:
-                start = functools.partial(self._start, seq, match, plan, out)
-                blocked = not self._with_room(seq, start)
-
-    def _with_room(self, seq: Sequence, act: Callable[[], bool]) -> bool:
-        """Try `act`; when nothing runs that could free blocks, take others' loaded ones."""
-        return act() or (not self._running and self._drop_held(seq) and act())
-
-    def _load(self, seq: Sequence, out: Schedule) -> bool:
-        return not seq.staged or self._staging.load(seq, out)
-
-    def _start(self, seq: Sequence, match: PrefixMatch, plan: PlanBuilder, out: Schedule) -> bool:
-        """Give a waiting request its row and blocks; False when they do not fit now."""
-        pools = self.cache.pools
-        wanted = -(-seq.num_tokens // self.cache.block_size) - match.num_blocks
-        kept = [
-            [b for b in blocks if b != TRASH_BLOCK] + [p.block for p in match.partials[g : g + 1]]
-            for g, blocks in enumerate(match.blocks)
-        ]
-        for pool, blocks in zip(pools, kept, strict=True):
-            pool.acquire(blocks)
-        # Each running request will want a block soon: leave it one, or preemptions begin at once.
-        if any(wanted + len(self._running) > pool.num_available for pool in pools):
-            for pool, blocks in zip(pools, kept, strict=True):
-                pool.release(blocks)
-            return False
-        self._waiting.remove(seq)
-        bisect.insort(self._running, seq, key=lambda s: s.order)
-        seq.status = SequenceStatus.RUNNING
-        seq.row = self._free_rows.pop()
-        tokens = tuple(seq.tokens.tolist())
-        plan.new_rows.append(NewRow(seq.row, tokens, seq.num_prompt, seq.request.sampling))
-        for group, pool in enumerate(pools):
-            fresh = pool.allocate(wanted)
-            seq.tables[group] = match.blocks[group] + fresh
-            plan.tables.append(TableUpdate(seq.row, group, 0, tuple(seq.tables[group])))
-            if match.partials:
-                plan.copy_block(group, match.partials[group].block, fresh[0])
-            pool.release(seq.held[group])
-            seq.held[group] = []
-            for key in seq.chain.keys[group][match.num_blocks :]:
-                self.cache.indexes[group].set_pending(key, seq.id)
-        seq.num_published = match.num_blocks
-        seq.cached = match.num_tokens == seq.num_tokens
-        seq.num_computed = match.num_tokens - seq.cached
-        if seq.reused is None:
-            seq.reused = self._reuse_by_tier(seq, match)
-        self._publisher.save_on_sight(seq, match, out)
-        if seq.num_todo == 1:
-            plan.add_step(seq, 1)
-        else:
-            plan.add_chunk(seq)
-        return True
-
-    def _reuse_by_tier(self, seq: Sequence, match: PrefixMatch) -> dict[str, int]:
-        """Tokens that need no computing, by the tier they came from."""
-        size, gpu = self.cache.block_size, Tier.GPU.value
-        reused: dict[str, int] = {}
-        tail = match.num_tokens - match.num_blocks * size
-        if not seq.tiers:
-            return {gpu: match.num_tokens} if match.num_tokens else reused
-        tier = gpu
-        for index in reversed(range(match.num_blocks)):
-            # What no window reaches any more was not fetched: it counts with what follows it.
-            if any(blocks[index] != TRASH_BLOCK for blocks in match.blocks):
-                tier = seq.tiers.get(index, gpu)
-            reused[tier] = reused.get(tier, 0) + size
-        if tail:
-            reused[gpu] = reused.get(gpu, 0) + tail
-        return reused
 
     # Ends
 
-    def _emit(self, seq: Sequence, token: int, now: float, out: Schedule) -> None:
+    def _emit(
+        self,
+        seq: Sequence,
+        token: int,
+        logprobs: TokenLogprobs | None,
+        now: float,
+        out: Schedule,
+    ) -> None:
         reason = None
         if token in seq.request.sampling.eos_token_ids:
             reason = FinishReason.STOP
         elif seq.num_tokens >= seq.max_tokens:
             reason = FinishReason.LENGTH
+        told = () if logprobs is None else (logprobs,)
         if seq.announced:
-            delta = TokenDelta(seq.id, (token,), reason)
+            delta = TokenDelta(seq.id, (token,), reason, logprobs=told)
         else:
             ttft_s = now - seq.submitted_s
+            reused = dict(seq.reused or {})
             delta = TokenDelta(
-                seq.id, (token,), reason, reused_tokens=dict(seq.reused or {}), ttft_s=ttft_s
+                seq.id, (token,), reason, reused_tokens=reused, ttft_s=ttft_s, logprobs=told
             )
             seq.announced = True
         out.deltas.append((seq.request.client_id, delta))
@@ -405,11 +313,7 @@ class Scheduler:
 
     def _end(self, seq: Sequence, out: Schedule) -> None:
         """Take a request out of its queue and give back all it holds."""
-        if seq.status is SequenceStatus.RUNNING:
-            self._running.remove(seq)
-            self._free_rows.append(seq.row)
-        else:
-            self._waiting.remove(seq)
+        self._queues.remove(seq)
         self._staging.drop(seq, out)
         self._drop_blocks(seq)
         seq.status = SequenceStatus.FINISHED
@@ -433,14 +337,3 @@ class Scheduler:
     def _clear_pending(self, seq: Sequence) -> None:
         for index, keys in zip(self.cache.indexes, seq.chain.keys, strict=True):
             index.clear_pending(keys, seq.id)
-
-    def _drop_held(self, keep: Sequence) -> bool:
-        """Nothing runs and `keep` does not fit: others' loaded blocks become evictable."""
-        dropped = False
-        for seq in self._waiting:
-            if seq is not keep and seq.status is SequenceStatus.WAITING and any(seq.held):
-                for group, pool in enumerate(self.cache.pools):
-                    pool.release(seq.held[group])
-                    seq.held[group] = []
-                dropped = True
-        return dropped

@@ -39,6 +39,7 @@ class Sequence:
         tiers: where loaded blocks came from, by index of the block.
         life: counts preemptions; results of steps of an earlier life publish nothing.
         looked_up: the lower tiers were asked (in this life).
+        complete_at: the pools' evictions when they held all its full blocks, None = never seen.
         cached: the next step recomputes the last token of a full prefix hit.
     """
 
@@ -69,6 +70,7 @@ class Sequence:
         self.num_published = 0
         self.life = 0
         self.looked_up = False
+        self.complete_at: int | None = None
         self.cached = False
         self.paused = False
         self.announced = False

@@ -44,7 +44,7 @@ class Staging:
             if key not in self._cache.indexes[group.index]
         }
         if not wanted:
-            seq.looked_up = True
+            seq.complete_at = self._cache.num_evictions
             return False
         seq.status = SequenceStatus.STAGING
         self._active[seq.ticket] = seq

@@ -9,12 +9,12 @@ so that its size follows the step and not the context length.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from litecache.types import SamplingParams
+from litecache.types import SamplingParams, TokenLogprobs
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -108,12 +108,7 @@ class StepPlan:
                     row["row"],
                     tuple(row["token_ids"]),
                     row["num_prompt_tokens"],
-                    SamplingParams(
-                        **{
-                            **row["sampling"],
-                            "eos_token_ids": tuple(row["sampling"]["eos_token_ids"]),
-                        }
-                    ),
+                    SamplingParams(**{k: _frozen(v) for k, v in row["sampling"].items()}),
                 )
                 for row in values["new_rows"]
             ),
@@ -127,6 +122,11 @@ class StepPlan:
         )
 
 
+def _frozen(value: Any) -> Any:
+    """Lists, as msgpack gives them, back to tuples."""
+    return tuple(_frozen(part) for part in value) if isinstance(value, (list, tuple)) else value
+
+
 @dataclass(frozen=True)
 class StepResult:
     """What a step gave.
@@ -135,8 +135,10 @@ class StepResult:
         step: number of the plan.
         tokens: one token id per sampled row, in the plan's order.
         invalid_rows: rows whose logits were not finite; their token is void.
+        logprobs: of the sampled rows that ask for them, by their place in `tokens`.
     """
 
     step: int
     tokens: tuple[int, ...]
     invalid_rows: tuple[int, ...] = ()
+    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)

@@ -129,9 +129,9 @@ def test_sampling_methods_that_are_missing_are_refused_only_when_they_would_act(
 
 
 def test_a_refusal_in_the_models_own_config_counts_too() -> None:
-    with pytest.raises(ConfigError, match=r"repetition_penalty=1\.05"):
-        translate(None, {}, GenerationConfig(repetition_penalty=1.05))
-    translate(None, {"repetition_penalty": 1.0}, GenerationConfig(repetition_penalty=1.05))
+    with pytest.raises(ConfigError, match=r"guidance_scale=1\.5"):
+        translate(None, {}, GenerationConfig(guidance_scale=1.5))
+    translate(None, {"guidance_scale": 1.0}, GenerationConfig(guidance_scale=1.5))
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from litecache.engine.engine import Engine
 from litecache.engine.model_source import ModelSource
 from litecache.storage.client import LocalShardClient
 from litecache.storage.shard_store import ShardStore
-from litecache.types import FinishReason, Request, SamplingParams, TokenDelta
+from litecache.types import FinishReason, Request, SamplingParams, TokenDelta, TokenLogprobs
 
 ANSWER_TIMEOUT_S = 60.0
 
@@ -61,6 +61,7 @@ class Harness:
         self.reused: list[dict[str, int]] = []
         self.reasons: list[FinishReason] = []
         self.errors: list[str | None] = []
+        self.logprobs: list[list[TokenLogprobs]] = []
 
     def run(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int = 64, **fields: object
@@ -74,15 +75,18 @@ class Harness:
         outputs: dict[str, list[int]] = {name: [] for name in names}
         ends: dict[str, TokenDelta] = {}
         reused: dict[str, dict[str, int]] = {}
+        logprobs: dict[str, list[TokenLogprobs]] = {name: [] for name in names}
         while len(ends) < len(names):
             for _, delta in self.deltas.get(timeout=ANSWER_TIMEOUT_S):
                 outputs[delta.request_id] += delta.token_ids
+                logprobs[delta.request_id] += delta.logprobs
                 if delta.reused_tokens is not None:
                     reused[delta.request_id] = delta.reused_tokens
                 if delta.finish_reason is not None:
                     ends[delta.request_id] = delta
         self.reused = [reused.get(name, {}) for name in names]
         self.reasons = [ends[name].finish_reason or FinishReason.ERROR for name in names]
+        self.logprobs = [logprobs[name] for name in names]
         self.errors = [ends[name].error for name in names]
         return [outputs[name] for name in names]
 

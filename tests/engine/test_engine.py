@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -222,6 +223,60 @@ def test_out_of_memory_that_no_batch_size_cures_fails_the_request_and_ends(
         monkeypatch.setattr(harness.engine._runner, "execute", execute)
         harness.run([random_prompt(60, seed=i) for i in range(3)], 4)
         assert harness.reasons == [FinishReason.ERROR] * 3
+
+
+def test_logits_that_are_not_finite_fail_their_request_with_its_name_and_the_step() -> None:
+    prompts = [random_prompt(20, seed=i) for i in range(2)]
+    loaded = tiny_model("llama")
+    wanted = [stock_generate(loaded, prompt, 12) for prompt in prompts]
+    poison = next(t for t in range(211) if not any(t in w for w in (*wanted, *prompts)))
+    with Harness(family_source("llama")) as harness:
+        with torch.inference_mode():
+            harness.engine._runner._model.model.embed_tokens.weight[poison] = float("nan")
+        outputs = harness.run([prompts[0], [5, poison, 6], prompts[1]], 12)
+        assert [outputs[0], outputs[2]] == wanted
+        assert outputs[1] == []
+        assert harness.reasons[1] is FinishReason.ERROR
+        told = str(harness.errors[1])
+        assert re.fullmatch(r"request r1: the logits of step 1 at position 2 are not finite", told)
+
+
+def test_rules_that_leave_no_token_fail_the_request_with_the_reason() -> None:
+    everything = tuple(((token,), float("-inf")) for token in range(211))
+    with Harness(family_source("llama")) as harness:
+        assert harness.run([[5, 6]], 4, sequence_bias=everything) == [[]]
+        assert harness.reasons == [FinishReason.ERROR]
+        assert "its rules leave no token to draw" in str(harness.errors[0])
+
+
+def test_a_request_over_the_pool_is_refused_while_others_run() -> None:
+    with Harness(family_source("llama"), num_blocks=7) as harness:
+        harness.engine.submit([Request("runs", "c", (1, 2, 3), SamplingParams(60))])
+        with pytest.raises(
+            CapacityError, match=r"120 tokens.*the pool holds 112 \(7 blocks of 16\)"
+        ):
+            harness.engine.submit([Request("big", "c", (1,) * 100, SamplingParams(20))])
+        tokens = 0
+        while tokens < 60:
+            for _, delta in harness.deltas.get(timeout=60):
+                assert delta.request_id == "runs"
+                tokens += len(delta.token_ids)
+
+
+def test_max_time_ends_a_request_with_what_it_has_while_others_go_on() -> None:
+    with Harness(family_source("llama")) as harness:
+        short = Request("short", "c", (1, 2, 3), SamplingParams(250), max_time_s=0.05)
+        harness.engine.submit([short, Request("long", "c", (3, 2, 1), SamplingParams(250))])
+        ends: dict[str, FinishReason] = {}
+        counts = {"short": 0, "long": 0}
+        while len(ends) < 2:
+            for _, delta in harness.deltas.get(timeout=60):
+                counts[delta.request_id] += len(delta.token_ids)
+                if delta.finish_reason is not None:
+                    ends[delta.request_id] = delta.finish_reason
+        assert list(ends) == ["short", "long"]
+        assert set(ends.values()) == {FinishReason.LENGTH}
+        assert counts["short"] < counts["long"] == 250
 
 
 def test_closed_engine_refuses_instead_of_hanging() -> None:

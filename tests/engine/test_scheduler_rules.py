@@ -1,0 +1,159 @@
+"""What the scheduler promises to those who wait: budget, order, fairness, prompt ends."""
+
+from __future__ import annotations
+
+from scheduler_world import World, expected_output
+
+from litecache.engine.schedule import Schedule
+from litecache.engine.step_plan import StepPlan
+from litecache.types import FinishReason
+
+PROMPT = (0, 1, 1, 0)
+
+
+def endless(count: int, length: int) -> list[tuple[int, ...]]:
+    """Prompts of 12 tokens whose output does not end by itself within `length` tokens."""
+    candidates = (tuple(int(bit) for bit in f"{n:012b}") for n in range(4096))
+    found = (p for p in candidates if len(expected_output(p, length)) == length)
+    return [next(found) for _ in range(count)]
+
+
+def next_plan(world: World) -> StepPlan | None:
+    """Schedule and execute one step, and deliver its result."""
+    out: Schedule = world.scheduler.schedule(world.now)
+    world.take(out)
+    if out.plan is not None:
+        world.execute(out.plan)
+        world.finish_step()
+    return out.plan
+
+
+def test_decodes_get_a_token_in_every_step_beside_the_chunks_of_a_long_prompt() -> None:
+    world = World(num_blocks=60, lower_tiers=False, max_requests=4, max_batch_tokens=16)
+    for prompt in endless(2, 30):
+        world.submit(prompt, 30)
+    while min(len(world.outputs[f"r{i}"]) for i in range(2)) < 2:
+        next_plan(world)
+    late = world.submit(PROMPT * 30, 2, cache_salt="own")
+    chunks = []
+    while not world.outputs[late]:
+        before = [len(world.outputs[f"r{i}"]) for i in range(2)]
+        plan = next_plan(world)
+        assert plan is not None
+        assert [len(world.outputs[f"r{i}"]) for i in range(2)] == [n + 1 for n in before]
+        assert [row.num_tokens for row in plan.rows[:2]] == [1, 1]
+        assert plan.num_tokens <= 16
+        chunks.append(plan.rows[2].num_tokens)
+    assert sum(chunks) == 120
+    # The decodes' tokens count: what is left of the budget is filled to the last.
+    assert set(chunks[:-1]) == {14}
+
+
+def test_a_request_that_needs_most_of_the_pool_starts_under_a_stream_of_small_ones() -> None:
+    world = World(num_blocks=20, lower_tiers=False, max_requests=3, max_batch_tokens=64)
+    smalls = endless(60, 8)
+    for small in smalls[:3]:
+        world.submit(small, 8)
+    next_plan(world)
+    big = world.submit(PROMPT * 32, 4)
+    steps = 0
+    for small in smalls[3:]:
+        world.now += 0.01
+        world.submit(small, 8)
+        next_plan(world)
+        steps += 1
+        if world.outputs[big]:
+            break
+    assert world.outputs[big], "small requests passed it over"
+    assert steps < 20
+    world.run_until_idle()
+    world.check_outputs()
+
+
+def test_the_one_preempted_is_the_latest_and_least_urgent() -> None:
+    prompts = endless(3, 40)
+    world = World(num_blocks=9, lower_tiers=False)
+    first = world.submit(prompts[0], 40, priority=1)
+    urgent = world.submit(prompts[1], 40)
+    late = world.submit(prompts[2], 40, priority=1)
+    world.now = 1.0
+    while not world.scheduler.preemptions:
+        assert next_plan(world) is not None
+    waiting = [seq.id for seq in world.scheduler._queues.waiting]
+    assert waiting == [late]
+    while world.scheduler.preemptions < 2:
+        assert next_plan(world) is not None
+    assert [seq.id for seq in world.scheduler._queues.running] == [urgent]
+    world.run_until_idle()
+    assert next(iter(world.finished)) == urgent
+    assert set(world.finished) == {first, urgent, late}
+    world.check_outputs()
+
+
+def test_a_preempted_request_resumes_by_loading_what_the_pool_lost() -> None:
+    def computed(lower_tiers: bool) -> int:
+        world = World(num_blocks=9, lower_tiers=lower_tiers)
+        for prompt in endless(3, 40):
+            world.submit(prompt, 40)
+        while len(world.finished) < 3:
+            moved = world.step()
+            while world.results:
+                world.finish_step()
+            while world.saves:
+                world.answer_save(0, True)
+            if world.scheduler.num_waiting:
+                # Others take the blocks of those that were preempted.
+                world.scheduler.cache.evict_idle()
+            while world.stages:
+                world.answer_stage(0, lambda key: True)
+            while world.loads:
+                world.answer_load(0, lambda number: True)
+            assert moved or world.scheduler.num_waiting
+        world.run_until_idle()
+        assert world.scheduler.preemptions > 0
+        world.check_outputs()
+        return world.computed_tokens
+
+    assert computed(True) < computed(False)
+
+
+def test_an_aborted_request_is_in_no_later_plan_and_leaves_its_blocks_at_once() -> None:
+    world = World(num_blocks=40, lower_tiers=False, max_batch_tokens=16)
+    keeps, goes = (world.submit(prompt, 30) for prompt in endless(2, 30))
+    while not world.outputs[goes]:
+        next_plan(world)
+    row = {seq.id: seq.row for seq in world.scheduler._queues.running}[goes]
+    used = world.scheduler.cache.stats()
+    # One step runs while the abort arrives.
+    world.step()
+    world.take(world.scheduler.abort([goes]))
+    assert world.finished == {goes: FinishReason.ABORT}
+    assert world.scheduler.cache.stats()["private"] < used["private"]
+    told = len(world.outputs[goes])
+    while world.results:
+        world.finish_step()
+    for _ in range(5):
+        plan = next_plan(world)
+        assert plan is not None
+        assert row not in [step.row for step in plan.rows]
+    assert len(world.outputs[goes]) == told
+    world.run_until_idle()
+    assert world.finished[keeps] in (FinishReason.STOP, FinishReason.LENGTH)
+
+
+def test_a_deadline_ends_waiting_requests_too_and_none_of_them_twice() -> None:
+    world = World(num_blocks=20, lower_tiers=False, max_requests=1)
+    prompts = endless(2, 20)
+    runs = world.submit(prompts[0], 20, max_time_s=9.0)
+    waits = world.submit(prompts[1], 20, max_time_s=5.0)
+    next_plan(world)
+    assert world.scheduler.next_deadline() == 5.0
+    world.now = 6.0
+    next_plan(world)
+    assert world.finished == {waits: FinishReason.LENGTH}
+    assert world.outputs[waits] == []
+    assert world.scheduler.next_deadline() == 9.0
+    world.now = 10.0
+    assert next_plan(world) is None
+    assert world.finished[runs] is FinishReason.LENGTH
+    assert world.scheduler.next_deadline() is None
