@@ -59,7 +59,12 @@ class Batch:
     @property
     def filtered(self) -> bool:
         """Whether drawing needs more than a race over all tokens."""
-        return bool(self.num_sorted or self.any_min_p or self.masked or self.ruled)
+        return bool(self.masked) or self.needs_torch
+
+    @property
+    def needs_torch(self) -> bool:
+        """Whether it takes what the drawing kernels do not have: an order, or rules."""
+        return bool(self.num_sorted or self.any_min_p or self.ruled)
 
 
 class BatchBuilder:

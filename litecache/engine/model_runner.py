@@ -296,11 +296,14 @@ class ModelRunner:
         self, logits: torch.Tensor, batch: Batch, fields: dict[str, torch.Tensor]
     ) -> torch.Tensor:
         """Draw tokens and write them where the next step reads them."""
-        if self._on_gpu and not batch.filtered:
+        masked = self._masked(batch)
+        if self._on_gpu and not batch.needs_torch:
+            if masked is not None:
+                logits[masked] = float("-inf")
             return self._remember(logits, fields)
         if batch.ruled:
             logits = self._rules.apply(logits, batch.ruled)
-        tokens = sample(logits, self._sampling_batch(batch, fields))
+        tokens = sample(logits, self._sampling_batch(batch, fields, masked))
         if batch.ruled:
             self._rules.remember(tokens)
         self._buffers.last_tokens.index_copy_(0, fields["sample_rows"], tokens.clamp(min=0))
@@ -317,12 +320,20 @@ class ModelRunner:
             self._buffers.last_tokens,
         )
 
-    def _sampling_batch(self, batch: Batch, fields: dict[str, torch.Tensor]) -> SamplingBatch:
-        masked = None
-        if batch.masked:
-            pairs = torch.from_numpy(np.array(batch.masked, dtype=np.int64).T.copy())
-            rows, tokens = pairs.to(self._buffers.words.device, non_blocking=True)
-            masked = (rows, tokens)
+    def _masked(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor] | None:
+        if not batch.masked:
+            return None
+        pairs = torch.from_numpy(np.array(batch.masked, dtype=np.int64).T.copy())
+        # A blocking copy would wait for the step before, which is still running.
+        rows, tokens = pairs.to(self._buffers.words.device, non_blocking=True)
+        return rows, tokens
+
+    @staticmethod
+    def _sampling_batch(
+        batch: Batch,
+        fields: dict[str, torch.Tensor],
+        masked: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> SamplingBatch:
         return SamplingBatch(
             temperature=fields["temperature"],
             top_k=fields["top_k"],
