@@ -10,6 +10,8 @@ import enum
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from litecache.token_ids import TokenIds
+
 MESSAGE_VERSION = 2
 
 
@@ -112,7 +114,8 @@ class Request:
     Attributes:
         request_id: unique in the group.
         client_id: whose polls receive the tokens.
-        prompt: token ids, and after a failure also the tokens generated so far.
+        prompt: token ids (any sequence of integers), and after a failure also the tokens generated
+            so far.
         sampling: how tokens are drawn.
         num_resumed_tokens: how many tokens at the end of `prompt` were generated before; they
             count towards `max_new_tokens` and shift the generator's positions by nothing.
@@ -123,13 +126,16 @@ class Request:
 
     request_id: str
     client_id: str
-    prompt: tuple[int, ...]
+    prompt: TokenIds
     sampling: SamplingParams
     num_resumed_tokens: int = 0
     cache_salt: str = ""
     priority: int = 0
     max_time_s: float | None = None
     version: int = MESSAGE_VERSION
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prompt", TokenIds(self.prompt))
 
 
 class TokenLogprobs(NamedTuple):

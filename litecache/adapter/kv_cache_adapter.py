@@ -43,6 +43,7 @@ from litecache.config import CacheConfig
 from litecache.engine.model_checks import check_config, check_shape, choose_max_model_len
 from litecache.errors import ConfigError, LiteCacheError
 from litecache.hashing import chain_keys
+from litecache.token_ids import TokenIds
 from litecache.types import Request
 
 logger = logging.getLogger(__name__)
@@ -334,7 +335,7 @@ class KVCacheAdapter:
 
     def _start(
         self,
-        prompts: Sequence[tuple[int, ...]],
+        prompts: Sequence[TokenIds],
         widths: Sequence[int],
         settings: GenerationSettings,
         cache_salt: str | None,
@@ -398,7 +399,7 @@ class KVCacheAdapter:
         if len(self._pollers) == 1:
             return 0
         root = self.info.roots(request.cache_salt)[0]
-        keys = chain_keys(root, request.prompt, self.info.block_size)
+        keys = chain_keys(root, request.prompt.array, self.info.block_size)
         try:
             index = self._group.coordinator.route(keys)
         except LiteCacheError as error:

@@ -75,7 +75,7 @@ class PendingRequest:
         return dataclasses.replace(
             self.request,
             request_id=self.wire_id,
-            prompt=self.request.prompt + tuple(self.tokens),
+            prompt=self.request.prompt + self.tokens,
             num_resumed_tokens=len(self.tokens),
         )
 

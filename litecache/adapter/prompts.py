@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from litecache.errors import ConfigError
+from litecache.token_ids import TokenIds
 
 
 def check_input_ids(input_ids: object) -> torch.Tensor:
@@ -41,7 +42,7 @@ def one_input(first: Any, second: Any) -> Any:
     return first if first is not None else second
 
 
-def check_prompt(prompt: Any, index: int) -> tuple[int, ...]:
+def check_prompt(prompt: Any, index: int) -> TokenIds:
     """Token ids of one prompt, a list or a tensor.
 
     Raises:
@@ -53,15 +54,18 @@ def check_prompt(prompt: Any, index: int) -> tuple[int, ...]:
         raise ConfigError(f"prompts[{index}]", prompt, valid)
     if not values:
         raise ConfigError(f"prompts[{index}]", [], "at least one token")
-    for token in values:
-        if isinstance(token, bool) or not isinstance(token, int):
-            raise ConfigError(f"prompts[{index}]", token, valid)
-    return tuple(values)
+    if set(map(type, values)) != {int}:
+        wrong = next(token for token in values if type(token) is not int)
+        raise ConfigError(f"prompts[{index}]", wrong, valid)
+    try:
+        return TokenIds(values)
+    except OverflowError as error:
+        raise ConfigError(f"prompts[{index}]", max(values, key=abs), valid) from error
 
 
 def split_rows(
     input_ids: torch.Tensor, attention_mask: torch.Tensor | None, pad_token_id: int | None
-) -> list[tuple[int, ...]]:
+) -> list[TokenIds]:
     """The tokens of each row without its padding.
 
     Args:
@@ -85,7 +89,7 @@ def split_rows(
                 f"a tensor of input_ids' shape {list(input_ids.shape)}",
             )
         keep = attention_mask.to("cpu") != 0
-    rows = [tuple(ids[mask].tolist()) for ids, mask in zip(input_ids, keep, strict=True)]
+    rows = [TokenIds(ids[mask].numpy()) for ids, mask in zip(input_ids, keep, strict=True)]
     for index, row in enumerate(rows):
         if not row:
             raise ConfigError("input_ids", f"row {index}", "at least one token that is no padding")

@@ -18,6 +18,7 @@ from litecache.engine.schedule import Schedule
 from litecache.engine.sequence import Sequence, SequenceStatus
 from litecache.engine.staging import Staging
 from litecache.engine.step_plan import NewRow, TableUpdate
+from litecache.token_ids import TokenIds
 from litecache.types import Tier
 
 
@@ -111,7 +112,7 @@ class Admission:
                 pool.release(blocks)
             return False
         self._queues.start(seq)
-        tokens = tuple(seq.tokens.tolist())
+        tokens = TokenIds(seq.tokens)
         plan.new_rows.append(NewRow(seq.row, tokens, seq.num_prompt, seq.request.sampling))
         for group, pool in enumerate(pools):
             fresh = pool.allocate(wanted)

@@ -71,7 +71,7 @@ class EngineInfo:
         """
         if not request.prompt:
             raise ConfigError("input_ids", [], "at least one token")
-        low, high = min(request.prompt), max(request.prompt)
+        low, high = int(request.prompt.array.min()), int(request.prompt.array.max())
         if low < 0 or high >= self.vocab_size:
             value = low if low < 0 else high
             raise ConfigError("input_ids", value, f"token ids from 0 to {self.vocab_size - 1}")

@@ -67,7 +67,7 @@ class RowTables:
     def set_row(self, new: NewRow) -> None:
         """A request takes a row."""
         row, count, sampling = new.row, len(new.token_ids), new.sampling
-        self.tokens[row, :count] = new.token_ids
+        self.tokens[row, :count] = new.token_ids.array
         self.num_known[row] = count
         self.num_prompt[row] = new.num_prompt_tokens
         self.temperature[row] = sampling.temperature

@@ -51,7 +51,7 @@ class Sequence:
         self.num_prompt = len(request.prompt) - request.num_resumed_tokens
         self.max_tokens = self.num_prompt + request.sampling.max_new_tokens
         self._tokens = np.empty(max(self.max_tokens, len(request.prompt)), dtype=np.int64)
-        self._tokens[: len(request.prompt)] = request.prompt
+        self._tokens[: len(request.prompt)] = request.prompt.array
         self.num_tokens = len(request.prompt)
         self.chain = KeyChain(tuple(roots), block_size)
         self.chain.extend(self.tokens)

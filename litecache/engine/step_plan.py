@@ -12,6 +12,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+from litecache.token_ids import TokenIds
 from litecache.types import SamplingParams, TokenLogprobs
 
 PLAN_VERSION = 2
@@ -30,9 +31,12 @@ class NewRow:
     """
 
     row: int
-    token_ids: tuple[int, ...]
+    token_ids: TokenIds
     num_prompt_tokens: int
     sampling: SamplingParams
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "token_ids", TokenIds(self.token_ids))
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,10 @@ class StepPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for msgpack."""
-        return dataclasses.asdict(self)
+        values = dataclasses.asdict(self)
+        for row in values["new_rows"]:
+            row["token_ids"] = list(row["token_ids"])
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> StepPlan:
@@ -106,7 +113,7 @@ class StepPlan:
             new_rows=tuple(
                 NewRow(
                     row["row"],
-                    tuple(row["token_ids"]),
+                    row["token_ids"],
                     row["num_prompt_tokens"],
                     SamplingParams(**{k: _frozen(v) for k, v in row["sampling"].items()}),
                 )
