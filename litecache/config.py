@@ -103,6 +103,9 @@ class CacheConfig:
         admission: which blocks are saved: "all", "reused" (on second sight) or "none".
         max_model_len: longest sequence in tokens; None = the model's own limit.
         max_batch_tokens: token budget of one engine step.
+        max_prefill_tokens: the same for a step in which nothing decodes, so that no stream waits
+            for it; None = four times `max_batch_tokens` on a GPU, `max_batch_tokens` elsewhere and
+            with `deterministic`.
         max_requests: requests that run at once.
         deterministic: fix the chunk grid, so that results do not depend on the load.
         cache_salt: requests share cached blocks only with requests of the same salt.
@@ -127,6 +130,7 @@ class CacheConfig:
     admission: str = _setting("admission", "all")
     max_model_len: int | None = _setting("max_model_len", None, int)
     max_batch_tokens: int = _setting("max_batch_tokens", 2048, int)
+    max_prefill_tokens: int | None = _setting("max_prefill_tokens", None, int)
     max_requests: int = _setting("max_requests", 256, int)
     deterministic: bool = _setting("deterministic", False, _parse_bool)
     cache_salt: str = _setting("cache_salt", "")
@@ -172,6 +176,10 @@ class CacheConfig:
         _check_count("max_model_len", self.max_model_len, optional=True)
         for name in ("storage_shards", "max_batch_tokens", "max_requests"):
             _check_count(name, getattr(self, name))
+        _check_count("max_prefill_tokens", self.max_prefill_tokens, optional=True)
+        if self.max_prefill_tokens is not None and self.max_prefill_tokens < self.max_batch_tokens:
+            valid = f"at least max_batch_tokens={self.max_batch_tokens}, or None"
+            raise ConfigError("max_prefill_tokens", self.max_prefill_tokens, valid)
         heads, kv_heads = self.num_heads, self.num_kv_heads
         if heads is not None and kv_heads is not None and heads % kv_heads:
             raise ConfigError("num_kv_heads", kv_heads, f"a divisor of num_heads={heads}")
@@ -206,6 +214,13 @@ class CacheConfig:
             for folder in self.storage_dir
             for index in range(self.storage_shards)
         )
+
+    def prefill_tokens(self, device_type: str) -> int:
+        """`max_prefill_tokens`, or its default on "cuda" or "cpu"."""
+        if self.max_prefill_tokens is not None and not self.deterministic:
+            return self.max_prefill_tokens
+        lone = device_type == "cuda" and not self.deterministic
+        return self.max_batch_tokens * (4 if lone else 1)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, accepted by `CacheConfig(**...)`."""

@@ -89,7 +89,7 @@ class Engine:
             self._pools,
             max_requests=config.max_requests,
             max_model_len=loaded.max_model_len,
-            max_batch_tokens=config.max_batch_tokens,
+            max_batch_tokens=config.prefill_tokens(loaded.device.type),
             deterministic=config.deterministic,
         )
         # CUDA graphs and their kernels now, so that no request waits for them.
@@ -102,6 +102,7 @@ class Engine:
             self.info.roots,
             max_requests=config.max_requests,
             max_batch_tokens=config.max_batch_tokens,
+            max_prefill_tokens=config.prefill_tokens(loaded.device.type),
             lower_tiers=bool(shards),
             admission=config.admission,
             deterministic=config.deterministic,

@@ -39,7 +39,7 @@ def choose_num_blocks(loaded: LoadedModel, layout: KVLayout, config: CacheConfig
         return config.num_blocks
     if loaded.device.type == "cuda":
         room = _gpu_room(loaded, config)
-        advice = "raise gpu_memory_fraction, lower max_batch_tokens or set num_blocks"
+        advice = "raise gpu_memory_fraction, lower max_prefill_tokens or set num_blocks"
     else:
         room = min(CPU_POOL_BYTES, int(available_memory() * CPU_MEMORY_SHARE))
         advice = "free memory or set num_blocks"
@@ -83,7 +83,7 @@ def _gpu_room(loaded: LoadedModel, config: CacheConfig) -> int:
 def profile_peak(loaded: LoadedModel, config: CacheConfig) -> int:
     """Bytes that the largest step allocates on a GPU beside weights and pool."""
     device = loaded.device
-    tokens = min(config.max_batch_tokens, loaded.max_model_len)
+    tokens = min(config.prefill_tokens(device.type), loaded.max_model_len)
     samples = min(config.max_requests, tokens)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)

@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 FUSED_GRAPH_TOKENS = 1024
 """Longest chunk that a model of fused layers replays as a graph: the host launches a longer one
 faster than the GPU runs it, and only outside a graph may attention choose its kernel by length."""
+MAX_GRAPH_TOKENS = 2048
+"""Longest chunk of any model that replays a graph."""
 MAX_UNREAD_STEPS = 8
 """Steps that may be executed on a GPU before the result of the first is read."""
 
@@ -119,7 +121,7 @@ class ModelRunner:
         )
         if self._on_gpu and os.environ.get("LITECACHE_GRAPHS", "1") != "0":
             longest = FUSED_GRAPH_TOKENS if "fused" in loaded.passes else max_batch_tokens
-            self._graphs = GraphCache(max_requests, min(longest, max_batch_tokens))
+            self._graphs = GraphCache(max_requests, min(longest, MAX_GRAPH_TOKENS))
             padded = self._graphs.largest.shape(len(layout.groups))
             largest = replace(
                 padded, tokens=max(padded.tokens, max_batch_tokens), deltas=MAX_DELTAS

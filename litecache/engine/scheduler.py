@@ -40,6 +40,7 @@ class Scheduler:
         roots: cache salt -> root key of every KV group.
         max_requests: rows, so requests that run at once.
         max_batch_tokens: token budget of a step.
+        max_prefill_tokens: the same for a step in which nothing decodes; None = no more.
         lower_tiers: whether blocks can be staged from and saved to shards.
         admission: which published blocks are saved: "all", "reused" or "none".
         deterministic: end prefill chunks on a fixed grid.
@@ -52,6 +53,7 @@ class Scheduler:
         *,
         max_requests: int,
         max_batch_tokens: int,
+        max_prefill_tokens: int | None = None,
         lower_tiers: bool = False,
         admission: str = "all",
         deterministic: bool = False,
@@ -62,6 +64,7 @@ class Scheduler:
         self._publisher = Publisher(cache, admission if lower_tiers else "none")
         self._staging = Staging(cache, self._publisher)
         self._max_batch_tokens = max_batch_tokens
+        self._max_prefill_tokens = max_prefill_tokens or max_batch_tokens
         self._chunk_grid = max(1, max_batch_tokens // 2) if deterministic else None
         self._sequences: dict[str, Sequence] = {}
         self._timed: dict[str, Sequence] = {}
@@ -150,10 +153,11 @@ class Scheduler:
         out = Schedule()
         launched = self._take_launched(step)
         tokens = sum(row_step.num_tokens for _, row_step, _ in launched.rows)
-        smaller = max(self.cache.block_size, min(tokens, self._max_batch_tokens) // 2)
+        smaller = max(self.cache.block_size, min(tokens, self._max_prefill_tokens) // 2)
         hopeless = len(launched.rows) == 1 and (not out_of_memory or tokens <= smaller)
         if out_of_memory:
-            self._max_batch_tokens = smaller
+            self._max_prefill_tokens = min(self._max_prefill_tokens, smaller)
+            self._max_batch_tokens = min(self._max_batch_tokens, smaller)
         for seq, row_step, life in launched.rows:
             seq.num_in_flight -= row_step.sample
             if seq.status is SequenceStatus.FINISHED:
@@ -181,6 +185,8 @@ class Scheduler:
         for seq in running:
             if seq.num_todo == 1 and self._may_step(seq) and self._grow(seq, plan):
                 plan.add_step(seq, 1)
+        if not plan.launched.rows:
+            plan.budget = self._max_prefill_tokens
         for seq in running:
             if seq.num_todo > 1 and self._may_step(seq):
                 plan.add_chunk(seq)

@@ -65,6 +65,7 @@ class World:
     admission: str = "all"
     max_requests: int = 3
     max_batch_tokens: int = 24
+    max_prefill_tokens: int | None = None
     deterministic: bool = False
     rows: dict[int, _Row] = field(default_factory=dict)
     blocks: dict[tuple[int, int, int], tuple[int, ...]] = field(default_factory=dict)
@@ -89,6 +90,7 @@ class World:
             self.roots,
             max_requests=self.max_requests,
             max_batch_tokens=self.max_batch_tokens,
+            max_prefill_tokens=self.max_prefill_tokens,
             lower_tiers=self.lower_tiers,
             admission=self.admission,
             deterministic=self.deterministic,
@@ -203,7 +205,10 @@ class World:
             for offset in range(BLOCK_SIZE):
                 source = self.blocks.get((copy.group, copy.src, offset), ())
                 self.blocks[copy.group, copy.dst, offset] = source
-        assert plan.num_tokens <= self.max_batch_tokens + self.max_requests
+        budget = self.max_batch_tokens
+        if not any(row.num_tokens == 1 for row in plan.rows):
+            budget = self.max_prefill_tokens or budget
+        assert plan.num_tokens <= budget + self.max_requests
         sizes = [row.num_tokens > 1 for row in plan.rows]
         assert sizes == sorted(sizes), "rows of one token must come first"
         assert len({row.row for row in plan.rows}) == len(plan.rows), "a row twice in one step"

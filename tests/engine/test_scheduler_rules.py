@@ -49,6 +49,22 @@ def test_decodes_get_a_token_in_every_step_beside_the_chunks_of_a_long_prompt() 
     assert set(chunks[:-1]) == {14}
 
 
+def test_a_prompt_may_take_a_larger_step_while_nothing_decodes() -> None:
+    world = World(num_blocks=80, lower_tiers=False, max_batch_tokens=16, max_prefill_tokens=64)
+    first = world.submit(endless(1, 40)[0] * 7, 40)
+    sizes = []
+    while not world.outputs[first]:
+        plan = next_plan(world)
+        assert plan is not None
+        sizes.append(plan.num_tokens)
+    assert sizes == [64, 20]
+    late = world.submit(PROMPT * 30, 1, cache_salt="own")
+    while not world.outputs[late]:
+        plan = next_plan(world)
+        assert plan is not None
+        assert plan.num_tokens <= 16
+
+
 def test_a_request_that_needs_most_of_the_pool_starts_under_a_stream_of_small_ones() -> None:
     world = World(num_blocks=20, lower_tiers=False, max_requests=3, max_batch_tokens=64)
     smalls = endless(60, 8)
