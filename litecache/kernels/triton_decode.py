@@ -26,7 +26,7 @@ from litecache.kernels.triton_common import (
     load_rows,
     store_rows,
 )
-from litecache.kernels.triton_pdl import await_previous, fetch_to_l2, pdl_enabled
+from litecache.kernels.triton_pdl import await_previous, fetch_to_l2, use_pdl
 from litecache.kernels.triton_plan import plan_decode
 from litecache.kernels.tuning import DecodeConfig
 
@@ -336,7 +336,7 @@ def decode(
     few_pieces = num_seqs * kv_heads * _MANY_PIECES > config.num_programs
     inline = rows <= 16 or (rows <= 32 and chunk == 0 and few_pieces)
     plan, fresh = plan_decode(metadata, seqs, kv_heads, window, rows, v_pad, config, chunk)
-    pdl = pdl_enabled(query.device)
+    pdl = use_pdl(query.device, num_seqs)
     is_float = k_cache.dtype == torch.float8_e4m3fn
     fetch = _fetch_plan(page, (k_dim, v_dim), k_cache.dtype.itemsize, 32 * config.num_warps)
     if k_scale is not None:

@@ -20,10 +20,18 @@ import torch
 import triton
 import triton.language as tl
 
+MOST_TOKENS = 256
+"""Launches for more tokens run so long that hiding their beginning gives nothing."""
+
+
+def use_pdl(device: torch.device, tokens: int) -> bool:
+    """Whether a kernel for so many tokens is launched that way."""
+    return tokens <= MOST_TOKENS and _supports_pdl(device)
+
 
 @cache
-def pdl_enabled(device: torch.device) -> bool:
-    """Whether kernels on a device are launched that way; `LITECACHE_PDL=0` turns it off."""
+def _supports_pdl(device: torch.device) -> bool:
+    """`LITECACHE_PDL=0` turns it off."""
     if device.type != "cuda" or os.environ.get("LITECACHE_PDL", "1") == "0":
         return False
     return torch.cuda.get_device_capability(device) >= (9, 0)

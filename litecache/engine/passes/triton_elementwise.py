@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from litecache.kernels.triton_pdl import await_previous, pdl_enabled
+from litecache.kernels.triton_pdl import await_previous, use_pdl
 
 
 @triton.jit
@@ -28,7 +28,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     out = torch.empty_like(x)
     width = x.shape[-1]
     block = triton.next_power_of_2(width)
-    pdl = pdl_enabled(x.device)
+    pdl = use_pdl(x.device, x.numel() // width)
     _norm_kernel[(x.numel() // width,)](
         x, weight, out, width, eps, BLOCK=block, PDL=pdl,
         num_warps=max(1, min(16, block // 512)), launch_pdl=pdl,
@@ -53,7 +53,7 @@ def silu_and_multiply(x: torch.Tensor) -> torch.Tensor:
     """`silu(gate) * up` for contiguous `x` `[T, 2 * width]`, the gate first."""
     width = x.shape[1] // 2
     out = torch.empty((x.shape[0], width), dtype=x.dtype, device=x.device)
-    pdl = pdl_enabled(x.device)
+    pdl = use_pdl(x.device, x.shape[0])
     _gate_kernel[(x.shape[0], triton.cdiv(width, 1024))](
         x, out, width, BLOCK=1024, PDL=pdl, num_warps=4, launch_pdl=pdl
     )
@@ -155,7 +155,7 @@ def rotate_and_store(
     rotary = cos.shape[-1]
     q_weight, k_weight, eps = norm if norm is not None else (None, None, 0.0)
     rows = 8 if qkv.shape[0] > 64 else 2
-    pdl = pdl_enabled(qkv.device)
+    pdl = use_pdl(qkv.device, qkv.shape[0])
     _rotary_kernel[(qkv.shape[0], triton.cdiv(num_heads + 2 * kv_heads, rows))](
         qkv, cos, sin, q_weight, k_weight, eps,
         k_cache, v_cache, k_cache.stride(0), k_cache.stride(1),

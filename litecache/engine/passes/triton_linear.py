@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from litecache.engine.passes.linear_tuning import StreamConfig, stream_config
-from litecache.kernels.triton_pdl import await_previous, fetch_to_l2, pdl_enabled
+from litecache.kernels.triton_pdl import await_previous, fetch_to_l2, use_pdl
 
 _PARTIAL_ELEMENTS = 8 << 20
 _COUNTERS = 1 << 14
@@ -200,7 +200,7 @@ def stream_linear(
     partial, counter = _workspace(x.device) if splits > 1 else (None, None)
     # The last part of a row may be shorter; addresses must be multiples of 16 bytes.
     fetch = config.fetch_bytes(k - (splits - 1) * share) if k % 8 == 0 else 0
-    pdl = pdl_enabled(x.device)
+    pdl = use_pdl(x.device, tokens)
     out = torch.empty((tokens, n), dtype=x.dtype, device=x.device)
     _stream_kernel[(blocks, splits)](
         x, weight, bias, residual, out, partial, counter, tokens, n, k, share,
