@@ -47,7 +47,7 @@ def test_graphs_draw_what_eager_steps_draw(passes, monkeypatch):
     assert outputs[0] == outputs[1]
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 7, 16, 17, 33, 64, 65, 100])
+@pytest.mark.parametrize("tokens", [0, 1, 2, 7, 16, 17, 33, 64, 65, 100])
 @pytest.mark.parametrize(("width", "out"), [(64, 96), (1000, 520), (1024, 9000)])
 def test_triton_ops_equal_torch_ops(tokens, width, out):
     generator = torch.Generator("cuda").manual_seed(tokens)

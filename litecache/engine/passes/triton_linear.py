@@ -188,6 +188,8 @@ def stream_linear(
         `[T, N]` in x's dtype.
     """
     tokens, k = x.shape
+    if tokens == 0:  # a chunk of a prompt that samples nothing
+        return x.new_empty(0, weight.shape[0] // 2 if gated else weight.shape[0])
     n = weight.shape[0] // 2 if gated else weight.shape[0]
     config = config or stream_config(tokens, n, k, gated)
     rows = 1 if tokens == 1 else max(16, triton.next_power_of_2(tokens))
