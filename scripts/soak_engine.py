@@ -5,7 +5,11 @@
 The engine runs in this process over a pool that is far too small for the load, with a RAM tier
 below it, so that preemption, eviction, saving and loading all happen. At the end no block may be
 in use, no request unanswered, every book in order; greedy outputs of a sample of 200 requests are
-compared with stock transformers in float32. Exits 1 when anything is wrong.
+compared with stock transformers in float32, penalties, biases and forbidden tokens included. Exits
+1 when anything is wrong.
+
+The share of slots that are taken and empty is told, too: about half a block per running request,
+which is much of this tiny pool (tests/engine/test_pool_waste.py measures usual lengths).
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ from bench_common import machine_info
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from transformers import LlamaConfig
+from transformers import LlamaConfig, LogitsProcessor, LogitsProcessorList
 
 from litecache.config import CacheConfig
 from litecache.engine.engine import Engine
@@ -58,6 +62,34 @@ def tiny_llama() -> LlamaConfig:
     )
 
 
+def hf_rules(sampling: SamplingParams) -> dict[str, Any]:
+    """What transformers calls a request's rules."""
+    words = [list(ids) for ids in sampling.bad_words_ids]
+    return {
+        "min_new_tokens": sampling.min_new_tokens,
+        "repetition_penalty": float(sampling.repetition_penalty),
+        "no_repeat_ngram_size": sampling.no_repeat_ngram_size,
+        "bad_words_ids": words or None,
+        "suppress_tokens": list(sampling.suppress_tokens) or None,
+        "begin_suppress_tokens": list(sampling.begin_suppress_tokens) or None,
+        "sequence_bias": [[list(ids), bias] for ids, bias in sampling.sequence_bias] or None,
+    }
+
+
+class OutputPenalties(LogitsProcessor):  # type: ignore[misc]
+    """Presence and frequency penalties, which transformers does not have."""
+
+    def __init__(self, request: Request) -> None:
+        self.prompt, self.sampling = len(request.prompt), request.sampling
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        counts = torch.zeros_like(scores)
+        output = input_ids[:, self.prompt :]
+        counts.scatter_add_(1, output, torch.ones_like(output, dtype=scores.dtype))
+        scores = scores - self.sampling.frequency_penalty * counts
+        return scores - self.sampling.presence_penalty * (counts > 0)
+
+
 class Soak:
     """The load generator and its books."""
 
@@ -78,6 +110,7 @@ class Soak:
         self.reasons: dict[FinishReason, int] = {}
         self.to_check: list[tuple[Request, list[int]]] = []
         self.problems: list[str] = []
+        self.waste: list[float] = []
 
     def tokens(self, count: int) -> list[int]:
         return self.rng.choices(range(VOCAB), k=count)
@@ -87,13 +120,18 @@ class Soak:
         prompt = rng.choice(self.prefixes) if rng.random() < 0.7 else []
         prompt = prompt[: rng.randrange(len(prompt) + 1)] + self.tokens(rng.randrange(1, 30))
         greedy = rng.random() < 0.6
+        length = rng.randrange(1, 48)
+        eos = (rng.randrange(VOCAB),) if rng.random() < 0.3 else ()
         sampling = SamplingParams(
-            rng.randrange(1, 48),
+            length,
+            **self.make_rules(eos),
+            min_new_tokens=min(rng.choice([0, 0, 4]), length),
+            logprobs=rng.choice([None, None, 0, 3]),
             temperature=0.0 if greedy else rng.uniform(0.2, 2.0),
             top_k=rng.choice([0, 0, 1, 5, 50]),
             top_p=rng.choice([1.0, 1.0, 0.9, 0.1]),
             seed=rng.randrange(2**31),
-            eos_token_ids=(rng.randrange(VOCAB),) if rng.random() < 0.3 else (),
+            eos_token_ids=eos,
         )
         return Request(
             f"r{number}",
@@ -103,6 +141,46 @@ class Soak:
             priority=rng.randrange(3),
             cache_salt=rng.choice(["", "", "tenant"]),
         )
+
+    def make_rules(self, eos: tuple[int, ...]) -> dict[str, Any]:
+        """Half of the requests have no rules, the others some of all kinds."""
+        rng = self.rng
+        if rng.random() < 0.5:
+            return {}
+        rules: dict[str, Any] = {
+            "repetition_penalty": rng.choice([1.0, 1.3, 0.8]),
+            "presence_penalty": rng.choice([0.0, 0.0, 0.6]),
+            "frequency_penalty": rng.choice([0.0, 0.0, 0.3]),
+            "no_repeat_ngram_size": rng.choice([0, 0, 2, 3]),
+        }
+        if rng.random() < 0.4:
+            words = [self.tokens(rng.randrange(1, 4)) for _ in range(5)]
+            # The adapter leaves an end token alone out of the bad words, as transformers does.
+            rules["bad_words_ids"] = tuple(tuple(word) for word in words if tuple(word) != eos)
+        if rng.random() < 0.4:
+            rules["sequence_bias"] = (((rng.randrange(VOCAB),), rng.uniform(-4, 4)),)
+        if rng.random() < 0.4:
+            rules["suppress_tokens"] = tuple(self.tokens(10))
+            rules["begin_suppress_tokens"] = tuple(self.tokens(10))
+        return rules
+
+    def sample_waste(self) -> None:
+        """Note how many of the pool's taken slots hold no token."""
+
+        def look() -> float:
+            scheduler = self.engine._scheduler
+            (pool,) = scheduler.cache.pools
+            # Blocks of several requests count once, with the tokens that they hold.
+            filled: dict[int, int] = {}
+            for seq in scheduler._queues.running:
+                for index, block in enumerate(seq.tables[0]):
+                    tokens = seq.num_computed - index * scheduler.cache.block_size
+                    tokens = min(scheduler.cache.block_size, max(tokens, 0))
+                    filled[block] = max(filled.get(block, 0), tokens)
+            taken = len(filled) * scheduler.cache.block_size
+            return (taken - sum(filled.values())) / (pool.num_blocks * scheduler.cache.block_size)
+
+        self.waste.append(self.engine.call(look))
 
     def run(self, progress: Progress) -> None:
         task = progress.add_task("requests", total=self.total)
@@ -131,11 +209,14 @@ class Soak:
                     self.problems.append(f"{delta.request_id} spoke after its end")
                     continue
                 self.outputs[delta.request_id] += delta.token_ids
+                self.check_logprobs(delta)
                 if delta.finish_reason is not None:
                     open_ids.discard(delta.request_id)
                     self.finish(delta)
                     done += 1
                     progress.advance(task)
+                    if done % 20 == 0 and number < self.total:
+                        self.sample_waste()
 
     def finish(self, delta: TokenDelta) -> None:
         reason = delta.finish_reason
@@ -152,6 +233,14 @@ class Soak:
             self.to_check.append((request, output))
             if len(self.to_check) > SAMPLE * 4:
                 self.to_check.pop(self.rng.randrange(len(self.to_check)))
+
+    def check_logprobs(self, delta: TokenDelta) -> None:
+        wanted = self.requests[delta.request_id].sampling.logprobs
+        if len(delta.logprobs) != (0 if wanted is None else len(delta.token_ids)):
+            self.problems.append(f"{delta.request_id}: {len(delta.logprobs)} log-probabilities")
+        for told in delta.logprobs:
+            if len(told.top) != wanted or not told.logprob <= 1e-6:
+                self.problems.append(f"{delta.request_id}: log-probabilities {told}")
 
     def check_books(self) -> dict[str, Any]:
         self.engine.flush()
@@ -177,10 +266,14 @@ class Soak:
                 do_sample=False,
                 pad_token_id=0,
                 eos_token_id=list(request.sampling.eos_token_ids) or None,
+                **hf_rules(request.sampling),
             )
             ids = torch.tensor([request.prompt])
             mask = torch.ones_like(ids)
-            wanted = model.generate(ids, attention_mask=mask, generation_config=config)
+            penalties = LogitsProcessorList([OutputPenalties(request)])
+            wanted = model.generate(
+                ids, attention_mask=mask, generation_config=config, logits_processor=penalties
+            )
             if wanted[0, len(request.prompt) :].tolist() != output:
                 self.problems.append(f"{request.request_id} has other tokens than transformers")
         return len(sample)
@@ -214,6 +307,9 @@ def main() -> int:
         "evictions": stats["evictions"],
         "reused tokens": stats["reused"],
         "greedy outputs compared": compared,
+        "pool slots taken and empty, mean %": round(100 * sum(soak.waste) / len(soak.waste), 2)
+        if soak.waste
+        else None,
         "problems": soak.problems[:20],
     }
     table = Table("figure", "value")

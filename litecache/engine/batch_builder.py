@@ -36,6 +36,7 @@ class Batch:
         shape: of the inputs, padding included.
         query_lens: tokens of each sequence, a graph's padded decodes included.
         context_lens: visible tokens of each sequence, likewise.
+        lives: life of each sequence's row, likewise.
         sampled_rows: rows whose token is drawn, without padding.
         every_token_sampled: logits are wanted at all tokens, in order.
         all_greedy, num_sorted, any_min_p: see SamplingBatch.
@@ -47,6 +48,7 @@ class Batch:
     shape: StepShape
     query_lens: tuple[int, ...]
     context_lens: tuple[int, ...]
+    lives: tuple[int, ...]
     sampled_rows: tuple[int, ...]
     every_token_sampled: bool
     all_greedy: bool
@@ -234,6 +236,7 @@ class BatchBuilder:
             shape=shape,
             query_lens=tuple(counts.tolist()),
             context_lens=tuple(contexts.tolist()),
+            lives=tuple(tables.life[rows].tolist()),
             sampled_rows=tuple(sampled.tolist()),
             every_token_sampled=len(samples) == shape.tokens,
             all_greedy=not len(drawing),

@@ -27,6 +27,7 @@ from litecache.engine.sampler import INVALID_TOKEN, SamplingBatch, sample
 from litecache.engine.step_buffers import StepBuffers, StepShape
 from litecache.engine.step_plan import BlockCopy, StepPlan, StepResult
 from litecache.kernels import AttentionMetadata, copy_blocks
+from litecache.kernels.decode_copies import SCRATCH, DecodeCopies
 
 logger = logging.getLogger(__name__)
 
@@ -128,6 +129,7 @@ class ModelRunner:
             )
         self._buffers = StepBuffers(largest, max_requests, device)
         self._rules = RuleBook(max_model_len, device)
+        self._decode_copies = None if self._on_gpu else DecodeCopies()
         self._builder = BatchBuilder(layout, self._tables, self._buffers, max_batch_tokens)
         self._results = []
         self._turn = 0
@@ -255,6 +257,10 @@ class ModelRunner:
     def _metadata(self, batch: Batch, fields: dict[str, torch.Tensor]) -> list[AttentionMetadata]:
         longest = max(batch.context_lens)
         width = -(-longest // self._layout.block_size)
+        kept = {}
+        if self._decode_copies is not None:
+            self._decode_copies.begin_step()
+            kept = {SCRATCH: (self._decode_copies, batch.lives)}
         return [
             AttentionMetadata(
                 slot_mapping=slots,
@@ -267,6 +273,7 @@ class ModelRunner:
                 max_context_len=longest,
                 query_lens=batch.query_lens,
                 context_lens_host=batch.context_lens,
+                scratch=dict(kept),
             )
             for slots, tables in self._groups(fields)
         ]

@@ -32,6 +32,7 @@ class RowTables:
         num_known: int64 `[rows + 1]`, how many of them are valid; later positions were sampled and
             are known to the device.
         num_prompt: int64 `[rows + 1]`, sampling positions count from it.
+        life: int64 `[rows + 1]`, a number that no other request in any row has.
         stream: int64 `[rows + 1]`, of the random generator.
         rules: of the rows that have any.
         logprobs: of the rows that report log-probabilities, for how many of the likeliest.
@@ -49,6 +50,8 @@ class RowTables:
         self.num_known = np.zeros(max_requests + 1, dtype=np.int64)
         self.num_known[max_requests] = 1
         self.num_prompt = np.zeros(max_requests + 1, dtype=np.int64)
+        self.life = np.zeros(max_requests + 1, dtype=np.int64)
+        self._lives = 0
         self.temperature = np.zeros(max_requests + 1, dtype=np.float32)
         self.top_k = np.zeros(max_requests + 1, dtype=np.int64)
         self.top_p = np.ones(max_requests + 1, dtype=np.float32)
@@ -70,6 +73,8 @@ class RowTables:
         self.tokens[row, :count] = new.token_ids.array
         self.num_known[row] = count
         self.num_prompt[row] = new.num_prompt_tokens
+        self._lives += 1
+        self.life[row] = self._lives
         self.temperature[row] = sampling.temperature
         self.top_k[row] = sampling.top_k
         self.top_p[row] = sampling.top_p

@@ -3,15 +3,19 @@
 Attention gathers the visible blocks of a batch into a workspace laid out heads first
 (`[kv_heads, seqs, tokens, dim]`, one memcpy per block and head) and hands it to torch's SDPA. For
 decodes the query heads of a KV head are packed as rows, so that GQA expands nothing. Which blocks
-and masks are involved depends on the step alone: `reference_plan` keeps that for all layers.
+and masks are involved depends on the step alone: `reference_plan` keeps that for all layers. A
+caller that names its sequences spares a batch of decodes the gathering (`decode_copies`).
 Softcap, sinks, ALiBi and a V dimension of its own take an explicit float32 softmax.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch.nn import functional
 
+from litecache.kernels.decode_copies import SCRATCH, DecodeCopies
 from litecache.kernels.metadata import AttentionMetadata
 from litecache.kernels.quantise import quantise
 from litecache.kernels.reference_plan import Task, plan_step
@@ -79,8 +83,18 @@ def paged_attention(
         if direct is not None and task.whole:
             _causal(query, direct[0], direct[1], task, scale, out)
             continue
+        kept = None
+        if direct is not None and key is not None and key.dtype == k_cache.dtype:
+            kept = _kept_decodes(task, metadata, k_cache)
+        if kept is not None and direct is not None:
+            found = kept.extend(direct[0], direct[1])
+            if found is not None:
+                _decode(query, *found, task, scale, out, kept.equal)
+                continue
         keys = task.gather(k_cache, k_scale, query.dtype, metadata.scratch, "keys")
         values = task.gather(v_cache, v_scale, query.dtype, metadata.scratch, "values")
+        if kept is not None:
+            kept.offer(keys, values)
         if not plain:
             _explicit(query, keys, values, task, scale, softcap, sinks, alibi_slopes, out)
         elif task.num_queries == 1:
@@ -88,6 +102,54 @@ def paged_attention(
         else:
             _prefill(query, keys, values, task, scale, out)
     return out
+
+
+class _KeptDecodes(NamedTuple):
+    """One layer's part of the copies that the caller keeps of a batch of decodes."""
+
+    copies: DecodeCopies
+    layer: int
+    rows: slice | torch.Tensor
+    lives: tuple[int, ...]
+    contexts: tuple[int, ...]
+
+    @property
+    def equal(self) -> bool:
+        """All sequences are equally long: nothing is hidden."""
+        return min(self.contexts) == max(self.contexts)
+
+    def extend(
+        self, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """See `DecodeCopies.extend`."""
+        new = (key[self.rows], value[self.rows])
+        return self.copies.extend(self.layer, self.lives, self.contexts, *new)
+
+    def offer(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """See `DecodeCopies.offer`."""
+        self.copies.offer(self.layer, self.lives, self.contexts, keys, values)
+
+
+def _kept_decodes(
+    task: Task, metadata: AttentionMetadata, k_cache: torch.Tensor
+) -> _KeptDecodes | None:
+    """The copies for a task of whole decodes, None for any other, or when the caller keeps none."""
+    found = metadata.scratch.get(SCRATCH)
+    if found is None or task.num_queries != 1:
+        return None
+    copies, lives = found
+    name = (SCRATCH, id(task))
+    if name not in metadata.scratch:
+        # Decodes come first, one query each: a row of the batch is the number of its sequence.
+        members = task.token_rows[:, 0].tolist()
+        contexts = tuple((metadata.context_lens_host or ())[seq] for seq in members)
+        # Behind a window the gathered columns do not begin at the sequence's first token.
+        whole = task.window is None or max(contexts) <= task.window
+        metadata.scratch[name] = (tuple(lives[seq] for seq in members), contexts, whole)
+    own, contexts, whole = metadata.scratch[name]
+    if not whole:
+        return None
+    return _KeptDecodes(copies, k_cache.data_ptr(), task.tokens(), own, contexts)
 
 
 def _causal(
@@ -114,12 +176,15 @@ def _decode(
     task: Task,
     scale: float,
     out: torch.Tensor,
+    all_visible: bool = False,
 ) -> None:
     """One query a sequence: KV heads become the batch, the query heads of each its rows."""
-    kv_heads, num_seqs, _, dim = keys.shape
+    kv_heads, num_seqs, num_keys, dim = keys.shape
     rows = task.tokens()
     packed = query[rows].view(num_seqs, kv_heads, -1, dim).transpose(0, 1)
-    mask = task.decode_mask(kv_heads, packed.shape[2], query.dtype)
+    mask = None if all_visible else task.decode_mask(kv_heads, packed.shape[2], query.dtype)
+    if mask is not None:
+        mask = mask[..., :num_keys]
     heads = functional.scaled_dot_product_attention(packed, keys, values, mask, scale=scale)
     out[rows] = heads.transpose(0, 1).reshape(num_seqs, -1, dim)
 
