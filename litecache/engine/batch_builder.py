@@ -18,7 +18,7 @@ from litecache.engine.logit_rules import RuledSample
 from litecache.engine.random_numbers import position_keys
 from litecache.engine.row_tables import RowTables
 from litecache.engine.sampler import EVERY_TOKEN
-from litecache.engine.step_buffers import Fields, StepBuffers, StepShape
+from litecache.engine.step_buffers import STRUCK_TOKENS, Fields, StepBuffers, StepShape
 from litecache.engine.step_plan import StepPlan, TableUpdate
 from litecache.errors import ConfigError
 
@@ -41,6 +41,7 @@ class Batch:
         every_token_sampled: logits are wanted at all tokens, in order.
         all_greedy, num_sorted, any_min_p: see SamplingBatch.
         masked: (sample, token) pairs whose logits are struck out.
+        masks_fit: the drawing kernels find all of them among the step's inputs.
         ruled: sampled rows with rules.
         logprobs: (sample, number of the likeliest) of the rows that report log-probabilities.
     """
@@ -55,13 +56,14 @@ class Batch:
     num_sorted: int
     any_min_p: bool
     masked: tuple[tuple[int, int], ...]
+    masks_fit: bool
     ruled: tuple[RuledSample, ...]
     logprobs: tuple[tuple[int, int], ...]
 
     @property
     def filtered(self) -> bool:
         """Whether drawing needs more than a race over all tokens."""
-        return bool(self.masked) or self.needs_torch
+        return not self.masks_fit or self.needs_torch
 
     @property
     def needs_torch(self) -> bool:
@@ -206,10 +208,14 @@ class BatchBuilder:
         for name in ("temperature", "top_k", "top_p", "min_p"):
             fields[name][:count] = getattr(tables, name)[rows]
             fields[name][count:] = 0
+        num_new = contexts - tables.num_prompt[rows]
         if fields["temperature"].any():
-            positions = contexts - tables.num_prompt[rows]
-            fields["keys"][:count] = position_keys(tables.stream[rows], positions)
+            fields["keys"][:count] = position_keys(tables.stream[rows], num_new)
             fields["keys"][count:] = 0
+        struck = fields["struck"].reshape(-1, STRUCK_TOKENS)
+        struck[:] = -1
+        early = num_new < tables.min_new_tokens[rows]
+        struck[:count][early] = tables.struck_ends[rows[early]]
 
     def _fill_deltas(self, fields: Fields, updates: tuple[TableUpdate, ...]) -> None:
         start = 0
@@ -228,10 +234,15 @@ class BatchBuilder:
         drawing = sampled[tables.temperature[sampled] > 0]
         masked: list[tuple[int, int]] = []
         num_new = contexts[samples] - tables.num_prompt[sampled]
+        fit = True
         for index in np.flatnonzero(num_new < tables.min_new_tokens[sampled]).tolist():
-            masked += [(index, token) for token in tables.eos_token_ids[sampled[index]]]
+            ends = tables.eos_token_ids[sampled[index]]
+            fit = fit and len(ends) <= STRUCK_TOKENS
+            masked += [(index, token) for token in ends]
         for index in np.flatnonzero(num_new == 0).tolist():
-            masked += [(index, token) for token in tables.begin_suppressed[sampled[index]]]
+            suppressed = tables.begin_suppressed[sampled[index]]
+            fit = fit and not suppressed
+            masked += [(index, token) for token in suppressed]
         return Batch(
             shape=shape,
             query_lens=tuple(counts.tolist()),
@@ -243,6 +254,7 @@ class BatchBuilder:
             num_sorted=_num_sorted(tables.top_k[drawing], tables.top_p[drawing]),
             any_min_p=bool(len(drawing) and (tables.min_p[drawing] > 0).any()),
             masked=tuple(masked),
+            masks_fit=fit,
             ruled=self._ruled(sampled, contexts[samples]),
             logprobs=self._logprobs(sampled),
         )

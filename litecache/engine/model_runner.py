@@ -24,7 +24,7 @@ from litecache.engine.logprobs import LogprobRows
 from litecache.engine.model_loader import LoadedModel
 from litecache.engine.row_tables import RowTables
 from litecache.engine.sampler import INVALID_TOKEN, SamplingBatch, sample
-from litecache.engine.step_buffers import StepBuffers, StepShape
+from litecache.engine.step_buffers import STRUCK_TOKENS, StepBuffers, StepShape
 from litecache.engine.step_plan import BlockCopy, StepPlan, StepResult
 from litecache.kernels import AttentionMetadata, copy_blocks
 from litecache.kernels.decode_copies import SCRATCH, DecodeCopies
@@ -305,11 +305,11 @@ class ModelRunner:
         self, logits: torch.Tensor, batch: Batch, fields: dict[str, torch.Tensor]
     ) -> torch.Tensor:
         """Draw tokens and write them where the next step reads them."""
-        masked = self._masked(batch)
         if self._on_gpu and not batch.needs_torch:
-            if masked is not None:
-                logits[masked] = float("-inf")
+            if not batch.masks_fit:
+                logits[self._masked(batch)] = float("-inf")
             return self._remember(logits, fields)
+        masked = self._masked(batch) if batch.masked else None
         if batch.ruled:
             logits = self._rules.apply(logits, batch.ruled)
         tokens = sample(logits, self._sampling_batch(batch, fields, masked))
@@ -326,12 +326,11 @@ class ModelRunner:
             fields["temperature"],
             fields["keys"],
             fields["sample_rows"],
+            fields["struck"].view(-1, STRUCK_TOKENS),
             self._buffers.last_tokens,
         )
 
-    def _masked(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor] | None:
-        if not batch.masked:
-            return None
+    def _masked(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         pairs = torch.from_numpy(np.array(batch.masked, dtype=np.int64).T.copy())
         # A blocking copy would wait for the step before, which is still running.
         rows, tokens = pairs.to(self._buffers.words.device, non_blocking=True)

@@ -15,6 +15,7 @@ import torch
 from litecache.engine.kv_layout import KVLayout
 from litecache.engine.logit_rules import RowRules
 from litecache.engine.random_numbers import stream_keys
+from litecache.engine.step_buffers import STRUCK_TOKENS
 from litecache.engine.step_plan import NewRow, TableUpdate
 
 
@@ -59,6 +60,8 @@ class RowTables:
         self.stream = np.zeros(max_requests + 1, dtype=np.int64)
         self.min_new_tokens = np.zeros(max_requests + 1, dtype=np.int64)
         self.eos_token_ids: list[tuple[int, ...]] = [()] * (max_requests + 1)
+        # The end tokens in a form that a step can gather; rows with more of them take the slow way.
+        self.struck_ends = np.full((max_requests + 1, STRUCK_TOKENS), -1, dtype=np.int32)
         self.begin_suppressed: list[tuple[int, ...]] = [()] * (max_requests + 1)
         self.rules: dict[int, RowRules] = {}
         self.logprobs: dict[int, int] = {}
@@ -83,6 +86,9 @@ class RowTables:
         self.stream[row] = stream_keys(seed, np.array([sampling.sample_index]))[0]
         self.min_new_tokens[row] = sampling.min_new_tokens
         self.eos_token_ids[row] = sampling.eos_token_ids
+        self.struck_ends[row] = -1
+        ends = sampling.eos_token_ids[:STRUCK_TOKENS]
+        self.struck_ends[row, : len(ends)] = ends
         self.begin_suppressed[row] = sampling.begin_suppress_tokens
         self.rules.pop(row, None)
         if sampling.any_rules:

@@ -19,6 +19,9 @@ _RING = 4
 
 _CACHED_SHAPES = 512
 
+STRUCK_TOKENS = 4
+"""Tokens a row cannot draw that the drawing kernels know of; -1 = none."""
+
 Fields = dict[str, npt.NDArray[Any]]
 
 
@@ -55,6 +58,7 @@ class StepShape:
             ("temperature", "float32", self.samples),
             ("top_p", "float32", self.samples),
             ("min_p", "float32", self.samples),
+            ("struck", "int32", self.samples * STRUCK_TOKENS),
             ("context_lens", "int32", self.seqs),
             ("cu_seqlens", "int32", self.seqs + 1),
             ("delta_index", "int64", self.deltas),

@@ -85,7 +85,11 @@ def test_the_kernel_draws_what_torch_draws():
     keys = torch.arange(-32, 32, device="cuda") << 40
     last = torch.zeros(80, dtype=torch.int64, device="cuda")
     rows = torch.arange(10, 74, device="cuda")
-    got = sample_and_remember(logits, temperature, keys, rows, last)
+    struck = torch.full((64, 4), -1, dtype=torch.int32, device="cuda")
+    best = logits.argmax(1)
+    struck[7:9, 2], struck[7, 0] = best[7:9], 5
+    got = sample_and_remember(logits, temperature, keys, rows, struck, last)
+    logits[[7, 7, 8], [best[7], 5, best[8]]] = float("-inf")
     ones, zeros = torch.ones(64, device="cuda"), torch.zeros(64, device="cuda")
     batch = SamplingBatch(temperature, zeros.long(), ones, zeros, keys, False, 0, False)
     expected = sample(logits.clone(), batch)

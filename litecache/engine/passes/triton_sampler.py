@@ -28,8 +28,8 @@ def _random_bits(key, counter):
 
 @triton.jit
 def _slice_kernel(
-    logits_ptr, row_stride, temperature_ptr, keys_ptr, value_ptr, index_ptr, vocab,
-    CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    logits_ptr, row_stride, temperature_ptr, keys_ptr, struck_ptr, value_ptr, index_ptr, vocab,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr, STRUCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
@@ -45,6 +45,8 @@ def _slice_kernel(
         x = tl.load(
             logits_ptr + row * row_stride + token, mask=token < vocab, other=float("-inf")
         ).to(tl.float32)
+        for place in tl.static_range(STRUCK):
+            x = tl.where(token == tl.load(struck_ptr + row * STRUCK + place), float("-inf"), x)
         # NaN loses every comparison: as +inf it is found, and the row reported.
         x = tl.where(x == x, x, float("inf"))
         better = x > best
@@ -95,6 +97,7 @@ def sample_and_remember(
     temperature: torch.Tensor,
     keys: torch.Tensor,
     rows: torch.Tensor,
+    struck: torch.Tensor,
     last_tokens: torch.Tensor,
 ) -> torch.Tensor:
     """Draw one token per row and write it where the next step reads it.
@@ -104,6 +107,7 @@ def sample_and_remember(
         temperature: float32 `[S]`; 0 = greedy.
         keys: int64 `[S]`, of the generator.
         rows: int64 `[S]`, indices into `last_tokens`.
+        struck: int32 `[S, n]`, contiguous, tokens that a row cannot draw; -1 = none.
         last_tokens: int64, receives the tokens (0 for an invalid row).
 
     Returns:
@@ -117,8 +121,8 @@ def sample_and_remember(
     if not samples:
         return tokens
     _slice_kernel[(samples, parts)](
-        logits, logits.stride(0), temperature, keys, value, index, vocab,
-        CHUNK=_CHUNK, BLOCK=1024, num_warps=4,
+        logits, logits.stride(0), temperature, keys, struck, value, index, vocab,
+        CHUNK=_CHUNK, BLOCK=1024, STRUCK=struck.shape[1], num_warps=4,
     )  # fmt: skip
     _winner_kernel[(samples,)](
         value, index, temperature, rows, last_tokens, tokens, parts,
