@@ -46,5 +46,8 @@ def test_a_source_array_may_change_afterwards():
     assert tokens == (0, 1, 2, 3, 4)
 
 
-def test_four_bytes_a_token_where_they_fit():
-    assert len(pickle.dumps(TokenIds(range(10_000)))) < 41_000
+def test_as_few_bytes_a_token_as_the_largest_one_needs():
+    for largest, width in ((255, 1), (50_000, 2), (128_255, 3), (2**30, 4), (2**40, 8), (-1, 8)):
+        tokens = TokenIds([largest] * 10_000)
+        assert len(pickle.dumps(tokens)) < width * 10_000 + 200
+        assert pickle.loads(pickle.dumps(tokens)) == tokens

@@ -104,6 +104,8 @@ class PagedContext:
         self._checked: set[int] = set()
         self.metadata: Sequence[AttentionMetadata] = ()
         """One per group; set before each forward."""
+        self.needed: torch.Tensor | None = None
+        """int64 `[n]`: the positions of the batch whose logits are wanted; None = all may be."""
 
     def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, AttentionMetadata]:
         """The K and V views of a layer and the step's metadata of its group."""
@@ -119,10 +121,14 @@ class PagedContext:
         options: AttentionOptions,
     ) -> torch.Tensor:
         """Write this step's KV to its slots, then attend to all that is visible."""
+        self.store(layer, key, value)
+        return self.attend_stored(layer, query, key, value, options)
+
+    def store(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Write this step's KV to its slots."""
         k_cache, v_cache, metadata = self.layer(layer)
         kernels = self._backend if layer in self._checked else dispatch
         kernels.store_kv(key, value, k_cache, v_cache, metadata.slot_mapping)
-        return self.attend_stored(layer, query, key, value, options)
 
     def attend_stored(
         self,

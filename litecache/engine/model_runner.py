@@ -240,6 +240,7 @@ class ModelRunner:
         index = None
         if batch is None or not batch.every_token_sampled:
             index = fields["logit_index"]
+        self._context.needed = index
         options = {}
         if self._keeps_logits and index is not None:
             options["logits_to_keep"] = index

@@ -169,7 +169,11 @@ def fold_tile(
         v_factor = tl.load(vs_ptr + page * vs_stride + slot)
         scores = dot(q, tl.trans(widen(k))) * q_factor[:, None] * (k_factor * qk_scale)[None, :]
     else:
-        scores = dot(q, tl.trans(k.to(q.dtype))) * qk_scale
+        scores = dot(q, tl.trans(k.to(q.dtype)))
+    # Where nothing else touches the scores their scale goes into the exponent's multiply-add.
+    plain: tl.constexpr = not (QUANTISED or SOFTCAP or ALIBI)
+    if (SOFTCAP or ALIBI) and not QUANTISED:
+        scores *= qk_scale
     if SOFTCAP:
         # tanh by exp2, with an argument that cannot overflow; `qk_scale` is free of log2(e) here.
         decay = tl.exp2(tl.abs(scores) * (-2.0 * LOG2E / softcap))
@@ -184,10 +188,13 @@ def fold_tile(
         if WINDOWED:
             visible = visible & (column[None, :] > q_position[:, None] - window)
         scores = tl.where(visible, scores, float("-inf"))
-    new_peak = tl.maximum(peak, tl.max(scores, 1))
+    new_peak = tl.maximum(peak, tl.max(scores, 1) * (qk_scale if plain else 1.0))
     # A row that has seen nothing yet has peak -inf, and -inf - -inf is NaN.
     safe_peak = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-    weights = tl.exp2(scores - safe_peak[:, None])
+    if plain:
+        weights = tl.exp2(scores * qk_scale - safe_peak[:, None])
+    else:
+        weights = tl.exp2(scores - safe_peak[:, None])
     decay_old = tl.exp2(peak - safe_peak)
     total = total * decay_old + tl.sum(weights, 1)
     acc = acc * decay_old[:, None]

@@ -41,10 +41,12 @@ class FusedDecoderLayer(nn.Module):
     Args:
         original: a layer for which `has_structure` holds.
         options: what the original's attention asks for.
+        last: no layer follows, so that only the positions whose logits are wanted need its result.
     """
 
-    def __init__(self, original: Any, options: AttentionOptions) -> None:
+    def __init__(self, original: Any, options: AttentionOptions, *, last: bool = False) -> None:
         super().__init__()
+        self._last = last
         attention, mlp = original.self_attn, original.mlp
         self._layer = attention.layer_idx
         self._dim = attention.head_dim
@@ -79,13 +81,40 @@ class FusedDecoderLayer(nn.Module):
         x = hidden_states[0]
         qkv = ops.linear(ops.norm(x, *self._norms[0]), *self._qkv)
         cos, sin = position_embeddings
-        attended = self._attend(qkv, cos[0], sin[0])
-        x = ops.linear_add(x, attended.reshape(x.shape[0], -1), *self._out)
-        active = ops.gated_linear(ops.norm(x, *self._norms[1]), *self._gate_up)
-        return ops.linear_add(x, active, *self._down)[None]
+        needed = self._needed(x.shape[0])
+        attended = self._attend(qkv, cos[0], sin[0], needed)
+        if attended is None:
+            return hidden_states
+        attended = attended.reshape(x.shape[0], -1)
+        if needed is None:
+            return self._finish(x, attended)[None]
+        rows = self._finish(x.index_select(0, needed), attended.index_select(0, needed))
+        return x.index_copy_(0, needed, rows)[None]
 
-    def _attend(self, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    def _needed(self, tokens: int) -> torch.Tensor | None:
+        """The positions that the rest of the layer is computed for, None = all."""
+        needed: torch.Tensor | None = getattr(current_context(), "needed", None)
+        if not self._last or needed is None or 2 * len(needed) > tokens:
+            return None
+        return needed
+
+    def _finish(self, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        """What follows attention, `[T, width]` from the residual and the heads' outputs."""
+        ops = self._ops
+        x = ops.linear_add(x, attended, *self._out)
+        active = ops.gated_linear(ops.norm(x, *self._norms[1]), *self._gate_up)
+        return ops.linear_add(x, active, *self._down)
+
+    def _attend(
+        self,
+        qkv: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        needed: torch.Tensor | None,
+    ) -> torch.Tensor | None:
+        """Store keys and values, and attend `[T, heads, dim]`; None when nobody needs a result."""
         context = current_context()
+        nobody = needed is not None and not len(needed)
         tokens = qkv.shape[0]
         queries_end = self._heads
         keys_end = queries_end + self._kv_heads
@@ -96,6 +125,8 @@ class FusedDecoderLayer(nn.Module):
             rotate_and_store(
                 qkv, cos, sin, k_cache, v_cache, metadata.slot_mapping, self._heads, self._qk_norm
             )
+            if nobody:
+                return None
             heads = qkv.view(tokens, -1, self._dim)
             return context.attend_stored(
                 self._layer,
@@ -112,6 +143,9 @@ class FusedDecoderLayer(nn.Module):
             key = self._ops.norm(query_key[:, queries_end:].contiguous(), k_weight, eps)
             query_key = torch.cat([query, key], dim=1)
         query_key = _rotate(query_key, cos, sin)
+        if nobody and isinstance(context, PagedContext):
+            context.store(self._layer, query_key[:, queries_end:], value)
+            return None
         return context.attend(
             self._layer,
             query_key[:, :queries_end],
@@ -200,10 +234,12 @@ def fuse_layers(model: Any) -> Callable[[], None] | None:
         A function that puts the original layers back, or None when none was replaced.
     """
     replaced: list[tuple[nn.ModuleList, int, nn.Module]] = []
-    for layers, rotary in _stacks(model):
+    stacks = list(_stacks(model))
+    for layers, rotary in stacks:
         for index, layer in enumerate(layers):
             if has_structure(layer):
-                fused = _proven(layer, rotary)
+                last = len(stacks) == 1 and index == len(layers) - 1
+                fused = _proven(layer, rotary, last)
                 if fused is not None:
                     replaced.append((layers, index, layer))
                     layers[index] = fused
@@ -223,7 +259,7 @@ def _stacks(model: nn.Module) -> Iterator[tuple[nn.ModuleList, nn.Module]]:
             yield layers, rotary
 
 
-def _proven(layer: Any, rotary: nn.Module) -> FusedDecoderLayer | None:
+def _proven(layer: Any, rotary: nn.Module, last: bool) -> FusedDecoderLayer | None:
     """The fused layer, or None when its output differs from the original's."""
     weight = layer.self_attn.q_proj.weight
     generator = torch.Generator().manual_seed(0)
@@ -236,7 +272,7 @@ def _proven(layer: Any, rotary: nn.Module) -> FusedDecoderLayer | None:
             embeddings = rotary(hidden, positions)
             arguments = {"position_embeddings": embeddings, "position_ids": positions}
             expected = layer(hidden, attention_mask=None, **arguments)
-            fused = FusedDecoderLayer(layer, context.options)
+            fused = FusedDecoderLayer(layer, context.options, last=last)
             got = fused(hidden.clone(), **arguments)
             if not isinstance(expected, torch.Tensor):
                 return None
