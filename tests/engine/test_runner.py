@@ -49,6 +49,17 @@ def test_chunked_prefill_mixed_steps_and_decode_equal_stock(loaded):
     assert got == expected
 
 
+def test_chunks_that_sample_nothing_leave_their_keys_in_every_layer(loaded):
+    prompt = random_prompt(61, 6)
+    driver = PlanDriver(loaded)
+    driver.add(0, prompt)
+    for count in (20, 20):
+        assert driver.step({0: count}).result().tokens == ()
+    # The last chunk wants the logits of one position of many: the last layer skips the rest.
+    first = driver.step({0: 21}).result().tokens[0]
+    assert [first, *driver.decode(0, 9)] == stock_generate(loaded, prompt, 10)
+
+
 def test_next_step_starts_before_the_result_of_the_last_is_read(loaded):
     prompt = random_prompt(23, 5)
     driver = PlanDriver(loaded)
