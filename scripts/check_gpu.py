@@ -168,8 +168,7 @@ def copy_rates(device: str) -> dict[str, float]:
         for _ in range(5):
             copier.synchronize()
             started = time.perf_counter()
-            for source, target in pairs:
-                copier.load(source, target)
+            copier.copy(pairs)
             copier.synchronize()
             best = max(best, count * block / (time.perf_counter() - started) / 1e9)
         return round(best, 1)

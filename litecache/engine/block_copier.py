@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from litecache.kernels.batch_copy import copy_batch
 from litecache.storage.arena_view import ArenaView
 from litecache.storage.protocol import PAGE_BYTES
 
@@ -94,13 +95,29 @@ class BlockCopier:
         if self._stream is not None and compute is not None:
             self._stream.wait_stream(compute)
 
-    def load(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        """Start a copy host -> pool; both uint8 `[block_bytes]`."""
-        self._copy(source, target)
+    def copy(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Start copies (source, target) between host and pool; all uint8 `[block_bytes]`."""
+        if self._stream is None:
+            for source, target in pairs:
+                # numpy's is one memcpy on this thread; torch's would wake a second team of OpenMP
+                # threads, which spin beside the one that computes.
+                np.copyto(target.numpy(), source.numpy())
+            return
+        with torch.cuda.stream(self._stream):
+            if self._copy_at_once(pairs):
+                return
+            for source, target in pairs:
+                target.copy_(source, non_blocking=True)
 
-    def save(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        """Start a copy pool -> host; both uint8 `[block_bytes]`."""
-        self._copy(source, target)
+    def _copy_at_once(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> bool:
+        if len({source.numel() for source, _ in pairs}) != 1:
+            return False
+        if not all(side.is_cuda or side.is_pinned() for pair in pairs for side in pair):
+            return False
+        sources, targets = (
+            np.array([pair[side].data_ptr() for pair in pairs], dtype=np.uint64) for side in (0, 1)
+        )
+        return copy_batch(sources, targets, pairs[0][0].numel())
 
     def slots(self, arena: ArenaView, slots: Sequence[int], block_bytes: int) -> list[torch.Tensor]:
         """The slots' bytes as tensors, pinned where the device is CUDA."""
@@ -116,12 +133,3 @@ class BlockCopier:
         """Wait until all copies started here are done."""
         if self._stream is not None:
             self._stream.synchronize()
-
-    def _copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        if self._stream is None:
-            # numpy's is one memcpy on this thread; torch's would wake a second team of OpenMP
-            # threads, which spin beside the one that computes.
-            np.copyto(target.numpy(), source.numpy())
-            return
-        with torch.cuda.stream(self._stream):
-            target.copy_(source, non_blocking=True)

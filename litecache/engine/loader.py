@@ -124,17 +124,19 @@ class Loader:
         pause_s = 0.0002
         while waiting:
             still: list[tuple[BlockRef, Lease]] = []
+            ready: list[tuple[BlockRef, Lease]] = []
             for ref, lease in waiting:
                 assert lease.shard is not None
                 assert lease.slot is not None
                 state = lease.shard.arena.state(lease.slot.slot, lease.slot.generation)
                 if state is SlotState.READY:
-                    self._copy_in(copier, order, ref, lease)
-                    copied.append((ref, lease))
+                    ready.append((ref, lease))
                 elif state is SlotState.LOADING and not lease.shard.lost:
                     still.append((ref, lease))
                 else:
                     self._miss(lease, "failed")
+            self._copy_in(copier, order, ready)
+            copied += ready
             if still and time.monotonic() > deadline:
                 for _, lease in still:
                     self._miss(lease, "timeout")
@@ -166,18 +168,25 @@ class Loader:
                     if data is None or len(data) != target.numel():
                         self._miss(wanted[ref], "absent" if data is None else "size")
                         continue
-                    copier.load(torch.frombuffer(bytearray(data), dtype=torch.uint8), target)
+                    source = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+                    copier.copy([(source, target)])
                     self._metrics.inc("litecache_remote_blocks", shard=shard_id)
                     done.add(ref)
                 copier.synchronize()
         return done
 
-    def _copy_in(self, copier: BlockCopier, order: LoadOrder, ref: BlockRef, lease: Lease) -> None:
-        assert lease.shard is not None
-        assert lease.slot is not None
-        pool = self._pools[ref[0]]
-        (view,) = copier.slots(lease.shard.arena, [lease.slot.slot], pool.group.block_bytes)
-        copier.load(view, pool.buffer[order.blocks[ref]])
+    def _copy_in(
+        self, copier: BlockCopier, order: LoadOrder, ready: list[tuple[BlockRef, Lease]]
+    ) -> None:
+        pairs: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        for ref, lease in ready:
+            assert lease.shard is not None
+            assert lease.slot is not None
+            pool = self._pools[ref[0]]
+            (view,) = copier.slots(lease.shard.arena, [lease.slot.slot], pool.group.block_bytes)
+            pairs.setdefault(ref[0], []).append((view, pool.buffer[order.blocks[ref]]))
+        for group in pairs.values():
+            copier.copy(group)
 
     def _confirm(self, lease: Lease) -> bool:
         assert lease.shard is not None

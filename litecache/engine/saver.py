@@ -144,8 +144,8 @@ class Saver:
                 dropped += self._drop(new, "no_slot")
                 break
             views = self._copier.slots(shard.arena, [slot.slot for slot in slots], block_bytes)
-            for order, view in zip(new, views, strict=False):
-                self._copier.save(pool.buffer[order.block], view)
+            blocks = (pool.buffer[order.block] for order in new)
+            self._copier.copy(list(zip(blocks, views, strict=False)))
             self._copier.synchronize()
             items = [
                 CommitItem(slot.slot, slot.generation, order.key, order.parent, self._namespace)
