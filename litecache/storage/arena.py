@@ -14,7 +14,7 @@ import os
 
 from ..errors import StorageFullError
 from ..hashing import BlockKey
-from .arena_view import ENTRY_WORDS, pack_word
+from .arena_view import ENTRY_WORDS, pack_word, table_range
 from .protocol import PAGE_BYTES, PROTOCOL_VERSION, Attachment, SlotState
 from .shared_mapping import SharedMapping
 
@@ -103,13 +103,14 @@ class Arena:
         )
 
     def grow(self, segments: range) -> None:
-        """Make segments' memory exist, faulted in.
+        """Make the memory of segments and of their slot table entries exist, faulted in.
 
         Raises:
-            OSError: ENOSPC or ENOMEM; nothing has changed.
+            OSError: ENOSPC or ENOMEM; the segments do not exist.
         """
         start = segments.start * self.segment_bytes
         length = len(segments) * self.segment_bytes
+        self._map.make(self._fd, *table_range(self.arena_bytes, start, length))
         self._map.make(self._fd, start, length)
 
     def resident_bytes(self) -> int:

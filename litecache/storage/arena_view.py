@@ -38,6 +38,13 @@ def pack_word(generation: int, state: int) -> int:
     return generation << 8 | state
 
 
+def table_range(table_offset: int, start: int, nbytes: int) -> tuple[int, int]:
+    """`(start, length)` of the pages that hold the slot table entries of a range of the arena."""
+    first = start // PAGE_BYTES * ENTRY_BYTES // PAGE_BYTES
+    end = -(-(start + nbytes) // PAGE_BYTES * ENTRY_BYTES // PAGE_BYTES)
+    return table_offset + first * PAGE_BYTES, (end - first) * PAGE_BYTES
+
+
 class ArenaView:
     """Maps the arena named by an attachment.
 
@@ -97,6 +104,8 @@ class ArenaView:
         # which a copy would otherwise pay once in every process.
         start = first * self.segment_bytes
         end = min((last + 1) * self.segment_bytes, len(self.array))
+        table = table_range(self.attachment.slot_table_offset, start, end - start)
+        self._mapping.populate(*table)
         self._mapping.populate(start, end - start)
         self._mapped.update(range(first, last + 1))
 
