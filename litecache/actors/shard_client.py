@@ -99,7 +99,7 @@ class RayShardClient:
         """
         call = self._calls.begin(
             "stage",
-            (self._client_id, wire.pack_keys(keys), wire.pack_slots(released)),
+            (wire.pack_stage(self._client_id, keys, released),),
             decode=wire.unpack_staged,
             failed=[_MISS] * len(keys),
             undo=self._undo_stage,
@@ -117,12 +117,12 @@ class RayShardClient:
 
     def cancel(self, keys: Sequence[BlockKey]) -> list[bool]:
         """See `ShardStore.cancel`."""
-        return self._flags("cancel", keys, self._client_id)
+        return self._flags("cancel", keys)
 
     def release(self, slots: Sequence[SlotRef]) -> None:
         """See `ShardStore.release`; does not wait for the answer."""
         if slots:
-            self._calls.tell("release", self._client_id, wire.pack_slots(slots))
+            self._calls.tell("release", wire.pack_slots(slots, self._client_id))
 
     def reserve(self, block_bytes: int, n: int) -> list[SlotRef]:
         """See `ShardStore.reserve`."""
@@ -139,7 +139,7 @@ class RayShardClient:
         """See `ShardStore.commit`; when the answer is late the blocks count as not stored."""
         return self._calls.begin(
             "commit",
-            (self._client_id, wire.pack_commits(items)),
+            (wire.pack_commits(items, self._client_id),),
             decode=wire.unpack_statuses,
             failed=[CommitStatus.STALE] * len(items),
         ).result()
@@ -173,10 +173,10 @@ class RayShardClient:
         self._calls.lost = True
         self._arena.close()
 
-    def _flags(self, method: str, keys: Sequence[BlockKey], *head: int) -> list[bool]:
+    def _flags(self, method: str, keys: Sequence[BlockKey]) -> list[bool]:
         return self._calls.begin(
             method,
-            (*head, wire.pack_keys(keys)),
+            (wire.pack_keys(keys, self._client_id),),
             decode=wire.unpack_flags,
             failed=[False] * len(keys),
         ).result()

@@ -90,26 +90,29 @@ class StorageShard:
         """See `ShardStore.detach`."""
         self._open_store.detach(client_id)
 
-    def stage(self, client_id: int, keys: bytes, released: bytes) -> bytes:
+    def stage(self, message: bytes) -> bytes:
         """See `ShardStore.stage`."""
-        slots = wire.unpack_slots(released)
-        return wire.pack_staged(self._open_store.stage(client_id, wire.unpack_keys(keys), slots))
+        keys, released = wire.unpack_stage(message)
+        return wire.pack_staged(self._open_store.stage(wire.client_of(message), keys, released))
 
-    def cancel(self, client_id: int, keys: bytes) -> bytes:
+    def cancel(self, message: bytes) -> bytes:
         """See `ShardStore.cancel`."""
-        return wire.pack_flags(self._open_store.cancel(client_id, wire.unpack_keys(keys)))
+        keys = wire.unpack_keys(message)
+        return wire.pack_flags(self._open_store.cancel(wire.client_of(message), keys))
 
-    def release(self, client_id: int, slots: bytes) -> None:
+    def release(self, message: bytes) -> None:
         """See `ShardStore.release`."""
-        self._open_store.release(client_id, wire.unpack_slots(slots))
+        slots = wire.unpack_slots(message)
+        self._open_store.release(wire.client_of(message), slots)
 
     def reserve(self, client_id: int, block_bytes: int, n: int) -> bytes:
         """See `ShardStore.reserve`."""
         return wire.pack_slots(self._open_store.reserve(client_id, block_bytes, n))
 
-    def commit(self, client_id: int, items: bytes) -> bytes:
+    def commit(self, message: bytes) -> bytes:
         """See `ShardStore.commit`; the coordinator is told soon."""
-        statuses = self._open_store.commit(client_id, wire.unpack_commits(items))
+        items = wire.unpack_commits(message)
+        statuses = self._open_store.commit(wire.client_of(message), items)
         self._reporter.notify()
         return wire.pack_statuses(statuses)
 

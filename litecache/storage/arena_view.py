@@ -27,10 +27,9 @@ from .shared_mapping import SharedMapping
 
 ENTRY_BYTES = 32
 ENTRY_WORDS = ENTRY_BYTES // 8
+_STATES = tuple(SlotState)
 _FIRST_PAUSE_S = 0.0001
 _LONGEST_PAUSE_S = 0.002
-
-SlotArrays = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
 
 
 def pack_word(generation: int, state: int) -> int:
@@ -79,10 +78,7 @@ class ArenaView:
         self.array: npt.NDArray[np.uint8] = mapping.array[: attachment.arena_bytes]
         words = attachment.arena_bytes // PAGE_BYTES * ENTRY_WORDS
         start = attachment.slot_table_offset
-        table = mapping.array[start : start + words * 8]
-        self._words = table.data.cast("Q")
-        # word 0 of every entry
-        self._heads: npt.NDArray[np.int64] = table.view(np.int64)[::ENTRY_WORDS]
+        self._words = mapping.array[start : start + words * 8].data.cast("Q")
 
     def block(self, slot: int, nbytes: int) -> npt.NDArray[np.uint8]:
         """The slot's bytes, uint8 `[nbytes]`: writable, page-aligned, shared.
@@ -131,19 +127,7 @@ class ArenaView:
     def state(self, slot: int, generation: int) -> SlotState:
         """State of the slot under `generation`; FREE when the slot has moved on."""
         word = self._words[slot * ENTRY_WORDS]
-        return SlotState(word & 0xFF) if word >> 8 == generation else SlotState.FREE
-
-    def states(self, slots: Sequence[SlotRef]) -> npt.NDArray[np.uint8]:
-        """`state` of many slots at once, uint8 `[len(slots)]`."""
-        return self._states(*_columns(slots))
-
-    def _states(
-        self, ids: npt.NDArray[np.int64], generations: npt.NDArray[np.int64]
-    ) -> npt.NDArray[np.uint8]:
-        heads = self._heads[ids]
-        states = heads.astype(np.uint8)
-        states[heads >> 8 != generations] = SlotState.FREE
-        return states
+        return _STATES[word & 0xFF] if word >> 8 == generation else SlotState.FREE
 
     def wait(
         self,
@@ -161,29 +145,20 @@ class ArenaView:
         Returns:
             Per slot whether it is READY under its generation.
         """
-        columns = _columns(slots)
         deadline = time.monotonic() + timeout_s
         pause_s = _FIRST_PAUSE_S
-        while True:
-            states = self._states(*columns)
-            if (
-                not (states == SlotState.LOADING).any()
-                or is_lost()
-                or (left := deadline - time.monotonic()) <= 0
-            ):
-                return (states == SlotState.READY).tolist()  # type: ignore[no-any-return]
-            # progress shows in shared memory only; there is nothing to block on
-            time.sleep(min(pause_s, left))
-            pause_s = min(pause_s * 2, _LONGEST_PAUSE_S)
+        for slot, generation in slots:
+            while self.state(slot, generation) is SlotState.LOADING:
+                left = deadline - time.monotonic()
+                if left <= 0 or is_lost():
+                    break
+                # progress shows in shared memory only; there is nothing to block on
+                time.sleep(min(pause_s, left))
+                pause_s = min(pause_s * 2, _LONGEST_PAUSE_S)
+        return [self.holds(slot, generation) for slot, generation in slots]
 
     def close(self) -> None:
         """Unmap, or as soon as the last array or tensor made from it is gone."""
         self.array = np.empty(0, np.uint8)
-        self._heads = np.empty(0, np.int64)
         self._words.release()
         self._mapping.close()
-
-
-def _columns(slots: Sequence[SlotRef]) -> SlotArrays:
-    pairs = np.array(slots, np.int64).reshape(-1, 2)
-    return pairs[:, 0], pairs[:, 1]

@@ -217,10 +217,10 @@ def test_messages_of_another_version_are_refused_and_change_nothing(
     client = RayShardClient(shard, "s")
     put(client, KEYS)
     monkeypatch.setattr(wire, "PROTOCOL_VERSION", 1)
-    old = (wire.pack_keys(KEYS), wire.pack_slots([]))
+    old = wire.pack_stage(client._client_id, KEYS, [])
     monkeypatch.undo()
     with pytest.raises(StorageError, match="slot protocol 1 cannot be read: this side speaks 2"):
-        result(shard.stage.remote(client._client_id, *old), 10)
+        result(shard.stage.remote(old), 10)
     with pytest.raises(StorageError, match="a list is no packed message"):
         result(shard.query.remote(KEYS), 10)
     assert leases(shard) == 0

@@ -23,9 +23,10 @@ from litecache.storage.protocol import (
 
 KEYS = st.binary(min_size=16, max_size=16)
 NUMBERS = st.integers(-1, 2**62)
+REFS = st.builds(SlotRef, NUMBERS, NUMBERS)
 MESSAGES: dict[str, tuple[Callable[[Any], bytes], Callable[[bytes], Any], Any]] = {
     "keys": (wire.pack_keys, wire.unpack_keys, KEYS),
-    "slots": (wire.pack_slots, wire.unpack_slots, st.builds(SlotRef, NUMBERS, NUMBERS)),
+    "slots": (wire.pack_slots, wire.unpack_slots, REFS),
     "staged": (
         wire.pack_staged,
         wire.unpack_staged,
@@ -96,6 +97,20 @@ def test_a_damaged_message_is_refused_or_read_whole(name: str, data: st.DataObje
         return
     assert len(found) == len(SAMPLES[name])
     assert list(map(type, found)) == list(map(type, SAMPLES[name]))
+
+
+@given(st.integers(0, 2**62), st.lists(KEYS, max_size=9), st.lists(REFS, max_size=9))
+def test_a_stage_carries_its_client_its_keys_and_the_leases_that_end(
+    client_id: int, keys: list[bytes], released: list[SlotRef]
+) -> None:
+    message = wire.pack_stage(client_id, keys, released)
+    assert wire.unpack_stage(message) == (keys, released)
+    assert wire.client_of(message) == client_id
+    for other in (message[:-1], message + b"x", message[:5], wire.pack_keys(keys, client_id)):
+        with pytest.raises(StorageError):
+            wire.unpack_stage(other)
+    for request in (wire.pack_keys(keys, client_id), wire.pack_slots(released, client_id)):
+        assert wire.client_of(request) == client_id
 
 
 def test_a_key_of_another_length_is_refused_before_the_call_leaves() -> None:
