@@ -31,6 +31,9 @@ _COLUMNS = {
     "flags": "B",
 }
 
+_MOST_HITS = 1 << 31
+"""Far from the column's end, so that one batch cannot carry a counter over it."""
+
 
 class BlockIndex(KeyTable):
     """Columns by entry number.
@@ -83,11 +86,11 @@ class BlockIndex(KeyTable):
         return words
 
     def note_hits(self, entries: Entries, now_s: int) -> None:
-        """Count one hit for each entry given; the counter stays at its end."""
+        """Count one hit for each entry given; a counter near its end stays there."""
         hits = self.column("hits")
-        used, counts = np.unique(entries, return_counts=True)
-        hits[used] = np.minimum(hits[used].astype(np.int64) + counts, 0xFFFF_FFFF)
-        self.column("used_s")[used] = now_s
+        # `add.at`, because an entry may be given more than once
+        np.add.at(hits, entries[hits[entries] < _MOST_HITS], 1)
+        self.column("used_s")[entries] = now_s
 
     def fingerprint(self, entry: int) -> int:
         """64 bits of the key."""

@@ -226,10 +226,7 @@ class ShardStore:
             self._end_leases(self._clients.get(client_id), slots)
 
     def _end_leases(self, client: Client, slots: Sequence[SlotRef]) -> None:
-        for slot, generation in slots:
-            block = self._leases.end(client, slot, generation)
-            if block is not None:
-                self._leases.abandon(block)
+        self._leases.end_many(client, slots)
         self._changed.notify_all()
 
     def reserve(self, client_id: int, block_bytes: int, n: int) -> list[SlotRef]:

@@ -47,7 +47,7 @@ class Staging:
     def stage(self, client: Client, keys: Sequence[BlockKey]) -> list[StageResult]:
         """See `ShardStore.stage`."""
         results = self._once(client, keys)
-        busy = [i for i, result in enumerate(results) if result.status is StageStatus.BUSY]
+        busy = [i for i, result in enumerate(results) if result[0] is StageStatus.BUSY]
         space, grown = self._tiers.ram.space, -1
         while busy and space.grown != grown:
             # another client, or another block size, took the segment that was grown for these: ask
@@ -89,17 +89,17 @@ class Staging:
     def _lease(self, client: Client, entries: list[int]) -> list[StageResult]:
         if client.gone:
             raise StorageError(f"client_id={client.client_id} has been detached")
-        tiers, leases = self._tiers, self._leases
+        tiers, give, block_of = self._tiers, self._leases.give, self._tiers.block_of
         results = [_MISS] * len(entries)
         loads: dict[int, list[int]] = {}
         for i, entry in enumerate(entries):
             if entry < 0:
                 continue
-            block = tiers.block_of(entry)
+            block = block_of(entry)
             if block is None:
                 loads.setdefault(tiers.index.pages[entry], []).append(i)
                 continue
-            leases.give(client, block)
+            give(client, block)
             results[i] = _leased(block)
         started: dict[int, RamBlock] = {}
         for pages, wanted in loads.items():
@@ -107,7 +107,7 @@ class Staging:
         if started:
             self._io.queue_reads([started[i] for i in sorted(started)])
             self._io.kick()
-        tiers.use([e for e, result in zip(entries, results, strict=True) if result.slot >= 0])
+        tiers.use([e for e, (_, slot, _) in zip(entries, results, strict=True) if slot >= 0])
         if tiers.dirty:
             self._io.kick()
         return results

@@ -120,8 +120,8 @@ class Tiers:
 
     def block_of(self, entry: int) -> RamBlock | None:
         """The block's slot in RAM, if any."""
-        handle = self.index.ram[entry] - 1
-        return self.ram.at(handle) if handle >= 0 else None
+        handle = self.index.ram[entry]
+        return self.ram.at(handle - 1) if handle else None
 
     def touch(self, entries: Sequence[int]) -> None:
         """Blocks were used; whatever lies above them in their chains was used too.

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from litecache.storage import CommitItem, SlotRef
+from litecache.storage import CommitItem, SlotRef, StageResult
 from litecache.storage.client import PendingStage
 from storage_bench.backends import Backend, flushed
 from storage_bench.memory import private
@@ -90,32 +90,44 @@ class ShardTurns:
         return self._stage(keys, copy=True)
 
     def _stage(self, keys: list[bytes], *, copy: bool) -> float:
-        """`AHEAD` batches are under way beside the one that is copied; leases ride back."""
+        """Stage a turn, wait for it and, with `copy`, copy it block by block.
+
+        While one batch is copied up to `AHEAD` others are under way. They are asked for in bursts
+        and their answers taken in bursts, because after a copy of many MiB the first call finds
+        none of its code and data in the caches; leases ride back with the next burst.
+        """
         begun = time.perf_counter()
-        ahead: deque[_Batch] = deque()
+        firsts = deque(range(0, len(keys), self.batch))
+        asked: list[_Batch] = []
+        answered: deque[tuple[int, list[StageResult]]] = deque()
         done: list[SlotRef] = []
         hits = 0
-        for first in range(0, len(keys), self.batch):
-            part = keys[first : first + self.batch]
-            ahead.append(_Batch(first, self.client.stage_async(part, done)))
-            done = []
-            if len(ahead) > AHEAD:
-                hits += self._take(ahead.popleft(), done, copy=copy)
-        while ahead:
-            hits += self._take(ahead.popleft(), done, copy=copy)
+        while firsts or asked or answered:
+            if len(answered) <= 1 and not asked:
+                for _ in range(min(AHEAD, len(firsts))):
+                    first = firsts.popleft()
+                    part = keys[first : first + self.batch]
+                    asked.append(_Batch(first, self.client.stage_async(part, done)))
+                    done = []
+            if not answered:
+                answered.extend((first, pending.result()) for first, pending in asked)
+                asked.clear()
+            hits += self._take(*answered.popleft(), done, copy=copy)
         elapsed = time.perf_counter() - begun
         self.client.release(done)
         if hits < 0.99 * len(keys):
             raise RuntimeError(f"only {hits} of {len(keys)} blocks hit")
         return hits * self.block / elapsed / 1e9
 
-    def _take(self, batch: _Batch, done: list[SlotRef], *, copy: bool) -> int:
-        results = batch.pending.result()
+    def _take(
+        self, first: int, results: list[StageResult], done: list[SlotRef], *, copy: bool
+    ) -> int:
+        """Wait for a batch and copy it; its leases are added to `done`."""
         refs = [SlotRef(slot, generation) for _, slot, generation in results if slot >= 0]
         ready = self.client.wait(refs)
         if copy:
             target, block, arena = self._target, self.block, self.client.arena
-            at = batch.first * block
+            at = first * block
             for ref in refs:
                 np.copyto(target[at : at + block], arena.block(ref.slot, block))
                 at += block
