@@ -89,7 +89,7 @@ class BlockIndex(KeyTable):
         """Count one hit for each entry given; a counter near its end stays there."""
         hits = self.column("hits")
         # `add.at`, because an entry may be given more than once
-        np.add.at(hits, entries[hits[entries] < _MOST_HITS], 1)
+        np.add.at(hits, entries[hits[entries].astype(np.int64) < _MOST_HITS], 1)
         self.column("used_s")[entries] = now_s
 
     def fingerprint(self, entry: int) -> int:

@@ -17,6 +17,7 @@ import ray
 from litecache.actors.calls import result
 from litecache.actors.shard_client import RayShardClient
 from litecache.actors.storage_shard import StorageShard
+from litecache.engine.shard_set import ShardSet
 from litecache.errors import StorageError, StorageLockedError
 from litecache.metrics import Metrics
 from litecache.storage import wire
@@ -28,6 +29,7 @@ from litecache.storage.protocol import (
     StageStatus,
 )
 from litecache.storage.shard_store import ShardStore
+from litecache.types import Tier
 
 BLOCK = 8192
 KEYS = [bytes([n]) * 16 for n in range(1, 4)]
@@ -209,6 +211,34 @@ def test_a_client_that_dies_with_stages_under_way_leaves_no_lease(shard: Any) ->
     assert leases(shard) == 1
     assert mine.wait([slot_of(kept)]) == [True]
     mine.close()
+
+
+def test_the_shards_of_several_folders_are_asked_together(ray_local: None, tmp_path: Path) -> None:
+    handles = [start(tmp_path / name) for name in ("a", "b")]
+    clients = [RayShardClient(handle, f"s{i}") for i, handle in enumerate(handles)]
+    put(clients[0], KEYS[:2])
+    put(clients[1], KEYS[1:])
+    for handle in handles:
+        result(handle.clear.remote("ram"), 20)
+    shards = ShardSet(clients, None, Metrics())
+    found = shards.stage([*KEYS, bytes(16)])
+    assert [lease and lease.tier for lease in found] == [Tier.DISK, Tier.DISK, Tier.DISK, None]
+    held = [lease for lease in found if lease is not None and lease.slot is not None]
+    assert {lease.shard_id for lease in held} == {"s0", "s1"}
+    for lease in held:
+        assert lease.shard is not None
+        assert lease.slot is not None
+        assert lease.shard.arena.wait([lease.slot]) == [True]
+        assert bytes(lease.shard.arena.block(lease.slot.slot, 16)) == lease.key
+    # the block that both have is leased once, the spare lease went back
+    wait_until(lambda: sum(map(leases, handles)) == 3)
+    shards.give_back(held)
+    wait_until(lambda: sum(map(leases, handles)) == 0)
+    os.kill(result(handles[0].info.remote(), 10)["pid"], signal.SIGKILL)
+    found = shards.stage(KEYS)
+    assert [lease and lease.shard_id for lease in found] == [None, "s1", "s1"]
+    for handle in handles:
+        ray.kill(handle)
 
 
 def test_messages_of_another_version_are_refused_and_change_nothing(
