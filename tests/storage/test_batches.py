@@ -69,6 +69,7 @@ def test_leases_given_as_released_end_before_the_stage(tmp_path: Path) -> None:
     options = {"storage_bytes": 64 << 20, "ram_bytes": 1 << 20}
     with ShardStore(str(tmp_path / "s"), **options) as store:
         keys = fill(store, range(48), NBYTES)
+        assert store.flush(30).complete  # what is not on disk yet keeps its slot
         client = LocalShardClient(store)
         held: list[SlotRef] = []
         # as many as RAM holds, again and again: each batch finds room only where the last one left

@@ -64,6 +64,28 @@ def test_shard_and_client_map_the_arena_by_huge_pages() -> None:
     arena.close()
 
 
+def test_the_arena_starts_at_a_huge_page_for_whoever_maps_it() -> None:
+    arena = Arena(8 * MIB, 512 << 10, 1)
+    views = [ArenaView(arena.attachment(i)) for i in range(3)]
+    starts = [view.array.ctypes.data for view in views]
+    starts.append(np.frombuffer(arena.bytes, np.uint8).ctypes.data)
+    assert len(set(starts)) == 4
+    assert [start % HUGE_PAGE_BYTES for start in starts] == [0] * 4
+    for view in views:
+        view.close()
+    arena.close()
+
+
+def test_memory_exists_even_where_the_kernel_takes_no_advice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(SharedMapping, "_advise", lambda self, start, nbytes, advice: False)
+    arena = Arena(64 * MIB, 4 * MIB, 1)
+    arena.grow(range(1, 3))
+    assert arena.resident_bytes() == 8 * MIB + 8 * MIB // 128
+    arena.close()
+
+
 @pytest.mark.parametrize("refusal", [errno.EINVAL, errno.ENOMEM, errno.EAGAIN])
 def test_without_huge_pages_the_memory_is_there_all_the_same(
     refusal: int, monkeypatch: pytest.MonkeyPatch
