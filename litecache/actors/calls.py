@@ -6,8 +6,6 @@ that is gone or late becomes `GroupUnavailableError` or `RequestTimeout`.
 
 from __future__ import annotations
 
-import concurrent.futures
-import time
 import warnings
 from typing import Any
 
@@ -44,8 +42,8 @@ def result(ref: Any, timeout_s: float = CALL_TIMEOUT_S, what: str = "a call") ->
             GroupUnavailableError when the actor is gone.
     """
     try:
-        return _get(ref, timeout_s)
-    except (GetTimeoutError, concurrent.futures.TimeoutError) as error:
+        return ray.get(ref, timeout=timeout_s)
+    except GetTimeoutError as error:
         raise RequestTimeout(f"{what} took longer than {timeout_s:g} s") from error
     except RayTaskError as error:
         raise local_error(error, what) from error
@@ -55,16 +53,6 @@ def result(ref: Any, timeout_s: float = CALL_TIMEOUT_S, what: str = "a call") ->
         raise GroupUnavailableError(f"{what}: the actor is gone ({_first_line(error)})") from error
     except RayError as error:
         raise GroupError(f"{what} failed in Ray: {_first_line(error)}") from error
-
-
-def _get(ref: Any, timeout_s: float) -> Any:
-    # Through futures, because `ray.get` warns in every thread of an async actor, although only
-    # its event loop must not block.
-    if not isinstance(ref, list):
-        return ref.future().result(timeout_s)
-    deadline = time.monotonic() + timeout_s
-    futures = [one.future() for one in ref]
-    return [future.result(max(0.0, deadline - time.monotonic())) for future in futures]
 
 
 def was_restarted() -> bool:

@@ -52,6 +52,8 @@ class GpuCache:
     """
 
     def __init__(self, spec: GroupSpec, index: int) -> None:
+        # The engine's threads wait for shards with `ray.get`; only the event loop must not.
+        os.environ["RAY_WARN_BLOCKING_GET_INSIDE_ASYNC"] = "0"
         context = ray.get_runtime_context()
         self._spec, self._index = spec, index
         self._node_id = context.get_node_id()

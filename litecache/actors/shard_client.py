@@ -1,28 +1,24 @@
 """A shard of the same node, as the engine's transfer threads use it through Ray.
 
-Control goes by actor calls with a deadline, bytes by the shared arena. A call that fails is a
-miss, never an error. A call that is late may still take effect on the shard: until its result is
-known the client answers "miss" without asking, and leases that it turns out to have given are
-returned. A client belongs to one life of the shard: when that ends it stays silent, `on_lost` is
+Control goes by actor calls with a deadline, each batch as one packed message; bytes go by the
+shared arena. A call that fails is a miss, never an error (`ShardCalls`). `stage_async` keeps
+several batches under way, which hides the round trip of a call behind the copies of the batches
+before it. A client belongs to one life of the shard: when that ends it stays silent, `on_lost` is
 called once, and whoever watches makes a new client with the new arena.
 """
 
 from __future__ import annotations
 
-import logging
 import os
-import threading
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
-
-import ray
-from ray.exceptions import RayError
+from typing import Any
 
 from litecache.actors.calls import result
 from litecache.actors.naming import CALL_TIMEOUT_S
-from litecache.errors import GroupUnavailableError, LiteCacheError, RequestTimeout
+from litecache.actors.shard_calls import Call, ShardCalls
 from litecache.hashing import BlockKey
 from litecache.metrics import Metrics
+from litecache.storage import wire
 from litecache.storage.arena_view import ArenaView
 from litecache.storage.protocol import (
     CommitItem,
@@ -33,9 +29,6 @@ from litecache.storage.protocol import (
     StageStatus,
 )
 
-logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 _ATTACH_TIMEOUT_S = 30.0
 _MISS = StageResult(StageStatus.MISS)
 
@@ -63,12 +56,14 @@ class RayShardClient:
         metrics: Metrics | None = None,
         on_lost: Callable[[RayShardClient], None] | None = None,
     ) -> None:
-        self._handle, self._shard_id, self._timeout_s = handle, shard_id, timeout_s
-        self._metrics = metrics or Metrics()
-        self._on_lost = on_lost
-        self._lock = threading.Lock()
-        self._unsettled = 0
-        self._lost = False
+        self._shard_id = shard_id
+        self._calls = ShardCalls(
+            handle,
+            shard_id,
+            timeout_s,
+            metrics or Metrics(),
+            lambda: on_lost(self) if on_lost is not None else None,
+        )
         attachment = result(
             handle.attach.remote(os.getpid()), _ATTACH_TIMEOUT_S, f"{shard_id}: attach"
         )
@@ -88,123 +83,100 @@ class RayShardClient:
     @property
     def lost(self) -> bool:
         """The shard's process is gone."""
-        return self._lost
+        return self._calls.lost
 
     def stage(self, keys: Sequence[BlockKey]) -> list[StageResult]:
         """See `ShardStore.stage`."""
+        return self.stage_async(keys).result()
 
-        def undo(late: list[StageResult]) -> None:
-            self.release([SlotRef(r.slot, r.generation) for r in late if r.slot >= 0])
+    def stage_async(
+        self, keys: Sequence[BlockKey], released: Sequence[SlotRef] = ()
+    ) -> Call[list[StageResult]]:
+        """Begin a `stage`; leases in `released` end with the same message.
 
-        return self._call("stage", (list(keys),), [_MISS] * len(keys), undo)
+        Raises:
+            ConfigError: a key is not 16 bytes.
+        """
+        call = self._calls.begin(
+            "stage",
+            (wire.pack_stage(self._client_id, keys, released),),
+            decode=wire.unpack_staged,
+            failed=[_MISS] * len(keys),
+            undo=self._undo_stage,
+        )
+        if call.ref is None:
+            self.release(released)
+        return call
+
+    def _undo_stage(self, results: list[StageResult]) -> None:
+        self.release([SlotRef(r.slot, r.generation) for r in results if r.slot >= 0])
+
+    def wait(self, slots: Sequence[SlotRef], timeout_s: float = 30.0) -> list[bool]:
+        """Sleep until leased slots have stopped loading; see `ArenaView.wait`."""
+        return self._arena.wait(slots, timeout_s, lambda: self._calls.lost)
 
     def cancel(self, keys: Sequence[BlockKey]) -> list[bool]:
         """See `ShardStore.cancel`."""
-        return self._call("cancel", (list(keys),), [False] * len(keys))
+        return self._flags("cancel", keys)
 
     def release(self, slots: Sequence[SlotRef]) -> None:
         """See `ShardStore.release`; does not wait for the answer."""
-        if slots and not self._lost:
-            self._handle.release.remote(self._client_id, list(slots))
+        if slots:
+            self._calls.tell("release", wire.pack_slots(slots, self._client_id))
 
     def reserve(self, block_bytes: int, n: int) -> list[SlotRef]:
         """See `ShardStore.reserve`."""
-        return self._call("reserve", (block_bytes, n), [], self.release)
+        nothing: list[SlotRef] = []
+        return self._calls.begin(
+            "reserve",
+            (self._client_id, block_bytes, n),
+            decode=wire.unpack_slots,
+            failed=nothing,
+            undo=self.release,
+        ).result()
 
     def commit(self, items: Sequence[CommitItem]) -> list[CommitStatus]:
         """See `ShardStore.commit`; when the answer is late the blocks count as not stored."""
-        return self._call("commit", (list(items),), [CommitStatus.STALE] * len(items))
+        return self._calls.begin(
+            "commit",
+            (wire.pack_commits(items, self._client_id),),
+            decode=wire.unpack_statuses,
+            failed=[CommitStatus.STALE] * len(items),
+        ).result()
 
     def query(self, keys: Sequence[BlockKey]) -> list[bool]:
         """See `ShardStore.query`."""
-        return self._call("query", (list(keys),), [False] * len(keys), own=False)
+        return self._flags("query", keys)
 
     def touch(self, keys: Sequence[BlockKey]) -> None:
         """See `ShardStore.touch`; does not wait for the answer."""
-        if keys and not self._lost:
-            self._handle.touch.remote(list(keys))
+        if keys:
+            self._calls.tell("touch", wire.pack_keys(keys))
 
     def durable(self, keys: Sequence[BlockKey]) -> list[bool]:
         """See `ShardStore.durable`."""
-        return self._call("durable", (list(keys),), [False] * len(keys), own=False)
+        return self._flags("durable", keys)
 
     def flush(self, timeout_s: float) -> FlushReport:
         """See `ShardStore.flush`."""
+
+        def same(report: FlushReport) -> FlushReport:
+            return report
+
         failed = FlushReport(0, 0, 0, False)
-        deadline_s = timeout_s + self._timeout_s
-        return self._call("flush", (timeout_s,), failed, own=False, deadline_s=deadline_s)
+        call = self._calls.begin("flush", (timeout_s,), decode=same, failed=failed)
+        return call.result(timeout_s + self._calls.timeout_s)
 
     def close(self) -> None:
         """Detach, which ends all leases, and unmap the arena."""
-        if not self._lost:
-            self._handle.detach.remote(self._client_id)
-        self._lost = True
+        self._calls.tell("detach", self._client_id)
+        self._calls.lost = True
         self._arena.close()
 
-    def _call(
-        self,
-        method: str,
-        args: tuple[Any, ...],
-        failed: T,
-        undo: Callable[[T], None] | None = None,
-        *,
-        own: bool = True,
-        deadline_s: float | None = None,
-    ) -> T:
-        """One call; `failed` when it cannot be made, fails or is late.
-
-        Args:
-            undo: returns the leases of an answer that comes after the deadline.
-            own: the call goes in the name of this client.
-        """
-        if self._lost or self._unsettled:
-            self._count("shard_unavailable")
-            return failed
-        head = (self._client_id,) if own else ()
-        ref = getattr(self._handle, method).remote(*head, *args)
-        try:
-            answer: T = result(ref, deadline_s or self._timeout_s, f"{self._shard_id}: {method}")
-            return answer
-        except RequestTimeout as error:
-            logger.warning("%s; its blocks count as misses until it answers", error)
-            self._count("shard_timeout")
-            with self._lock:
-                self._unsettled += 1
-            threading.Thread(
-                target=self._settle, args=(ref, undo), name="late-shard-call", daemon=True
-            ).start()
-        except GroupUnavailableError as error:
-            logger.warning("%s", error)
-            self._count("shard_lost")
-            self._lose()
-        except LiteCacheError as error:
-            logger.warning("%s", error)
-            self._count("shard_error")
-        return failed
-
-    def _settle(self, ref: Any, undo: Callable[[T], None] | None) -> None:
-        try:
-            answer = ray.get(ref)
-        except RayError as error:
-            if not isinstance(local_cause(error), LiteCacheError):
-                self._lose()
-        else:
-            if undo is not None:
-                undo(answer)
-        with self._lock:
-            self._unsettled -= 1
-
-    def _lose(self) -> None:
-        with self._lock:
-            first, self._lost = not self._lost, True
-        if first and self._on_lost is not None:
-            self._on_lost(self)
-
-    def _count(self, reason: str) -> None:
-        self._metrics.inc("litecache_misses", tier="shard", reason=reason)
-
-
-def local_cause(error: RayError) -> BaseException | None:
-    """What the actor itself raised; None when Ray could not run the call."""
-    cause: BaseException | None = getattr(error, "cause", None)
-    return cause
+    def _flags(self, method: str, keys: Sequence[BlockKey]) -> list[bool]:
+        return self._calls.begin(
+            method,
+            (wire.pack_keys(keys, self._client_id),),
+            decode=wire.unpack_flags,
+            failed=[False] * len(keys),
+        ).result()

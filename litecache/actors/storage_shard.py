@@ -2,7 +2,8 @@
 
 A thin threaded shell over `ShardStore`. Short calls and bulk ones (`fetch`, `flush`, `clear`) run
 in separate thread pools, so a flush never delays a `stage`. It imports neither torch nor
-transformers and never touches a GPU.
+transformers and never touches a GPU. Batches come and go as the packed messages of
+`storage/wire.py`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from litecache.actors.naming import shard_name
 from litecache.errors import LiteCacheError, StorageLockedError
 from litecache.hashing import BlockKey
 from litecache.metrics import Metrics
-from litecache.storage.protocol import Attachment, CommitItem, CommitStatus, FlushReport, SlotRef
+from litecache.storage import wire
+from litecache.storage.protocol import Attachment, FlushReport
 from litecache.storage.shard_store import ShardStore
 
 logger = logging.getLogger(__name__)
@@ -88,39 +90,43 @@ class StorageShard:
         """See `ShardStore.detach`."""
         self._open_store.detach(client_id)
 
-    def stage(self, client_id: int, keys: Sequence[BlockKey]) -> list[Any]:
+    def stage(self, message: bytes) -> bytes:
         """See `ShardStore.stage`."""
-        return self._open_store.stage(client_id, keys)
+        keys, released = wire.unpack_stage(message)
+        return wire.pack_staged(self._open_store.stage(wire.client_of(message), keys, released))
 
-    def cancel(self, client_id: int, keys: Sequence[BlockKey]) -> list[bool]:
+    def cancel(self, message: bytes) -> bytes:
         """See `ShardStore.cancel`."""
-        return self._open_store.cancel(client_id, keys)
+        keys = wire.unpack_keys(message)
+        return wire.pack_flags(self._open_store.cancel(wire.client_of(message), keys))
 
-    def release(self, client_id: int, slots: Sequence[SlotRef]) -> None:
+    def release(self, message: bytes) -> None:
         """See `ShardStore.release`."""
-        self._open_store.release(client_id, slots)
+        slots = wire.unpack_slots(message)
+        self._open_store.release(wire.client_of(message), slots)
 
-    def reserve(self, client_id: int, block_bytes: int, n: int) -> list[SlotRef]:
+    def reserve(self, client_id: int, block_bytes: int, n: int) -> bytes:
         """See `ShardStore.reserve`."""
-        return self._open_store.reserve(client_id, block_bytes, n)
+        return wire.pack_slots(self._open_store.reserve(client_id, block_bytes, n))
 
-    def commit(self, client_id: int, items: Sequence[CommitItem]) -> list[CommitStatus]:
+    def commit(self, message: bytes) -> bytes:
         """See `ShardStore.commit`; the coordinator is told soon."""
-        statuses = self._open_store.commit(client_id, items)
+        items = wire.unpack_commits(message)
+        statuses = self._open_store.commit(wire.client_of(message), items)
         self._reporter.notify()
-        return statuses
+        return wire.pack_statuses(statuses)
 
-    def query(self, keys: Sequence[BlockKey]) -> list[bool]:
+    def query(self, keys: bytes) -> bytes:
         """See `ShardStore.query`."""
-        return self._open_store.query(keys)
+        return wire.pack_flags(self._open_store.query(wire.unpack_keys(keys)))
 
-    def touch(self, keys: Sequence[BlockKey]) -> None:
+    def touch(self, keys: bytes) -> None:
         """See `ShardStore.touch`."""
-        self._open_store.touch(keys)
+        self._open_store.touch(wire.unpack_keys(keys))
 
-    def durable(self, keys: Sequence[BlockKey]) -> list[bool]:
+    def durable(self, keys: bytes) -> bytes:
         """See `ShardStore.durable`."""
-        return self._open_store.durable(keys)
+        return wire.pack_flags(self._open_store.durable(wire.unpack_keys(keys)))
 
     @ray.method(concurrency_group="bulk")
     def flush(self, timeout_s: float) -> FlushReport:

@@ -123,10 +123,9 @@ class BlockCopier:
         """The slots' bytes as tensors, pinned where the device is CUDA."""
         views = []
         for slot in slots:
-            offset = slot * PAGE_BYTES
             if self._cuda:
-                self._pinned.ensure(arena, offset)
-            views.append(torch.from_numpy(arena.array[offset : offset + block_bytes]))
+                self._pinned.ensure(arena, slot * PAGE_BYTES)
+            views.append(torch.from_numpy(arena.block(slot, block_bytes)))
         return views
 
     def synchronize(self) -> None:

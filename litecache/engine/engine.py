@@ -227,11 +227,9 @@ class Engine:
             self._loader.close()
         if self._saver is not None:
             self._saver.close()
-        if self._shards is not None:
+        if self._shards is not None and self._device.type == "cuda":
             for shard in self._shards.shards:
-                if self._device.type == "cuda":
-                    self._pinned.forget(shard.arena)
-            self._shards.close()
+                self._pinned.forget(shard.arena)
 
     # The engine's thread
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, Protocol
 
 from litecache.hashing import BlockKey
 from litecache.metrics import Metrics
-from litecache.storage.client import ShardClient
+from litecache.storage.client import PendingStage, ShardClient
 from litecache.storage.protocol import SlotRef, SlotState, StageResult, StageStatus
 from litecache.types import Tier
 
@@ -54,11 +53,6 @@ class ShardSet:
         self._shards = list(shards)
         self._remote = remote
         self._metrics = metrics
-        self._pool = (
-            ThreadPoolExecutor(len(self._shards), thread_name_prefix="litecache-stage")
-            if len(self._shards) > 1
-            else None
-        )
 
     @property
     def shards(self) -> list[ShardClient]:
@@ -132,22 +126,21 @@ class ShardSet:
             except Exception as error:
                 self._note("release", shard_id, error)
 
-    def close(self) -> None:
-        """End the asking threads."""
-        if self._pool is not None:
-            self._pool.shutdown(wait=True)
-
-    def _ask_all(self, keys: Sequence[BlockKey]) -> list[tuple[ShardClient, Sequence[StageResult]]]:
-        def ask(shard: ShardClient) -> tuple[ShardClient, Sequence[StageResult]]:
+    def _ask_all(self, keys: Sequence[BlockKey]) -> list[tuple[ShardClient, list[StageResult]]]:
+        """Every shard's answer; all are asked before the first is waited for."""
+        asked: list[tuple[ShardClient, PendingStage]] = []
+        answers: list[tuple[ShardClient, list[StageResult]]] = []
+        for shard in self._shards:
             try:
-                return shard, shard.stage(keys)
+                asked.append((shard, shard.stage_async(keys)))
             except Exception as error:
                 self._note("stage", shard.shard_id, error)
-                return shard, ()
-
-        if self._pool is None:
-            return [ask(shard) for shard in self._shards]
-        return list(self._pool.map(ask, self._shards))
+        for shard, pending in asked:
+            try:
+                answers.append((shard, pending.result()))
+            except Exception as error:
+                self._note("stage", shard.shard_id, error)
+        return answers
 
     def _ask_remote(self, keys: Sequence[BlockKey], leases: list[Lease | None]) -> None:
         missing = [position for position, lease in enumerate(leases) if lease is None]

@@ -2,25 +2,24 @@
 
 A memfd where there is one (no name, no mount limit, nothing to sweep after a kill; others open it
 through `/proc/PID/fd`), a `/dev/shm` file otherwise. Pages exist only once a segment is grown:
-`posix_fallocate` answers ENOSPC where touching memory would end in SIGBUS. The store's lock guards
-the slot table; `grow` runs outside it.
+`SharedMapping.make` answers ENOSPC where touching memory would end in SIGBUS. The store's lock
+guards the slot table; `grow` runs outside it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import mmap
 import os
 
 from ..errors import StorageFullError
 from ..hashing import BlockKey
-from .arena_view import ENTRY_WORDS, pack_word
+from .arena_view import ENTRY_WORDS, pack_word, table_range
 from .protocol import PAGE_BYTES, PROTOCOL_VERSION, Attachment, SlotState
+from .shared_mapping import SharedMapping
 
 logger = logging.getLogger(__name__)
 
-_MADV_POPULATE_WRITE = 23
 _SHM = "/dev/shm"
 
 
@@ -67,11 +66,11 @@ class Arena:
         self._fd = self._create(use_memfd and hasattr(os, "memfd_create"))
         try:
             os.ftruncate(self._fd, self.mapping_bytes)
-            self._map = mmap.mmap(self._fd, self.mapping_bytes)
+            self._map = SharedMapping(self._fd, self.mapping_bytes, arena_bytes)
         except BaseException:
             self._remove()
             raise
-        whole = memoryview(self._map)
+        whole = self._map.array.data
         self.bytes = whole[:arena_bytes]
         self._words = whole[arena_bytes:].cast("Q")
 
@@ -104,17 +103,15 @@ class Arena:
         )
 
     def grow(self, segments: range) -> None:
-        """Make segments' memory exist, faulted in.
+        """Make the memory of segments and of their slot table entries exist, faulted in.
 
         Raises:
-            OSError: ENOSPC or ENOMEM; nothing has changed.
+            OSError: ENOSPC or ENOMEM; the segments do not exist.
         """
         start = segments.start * self.segment_bytes
         length = len(segments) * self.segment_bytes
-        os.posix_fallocate(self._fd, start, length)
-        # a first touch costs 5 us a page under a copy; an old kernel does not know the advice
-        with contextlib.suppress(OSError, ValueError):
-            self._map.madvise(_MADV_POPULATE_WRITE, start, length)
+        self._map.make(self._fd, *table_range(self.arena_bytes, start, length))
+        self._map.make(self._fd, start, length)
 
     def resident_bytes(self) -> int:
         """Bytes of shared memory that exist."""
@@ -148,9 +145,7 @@ class Arena:
         """Give the memory back as soon as no client maps it."""
         self._words.release()
         self.bytes.release()
-        # bytes of a slot may still be exported to a reader: the mapping then goes with it
-        with contextlib.suppress(BufferError):
-            self._map.close()
+        self._map.close()
         self._remove()
 
     def _remove(self) -> None:

@@ -13,23 +13,35 @@ ordered the same way: the I/O that fills a slot completes before READY is stored
 
 from __future__ import annotations
 
-import mmap
 import os
+import time
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import StorageError
 from ..hashing import BlockKey
-from .protocol import PAGE_BYTES, PROTOCOL_VERSION, Attachment, SlotState
+from .protocol import PAGE_BYTES, PROTOCOL_VERSION, Attachment, SlotRef, SlotState
+from .shared_mapping import SharedMapping
 
 ENTRY_BYTES = 32
 ENTRY_WORDS = ENTRY_BYTES // 8
+_STATES = tuple(SlotState)
+_FIRST_PAUSE_S = 0.0001
+_LONGEST_PAUSE_S = 0.002
 
 
 def pack_word(generation: int, state: int) -> int:
     """Word 0 of a slot table entry."""
     return generation << 8 | state
+
+
+def table_range(table_offset: int, start: int, nbytes: int) -> tuple[int, int]:
+    """`(start, length)` of the pages that hold the slot table entries of a range of the arena."""
+    first = start // PAGE_BYTES * ENTRY_BYTES // PAGE_BYTES
+    end = -(-(start + nbytes) // PAGE_BYTES * ENTRY_BYTES // PAGE_BYTES)
+    return table_offset + first * PAGE_BYTES, (end - first) * PAGE_BYTES
 
 
 class ArenaView:
@@ -56,25 +68,46 @@ class ArenaView:
         try:
             if os.fstat(fd).st_size < attachment.mapping_bytes:
                 raise StorageError(f"arena {path} is shorter than {attachment.mapping_bytes} bytes")
-            self._map = mmap.mmap(fd, attachment.mapping_bytes)
+            mapping = SharedMapping(fd, attachment.mapping_bytes, attachment.arena_bytes)
         finally:
             os.close(fd)
         self.attachment = attachment
         self.segment_bytes = attachment.segment_bytes
-        self.array: npt.NDArray[np.uint8] = np.frombuffer(
-            self._map, dtype=np.uint8, count=attachment.arena_bytes
-        )
-        table = memoryview(self._map)[attachment.slot_table_offset :]
+        self._mapping = mapping
+        self._mapped: set[int] = set()
+        self.array: npt.NDArray[np.uint8] = mapping.array[: attachment.arena_bytes]
         words = attachment.arena_bytes // PAGE_BYTES * ENTRY_WORDS
-        self._words = table[: words * 8].cast("Q")
-        self._bytes = memoryview(self._map)[: attachment.arena_bytes]
+        start = attachment.slot_table_offset
+        self._words = mapping.array[start : start + words * 8].data.cast("Q")
+
+    def block(self, slot: int, nbytes: int) -> npt.NDArray[np.uint8]:
+        """The slot's bytes, uint8 `[nbytes]`: writable, page-aligned, shared.
+
+        Raises:
+            StorageError: they lie outside the arena.
+        """
+        start = slot * PAGE_BYTES
+        end = start + nbytes
+        if slot < 0 or end > len(self.array):
+            raise StorageError(f"slot={slot} with {nbytes} bytes lies outside the arena")
+        segment = start // self.segment_bytes
+        if segment not in self._mapped:
+            self._map_segments(segment, (end - 1) // self.segment_bytes)
+        return self.array[start:end]
+
+    def _map_segments(self, first: int, last: int) -> None:
+        # A leased slot's segments exist, so this makes nothing: it spares a fault on each page,
+        # which a copy would otherwise pay once in every process.
+        start = first * self.segment_bytes
+        end = min((last + 1) * self.segment_bytes, len(self.array))
+        table = table_range(self.attachment.slot_table_offset, start, end - start)
+        self._mapping.populate(*table)
+        self._mapping.populate(start, end - start)
+        self._mapped.update(range(first, last + 1))
 
     def buffer(self, slot: int, nbytes: int) -> memoryview:
-        """The slot's bytes: writable, page-aligned, shared."""
-        start = slot * PAGE_BYTES
-        if slot < 0 or start + nbytes > len(self._bytes):
-            raise StorageError(f"slot={slot} with {nbytes} bytes lies outside the arena")
-        return self._bytes[start : start + nbytes]
+        """`block` as a memoryview."""
+        return self.block(slot, nbytes).data
 
     def entry(self, slot: int) -> tuple[SlotState, int, BlockKey]:
         """`(state, generation, key)` of a slot, consistent with each other."""
@@ -94,15 +127,38 @@ class ArenaView:
     def state(self, slot: int, generation: int) -> SlotState:
         """State of the slot under `generation`; FREE when the slot has moved on."""
         word = self._words[slot * ENTRY_WORDS]
-        return SlotState(word & 0xFF) if word >> 8 == generation else SlotState.FREE
+        return _STATES[word & 0xFF] if word >> 8 == generation else SlotState.FREE
+
+    def wait(
+        self,
+        slots: Sequence[SlotRef],
+        timeout_s: float = 30.0,
+        is_lost: Callable[[], bool] = lambda: False,
+    ) -> list[bool]:
+        """Sleep until leased slots have stopped loading; the shard is not asked.
+
+        Args:
+            slots: as `stage` answered.
+            timeout_s: what is still loading then counts as failed.
+            is_lost: tells that the shard is gone, so that nothing will change any more.
+
+        Returns:
+            Per slot whether it is READY under its generation.
+        """
+        deadline = time.monotonic() + timeout_s
+        pause_s = _FIRST_PAUSE_S
+        for slot, generation in slots:
+            while self.state(slot, generation) is SlotState.LOADING:
+                left = deadline - time.monotonic()
+                if left <= 0 or is_lost():
+                    break
+                # progress shows in shared memory only; there is nothing to block on
+                time.sleep(min(pause_s, left))
+                pause_s = min(pause_s * 2, _LONGEST_PAUSE_S)
+        return [self.holds(slot, generation) for slot, generation in slots]
 
     def close(self) -> None:
         """Unmap, or as soon as the last array or tensor made from it is gone."""
-        self._words.release()
-        self._bytes.release()
         self.array = np.empty(0, np.uint8)
-        # a tensor over the mapping may still live: the mapping then goes with it
-        try:
-            self._map.close()
-        except BufferError:
-            return
+        self._words.release()
+        self._mapping.close()

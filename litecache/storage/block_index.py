@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..hashing import BlockKey
-from .key_table import Entries, KeyTable
+from .key_table import Entries, KeyTable, KeyWords
 from .records import FLAG_PINNED, RECORD, Records
 
 _COLUMNS = {
@@ -30,6 +30,9 @@ _COLUMNS = {
     "namespace": "H",
     "flags": "B",
 }
+
+_MOST_HITS = 1 << 31
+"""Far from the column's end, so that one batch cannot carry a counter over it."""
 
 
 class BlockIndex(KeyTable):
@@ -74,6 +77,20 @@ class BlockIndex(KeyTable):
         """Note the key of the block before."""
         self.parent_low[entry] = int.from_bytes(parent[:8], "little")
         self.parent_high[entry] = int.from_bytes(parent[8:16], "little")
+
+    def parents_at(self, entries: Entries) -> KeyWords:
+        """Keys of the blocks before, uint64 `[n, 2]`."""
+        words = np.empty((len(entries), 2), np.uint64)
+        words[:, 0] = self.column("parent_low")[entries]
+        words[:, 1] = self.column("parent_high")[entries]
+        return words
+
+    def note_hits(self, entries: Entries, now_s: int) -> None:
+        """Count one hit for each entry given; a counter near its end stays there."""
+        hits = self.column("hits")
+        # `add.at`, because an entry may be given more than once
+        np.add.at(hits, entries[hits[entries].astype(np.int64) < _MOST_HITS], 1)
+        self.column("used_s")[entries] = now_s
 
     def fingerprint(self, entry: int) -> int:
         """64 bits of the key."""

@@ -18,6 +18,18 @@ if TYPE_CHECKING:
     from .shard_store import ShardStore
 
 
+class PendingStage(Protocol):
+    """A `stage` under way; whoever began it calls `result` or `abandon`, else its leases stay."""
+
+    def result(self) -> list[StageResult]:
+        """Wait for the answer; a shard that is late or gone answers MISS."""
+        ...
+
+    def abandon(self) -> None:
+        """The answer is not wanted any more: its leases end as soon as it comes."""
+        ...
+
+
 class ShardClient(Protocol):
     """One shard, as one client process uses it; see `ShardStore` for each method's contract."""
 
@@ -38,6 +50,12 @@ class ShardClient(Protocol):
 
     def stage(self, keys: Sequence[BlockKey]) -> list[StageResult]:
         """Lease the blocks that are there; start reading those that are on disk."""
+        ...
+
+    def stage_async(
+        self, keys: Sequence[BlockKey], released: Sequence[SlotRef] = ()
+    ) -> PendingStage:
+        """Begin a `stage` without waiting; leases in `released` end on the way, as by `release`."""
         ...
 
     def cancel(self, keys: Sequence[BlockKey]) -> list[bool]:
@@ -73,6 +91,20 @@ class ShardClient(Protocol):
         ...
 
 
+class _Staged:
+    """A `stage` that is done already."""
+
+    def __init__(self, client: LocalShardClient, results: list[StageResult]) -> None:
+        self._client = client
+        self._results = results
+
+    def result(self) -> list[StageResult]:
+        return self._results
+
+    def abandon(self) -> None:
+        self._client.release([SlotRef(r.slot, r.generation) for r in self._results if r.slot >= 0])
+
+
 class LocalShardClient:
     """A `ShardClient` over a `ShardStore` in the same process."""
 
@@ -101,6 +133,12 @@ class LocalShardClient:
     def stage(self, keys: Sequence[BlockKey]) -> list[StageResult]:
         """See `ShardStore.stage`."""
         return self._store.stage(self._client_id, keys)
+
+    def stage_async(
+        self, keys: Sequence[BlockKey], released: Sequence[SlotRef] = ()
+    ) -> PendingStage:
+        """See `ShardStore.stage`; here it is done when this returns."""
+        return _Staged(self, self._store.stage(self._client_id, keys, released))
 
     def cancel(self, keys: Sequence[BlockKey]) -> list[bool]:
         """See `ShardStore.cancel`."""

@@ -28,6 +28,14 @@ class LeaseBook:
         held[1] += 1
         block.leases += 1
 
+    def end_many(self, client: Client, slots: Iterable[tuple[int, int]]) -> None:
+        """One lease less on each slot; those that the client does not hold are ignored."""
+        for slot, generation in slots:
+            block = self.end(client, slot, generation)
+            # most blocks just stay where they are
+            if block is not None and (block.dead or block.state is RamState.RESERVED):
+                self.abandon(block)
+
     def end(self, client: Client, slot: int, generation: int) -> RamBlock | None:
         """One lease less; the block, or None when the client holds no such lease."""
         held = client.leases.get(slot)

@@ -1,6 +1,7 @@
 """The slot protocol: what a client and a shard say to each other.
 
-Batched, versioned, made of small tuples that pickle and msgpack alike. A *slot* is a piece of the
+Batched, versioned, made of small tuples; between processes a batch is one packed message
+(`wire.py`). A *slot* is a piece of the
 shard's arena that holds one block; its id is its byte offset divided by `PAGE_BYTES`, so finding
 its bytes needs no table. A *lease* is a client's right to touch a slot's bytes; it ends by
 `release`, `commit`, `cancel`, `detach`, or by proof that the client's process is gone, never by a
@@ -14,7 +15,7 @@ from typing import NamedTuple
 
 from ..hashing import BlockKey
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 PAGE_BYTES = 4096
 
 

@@ -181,8 +181,18 @@ class ShardStore:
         self._leases.end_all(client)
         self._changed.notify_all()
 
-    def stage(self, client_id: int, keys: Sequence[BlockKey]) -> list[StageResult]:
+    def stage(
+        self,
+        client_id: int,
+        keys: Sequence[BlockKey],
+        released: Sequence[SlotRef] = (),
+    ) -> list[StageResult]:
         """Lease blocks in RAM and begin to read those on disk, in the order given.
+
+        Args:
+            client_id: as `attach` gave it.
+            keys: what is wanted.
+            released: leases to end first, as by `release`.
 
         Returns:
             Per key READY or LOADING with a lease on the slot, BUSY (no slot is free now) or MISS.
@@ -195,6 +205,8 @@ class ShardStore:
         self._check_open()
         with self._lock:
             client = self._clients.get(client_id)
+            if released:
+                self._end_leases(client, released)
         return self._staging.stage(client, keys)
 
     def cancel(self, client_id: int, keys: Sequence[BlockKey]) -> list[bool]:
@@ -211,12 +223,11 @@ class ShardStore:
     def release(self, client_id: int, slots: Sequence[SlotRef]) -> None:
         """End one lease per slot given; one that is not held is ignored."""
         with self._lock:
-            client = self._clients.get(client_id)
-            for slot, generation in slots:
-                block = self._leases.end(client, slot, generation)
-                if block is not None:
-                    self._leases.abandon(block)
-            self._changed.notify_all()
+            self._end_leases(self._clients.get(client_id), slots)
+
+    def _end_leases(self, client: Client, slots: Sequence[SlotRef]) -> None:
+        self._leases.end_many(client, slots)
+        self._changed.notify_all()
 
     def reserve(self, client_id: int, block_bytes: int, n: int) -> list[SlotRef]:
         """Lease up to `n` slots to fill; fewer or none when RAM is dirty or leased. Never waits.
@@ -255,10 +266,12 @@ class ShardStore:
             if len(item[4]) > _MAX_NAMESPACE:
                 raise ConfigError("namespace", item[4], f"at most {_MAX_NAMESPACE} characters")
         statuses: list[CommitStatus] = []
+        keys = [item[2] for item in items]
         with self._lock:
             client = self._clients.get(client_id)
             tiers = self._tiers
             entries: list[int] = []
+            there = dict(zip(keys, tiers.find(keys), strict=True))
             for slot, generation, key, parent, namespace in items:
                 held = tiers.ram.by_slot.get(slot)
                 reserved = held is not None and held.state is RamState.RESERVED and not held.dead
@@ -266,14 +279,15 @@ class ShardStore:
                 if block is None:
                     statuses.append(CommitStatus.STALE)
                     continue
-                known = tiers.find([key])[0]
+                known = there[key]
                 if known >= 0:
                     self._leases.abandon(block)
                     tiers.consider_again(known)
                     entries.append(known)
                     statuses.append(CommitStatus.EXISTS)
                     continue
-                entries.append(tiers.publish(block, key, parent, namespace))
+                there[key] = tiers.publish(block, key, parent, namespace)
+                entries.append(there[key])
                 statuses.append(CommitStatus.STORED)
             tiers.touch(entries)
             if tiers.dirty:

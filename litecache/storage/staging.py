@@ -16,6 +16,8 @@ from .protocol import PAGE_BYTES, StageResult, StageStatus
 from .ram_tier import RamBlock, RamState
 from .tiers import Tiers
 
+_MISS = StageResult(StageStatus.MISS)
+
 
 class Staging:
     """Answers `stage` and `cancel`.
@@ -45,7 +47,7 @@ class Staging:
     def stage(self, client: Client, keys: Sequence[BlockKey]) -> list[StageResult]:
         """See `ShardStore.stage`."""
         results = self._once(client, keys)
-        busy = [i for i, result in enumerate(results) if result.status is StageStatus.BUSY]
+        busy = [i for i, result in enumerate(results) if result[0] is StageStatus.BUSY]
         space, grown = self._tiers.ram.space, -1
         while busy and space.grown != grown:
             # another client, or another block size, took the segment that was grown for these: ask
@@ -60,32 +62,54 @@ class Staging:
         return results
 
     def _once(self, client: Client, keys: Sequence[BlockKey]) -> list[StageResult]:
-        self._grow_for_loads(keys)
+        tiers = self._tiers
         with self._lock:
-            if client.gone:
-                raise StorageError(f"client_id={client.client_id} has been detached")
-            tiers = self._tiers
             entries = tiers.find(keys)
-            results = [StageResult(StageStatus.MISS)] * len(keys)
-            loads: dict[int, list[int]] = {}
-            for i, entry in enumerate(entries):
-                if entry < 0:
-                    continue
-                block = tiers.block_of(entry)
-                if block is None:
-                    loads.setdefault(tiers.index.pages[entry], []).append(i)
-                    continue
-                self._leases.give(client, block)
-                results[i] = _leased(block)
-            started: dict[int, RamBlock] = {}
-            for pages, wanted in loads.items():
-                self._begin_loads(client, pages, wanted, entries, results, started)
-            if started:
-                self._io.queue_reads([started[i] for i in sorted(started)])
-                self._io.kick()
-            tiers.use([e for i, e in enumerate(entries) if results[i].slot >= 0])
-            if tiers.dirty:
-                self._io.kick()
+            wanting = self._wanting(entries)
+            if not wanting:
+                return self._lease(client, entries)
+        for pages, count in wanting.items():
+            self._growth.ensure(pages, count)
+        with self._lock:
+            return self._lease(client, tiers.find(keys))
+
+    def _wanting(self, entries: Iterable[int]) -> dict[int, int]:
+        """Block sizes in pages for whose loads the arena should grow, with the slots they need."""
+        index, space = self._tiers.index, self._tiers.ram.space
+        needs: dict[int, int] = {}
+        for entry in entries:
+            if entry >= 0 and not index.ram[entry]:
+                needs[index.pages[entry]] = needs.get(index.pages[entry], 0) + 1
+        return {
+            pages: count
+            for pages, count in needs.items()
+            if space.available(pages) < count and space.growth(pages) is not None
+        }
+
+    def _lease(self, client: Client, entries: list[int]) -> list[StageResult]:
+        if client.gone:
+            raise StorageError(f"client_id={client.client_id} has been detached")
+        tiers, give, block_of = self._tiers, self._leases.give, self._tiers.block_of
+        results = [_MISS] * len(entries)
+        loads: dict[int, list[int]] = {}
+        for i, entry in enumerate(entries):
+            if entry < 0:
+                continue
+            block = block_of(entry)
+            if block is None:
+                loads.setdefault(tiers.index.pages[entry], []).append(i)
+                continue
+            give(client, block)
+            results[i] = _leased(block)
+        started: dict[int, RamBlock] = {}
+        for pages, wanted in loads.items():
+            self._begin_loads(client, pages, wanted, entries, results, started)
+        if started:
+            self._io.queue_reads([started[i] for i in sorted(started)])
+            self._io.kick()
+        tiers.use([e for e, (_, slot, _) in zip(entries, results, strict=True) if slot >= 0])
+        if tiers.dirty:
+            self._io.kick()
         return results
 
     def _begin_loads(
@@ -112,16 +136,6 @@ class Staging:
                 started[i] = block
             self._leases.give(client, block)
             results[i] = _leased(block)
-
-    def _grow_for_loads(self, keys: Sequence[BlockKey]) -> None:
-        needs: dict[int, int] = {}
-        with self._lock:
-            index = self._tiers.index
-            for entry in self._tiers.find(keys):
-                if entry >= 0 and not index.ram[entry]:
-                    needs[index.pages[entry]] = needs.get(index.pages[entry], 0) + 1
-        for pages, count in needs.items():
-            self._growth.ensure(pages, count)
 
     def _count(self, results: Iterable[StageResult]) -> None:
         counts = [0, 0, 0, 0]

@@ -12,6 +12,8 @@ from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from ..hashing import BlockKey
 from ..metrics import Metrics
 from .admission import Admission
@@ -118,8 +120,8 @@ class Tiers:
 
     def block_of(self, entry: int) -> RamBlock | None:
         """The block's slot in RAM, if any."""
-        handle = self.index.ram[entry] - 1
-        return self.ram.at(handle) if handle >= 0 else None
+        handle = self.index.ram[entry]
+        return self.ram.at(handle - 1) if handle else None
 
     def touch(self, entries: Sequence[int]) -> None:
         """Blocks were used; whatever lies above them in their chains was used too.
@@ -127,30 +129,27 @@ class Tiers:
         Only the last block of each piece of a chain is noted here. The order changes before the
         next eviction (`settle_recency`), so a chain that is used piece by piece is walked once.
         """
+        if not entries:
+            return
         index = self.index
-        for i, entry in enumerate(entries):
-            key = index.key_at(entry)
-            following = i + 1 < len(entries) and index.parent_of(entries[i + 1]) == key
-            preceding = i > 0 and index.parent_of(entries[i - 1]) == key
-            if following or preceding:
-                continue
-            # chains are mostly used in order: the piece before this one needs no walk of its own
-            head = (
-                entry
-                if i == 0 or index.parent_of(entry) != index.key_at(entries[i - 1])
-                else (self._head_of(entries, i))
-            )
-            self._tails.pop(index.parent_of(head), None)
+        numbers = np.array(entries, np.int64)
+        keys, parents = index.words_at(numbers), index.parents_at(numbers)
+        # chains are mostly used in order: a block whose predecessor comes just before it
+        follows = np.zeros(len(numbers) + 1, bool)
+        follows[1:-1] = (parents[1:] == keys[:-1]).all(axis=1)
+        precedes = np.zeros(len(numbers), bool)
+        precedes[1:] = (parents[:-1] == keys[1:]).all(axis=1)
+        for last in np.flatnonzero(~follows[1:] & ~precedes).tolist():
+            first = last
+            while follows[first]:
+                first -= 1
+            # the piece before this one needs no walk of its own
+            key = keys[last].tobytes()
+            self._tails.pop(parents[first].tobytes(), None)
             self._tails.pop(key, None)
             self._tails[key] = None
         if len(self._tails) > _PENDING:
             self.settle_recency()
-
-    def _head_of(self, entries: Sequence[int], last: int) -> int:
-        index = self.index
-        while last > 0 and index.parent_of(entries[last]) == index.key_at(entries[last - 1]):
-            last -= 1
-        return entries[last]
 
     def settle_recency(self) -> None:
         """Bring the eviction order up to date: tails first, so that no head leaves before them.
@@ -182,11 +181,13 @@ class Tiers:
 
     def use(self, entries: Sequence[int]) -> None:
         """Count a hit each, refresh recency, and let admission think again."""
-        now = int(time.time())
-        for entry in entries:
-            self.index.hits[entry] = min(self.index.hits[entry] + 1, 0xFFFF_FFFF)
-            self.index.used_s[entry] = now
-            self.consider_again(entry)
+        if not entries:
+            return
+        self.index.note_hits(np.array(entries, np.int64), int(time.time()))
+        if self.disk is not None:
+            for entry in entries:
+                if not self.index.disk[entry]:
+                    self.consider_again(entry)
         self.touch(entries)
 
     def consider_again(self, entry: int) -> None:

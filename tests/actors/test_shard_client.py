@@ -17,10 +17,19 @@ import ray
 from litecache.actors.calls import result
 from litecache.actors.shard_client import RayShardClient
 from litecache.actors.storage_shard import StorageShard
-from litecache.errors import StorageLockedError
+from litecache.engine.shard_set import ShardSet
+from litecache.errors import StorageError, StorageLockedError
 from litecache.metrics import Metrics
-from litecache.storage.protocol import CommitItem, CommitStatus, SlotRef, StageStatus
+from litecache.storage import wire
+from litecache.storage.protocol import (
+    CommitItem,
+    CommitStatus,
+    SlotRef,
+    StageResult,
+    StageStatus,
+)
 from litecache.storage.shard_store import ShardStore
+from litecache.types import Tier
 
 BLOCK = 8192
 KEYS = [bytes([n]) * 16 for n in range(1, 4)]
@@ -53,6 +62,10 @@ def put(client: RayShardClient, keys: list[bytes]) -> None:
 
 def leases(handle: Any) -> int:
     return int(result(handle.stats.remote(), 10)["store"]["leases"])
+
+
+def slot_of(staged: StageResult) -> SlotRef:
+    return SlotRef(staged.slot, staged.generation)
 
 
 def wait_until(condition: Any) -> None:
@@ -136,6 +149,113 @@ def test_leases_end_with_the_client_process(shard: Any) -> None:
     assert leases(shard) == 3
     ray.kill(holder)
     wait_until(lambda: leases(shard) == 0)
+
+
+def test_several_batches_are_under_way_and_leases_ride_with_the_next(shard: Any) -> None:
+    client = RayShardClient(shard, "s")
+    put(client, KEYS)
+    pending = [client.stage_async([key]) for key in KEYS]
+    refs = [slot_of(call.result()[0]) for call in pending]
+    assert client.wait(refs) == [True] * 3
+    assert [bytes(client.arena.block(ref.slot, 16)) for ref in refs] == KEYS
+    assert leases(shard) == 3
+    (again,) = client.stage_async(KEYS[:1], released=refs[1:]).result()
+    assert leases(shard) == 2
+    client.stage_async([bytes(16)], released=[refs[0], slot_of(again)]).result()
+    assert leases(shard) == 0
+    client.close()
+
+
+def test_an_abandoned_stage_leaves_no_lease(shard: Any) -> None:
+    client = RayShardClient(shard, "s")
+    put(client, KEYS)
+    client.stage_async(KEYS).abandon()
+    # the shard answers in order, so this one's answer comes after the abandoned one's
+    wait_until(lambda: client.stage_async(KEYS[:1]).result()[0].status is StageStatus.READY)
+    wait_until(lambda: leases(shard) == 1)
+    client.close()
+
+
+def test_leases_that_cannot_ride_with_a_stage_are_returned_alone(shard: Any) -> None:
+    client = RayShardClient(shard, "s", timeout_s=0.3)
+    put(client, KEYS)
+    held = [slot_of(result) for result in client.stage(KEYS)]
+    pid = result(shard.info.remote(), 10)["pid"]
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        assert client.stage(KEYS[:1])[0].status is StageStatus.MISS
+        missed = client.stage_async(KEYS, released=held).result()
+        assert [r.status for r in missed] == [StageStatus.MISS] * 3
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    wait_until(lambda: leases(shard) == 0)
+
+
+def test_a_client_that_dies_with_stages_under_way_leaves_no_lease(shard: Any) -> None:
+    mine = RayShardClient(shard, "s")
+    put(mine, KEYS)
+    (kept,) = mine.stage(KEYS[:1])
+
+    @ray.remote(num_cpus=0)
+    class Busy:
+        def stage(self, handle: Any) -> int:
+            self.client = RayShardClient(handle, "s")
+            held = [SlotRef(r.slot, r.generation) for r in self.client.stage(KEYS)]
+            self.client.stage_async(KEYS[:2], released=held[:2]).result()
+            self.calls = [self.client.stage_async(KEYS, released=held[2:]) for _ in range(4)]
+            return os.getpid()
+
+    busy = Busy.remote()
+    os.kill(ray.get(busy.stage.remote(shard)), signal.SIGKILL)
+    wait_until(lambda: result(shard.stats.remote(), 10)["store"]["clients"] == 1)
+    assert leases(shard) == 1
+    assert mine.wait([slot_of(kept)]) == [True]
+    mine.close()
+
+
+def test_the_shards_of_several_folders_are_asked_together(ray_local: None, tmp_path: Path) -> None:
+    handles = [start(tmp_path / name) for name in ("a", "b")]
+    clients = [RayShardClient(handle, f"s{i}") for i, handle in enumerate(handles)]
+    put(clients[0], KEYS[:2])
+    put(clients[1], KEYS[1:])
+    for handle in handles:
+        result(handle.clear.remote("ram"), 20)
+    shards = ShardSet(clients, None, Metrics())
+    found = shards.stage([*KEYS, bytes(16)])
+    assert [lease and lease.tier for lease in found] == [Tier.DISK, Tier.DISK, Tier.DISK, None]
+    held = [lease for lease in found if lease is not None and lease.slot is not None]
+    assert {lease.shard_id for lease in held} == {"s0", "s1"}
+    for lease in held:
+        assert lease.shard is not None
+        assert lease.slot is not None
+        assert lease.shard.arena.wait([lease.slot]) == [True]
+        assert bytes(lease.shard.arena.block(lease.slot.slot, 16)) == lease.key
+    # the block that both have is leased once, the spare lease went back
+    wait_until(lambda: sum(map(leases, handles)) == 3)
+    shards.give_back(held)
+    wait_until(lambda: sum(map(leases, handles)) == 0)
+    os.kill(result(handles[0].info.remote(), 10)["pid"], signal.SIGKILL)
+    found = shards.stage(KEYS)
+    assert [lease and lease.shard_id for lease in found] == [None, "s1", "s1"]
+    for handle in handles:
+        ray.kill(handle)
+
+
+def test_messages_of_another_version_are_refused_and_change_nothing(
+    shard: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = RayShardClient(shard, "s")
+    put(client, KEYS)
+    monkeypatch.setattr(wire, "PROTOCOL_VERSION", 1)
+    old = wire.pack_stage(client._client_id, KEYS, [])
+    monkeypatch.undo()
+    with pytest.raises(StorageError, match="slot protocol 1 cannot be read: this side speaks 2"):
+        result(shard.stage.remote(old), 10)
+    with pytest.raises(StorageError, match="a list is no packed message"):
+        result(shard.query.remote(KEYS), 10)
+    assert leases(shard) == 0
+    assert client.query(KEYS) == [True] * 3
+    client.close()
 
 
 def test_a_flush_does_not_delay_short_calls(shard: Any) -> None:

@@ -487,11 +487,10 @@ def test_buffered_io_works_where_o_direct_is_refused(tmp_path):
 
 def test_a_client_that_detaches_during_stage_gets_no_lease(tmp_path):
     with make(tmp_path) as store:
+        put(LocalShardClient(store), [key_of(0)], NBYTES)
+    with make(tmp_path) as store:
         client = LocalShardClient(store)
-        put(client, [key_of(0)], NBYTES)
         ensure = store._growth.ensure
-        store.flush()
-        store.clear("ram")
         store._growth.ensure = lambda pages, n: (client.close(), ensure(pages, n))
         with pytest.raises(StorageError, match="detached"):
             client.stage([key_of(0)])

@@ -1,0 +1,1 @@
+"""The parts of `scripts/bench_storage.py`, one idea a file."""
