@@ -1,4 +1,5 @@
-"""The command line: `litecache up`, `down`, `status`, `generate`, `inspect`, `verify`, `doctor`.
+"""The command line: `litecache up`, `down`, `status`, `generate`, `inspect`, `verify`, `tune`,
+`doctor`.
 
 A group started by `up` is detached: it outlives the command, until `down`. Neither ever starts or
 stops Ray. Every command takes `--json` for machines; errors go to stderr and exit with 1.
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -206,6 +208,23 @@ def verify(directory: Folder, as_json: AsJson = False) -> None:
                 typer.echo(f"  {key}: {reason}")
     if not all(report.ok for report in reports):
         raise typer.Exit(1)
+
+
+@app.command()
+def tune(
+    file: Annotated[Path, typer.Argument(help="JSON file to write; LITECACHE_TUNING uses it")],
+    as_json: AsJson = False,
+) -> None:
+    """Measure the decode kernel's launch configurations on this machine's GPU."""
+    from litecache.kernels.tune import tune_to_file
+
+    if not file.absolute().parent.is_dir():
+        raise ConfigError("file", str(file), "a path in a folder that exists")
+    document = tune_to_file(file, None if as_json else typer.echo)
+    if as_json:
+        _print_json(document)
+        return
+    typer.echo(f"{document['gpu']}: written; export LITECACHE_TUNING={file.absolute()}")
 
 
 @app.command()

@@ -188,7 +188,8 @@ class Bench:
         rows = max(16, triton.next_power_of_2(metadata.max_query_len * group))
         item = getattr(torch, self.shape.dtype).itemsize
         dim = triton.next_power_of_2(self.shape.dim)
-        return decode_config(DEVICE, TunedShape(item, dim, group > 1, rows))
+        fp8 = self.shape.dtype == "float8_e4m3fn"
+        return decode_config(DEVICE, TunedShape(item, dim, group > 1, rows, fp8))
 
     def attend(self, query: torch.Tensor, metadata: AttentionMetadata, layer: int) -> torch.Tensor:
         """One layer by whichever path the dispatcher takes, the step's own tokens at hand."""

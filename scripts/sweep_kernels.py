@@ -32,7 +32,9 @@ from litecache.kernels.tuning import Shape as TunedShape
 def decode_candidates(shape: Shape) -> list[DecodeConfig]:
     """The candidates of `litecache.kernels.tune` for a geometry."""
     item = getattr(torch, shape.dtype).itemsize
-    tuned = TunedShape(item, shape.dim, shape.heads > shape.kv_heads, 16)
+    tuned = TunedShape(
+        item, shape.dim, shape.heads > shape.kv_heads, 16, shape.dtype == "float8_e4m3fn"
+    )
     return [
         DecodeConfig(block_n, warps, stages, programs * 132)
         for block_n, warps, stages, programs in candidates(tuned)

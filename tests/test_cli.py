@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -15,7 +16,7 @@ from typer.testing import CliRunner
 from litecache.actors.group_start import actor_names
 from litecache.cli import app, main, parse_settings
 from litecache.config import CacheConfig
-from litecache.errors import ConfigError
+from litecache.errors import ConfigError, KernelError
 from litecache.storage import CommitItem, LocalShardClient, ShardStore
 
 WORDS = [f"w{number}" for number in range(64)]
@@ -44,6 +45,14 @@ def invoke(*arguments: str) -> Any:
     done = CliRunner().invoke(app, [*arguments, "--json"], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="would tune for minutes")
+def test_tuning_without_a_gpu_or_a_folder_writes_nothing(tmp_path: Path) -> None:
+    for path, error in ((tmp_path / "t.json", KernelError), (tmp_path / "n" / "t", ConfigError)):
+        done = CliRunner().invoke(app, ["tune", str(path)])
+        assert isinstance(done.exception, error)
+        assert not path.exists()
 
 
 def test_a_group_goes_up_answers_shows_itself_and_goes_down(ray_local: None, model: Path) -> None:

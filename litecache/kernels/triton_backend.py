@@ -61,7 +61,8 @@ def paged_attention(
             continue
         assert out is not None
         rows = max(16, next_power_of_2(most * group))
-        shape = Shape(itemsize, next_power_of_2(dim), group > 1, rows)
+        fp8 = k_cache.dtype == torch.float8_e4m3fn
+        shape = Shape(itemsize, next_power_of_2(dim), group > 1, rows, fp8)
         config = decode_config(query.device, shape)
         decode(query, k_cache, v_cache, metadata, seqs, most, out, config, **extras, **scales)
     if by_library:

@@ -1,4 +1,4 @@
-"""Measures decode configurations on this machine's GPU: `python -m litecache.kernels.tune FILE`.
+"""Measures decode configurations on this machine's GPU; the command is `litecache tune FILE`.
 
 The best of each shape goes into a JSON file that `LITECACHE_TUNING` names from then on. Serving
 never searches: what is not in the file comes from the table in `tuning.py`.
@@ -6,13 +6,13 @@ never searches: what is not in the file comes from the table in `tuning.py`.
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import os
 import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,8 +30,8 @@ _KV_HEADS = 8
 _LAYERS = 8
 _ROUNDS = 5
 SHAPES = tuple(
-    Shape(itemsize, dim, grouped, 16)
-    for itemsize in (2, 1)
+    Shape(itemsize, dim, grouped, 16, fp8)
+    for itemsize, fp8 in ((2, False), (1, False), (1, True))
     for dim in (64, 128, 256)
     for grouped in (True, False)
 )
@@ -52,7 +52,9 @@ def candidates(shape: Shape) -> list[Numbers]:
 
 
 def tune(
-    shapes: Iterable[Shape], measure: Callable[[Shape, Numbers], float]
+    shapes: Iterable[Shape],
+    measure: Callable[[Shape, Numbers], float],
+    progress: Callable[[str], None] | None = None,
 ) -> dict[str, list[int]]:
     """The fastest candidate of each shape.
 
@@ -60,6 +62,7 @@ def tune(
         shapes: what to tune.
         measure: microseconds of a shape under a configuration; raises RuntimeError or ValueError
             where the chip cannot run it.
+        progress: called with a line for each shape that is done.
 
     Returns:
         Shape name to block_n, warps, stages and programs a multiprocessor.
@@ -78,7 +81,8 @@ def tune(
         if not times:
             raise KernelError(f"no decode configuration of {shape.name} runs on this GPU")
         fastest = min(times, key=lambda numbers: times[numbers])
-        logger.info("%s: %s, %.1f us", shape.name, fastest, times[fastest])
+        if progress is not None:
+            progress(f"{shape.name}: {fastest}, {times[fastest]:.1f} us")
         best[shape.name] = list(fastest)
     return best
 
@@ -138,7 +142,7 @@ class GraphTimer:
         width = self._context // _BLOCK_SIZE
         count = self._batch * width + 1
         size = (count, _KV_HEADS, _BLOCK_SIZE, shape.dim)
-        self._layers = [self._layer(size, shape.itemsize) for _ in range(_LAYERS)]
+        self._layers = [self._layer(size, shape) for _ in range(_LAYERS)]
         tables = (torch.randperm(count - 1) + 1).view(self._batch, width).tolist()
         lens = [self._context] * self._batch
         self._metadata = AttentionMetadata.build(
@@ -150,11 +154,12 @@ class GraphTimer:
         )
 
     def _layer(
-        self, size: tuple[int, ...], itemsize: int
+        self, size: tuple[int, ...], shape: Shape
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        if itemsize == 1:
+        if shape.itemsize == 1:
+            dtype = torch.float8_e4m3fn if shape.fp8 else torch.int8
             k, v = (
-                torch.randint(-127, 128, size, dtype=torch.int8, device=self._device)
+                torch.randint(-127, 128, size, dtype=torch.int16, device=self._device).to(dtype)
                 for _ in range(2)
             )
             return k, v, torch.rand(size[:3], device=self._device)
@@ -166,21 +171,25 @@ def _event() -> torch.cuda.Event:
     return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
-def main() -> None:
-    """Tunes every shape in `SHAPES` and writes the file."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("file", type=Path, help="where to write the configurations")
-    options = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+def tune_to_file(path: Path, progress: Callable[[str], None] | None = None) -> dict[str, Any]:
+    """Tune every shape in `SHAPES` on the current GPU and write the file, whole or not at all.
+
+    Args:
+        path: the JSON file to write.
+        progress: called with a line for each shape that is done.
+
+    Returns:
+        What was written: `gpu` and the `decode` entries.
+
+    Raises:
+        KernelError: there is no CUDA device, or no candidate of a shape runs on it.
+    """
     if not torch.cuda.is_available():
-        raise SystemExit("tuning needs a CUDA device")
+        raise KernelError("tuning needs a CUDA device, and torch sees none here")
     device = torch.device("cuda", torch.cuda.current_device())
-    entries = tune(SHAPES, GraphTimer(device))
+    entries = tune(SHAPES, GraphTimer(device), progress)
     document = {"gpu": torch.cuda.get_device_name(device), "decode": entries}
-    temporary = options.file.with_name(options.file.name + ".tmp")
+    temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, options.file)
-
-
-if __name__ == "__main__":
-    main()
+    os.replace(temporary, path)
+    return document

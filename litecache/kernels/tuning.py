@@ -1,7 +1,7 @@
 """Launch configurations by chip and shape: looked up, never searched for at run time.
 
-The table was measured on an H200 (compute capability 9.0); entries of other chips are reasoned
-from their shared memory and registers, and say so. `litecache.kernels.tune` measures a machine's
+The table was measured on an H200 and an H100 (compute capability 9.0); entries of other chips are
+reasoned from their shared memory and registers, and say so. `litecache tune` measures a machine's
 own decode entries into a JSON file, which `LITECACHE_TUNING` names.
 """
 
@@ -62,28 +62,37 @@ class Shape:
         dim: the larger of K's and V's head dimension, padded to a power of two.
         grouped: several query heads read one KV head.
         rows: queries times heads of a group, padded to a power of two, at least 16.
+        fp8: the elements are e4m3; with `itemsize=1` they are int8 otherwise.
     """
 
     itemsize: int
     dim: int
     grouped: bool
     rows: int
+    fp8: bool = False
 
     @property
     def name(self) -> str:
         """The key of the shape in a tuning file."""
         kind = "grouped" if self.grouped else "single"
-        return f"{self.itemsize}B-d{self.dim}-{kind}-r{self.rows}"
+        return f"{self.element}-d{self.dim}-{kind}-r{self.rows}"
+
+    @property
+    def element(self) -> str:
+        """The kind of a pool element."""
+        return "fp8" if self.fp8 else f"{self.itemsize}B"
 
 
-# (capability, itemsize, dim) -> block_n, warps, stages, programs a multiprocessor; for few rows.
-_MEASURED: dict[tuple[tuple[int, int], int, int, bool], tuple[int, int, int, int]] = {
-    ((9, 0), 2, 128, True): (32, 2, 3, 4),
-    ((9, 0), 2, 128, False): (32, 2, 3, 4),
-    ((9, 0), 2, 64, True): (128, 4, 3, 3),
-    ((9, 0), 2, 64, False): (64, 2, 2, 6),
-    ((9, 0), 1, 128, True): (32, 1, 3, 8),
-    ((9, 0), 1, 128, False): (32, 1, 3, 8),
+# (capability, element, dim) -> block_n, warps, stages, programs a multiprocessor; for few rows.
+_MEASURED: dict[tuple[tuple[int, int], str, int, bool], tuple[int, int, int, int]] = {
+    ((9, 0), "2B", 128, True): (32, 2, 3, 4),
+    ((9, 0), "2B", 128, False): (32, 2, 3, 4),
+    ((9, 0), "2B", 64, True): (128, 4, 3, 3),
+    ((9, 0), "2B", 64, False): (64, 2, 2, 6),
+    ((9, 0), "1B", 128, True): (32, 1, 3, 8),
+    ((9, 0), "1B", 128, False): (32, 1, 3, 8),
+    ((9, 0), "fp8", 128, True): (128, 2, 2, 4),
+    ((9, 0), "fp8", 128, False): (128, 2, 2, 4),
 }
 _MOST_ROWS_MEASURED = 32
 
@@ -106,7 +115,7 @@ def own_entries(path: str | None) -> dict[str, list[int]]:
     """Entries of a tuning file: shape name to block_n, warps, stages, programs a multiprocessor.
 
     Raises:
-        KernelError: the file is not what `litecache.kernels.tune` writes.
+        KernelError: the file is not what `litecache tune` writes.
     """
     if not path:
         return {}
@@ -132,7 +141,7 @@ def decode_config(device: torch.device, shape: Shape) -> DecodeConfig:
 
 
 def _decode_numbers(capability: tuple[int, int], shape: Shape) -> tuple[int, int, int, int]:
-    measured = _MEASURED.get((capability, shape.itemsize, shape.dim, shape.grouped))
+    measured = _MEASURED.get((capability, shape.element, shape.dim, shape.grouped))
     if measured is not None and shape.rows <= _MOST_ROWS_MEASURED:
         return measured
     # Reasoned, not measured: tiles of 16 KiB, two of them in flight, two programs of four warps a
