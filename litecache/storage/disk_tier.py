@@ -28,6 +28,7 @@ from .key_table import Entries
 from .protocol import PAGE_BYTES
 from .records import FLAG_DOUBTFUL, FLAG_PINNED, RECORD_BYTES, seal
 from .recovery import MAX_NAMES, Recovered, recover
+from .room import make_room
 from .segments import SegmentSpace, pick_segment_bytes
 from .slab import Slab, Transfer
 
@@ -91,6 +92,7 @@ class DiskTier:
         self.folder = Folder(files, path, storage_bytes, pick_segment_bytes(storage_bytes))
         try:
             self.space = SegmentSpace(self.folder.segment_bytes, self._may_grow)
+            self.space.may_shrink = True
             self.slab = Slab(files, self.folder.file("slab"), direct=direct)
             try:
                 recovered = recover(files, path)
@@ -113,9 +115,9 @@ class DiskTier:
         self.damaged_records = recovered.damaged
 
     def _may_grow(self, new_segments: int, new_slots: int) -> bool:
-        if new_segments and self.grow_failed:
+        if new_segments > 0 and self.grow_failed:
             return False
-        slab = (self.space.grown + new_segments) * self.space.segment_bytes
+        slab = (self.space.present + new_segments) * self.space.segment_bytes
         meta = META_SLOT_BYTES * (self.space.slots_assigned + new_slots) + 3 * self._name_bytes
         return slab + meta + META_FIXED_BYTES <= self.limit
 
@@ -186,9 +188,12 @@ class DiskTier:
         """Up to `n` slots, evicting what is oldest; fewer when the rest is busy or may grow."""
         n = self._within_quota(pages, n, namespace)
         slots = self.space.allocate(pages, n)
-        if len(slots) < n and self.space.growth(pages) is None:
+        while len(slots) < n and self.space.growth(pages) is None:
             self._make_room(pages, n - len(slots))
-            slots += self.space.allocate(pages, n - len(slots))
+            more = self.space.allocate(pages, n - len(slots))
+            if not more:
+                break
+            slots += more
         self._unplaced[namespace] = self._unplaced.get(namespace, 0) + pages * len(slots)
         return slots
 
@@ -213,19 +218,15 @@ class DiskTier:
 
     def _make_room(self, pages: int, n: int) -> None:
         self._before_evict()
-        other = self.queues.oldest_elsewhere(pages)
-        if other is not None:
-            for entry in self.space.in_the_way(self._index.disk[other] - 1, pages):
-                if entry in self.queues and self._may_evict(entry):
-                    self.queues.remove(entry)
-                    self._give_up(entry)
-            if self.space.allocatable(pages):
-                return
-        for _ in range(n):
-            victim = self.queues.evict(pages, self._may_evict)
-            if victim is None:
-                return
-            self._give_up(victim)
+        make_room(
+            self.queues,
+            self.space,
+            pages,
+            n,
+            slot_of=lambda entry: self._index.disk[entry] - 1,
+            allowed=self._may_evict,
+            give_up=self._give_up,
+        )
 
     def _may_evict(self, entry: int) -> bool:
         return self._index.disk[entry] - 1 not in self.busy
@@ -374,6 +375,17 @@ class DiskTier:
         except OSError as error:
             if error.errno not in NO_SPACE:
                 logger.error("the slab of %s cannot grow: %s", self.folder.path, error)
+            return False
+        return True
+
+    def shrink(self, segments: Sequence[int]) -> bool:
+        """Give the disk space of empty segments back; False when the file system cannot."""
+        size = self.space.segment_bytes
+        try:
+            for segment in segments:
+                self.slab.punch(segment * size, size)
+        except OSError as error:
+            logger.info("the slab of %s cannot shrink: %s", self.folder.path, error)
             return False
         return True
 

@@ -30,7 +30,7 @@ def shard_stats(tiers: Tiers, epoch: int, clients: int) -> dict[str, object]:
     }
     if disk is not None:
         result["disk_blocks"] = int((tiers.index.column("disk") != 0).sum())
-        result["slab_bytes"] = disk.space.grown * disk.space.segment_bytes
+        result["slab_bytes"] = disk.space.present * disk.space.segment_bytes
         result["journal_bytes"] = disk.journal.bytes
         result["direct_io"] = disk.slab.direct
         result["damaged_records"] = disk.damaged_records

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 import time
+from unittest.mock import Mock
 
 import pytest
 from storage_help import KIB, MIB, ROOT, bytes_of, fill, get, key_of, put
@@ -27,6 +29,7 @@ from litecache.storage import (
     inspect_store,
     verify_store,
 )
+from litecache.storage.files import Files
 
 NBYTES = 64 * KIB
 
@@ -246,6 +249,50 @@ def test_block_sizes_share_the_store_and_idle_ones_give_way(tmp_path):
         store.clear("ram")
         assert sum(store.query(later)) >= 20
         store.check_integrity()
+
+
+@pytest.mark.parametrize("on_disk", [True, False])
+def test_one_old_block_of_a_size_does_not_cost_the_new_ones_of_that_size(tmp_path, on_disk):
+    """The oldest of all leaves, then the next oldest, which may be of another size."""
+    folder = tmp_path if on_disk else None
+    with make(folder, storage_bytes=8 * MIB, ram_bytes=4 * MIB, io_threads=0) as store:
+        fill(store, [1], 100 * KIB)
+        old = fill(store, range(100, 300), 64 * KIB)
+        for start in range(1000, 1020, 5):
+            fill(store, range(start, start + 5), 100 * KIB, batch=5)
+        assert store.query([key_of(1)]) == [False]
+        assert all(store.query(keys_of(range(1000, 1020))))
+        assert 10 < sum(store.query(old)) < 100
+        store.check_integrity()
+
+
+@pytest.mark.parametrize("punch", [True, False])
+def test_small_blocks_take_the_space_of_older_large_ones(tmp_path, monkeypatch, punch):
+    """Their metadata takes more of the bound, so the slab must shrink where it can."""
+    if not punch:
+        refuse = OSError(errno.EOPNOTSUPP, "no holes here")
+        monkeypatch.setattr(Files, "punch", Mock(side_effect=refuse))
+    with make(tmp_path, storage_bytes=12 * MIB, ram_bytes=2 * MIB, io_threads=0) as store:
+        fill(store, range(180), 64 * KIB)
+        full = store.stats()["slab_bytes"]
+        small = fill(store, range(1000, 1000 + 1200), 4 * KIB)
+        store.check_integrity()
+        assert sum(store.query(small)) == (1200 if punch else 896)
+        assert (store.stats()["slab_bytes"] < full) == punch
+        used = sum(f.stat().st_blocks * 512 for f in tmp_path.iterdir())
+        assert used <= 12 * MIB
+        # nothing is dropped, nothing leaves beyond the room that is needed, tails first
+        assert not store.metrics.value("litecache_drops", reason="no_room")
+        assert sum(store.query(keys_of(range(180)))) > 80
+        assert store.query(keys_of([0, 179])) == [True, False]
+        again = fill(store, range(5000, 5150), 64 * KIB)  # what was given back is made again
+        assert all(store.query(again[-100:]))
+        store.check_integrity()
+    with make(tmp_path, storage_bytes=12 * MIB, ram_bytes=2 * MIB) as store:
+        store.check_integrity()
+        client = LocalShardClient(store)
+        assert all(get(client, again[-20:], 64 * KIB))
+        client.close()
 
 
 def test_deleted_blocks_stay_deleted_after_kill_9(tmp_path):
