@@ -183,7 +183,8 @@ class LocalCacheService:
         kvcache: 2-D contiguous CPU tensor `[pages, page size]`, torch or numpy.
         num_workers: threads that copy.
         ram_bytes: shared memory over all shards; None picks by block size.
-        engine: `local`, `memory`, or the name of a registered `StorageEngine`.
+        engine: `local` (this process), `ray` (shard actors), `memory`, the name of a registered
+            `StorageEngine`, or such a class.
 
     Raises:
         ConfigError: a field is invalid, or the shards are too many for `storage_size`.
@@ -200,7 +201,7 @@ class LocalCacheService:
         num_workers: int,
         *,
         ram_bytes: int | None = None,
-        engine: str = "local",
+        engine: str | type[StorageEngine] = "local",
     ) -> None:
         for name, value in (("num_of_shard", num_of_shard), ("num_workers", num_workers)):
             if value < 1:
@@ -231,7 +232,7 @@ class LocalCacheService:
             on_written=self._core.on_written,
         )
         made = get_engine(engine)
-        if engine == "local":
+        if made.keeps_folders:
             _with_retry(lambda: adopt_geometry(path, layout.page_bytes, layout.pages_per_block))
         self._core.engine = _with_retry(lambda: made(options))
         self._finalizer = weakref.finalize(self, _Core.shutdown, self._core)
