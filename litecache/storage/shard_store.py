@@ -364,8 +364,11 @@ class ShardStore:
         return self._io.failed_writes + self._keeper.lost_writes
 
     def fetch(self, keys: Sequence[BlockKey]) -> list[tuple[BlockKey, bytes | None]]:
-        """Copies of blocks, for another node; those on disk are read without taking a RAM slot."""
-        return [(key, self._fetching.fetch(key)) for key in keys]
+        """Copies of blocks, for another node; those on disk are read without taking a RAM slot.
+
+        One answer holds at most 64 MiB (or one block); what does not fit is None, as a miss.
+        """
+        return self._fetching.fetch(keys)
 
     def delete(self, keys: Sequence[BlockKey]) -> list[bool]:
         """Drop blocks from every tier; which of them were there."""

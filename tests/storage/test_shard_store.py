@@ -343,6 +343,49 @@ def test_fetch_reads_through_the_disk_without_a_slot(tmp_path):
         assert store.stats()["ram_slots"]["clean"] == 0
 
 
+def test_a_fetch_is_one_bounded_message_of_merged_reads(tmp_path, monkeypatch):
+    with make(tmp_path, storage_bytes=16 * MIB, io_threads=0) as store:
+        keys = fill(store, range(40), NBYTES)
+        store.clear("ram")
+        reads: list[int] = []
+        real = store._tiers.disk.slab._files.read
+
+        def read(fd, buffers, offset):
+            reads.append(sum(map(len, buffers)))
+            return real(fd, buffers, offset)
+
+        monkeypatch.setattr(store._tiers.disk.slab._files, "read", read)
+        monkeypatch.setattr("litecache.storage.fetching.MAX_REQUEST_BYTES", 16 * NBYTES)
+        wanted = [keys[3], *keys, key_of(99)]
+        assert [data == bytes_of(key, NBYTES) for key, data in store.fetch(wanted)] == (
+            [True] * 41 + [False]
+        )
+        assert len(reads) <= 5, "neighbours are read together"
+        assert max(reads) <= 16 * NBYTES
+        monkeypatch.setattr("litecache.storage.fetching.MAX_FETCH_BYTES", 10 * NBYTES)
+        answer = store.fetch(keys)
+        assert [data is not None for _, data in answer] == [True] * 10 + [False] * 30
+        assert store.metrics.value("litecache_drops", reason="fetch_too_large") == 30
+        assert all(store.query(keys)), "what did not fit is still there"
+        store.check_integrity()
+
+
+def test_a_damaged_block_in_a_fetch_costs_itself_alone(tmp_path):
+    with make(tmp_path, storage_bytes=16 * MIB, io_threads=0) as store:
+        keys = fill(store, range(8), NBYTES)
+        store.clear("ram")
+        slot = store._tiers.index.disk[store._tiers.index.find(keys[2])] - 1
+        with open(tmp_path / "slab", "r+b") as slab:
+            slab.seek(slot * 4096 + 100)
+            slab.write(b"\0" * 8)
+        found = dict(store.fetch(keys))
+        assert [found[key] == bytes_of(key, NBYTES) for key in keys] == [n != 2 for n in range(8)]
+        assert found[keys[2]] is None
+        assert store.metrics.value("litecache_misses", tier="disk", reason="corrupt") == 1
+        assert store.query([keys[2]]) == [False]
+        store.check_integrity()
+
+
 def test_a_read_only_shard_serves_and_takes_nothing(tmp_path):
     with make(tmp_path) as store:
         keys = fill(store, range(3), NBYTES)
