@@ -447,7 +447,8 @@ class ShardStore:
     def stats(self) -> dict[str, object]:
         """Counts and bytes, msgpack-able; also sets the gauges."""
         with self._lock:
-            result = shard_stats(self._tiers, self.epoch, len(self._clients.all()))
+            clients = len(self._clients.all())
+            result = shard_stats(self._tiers, self.epoch, clients, self.metrics)
         set_gauges(self.metrics, result)
         return result
 

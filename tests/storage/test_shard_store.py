@@ -148,6 +148,30 @@ def test_cancel_drops_reads_that_have_not_begun(tmp_path):
         assert all(get(client, keys, NBYTES))
 
 
+def test_hits_promotions_and_demotions_of_the_ram_tier_are_counted(tmp_path):
+    with make(tmp_path, ram_bytes=1 * MIB, io_threads=0) as store:
+        keys = fill(store, range(20), NBYTES)  # the arena holds 16: four leave, the disk has them
+        stats = store.stats()
+        assert stats["hits"] == {"ram": 0, "disk": 0}
+        assert (stats["promotions"], stats["demotions"]) == (0, 4)
+        client = LocalShardClient(store)
+        in_ram = [key for key in keys if store._tiers.index.ram[store._tiers.index.find(key)]]
+        gone = [key for key in keys if key not in in_ram]
+        assert all(get(client, in_ram[:3], NBYTES))
+        assert all(get(client, gone[:2], NBYTES))
+        stats = store.stats()
+        assert stats["hits"] == {"ram": 3, "disk": 2}
+        assert (stats["promotions"], stats["demotions"]) == (2, 6)
+        assert stats["evictions"] == {"ram": 6, "disk": 0, "expired": 0}
+        assert get(client, gone[:2], NBYTES) == [True, True]
+        assert store.stats()["hits"] == {"ram": 5, "disk": 2}
+        client.close()
+    with make(None, ram_bytes=1 * MIB) as store:
+        fill(store, range(20), NBYTES)
+        assert store.stats()["evictions"]["ram"] == 4
+        assert store.stats()["demotions"] == 0, "without a disk the block is gone, not demoted"
+
+
 def test_eviction_takes_tails_before_heads(tmp_path):
     with make(tmp_path, storage_bytes=4 * MIB, ram_bytes=1 * MIB) as store:
         chain = fill(store, range(30), NBYTES)
@@ -498,6 +522,16 @@ def test_inspect_and_verify_tell_the_truth(tmp_path):
     assert bytes.fromhex(verdict.bad[0][0]) in keys
     with pytest.raises(ConfigError, match="storage folder"):
         inspect_store(str(tmp_path / "nowhere"))
+
+
+def test_inspect_and_verify_tell_why_a_file_cannot_be_read(tmp_path, monkeypatch):
+    with make(tmp_path) as store:
+        fill(store, range(3), NBYTES)
+    refuse = PermissionError(errno.EACCES, "Permission denied")
+    monkeypatch.setattr(Files, "read_all", Mock(side_effect=refuse))
+    for look in (inspect_store, verify_store):
+        with pytest.raises(StorageError, match=r"cannot be read: .*Permission denied"):
+            look(str(tmp_path))
 
 
 @pytest.mark.parametrize("fsync", ["always", "interval", "never"])
