@@ -25,6 +25,7 @@ from .files import NO_SPACE, Files
 from .folder import Folder
 from .journal import Journal
 from .key_table import Entries
+from .namespaces import quota_of
 from .protocol import PAGE_BYTES
 from .records import FLAG_DOUBTFUL, FLAG_PINNED, RECORD_BYTES, seal
 from .recovery import MAX_NAMES, Recovered, recover
@@ -52,7 +53,7 @@ class DiskTier:
         policy: name of the eviction policy.
         on_evict: called with the entry whose disk copy was given up, under the store's lock.
         before_evict: called before victims are chosen.
-        quotas: namespace to the disk bytes that it may take.
+        quotas: namespace, or digest of a salt (`namespaces.py`), to the disk bytes it may take.
         direct: try O_DIRECT.
 
     Raises:
@@ -170,8 +171,9 @@ class DiskTier:
         self.names.append(name)
         self._name_numbers.setdefault(name, number)
         self._name_bytes += len(name.encode()) + 8
-        if name in self._quotas:
-            self.queues.quota_pages[number] = self._quotas[name] // PAGE_BYTES
+        quota = quota_of(name, self._quotas)
+        if quota is not None:
+            self.queues.quota_pages[number] = quota // PAGE_BYTES
         return number
 
     def name_number(self, name: str) -> int:

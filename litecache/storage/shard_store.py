@@ -62,7 +62,7 @@ class ShardStore:
         eviction: `lru`, `lfu`, `s3fifo` or a registered name.
         admission: `all`, `reused` or `none`: which blocks are written to disk.
         ttl_s: a block older than this is a miss.
-        quotas: namespace to the disk bytes that it may take.
+        quotas: namespace, or digest of a salt (`namespaces.py`), to the disk bytes it may take.
         io_threads: threads that read and write; 0 does all I/O on the callers' threads.
         metrics: where to count; None makes an own set.
         accepts_writes: False refuses `reserve` (an empty answer), for old shards kept readable.

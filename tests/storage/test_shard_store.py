@@ -30,6 +30,7 @@ from litecache.storage import (
     verify_store,
 )
 from litecache.storage.files import Files
+from litecache.storage.namespaces import namespace_of, salt_digest
 
 NBYTES = 64 * KIB
 
@@ -231,6 +232,30 @@ def test_a_namespace_keeps_to_its_quota(tmp_path):
         assert sum(store.query(keys)) <= 16
         assert sum(store.query(keys)) >= 8
         store.check_integrity()
+
+
+def test_a_salt_keeps_to_its_quota_and_others_are_not_touched(tmp_path):
+    assert (
+        namespace_of("model", "bob", {"alice"}) == namespace_of("model", "", {"alice"}) == "model"
+    )
+    names = [namespace_of(model, "alice", {"alice"}) for model in ("model", "other")]
+    assert not any("alice" in name for name in names), "a salt may be a secret"
+    quotas = {salt_digest("alice"): 1 * MIB}
+    for _ in range(2):  # the second time with names read back
+        with make(tmp_path, quotas=quotas) as store:
+            client = LocalShardClient(store)
+            for start, name in ((0, "model"), (100, names[0]), (200, names[1])):
+                for number in range(start, start + 40):
+                    for ref in client.reserve(NBYTES, 1):
+                        data = bytes_of(key_of(number), NBYTES)
+                        client.arena.buffer(ref.slot, NBYTES)[:] = data
+                        client.commit([CommitItem(*ref, key_of(number), ROOT, name)])
+                    store.flush()
+            store.clear("ram")
+            kept = [sum(store.query(keys_of(range(at, at + 40)))) for at in (0, 100, 200)]
+            assert kept[0] == 40
+            assert all(8 <= count <= 16 for count in kept[1:])
+            client.close()
 
 
 def test_a_block_older_than_its_ttl_is_a_miss(tmp_path, monkeypatch):
