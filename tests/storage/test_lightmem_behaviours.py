@@ -15,7 +15,7 @@ from service_help import ABORTED, FINISHED, Gate, round_trip, run, service, tens
 
 from litecache.storage import LocalShardClient, PyLocalCacheService, PyState, PyTask
 from litecache.storage.files import Files
-from litecache.storage.service import local_cache_service
+from litecache.storage.service import workers
 
 
 @pytest.fixture
@@ -452,7 +452,7 @@ def test_42_a_write_of_what_exists_is_finished_and_says_so(cache):
 
 
 def test_42_a_write_that_gets_no_slot_is_finished_and_says_dropped(cache, monkeypatch):
-    monkeypatch.setattr(local_cache_service, "_WAIT_FOR_ROOM_S", 0.05)
+    monkeypatch.setattr(workers, "_WAIT_FOR_ROOM_S", 0.05)
     clients = []
     for store in cache._service._core.engine.stores:
         clients.append(LocalShardClient(store))
