@@ -1,8 +1,8 @@
-"""The disk tier: slab, space, journal and snapshot of one folder.
+"""The disk tier: slab, space and log of one folder.
 
-It places blocks, makes room by eviction, and keeps the metadata on disk in step. What changes its
-state runs under the store's lock and touches no file; what touches files (`write`, `read`, `sync`,
-`compact`, `grow`) runs outside it.
+It places blocks and makes room by eviction; its `DiskLog` keeps the metadata on disk in step. What
+changes its state runs under the store's lock and touches no file; what touches files (`write`,
+`read`, `grow`, `shrink`) runs outside it.
 
 Bounded bytes: every segment of the slab that exists counts in full, every slot in use counts
 `META_SLOT_BYTES` for two snapshots and a journal, and `META_FIXED_BYTES` for the rest.
@@ -11,24 +11,21 @@ Bounded bytes: every segment of the slab that exists counts in full, every slot 
 from __future__ import annotations
 
 import logging
-import struct
 from collections.abc import Callable, Sequence
 
-import msgpack
 import numpy as np
 
-from . import journal as journal_file
 from . import snapshot
 from .block_index import BlockIndex
+from .disk_log import DiskLog
 from .eviction.queues import Queues
 from .files import NO_SPACE, Files
 from .folder import Folder
-from .journal import Journal
 from .key_table import Entries
 from .namespaces import quota_of
 from .protocol import PAGE_BYTES
-from .records import FLAG_DOUBTFUL, FLAG_PINNED, RECORD_BYTES, seal
-from .recovery import MAX_NAMES, Recovered, recover
+from .records import FLAG_DOUBTFUL, FLAG_PINNED, RECORD_BYTES
+from .recovery import Recovered, recover
 from .room import make_room
 from .segments import SegmentSpace, pick_segment_bytes
 from .slab import Slab, Transfer
@@ -37,9 +34,6 @@ logger = logging.getLogger(__name__)
 
 META_FIXED_BYTES = 128 << 10
 META_SLOT_BYTES = 4 * RECORD_BYTES + 40
-_JOURNAL_FREE_BYTES = 32 << 10
-_SLOT = struct.Struct("<I")
-_DELS_PER_RECORD = 10_000
 
 
 class DiskTier:
@@ -80,16 +74,10 @@ class DiskTier:
         self.limit = storage_bytes
         self.queues = Queues(policy)
         self._quotas = quotas
-        self.names: list[str] = []
-        self._name_numbers: dict[str, int] = {}
-        self._name_bytes = 0
         self.busy: dict[int, int] = {}
         self._zombies: set[int] = set()
-        self._dels: list[bytes] = []
         self._unplaced: dict[int, int] = {}
-        self.synced_seq = 0
         self.grow_failed = False
-        self.compacting = False
         self.folder = Folder(files, path, storage_bytes, pick_segment_bytes(storage_bytes))
         try:
             self.space = SegmentSpace(self.folder.segment_bytes, self._may_grow)
@@ -97,16 +85,18 @@ class DiskTier:
             self.slab = Slab(files, self.folder.file("slab"), direct=direct)
             try:
                 recovered = recover(files, path)
-                self._restore(recovered)
-                self.journal = Journal(
-                    files, self.folder.file("journal"), recovered.seq, recovered.journal_end
-                )
-                self._keep_doubts()
-                # what was read back counts as durable from here on: make that true
-                self.journal.flush()
-                self.slab.sync()
-                self.journal.sync()
-                files.sync_folder(path)
+                self.log = DiskLog(files, path, index, recovered, self._note_quota)
+                try:
+                    self._restore(recovered)
+                    self.log.keep_doubts()
+                    # what was read back counts as durable from here on: make that true
+                    self.log.journal.flush()
+                    self.slab.sync()
+                    self.log.journal.sync()
+                    files.sync_folder(path)
+                except BaseException:
+                    self.log.journal.close()
+                    raise
             except BaseException:
                 self.slab.close()
                 raise
@@ -119,7 +109,7 @@ class DiskTier:
         if new_segments > 0 and self.grow_failed:
             return False
         slab = (self.space.present + new_segments) * self.space.segment_bytes
-        meta = META_SLOT_BYTES * (self.space.slots_assigned + new_slots) + 3 * self._name_bytes
+        meta = META_SLOT_BYTES * (self.space.slots_assigned + new_slots) + 3 * self.log.name_bytes
         return slab + meta + META_FIXED_BYTES <= self.limit
 
     def _restore(self, recovered: Recovered) -> None:
@@ -132,8 +122,6 @@ class DiskTier:
         elif size % segment:
             self.slab.grow(size, segments * segment - size)
         self.space.grow(range(segments))
-        for name in recovered.names:
-            self._add_name(name)
         records = recovered.records
         n = len(records)
         fits = self.space.occupy(
@@ -158,33 +146,14 @@ class DiskTier:
         for entry in np.flatnonzero(kept["flags"] & FLAG_PINNED).tolist():
             self.queues.remove(entry)
 
-    def _keep_doubts(self) -> None:
-        """Write down which blocks are doubtful, before a mark of a later sync covers them."""
-        flags = self._index.column("flags").astype(np.uint8)
-        doubtful = np.flatnonzero(flags & FLAG_DOUBTFUL)
-        for start in range(0, len(doubtful), _DELS_PER_RECORD):
-            body = seal(self._index.records(doubtful[start : start + _DELS_PER_RECORD]))
-            self.journal.append(journal_file.PUT, body)
-
-    def _add_name(self, name: str) -> int:
-        number = len(self.names)
-        self.names.append(name)
-        self._name_numbers.setdefault(name, number)
-        self._name_bytes += len(name.encode()) + 8
+    def _note_quota(self, number: int, name: str) -> None:
         quota = quota_of(name, self._quotas)
         if quota is not None:
             self.queues.quota_pages[number] = quota // PAGE_BYTES
-        return number
 
     def name_number(self, name: str) -> int:
-        """Number of a namespace; a new one goes to the journal."""
-        number = self._name_numbers.get(name)
-        if number is None:
-            if len(self.names) >= MAX_NAMES or 3 * self._name_bytes > self.limit // 64:
-                return 0
-            number = self._add_name(name)
-            self.journal.append(journal_file.NAME, msgpack.packb([number, name]))
-        return number
+        """Number of a namespace."""
+        return self.log.name_number(name, self.limit // 64)
 
     def allocate(self, pages: int, n: int, namespace: int) -> list[int]:
         """Up to `n` slots, evicting what is oldest; fewer when the rest is busy or may grow."""
@@ -239,7 +208,7 @@ class DiskTier:
 
     def _release_slot(self, entry: int) -> None:
         slot = self._index.disk[entry] - 1
-        self._dels.append(self._index.key_at(entry) + _SLOT.pack(slot))
+        self.log.removed(entry, slot)
         self._index.disk[entry] = 0
         self._index.put_seq[entry] = 0
         if slot in self.busy:
@@ -273,7 +242,6 @@ class DiskTier:
     def place(self, entries: Sequence[int], slots: Sequence[int], checksums: Sequence[int]) -> None:
         """Blocks of a chain, head first, now lie in their slots: index, queue and journal."""
         index = self._index
-        self._append_dels()
         for entry, slot, checksum in zip(entries, slots, checksums, strict=True):
             index.disk[entry] = slot + 1
             index.checksum[entry] = checksum
@@ -284,8 +252,7 @@ class DiskTier:
         for entry in tail_first:
             if not index.pinned(entry):
                 self._enqueue(entry)
-        body = seal(index.records(np.array(tail_first, np.int64)))
-        seq = self.journal.append(journal_file.PUT, body)
+        seq = self.log.put(np.array(tail_first, np.int64))
         for entry in entries:
             index.put_seq[entry] = seq
 
@@ -308,8 +275,7 @@ class DiskTier:
         self._rewrite(entry)
 
     def _rewrite(self, entry: int) -> None:
-        body = seal(self._index.records(np.array([entry], np.int64)))
-        self._index.put_seq[entry] = self.journal.append(journal_file.PUT, body)
+        self._index.put_seq[entry] = self.log.put(np.array([entry], np.int64))
 
     def trust(self, entry: int) -> bool:
         """A block was read and is sound; whether that was news."""
@@ -319,18 +285,11 @@ class DiskTier:
         self._rewrite(entry)
         return True
 
-    def _append_dels(self) -> None:
-        # a record stays far below what replay accepts
-        for start in range(0, len(self._dels), _DELS_PER_RECORD):
-            body = b"".join(self._dels[start : start + _DELS_PER_RECORD])
-            self.journal.append(journal_file.DEL, body)
-        self._dels.clear()
-
     def is_durable(self, entry: int) -> bool:
         """Whether the disk copy survives what the fsync policy promises."""
         index = self._index
         sound = index.disk[entry] and not index.flags[entry] & FLAG_DOUBTFUL
-        return bool(sound) and index.put_seq[entry] <= self.synced_seq
+        return bool(sound) and index.put_seq[entry] <= self.log.synced_seq
 
     def on_disk(self) -> Entries:
         """Entries with a disk copy, oldest use first."""
@@ -339,35 +298,16 @@ class DiskTier:
 
     def wants_compaction(self) -> bool:
         """Whether the journal has outgrown its share of the bound."""
-        if self.compacting:
-            return False
-        share = _JOURNAL_FREE_BYTES + RECORD_BYTES * self.space.slots_assigned
-        return self.journal.broken or self.journal.buffered_bytes() > share
+        return self.log.wants_compaction(self.space.slots_assigned)
 
     def journal_full(self) -> bool:
         """Whether the journal may not grow at all any more (compaction keeps failing)."""
-        share = _JOURNAL_FREE_BYTES + (RECORD_BYTES + 20) * self.space.slots_assigned
-        return self.journal.buffered_bytes() > 2 * share
-
-    def begin_sync(self) -> int:
-        """Under the store's lock: the sequence that a sync from now on covers."""
-        self._append_dels()
-        return self.journal.seq
-
-    def mark_synced(self, seq: int) -> int:
-        """Under the store's lock: the slab is synced up to `seq`; the sequence of the mark if
-        nothing came in between, else `seq`.
-        """
-        mark = self.journal.append(journal_file.SYNC, seq.to_bytes(8, "little"))
-        return mark if mark == seq + 1 else seq
+        return self.log.full(self.space.slots_assigned)
 
     def begin_compaction(self) -> snapshot.Snapshot:
         """Under the store's lock: a copy of all that the new snapshot will hold."""
         self._before_evict()
-        self._append_dels()
-        self.compacting = True
-        seq = self.journal.begin_rewrite()
-        return snapshot.Snapshot(seq, list(self.names), self._index.records(self.on_disk()), 0)
+        return self.log.capture(self.on_disk())
 
     def grow(self, segments: range) -> bool:
         """Reserve disk space for segments; False when the disk has none."""
@@ -399,21 +339,6 @@ class DiskTier:
         """Write blocks; per block None or why it failed."""
         return self.slab.write(transfers)
 
-    def compact(self, captured: snapshot.Snapshot) -> None:
-        """Write the snapshot, then a journal of what came since.
-
-        Raises:
-            OSError: the disk refused; the old files stay in force.
-        """
-        try:
-            snapshot.write(self._files, self.folder.path, "snapshot", captured)
-        except OSError:
-            self.journal.abandon_rewrite()
-            raise
-        finally:
-            self.compacting = False
-        self.journal.finish_rewrite(captured.seq)
-
     def close(self, *, clean: bool) -> None:
         """Close all files and give the lock up.
 
@@ -422,7 +347,7 @@ class DiskTier:
         """
         if clean:
             self.folder.note_clean()
-        self.journal.close()
+        self.log.journal.close()
         self.slab.close()
         self.folder.close()
 

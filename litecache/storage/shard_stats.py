@@ -39,7 +39,7 @@ def shard_stats(tiers: Tiers, epoch: int, clients: int, metrics: Metrics) -> dic
     if disk is not None:
         result["disk_blocks"] = int((tiers.index.column("disk") != 0).sum())
         result["slab_bytes"] = disk.space.present * disk.space.segment_bytes
-        result["journal_bytes"] = disk.journal.bytes
+        result["journal_bytes"] = disk.log.journal.bytes
         result["direct_io"] = disk.slab.direct
         result["damaged_records"] = disk.damaged_records
     return result
