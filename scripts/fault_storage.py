@@ -38,6 +38,7 @@ from test_kill9 import SIZES, Life, check_after_kill, kill_rounds  # noqa: E402
 from litecache.storage import CommitItem, LocalShardClient, ShardStore  # noqa: E402
 
 HANG_S = 120
+WAVE = 32
 
 
 class HangError(Exception):
@@ -66,23 +67,25 @@ def simulated(report: Report, seed: int, count: int, processes: int) -> bool:
     tally = Tally()
     begun = time.monotonic()
     violations = 0
-    pool = multiprocessing.get_context("spawn").Pool(processes)
-    with pool, Progress(console=report.console) as progress:
+    with (
+        multiprocessing.get_context("spawn").Pool(processes) as pool,
+        Progress(console=report.console) as progress,
+    ):
         bar = progress.add_task("faults of the simulated disk", total=count)
-        for number, seen in pool.imap(world, itertools.count(seed), chunksize=8):
-            if isinstance(seen, str):
-                violations += 1
-                report.console.print(f"[red]seed {number}: {seen}")
-                continue
-            tally.faults += seen.faults
-            tally.cuts += seen.cuts
-            tally.untouched += seen.untouched
-            tally.hits += seen.hits
-            injected = sum(tally.faults.values())
-            progress.update(bar, completed=injected)
-            if injected >= count:
+        # in waves, so that every world that was begun ends and cleans up
+        for first in itertools.count(seed, WAVE):
+            for number, seen in pool.imap(world, range(first, first + WAVE)):
+                if isinstance(seen, str):
+                    violations += 1
+                    report.console.print(f"[red]seed {number}: {seen}")
+                    continue
+                tally.faults += seen.faults
+                tally.cuts += seen.cuts
+                tally.untouched += seen.untouched
+                tally.hits += seen.hits
+                progress.update(bar, completed=sum(tally.faults.values()))
+            if sum(tally.faults.values()) >= count:
                 break
-        pool.terminate()
     spent = time.monotonic() - begun
     for kind, number in sorted(tally.faults.items()):
         report.add(Row("simulated disk", f"faults: {kind}", number, ""))

@@ -81,21 +81,23 @@ def kill_rounds(
     folder = fast_folder()
     number = 0
     before: tuple[list[int], int, int, int] = ([], 0, 0, SIZES[0])
-    for _ in range(count):
-        nbytes, fsync = draw.choice(SIZES), draw.choice(["always", "interval"])
-        operation = draw.choice(["", *OPERATIONS])
-        nth = draw.randrange(1, OPERATIONS.get(operation, 1) + 1)
-        life = write_until_killed(
-            folder, number, fsync, nbytes, draw.uniform(0.02, 0.4), operation, nth
-        )
-        tell(life)
-        if life.opened:
-            before = (life.durable, number, life.end, nbytes)
-        # killed while it read back: what the one before it had made durable is still there
-        found, wanted = check_after_kill(folder, *before)
-        hits, asked = hits + found, asked + wanted
-        number = life.end + 100
-    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        for _ in range(count):
+            nbytes, fsync = draw.choice(SIZES), draw.choice(["always", "interval"])
+            operation = draw.choice(["", *OPERATIONS])
+            nth = draw.randrange(1, OPERATIONS.get(operation, 1) + 1)
+            life = write_until_killed(
+                folder, number, fsync, nbytes, draw.uniform(0.02, 0.4), operation, nth
+            )
+            tell(life)
+            if life.opened:
+                before = (life.durable, number, life.end, nbytes)
+            # killed while it read back: what the one before it had made durable is still there
+            found, wanted = check_after_kill(folder, *before)
+            hits, asked = hits + found, asked + wanted
+            number = life.end + 100
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
     return hits, asked
 
 
