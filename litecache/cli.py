@@ -2,7 +2,8 @@
 `doctor`.
 
 A group started by `up` is detached: it outlives the command, until `down`. Neither ever starts or
-stops Ray. Every command takes `--json` for machines; errors go to stderr and exit with 1.
+stops Ray. Every command takes `--json` for machines; errors go to stderr and exit with 1
+(`verify`: with 2, because 1 means that something is damaged).
 """
 
 from __future__ import annotations
@@ -162,10 +163,17 @@ def generate(
 
 @app.command()
 def inspect(directory: Folder, as_json: AsJson = False) -> None:
-    """Show what a storage folder holds; works beside a running group."""
+    """Show what a storage folder holds; works beside a running group.
+
+    Exit status: 0, or 1 when there is no storage folder or its files cannot be read.
+    """
     from litecache.storage import inspect_store
 
-    reports = inspect_store(directory)
+    with _progress() as progress:
+        task = progress.add_task("reading shards", total=None)
+        reports = inspect_store(
+            directory, lambda done, total: progress.update(task, completed=done, total=total)
+        )
     if as_json:
         _print_json([report.to_dict() for report in reports])
         return
@@ -173,28 +181,38 @@ def inspect(directory: Folder, as_json: AsJson = False) -> None:
         typer.echo(
             f"{report.path}: {report.blocks:,} blocks, {_size(report.bytes)} "
             f"({_size(report.disk_bytes)} on disk), {report.hits:,} hits, "
-            f"{report.damaged_records} damaged records"
+            f"{report.pinned:,} pinned, {report.damaged_records} damaged records"
         )
+        sizes = [f"{count:,} of {size:,} bytes" for size, count in report.block_sizes.items()]
+        ages = [f"{count:,} under {age}" for age, count in report.ages.items() if count]
+        if report.blocks:
+            typer.echo(f"  blocks: {', '.join(sizes)}")
+            typer.echo(f"  age: {', '.join(ages).replace('under older', 'older')}")
         for name in report.namespaces:
             typer.echo(
                 f"  {name.name}: {name.blocks:,} blocks, {_size(name.bytes)}, {name.hits:,} hits, "
-                f"last used {name.idle_s:,} s ago"
+                f"oldest written {name.age_s:,} s ago, last used {name.idle_s:,} s ago"
             )
 
 
 @app.command()
 def verify(directory: Folder, as_json: AsJson = False) -> None:
-    """Read every block of a storage folder and check it; exit with 1 when one is not sound."""
-    from rich.console import Console
-    from rich.progress import Progress
+    """Read every block of a storage folder and check it.
 
+    Exit status: 0 when all is sound, 1 when a block or a record is not, 2 when it could not be
+    checked (no storage folder, in use by a live store, or of another format).
+    """
     from litecache.storage import verify_store
 
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("reading", total=None)
-        reports = verify_store(
-            directory, lambda done, total: progress.update(task, completed=done, total=total)
-        )
+    try:
+        with _progress() as progress:
+            task = progress.add_task("reading blocks", total=None)
+            reports = verify_store(
+                directory, lambda done, total: progress.update(task, completed=done, total=total)
+            )
+    except LiteCacheError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from error
     if as_json:
         _print_json([report.to_dict() for report in reports])
     else:
@@ -299,6 +317,15 @@ def _connect(address: str | None) -> None:
             f"no Ray cluster to join ({first}): start one with `ray start --head`, and export the "
             "same RAY_AUTH_MODE and token for both"
         ) from error
+
+
+def _progress() -> Any:
+    """A bar on stderr, where that is a terminal."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    return Progress(console=console, transient=True, disable=not console.is_terminal)
 
 
 def _size(count: int) -> str:

@@ -13,7 +13,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,6 +56,20 @@ def _parse_bool(text: str) -> bool:
     if text.lower() in ("0", "false", "no", "off", ""):
         return False
     raise ValueError(text)
+
+
+def _parse_quotas(text: str) -> dict[str, str]:
+    """Read `alice=5GB,bob=500MB`."""
+    pairs = [pair.rpartition("=") for pair in text.split(",") if pair.strip()]
+    if not all(equals for _, equals, _ in pairs):
+        raise ValueError(text)
+    return {salt.strip(): size for salt, _, size in pairs}
+
+
+def _check_quotas(quotas: object) -> dict[str, int]:
+    if not isinstance(quotas, dict) or not all(isinstance(salt, str) for salt in quotas):
+        raise ConfigError("salt_quotas", quotas, 'a dict of salts and sizes, as {"alice": "5GB"}')
+    return {salt: parse_size(size, f"salt_quotas[{salt!r}]") for salt, size in quotas.items()}
 
 
 def _setting(name: str, default: Any, parse: Callable[[str], Any] = str) -> Any:
@@ -101,6 +115,9 @@ class CacheConfig:
         fsync: "always", "interval" or "never".
         eviction: name of the shards' eviction policy.
         admission: which blocks are saved: "all", "reused" (on second sight) or "none".
+        ttl_s: seconds after which a stored block is a miss; None = never.
+        salt_quotas: salt to the bytes that its blocks may take on the disks of a node, per model;
+            sizes as above. As a variable: `LITECACHE_SALT_QUOTAS="alice=5GB,bob=500MB"`.
         max_model_len: longest sequence in tokens; None = the model's own limit.
         max_batch_tokens: token budget of one engine step.
         max_prefill_tokens: the same for a step in which nothing decodes, so that no stream waits
@@ -128,6 +145,8 @@ class CacheConfig:
     fsync: str = _setting("fsync", "interval")
     eviction: str = _setting("eviction", "lru")
     admission: str = _setting("admission", "all")
+    ttl_s: float | None = _setting("ttl_s", None, float)
+    salt_quotas: Mapping[str, int] = _setting("salt_quotas", {}, _parse_quotas)
     max_model_len: int | None = _setting("max_model_len", None, int)
     max_batch_tokens: int = _setting("max_batch_tokens", 2048, int)
     max_prefill_tokens: int | None = _setting("max_prefill_tokens", None, int)
@@ -144,6 +163,7 @@ class CacheConfig:
             "ram_bytes": parse_size(self.ram_bytes, "ram_bytes"),
             "storage_bytes": parse_size(self.storage_bytes, "storage_bytes"),
             "storage_dir": self._folders(),
+            "salt_quotas": _check_quotas(self.salt_quotas),
         }
         for name, value in normal.items():
             object.__setattr__(self, name, value)
@@ -199,6 +219,11 @@ class CacheConfig:
             raise ConfigError(
                 "admission", self.admission, f"one of {', '.join(ADMISSION_POLICIES)}"
             )
+        ttl = self.ttl_s
+        if ttl is not None and (
+            not isinstance(ttl, (int, float)) or not math.isfinite(ttl) or ttl <= 0
+        ):
+            raise ConfigError("ttl_s", ttl, "seconds, more than zero, or None")
         if not isinstance(self.cache_salt, str):
             raise ConfigError("cache_salt", self.cache_salt, "a text")
         if not isinstance(self.deterministic, bool):

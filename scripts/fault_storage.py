@@ -2,8 +2,9 @@
 
 `--count` faults are injected by the simulated disk (`tests/storage/fault_files.py`), `--kills` real
 SIGKILLs hit a writing process, `--ray-kills` more hit a Ray actor. An oracle keeps its own sha256
-of every block. Exit status 1 on any wrong byte, lost durable block, leak or hang, or when one of
-the three planted bugs is not caught.
+of every block. Half of the kills come at random instants, the others just before the Nth file
+operation of a kind, while the process writes or still replays. Exit status 1 on any wrong byte,
+lost durable block, leak or hang, or when one of the three planted bugs is not caught.
 
     python scripts/fault_storage.py --seed 1 --count 20000 --kills 300 --ray-kills 20
 """
@@ -11,7 +12,9 @@ the three planted bugs is not caught.
 from __future__ import annotations
 
 import collections
+import itertools
 import logging
+import multiprocessing
 import os
 import random
 import select
@@ -23,43 +26,72 @@ from pathlib import Path
 from typing import Any
 
 from bench_common import Report, Row, parser
+from rich.progress import Progress, track
 
 TESTS = Path(__file__).resolve().parents[1] / "tests" / "storage"
 sys.path.insert(0, str(TESTS))
 
 from fault_world import BUGS, BrokenPromiseError, Tally, first_violation, run_world  # noqa: E402
 from storage_help import MIB, bytes_of, fast_folder, key_of  # noqa: E402
-from test_kill9 import SIZES, check_after_kill, kill_rounds  # noqa: E402
+from test_kill9 import SIZES, Life, check_after_kill, kill_rounds  # noqa: E402
 
 from litecache.storage import CommitItem, LocalShardClient, ShardStore  # noqa: E402
 
+HANG_S = 120
+WAVE = 32
 
-def simulated(report: Report, seed: int, count: int) -> bool:
+
+class HangError(Exception):
+    """A world took too long."""
+
+
+def hang(number: int, frame: object) -> None:
+    raise HangError(f"longer than {HANG_S} s")
+
+
+def world(seed: int) -> tuple[int, Tally | str]:
+    """One life of a store on a faulty disk: what it saw, or the promise that was broken."""
+    logging.disable(logging.CRITICAL)
+    signal.signal(signal.SIGALRM, hang)
+    signal.alarm(HANG_S)
+    try:
+        return seed, run_world(seed)
+    except (BrokenPromiseError, AssertionError, HangError) as found:
+        return seed, f"{type(found).__name__}: {found}"
+    finally:
+        signal.alarm(0)
+
+
+def simulated(report: Report, seed: int, count: int, processes: int) -> bool:
     """Worlds on a faulty disk until `count` faults were injected."""
-    total: collections.Counter[str] = collections.Counter()
     tally = Tally()
     begun = time.monotonic()
-    worlds = violations = 0
-    while sum(total.values()) < count:
-        try:
-            world = run_world(seed + worlds)
-        except (BrokenPromiseError, AssertionError) as found:
-            violations += 1
-            report.console.print(f"[red]seed {seed + worlds}: {found}")
-        else:
-            total += world.faults
-            tally.cuts += world.cuts
-            tally.untouched += world.untouched
-            tally.hits += world.hits
-        worlds += 1
-        if worlds % 100 == 0:
-            report.console.print(f"  {worlds} worlds, {sum(total.values())} faults")
+    violations = 0
+    with (
+        multiprocessing.get_context("spawn").Pool(processes) as pool,
+        Progress(console=report.console) as progress,
+    ):
+        bar = progress.add_task("faults of the simulated disk", total=count)
+        # in waves, so that every world that was begun ends and cleans up
+        for first in itertools.count(seed, WAVE):
+            for number, seen in pool.imap(world, range(first, first + WAVE)):
+                if isinstance(seen, str):
+                    violations += 1
+                    report.console.print(f"[red]seed {number}: {seen}")
+                    continue
+                tally.faults += seen.faults
+                tally.cuts += seen.cuts
+                tally.untouched += seen.untouched
+                tally.hits += seen.hits
+                progress.update(bar, completed=sum(tally.faults.values()))
+            if sum(tally.faults.values()) >= count:
+                break
     spent = time.monotonic() - begun
-    for kind, number in sorted(total.items()):
+    for kind, number in sorted(tally.faults.items()):
         report.add(Row("simulated disk", f"faults: {kind}", number, ""))
     share = tally.hits / max(1, tally.untouched)
     report.add(
-        Row("simulated disk", "faults in all", sum(total.values()), ""),
+        Row("simulated disk", "faults in all", sum(tally.faults.values()), ""),
         Row("simulated disk", "power cuts", tally.cuts, ""),
         Row("simulated disk", "violations", violations, "", 0),
         Row("simulated disk", "untouched durable blocks hit", share, "", 0.95),
@@ -78,9 +110,20 @@ def planted(report: Report, seed: int) -> bool:
 
 
 def kills(report: Report, seed: int, count: int) -> bool:
-    """SIGKILLs of a writing process."""
+    """SIGKILLs of a writing process, from outside and at file operations."""
     begun = time.monotonic()
-    hits, asked = kill_rounds(count, seed)
+    where: collections.Counter[str] = collections.Counter()
+    with Progress(console=report.console) as progress:
+        bar = progress.add_task("SIGKILLs", total=count)
+
+        def tell(life: Life) -> None:
+            phase = "while writing" if life.opened else "during replay"
+            where[f"at {life.where or 'a random instant'}, {phase}"] += 1
+            progress.advance(bar)
+
+        hits, asked = kill_rounds(count, seed, tell)
+    for place, number in sorted(where.items()):
+        report.add(Row("SIGKILL", place, number, ""))
     report.add(
         Row("SIGKILL", "kills", count, ""),
         Row("SIGKILL", "durable blocks hit", hits / max(1, asked), "", 1.0, samples=asked),
@@ -135,7 +178,7 @@ def ray_kills(report: Report, seed: int, count: int) -> bool:
     hits = asked = number = 0
     try:
         actor_class: Any = ray.remote(Writer)
-        for _ in range(count):
+        for _ in track(range(count), "SIGKILLs of a Ray actor", console=report.console):
             nbytes = draw.choice(SIZES)
             actor = actor_class.remote(folder, nbytes)
             pid = ray.get(actor.pid.remote(), timeout=60)
@@ -179,12 +222,16 @@ def main() -> int:
     made.add_argument("--count", type=int, default=20_000, help="faults of the simulated disk")
     made.add_argument("--kills", type=int, default=300)
     made.add_argument("--ray-kills", type=int, default=20)
+    made.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     args = made.parse_args()
     if args.quick:
         args.count, args.kills, args.ray_kills = 500, 5, 0
     logging.disable(logging.CRITICAL)
     report = Report("Faults", args.json)
-    good = [planted(report, args.seed), simulated(report, args.seed * 1_000_000, args.count)]
+    good = [
+        planted(report, args.seed),
+        simulated(report, args.seed * 1_000_000, args.count, args.processes),
+    ]
     good.append(kills(report, args.seed, args.kills))
     if args.ray_kills:
         good.append(ray_kills(report, args.seed, args.ray_kills))

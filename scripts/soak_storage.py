@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 from bench_common import Report, Row, parser
+from rich.progress import track
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "storage"))
 
@@ -103,12 +104,14 @@ def main() -> int:
     churn = Churn(store)
     disk: list[int] = []
     memory: list[int] = []
-    stop = time.monotonic() + 60 * minutes
+    seconds = track(range(max(1, round(60 * minutes))), "seconds", console=report.console)
+    begun = time.monotonic()
     try:
-        while time.monotonic() < stop and not churn.stop.is_set():
+        for second in seconds:
             disk.append(du_bytes(shard))
             memory.append(store._arena.resident_bytes())
-            time.sleep(1)
+            if churn.stop.wait(max(0.0, begun + second + 1 - time.monotonic())):
+                break
     finally:
         churn.stop.set()
         for thread in churn.threads:

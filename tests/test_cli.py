@@ -147,6 +147,39 @@ def test_verify_finds_a_flipped_byte_and_exits_with_1(tmp_path: Path) -> None:
     assert (bytes([2]) * 16).hex() in done.stdout
 
 
+def test_inspect_shows_sizes_ages_and_pins_beside_a_live_store(tmp_path: Path) -> None:
+    folder = filled_store(tmp_path)
+    with ShardStore(str(folder / "shard-0"), storage_bytes=8 << 20, ram_bytes=1 << 20) as store:
+        store.pin([bytes([1]) * 16])
+        text = CliRunner().invoke(app, ["inspect", str(folder)]).stdout
+        (report,) = invoke("inspect", str(folder))
+    assert "1 pinned" in text
+    assert "3 of 4,096 bytes" in text
+    assert "age: 3 under 1 minute" in text
+    assert report["ages"]["1 minute"] == 3
+    assert report["block_sizes"] == {"4096": 3}
+
+
+def test_verify_exits_with_2_when_it_cannot_check(tmp_path: Path) -> None:
+    folder = filled_store(tmp_path)
+
+    def refused() -> str:
+        done = CliRunner().invoke(app, ["verify", str(folder)])
+        assert done.exit_code == 2
+        assert len(done.stderr.strip().splitlines()) == 1
+        return done.stderr
+
+    with ShardStore(str(folder / "shard-0"), storage_bytes=8 << 20, ram_bytes=1 << 20):
+        assert "in use by another store (process" in refused()
+    superblock = folder / "shard-0" / "superblock"
+    content = bytearray(superblock.read_bytes())
+    content[8] ^= 1
+    superblock.write_bytes(content)
+    assert "superblock is damaged" in refused()
+    superblock.unlink()
+    assert "a storage folder (with shard-*/superblock in it)" in refused()
+
+
 def test_settings_are_parsed_as_fields_of_the_config() -> None:
     parsed = parse_settings(
         ["block_size=32", "storage_dir=/data/kv", "ram_bytes=2GB", "deterministic=true"]

@@ -13,6 +13,7 @@ from litecache.actors.group_spec import GroupSpec
 from litecache.config import CacheConfig
 from litecache.engine.model_source import ModelSource
 from litecache.errors import CapacityError, ConfigError
+from litecache.storage.namespaces import salt_digest
 
 MEMORY_SHARE = 0.85
 MIN_SHARE_BYTES = 1 << 20
@@ -85,6 +86,11 @@ def shard_options(spec: GroupSpec, node_rank: int) -> list[dict[str, Any]]:
             "ram_bytes": config.ram_bytes // len(folders),
             "fsync": config.fsync,
             "eviction": config.eviction,
+            "ttl_s": config.ttl_s,
+            "quotas": {
+                salt_digest(salt): quota // len(folders)
+                for salt, quota in config.salt_quotas.items()
+            },
         }
         for folder in folders
     ]

@@ -58,9 +58,12 @@ class StorageShard:
             # Kept for `info`: an error raised here would reach the driver as text only.
             self._failure = error
             return
-        sink = CoordinatorClient(group)
-        self._reporter = LocationReporter(self._store, sink, self._shard_id, self._node_id)
+        self._reporter = self._make_reporter()
         self._exporter = MetricsExporter(self._metrics, {"group": group, "actor": self._name})
+
+    def _make_reporter(self) -> LocationReporter:
+        sink = CoordinatorClient(self._group)
+        return LocationReporter(self._open_store, sink, self._shard_id, self._node_id)
 
     def __repr__(self) -> str:
         return f"StorageShard({self._group}, {self._shard_id}, {self._folder or 'RAM only'})"

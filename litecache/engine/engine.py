@@ -36,6 +36,7 @@ from litecache.engine.shard_set import RemoteSource, ShardSet
 from litecache.errors import ConfigError, LiteCacheError
 from litecache.metrics import Metrics
 from litecache.storage.client import ShardClient
+from litecache.storage.namespaces import namespace_of
 from litecache.types import Request, TokenDelta
 
 logger = logging.getLogger(__name__)
@@ -113,6 +114,7 @@ class Engine:
         self._closing = False
         self._compute_stream: torch.cuda.Stream | None = None
         self._shards: ShardSet | None = None
+        self._quota_salts = frozenset(config.salt_quotas)
         self._open_tiers(shards, remote, num_blocks)
         self._thread = threading.Thread(target=self._run, name="litecache-engine", daemon=True)
         self._thread.start()
@@ -353,7 +355,7 @@ class Engine:
             self._pools,
             self._shards,
             copier(),
-            namespace=self.info.label,
+            namespace_of=lambda salt: namespace_of(self.info.label, salt, self._quota_salts),
             max_queued=max(64, num_blocks // MAX_QUEUED_SAVES_SHARE),
             done=saved,
             metrics=self.metrics,

@@ -82,4 +82,5 @@ class Publisher:
         run = max(1, RUN_BYTES // self._cache.groups[group].block_bytes)
         parent = seq.chain.parent(group, index)
         run_key = keys[index - index % run]
-        out.saves.append(SaveOrder(group, block, keys[index], parent, run_key))
+        salt = seq.request.cache_salt
+        out.saves.append(SaveOrder(group, block, keys[index], parent, run_key, salt))

@@ -38,7 +38,7 @@ class Saver:
         pools: one per KV group.
         shards: where the blocks go.
         copier: for this thread.
-        namespace: readable label of the model, stored with each block.
+        namespace_of: from a request's salt, the namespace stored with its blocks.
         max_queued: orders that may wait; more are dropped.
         done: called with (saved or already stored orders, dropped orders), from this thread.
         metrics: counts bytes and drops.
@@ -50,7 +50,7 @@ class Saver:
         shards: ShardSet,
         copier: BlockCopier,
         *,
-        namespace: str,
+        namespace_of: Callable[[str], str],
         max_queued: int,
         done: Callable[[list[SaveOrder], list[SaveOrder]], None],
         metrics: Metrics,
@@ -58,7 +58,7 @@ class Saver:
         self._pools = pools
         self._shards = shards
         self._copier = copier
-        self._namespace = namespace
+        self._namespace_of = namespace_of
         self._max_queued = max_queued
         self._done = done
         self._metrics = metrics
@@ -148,7 +148,7 @@ class Saver:
             self._copier.copy(list(zip(blocks, views, strict=False)))
             self._copier.synchronize()
             items = [
-                CommitItem(slot.slot, slot.generation, order.key, order.parent, self._namespace)
+                CommitItem(*slot, order.key, order.parent, self._namespace_of(order.salt))
                 for order, slot in zip(new, slots, strict=False)
             ]
             for order, status in zip(new, shard.commit(items), strict=False):

@@ -29,7 +29,7 @@ class SaveOrder(NamedTuple):
     """Copy a published block down; the scheduler holds a reference until `on_saved`.
 
     `run_key` is the key of the first block of its run: it chooses the shard, so that a run of
-    about 16 MiB lies together.
+    about 16 MiB lies together. `salt` is the request's, for its quota.
     """
 
     group: int
@@ -37,6 +37,7 @@ class SaveOrder(NamedTuple):
     key: BlockKey
     parent: BlockKey
     run_key: BlockKey
+    salt: str = ""
 
 
 @dataclass

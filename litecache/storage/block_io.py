@@ -194,7 +194,7 @@ class BlockIo:
         self._metrics.observe("litecache_io_seconds", elapsed, direction=direction)
 
     def _allocate(self, batch: WriteBatch) -> list[int]:
-        """Disk slots for a batch; the slab grows outside the store's lock."""
+        """Disk slots for a batch; the slab grows and shrinks outside the store's lock."""
         disk = self._tiers.disk
         assert disk is not None
         n = len(batch.blocks)
@@ -203,7 +203,7 @@ class BlockIo:
                 return []
             slots = disk.allocate(batch.pages, n, batch.namespace)
             self.writing_slots.update(slots)
-            if len(slots) == n or disk.space.growth(batch.pages) is None:
+            if len(slots) == n:
                 return slots
         with self._grow_lock:
             while True:
@@ -211,17 +211,39 @@ class BlockIo:
                     more = disk.allocate(batch.pages, n - len(slots), batch.namespace)
                     self.writing_slots.update(more)
                     slots += more
-                    segments = disk.space.growth(batch.pages)
-                    if len(slots) == n or segments is None:
+                    if len(slots) == n:
                         return slots
-                grown = disk.grow(segments)
-                with self._lock:
-                    if grown:
-                        disk.space.grow(segments)
-                    else:
-                        # a full disk bounds the slab at what it has; slots are recycled
-                        disk.grow_failed = True
-                        self._metrics.inc("litecache_drops", reason="disk_full_growth")
+                    segments = disk.space.growth(batch.pages)
+                    surplus = [] if segments else disk.space.take_surplus(batch.pages)
+                if segments:
+                    self._grow(segments)
+                elif surplus:
+                    self._shrink(surplus)
+                else:
+                    return slots
+
+    def _grow(self, segments: range) -> None:
+        disk = self._tiers.disk
+        assert disk is not None
+        grown = disk.grow(segments)
+        with self._lock:
+            if grown:
+                disk.space.grow(segments)
+            else:
+                # a full disk bounds the slab at what it has; slots are recycled
+                disk.grow_failed = True
+                self._metrics.inc("litecache_drops", reason="disk_full_growth")
+
+    def _shrink(self, segments: list[int]) -> None:
+        disk = self._tiers.disk
+        assert disk is not None
+        # as before overwriting: the slots' former owners leave the journal first
+        gone = self._keeper.flush_journal() and disk.shrink(segments)
+        with self._lock:
+            if gone:
+                disk.space.retire(segments)
+            else:
+                disk.space.keep(segments)
 
     def _write(self, batch: WriteBatch) -> bool:
         tiers, disk = self._tiers, self._tiers.disk

@@ -1,8 +1,8 @@
-"""The disk tier: slab, space, journal and snapshot of one folder.
+"""The disk tier: slab, space and log of one folder.
 
-It places blocks, makes room by eviction, and keeps the metadata on disk in step. What changes its
-state runs under the store's lock and touches no file; what touches files (`write`, `read`, `sync`,
-`compact`, `grow`) runs outside it.
+It places blocks and makes room by eviction; its `DiskLog` keeps the metadata on disk in step. What
+changes its state runs under the store's lock and touches no file; what touches files (`write`,
+`read`, `grow`, `shrink`) runs outside it.
 
 Bounded bytes: every segment of the slab that exists counts in full, every slot in use counts
 `META_SLOT_BYTES` for two snapshots and a journal, and `META_FIXED_BYTES` for the rest.
@@ -11,23 +11,22 @@ Bounded bytes: every segment of the slab that exists counts in full, every slot 
 from __future__ import annotations
 
 import logging
-import struct
 from collections.abc import Callable, Sequence
 
-import msgpack
 import numpy as np
 
-from . import journal as journal_file
 from . import snapshot
 from .block_index import BlockIndex
+from .disk_log import DiskLog
 from .eviction.queues import Queues
 from .files import NO_SPACE, Files
 from .folder import Folder
-from .journal import Journal
 from .key_table import Entries
+from .namespaces import quota_of
 from .protocol import PAGE_BYTES
-from .records import FLAG_DOUBTFUL, FLAG_PINNED, RECORD_BYTES, seal
-from .recovery import MAX_NAMES, Recovered, recover
+from .records import FLAG_DOUBTFUL, FLAG_PINNED, RECORD_BYTES
+from .recovery import Recovered, recover
+from .room import make_room
 from .segments import SegmentSpace, pick_segment_bytes
 from .slab import Slab, Transfer
 
@@ -35,9 +34,6 @@ logger = logging.getLogger(__name__)
 
 META_FIXED_BYTES = 128 << 10
 META_SLOT_BYTES = 4 * RECORD_BYTES + 40
-_JOURNAL_FREE_BYTES = 32 << 10
-_SLOT = struct.Struct("<I")
-_DELS_PER_RECORD = 10_000
 
 
 class DiskTier:
@@ -51,7 +47,7 @@ class DiskTier:
         policy: name of the eviction policy.
         on_evict: called with the entry whose disk copy was given up, under the store's lock.
         before_evict: called before victims are chosen.
-        quotas: namespace to the disk bytes that it may take.
+        quotas: namespace, or digest of a salt (`namespaces.py`), to the disk bytes it may take.
         direct: try O_DIRECT.
 
     Raises:
@@ -78,32 +74,29 @@ class DiskTier:
         self.limit = storage_bytes
         self.queues = Queues(policy)
         self._quotas = quotas
-        self.names: list[str] = []
-        self._name_numbers: dict[str, int] = {}
-        self._name_bytes = 0
         self.busy: dict[int, int] = {}
         self._zombies: set[int] = set()
-        self._dels: list[bytes] = []
         self._unplaced: dict[int, int] = {}
-        self.synced_seq = 0
         self.grow_failed = False
-        self.compacting = False
         self.folder = Folder(files, path, storage_bytes, pick_segment_bytes(storage_bytes))
         try:
             self.space = SegmentSpace(self.folder.segment_bytes, self._may_grow)
+            self.space.may_shrink = True
             self.slab = Slab(files, self.folder.file("slab"), direct=direct)
             try:
                 recovered = recover(files, path)
-                self._restore(recovered)
-                self.journal = Journal(
-                    files, self.folder.file("journal"), recovered.seq, recovered.journal_end
-                )
-                self._keep_doubts()
-                # what was read back counts as durable from here on: make that true
-                self.journal.flush()
-                self.slab.sync()
-                self.journal.sync()
-                files.sync_folder(path)
+                self.log = DiskLog(files, path, index, recovered, self._note_quota)
+                try:
+                    self._restore(recovered)
+                    self.log.keep_doubts()
+                    # what was read back counts as durable from here on: make that true
+                    self.log.journal.flush()
+                    self.slab.sync()
+                    self.log.journal.sync()
+                    files.sync_folder(path)
+                except BaseException:
+                    self.log.journal.close()
+                    raise
             except BaseException:
                 self.slab.close()
                 raise
@@ -113,10 +106,10 @@ class DiskTier:
         self.damaged_records = recovered.damaged
 
     def _may_grow(self, new_segments: int, new_slots: int) -> bool:
-        if new_segments and self.grow_failed:
+        if new_segments > 0 and self.grow_failed:
             return False
-        slab = (self.space.grown + new_segments) * self.space.segment_bytes
-        meta = META_SLOT_BYTES * (self.space.slots_assigned + new_slots) + 3 * self._name_bytes
+        slab = (self.space.present + new_segments) * self.space.segment_bytes
+        meta = META_SLOT_BYTES * (self.space.slots_assigned + new_slots) + 3 * self.log.name_bytes
         return slab + meta + META_FIXED_BYTES <= self.limit
 
     def _restore(self, recovered: Recovered) -> None:
@@ -129,8 +122,6 @@ class DiskTier:
         elif size % segment:
             self.slab.grow(size, segments * segment - size)
         self.space.grow(range(segments))
-        for name in recovered.names:
-            self._add_name(name)
         records = recovered.records
         n = len(records)
         fits = self.space.occupy(
@@ -155,40 +146,25 @@ class DiskTier:
         for entry in np.flatnonzero(kept["flags"] & FLAG_PINNED).tolist():
             self.queues.remove(entry)
 
-    def _keep_doubts(self) -> None:
-        """Write down which blocks are doubtful, before a mark of a later sync covers them."""
-        flags = self._index.column("flags").astype(np.uint8)
-        doubtful = np.flatnonzero(flags & FLAG_DOUBTFUL)
-        for start in range(0, len(doubtful), _DELS_PER_RECORD):
-            body = seal(self._index.records(doubtful[start : start + _DELS_PER_RECORD]))
-            self.journal.append(journal_file.PUT, body)
-
-    def _add_name(self, name: str) -> int:
-        number = len(self.names)
-        self.names.append(name)
-        self._name_numbers.setdefault(name, number)
-        self._name_bytes += len(name.encode()) + 8
-        if name in self._quotas:
-            self.queues.quota_pages[number] = self._quotas[name] // PAGE_BYTES
-        return number
+    def _note_quota(self, number: int, name: str) -> None:
+        quota = quota_of(name, self._quotas)
+        if quota is not None:
+            self.queues.quota_pages[number] = quota // PAGE_BYTES
 
     def name_number(self, name: str) -> int:
-        """Number of a namespace; a new one goes to the journal."""
-        number = self._name_numbers.get(name)
-        if number is None:
-            if len(self.names) >= MAX_NAMES or 3 * self._name_bytes > self.limit // 64:
-                return 0
-            number = self._add_name(name)
-            self.journal.append(journal_file.NAME, msgpack.packb([number, name]))
-        return number
+        """Number of a namespace."""
+        return self.log.name_number(name, self.limit // 64)
 
     def allocate(self, pages: int, n: int, namespace: int) -> list[int]:
         """Up to `n` slots, evicting what is oldest; fewer when the rest is busy or may grow."""
         n = self._within_quota(pages, n, namespace)
         slots = self.space.allocate(pages, n)
-        if len(slots) < n and self.space.growth(pages) is None:
+        while len(slots) < n and self.space.growth(pages) is None:
             self._make_room(pages, n - len(slots))
-            slots += self.space.allocate(pages, n - len(slots))
+            more = self.space.allocate(pages, n - len(slots))
+            if not more:
+                break
+            slots += more
         self._unplaced[namespace] = self._unplaced.get(namespace, 0) + pages * len(slots)
         return slots
 
@@ -213,19 +189,15 @@ class DiskTier:
 
     def _make_room(self, pages: int, n: int) -> None:
         self._before_evict()
-        other = self.queues.oldest_elsewhere(pages)
-        if other is not None:
-            for entry in self.space.in_the_way(self._index.disk[other] - 1, pages):
-                if entry in self.queues and self._may_evict(entry):
-                    self.queues.remove(entry)
-                    self._give_up(entry)
-            if self.space.allocatable(pages):
-                return
-        for _ in range(n):
-            victim = self.queues.evict(pages, self._may_evict)
-            if victim is None:
-                return
-            self._give_up(victim)
+        make_room(
+            self.queues,
+            self.space,
+            pages,
+            n,
+            slot_of=lambda entry: self._index.disk[entry] - 1,
+            allowed=self._may_evict,
+            give_up=self._give_up,
+        )
 
     def _may_evict(self, entry: int) -> bool:
         return self._index.disk[entry] - 1 not in self.busy
@@ -236,7 +208,7 @@ class DiskTier:
 
     def _release_slot(self, entry: int) -> None:
         slot = self._index.disk[entry] - 1
-        self._dels.append(self._index.key_at(entry) + _SLOT.pack(slot))
+        self.log.removed(entry, slot)
         self._index.disk[entry] = 0
         self._index.put_seq[entry] = 0
         if slot in self.busy:
@@ -270,7 +242,6 @@ class DiskTier:
     def place(self, entries: Sequence[int], slots: Sequence[int], checksums: Sequence[int]) -> None:
         """Blocks of a chain, head first, now lie in their slots: index, queue and journal."""
         index = self._index
-        self._append_dels()
         for entry, slot, checksum in zip(entries, slots, checksums, strict=True):
             index.disk[entry] = slot + 1
             index.checksum[entry] = checksum
@@ -281,8 +252,7 @@ class DiskTier:
         for entry in tail_first:
             if not index.pinned(entry):
                 self._enqueue(entry)
-        body = seal(index.records(np.array(tail_first, np.int64)))
-        seq = self.journal.append(journal_file.PUT, body)
+        seq = self.log.put(np.array(tail_first, np.int64))
         for entry in entries:
             index.put_seq[entry] = seq
 
@@ -305,8 +275,7 @@ class DiskTier:
         self._rewrite(entry)
 
     def _rewrite(self, entry: int) -> None:
-        body = seal(self._index.records(np.array([entry], np.int64)))
-        self._index.put_seq[entry] = self.journal.append(journal_file.PUT, body)
+        self._index.put_seq[entry] = self.log.put(np.array([entry], np.int64))
 
     def trust(self, entry: int) -> bool:
         """A block was read and is sound; whether that was news."""
@@ -316,18 +285,11 @@ class DiskTier:
         self._rewrite(entry)
         return True
 
-    def _append_dels(self) -> None:
-        # a record stays far below what replay accepts
-        for start in range(0, len(self._dels), _DELS_PER_RECORD):
-            body = b"".join(self._dels[start : start + _DELS_PER_RECORD])
-            self.journal.append(journal_file.DEL, body)
-        self._dels.clear()
-
     def is_durable(self, entry: int) -> bool:
         """Whether the disk copy survives what the fsync policy promises."""
         index = self._index
         sound = index.disk[entry] and not index.flags[entry] & FLAG_DOUBTFUL
-        return bool(sound) and index.put_seq[entry] <= self.synced_seq
+        return bool(sound) and index.put_seq[entry] <= self.log.synced_seq
 
     def on_disk(self) -> Entries:
         """Entries with a disk copy, oldest use first."""
@@ -336,35 +298,16 @@ class DiskTier:
 
     def wants_compaction(self) -> bool:
         """Whether the journal has outgrown its share of the bound."""
-        if self.compacting:
-            return False
-        share = _JOURNAL_FREE_BYTES + RECORD_BYTES * self.space.slots_assigned
-        return self.journal.broken or self.journal.buffered_bytes() > share
+        return self.log.wants_compaction(self.space.slots_assigned)
 
     def journal_full(self) -> bool:
         """Whether the journal may not grow at all any more (compaction keeps failing)."""
-        share = _JOURNAL_FREE_BYTES + (RECORD_BYTES + 20) * self.space.slots_assigned
-        return self.journal.buffered_bytes() > 2 * share
-
-    def begin_sync(self) -> int:
-        """Under the store's lock: the sequence that a sync from now on covers."""
-        self._append_dels()
-        return self.journal.seq
-
-    def mark_synced(self, seq: int) -> int:
-        """Under the store's lock: the slab is synced up to `seq`; the sequence of the mark if
-        nothing came in between, else `seq`.
-        """
-        mark = self.journal.append(journal_file.SYNC, seq.to_bytes(8, "little"))
-        return mark if mark == seq + 1 else seq
+        return self.log.full(self.space.slots_assigned)
 
     def begin_compaction(self) -> snapshot.Snapshot:
         """Under the store's lock: a copy of all that the new snapshot will hold."""
         self._before_evict()
-        self._append_dels()
-        self.compacting = True
-        seq = self.journal.begin_rewrite()
-        return snapshot.Snapshot(seq, list(self.names), self._index.records(self.on_disk()), 0)
+        return self.log.capture(self.on_disk())
 
     def grow(self, segments: range) -> bool:
         """Reserve disk space for segments; False when the disk has none."""
@@ -377,6 +320,17 @@ class DiskTier:
             return False
         return True
 
+    def shrink(self, segments: Sequence[int]) -> bool:
+        """Give the disk space of empty segments back; False when the file system cannot."""
+        size = self.space.segment_bytes
+        try:
+            for segment in segments:
+                self.slab.punch(segment * size, size)
+        except OSError as error:
+            logger.info("the slab of %s cannot shrink: %s", self.folder.path, error)
+            return False
+        return True
+
     def read(self, transfers: Sequence[Transfer]) -> list[OSError | None]:
         """Read blocks; per block None or why it failed."""
         return self.slab.read(transfers)
@@ -384,21 +338,6 @@ class DiskTier:
     def write(self, transfers: Sequence[Transfer]) -> list[OSError | None]:
         """Write blocks; per block None or why it failed."""
         return self.slab.write(transfers)
-
-    def compact(self, captured: snapshot.Snapshot) -> None:
-        """Write the snapshot, then a journal of what came since.
-
-        Raises:
-            OSError: the disk refused; the old files stay in force.
-        """
-        try:
-            snapshot.write(self._files, self.folder.path, "snapshot", captured)
-        except OSError:
-            self.journal.abandon_rewrite()
-            raise
-        finally:
-            self.compacting = False
-        self.journal.finish_rewrite(captured.seq)
 
     def close(self, *, clean: bool) -> None:
         """Close all files and give the lock up.
@@ -408,7 +347,7 @@ class DiskTier:
         """
         if clean:
             self.folder.note_clean()
-        self.journal.close()
+        self.log.journal.close()
         self.slab.close()
         self.folder.close()
 

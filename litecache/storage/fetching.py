@@ -1,19 +1,36 @@
-"""Copies of blocks for other nodes, read through the disk without taking a RAM slot."""
+"""Copies of blocks for other nodes, read through the disk without taking a RAM slot.
+
+One call is one message to another node, so it is bounded; its reads from disk are merged into
+requests of up to 16 MiB, as those of `stage` are.
+"""
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from ..hashing import BlockKey
 from ..metrics import Metrics
-from .block_io import fault
+from .block_io import MAX_REQUEST_BYTES, fault
 from .keeper import Keeper
 from .lease_book import LeaseBook
 from .protocol import PAGE_BYTES
-from .ram_tier import LOADED
+from .ram_tier import LOADED, RamBlock
 from .scratch import scratch_memory
 from .slab import Transfer
 from .tiers import Tiers
+
+MAX_FETCH_BYTES = 64 << 20
+"""A block larger than this still goes, alone."""
+
+
+class _OnDisk(NamedTuple):
+    position: int
+    key: BlockKey
+    slot: int
+    nbytes: int
+    checksum: int
 
 
 class Fetching:
@@ -39,45 +56,92 @@ class Fetching:
         self._lock = lock
         self._metrics = metrics
 
-    def fetch(self, key: BlockKey) -> bytes | None:
-        """A copy of a block, or None."""
-        tiers = self._tiers
+    def fetch(self, keys: Sequence[BlockKey]) -> list[tuple[BlockKey, bytes | None]]:
+        """Copies of blocks, None for those that are not here or do not fit `MAX_FETCH_BYTES`."""
+        found: list[bytes | None] = [None] * len(keys)
+        in_ram, on_disk = self._hold(keys)
+        for position, block in in_ram:
+            found[position] = bytes(self._tiers.ram.arena.buffer(block.slot, block.nbytes))
         with self._lock:
-            entry = tiers.find([key])[0]
-            block = tiers.block_of(entry) if entry >= 0 else None
-            if block is not None and block.state in LOADED:
-                self._leases.give(self._leases.own, block)
-            elif entry >= 0 and tiers.disk is not None and tiers.index.disk[entry]:
-                block = None
-                slot = tiers.index.disk[entry] - 1
-                nbytes, expected = (
-                    tiers.index.pages[entry] * PAGE_BYTES,
-                    tiers.index.checksum[entry],
-                )
-                tiers.disk.begin_use(slot)
-            else:
-                return None
-        if block is not None:
-            data = bytes(tiers.ram.arena.buffer(block.slot, block.nbytes))
-            with self._lock:
+            for _, block in in_ram:
                 if self._leases.end(self._leases.own, block.slot, block.generation) is not None:
                     self._leases.abandon(block)
-            return data
-        return self._from_disk(key, slot, nbytes, expected)
+        for batch in _requests(on_disk):
+            for wanted, data in zip(batch, self._read(batch), strict=True):
+                found[wanted.position] = data
+        return list(zip(keys, found, strict=True))
 
-    def _from_disk(self, key: BlockKey, slot: int, nbytes: int, expected: int) -> bytes | None:
-        tiers, disk = self._tiers, self._tiers.disk
-        assert disk is not None
-        with scratch_memory(nbytes) as memory:
-            error = disk.read([Transfer(slot, memory)])[0]
-            reason = fault(memory, key, expected, error)
-            data = bytes(memory) if reason is None else None
+    def _hold(self, keys: Sequence[BlockKey]) -> tuple[list[tuple[int, RamBlock]], list[_OnDisk]]:
+        """Lease what is in RAM and keep what is on disk where it is, up to the bound."""
+        tiers = self._tiers
+        in_ram: list[tuple[int, RamBlock]] = []
+        on_disk: list[_OnDisk] = []
+        total = 0
         with self._lock:
-            if reason is not None:
-                self._metrics.inc("litecache_misses", tier="disk", reason=reason)
-                entry = tiers.index.find(key)
-                if entry >= 0 and tiers.index.disk[entry] == slot + 1:
-                    tiers.drop_disk_copy(entry)
-                    self._keeper.note_change()
-            disk.end_use(slot)
-        return data
+            for position, entry in enumerate(tiers.find(keys)):
+                if entry < 0:
+                    continue
+                nbytes = tiers.index.pages[entry] * PAGE_BYTES
+                if total and total + nbytes > MAX_FETCH_BYTES:
+                    self._metrics.inc("litecache_drops", reason="fetch_too_large")
+                    continue
+                block = tiers.block_of(entry)
+                if block is not None and block.state in LOADED:
+                    self._leases.give(self._leases.own, block)
+                    in_ram.append((position, block))
+                elif tiers.disk is not None and tiers.index.disk[entry]:
+                    slot = tiers.index.disk[entry] - 1
+                    tiers.disk.begin_use(slot)
+                    checksum = tiers.index.checksum[entry]
+                    on_disk.append(_OnDisk(position, keys[position], slot, nbytes, checksum))
+                else:
+                    continue
+                total += nbytes
+        return in_ram, on_disk
+
+    def _read(self, batch: Sequence[_OnDisk]) -> list[bytes | None]:
+        disk = self._tiers.disk
+        assert disk is not None
+        with scratch_memory(sum(wanted.nbytes for wanted in batch)) as memory:
+            pieces, start = [], 0
+            for wanted in batch:
+                pieces.append(memory[start : start + wanted.nbytes])
+                start += wanted.nbytes
+            errors = disk.read([Transfer(w.slot, p) for w, p in zip(batch, pieces, strict=True)])
+            reasons = [
+                fault(piece, wanted.key, wanted.checksum, error)
+                for wanted, piece, error in zip(batch, pieces, errors, strict=True)
+            ]
+            blocks = [
+                bytes(piece) if reason is None else None
+                for piece, reason in zip(pieces, reasons, strict=True)
+            ]
+            for piece in pieces:
+                piece.release()
+        with self._lock:
+            for wanted, reason in zip(batch, reasons, strict=True):
+                if reason is not None:
+                    self._drop(wanted, reason)
+                disk.end_use(wanted.slot)
+        return blocks
+
+    def _drop(self, wanted: _OnDisk, reason: str) -> None:
+        tiers = self._tiers
+        self._metrics.inc("litecache_misses", tier="disk", reason=reason)
+        entry = tiers.index.find(wanted.key)
+        if entry >= 0 and tiers.index.disk[entry] == wanted.slot + 1:
+            tiers.drop_disk_copy(entry)
+            self._keeper.note_change()
+
+
+def _requests(wanted: Sequence[_OnDisk]) -> Iterator[list[_OnDisk]]:
+    batch: list[_OnDisk] = []
+    held = 0
+    for each in sorted(wanted, key=lambda w: w.slot):
+        if batch and held + each.nbytes > MAX_REQUEST_BYTES:
+            yield batch
+            batch, held = [], 0
+        batch.append(each)
+        held += each.nbytes
+    if batch:
+        yield batch

@@ -7,6 +7,7 @@ without following symlinks and must be regular: a store folder is data, not inst
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import logging
@@ -20,6 +21,10 @@ logger = logging.getLogger(__name__)
 
 IOV_MAX = 1024
 Call = Callable[[int, Sequence[memoryview], int], int]
+_KEEP_SIZE, _PUNCH_HOLE = 1, 2
+# Python's os has posix_fallocate, which cannot punch
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_LIBC.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
@@ -123,6 +128,12 @@ class Files:
     def allocate(self, fd: int, offset: int, length: int) -> None:
         """Reserve disk space for a range; ENOSPC here rather than in the middle of a write."""
         os.posix_fallocate(fd, offset, length)
+
+    def punch(self, fd: int, offset: int, length: int) -> None:
+        """Give the disk space of a range back; it reads as zeros, the file keeps its length."""
+        if _LIBC.fallocate(fd, _PUNCH_HOLE | _KEEP_SIZE, offset, length):
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))
 
     def truncate(self, fd: int, length: int) -> None:
         """Set the file's length."""

@@ -10,11 +10,12 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
-from ..errors import ConfigError, StorageFormatError
+from ..errors import ConfigError, StorageError, StorageFormatError
 from .block_io import MAX_REQUEST_BYTES, fault
 from .files import Files
 from .folder import SUPERBLOCK_BYTES, Folder, disk_used_bytes, parse_superblock
@@ -115,14 +116,36 @@ def shard_folders(directory: str) -> list[str]:
     return found
 
 
-def inspect_store(directory: str) -> list[ShardReport]:
+def inspect_store(
+    directory: str, progress: Callable[[int, int], None] | None = None
+) -> list[ShardReport]:
     """What the shards of a storage folder hold.
+
+    Args:
+        directory: a storage folder.
+        progress: called with (shards done, shards in all).
 
     Raises:
         ConfigError: there is no store.
         StorageFormatError: a file is of another format.
+        StorageError: a file cannot be read.
     """
-    return [_inspect(folder) for folder in shard_folders(directory)]
+    folders = shard_folders(directory)
+    reports = []
+    for folder in folders:
+        with _readable(folder):
+            reports.append(_inspect(folder))
+        if progress is not None:
+            progress(len(reports), len(folders))
+    return reports
+
+
+@contextmanager
+def _readable(folder: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"{folder} cannot be read: {error}") from error
 
 
 def _segment_bytes(files: Files, folder: str) -> int:
@@ -198,19 +221,24 @@ def verify_store(
         ConfigError: there is no store.
         StorageLockedError: a live store holds a shard.
         StorageFormatError: a file is of another format.
+        StorageError: a file other than the slab cannot be read.
     """
     folders = shard_folders(directory)
     files = Files()
-    total = sum(_bytes(recover(files, folder).records) for folder in folders)
+    total = 0
+    for folder in folders:
+        with _readable(folder):
+            total += _bytes(recover(files, folder).records)
     done = 0
     reports = []
     for folder in folders:
         report = VerifyReport(folder)
         reports.append(report)
-        for nbytes in _verify(files, folder, report):
-            done += nbytes
-            if progress is not None:
-                progress(done, total)
+        with _readable(folder):
+            for nbytes in _verify(files, folder, report):
+                done += nbytes
+                if progress is not None:
+                    progress(done, total)
     return reports
 
 

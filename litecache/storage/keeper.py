@@ -85,17 +85,17 @@ class Keeper:
         if disk is None:
             return True
         with self._lock:
-            seq = disk.begin_sync()
+            seq = disk.log.begin_sync()
         try:
-            disk.journal.flush()
+            disk.log.journal.flush()
         except OSError as error:
             logger.error("the journal cannot be written: %s", error)
             self.last_error = error
             return False
-        if self._fsync == "never" and not disk.journal.broken:
+        if self._fsync == "never" and not disk.log.journal.broken:
             with self._lock:
-                disk.synced_seq = max(disk.synced_seq, seq)
-        return not disk.journal.broken
+                disk.log.synced_seq = max(disk.log.synced_seq, seq)
+        return not disk.log.journal.broken
 
     def sync(self) -> bool:
         """Make everything written so far durable; False when the disk refused."""
@@ -104,26 +104,26 @@ class Keeper:
             return True
         with self._sync_lock:
             with self._lock:
-                seq = disk.begin_sync()
-                before = disk.synced_seq
+                seq = disk.log.begin_sync()
+                before = disk.log.synced_seq
                 self._unsynced = False
-                if seq == before and not disk.journal.broken:
+                if seq == before and not disk.log.journal.broken:
                     return True
             if not self._sync_slab(before):
                 return False
             with self._lock:
-                seq = disk.mark_synced(seq)
+                seq = disk.log.mark_synced(seq)
             try:
-                disk.journal.flush()
-                if not disk.journal.broken:
-                    disk.journal.sync()
+                disk.log.journal.flush()
+                if not disk.log.journal.broken:
+                    disk.log.journal.sync()
             except OSError as error:
                 logger.error("the journal cannot be synced: %s", error)
             # a journal that failed once may have lost pages: only a new one can be trusted
-            if disk.journal.broken and not self._compact_locked():
+            if disk.log.journal.broken and not self._compact_locked():
                 return False
             with self._lock:
-                disk.synced_seq = max(disk.synced_seq, seq)
+                disk.log.synced_seq = max(disk.log.synced_seq, seq)
                 self._changed.notify_all()
             return True
 
@@ -154,7 +154,7 @@ class Keeper:
                 self._metrics.inc("litecache_drops", reason="sync_error")
                 tiers.drop(entry)
             # their records must be gone for good before a later mark could vouch for them
-            disk.journal.broken = True
+            disk.log.journal.broken = True
             self._changed.notify_all()
 
     def compact(self) -> bool:
@@ -166,22 +166,21 @@ class Keeper:
         disk = self._tiers.disk
         assert disk is not None
         with self._lock:
-            synced_seq = disk.synced_seq
+            synced_seq = disk.log.synced_seq
             captured = disk.begin_compaction()
         try:
             # the snapshot must not name a block whose bytes a power cut could still take
             if not self._sync_slab(synced_seq):
                 raise OSError(errno.EIO, "the slab cannot be synced")
-            disk.compact(captured)
+            disk.log.compact(captured)
         except OSError as error:
             logger.error("compaction failed: %s", error)
-            disk.compacting = False
-            disk.journal.abandon_rewrite()
+            disk.log.abandon_compaction()
             self._compact_failed = True
             return False
         self._compact_failed = False
         with self._lock:
-            disk.synced_seq = max(disk.synced_seq, captured.seq)
+            disk.log.synced_seq = max(disk.log.synced_seq, captured.seq)
             self._changed.notify_all()
         return True
 

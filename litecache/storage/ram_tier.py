@@ -15,6 +15,7 @@ from ..hashing import BlockKey
 from .arena import Arena
 from .eviction.queues import Queues
 from .protocol import PAGE_BYTES, SlotState
+from .room import make_room
 from .segments import SegmentSpace
 
 
@@ -120,26 +121,25 @@ class RamTier:
         """
         pages = nbytes // PAGE_BYTES
         slots = self.space.allocate(pages, n)
-        if len(slots) < n and self.space.growth(pages) is None:
+        while len(slots) < n and self.space.growth(pages) is None:
             self._make_room(pages, n - len(slots))
-            slots += self.space.allocate(pages, n - len(slots))
+            more = self.space.allocate(pages, n - len(slots))
+            if not more:
+                break
+            slots += more
         return [self._adopt(slot, nbytes) for slot in slots]
 
     def _make_room(self, pages: int, n: int) -> None:
         self._before_evict()
-        other = self.queues.oldest_elsewhere(pages)
-        if other is not None:
-            for handle in self.space.in_the_way(self.at(other).slot, pages):
-                if handle in self.queues and self._may_evict(handle):
-                    self.queues.remove(handle)
-                    self._give_up(handle)
-            if self.space.allocatable(pages):
-                return
-        for _ in range(n):
-            victim = self.queues.evict(pages, self._may_evict)
-            if victim is None:
-                return
-            self._give_up(victim)
+        make_room(
+            self.queues,
+            self.space,
+            pages,
+            n,
+            slot_of=lambda handle: self.at(handle).slot,
+            allowed=self._may_evict,
+            give_up=self._give_up,
+        )
 
     def _may_evict(self, handle: int) -> bool:
         return not self.at(handle).leases

@@ -11,13 +11,13 @@ chain are neighbours on the disk.
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import numpy.typing as npt
 
 from .protocol import PAGE_BYTES
+from .region import Region
 
 _CANDIDATES = 64
 _LARGEST_REGION_BYTES = 64 << 20
@@ -32,60 +32,15 @@ def pick_segment_bytes(total_bytes: int) -> int:
     return size
 
 
-class Region:
-    """One segment (or run of segments) in use, with a bit set for each free slot."""
-
-    __slots__ = ("base", "block_pages", "free", "free_count", "owners", "segments", "slots")
-
-    def __init__(self, base: int, segments: int, segment_pages: int, block_pages: int) -> None:
-        self.base = base
-        self.segments = segments
-        self.block_pages = block_pages
-        self.slots = segments * segment_pages // block_pages
-        self.free = (1 << self.slots) - 1
-        self.free_count = self.slots
-        self.owners = array("i", [-1]) * self.slots
-
-    def longest_run(self, at_most: int) -> tuple[int, int]:
-        """`(first, length)` of a free run, as long as there is up to `at_most`."""
-        starts, length = self.free, 1
-        while length < at_most:
-            # doubling: starts of runs of 2L are starts of L that have a start of L, L further on
-            step = min(length, at_most - length)
-            longer = starts & (starts >> step)
-            if not longer:
-                break
-            starts, length = longer, length + step
-        while length < at_most:
-            longer = starts & (self.free >> length)
-            if not longer:
-                break
-            starts, length = longer, length + 1
-        return (starts & -starts).bit_length() - 1, length
-
-    def take(self, first: int, length: int) -> list[int]:
-        """Mark a run as used; its slots as pages."""
-        self.free &= ~(((1 << length) - 1) << first)
-        self.free_count -= length
-        step = self.block_pages
-        return list(range(self.base + first * step, self.base + (first + length) * step, step))
-
-    def used(self) -> Iterator[int]:
-        """Slots in use, as pages."""
-        taken = ~self.free & ((1 << self.slots) - 1)
-        while taken:
-            low = taken & -taken
-            yield self.base + (low.bit_length() - 1) * self.block_pages
-            taken ^= low
-
-
 class SegmentSpace:
     """Allocates slots.
+
+    A segment is spare, part of a region, or retired: it holds no bytes until it is made again.
 
     Args:
         segment_bytes: bytes of a segment, a multiple of `PAGE_BYTES`.
         may_grow: `may_grow(new_segments, new_slots) -> bool`: whether the owner's bound allows
-            that many more segments in existence and slots in use.
+            that many more segments in existence (or fewer, when negative) and slots in use.
     """
 
     def __init__(self, segment_bytes: int, may_grow: Callable[[int, int], bool]) -> None:
@@ -94,7 +49,10 @@ class SegmentSpace:
         self._may_grow = may_grow
         self.grown = 0
         self.slots_assigned = 0
+        self.may_shrink = False
         self._spare: set[int] = set()
+        self._retired: set[int] = set()
+        self._leaving: set[int] = set()
         self._regions: dict[int, Region] = {}
         self._partial: dict[int, dict[int, Region]] = {}
         self._used: dict[int, int] = {}
@@ -165,28 +123,85 @@ class SegmentSpace:
                 return first
         return None
 
+    @property
+    def present(self) -> int:
+        """Segments that hold bytes."""
+        return self.grown - len(self._retired)
+
     def growth(self, block_pages: int) -> range | None:
         """Segments that the owner may make exist now for this block size; None at the bound.
 
-        The owner makes them outside its lock and then calls `grow`, or does not.
+        The owner makes them outside its lock and then calls `grow`, or does not. Some in the range
+        may exist already.
         """
         count = self.region_segments(block_pages)
+        new = self._retired_run(count) or self._run_at_end(count)
+        missing = sum(segment >= self.grown or segment in self._retired for segment in new)
+        slots = count * self.segment_pages // block_pages
+        return new if self._may_grow(missing, slots) else None
+
+    def _retired_run(self, count: int) -> range | None:
+        usable = self._spare | self._retired
+        for first in sorted({segment // count * count for segment in self._retired}):
+            if usable.issuperset(range(first, first + count)):
+                return range(first, first + count)
+        return None
+
+    def _run_at_end(self, count: int) -> range:
         first = self.grown // count * count
         if not self._spare.issuperset(range(first, self.grown)):
             first += count
-        new = range(self.grown, first + count)
+        return range(self.grown, first + count)
+
+    def grow(self, segments: range) -> None:
+        """The segments exist now."""
+        self._spare.update(s for s in segments if s >= self.grown or s in self._retired)
+        self._retired.difference_update(segments)
+        self.grown = max(self.grown, segments.stop)
+
+    def _surplus(self, block_pages: int) -> int | None:
+        """Spare segments that must cease to exist before a region fits the bound.
+
+        Small blocks need more bytes of metadata a segment than large ones do, so a space that grew
+        to its bound with large blocks has to shrink before it can hold small ones. None: it does
+        not help.
+        """
+        count = self.region_segments(block_pages)
         slots = count * self.segment_pages // block_pages
-        return new if self._may_grow(len(new), slots) else None
+        most = len(self._spare) - count if self.may_shrink else 0
+        return next((k for k in range(max(0, most) + 1) if self._may_grow(-k, slots)), None)
+
+    def take_surplus(self, block_pages: int) -> list[int]:
+        """Spare segments that the owner should empty and `retire`, to assign a region after that.
+
+        They are nobody's until then; `keep` takes them back.
+        """
+        count = self.region_segments(block_pages)
+        first = self._spare_run(count)
+        surplus = self._surplus(block_pages) if first is not None else None
+        if first is None or not surplus:
+            return []
+        rest = sorted(self._spare.difference(range(first, first + count)))
+        leaving = rest[-surplus:]
+        self._spare.difference_update(leaving)
+        self._leaving.update(leaving)
+        return leaving
+
+    def retire(self, segments: Iterable[int]) -> None:
+        """Segments from `take_surplus` hold no bytes any more."""
+        self._leaving.difference_update(segments)
+        self._retired.update(segments)
+
+    def keep(self, segments: Iterable[int]) -> None:
+        """Segments from `take_surplus` could not be emptied; no others can."""
+        self._leaving.difference_update(segments)
+        self._spare.update(segments)
+        self.may_shrink = False
 
     def bind(self, slot: int, handle: int) -> None:
         """Note whose slot it is."""
         region = self._regions[slot // self.segment_pages]
         region.owners[(slot - region.base) // region.block_pages] = handle
-
-    def grow(self, segments: range) -> None:
-        """The segments exist now."""
-        self.grown = max(self.grown, segments.stop)
-        self._spare.update(segments)
 
     def free(self, slot: int) -> None:
         """Take a slot back; its region returns to the pool when it is empty."""
@@ -251,31 +266,13 @@ class SegmentSpace:
             region = self._adopt_at(segment, pages)
             if region is None:
                 return none
-        index, odd = np.divmod(slots - region.base, pages)
-        fits = (block_pages == pages) & (odd == 0) & (index >= 0) & (index < region.slots)
-        # of several for one slot the last wins
-        _, last = np.unique(index[::-1], return_index=True)
-        unique = none.copy()
-        unique[len(slots) - 1 - last] = True
-        fits &= unique
-        wanted = np.zeros(region.slots, bool)
-        wanted[index[fits]] = True
-        mask = int.from_bytes(np.packbits(wanted, bitorder="little").tobytes(), "little")
-        taken = mask & ~region.free
-        if taken:
-            clash = [bool(taken >> i & 1) for i in range(region.slots)]
-            fits[fits] = ~np.array(clash)[index[fits]]
-            mask &= region.free
-        region.free &= ~mask
-        region.free_count -= mask.bit_count()
-        np.frombuffer(region.owners, np.int32)[index[fits]] = handles[fits]
-        self._used[pages] = self._used.get(pages, 0) + mask.bit_count()
+        fits = region.occupy(slots, block_pages, handles)
+        self._used[pages] = self._used.get(pages, 0) + int(fits.sum())
         if not region.free_count:
             self._partial[pages].pop(region.base, None)
         elif region.free_count == region.slots:
             self._return(region)
-        accepted: npt.NDArray[np.bool_] = fits
-        return accepted
+        return fits
 
     def _adopt_at(self, segment: int, pages: int) -> Region | None:
         count = self.region_segments(pages)
@@ -307,17 +304,36 @@ class SegmentSpace:
         return [h for region in regions.values() for h in region.owners if h >= 0]
 
     def available(self, block_pages: int) -> int:
-        """Slots of a block size that can be given out now, at least."""
+        """Slots of a block size that can be given out now, at least.
+
+        Those behind a surplus that must be retired first count too.
+        """
         held = sum(region.free_count for region in self._partial.get(block_pages, {}).values())
+        surplus = self._surplus(block_pages)
+        if surplus is None:
+            return held
         count = self.region_segments(block_pages)
         if count == 1:
-            return held + len(self._spare) * (self.segment_pages // block_pages)
-        spare = self._spare_run(count) is not None
-        return held + spare * (count * self.segment_pages // block_pages)
+            spare = len(self._spare) - surplus
+            return held + max(0, spare) * (self.segment_pages // block_pages)
+        found = self._spare_run(count) is not None
+        return held + found * (count * self.segment_pages // block_pages)
 
     def allocatable(self, block_pages: int) -> bool:
         """Whether a slot can be given out now."""
         return self.available(block_pages) > 0
+
+    def worth_emptying(self, slot: int, block_pages: int) -> bool:
+        """Whether emptying the region where `slot` lies can give room to `block_pages`."""
+        region = self._regions[slot // self.segment_pages]
+        count = self.region_segments(block_pages)
+        slots = count * self.segment_pages // block_pages
+        return self.may_shrink or self._may_grow(0, slots - region.slots)
+
+    def over_bound(self, block_pages: int) -> bool:
+        """Whether a spare region is there but may not be used before more segments are spare."""
+        spare = self._spare_run(self.region_segments(block_pages)) is not None
+        return self.may_shrink and spare and self._surplus(block_pages) is None
 
     def used_slots(self, block_pages: int) -> int:
         """Slots in use of one block size."""
@@ -339,6 +355,8 @@ class SegmentSpace:
             mine.update(dict.fromkeys(region.used(), region.block_pages))
         assert set(mine) == {*used, *extra}, f"slots differ: {set(mine) ^ {*used, *extra}}"
         assert all(mine[slot] == pages for slot, pages in used.items()), "block sizes differ"
-        assert len(self._spare) + len(self._regions) == self.grown, "segments were lost"
+        idle = len(self._spare) + len(self._retired) + len(self._leaving)
+        assert idle + len(self._regions) == self.grown, "segments were lost"
+        assert not self._spare & (self._retired | self._leaving), "a segment is in two states"
         for pages, count in self._used.items():
             assert count == sum(p == pages for p in mine.values()), "used counter is off"

@@ -7,8 +7,12 @@ from .ram_tier import RamState
 from .tiers import Tiers
 
 
-def shard_stats(tiers: Tiers, epoch: int, clients: int) -> dict[str, object]:
-    """Counts and bytes, msgpack-able; under the store's lock."""
+def shard_stats(tiers: Tiers, epoch: int, clients: int, metrics: Metrics) -> dict[str, object]:
+    """Counts and bytes, msgpack-able; under the store's lock.
+
+    `hits`, `promotions` (disk to RAM), `demotions` (the RAM copy left, the disk has the block) and
+    `evictions` are read from `metrics`, so they are a shard's own where it has its own.
+    """
     ram, disk = tiers.ram, tiers.disk
     states = {
         state.name.lower(): sum(b.state is state for b in ram.by_slot.values())
@@ -27,14 +31,22 @@ def shard_stats(tiers: Tiers, epoch: int, clients: int) -> dict[str, object]:
         "slab_bytes": 0,
         "journal_bytes": 0,
         "queued_reads": sum(map(len, tiers.reads)),
+        "hits": _by_tier(metrics, "litecache_hits", "ram", "disk"),
+        "promotions": int(metrics.value("litecache_promotions")),
+        "demotions": int(metrics.value("litecache_demotions")),
+        "evictions": _by_tier(metrics, "litecache_evictions", "ram", "disk", "expired"),
     }
     if disk is not None:
         result["disk_blocks"] = int((tiers.index.column("disk") != 0).sum())
-        result["slab_bytes"] = disk.space.grown * disk.space.segment_bytes
-        result["journal_bytes"] = disk.journal.bytes
+        result["slab_bytes"] = disk.space.present * disk.space.segment_bytes
+        result["journal_bytes"] = disk.log.journal.bytes
         result["direct_io"] = disk.slab.direct
         result["damaged_records"] = disk.damaged_records
     return result
+
+
+def _by_tier(metrics: Metrics, name: str, *tiers: str) -> dict[str, int]:
+    return {tier: int(metrics.value(name, tier=tier)) for tier in tiers}
 
 
 def set_gauges(metrics: Metrics, stats: dict[str, object]) -> None:

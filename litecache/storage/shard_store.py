@@ -42,6 +42,7 @@ from .shard_options import validate_options
 from .shard_stats import set_gauges, shard_stats
 from .staging import Staging
 from .tiers import Tiers
+from .upkeep import Upkeep
 
 _MAX_NAMESPACE = 200
 
@@ -62,7 +63,7 @@ class ShardStore:
         eviction: `lru`, `lfu`, `s3fifo` or a registered name.
         admission: `all`, `reused` or `none`: which blocks are written to disk.
         ttl_s: a block older than this is a miss.
-        quotas: namespace to the disk bytes that it may take.
+        quotas: namespace, or digest of a salt (`namespaces.py`), to the disk bytes it may take.
         io_threads: threads that read and write; 0 does all I/O on the callers' threads.
         metrics: where to count; None makes an own set.
         accepts_writes: False refuses `reserve` (an empty answer), for old shards kept readable.
@@ -163,6 +164,7 @@ class ShardStore:
         parts = (self._tiers, self._io, self._leases)
         self._staging = Staging(*parts, self._growth, self._lock, self.metrics)
         self._fetching = Fetching(self._tiers, self._keeper, self._leases, self._lock, self.metrics)
+        self._upkeep = Upkeep(self._tiers, self._keeper, self._changed)
 
     def attach(self, client_pid: int) -> Attachment:
         """Register a client process.
@@ -378,24 +380,15 @@ class ShardStore:
         return self._io.failed_writes + self._keeper.lost_writes
 
     def fetch(self, keys: Sequence[BlockKey]) -> list[tuple[BlockKey, bytes | None]]:
-        """Copies of blocks, for another node; those on disk are read without taking a RAM slot."""
-        return [(key, self._fetching.fetch(key)) for key in keys]
+        """Copies of blocks, for another node; those on disk are read without taking a RAM slot.
+
+        One answer holds at most 64 MiB (or one block); what does not fit is None, as a miss.
+        """
+        return self._fetching.fetch(keys)
 
     def delete(self, keys: Sequence[BlockKey]) -> list[bool]:
         """Drop blocks from every tier; which of them were there."""
-        with self._lock:
-            dropped = [self._drop(key) for key in keys]
-            if any(dropped):
-                self._keeper.note_change()
-            self._changed.notify_all()
-        self._keeper.flush_journal()
-        return dropped
-
-    def _drop(self, key: BlockKey) -> bool:
-        entry = self._tiers.index.find(key)
-        if entry >= 0:
-            self._tiers.drop(entry)
-        return entry >= 0
+        return self._upkeep.delete(keys)
 
     def clear(self, tier: str = "all", timeout_s: float = 60.0) -> None:
         """Empty a tier.
@@ -409,36 +402,15 @@ class ShardStore:
             raise ConfigError("tier", tier, "ram, disk or all")
         if tier == "ram" and self._tiers.disk is not None:
             self.flush(timeout_s)
-        with self._lock:
-            for entry in self._tiers.index.entries().tolist():
-                if tier == "all":
-                    self._tiers.drop(entry)
-                elif tier == "ram":
-                    self._tiers.drop_ram_copy(entry)
-                elif self._tiers.index.disk[entry]:
-                    self._tiers.drop_disk_copy(entry)
-            self._keeper.note_change()
-            self._changed.notify_all()
-        # a removal must hold after kill -9 too
-        self._keeper.flush_journal()
+        self._upkeep.clear(tier)
 
     def pin(self, keys: Sequence[BlockKey]) -> list[bool]:
         """Keep blocks from being evicted from disk until `unpin`, over restarts too."""
-        return self._set_pinned(keys, True)
+        return self._upkeep.set_pinned(keys, True)
 
     def unpin(self, keys: Sequence[BlockKey]) -> list[bool]:
         """Let blocks be evicted again."""
-        return self._set_pinned(keys, False)
-
-    def _set_pinned(self, keys: Sequence[BlockKey], pinned: bool) -> list[bool]:
-        with self._lock:
-            entries = self._tiers.find(keys)
-            for entry in entries:
-                if entry >= 0 and self._tiers.disk is not None:
-                    self._tiers.disk.set_pinned(entry, pinned)
-            self._keeper.note_change()
-        self._keeper.flush_journal()
-        return [entry >= 0 for entry in entries]
+        return self._upkeep.set_pinned(keys, False)
 
     def keys(self) -> list[BlockKey]:
         """All keys that the shard holds."""
@@ -458,7 +430,8 @@ class ShardStore:
     def stats(self) -> dict[str, object]:
         """Counts and bytes, msgpack-able; also sets the gauges."""
         with self._lock:
-            result = shard_stats(self._tiers, self.epoch, len(self._clients.all()))
+            clients = len(self._clients.all())
+            result = shard_stats(self._tiers, self.epoch, clients, self.metrics)
         set_gauges(self.metrics, result)
         return result
 

@@ -62,6 +62,14 @@ class Slab:
         """
         self._files.allocate(self._fd, offset, length)
 
+    def punch(self, offset: int, length: int) -> None:
+        """Give the disk space of a range back.
+
+        Raises:
+            OSError: the file system cannot.
+        """
+        self._files.punch(self._fd, offset, length)
+
     def truncate(self, length: int) -> None:
         """Give the end of the file back."""
         self._files.truncate(self._fd, length)

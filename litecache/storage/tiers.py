@@ -78,7 +78,9 @@ class Tiers:
     def _on_ram_evict(self, block: RamBlock) -> None:
         self._metrics.inc("litecache_evictions", tier="ram")
         self.index.ram[block.entry] = 0
-        if not self.index.disk[block.entry]:
+        if self.index.disk[block.entry]:
+            self._metrics.inc("litecache_demotions")
+        else:
             self._forget(block.entry)
 
     def _forget(self, entry: int) -> None:
@@ -256,6 +258,7 @@ class Tiers:
             self.ram.reap(block)
         elif reason is None:
             self.ram.settle(block)
+            self._metrics.inc("litecache_promotions")
             self.changed_on_disk |= self.disk.trust(block.entry)
         else:
             self._metrics.inc("litecache_misses", tier="disk", reason=reason)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from litecache.errors import (
     StorageLockedError,
 )
 from litecache.metrics import Metrics
+from litecache.storage.namespaces import salt_digest
 from litecache.storage.shard_store import ShardStore
 
 TINY = {
@@ -230,6 +232,24 @@ def test_shards_share_the_bounds_of_a_node_and_nodes_of_one_host_share_no_folder
     assert [o["directory"] for o in second] == ["/data/shard-2", "/data/shard-3"]
     assert sum(o["ram_bytes"] for o in first) == spec.config.ram_bytes
     assert sum(o["storage_bytes"] for o in first) == spec.config.storage_bytes
+
+
+def test_every_policy_of_the_config_reaches_the_shards() -> None:
+    spec = make_spec(
+        "x",
+        Path("/data"),
+        storage_shards=2,
+        fsync="always",
+        eviction="s3fifo",
+        ttl_s=60,
+        salt_quotas={"alice": "1MiB"},
+    )
+    for options in shard_options(spec, 0):
+        assert (options["fsync"], options["eviction"]) == ("always", "s3fifo")
+        assert options["ttl_s"] == 60
+        assert options["quotas"] == {salt_digest("alice"): 512 << 10}
+    again = GroupSpec.from_description("x", json.loads(json.dumps(spec.describe())))
+    assert again == spec
 
 
 def test_nodes_of_one_host_are_counted(ray_local: None) -> None:

@@ -17,6 +17,8 @@ from litecache.engine.step_plan import StepPlan
 from litecache.errors import CapacityError, ConfigError
 from litecache.storage.arena_view import ArenaView
 from litecache.storage.client import LocalShardClient
+from litecache.storage.inspect import inspect_store
+from litecache.storage.namespaces import salt_digest
 from litecache.storage.protocol import SlotState
 from litecache.types import FinishReason, Request, SamplingParams
 
@@ -122,6 +124,22 @@ def test_reads_of_a_shard_that_died_are_misses_at_once(
             dead.setattr(LocalShardClient, "lost", True)
             assert harness.run([prompt], 8) == wanted
             assert harness.reused == [{}]
+
+
+def test_blocks_of_a_salt_with_a_quota_are_stored_under_its_own_name(tmp_path: Path) -> None:
+    prompt = random_prompt(40, seed=3)
+    source = family_source("llama")
+    with Harness(source, folders=[tmp_path / "s"], salt_quotas={"alice": "1MB"}) as harness:
+        for number, salt in enumerate(["", "alice", "bob"]):
+            request = Request(f"q{number}", "c", prompt, SamplingParams(1), cache_salt=salt)
+            harness.engine.submit([request])
+            while not any(d.finish_reason for _, d in harness.deltas.get(timeout=60)):
+                pass
+        assert harness.engine.flush()["complete"]
+        label = harness.engine.info.label
+    (report,) = inspect_store(str(tmp_path / "s"))
+    blocks = {name.name: name.blocks for name in report.namespaces}
+    assert blocks == {label: 4, f"{label} salt-{salt_digest('alice')}": 2}
 
 
 def test_another_salt_shares_nothing(tmp_path: Path) -> None:

@@ -136,6 +136,13 @@ class FaultFiles(Files):
         if len(inode.seen) < offset + length:
             self.truncate(fd, offset + length)
 
+    def punch(self, fd: int, offset: int, length: int) -> None:
+        if self._hit("eio"):
+            raise OSError(errno.EIO, "injected")
+        inode = self._open[fd]
+        self._apply(inode.seen, offset, bytes(length))
+        inode.pending.append((offset, bytes(length)))
+
     def truncate(self, fd: int, length: int) -> None:
         inode = self._open[fd]
         self._resize(inode.seen, length)

@@ -101,11 +101,8 @@ class FuzzStore:
         """Keys whose data or metadata a mutation reached."""
         changed = changed_range(before, after)
         if name == "slab":
-            return {
-                key
-                for key, start in self.extent.items()
-                if any(start <= at < start + NBYTES for at in changed)
-            }
+            pages = set((np.array(changed, np.int64) // NBYTES).tolist())
+            return {key for key, start in self.extent.items() if start // NBYTES in pages}
         if name == "snapshot":
             first = len(before) - len(self.in_snapshot) * RECORD_BYTES
             if any(at < first for at in changed):

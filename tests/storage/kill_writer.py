@@ -1,27 +1,66 @@
-"""A process that stores blocks until it is killed; says on stdout what became durable."""
+"""A process that stores blocks until it is killed; says on stdout what became durable.
+
+It is killed from outside, or kills itself just before the Nth file operation of a kind, which may
+come while it still opens (and replays) what the killed one before it left.
+"""
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
 from storage_help import MIB, bytes_of, key_of
 
 from litecache.storage import CommitItem, LocalShardClient, ShardStore
+from litecache.storage.files import Files
+
+# how many of each there are in the first tenths of a second: opening takes the first few
+OPERATIONS = {
+    "open": 7, "read": 4, "allocate": 8, "write": 100, "sync": 30, "rename": 6, "sync_folder": 8,
+}  # fmt: skip
+COMPACT_EVERY = 16
 
 
-def main(folder: str, first: int, fsync: str, nbytes: int) -> None:
+class DeadlyFiles(Files):
+    """The real file system until the Nth operation of a kind.
+
+    Args:
+        operation: one of `OPERATIONS`; empty for none.
+        count: N, from 1.
+    """
+
+    def __init__(self, operation: str, count: int) -> None:
+        self.left = count
+        if operation:
+            real = getattr(self, operation)
+
+            def deadly(*args, **more):
+                self.left -= 1
+                if not self.left:
+                    os.write(1, f"killed {operation}\n".encode())
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return real(*args, **more)
+
+            setattr(self, operation, deadly)
+
+
+def main(folder: str, first: int, fsync: str, nbytes: int, operation: str, count: int) -> None:
     store = ShardStore(
         folder,
         storage_bytes=48 * MIB,
         ram_bytes=8 * MIB,
         fsync=fsync,
         fsync_interval_s=0.02,
+        files=DeadlyFiles(operation, count),
     )
     client = LocalShardClient(store)
     os.write(1, b"open\n")
-    number, waiting = first, []
+    number, waiting, batches = first, [], 0
     while True:
+        batches += 1
+        if not batches % COMPACT_EVERY:
+            store._keeper.compact()
         refs = client.reserve(nbytes, 8)
         if not refs:
             store.flush(10)
@@ -42,4 +81,5 @@ def main(folder: str, first: int, fsync: str, nbytes: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), sys.argv[3], int(sys.argv[4]))
+    _, path, at, policy, size, kind, nth = sys.argv
+    main(path, int(at), policy, int(size), kind, int(nth))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import pathlib
+import threading
 from collections.abc import Sequence
 
+import pytest
 import torch
 
 from litecache.storage import PyLocalCacheService, PyState, PyTask
+from litecache.storage.service.pages import BlockLayout
 
 FINISHED, ABORTED = PyState.Finished, PyState.Aborted
 
@@ -46,3 +49,35 @@ def round_trip(cache: PyLocalCacheService, kv: torch.Tensor, pages: Sequence[int
     assert set(run(cache, tokens, pages, "r").state()) == {FINISHED}
     used = sorted(set(pages))
     assert torch.equal(kv[used], before[used])
+
+
+class Gate:
+    """Holds copies between the tensor and the store, so that a test can act in the middle of one.
+
+    Attributes:
+        copies: how many have begun.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, copy: str) -> None:
+        real = getattr(BlockLayout, copy)
+        self.entered, self.open = threading.Event(), threading.Event()
+        self.copies = 0
+
+        def held(layout, pages, memory) -> None:
+            self.copies += 1
+            self.entered.set()
+            assert self.open.wait(30), "nobody opened the gate"
+            real(layout, pages, memory)
+
+        monkeypatch.setattr(BlockLayout, copy, held)
+
+    def abort_inside(self, cache: PyLocalCacheService, task: PyTask) -> None:
+        """Abort while the first copy is under way; the copy ends, then `abort` returns."""
+        assert self.entered.wait(30)
+        aborting = threading.Thread(target=cache.abort, args=(task,))
+        aborting.start()
+        aborting.join(0.2)
+        assert aborting.is_alive(), "abort did not wait for the copy"
+        self.open.set()
+        aborting.join(30)
+        assert not aborting.is_alive()

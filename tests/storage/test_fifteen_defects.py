@@ -12,7 +12,7 @@ import weakref
 
 import pytest
 import torch
-from service_help import ABORTED, FINISHED, run, service, tensor
+from service_help import ABORTED, FINISHED, Gate, run, service, tensor
 from storage_help import MIB
 
 from litecache.errors import ConfigError, StorageError, StorageLockedError
@@ -29,16 +29,21 @@ def store_of(cache):
     return cache._service._core.engine.stores[0]
 
 
-def test_01_abort_is_final(tmp_path):
-    kv = tensor(200, 64 << 10)
-    cache = service(kv, tmp_path, storage_mb=256, workers=2)
-    task = cache.create(tokens=list(range(200)), kv_page_indexer=torch.arange(200), mode="w")
-    cache.abort(task)
-    states = task.state()
+@pytest.mark.parametrize(("mode", "copy"), [("w", "gather"), ("r", "scatter")])
+def test_01_abort_is_final(tmp_path, monkeypatch, mode, copy):
+    kv = tensor(640)
+    cache = service(kv, tmp_path, workers=1)
+    if mode == "r":
+        run(cache, range(640), range(640), "w")
+    gate = Gate(monkeypatch, copy)
+    task = cache.create(tokens=list(range(640)), kv_page_indexer=torch.arange(640), mode=mode)
+    gate.abort_inside(cache, task)
     assert task.ready()
-    run(cache, range(1000, 1020), range(20), "w")
+    assert task.state() == [ABORTED] * 10
+    run(cache, [9999], [0], "w")  # the one worker has done with the task
+    assert gate.copies == 1 + (mode == "w"), "a block was copied after abort"
     assert task.ready()
-    assert task.state() == states
+    assert task.state() == [ABORTED] * 10
     cache.close()
 
 
@@ -64,12 +69,18 @@ def test_03_an_out_of_range_page_is_an_exception(tmp_path, page):
     cache.close()
 
 
-@pytest.mark.parametrize("call", ["allocate", "write"])
-def test_04_a_full_disk_is_an_error_and_a_miss(tmp_path, monkeypatch, call):
+@pytest.mark.parametrize(
+    ("call", "smallest"), [("allocate", 0), ("write", 0), ("write", 256 << 10)]
+)
+def test_04_a_full_disk_is_an_error_and_a_miss(tmp_path, monkeypatch, call, smallest):
+    """Growing the slab, any write, or (the last case) writes of block data alone fail."""
     kv = tensor(64)
     cache = service(kv, tmp_path, shards=1)
+    real = getattr(files_module.Files, call)
 
     def full(self, fd, *args):
+        if smallest and sum(map(len, args[0])) < smallest:
+            return real(self, fd, *args)
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(files_module.Files, call, full)
@@ -158,6 +169,8 @@ def test_09_a_partial_block_stores_nobody_elses_bytes(tmp_path):
     kv = tensor(64)
     cache = LocalCacheService(str(tmp_path / "c"), 64 * MIB, 1, kv, 2)
     with cache:
+        assert cache.create("write", [9], list(range(64))).wait(30)
+        cache._core.engine.stores[0].clear()  # the next block comes where this one's bytes lie
         task = cache.create("write", [1], list(range(10)))
         assert task.wait(30)
         (_, data), *_ = cache._core.engine.stores[0].fetch([(1).to_bytes(16, "big")])
@@ -182,6 +195,10 @@ def test_11_a_read_refreshes_recency(tmp_path, monkeypatch):
         run(cache, [token], [1], "w")
         assert run(cache, [7], [2], "r").state() == [FINISHED]
     assert not cache.query([100])[0]
+    written = store_of(cache).metrics.value(
+        "litecache_storage_bytes", direction="write", tier="disk"
+    )
+    assert written == 101 * MIB, "it stayed; it was not evicted and written again"
     cache.close()
 
 
@@ -235,6 +252,19 @@ def test_15_an_idle_service_sleeps(tmp_path):
     before = time.process_time()
     time.sleep(1.0)
     assert time.process_time() - before < 0.02
+    cache.close()
+
+
+def test_a_read_holds_its_slot_until_it_is_copied(tmp_path, monkeypatch):
+    cache = service(tensor(64), tmp_path, shards=1, workers=1)
+    run(cache, range(64), range(64), "w")
+    gate = Gate(monkeypatch, "scatter")
+    task = cache.create(tokens=list(range(64)), kv_page_indexer=torch.arange(64), mode="r")
+    assert gate.entered.wait(30)
+    assert store_of(cache).stats()["leases"] == 1
+    gate.open.set()
+    assert task.wait(30)
+    assert task.state() == [FINISHED]
     cache.close()
 
 

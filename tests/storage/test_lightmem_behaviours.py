@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 import xxhash
-from service_help import ABORTED, FINISHED, round_trip, run, service, tensor
+from service_help import ABORTED, FINISHED, Gate, round_trip, run, service, tensor
 
-from litecache.storage import PyLocalCacheService, PyState, PyTask
+from litecache.storage import LocalShardClient, PyLocalCacheService, PyState, PyTask
+from litecache.storage.files import Files
+from litecache.storage.service import workers
 
 
 @pytest.fixture
@@ -243,16 +245,21 @@ def test_28_states_are_numbered_as_documented(cache):
     task.wait(60)
 
 
-def test_29_data_is_safe_before_the_disk(tmp_path):
+def test_29_data_is_safe_before_the_disk(tmp_path, monkeypatch):
     kv = tensor(50, 1 << 20)
     cache = service(kv, tmp_path, storage_mb=512, shards=1)
     before = kv.clone()
+    disk = threading.Event()
+    real = Files.write
+    monkeypatch.setattr(Files, "write", lambda *args: disk.wait(60) and real(*args))
     task = cache.create(tokens=list(range(50)), kv_page_indexer=torch.arange(50), mode="w")
     deadline = time.monotonic() + 10
     while not task.data_safe() and time.monotonic() < deadline:
         time.sleep(0.001)
     assert task.data_safe()
+    assert not task.ready(), "the disk has not taken anything yet"
     kv.zero_()
+    disk.set()
     assert task.wait(60)
     run(cache, range(50), range(50), "r")
     assert torch.equal(kv, before)
@@ -294,24 +301,24 @@ def test_33_abort_makes_a_task_ready_immediately(tmp_path):
     cache.close()
 
 
-def test_34_abort_in_the_middle_stays_and_touches_nothing_more(tmp_path):
-    kv = tensor(200, 256 << 10)
-    cache = service(kv, tmp_path, storage_mb=128, shards=1)
-    tokens = list(range(200))
-    run(cache, tokens, range(200), "w")
+def test_34_abort_in_the_middle_stays_and_touches_nothing_more(tmp_path, monkeypatch):
+    kv = tensor(640)
+    cache = service(kv, tmp_path, shards=1, workers=1)
+    tokens = list(range(640))
+    run(cache, tokens, range(640), "w")
     kv.zero_()
-    task = cache.create(tokens=tokens, kv_page_indexer=torch.arange(200), mode="r")
-    time.sleep(0.005)  # into the middle of it, roughly
-    cache.abort(task)
-    after, states = kv.clone(), task.state()
+    gate = Gate(monkeypatch, "scatter")
+    task = cache.create(tokens=tokens, kv_page_indexer=torch.arange(640), mode="r")
+    gate.abort_inside(cache, task)
+    states = task.state()
     assert task.ready()
-    other = run(cache, [9], [199], "w")  # whatever still ran has had its time
-    assert other.ready()
+    assert ABORTED in states
+    assert set(states) <= {FINISHED, ABORTED}
+    run(cache, [9], [0], "w")  # the one worker has done with the task
     assert task.ready()
     assert task.state() == states
-    kept = kv.clone()
-    kept[199] = after[199]
-    assert torch.equal(kept, after)
+    assert gate.copies == 1
+    assert not kv[64:].any(), "a page was touched after abort"
     del task
     cache.close()
 
@@ -442,3 +449,19 @@ def test_42_a_write_of_what_exists_is_finished_and_says_so(cache):
     again = run(cache, [1, 2, 3], [0, 1, 2], "w")
     assert again.state() == [FINISHED]
     assert again.results() == ["exists"]
+
+
+def test_42_a_write_that_gets_no_slot_is_finished_and_says_dropped(cache, monkeypatch):
+    monkeypatch.setattr(workers, "_WAIT_FOR_ROOM_S", 0.05)
+    clients = []
+    for store in cache._service._core.engine.stores:
+        clients.append(LocalShardClient(store))
+        while clients[-1].reserve(cache._block_size, 8):
+            pass
+    task = run(cache, [1, 2, 3], [0, 1, 2], "w")
+    assert task.state() == [FINISHED]
+    assert task.results() == ["dropped"]
+    assert cache.query([1, 2, 3]) == [False]
+    for client in clients:
+        client.close()
+    assert run(cache, [1, 2, 3], [0, 1, 2], "w").results() == ["stored"]

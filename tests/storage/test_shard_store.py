@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
+import errno
+import gc
 import os
 import threading
 import time
+from unittest.mock import Mock
 
 import pytest
 from storage_help import KIB, MIB, ROOT, bytes_of, fill, get, key_of, put
@@ -27,6 +32,8 @@ from litecache.storage import (
     inspect_store,
     verify_store,
 )
+from litecache.storage.files import Files
+from litecache.storage.namespaces import namespace_of, salt_digest
 
 NBYTES = 64 * KIB
 
@@ -145,6 +152,30 @@ def test_cancel_drops_reads_that_have_not_begun(tmp_path):
         assert all(get(client, keys, NBYTES))
 
 
+def test_hits_promotions_and_demotions_of_the_ram_tier_are_counted(tmp_path):
+    with make(tmp_path, ram_bytes=1 * MIB, io_threads=0) as store:
+        keys = fill(store, range(20), NBYTES)  # the arena holds 16: four leave, the disk has them
+        stats = store.stats()
+        assert stats["hits"] == {"ram": 0, "disk": 0}
+        assert (stats["promotions"], stats["demotions"]) == (0, 4)
+        client = LocalShardClient(store)
+        in_ram = [key for key in keys if store._tiers.index.ram[store._tiers.index.find(key)]]
+        gone = [key for key in keys if key not in in_ram]
+        assert all(get(client, in_ram[:3], NBYTES))
+        assert all(get(client, gone[:2], NBYTES))
+        stats = store.stats()
+        assert stats["hits"] == {"ram": 3, "disk": 2}
+        assert (stats["promotions"], stats["demotions"]) == (2, 6)
+        assert stats["evictions"] == {"ram": 6, "disk": 0, "expired": 0}
+        assert get(client, gone[:2], NBYTES) == [True, True]
+        assert store.stats()["hits"] == {"ram": 5, "disk": 2}
+        client.close()
+    with make(None, ram_bytes=1 * MIB) as store:
+        fill(store, range(20), NBYTES)
+        assert store.stats()["evictions"]["ram"] == 4
+        assert store.stats()["demotions"] == 0, "without a disk the block is gone, not demoted"
+
+
 def test_eviction_takes_tails_before_heads(tmp_path):
     with make(tmp_path, storage_bytes=4 * MIB, ram_bytes=1 * MIB) as store:
         chain = fill(store, range(30), NBYTES)
@@ -206,6 +237,30 @@ def test_a_namespace_keeps_to_its_quota(tmp_path):
         store.check_integrity()
 
 
+def test_a_salt_keeps_to_its_quota_and_others_are_not_touched(tmp_path):
+    assert (
+        namespace_of("model", "bob", {"alice"}) == namespace_of("model", "", {"alice"}) == "model"
+    )
+    names = [namespace_of(model, "alice", {"alice"}) for model in ("model", "other")]
+    assert not any("alice" in name for name in names), "a salt may be a secret"
+    quotas = {salt_digest("alice"): 1 * MIB}
+    for _ in range(2):  # the second time with names read back
+        with make(tmp_path, quotas=quotas) as store:
+            client = LocalShardClient(store)
+            for start, name in ((0, "model"), (100, names[0]), (200, names[1])):
+                for number in range(start, start + 40):
+                    for ref in client.reserve(NBYTES, 1):
+                        data = bytes_of(key_of(number), NBYTES)
+                        client.arena.buffer(ref.slot, NBYTES)[:] = data
+                        client.commit([CommitItem(*ref, key_of(number), ROOT, name)])
+                    store.flush()
+            store.clear("ram")
+            kept = [sum(store.query(keys_of(range(at, at + 40)))) for at in (0, 100, 200)]
+            assert kept[0] == 40
+            assert all(8 <= count <= 16 for count in kept[1:])
+            client.close()
+
+
 def test_a_block_older_than_its_ttl_is_a_miss(tmp_path, monkeypatch):
     with make(tmp_path, ttl_s=100) as store:
         keys = fill(store, range(3), NBYTES)
@@ -246,6 +301,51 @@ def test_block_sizes_share_the_store_and_idle_ones_give_way(tmp_path):
         store.clear("ram")
         assert sum(store.query(later)) >= 20
         store.check_integrity()
+
+
+@pytest.mark.parametrize(("on_disk", "count"), [(True, 110), (False, 56)])
+def test_one_old_block_of_a_size_does_not_cost_the_new_ones_of_that_size(tmp_path, on_disk, count):
+    """The oldest of all leaves, then the next oldest, which may be of another size."""
+    folder = tmp_path if on_disk else None
+    with make(folder, storage_bytes=8 * MIB, ram_bytes=4 * MIB, io_threads=0) as store:
+        for number in range(5):
+            fill(store, [number], 100 * KIB)
+        old = fill(store, range(100, 100 + count), 64 * KIB)
+        store.touch(keys_of(range(1, 5)))
+        new = fill(store, range(1000, 1005), 100 * KIB, batch=5)
+        assert store.query(keys_of([0, 1, 2, 3, 4])) == [False, True, True, True, True]
+        assert all(store.query(new))
+        assert count - 9 <= sum(store.query(old)) < count
+        store.check_integrity()
+
+
+@pytest.mark.parametrize("punch", [True, False])
+def test_small_blocks_take_the_space_of_older_large_ones(tmp_path, monkeypatch, punch):
+    """Their metadata takes more of the bound, so the slab must shrink where it can."""
+    if not punch:
+        refuse = OSError(errno.EOPNOTSUPP, "no holes here")
+        monkeypatch.setattr(Files, "punch", Mock(side_effect=refuse))
+    with make(tmp_path, storage_bytes=12 * MIB, ram_bytes=2 * MIB, io_threads=0) as store:
+        fill(store, range(180), 64 * KIB)
+        full = store.stats()["slab_bytes"]
+        small = fill(store, range(1000, 1000 + 1200), 4 * KIB)
+        store.check_integrity()
+        assert sum(store.query(small)) == (1200 if punch else 896)
+        assert (store.stats()["slab_bytes"] < full) == punch
+        used = sum(f.stat().st_blocks * 512 for f in tmp_path.iterdir())
+        assert used <= 12 * MIB
+        # nothing is dropped, nothing leaves beyond the room that is needed, tails first
+        assert not store.metrics.value("litecache_drops", reason="no_room")
+        assert sum(store.query(keys_of(range(180)))) > 80
+        assert store.query(keys_of([0, 179])) == [True, False]
+        again = fill(store, range(5000, 5150), 64 * KIB)  # what was given back is made again
+        assert all(store.query(again[-100:]))
+        store.check_integrity()
+    with make(tmp_path, storage_bytes=12 * MIB, ram_bytes=2 * MIB) as store:
+        store.check_integrity()
+        client = LocalShardClient(store)
+        assert all(get(client, again[-20:], 64 * KIB))
+        client.close()
 
 
 def test_deleted_blocks_stay_deleted_after_kill_9(tmp_path):
@@ -295,6 +395,49 @@ def test_fetch_reads_through_the_disk_without_a_slot(tmp_path):
         assert store.stats()["ram_slots"]["clean"] == 0
 
 
+def test_a_fetch_is_one_bounded_message_of_merged_reads(tmp_path, monkeypatch):
+    with make(tmp_path, storage_bytes=16 * MIB, io_threads=0) as store:
+        keys = fill(store, range(40), NBYTES)
+        store.clear("ram")
+        reads: list[int] = []
+        real = store._tiers.disk.slab._files.read
+
+        def read(fd, buffers, offset):
+            reads.append(sum(map(len, buffers)))
+            return real(fd, buffers, offset)
+
+        monkeypatch.setattr(store._tiers.disk.slab._files, "read", read)
+        monkeypatch.setattr("litecache.storage.fetching.MAX_REQUEST_BYTES", 16 * NBYTES)
+        wanted = [keys[3], *keys, key_of(99)]
+        assert [data == bytes_of(key, NBYTES) for key, data in store.fetch(wanted)] == (
+            [True] * 41 + [False]
+        )
+        assert len(reads) <= 5, "neighbours are read together"
+        assert max(reads) <= 16 * NBYTES
+        monkeypatch.setattr("litecache.storage.fetching.MAX_FETCH_BYTES", 10 * NBYTES)
+        answer = store.fetch(keys)
+        assert [data is not None for _, data in answer] == [True] * 10 + [False] * 30
+        assert store.metrics.value("litecache_drops", reason="fetch_too_large") == 30
+        assert all(store.query(keys)), "what did not fit is still there"
+        store.check_integrity()
+
+
+def test_a_damaged_block_in_a_fetch_costs_itself_alone(tmp_path):
+    with make(tmp_path, storage_bytes=16 * MIB, io_threads=0) as store:
+        keys = fill(store, range(8), NBYTES)
+        store.clear("ram")
+        slot = store._tiers.index.disk[store._tiers.index.find(keys[2])] - 1
+        with open(tmp_path / "slab", "r+b") as slab:
+            slab.seek(slot * 4096 + 100)
+            slab.write(b"\0" * 8)
+        found = dict(store.fetch(keys))
+        assert [found[key] == bytes_of(key, NBYTES) for key in keys] == [n != 2 for n in range(8)]
+        assert found[keys[2]] is None
+        assert store.metrics.value("litecache_misses", tier="disk", reason="corrupt") == 1
+        assert store.query([keys[2]]) == [False]
+        store.check_integrity()
+
+
 def test_a_read_only_shard_serves_and_takes_nothing(tmp_path):
     with make(tmp_path) as store:
         keys = fill(store, range(3), NBYTES)
@@ -317,11 +460,22 @@ def test_a_read_only_shard_serves_and_takes_nothing(tmp_path):
     ],
 )
 def test_a_refused_construction_leaves_nothing_behind(tmp_path, options, error, text):
-    before = set(threading.enumerate()), set(os.listdir("/proc/self/fd"))
+    gc.collect()  # what earlier tests left may go at any time; what is new must not stay
+    threads, files = set(threading.enumerate()), open_files()
     with pytest.raises(error, match=text):
         make(tmp_path / "new" / "shard", **options)
     assert not (tmp_path / "new").exists()
-    assert (set(threading.enumerate()), set(os.listdir("/proc/self/fd"))) == before
+    assert set(threading.enumerate()) <= threads
+    assert not open_files() - files
+
+
+def open_files() -> collections.Counter[str]:
+    """What this process has open, by name and number of descriptors."""
+    opened: collections.Counter[str] = collections.Counter()
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # the descriptor of the listing itself
+            opened[os.readlink(f"/proc/self/fd/{fd}")] += 1
+    return opened
 
 
 def test_a_folder_in_use_is_refused_and_left_alone(tmp_path):
@@ -407,6 +561,16 @@ def test_inspect_and_verify_tell_the_truth(tmp_path):
     assert bytes.fromhex(verdict.bad[0][0]) in keys
     with pytest.raises(ConfigError, match="storage folder"):
         inspect_store(str(tmp_path / "nowhere"))
+
+
+def test_inspect_and_verify_tell_why_a_file_cannot_be_read(tmp_path, monkeypatch):
+    with make(tmp_path) as store:
+        fill(store, range(3), NBYTES)
+    refuse = PermissionError(errno.EACCES, "Permission denied")
+    monkeypatch.setattr(Files, "read_all", Mock(side_effect=refuse))
+    for look in (inspect_store, verify_store):
+        with pytest.raises(StorageError, match=r"cannot be read: .*Permission denied"):
+            look(str(tmp_path))
 
 
 @pytest.mark.parametrize("fsync", ["always", "interval", "never"])

@@ -95,6 +95,57 @@ def test_slots_never_overlap_and_all_space_returns(ops, draw):
     space.check_integrity({}, set())
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from([1, 3, 16, 40]),
+            st.integers(1, 40),
+            st.sampled_from(["take", "take", "give back", "cannot shrink"]),
+        ),
+        max_size=60,
+    ),
+    st.randoms(use_true_random=False),
+)
+def test_a_space_shrinks_for_small_blocks_and_never_passes_its_bound(ops, draw):
+    limit, a_slot = 24 * 16 * 10, 3  # a segment counts 160, a slot in it 3
+
+    def may_grow(new: int, slots: int) -> bool:
+        return (space.present + new) * 160 + (space.slots_assigned + slots) * a_slot <= limit
+
+    space = SegmentSpace(16 * 4096, may_grow)
+    space.may_shrink = True
+    used: dict[int, int] = {}
+    retired: set[int] = set()
+    for pages, count, what in ops:
+        if what == "give back":
+            for slot in draw.sample(sorted(used), len(used) // 2):
+                space.free(slot)
+                del used[slot]
+        elif what == "take":
+            slots = space.allocate(pages, count)
+            while len(slots) < count:
+                if (new := space.growth(pages)) is not None:
+                    space.grow(new)
+                    retired -= set(new)
+                elif surplus := space.take_surplus(pages):
+                    space.check_integrity({**used, **dict.fromkeys(slots, pages)}, set())
+                    space.retire(surplus)
+                    retired |= set(surplus)
+                else:
+                    break
+                slots += space.allocate(pages, count - len(slots))
+            assert len(slots) == count or not space.allocatable(pages)
+            used.update(dict.fromkeys(slots, pages))
+        elif surplus := space.take_surplus(pages):
+            space.keep(surplus)
+            assert not space.take_surplus(pages)
+            space.may_shrink = True
+        assert space.present * 160 + space.slots_assigned * a_slot <= limit
+        assert not retired & {page // 16 for s, n in used.items() for page in range(s, s + n)}
+        space.check_integrity(used, set())
+
+
 def test_a_chain_gets_neighbouring_slots():
     space = SegmentSpace(64 << 20, lambda new, slots: True)
     space.grow(range(2))

@@ -1,7 +1,8 @@
 """What `LocalCacheService` stores blocks in: an abstract engine, the local one, one in memory.
 
 A third party registers a `StorageEngine` class under the entry point group
-`litecache.storage_engines`; `LocalCacheService(..., engine="name")` finds it.
+`litecache.storage_engines`; `LocalCacheService(..., engine="name")` finds it. So is the one over
+shard actors, `ray`: it lives in `litecache.actors`, and nothing here imports Ray.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from ...errors import ConfigError
 from ...hashing import BlockKey
@@ -67,7 +68,13 @@ class StorageEngine(ABC):
 
     Args:
         options: see `EngineOptions`.
+
+    Attributes:
+        keeps_folders: its blocks lie in the folders `<path>_<shard>`; a store of another page size
+            is then kept aside before the engine opens.
     """
+
+    keeps_folders: ClassVar[bool] = False
 
     @abstractmethod
     def __init__(self, options: EngineOptions) -> None: ...
@@ -86,7 +93,8 @@ class StorageEngine(ABC):
             wait_s: how long to wait for room.
 
         Returns:
-            Per item `pending` (`on_written` will tell), `exists`, `dropped` (no room) or `stopped`.
+            Per item `pending` (`on_written` will tell), `exists`, `dropped` (no room), `stopped`,
+            or another reason for which the block is not stored.
         """
 
     @abstractmethod
@@ -108,6 +116,8 @@ class StorageEngine(ABC):
 
 class LocalEngine(StorageEngine):
     """Shard stores in this process, chosen by key."""
+
+    keeps_folders = True
 
     def __init__(self, options: EngineOptions) -> None:
         self.metrics = Metrics()
@@ -277,12 +287,14 @@ class MemoryEngine(StorageEngine):
 _BUILT_IN: dict[str, type[StorageEngine]] = {"local": LocalEngine, "memory": MemoryEngine}
 
 
-def get_engine(name: str) -> type[StorageEngine]:
-    """An engine class by name: built in, or registered under the entry point group.
+def get_engine(name: str | type[StorageEngine]) -> type[StorageEngine]:
+    """An engine class, itself or by name: built in, or registered under the entry point group.
 
     Raises:
         ConfigError: there is none, or what is registered is no `StorageEngine`.
     """
+    if isinstance(name, type) and issubclass(name, StorageEngine):
+        return name
     if name in _BUILT_IN:
         return _BUILT_IN[name]
     registered = {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}

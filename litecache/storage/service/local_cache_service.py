@@ -9,10 +9,7 @@ keeps the tensor alive. It ends with `close()`, or when it is collected.
 from __future__ import annotations
 
 import gc
-import logging
 import os
-import queue
-import threading
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,39 +18,15 @@ import numpy as np
 
 from ...errors import ConfigError, StorageError, StorageLockedError
 from ...hashing import BlockKey
-from ..arena import available_memory_bytes
-from ..disk_tier import META_FIXED_BYTES, META_SLOT_BYTES
-from ..protocol import PAGE_BYTES
-from ..segments import SegmentSpace, pick_segment_bytes
-from .engine import EngineOptions, Get, Put, StorageEngine, get_engine
+from .engine import EngineOptions, StorageEngine, get_engine
 from .geometry import adopt_geometry
 from .pages import BlockLayout, page_numbers, split, tensor_rows
-from .task import Task, TaskBlock, TaskState
+from .sizing import default_ram_bytes, pages_per_block, smallest_storage_bytes
+from .task import Task, TaskBlock
+from .workers import Workers
 
-logger = logging.getLogger(__name__)
-
-MAX_BLOCK_VARIABLE = "LIGHTMEM_MAX_BLOCK_SIZE_MB"
-_MAX_PAGES = 64
 _CHUNK_BYTES = 16 << 20
-_WAIT_FOR_ROOM_S = 60.0
 _ROOT = bytes(16)
-_FINISHED = ("hit", "exists", "dropped")
-
-
-def pages_per_block(page_bytes: int) -> int:
-    """Pages in a block: as many as fit `LIGHTMEM_MAX_BLOCK_SIZE_MB` (64 MiB), from 1 to 64.
-
-    Raises:
-        ConfigError: the variable is no positive number.
-    """
-    text = os.environ.get(MAX_BLOCK_VARIABLE, "64")
-    try:
-        limit = int(text)
-    except ValueError:
-        limit = 0
-    if limit <= 0:
-        raise ConfigError(MAX_BLOCK_VARIABLE, text, "a positive whole number of MiB")
-    return max(1, min(_MAX_PAGES, limit * 2**20 // page_bytes))
 
 
 def as_key(value: int | str | bytes) -> BlockKey:
@@ -75,104 +48,6 @@ def as_key(value: int | str | bytes) -> BlockKey:
     raise ConfigError("hash", value, "an integer from 0 to 2**128 - 1, 32 hex digits, or 16 bytes")
 
 
-class _Core:
-    """What the workers share; it does not know the service, so that one can be collected."""
-
-    def __init__(self, layout: BlockLayout) -> None:
-        self.layout = layout
-        self.engine: StorageEngine | None = None
-        self.jobs: queue.SimpleQueue[tuple[Task, list[TaskBlock]] | None] = queue.SimpleQueue()
-        self.workers: list[threading.Thread] = []
-        self.lock = threading.Lock()
-        self.waiting: dict[BlockKey, list[tuple[Task, TaskBlock]]] = {}
-        self.tasks: weakref.WeakSet[Task] = weakref.WeakSet()
-        self.active = {"read": 0, "write": 0}
-        self.closed = False
-
-    def work(self) -> None:
-        while (job := self.jobs.get()) is not None:
-            task, blocks = job
-            try:
-                self._do(task, blocks)
-            except Exception as error:
-                # whatever went wrong concerns these blocks alone; the worker lives on
-                logger.exception("blocks of a task failed")
-                for block in blocks:
-                    task.complete(block, TaskState.Aborted, f"error: {error}")
-
-    def _do(self, task: Task, blocks: list[TaskBlock]) -> None:
-        mine = [block for block in blocks if task.begin(block)]
-        if not mine or self.engine is None:
-            return
-        stop: Callable[[], bool] = lambda: task.aborted() or self.closed  # noqa: E731
-        if task.mode == "read":
-            gets = [Get(block.key, self._taker(task, block)) for block in mine]
-            outcomes = self.engine.get(gets, stop, _WAIT_FOR_ROOM_S)
-        else:
-            for block in mine:
-                with self.lock:
-                    self.waiting.setdefault(block.key, []).append((task, block))
-            puts = [Put(block.key, block.parent, self._filler(task, block)) for block in mine]
-            outcomes = self.engine.put(puts, stop, _WAIT_FOR_ROOM_S)
-        for block, outcome in zip(mine, outcomes, strict=True):
-            if outcome != "pending":
-                self._forget(task, block)
-                finished = outcome in _FINISHED
-                state = TaskState.Finished if finished else TaskState.Aborted
-                task.complete(block, state, outcome)
-
-    def _filler(self, task: Task, block: TaskBlock) -> Callable[[memoryview], bool]:
-        def fill(memory: memoryview) -> bool:
-            done = task.touch_pages(block, lambda: self.layout.gather(block.pages, memory))
-            block.copied = done
-            return done
-
-        return fill
-
-    def _taker(self, task: Task, block: TaskBlock) -> Callable[[memoryview], bool]:
-        def take(memory: memoryview) -> bool:
-            if self.layout.held(memory) < len(block.pages):
-                return False
-            return task.touch_pages(block, lambda: self.layout.scatter(block.pages, memory))
-
-        return take
-
-    def _forget(self, task: Task, block: TaskBlock) -> None:
-        with self.lock:
-            entries = self.waiting.get(block.key, [])
-            entries[:] = [entry for entry in entries if entry[1] is not block]
-            if not entries:
-                self.waiting.pop(block.key, None)
-
-    def on_written(self, outcomes: Sequence[tuple[BlockKey, str | None]]) -> None:
-        for key, reason in outcomes:
-            with self.lock:
-                entries = self.waiting.pop(key, [])
-            for task, block in entries:
-                if reason is None:
-                    task.complete(block, TaskState.Finished, "stored")
-                elif reason == "no_room":
-                    task.complete(block, TaskState.Finished, "dropped")
-                else:
-                    task.complete(block, TaskState.Aborted, reason)
-
-    def shutdown(self) -> None:
-        with self.lock:
-            if self.closed:
-                return
-            self.closed = True
-        for task in list(self.tasks):
-            task.abort()
-        for _ in self.workers:
-            self.jobs.put(None)
-        for worker in self.workers:
-            if worker is not threading.current_thread():
-                worker.join()
-        if self.engine is not None:
-            self.engine.close()
-            self.engine = None
-
-
 class LocalCacheService:
     """Stores blocks of pages of a tensor in `<file>_0`, `<file>_1`, ...
 
@@ -183,7 +58,8 @@ class LocalCacheService:
         kvcache: 2-D contiguous CPU tensor `[pages, page size]`, torch or numpy.
         num_workers: threads that copy.
         ram_bytes: shared memory over all shards; None picks by block size.
-        engine: `local`, `memory`, or the name of a registered `StorageEngine`.
+        engine: `local` (this process), `ray` (shard actors), `memory`, the name of a registered
+            `StorageEngine`, or such a class.
 
     Raises:
         ConfigError: a field is invalid, or the shards are too many for `storage_size`.
@@ -200,7 +76,7 @@ class LocalCacheService:
         num_workers: int,
         *,
         ram_bytes: int | None = None,
-        engine: str = "local",
+        engine: str | type[StorageEngine] = "local",
     ) -> None:
         for name, value in (("num_of_shard", num_of_shard), ("num_workers", num_workers)):
             if value < 1:
@@ -215,7 +91,7 @@ class LocalCacheService:
                 f"at most {most} for storage_size={storage_size} and blocks of "
                 f"{layout.block_bytes} bytes" if most else f"none: storage_size is under {least}",
             )  # fmt: skip
-        self._core = _Core(layout)
+        self._core = Workers(layout)
         self._tensor = kvcache
         self._num_workers = num_workers
         path = os.path.abspath(file)
@@ -226,25 +102,19 @@ class LocalCacheService:
             storage_bytes=storage_size,
             shards=num_of_shard,
             ram_bytes=ram_bytes
-            or _default_ram_bytes(layout.block_bytes, storage_size, num_of_shard),
+            or default_ram_bytes(layout.block_bytes, storage_size, num_of_shard),
             io_threads=max(2, min(4, num_workers)),
             on_written=self._core.on_written,
         )
         made = get_engine(engine)
-        if engine == "local":
+        if made.keeps_folders:
             _with_retry(lambda: adopt_geometry(path, layout.page_bytes, layout.pages_per_block))
         self._core.engine = _with_retry(lambda: made(options))
-        self._finalizer = weakref.finalize(self, _Core.shutdown, self._core)
+        self._finalizer = weakref.finalize(self, Workers.shutdown, self._core)
 
     def run(self) -> None:
         """Start the workers; a second call does nothing."""
-        core = self._core
-        if core.workers:
-            return
-        for number in range(self._num_workers):
-            worker = threading.Thread(target=core.work, name=f"cache-worker-{number}", daemon=True)
-            worker.start()
-            core.workers.append(worker)
+        self._core.start(self._num_workers)
 
     def block_size(self) -> int:
         """Bytes of the pages of a full block."""
@@ -306,7 +176,7 @@ class LocalCacheService:
         core = self._core
         with core.lock:
             core.active[mode] += 1
-        task = Task(mode, blocks, already, lambda: _count_down(core, mode))
+        task = Task(mode, blocks, already, lambda: core.count_down(mode))
         core.tasks.add(task)
         size = max(1, _CHUNK_BYTES // core.layout.block_bytes)
         # a small task is still spread over the workers
@@ -348,11 +218,6 @@ class LocalCacheService:
         self.close()
 
 
-def _count_down(core: _Core, mode: str) -> None:
-    with core.lock:
-        core.active[mode] -= 1
-
-
 def _with_retry(attempt: Callable[[], Any]) -> Any:
     """Once more after a collection: a service that nobody refers to must not hold its prefix."""
     try:
@@ -360,24 +225,3 @@ def _with_retry(attempt: Callable[[], Any]) -> Any:
     except StorageLockedError:
         gc.collect()
         return attempt()
-
-
-def smallest_storage_bytes(block_bytes: int) -> int:
-    """The least that a shard's storage must be to hold one block."""
-    total = 1 << 20
-    pages = block_bytes // PAGE_BYTES
-    while True:
-        space = SegmentSpace(pick_segment_bytes(total), lambda segments, slots: True)
-        segments = space.region_segments(pages)
-        slots = segments * space.segment_pages // pages
-        need = segments * space.segment_bytes + slots * META_SLOT_BYTES + META_FIXED_BYTES
-        if need <= total:
-            return total
-        total += max(1 << 20, need - total)
-
-
-def _default_ram_bytes(block_bytes: int, storage_size: int, shards: int) -> int:
-    per_shard = max(16 * block_bytes, (256 << 20) // shards)
-    room = min(available_memory_bytes() // 4, storage_size // 2)
-    bound = max(4 * block_bytes, room // shards)
-    return max(1 << 20, min(per_shard, bound)) * shards

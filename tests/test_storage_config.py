@@ -1,0 +1,46 @@
+"""Fields of `CacheConfig` that are about the disk tier."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from litecache.config import CacheConfig
+from litecache.errors import ConfigError
+
+
+def test_quotas_and_ttl_are_normalised_and_survive_a_round_trip() -> None:
+    config = CacheConfig(salt_quotas={"alice": "1GiB", "bob": 500}, ttl_s=3600)
+    assert config.salt_quotas == {"alice": 1 << 30, "bob": 500}
+    assert CacheConfig(**json.loads(json.dumps(config.to_dict()))) == config
+    assert config.digest() != CacheConfig(salt_quotas={"alice": "2GiB", "bob": 500}).digest()
+    assert CacheConfig().salt_quotas == {}
+    assert CacheConfig().ttl_s is None
+
+
+def test_the_environment_sets_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LITECACHE_SALT_QUOTAS", "alice=5GB, a=b=1MB")
+    monkeypatch.setenv("LITECACHE_TTL_S", "1.5")
+    config = CacheConfig()
+    assert config.salt_quotas == {"alice": 5_000_000_000, "a=b": 1_000_000}
+    assert config.ttl_s == 1.5
+    monkeypatch.setenv("LITECACHE_SALT_QUOTAS", "alice")
+    with pytest.raises(ConfigError, match="LITECACHE_SALT_QUOTAS"):
+        CacheConfig()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("ttl_s", 0),
+        ("ttl_s", float("inf")),
+        ("ttl_s", "soon"),
+        ("salt_quotas", ["alice"]),
+        ("salt_quotas", {"alice": "much"}),
+        ("salt_quotas", {1: 5}),
+    ],
+)
+def test_invalid_values_name_the_field(field: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=field):
+        CacheConfig(**{field: value})  # type: ignore[arg-type]
