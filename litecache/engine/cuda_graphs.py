@@ -12,17 +12,42 @@ import bisect
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from litecache.engine.step_buffers import StepShape
 
+if TYPE_CHECKING:
+    from litecache.engine.model_loader import LoadedModel
+
 logger = logging.getLogger(__name__)
 
+FUSED_GRAPH_TOKENS, MAX_GRAPH_TOKENS = 1024, 2048
+_LAUNCH_S = 1e-3
+"""What the host takes to launch a fused layer with the library's attention, and some more."""
+_FLOPS = 6e14
+"""What a Hopper GPU computes in bfloat16 per second: an order of magnitude is enough here."""
 _MIXED_DECODES = (0, 16, 64, 256)
 _CHUNK_TOKENS = (16, 32, 64, 128, 256, 512, 1024, 2048)
 _CHUNK_SEQS = (4, 32)
+
+
+def longest_graph(loaded: LoadedModel) -> int:
+    """Longest chunk in tokens that a model replays as a graph.
+
+    Only outside a graph may attention choose its kernel by length, so where the GPU takes longer
+    to run a fused layer over a long chunk than the host takes to launch it, such chunks go
+    without. A small model, and one whose layers are not fused, would wait for the host.
+    """
+    if "fused" not in loaded.passes:
+        return MAX_GRAPH_TOKENS
+    model = loaded.model
+    layers = len(loaded.specs)
+    outside = model.get_input_embeddings().weight.numel() * 2
+    weights = max(0, sum(p.numel() for p in model.parameters()) - outside)
+    layer_s = 2 * weights / layers * MAX_GRAPH_TOKENS / _FLOPS
+    return FUSED_GRAPH_TOKENS if layer_s > _LAUNCH_S else MAX_GRAPH_TOKENS
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from litecache.engine.batch_builder import MAX_DELTAS, Batch, BatchBuilder
-from litecache.engine.cuda_graphs import GraphCache, GraphKey, StepGraph
+from litecache.engine.cuda_graphs import GraphCache, GraphKey, StepGraph, longest_graph
 from litecache.engine.hf_attention import PagedContext, attention_context
 from litecache.engine.kv_layout import KVLayout, KVPool
 from litecache.engine.logit_rules import RuleBook
@@ -31,11 +31,6 @@ from litecache.kernels.decode_copies import SCRATCH, DecodeCopies
 
 logger = logging.getLogger(__name__)
 
-FUSED_GRAPH_TOKENS = 1024
-"""Longest chunk that a model of fused layers replays as a graph: the host launches a longer one
-faster than the GPU runs it, and only outside a graph may attention choose its kernel by length."""
-MAX_GRAPH_TOKENS = 2048
-"""Longest chunk of any model that replays a graph."""
 MAX_UNREAD_STEPS = 8
 """Steps that may be executed on a GPU before the result of the first is read."""
 
@@ -121,8 +116,7 @@ class ModelRunner:
             max_batch_tokens, max_requests, max_requests, len(layout.groups), MAX_DELTAS
         )
         if self._on_gpu and os.environ.get("LITECACHE_GRAPHS", "1") != "0":
-            longest = FUSED_GRAPH_TOKENS if "fused" in loaded.passes else max_batch_tokens
-            self._graphs = GraphCache(max_requests, min(longest, MAX_GRAPH_TOKENS))
+            self._graphs = GraphCache(max_requests, longest_graph(loaded))
             padded = self._graphs.largest.shape(len(layout.groups))
             largest = replace(
                 padded, tokens=max(padded.tokens, max_batch_tokens), deltas=MAX_DELTAS
