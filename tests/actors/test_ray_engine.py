@@ -134,6 +134,9 @@ def test_a_killed_shard_costs_misses_and_comes_back_with_what_was_written(
 def test_a_full_disk_aborts_with_the_reason_and_the_block_is_a_miss(
     cache: LocalCacheService,
 ) -> None:
+    # The limit holds for the arena's memory, too: let it grow first.
+    others = [key + 1000 for key in KEYS]
+    assert done(cache.create("write", others, PAGES)).results() == ["stored"] * BLOCKS
     for pid in engine_of(cache).shard_pids():
         resource.prlimit(pid, resource.RLIMIT_FSIZE, (0, 0))
     task = done(cache.create("write", KEYS, PAGES))
