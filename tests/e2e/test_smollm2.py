@@ -138,13 +138,13 @@ def short(llm: KVCacheAdapter, model: Any, text_tokens: list[int]) -> Case:
     return Case(llm, model, prompts_of(SHORT, text_tokens, 0))
 
 
-@pytest.mark.timeout(120, func_only=True)
+@pytest.mark.timeout(300, func_only=True)
 def test_eight_short_prompts_cold_and_from_every_tier(short: Case) -> None:
     short.from_every_tier()
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120, func_only=True)
+@pytest.mark.timeout(300, func_only=True)
 @pytest.mark.parametrize("number", range(6))
 def test_longer_prompts_cold_and_from_every_tier(
     llm: KVCacheAdapter, model: Any, text_tokens: list[int], number: int
