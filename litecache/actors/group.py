@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import ray
@@ -36,6 +37,7 @@ from litecache.actors.placement import (
     check_shares,
 )
 from litecache.errors import GroupUnavailableError, LiteCacheError
+from litecache.hashing import BlockKey
 
 logger = logging.getLogger(__name__)
 
@@ -162,6 +164,12 @@ class Group:
         if tier != "gpu":
             refs = [shard.clear.remote(tier) for shard in self.shards.values()]
             result(refs, STOP_TIMEOUT_S, "clear")
+
+    def set_pinned(self, keys: Sequence[BlockKey], pinned: bool) -> list[bool]:
+        """Pin or unpin blocks on all shards; which of them some shard holds."""
+        refs = [shard.set_pinned.remote(keys, pinned) for shard in self.shards.values()]
+        answers = [result(ref, STOP_TIMEOUT_S, "pin") for ref in refs]
+        return [any(held) for held in zip(*answers, strict=True)] or [False] * len(keys)
 
     def stop(self, timeout_s: float = STOP_TIMEOUT_S) -> dict[str, Any]:
         """Flush, then end all actors and wait until they are gone.

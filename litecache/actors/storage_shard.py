@@ -142,6 +142,12 @@ class StorageShard:
         return [data for _, data in self._open_store.fetch(keys)]
 
     @ray.method(concurrency_group="bulk")
+    def set_pinned(self, keys: Sequence[BlockKey], pinned: bool) -> list[bool]:
+        """See `ShardStore.pin` and `unpin`."""
+        store = self._open_store
+        return store.pin(keys) if pinned else store.unpin(keys)
+
+    @ray.method(concurrency_group="bulk")
     def clear(self, tier: str) -> None:
         """See `ShardStore.clear`."""
         self._open_store.clear(tier)

@@ -26,6 +26,7 @@ from litecache.actors.placement import check_actor_options, choose_num_gpus
 from litecache.adapter.generation import GenerationSettings, draw_seed, translate
 from litecache.adapter.membership import join_or_start, leave
 from litecache.adapter.pending import AbortOnExit, PendingRequest
+from litecache.adapter.pinning import set_pinned
 from litecache.adapter.poller import ReplicaPoller
 from litecache.adapter.prompts import (
     append_rows,
@@ -315,6 +316,33 @@ class KVCacheAdapter:
         if tier not in TIERS:
             raise ConfigError("tier", tier, f"one of {', '.join(TIERS)}")
         self._group.clear(tier)
+
+    def pin(self, prompt: Any, *, cache_salt: str | None = None) -> int:
+        """Keep a prefix that was computed on disk until `unpin`, over restarts too.
+
+        What is still only in the pool or in RAM is saved first.
+
+        Args:
+            prompt: token ids, a list or a tensor; a trailing part of a block is left out.
+            cache_salt: whose blocks; None = the group's own.
+
+        Returns:
+            How many of its leading tokens are pinned now.
+
+        Raises:
+            ConfigError: no token ids.
+        """
+        self.flush()
+        return self._set_pinned(prompt, cache_salt, True)
+
+    def unpin(self, prompt: Any, *, cache_salt: str | None = None) -> int:
+        """Let a prefix be evicted again; arguments and result as in `pin`."""
+        return self._set_pinned(prompt, cache_salt, False)
+
+    def _set_pinned(self, prompt: Any, cache_salt: str | None, pinned: bool) -> int:
+        salt = self._group.spec.config.cache_salt if cache_salt is None else cache_salt
+        tokens = check_prompt(prompt, 0)
+        return set_pinned(self._group, self.info, tokens, salt, pinned)
 
     def stats(self) -> CacheStats:
         """Counters and state, added up over the group's actors."""
