@@ -26,6 +26,7 @@ from litecache.kernels.triton_common import (
     load_rows,
     store_rows,
 )
+from litecache.kernels.triton_merge import merge_kernel, merge_pieces, merge_width
 from litecache.kernels.triton_pdl import await_previous, fetch_to_l2, use_pdl
 from litecache.kernels.triton_plan import plan_decode
 from litecache.kernels.tuning import DecodeConfig
@@ -175,7 +176,7 @@ def _decode_kernel(
                     tl.debug_barrier()
                     arrived = tl.atomic_add(counter_ptr + pair, 1, sem="acq_rel")
                     if arrived == pieces - 1:
-                        _merge(
+                        merge_pieces(
                             partial_ptr, state_ptr, out_ptr, o_token, o_head, sinks_ptr,
                             pair_begin, pair_end, share, first_token, queries, kv_head, 0,
                             GROUP, ROWS, ROWS, DV, DV_PAD, SINKS, MERGE,
@@ -198,85 +199,6 @@ def _fetch_pages(
         page = tl.load(table_ptr + token // PAGE).to(tl.int64)
         address = (base_ptr + page * block_stride).to(tl.int64) + (index % PIECES) * SIZE
         fetch_to_l2(address, SIZE)
-
-
-@triton.jit(
-    do_not_specialize=["num_seqs", "num_programs"], do_not_specialize_on_alignment=["starts_ptr"]
-)
-def _merge_kernel(
-    partial_ptr, state_ptr, out_ptr, o_token, o_head, sinks_ptr, starts_ptr, ends_ptr,
-    num_seqs, num_programs,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
-    DV: tl.constexpr, DV_PAD: tl.constexpr, SINKS: tl.constexpr, MERGE: tl.constexpr,
-    CHUNK: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """Merges `TILE` rows of every pair that was cut: a program for each pair and row tile."""
-    seq = tl.program_id(0) // KV_HEADS
-    kv_head = tl.program_id(0) % KV_HEADS
-    share = CHUNK
-    if CHUNK == 0:
-        share = tl.cdiv(tl.load(ends_ptr + num_seqs) * KV_HEADS, num_programs)
-    seq_begin = tl.load(ends_ptr + seq)
-    seq_tiles = tl.load(ends_ptr + seq + 1) - seq_begin
-    pair_begin = seq_begin * KV_HEADS + kv_head * seq_tiles
-    pair_end = pair_begin + seq_tiles
-    await_previous(PDL)
-    if pair_begin // share != (pair_end - 1) // share:
-        first_token = tl.load(starts_ptr + seq)
-        queries = tl.load(starts_ptr + seq + 1) - first_token
-        _merge(
-            partial_ptr, state_ptr, out_ptr, o_token, o_head, sinks_ptr,
-            pair_begin, pair_end, share, first_token, queries, kv_head, tl.program_id(1) * TILE,
-            GROUP, ROWS, TILE, DV, DV_PAD, SINKS, MERGE,
-        )  # fmt: skip
-
-
-@triton.jit
-def _merge(
-    partial_ptr, state_ptr, out_ptr, o_token, o_head, sinks_ptr,
-    pair_begin, pair_end, share, first_token, queries, kv_head, first_row,
-    GROUP: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, DV: tl.constexpr,
-    DV_PAD: tl.constexpr, SINKS: tl.constexpr, MERGE: tl.constexpr,
-):  # fmt: skip
-    """Merges the pieces of one pair for `TILE` of its rows, `MERGE` pieces at a time."""
-    first_owner = pair_begin // share
-    pieces = (pair_end - 1) // share - first_owner + 1
-    first_is_later = (pair_begin != first_owner * share).to(tl.int32)
-    row = first_row + tl.arange(0, TILE)
-    dim = tl.arange(0, DV_PAD)
-    head = kv_head * GROUP + row % GROUP
-    acc = tl.zeros((TILE, DV_PAD), tl.float32)
-    peak = tl.full((TILE,), float("-inf"), tl.float32)
-    total = tl.zeros((TILE,), tl.float32)
-    for begin in range(0, pieces, MERGE):
-        piece = begin + tl.arange(0, MERGE)
-        place = (first_owner + piece) * 2 + tl.where(piece == 0, first_is_later, 0)
-        line = place[:, None] * ROWS + row[None, :]
-        there = (piece < pieces)[:, None] & (row >= 0)[None, :]
-        # The pieces come from other multiprocessors: read them past this one's L1.
-        peaks = tl.load(state_ptr + line * 2, mask=there, other=float("-inf"), cache_modifier=".cg")
-        totals = tl.load(state_ptr + line * 2 + 1, mask=there, other=0.0, cache_modifier=".cg")
-        parts = tl.load(
-            partial_ptr + line[:, :, None] * DV_PAD + dim[None, None, :],
-            mask=there[:, :, None],
-            other=0.0,
-            cache_modifier=".cg",
-        )
-        new_peak = tl.maximum(peak, tl.max(peaks, 0))
-        safe_peak = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        weights = tl.exp2(peaks - safe_peak[None, :])
-        decay = tl.exp2(peak - safe_peak)
-        total = total * decay + tl.sum(weights * totals, 0)
-        acc = acc * decay[:, None] + tl.sum(parts * weights[:, :, None], 0)
-        peak = new_peak
-    sink = peak
-    if SINKS:
-        sink = tl.load(sinks_ptr + head).to(tl.float32) * LOG2E
-    result = finish(acc, peak, total, sink, SINKS)
-    store_rows(
-        out_ptr, o_token, o_head, result, first_token, kv_head, first_row, queries * GROUP,
-        TILE, GROUP, DV, DV_PAD,
-    )  # fmt: skip
 
 
 def decode(
@@ -357,7 +279,7 @@ def decode(
         WINDOWED=window is not None, SOFTCAP=softcap is not None, SINKS=sinks is not None,
         ALIBI=alibi_slopes is not None, QUANTISED=k_scale is not None,
         FLOAT=is_float, ALIKE=k_cache.stride(0) == v_cache.stride(0) and k_dim == v_dim,
-        STAGES=config.num_stages, MERGE=_merge_width(config, rows, v_pad, k_scale is not None),
+        STAGES=config.num_stages, MERGE=merge_width(config, rows, v_pad, k_scale is not None),
         CHUNK=chunk, INLINE_MERGE=inline, PDL=pdl,
         FETCH_PAGES=fetch[0], FETCH_PIECES=fetch[1], FETCH_K=fetch[2], FETCH_V=fetch[3],
         # The plan is read before the wait, so the kernel right behind the plan starts after it.
@@ -365,7 +287,7 @@ def decode(
     )  # fmt: skip
     if not inline:
         tile = min(8, rows)
-        _merge_kernel[(num_seqs * kv_heads, rows // tile)](
+        merge_kernel[(num_seqs * kv_heads, rows // tile)](
             plan.partial, plan.state, out, out.stride(0), out.stride(1), sinks, starts, plan.ends,
             num_seqs, config.num_programs,
             KV_HEADS=kv_heads, GROUP=group, ROWS=rows, TILE=tile, DV=v_dim, DV_PAD=v_pad,
@@ -384,14 +306,3 @@ def _fetch_plan(
     # The instruction takes multiples of 16 bytes; odd shapes do without.
     k_size, v_size = (size if size * pieces % 16 == 0 and size % 16 == 0 else 0 for size in sizes)
     return pages, pieces, k_size, v_size
-
-
-def _merge_width(config: DecodeConfig, rows: int, v_pad: int, quantised: bool) -> int:
-    """Pieces merged at once: many hide latency, but their registers burden the whole kernel.
-
-    Measured on an H200: wide merges win 6 % at 8 sequences of 8,192 tokens; over fp8 pools, and
-    for 8 queries a sequence, they cost 11 % and 7 %, because those kernels have none to spare.
-    """
-    burdened = quantised or rows > 16
-    elements = (512 if burdened else 4096) * config.num_warps
-    return max(1, min(16, elements // (rows * v_pad)))

@@ -189,14 +189,14 @@ def test_many_rows_of_few_pairs_merge_in_either_launch(
 ) -> None:
     monkeypatch.setattr("litecache.kernels.triton_decode._MANY_PIECES", many)
     launches = []
-    kernel = triton_decode._merge_kernel
+    kernel = triton_decode.merge_kernel
 
     class Counted:
         def __getitem__(self, grid: tuple[int, ...]) -> Any:
             launches.append(grid)
             return kernel[grid]
 
-    monkeypatch.setattr(triton_decode, "_merge_kernel", Counted())
+    monkeypatch.setattr(triton_decode, "merge_kernel", Counted())
     case = Case((8,), (90,), heads=(4, 1), **extras)
     batch = make_batch(case)
     out = torch.full((8, 4, 16), torch.nan)
