@@ -49,7 +49,16 @@ for _profile, _examples in (("fast", 100), ("slow", 1000)):
         deadline=None,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
     )
-settings.load_profile(os.environ.get("LITECACHE_TEST_PROFILE", "fast"))
+_PROFILE_NAME = os.environ.get("LITECACHE_TEST_PROFILE", "fast")
+settings.load_profile(_PROFILE_NAME)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Ten times the examples need more than the usual time, above all on a busy machine."""
+    if _PROFILE_NAME == "slow":
+        for item in items:
+            if item.get_closest_marker("timeout") is None:
+                item.add_marker(pytest.mark.timeout(600))
 
 
 def pytest_unconfigure() -> None:
