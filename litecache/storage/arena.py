@@ -11,10 +11,15 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
 
 from ..errors import StorageFullError
 from ..hashing import BlockKey
 from .arena_view import ENTRY_WORDS, pack_word, table_range
+from .key_table import KeyWords
 from .protocol import PAGE_BYTES, PROTOCOL_VERSION, Attachment, SlotState
 from .shared_mapping import SharedMapping
 
@@ -73,6 +78,8 @@ class Arena:
         whole = self._map.array.data
         self.bytes = whole[:arena_bytes]
         self._words = whole[arena_bytes:].cast("Q")
+        table = self._map.array[arena_bytes : arena_bytes + pages * ENTRY_WORDS * 8]
+        self._rows: npt.NDArray[np.uint64] = table.view(np.uint64).reshape(pages, ENTRY_WORDS)
 
     def _create(self, memfd: bool) -> int:
         if memfd:
@@ -137,12 +144,36 @@ class Arena:
         """Change the state under the same contents: one store."""
         self._words[slot * ENTRY_WORDS] = pack_word(generation, state)
 
+    def set_entries(
+        self,
+        slots: Sequence[int],
+        generations: Sequence[int],
+        state: SlotState,
+        keys: KeyWords,
+        nbytes: int,
+    ) -> None:
+        """`set_entry` for many slots of one size; keys as uint64 `[n, 2]`."""
+        rows, numbers = self._rows, np.array(slots, np.int64)
+        words = np.array(generations, np.uint64) << np.uint64(8)
+        rows[numbers, 0] = words | np.uint64(SlotState.FREE)
+        rows[numbers, 1:3] = keys
+        rows[numbers, 3] = nbytes
+        rows[numbers, 0] = words | np.uint64(state)
+
+    def set_states(
+        self, slots: Sequence[int], generations: Sequence[int], state: SlotState
+    ) -> None:
+        """`set_state` for many slots."""
+        words = np.array(generations, np.uint64) << np.uint64(8)
+        self._rows[np.array(slots, np.int64), 0] = words | np.uint64(state)
+
     def word(self, slot: int) -> int:
         """Word 0 of the slot's entry."""
         return int(self._words[slot * ENTRY_WORDS])
 
     def close(self) -> None:
         """Give the memory back as soon as no client maps it."""
+        self._rows = np.empty((0, ENTRY_WORDS), np.uint64)
         self._words.release()
         self.bytes.release()
         self._map.close()

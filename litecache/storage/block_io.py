@@ -12,24 +12,25 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
+import numpy as np
 import xxhash
 
 from ..metrics import Metrics
 from .files import NO_SPACE
 from .keeper import Keeper
-from .protocol import PAGE_BYTES
 from .ram_tier import RamBlock, RamState
+from .reads import ReadRequest, plan_reads, request_bytes
 from .slab import Transfer
 from .tiers import Tiers, WriteBatch
 
 logger = logging.getLogger(__name__)
 
-OnWritten = Callable[[Sequence[tuple[bytes, str | None]]], None]
+_READS = 2
+_READ_BYTES = 8 << 20
+"""So many requests, or such small ones, keep a disk busy."""
 
-MIN_REQUEST_BYTES = 4 << 20
-MAX_REQUEST_BYTES = 16 << 20
+OnWritten = Callable[[Sequence[tuple[bytes, str | None]]], None]
 
 
 def checksum(memory: memoryview, key: bytes) -> int:
@@ -46,13 +47,6 @@ def fault(memory: memoryview, key: bytes, expected: int, error: OSError | None) 
         logger.warning("block %s is damaged on disk: dropped", key.hex())
         return "corrupt"
     return None
-
-
-class _ReadJob(NamedTuple):
-    block: RamBlock
-    transfer: Transfer
-    checksum: int
-    key: bytes
 
 
 class BlockIo:
@@ -88,6 +82,8 @@ class BlockIo:
         self._metrics = metrics
         self._threads = threads
         self._writers = 0
+        self._reading = 0
+        self._reading_bytes = 0
         self._closing = False
         self.writing_slots: set[int] = set()
         self.failed_writes = 0
@@ -103,13 +99,9 @@ class BlockIo:
             self._running.append(thread)
 
     def queue_reads(self, blocks: Sequence[RamBlock]) -> None:
-        """Queue reads in the order given, neighbours merged; the lock is held."""
-        index = self._tiers.index
-        places = [Transfer(index.disk[b.entry] - 1, memoryview(b"")) for b in blocks]
-        sizes = [block.nbytes for block in blocks]
-        groups = _requests(places, sizes, max(1, self._threads))
-        for group in sorted(groups, key=min):
-            self._tiers.reads.append([blocks[i] for i in group])
+        """Queue reads of blocks of one size in the order given; the lock is held."""
+        entries = np.array([block.entry for block in blocks], np.int64)
+        self._tiers.reads.extend(plan_reads(self._tiers.index, blocks, entries, self._threads))
 
     def kick(self) -> None:
         """There is work; the lock is held."""
@@ -126,30 +118,39 @@ class BlockIo:
         while self._step(wait=True):
             pass
 
+    def _may_read(self) -> bool:
+        # Requests in flight share the disk and so end together. Were all threads reading, then all
+        # would check what they read at one time, and the disk would wait for them.
+        few = self._reading < _READS or self._reading_bytes < _READ_BYTES
+        return bool(self._tiers.reads) and few
+
     def _may_write(self) -> bool:
         return bool(self._tiers.dirty) and self._writers < max(1, self._threads - 1)
 
     def _step(self, *, wait: bool) -> bool:
-        jobs: list[_ReadJob] = []
+        request: ReadRequest | None = None
         batch: WriteBatch | None = None
         tiers = self._tiers
         with self._lock:
-            while not tiers.reads and not self._may_write():
+            while not self._may_read() and not self._may_write():
                 if not wait or self._closing:
                     return False
                 self._work.wait()
-            if tiers.reads:
-                jobs = [self._read_job(b) for b in tiers.reads.popleft() if not b.dead]
+            if self._may_read():
+                request = tiers.reads.popleft().without_dead()
+                self._reading += 1
+                self._reading_bytes += request.nbytes
+                for block in request.blocks:
+                    block.started = True
             else:
-                share = tiers.dirty_bytes // max(1, self._threads - 1)
-                batch = tiers.take_dirty(min(max(share, MIN_REQUEST_BYTES), MAX_REQUEST_BYTES))
+                batch = tiers.take_dirty(request_bytes(tiers.dirty_bytes, self._threads - 1))
                 if batch is None:
                     return True
                 self._writers += 1
-        if batch is None:
-            if jobs:
-                self._read(jobs)
+        if request is not None:
+            self._read(request)
             return True
+        assert batch is not None
         try:
             return self._write(batch)
         finally:
@@ -159,33 +160,26 @@ class BlockIo:
                     self._work.notify()
                 self._changed.notify_all()
 
-    def _read_job(self, block: RamBlock) -> _ReadJob:
-        tiers = self._tiers
-        block.started = True
-        memory = tiers.ram.arena.buffer(block.slot, block.nbytes)
-        transfer = Transfer(tiers.index.disk[block.entry] - 1, memory)
-        key = tiers.index.key_at(block.entry)
-        return _ReadJob(block, transfer, tiers.index.checksum[block.entry], key)
-
-    def _read(self, jobs: list[_ReadJob]) -> None:
+    def _read(self, request: ReadRequest) -> None:
         tiers, disk = self._tiers, self._tiers.disk
         assert disk is not None
         begun = time.perf_counter()
-        errors = disk.read([job.transfer for job in jobs])
-        reasons = [
-            fault(job.transfer.memory, job.key, job.checksum, error)
-            for job, error in zip(jobs, errors, strict=True)
-        ]
-        self._account("read", sum(len(job.transfer.memory) for job in jobs), begun)
+        memories = [tiers.ram.arena.buffer(b.slot, b.nbytes) for b in request.blocks]
+        errors = disk.read(list(map(Transfer, request.slots, memories)))
         with self._lock:
-            # tails settle first, so that they are older than their heads in RAM too
-            for job, reason in reversed(list(zip(jobs, reasons, strict=True))):
-                tiers.finish_load(job.block, job.transfer.slot, reason)
+            self._reading -= 1
+            self._reading_bytes -= request.nbytes
+            if tiers.reads:
+                self._work.notify()
+        reasons = list(map(fault, memories, request.keys, request.checksums, errors))
+        self._account("read", request.nbytes, begun)
+        with self._lock:
+            tiers.finish_loads(request, reasons)
             if tiers.changed_on_disk:
                 tiers.changed_on_disk = False
                 self._keeper.note_change()
             self._changed.notify_all()
-            if tiers.dirty:
+            if tiers.dirty and not tiers.reads:
                 self._work.notify()
 
     def _account(self, direction: str, nbytes: int, begun: float) -> None:
@@ -343,20 +337,3 @@ class BlockIo:
             self._work.notify_all()
         for thread in self._running:
             thread.join()
-
-
-def _requests(places: Sequence[Transfer], sizes: Sequence[int], threads: int) -> list[list[int]]:
-    """Positions grouped into requests of neighbouring slots, 4 to 16 MiB where they allow it."""
-    share = sum(sizes) // threads
-    limit = min(max(share, MIN_REQUEST_BYTES), MAX_REQUEST_BYTES)
-    order = sorted(range(len(places)), key=lambda i: places[i].slot)
-    groups: list[list[int]] = []
-    end, held = -1, 0
-    for i in order:
-        if places[i].slot != end or held + sizes[i] > limit:
-            groups.append([])
-            held = 0
-        groups[-1].append(i)
-        held += sizes[i]
-        end = places[i].slot + sizes[i] // PAGE_BYTES
-    return groups

@@ -11,7 +11,7 @@ Bounded bytes: every segment of the slab that exists counts in full, every slot 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -226,16 +226,20 @@ class DiskTier:
         """Return a slot that was allocated and never placed."""
         self.space.free(slot)
 
-    def begin_use(self, slot: int) -> None:
-        """A read of the slot begins: it keeps its contents until `end_use`."""
-        self.busy[slot] = self.busy.get(slot, 0) + 1
+    def begin_use(self, slots: Iterable[int]) -> None:
+        """Reads of slots begin: they keep their contents until `end_use`."""
+        busy = self.busy
+        for slot in slots:
+            busy[slot] = busy.get(slot, 0) + 1
 
-    def end_use(self, slot: int) -> None:
-        """A read of the slot ended."""
-        self.busy[slot] -= 1
-        if not self.busy[slot]:
-            del self.busy[slot]
-            if slot in self._zombies:
+    def end_use(self, slots: Iterable[int]) -> None:
+        """Reads of slots ended."""
+        busy = self.busy
+        for slot in slots:
+            readers = busy.pop(slot) - 1
+            if readers:
+                busy[slot] = readers
+            elif slot in self._zombies:
                 self._zombies.remove(slot)
                 self.space.free(slot)
 
@@ -277,13 +281,14 @@ class DiskTier:
     def _rewrite(self, entry: int) -> None:
         self._index.put_seq[entry] = self.log.put(np.array([entry], np.int64))
 
-    def trust(self, entry: int) -> bool:
-        """A block was read and is sound; whether that was news."""
-        if not self._index.flags[entry] & FLAG_DOUBTFUL:
-            return False
-        self._index.flags[entry] &= ~FLAG_DOUBTFUL
-        self._rewrite(entry)
-        return True
+    def trust(self, entries: Entries) -> bool:
+        """Blocks were read and are sound; whether that was news of any."""
+        flags = self._index.column("flags").astype(np.uint8, copy=False)
+        doubtful = entries[(flags[entries] & np.uint8(FLAG_DOUBTFUL)) != 0]
+        for entry in doubtful.tolist():
+            self._index.flags[entry] &= ~FLAG_DOUBTFUL
+            self._rewrite(entry)
+        return bool(len(doubtful))
 
     def is_durable(self, entry: int) -> bool:
         """Whether the disk copy survives what the fsync policy promises."""

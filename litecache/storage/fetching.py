@@ -12,11 +12,12 @@ from typing import NamedTuple
 
 from ..hashing import BlockKey
 from ..metrics import Metrics
-from .block_io import MAX_REQUEST_BYTES, fault
+from .block_io import fault
 from .keeper import Keeper
 from .lease_book import LeaseBook
 from .protocol import PAGE_BYTES
 from .ram_tier import LOADED, RamBlock
+from .reads import MAX_REQUEST_BYTES
 from .scratch import scratch_memory
 from .slab import Transfer
 from .tiers import Tiers
@@ -91,7 +92,7 @@ class Fetching:
                     in_ram.append((position, block))
                 elif tiers.disk is not None and tiers.index.disk[entry]:
                     slot = tiers.index.disk[entry] - 1
-                    tiers.disk.begin_use(slot)
+                    tiers.disk.begin_use([slot])
                     checksum = tiers.index.checksum[entry]
                     on_disk.append(_OnDisk(position, keys[position], slot, nbytes, checksum))
                 else:
@@ -119,10 +120,10 @@ class Fetching:
             for piece in pieces:
                 piece.release()
         with self._lock:
+            disk.end_use([wanted.slot for wanted in batch])
             for wanted, reason in zip(batch, reasons, strict=True):
                 if reason is not None:
                     self._drop(wanted, reason)
-                disk.end_use(wanted.slot)
         return blocks
 
     def _drop(self, wanted: _OnDisk, reason: str) -> None:

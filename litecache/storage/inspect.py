@@ -16,10 +16,11 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 
 from ..errors import ConfigError, StorageError, StorageFormatError
-from .block_io import MAX_REQUEST_BYTES, fault
+from .block_io import fault
 from .files import Files
 from .folder import SUPERBLOCK_BYTES, Folder, disk_used_bytes, parse_superblock
 from .protocol import PAGE_BYTES
+from .reads import MAX_REQUEST_BYTES
 from .records import FLAG_PINNED, Records
 from .recovery import Recovered, recover
 from .scratch import scratch_memory

@@ -24,8 +24,11 @@ class LeaseBook:
 
     def give(self, client: Client, block: RamBlock) -> None:
         """One more lease."""
-        held = client.leases.setdefault(block.slot, [block.generation, 0])
-        held[1] += 1
+        held = client.leases.get(block.slot)
+        if held is None:
+            client.leases[block.slot] = [block.generation, 1]
+        else:
+            held[1] += 1
         block.leases += 1
 
     def end_many(self, client: Client, slots: Iterable[tuple[int, int]]) -> None:

@@ -8,12 +8,16 @@ returns when the last holder lets go. Everything here runs under the store's loc
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import IntEnum
 
-from ..hashing import BlockKey
+import numpy as np
+import numpy.typing as npt
+
+from ..hashing import KEY_BYTES, BlockKey
 from .arena import Arena
 from .eviction.queues import Queues
+from .key_table import KeyWords
 from .protocol import PAGE_BYTES, SlotState
 from .room import make_room
 from .segments import SegmentSpace
@@ -69,6 +73,10 @@ class RamBlock:
         self.state = RamState.RESERVED
         self.started = False
         self.dead = False
+
+
+def _places(blocks: Sequence[RamBlock]) -> tuple[list[int], list[int]]:
+    return [block.slot for block in blocks], [block.generation for block in blocks]
 
 
 class RamTier:
@@ -129,6 +137,13 @@ class RamTier:
             slots += more
         return [self._adopt(slot, nbytes) for slot in slots]
 
+    def show_reserved(self, blocks: Sequence[RamBlock]) -> None:
+        """Tell the slot table of blocks that a client will fill."""
+        for block in blocks:
+            self.arena.set_entry(
+                block.slot, block.generation, SlotState.RESERVED, None, block.nbytes
+            )
+
     def _make_room(self, pages: int, n: int) -> None:
         self._before_evict()
         make_room(
@@ -160,13 +175,39 @@ class RamTier:
         self._blocks[handle] = block
         self.by_slot[slot] = block
         self.space.bind(slot, handle)
-        self.arena.set_entry(slot, block.generation, SlotState.RESERVED, None, nbytes)
         return block
 
-    def begin_load(self, block: RamBlock, key: BlockKey, entry: int) -> None:
-        """The slot will receive a block from disk."""
-        block.key, block.entry, block.state = key, entry, RamState.LOADING
-        self.arena.set_entry(block.slot, block.generation, SlotState.LOADING, key, block.nbytes)
+    def begin_loads(
+        self, blocks: Sequence[RamBlock], keys: KeyWords, entries: Sequence[int]
+    ) -> None:
+        """Slots of one size will receive blocks from disk.
+
+        Args:
+            blocks: fresh from `allocate`.
+            keys, entries: of what they receive; keys as uint64 `[n, 2]`.
+        """
+        raw = keys.tobytes()
+        for i, block in enumerate(blocks):
+            block.key = raw[KEY_BYTES * i : KEY_BYTES * (i + 1)]
+            block.entry, block.state = entries[i], RamState.LOADING
+        slots, generations = _places(blocks)
+        self.arena.set_entries(slots, generations, SlotState.LOADING, keys, blocks[0].nbytes)
+
+    def finish_loads(
+        self, blocks: Sequence[RamBlock], fingerprints: npt.NDArray[np.uint64]
+    ) -> None:
+        """Blocks of one size have arrived whole: CLEAN from now on, the first of them the newest.
+
+        Args:
+            blocks: none of them dead.
+            fingerprints: 64 bits of each key, uint64 `[n]`.
+        """
+        self.arena.set_states(*_places(blocks), SlotState.READY)
+        for block in blocks:
+            block.state = RamState.CLEAN
+        handles = np.array([block.handle for block in reversed(blocks)], np.int64)
+        pages = np.full(len(blocks), blocks[0].nbytes // PAGE_BYTES)
+        self.queues.extend(handles, pages, np.zeros(len(blocks), np.int64), fingerprints[::-1])
 
     def fill(self, block: RamBlock, key: BlockKey, entry: int, state: RamState) -> None:
         """A client's bytes are complete."""
@@ -177,8 +218,6 @@ class RamTier:
 
     def settle(self, block: RamBlock) -> None:
         """The block is CLEAN from now on: readable, evictable when nobody leases it."""
-        if block.state is RamState.LOADING:
-            self.arena.set_state(block.slot, block.generation, SlotState.READY)
         block.state = RamState.CLEAN
         fingerprint = int.from_bytes((block.key or b"")[:8], "little")
         self.queues.insert(block.handle, block.nbytes // PAGE_BYTES, 0, fingerprint)

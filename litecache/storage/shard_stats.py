@@ -30,7 +30,7 @@ def shard_stats(tiers: Tiers, epoch: int, clients: int, metrics: Metrics) -> dic
         "disk_blocks": 0,
         "slab_bytes": 0,
         "journal_bytes": 0,
-        "queued_reads": sum(map(len, tiers.reads)),
+        "queued_reads": sum(len(request.blocks) for request in tiers.reads),
         "hits": _by_tier(metrics, "litecache_hits", "ram", "disk"),
         "promotions": int(metrics.value("litecache_promotions")),
         "demotions": int(metrics.value("litecache_demotions")),

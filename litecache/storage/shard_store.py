@@ -249,6 +249,7 @@ class ShardStore:
             if not self.accepts_writes or self._closed:
                 return []
             blocks = self._tiers.ram.allocate(block_bytes, n)
+            self._tiers.ram.show_reserved(blocks)
             for block in blocks:
                 self._leases.give(client, block)
         if len(blocks) < n:

@@ -101,12 +101,8 @@ class Staging:
                 continue
             give(client, block)
             results[i] = _leased(block)
-        started: dict[int, RamBlock] = {}
         for pages, wanted in loads.items():
-            self._begin_loads(client, pages, wanted, entries, results, started)
-        if started:
-            self._io.queue_reads([started[i] for i in sorted(started)])
-            self._io.kick()
+            self._begin_loads(client, pages, wanted, entries, results)
         tiers.use([e for e, (_, slot, _) in zip(entries, results, strict=True) if slot >= 0])
         if tiers.dirty:
             self._io.kick()
@@ -119,23 +115,23 @@ class Staging:
         wanted: list[int],
         entries: list[int],
         results: list[StageResult],
-        started: dict[int, RamBlock],
     ) -> None:
         tiers = self._tiers
         distinct = list(dict.fromkeys(entries[i] for i in wanted))
         free = tiers.ram.allocate(pages * PAGE_BYTES, len(distinct))
         # making room may have dropped nothing that is on disk, so all entries still stand
         blocks = dict(zip(distinct, free, strict=False))
+        if blocks:
+            tiers.begin_loads(list(blocks), free)
+            self._io.queue_reads(free)
+            self._io.kick()
         for i in wanted:
             block = blocks.get(entries[i])
             if block is None:
                 results[i] = StageResult(StageStatus.BUSY)
                 continue
-            if block.state is RamState.RESERVED:
-                tiers.begin_load(entries[i], block)
-                started[i] = block
             self._leases.give(client, block)
-            results[i] = _leased(block)
+            results[i] = StageResult(StageStatus.LOADING, block.slot, block.generation)
 
     def _count(self, results: Iterable[StageResult]) -> None:
         counts = [0, 0, 0, 0]

@@ -23,6 +23,7 @@ from .disk_tier import DiskTier
 from .key_table import Entries
 from .protocol import PAGE_BYTES, SlotState
 from .ram_tier import RamBlock, RamState, RamTier
+from .reads import ReadRequest
 
 _PENDING = 1024
 _DELTAS = 65_536
@@ -64,7 +65,7 @@ class Tiers:
         self._metrics = metrics
         self.dirty: deque[RamBlock] = deque()
         self.dirty_bytes = 0
-        self.reads: deque[list[RamBlock]] = deque()
+        self.reads: deque[ReadRequest] = deque()
         self._changes: dict[BlockKey, bool] = {}
         self.changes_lost = False
         self.changed_on_disk = False
@@ -185,11 +186,11 @@ class Tiers:
         """Count a hit each, refresh recency, and let admission think again."""
         if not entries:
             return
-        self.index.note_hits(np.array(entries, np.int64), int(time.time()))
+        numbers = np.array(entries, np.int64)
+        self.index.note_hits(numbers, int(time.time()))
         if self.disk is not None:
-            for entry in entries:
-                if not self.index.disk[entry]:
-                    self.consider_again(entry)
+            for entry in numbers[self.index.column("disk")[numbers] == 0].tolist():
+                self.consider_again(entry)
         self.touch(entries)
 
     def consider_again(self, entry: int) -> None:
@@ -226,12 +227,14 @@ class Tiers:
             self.ram.fill(block, key, entry, RamState.CLEAN)
         return entry
 
-    def begin_load(self, entry: int, block: RamBlock) -> None:
-        """A free slot will receive an entry from disk."""
+    def begin_loads(self, entries: Sequence[int], blocks: Sequence[RamBlock]) -> None:
+        """Free slots of one size will receive entries from disk."""
         assert self.disk is not None
-        self.ram.begin_load(block, self.index.key_at(entry), entry)
-        self.index.ram[entry] = block.handle + 1
-        self.disk.begin_use(self.index.disk[entry] - 1)
+        index, numbers = self.index, np.array(entries, np.int64)
+        self.ram.begin_loads(blocks, index.words_at(numbers), entries)
+        for entry, block in zip(entries, blocks, strict=True):
+            index.ram[entry] = block.handle + 1
+        self.disk.begin_use((index.column("disk")[numbers] - np.uint32(1)).tolist())
 
     def cancel_load(self, block: RamBlock) -> None:
         """A read that has not begun will not happen."""
@@ -241,30 +244,35 @@ class Tiers:
 
     def _end_disk_use(self, block: RamBlock) -> None:
         assert self.disk is not None
-        self.disk.end_use(self.index.disk[block.entry] - 1)
+        self.disk.end_use([self.index.disk[block.entry] - 1])
 
-    def finish_load(self, block: RamBlock, slot: int, reason: str | None) -> None:
+    def finish_loads(self, request: ReadRequest, reasons: Sequence[str | None]) -> None:
         """A read ended.
 
         Args:
-            block: its destination.
-            slot: the disk slot that was read.
-            reason: None, or why the bytes are not the block's.
+            request: what it was.
+            reasons: per block None, or why the bytes are not the block's.
         """
         assert self.disk is not None
-        self.disk.end_use(slot)
-        block.started = False
-        if block.dead:
-            self.ram.reap(block)
-        elif reason is None:
-            self.ram.settle(block)
-            self._metrics.inc("litecache_promotions")
-            self.changed_on_disk |= self.disk.trust(block.entry)
-        else:
-            self._metrics.inc("litecache_misses", tier="disk", reason=reason)
-            # its use of the disk slot has ended: no longer LOADING, so that drop() knows
-            block.state = RamState.RESERVED
-            self.drop(block.entry, SlotState.FAILED)
+        self.disk.end_use(request.slots)
+        whole: list[int] = []
+        for i, (block, reason) in enumerate(zip(request.blocks, reasons, strict=True)):
+            block.started = False
+            if block.dead:
+                self.ram.reap(block)
+            elif reason is None:
+                whole.append(i)
+            else:
+                self._metrics.inc("litecache_misses", tier="disk", reason=reason)
+                # its use of the disk slot has ended: no longer LOADING, so that drop() knows
+                block.state = RamState.RESERVED
+                self.drop(block.entry, SlotState.FAILED)
+        if whole:
+            blocks = [request.blocks[i] for i in whole]
+            self.ram.finish_loads(blocks, request.words[whole, 0])
+            self._metrics.inc("litecache_promotions", len(blocks))
+            entries = np.array([block.entry for block in blocks], np.int64)
+            self.changed_on_disk |= self.disk.trust(entries)
 
     def take_dirty(self, at_most_bytes: int) -> WriteBatch | None:
         """The next dirty blocks of one size and namespace, oldest first; they become WRITING."""
