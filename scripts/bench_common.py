@@ -25,6 +25,11 @@ from rich.table import Table
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 GEOMETRIES = Path(__file__).resolve().parent / "geometries"
+TINY: dict[str, Any] = {
+    "model_type": "llama", "vocab_size": 512, "hidden_size": 128, "intermediate_size": 128,
+    "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+    "max_position_embeddings": 2048,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -121,6 +126,15 @@ def _cpu_name() -> str:
         return platform.processor()
     names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.processor())
+
+
+def geometry(name: str) -> tuple[str, dict[str, Any]]:
+    """Name and config of a model: "tiny", a file of scripts/geometries or a path to a JSON file."""
+    if name == "tiny":
+        return name, dict(TINY)
+    file = Path(name) if name.endswith(".json") else GEOMETRIES / f"{name}.json"
+    config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return file.stem, config
 
 
 def parser(description: str) -> argparse.ArgumentParser:
