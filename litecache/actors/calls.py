@@ -29,12 +29,12 @@ class ActorEndedError(GroupUnavailableError):
     """The actor is dead and Ray will not restart it."""
 
 
-def result(ref: Any, timeout_s: float = CALL_TIMEOUT_S, what: str = "a call") -> Any:
+def result(ref: Any, timeout_s: float | None = CALL_TIMEOUT_S, what: str = "a call") -> Any:
     """Wait for a call's result.
 
     Args:
         ref: what `.remote()` returned, or a list of such.
-        timeout_s: deadline.
+        timeout_s: deadline; None: wait for as long as it takes.
         what: names the call in errors.
 
     Raises:

@@ -1,8 +1,9 @@
-"""Calls to one life of a shard's actor, each with a deadline; a call that fails is a miss.
+"""Calls to one life of a shard, each with a deadline; a call that fails is a miss.
 
-A call that is late may still take effect on the shard: until its result is known nothing more is
-asked, and what it turns out to have given is returned. When the actor's process is gone the calls
-stay silent, and `on_lost` is called once.
+Short calls go through the shard's socket where there is one, the others, and all without it, are
+calls of its actor. A call that is late may still take effect on the shard: until its result is
+known nothing more is asked, and what it turns out to have given is returned. When the actor's
+process is gone the calls stay silent, and `on_lost` is called once.
 """
 
 from __future__ import annotations
@@ -10,18 +11,48 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
-
-import ray
-from ray.exceptions import RayError
+from typing import Any, Generic, Protocol, TypeVar
 
 from litecache.actors.calls import result
 from litecache.errors import GroupUnavailableError, LiteCacheError, RequestTimeout
 from litecache.metrics import Metrics
+from litecache.storage.frames import Method
+from litecache.storage.socket_channel import SocketChannel
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+
+class Answer(Protocol):
+    """What has been sent and will be answered."""
+
+    def get(self, timeout_s: float | None, what: str) -> Any:
+        """Wait for it; raises LiteCacheError, see `calls.result`."""
+        ...
+
+
+class ActorAnswer:
+    """Of a call of the actor."""
+
+    def __init__(self, ref: Any) -> None:
+        self._ref = ref
+
+    def get(self, timeout_s: float | None, what: str) -> Any:
+        """See `Answer`."""
+        return result(self._ref, timeout_s, what)
+
+
+class SocketAnswer:
+    """Of a call through the socket."""
+
+    def __init__(self, channel: SocketChannel, number: int) -> None:
+        self._channel = channel
+        self._number = number
+
+    def get(self, timeout_s: float | None, what: str) -> bytes:
+        """See `Answer`."""
+        return self._channel.answer(self._number, timeout_s, what)
 
 
 class ShardCalls:
@@ -33,6 +64,9 @@ class ShardCalls:
         timeout_s: deadline of a call, from the moment its answer is waited for.
         metrics: counts failed calls as misses with a reason.
         on_lost: called once, from any thread, when the actor's process is gone.
+
+    Attributes:
+        channel: to the shard's socket, once there is one.
     """
 
     def __init__(
@@ -48,14 +82,55 @@ class ShardCalls:
         self._on_lost = on_lost
         self._lock = threading.Lock()
         self._unsettled = 0
-        self.lost = False
+        self._lost = False
+        self.channel: SocketChannel | None = None
 
-    def tell(self, method: str, *args: Any) -> None:
+    @property
+    def lost(self) -> bool:
+        """The shard's process is gone, or these calls are closed."""
+        if not self._lost and self.channel is not None and self.channel.hung_up:
+            logger.warning("%s has closed its socket", self._shard_id)
+            self._lose()
+        return self._lost
+
+    def tell(self, method: Method, message: bytes) -> None:
         """A call whose answer nobody waits for; silent when the shard is gone."""
-        if not self.lost:
-            getattr(self._handle, method).remote(*args)
+        if self._lost:
+            return
+        if self.channel is not None:
+            self.channel.tell(method, message)
+        else:
+            getattr(self._handle, method.name.lower()).remote(message)
 
-    def begin(
+    def ask(
+        self,
+        method: Method,
+        message: bytes,
+        *,
+        decode: Callable[[Any], T],
+        failed: T,
+        undo: Callable[[T], None] | None = None,
+    ) -> Call[T]:
+        """Send a short call.
+
+        Args:
+            method, message: what is asked.
+            decode: what makes the result from the answer.
+            failed: the result when the call cannot be made, fails or is late.
+            undo: returns what an answer gave that nobody takes any more.
+        """
+        name = method.name.lower()
+        if self.channel is None:
+            return self.ask_actor(name, (message,), decode=decode, failed=failed, undo=undo)
+        answer: Answer | None = None
+        if self._may_ask():
+            try:
+                answer = SocketAnswer(self.channel, self.channel.call(method, message))
+            except GroupUnavailableError as error:
+                self._note_lost(error)
+        return Call(self, name, answer, decode, failed, undo)
+
+    def ask_actor(
         self,
         method: str,
         args: tuple[Any, ...],
@@ -64,41 +139,39 @@ class ShardCalls:
         failed: T,
         undo: Callable[[T], None] | None = None,
     ) -> Call[T]:
-        """Send a call.
+        """`ask` by a call of the actor, for what takes long."""
+        answer: Answer | None = None
+        if self._may_ask():
+            answer = ActorAnswer(getattr(self._handle, method).remote(*args))
+        return Call(self, method, answer, decode, failed, undo)
 
-        Args:
-            method, args: of the actor.
-            decode: what makes the result from the answer.
-            failed: the result when the call cannot be made, fails or is late.
-            undo: returns what an answer gave that nobody takes any more.
-        """
-        if self.lost or self._unsettled:
+    def _may_ask(self) -> bool:
+        if self._lost or self._unsettled:
             self._count("shard_unavailable")
-            return Call(self, method, None, decode, failed, undo)
-        ref = getattr(self._handle, method).remote(*args)
-        return Call(self, method, ref, decode, failed, undo)
+            return False
+        return True
 
     def wait(self, call: Call[T], deadline_s: float | None = None) -> T:
         """The result of a call; see `Call.result`."""
-        if call.ref is None:
+        if call.answer is None:
             return call.failed
         # while an earlier call is late, only an answer that is there already counts
         patience_s = 0.0 if self._unsettled else deadline_s or self.timeout_s
         try:
-            answer = result(call.ref, patience_s, f"{self._shard_id}: {call.method}")
-            return call.decode(answer)
+            return call.decode(call.answer.get(patience_s, self._name(call)))
         except RequestTimeout as error:
             logger.warning("%s; its blocks count as misses until it answers", error)
             self._count("shard_timeout")
             self.settle_later(call)
         except GroupUnavailableError as error:
-            logger.warning("%s", error)
-            self._count("shard_lost")
-            self._lose()
+            self._note_lost(error)
         except LiteCacheError as error:
             logger.warning("%s", error)
             self._count("shard_error")
         return call.failed
+
+    def _name(self, call: Call[T]) -> str:
+        return f"{self._shard_id}: {call.method}"
 
     def settle_later(self, call: Call[T]) -> None:
         """Nobody waits for this call any more: undo it once it is answered."""
@@ -109,24 +182,35 @@ class ShardCalls:
         ).start()
 
     def _settle(self, call: Call[T]) -> None:
+        assert call.answer is not None
         try:
-            answer = call.decode(ray.get(call.ref))
-        except RayError as error:
-            if not isinstance(_local_cause(error), LiteCacheError):
-                self._lose()
+            answer = call.decode(call.answer.get(None, self._name(call)))
+        except GroupUnavailableError:
+            self._lose()
         except LiteCacheError as error:
-            logger.warning("%s: %s: %s", self._shard_id, call.method, error)
+            logger.warning("%s", error)
         else:
             if call.undo is not None:
                 call.undo(answer)
         with self._lock:
             self._unsettled -= 1
 
+    def _note_lost(self, error: GroupUnavailableError) -> None:
+        logger.warning("%s", error)
+        self._count("shard_lost")
+        self._lose()
+
     def _lose(self) -> None:
         with self._lock:
-            first, self.lost = not self.lost, True
+            first, self._lost = not self._lost, True
         if first:
             self._on_lost()
+
+    def close(self) -> None:
+        """Send nothing more."""
+        self._lost = True
+        if self.channel is not None:
+            self.channel.close()
 
     def _count(self, reason: str) -> None:
         self._metrics.inc("litecache_misses", tier="shard", reason=reason)
@@ -139,14 +223,19 @@ class Call(Generic[T]):
         self,
         calls: ShardCalls,
         method: str,
-        ref: Any,
+        answer: Answer | None,
         decode: Callable[[Any], T],
         failed: T,
         undo: Callable[[T], None] | None,
     ) -> None:
         self._calls = calls
-        self.method, self.ref = method, ref
+        self.method, self.answer = method, answer
         self.decode, self.failed, self.undo = decode, failed, undo
+
+    @property
+    def sent(self) -> bool:
+        """Whether the shard was asked at all."""
+        return self.answer is not None
 
     def result(self, deadline_s: float | None = None) -> T:
         """Wait for the answer; `failed` when there is none in time.
@@ -158,11 +247,5 @@ class Call(Generic[T]):
 
     def abandon(self) -> None:
         """The answer is not wanted any more: what it gives is returned when it comes."""
-        if self.ref is not None:
+        if self.sent:
             self._calls.settle_later(self)
-
-
-def _local_cause(error: RayError) -> BaseException | None:
-    """What the actor itself raised; None when Ray could not run the call."""
-    cause: BaseException | None = getattr(error, "cause", None)
-    return cause

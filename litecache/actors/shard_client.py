@@ -1,14 +1,16 @@
-"""A shard of the same node, as the engine's transfer threads use it through Ray.
+"""A shard of the same node, as the engine's transfer threads use it.
 
-Control goes by actor calls with a deadline, each batch as one packed message; bytes go by the
-shared arena. A call that fails is a miss, never an error (`ShardCalls`). `stage_async` keeps
-several batches under way, which hides the round trip of a call behind the copies of the batches
-before it. A client belongs to one life of the shard: when that ends it stays silent, `on_lost` is
-called once, and whoever watches makes a new client with the new arena.
+Control goes through the shard's socket, or by calls of its actor where no socket can be reached,
+with a deadline, each batch as one packed message; bytes go by the shared arena. A call that fails
+is a miss, never an error (`ShardCalls`). `stage_async` keeps several batches under way, which
+hides the round trip of a call behind the copies of the batches before it. A client belongs to one
+life of the shard: when that ends it stays silent, `on_lost` is called once, and whoever watches
+makes a new client with the new arena.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,6 +22,7 @@ from litecache.hashing import BlockKey
 from litecache.metrics import Metrics
 from litecache.storage import wire
 from litecache.storage.arena_view import ArenaView
+from litecache.storage.frames import Method
 from litecache.storage.protocol import (
     CommitItem,
     CommitStatus,
@@ -28,6 +31,9 @@ from litecache.storage.protocol import (
     StageResult,
     StageStatus,
 )
+from litecache.storage.socket_channel import SocketChannel
+
+logger = logging.getLogger(__name__)
 
 _ATTACH_TIMEOUT_S = 30.0
 _MISS = StageResult(StageStatus.MISS)
@@ -56,7 +62,7 @@ class RayShardClient:
         metrics: Metrics | None = None,
         on_lost: Callable[[RayShardClient], None] | None = None,
     ) -> None:
-        self._shard_id = shard_id
+        self._handle, self._shard_id = handle, shard_id
         self._calls = ShardCalls(
             handle,
             shard_id,
@@ -68,6 +74,7 @@ class RayShardClient:
             handle.attach.remote(os.getpid()), _ATTACH_TIMEOUT_S, f"{shard_id}: attach"
         )
         self._client_id = attachment.client_id
+        self._calls.channel = _connected(attachment.address, shard_id)
         self._arena = ArenaView(attachment)
 
     @property
@@ -97,14 +104,14 @@ class RayShardClient:
         Raises:
             ConfigError: a key is not 16 bytes.
         """
-        call = self._calls.begin(
-            "stage",
-            (wire.pack_stage(self._client_id, keys, released),),
+        call = self._calls.ask(
+            Method.STAGE,
+            wire.pack_stage(self._client_id, keys, released),
             decode=wire.unpack_staged,
             failed=[_MISS] * len(keys),
             undo=self._undo_stage,
         )
-        if call.ref is None:
+        if not call.sent:
             self.release(released)
         return call
 
@@ -117,19 +124,19 @@ class RayShardClient:
 
     def cancel(self, keys: Sequence[BlockKey]) -> list[bool]:
         """See `ShardStore.cancel`."""
-        return self._flags("cancel", keys)
+        return self._flags(Method.CANCEL, keys)
 
     def release(self, slots: Sequence[SlotRef]) -> None:
         """See `ShardStore.release`; does not wait for the answer."""
         if slots:
-            self._calls.tell("release", wire.pack_slots(slots, self._client_id))
+            self._calls.tell(Method.RELEASE, wire.pack_slots(slots, self._client_id))
 
     def reserve(self, block_bytes: int, n: int) -> list[SlotRef]:
         """See `ShardStore.reserve`."""
         nothing: list[SlotRef] = []
-        return self._calls.begin(
-            "reserve",
-            (self._client_id, block_bytes, n),
+        return self._calls.ask(
+            Method.RESERVE,
+            wire.pack_reserve(self._client_id, block_bytes, n),
             decode=wire.unpack_slots,
             failed=nothing,
             undo=self.release,
@@ -137,25 +144,25 @@ class RayShardClient:
 
     def commit(self, items: Sequence[CommitItem]) -> list[CommitStatus]:
         """See `ShardStore.commit`; when the answer is late the blocks count as not stored."""
-        return self._calls.begin(
-            "commit",
-            (wire.pack_commits(items, self._client_id),),
+        return self._calls.ask(
+            Method.COMMIT,
+            wire.pack_commits(items, self._client_id),
             decode=wire.unpack_statuses,
             failed=[CommitStatus.STALE] * len(items),
         ).result()
 
     def query(self, keys: Sequence[BlockKey]) -> list[bool]:
         """See `ShardStore.query`."""
-        return self._flags("query", keys)
+        return self._flags(Method.QUERY, keys)
 
     def touch(self, keys: Sequence[BlockKey]) -> None:
         """See `ShardStore.touch`; does not wait for the answer."""
         if keys:
-            self._calls.tell("touch", wire.pack_keys(keys))
+            self._calls.tell(Method.TOUCH, wire.pack_keys(keys))
 
     def durable(self, keys: Sequence[BlockKey]) -> list[bool]:
         """See `ShardStore.durable`."""
-        return self._flags("durable", keys)
+        return self._flags(Method.DURABLE, keys)
 
     def flush(self, timeout_s: float) -> FlushReport:
         """See `ShardStore.flush`."""
@@ -164,19 +171,31 @@ class RayShardClient:
             return report
 
         failed = FlushReport(0, 0, 0, False)
-        call = self._calls.begin("flush", (timeout_s,), decode=same, failed=failed)
+        call = self._calls.ask_actor("flush", (timeout_s,), decode=same, failed=failed)
         return call.result(timeout_s + self._calls.timeout_s)
 
     def close(self) -> None:
         """Detach, which ends all leases, and unmap the arena."""
-        self._calls.tell("detach", self._client_id)
-        self._calls.lost = True
+        if not self._calls.lost:
+            self._handle.detach.remote(self._client_id)
+        self._calls.close()
         self._arena.close()
 
-    def _flags(self, method: str, keys: Sequence[BlockKey]) -> list[bool]:
-        return self._calls.begin(
+    def _flags(self, method: Method, keys: Sequence[BlockKey]) -> list[bool]:
+        return self._calls.ask(
             method,
-            (wire.pack_keys(keys, self._client_id),),
+            wire.pack_keys(keys, self._client_id),
             decode=wire.unpack_flags,
             failed=[False] * len(keys),
         ).result()
+
+
+def _connected(address: str | None, shard_id: str) -> SocketChannel | None:
+    """The shard's socket; None where it has none or this process cannot reach it."""
+    if address is None:
+        return None
+    try:
+        return SocketChannel(address)
+    except OSError as error:
+        logger.info("%s is called through Ray, its socket cannot be reached: %s", shard_id, error)
+        return None

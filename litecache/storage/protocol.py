@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from ..hashing import BlockKey
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 PAGE_BYTES = 4096
 
 
@@ -92,6 +92,7 @@ class Attachment(NamedTuple):
         slot_table_offset: where the slot table starts, one entry of 32 bytes per page.
         mapping_bytes: bytes to map.
         segment_bytes: unit in which memory is allocated; `cudaHostRegister` goes by it.
+        address: of the shard's socket (`SocketServer`); None where there is none.
     """
 
     version: int
@@ -104,6 +105,7 @@ class Attachment(NamedTuple):
     slot_table_offset: int
     mapping_bytes: int
     segment_bytes: int
+    address: str | None = None
 
 
 class FlushReport(NamedTuple):

@@ -30,6 +30,7 @@ from .protocol import (
 
 _HEADER = struct.Struct("<HHIq")
 _ITEM = struct.Struct(f"<qq{KEY_BYTES}s{KEY_BYTES}sI")
+_RESERVE = struct.Struct("<qq")
 _STATUSES = {status.value: status for status in StageStatus}
 _SLOT_BYTES = 16
 _STAGED_BYTES = 24
@@ -45,6 +46,7 @@ class Kind(IntEnum):
     COMMITS = 5
     STATUSES = 6
     FLAGS = 7
+    RESERVE = 8
 
 
 def _pack(kind: Kind, count: int, body: bytes, client_id: int = 0) -> bytes:
@@ -127,6 +129,17 @@ def pack_slots(slots: Sequence[SlotRef], client_id: int = 0) -> bytes:
 def unpack_slots(message: bytes) -> list[SlotRef]:
     """Inverse of `pack_slots`."""
     return _slots(_unpack(message, Kind.SLOTS, _SLOT_BYTES))
+
+
+def pack_reserve(client_id: int, block_bytes: int, n: int) -> bytes:
+    """A request for slots."""
+    return _pack(Kind.RESERVE, 1, _RESERVE.pack(block_bytes, n), client_id)
+
+
+def unpack_reserve(message: bytes) -> tuple[int, int]:
+    """Inverse of `pack_reserve`: `(block_bytes, n)`."""
+    block_bytes, n = _RESERVE.unpack(_unpack(message, Kind.RESERVE, _RESERVE.size))
+    return block_bytes, n
 
 
 def pack_stage(client_id: int, keys: Sequence[BlockKey], released: Sequence[SlotRef]) -> bytes:

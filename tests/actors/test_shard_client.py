@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import ray
 
+from litecache.actors import shard_client
 from litecache.actors.calls import result
 from litecache.actors.shard_client import RayShardClient
 from litecache.actors.storage_shard import StorageShard
@@ -21,10 +22,12 @@ from litecache.engine.shard_set import ShardSet
 from litecache.errors import StorageError, StorageLockedError
 from litecache.metrics import Metrics
 from litecache.storage import wire
+from litecache.storage.arena_view import pack_word
 from litecache.storage.protocol import (
     CommitItem,
     CommitStatus,
     SlotRef,
+    SlotState,
     StageResult,
     StageStatus,
 )
@@ -52,6 +55,13 @@ def shard(ray_local: None, tmp_path: Path) -> Iterator[Any]:
     ray.kill(handle)
 
 
+@pytest.fixture(params=["socket", "actor"])
+def transport(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "actor":
+        monkeypatch.setattr(shard_client, "_connected", lambda address, shard_id: None)
+    return str(request.param)
+
+
 def put(client: RayShardClient, keys: list[bytes]) -> None:
     slots = client.reserve(BLOCK, len(keys))
     for slot, key in zip(slots, keys, strict=True):
@@ -75,8 +85,9 @@ def wait_until(condition: Any) -> None:
         time.sleep(0.02)
 
 
-def test_blocks_go_in_and_come_out_through_the_shared_arena(shard: Any) -> None:
+def test_blocks_go_in_and_come_out_through_the_shared_arena(shard: Any, transport: str) -> None:
     client = RayShardClient(shard, "s")
+    assert (client._calls.channel is not None) == (transport == "socket")
     assert client.query(KEYS) == [False] * 3
     put(client, KEYS)
     assert client.query(KEYS) == [True] * 3
@@ -95,7 +106,7 @@ def test_blocks_go_in_and_come_out_through_the_shared_arena(shard: Any) -> None:
 
 
 def test_a_shard_that_is_killed_answers_miss_and_is_reported_lost_once(
-    ray_local: None, tmp_path: Path
+    ray_local: None, tmp_path: Path, transport: str
 ) -> None:
     handle = start(tmp_path)
     lost: queue.Queue[RayShardClient] = queue.Queue()
@@ -119,7 +130,7 @@ def test_a_shard_that_is_killed_answers_miss_and_is_reported_lost_once(
     client.close()
 
 
-def test_leases_of_an_answer_that_comes_too_late_are_returned(shard: Any) -> None:
+def test_leases_of_an_answer_that_comes_too_late_are_returned(shard: Any, transport: str) -> None:
     client = RayShardClient(shard, "s", timeout_s=0.3)
     put(client, KEYS)
     pid = result(shard.info.remote(), 10)["pid"]
@@ -135,6 +146,20 @@ def test_leases_of_an_answer_that_comes_too_late_are_returned(shard: Any) -> Non
     wait_until(lambda: leases(shard) == 0)
     assert not client.lost
     assert client.stage(KEYS[:1])[0].status is StageStatus.READY
+
+
+def test_a_wait_for_a_shard_that_is_killed_ends_and_says_so(shard: Any) -> None:
+    lost: queue.Queue[RayShardClient] = queue.Queue()
+    client = RayShardClient(shard, "s", on_lost=lost.put)
+    (slot,) = client.reserve(BLOCK, 1)
+    # as if a read were under way: the state that nobody will change any more
+    client._arena._words[slot.slot * 4] = pack_word(slot.generation, SlotState.LOADING)
+    os.kill(result(shard.info.remote(), 10)["pid"], signal.SIGKILL)
+    started = time.monotonic()
+    assert client.wait([slot], timeout_s=20) == [False]
+    assert time.monotonic() - started < 10
+    assert lost.get(timeout=1) is client
+    assert client.lost
 
 
 def test_leases_end_with_the_client_process(shard: Any) -> None:
@@ -249,7 +274,7 @@ def test_messages_of_another_version_are_refused_and_change_nothing(
     monkeypatch.setattr(wire, "PROTOCOL_VERSION", 1)
     old = wire.pack_stage(client._client_id, KEYS, [])
     monkeypatch.undo()
-    with pytest.raises(StorageError, match="slot protocol 1 cannot be read: this side speaks 2"):
+    with pytest.raises(StorageError, match="slot protocol 1 cannot be read: this side speaks 3"):
         result(shard.stage.remote(old), 10)
     with pytest.raises(StorageError, match="a list is no packed message"):
         result(shard.query.remote(KEYS), 10)

@@ -1,0 +1,174 @@
+"""A client's end of a shard's socket: calls by number, answers in any thread.
+
+No thread of its own: whoever waits for an answer receives for all, until its own has come. Nothing
+ever blocks in sending; what the socket does not take is sent while an answer is waited for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import socket
+import threading
+import time
+
+from ..errors import GroupUnavailableError, RequestTimeout, StorageError
+from .frames import NO_ANSWER, Method, Outcome, pack_frame, take_frames
+
+_RECEIVE_BYTES = 1 << 18
+
+
+class SocketChannel:
+    """One connection, for any number of threads.
+
+    Args:
+        address: of the shard's `SocketServer`.
+
+    Raises:
+        OSError: nobody listens there.
+    """
+
+    def __init__(self, address: str) -> None:
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self._socket.connect(address)
+        except OSError:
+            self._socket.close()
+            raise
+        self._socket.setblocking(False)
+        self._lock = threading.Lock()
+        self._arrived = threading.Condition(self._lock)
+        self._unsent = bytearray()
+        self._received = bytearray()
+        self._answers: dict[int, tuple[int, bytes]] = {}
+        self._receiving = False
+        self._number = NO_ANSWER
+        self._ended = False
+
+    def call(self, method: Method, message: bytes) -> int:
+        """Send a request; the number by which `answer` knows it.
+
+        Raises:
+            GroupUnavailableError: the shard is gone.
+            StorageError: the message is too long.
+        """
+        with self._lock:
+            self._number = self._number % 0xFFFF_FFFF + 1
+            self._send(pack_frame(self._number, method, message))
+            return self._number
+
+    def tell(self, method: Method, message: bytes) -> None:
+        """Send a request that has no answer; silent when the shard is gone."""
+        with self._lock, contextlib.suppress(GroupUnavailableError):
+            self._send(pack_frame(NO_ANSWER, method, message))
+
+    def _send(self, frame: bytes) -> None:
+        if self._ended:
+            raise GroupUnavailableError("the shard has closed its socket")
+        self._unsent += frame
+        self._flush()
+
+    def _flush(self) -> None:
+        try:
+            while self._unsent:
+                del self._unsent[: self._socket.send(self._unsent)]
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._end()
+            raise GroupUnavailableError(f"the shard's socket is broken: {error}") from error
+
+    def answer(self, number: int, timeout_s: float | None, what: str = "a call") -> bytes:
+        """Wait for the answer of a call; each can be taken once.
+
+        Raises:
+            RequestTimeout: it has not come; it can be waited for again.
+            StorageError: the shard's error.
+            GroupUnavailableError: the shard is gone.
+        """
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while True:
+            with self._lock:
+                while number not in self._answers and self._receiving:
+                    left = _left(deadline)
+                    if left == 0 or not self._arrived.wait(left):
+                        raise _late(what, timeout_s)
+                if number in self._answers:
+                    outcome, message = self._answers.pop(number)
+                    break
+                if self._ended:
+                    raise GroupUnavailableError(f"{what}: the shard has closed its socket")
+                self._receiving = True
+            if not self._receive(deadline):
+                raise _late(what, timeout_s)
+        if outcome != Outcome.DONE:
+            raise StorageError(f"{what} failed: {message.decode(errors='replace')}")
+        return message
+
+    def _receive(self, deadline: float | None) -> bool:
+        """Wait for bytes and sort the answers in them; False when none came in time."""
+        data: bytes | None = None
+        try:
+            data = self._wait_for_bytes(deadline)
+        finally:
+            with self._lock:
+                self._receiving = False
+                if data:
+                    self._received += data
+                    try:
+                        for number, outcome, message in take_frames(self._received):
+                            self._answers[number] = (outcome, message)
+                    except StorageError:
+                        self._end()
+                elif data is not None:
+                    self._end()
+                self._arrived.notify_all()
+        return data is not None
+
+    def _wait_for_bytes(self, deadline: float | None) -> bytes | None:
+        """What has come; empty at the end of the connection, None when nothing came in time."""
+        while True:
+            events = select.POLLIN | (select.POLLOUT if self._unsent else 0)
+            left = _left(deadline)
+            poller = select.poll()
+            poller.register(self._socket, events)
+            if not poller.poll(None if left is None else left * 1000):
+                return None
+            with self._lock, contextlib.suppress(GroupUnavailableError):
+                self._flush()
+            try:
+                return self._socket.recv(_RECEIVE_BYTES)
+            except BlockingIOError:
+                continue
+            except OSError:
+                return b""
+
+    @property
+    def hung_up(self) -> bool:
+        """Whether the shard's end is closed, without waiting."""
+        if self._ended:
+            return True
+        poller = select.poll()
+        poller.register(self._socket, select.POLLRDHUP)
+        return bool(poller.poll(0))
+
+    def _end(self) -> None:
+        self._ended = True
+        self._arrived.notify_all()
+
+    def close(self) -> None:
+        """End the connection; those who wait for answers are told that the shard is gone."""
+        with self._lock:
+            self._end()
+            with contextlib.suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
+            self._arrived.wait_for(lambda: not self._receiving)
+            self._socket.close()
+
+
+def _left(deadline: float | None) -> float | None:
+    return None if deadline is None else max(0.0, deadline - time.monotonic())
+
+
+def _late(what: str, timeout_s: float | None) -> RequestTimeout:
+    return RequestTimeout(f"{what} took longer than {timeout_s:g} s")
