@@ -160,13 +160,6 @@ class Arena:
         rows[numbers, 3] = nbytes
         rows[numbers, 0] = words | np.uint64(state)
 
-    def set_states(
-        self, slots: Sequence[int], generations: Sequence[int], state: SlotState
-    ) -> None:
-        """`set_state` for many slots."""
-        words = np.array(generations, np.uint64) << np.uint64(8)
-        self._rows[np.array(slots, np.int64), 0] = words | np.uint64(state)
-
     def word(self, slot: int) -> int:
         """Word 0 of the slot's entry."""
         return int(self._words[slot * ENTRY_WORDS])

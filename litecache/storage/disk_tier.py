@@ -281,14 +281,14 @@ class DiskTier:
     def _rewrite(self, entry: int) -> None:
         self._index.put_seq[entry] = self.log.put(np.array([entry], np.int64))
 
-    def trust(self, entries: Entries) -> bool:
+    def trust(self, entries: Sequence[int]) -> bool:
         """Blocks were read and are sound; whether that was news of any."""
-        flags = self._index.column("flags").astype(np.uint8, copy=False)
-        doubtful = entries[(flags[entries] & np.uint8(FLAG_DOUBTFUL)) != 0]
-        for entry in doubtful.tolist():
-            self._index.flags[entry] &= ~FLAG_DOUBTFUL
+        flags = self._index.flags
+        doubtful = [entry for entry in entries if flags[entry] & FLAG_DOUBTFUL]
+        for entry in doubtful:
+            flags[entry] &= ~FLAG_DOUBTFUL
             self._rewrite(entry)
-        return bool(len(doubtful))
+        return bool(doubtful)
 
     def is_durable(self, entry: int) -> bool:
         """Whether the disk copy survives what the fsync policy promises."""

@@ -11,9 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from enum import IntEnum
 
-import numpy as np
-import numpy.typing as npt
-
 from ..hashing import KEY_BYTES, BlockKey
 from .arena import Arena
 from .eviction.queues import Queues
@@ -193,21 +190,19 @@ class RamTier:
         slots, generations = _places(blocks)
         self.arena.set_entries(slots, generations, SlotState.LOADING, keys, blocks[0].nbytes)
 
-    def finish_loads(
-        self, blocks: Sequence[RamBlock], fingerprints: npt.NDArray[np.uint64]
-    ) -> None:
+    def finish_loads(self, blocks: Sequence[RamBlock], fingerprints: Sequence[int]) -> None:
         """Blocks of one size have arrived whole: CLEAN from now on, the first of them the newest.
 
         Args:
             blocks: none of them dead.
-            fingerprints: 64 bits of each key, uint64 `[n]`.
+            fingerprints: 64 bits of each key.
         """
-        self.arena.set_states(*_places(blocks), SlotState.READY)
+        set_state = self.arena.set_state
         for block in blocks:
+            set_state(block.slot, block.generation, SlotState.READY)
             block.state = RamState.CLEAN
-        handles = np.array([block.handle for block in reversed(blocks)], np.int64)
-        pages = np.full(len(blocks), blocks[0].nbytes // PAGE_BYTES)
-        self.queues.extend(handles, pages, np.zeros(len(blocks), np.int64), fingerprints[::-1])
+        handles = [block.handle for block in reversed(blocks)]
+        self.queues.insert_all(handles, blocks[0].nbytes // PAGE_BYTES, 0, fingerprints[::-1])
 
     def fill(self, block: RamBlock, key: BlockKey, entry: int, state: RamState) -> None:
         """A client's bytes are complete."""

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..hashing import BlockKey
 from .block_index import BlockIndex
-from .key_table import Entries, KeyWords
+from .key_table import Entries
 from .protocol import PAGE_BYTES
 from .ram_tier import RamBlock
 
@@ -23,21 +23,21 @@ class ReadRequest:
 
     Attributes:
         blocks: their RAM slots.
-        keys, words: of the blocks; the words as uint64 `[n, 2]`.
+        keys, fingerprints: of the blocks; a fingerprint is the key's first word.
         slots: of the disk.
         checksums: that the bytes must have.
     """
 
     blocks: list[RamBlock]
     keys: list[BlockKey]
-    words: KeyWords
+    fingerprints: list[int]
     slots: list[int]
     checksums: list[int]
 
     @property
     def nbytes(self) -> int:
         """Bytes to read."""
-        return sum(block.nbytes for block in self.blocks)
+        return len(self.blocks) * self.blocks[0].nbytes if self.blocks else 0
 
     def without_dead(self) -> ReadRequest:
         """What is still wanted of it."""
@@ -47,7 +47,7 @@ class ReadRequest:
         return ReadRequest(
             [self.blocks[i] for i in alive],
             [self.keys[i] for i in alive],
-            self.words[alive],
+            [self.fingerprints[i] for i in alive],
             [self.slots[i] for i in alive],
             [self.checksums[i] for i in alive],
         )
@@ -72,19 +72,23 @@ def plan_reads(
     nbytes = blocks[0].nbytes
     at_most = max(1, request_bytes(nbytes * len(blocks), threads) // nbytes)
     slots = index.column("disk")[entries].astype(np.int64) - 1
-    checksums, words = index.column("checksum")[entries], index.words_at(entries)
+    checksums, words = index.column("checksum")[entries].tolist(), index.words_at(entries)
+    fingerprints = words[:, 0].tolist()
     order = np.argsort(slots, kind="stable")
-    gaps = np.flatnonzero(np.diff(slots[order]) != nbytes // PAGE_BYTES) + 1
+    gaps = (np.flatnonzero(np.diff(slots[order]) != nbytes // PAGE_BYTES) + 1).tolist()
+    places, positions = slots.tolist(), order.tolist()
     parts = [
-        run[start : start + at_most]
-        for run in np.split(order, gaps)
-        for start in range(0, len(run), at_most)
+        positions[start : min(start + at_most, end)]
+        for first, end in zip([0, *gaps], [*gaps, len(positions)], strict=True)
+        for start in range(first, end, at_most)
     ]
-    requests = []
-    for part in sorted(parts, key=min):
-        mine = [blocks[i] for i in part.tolist()]
-        keys = [block.key or b"" for block in mine]
-        requests.append(
-            ReadRequest(mine, keys, words[part], slots[part].tolist(), checksums[part].tolist())
+    return [
+        ReadRequest(
+            [blocks[i] for i in part],
+            [blocks[i].key or b"" for i in part],
+            [fingerprints[i] for i in part],
+            [places[i] for i in part],
+            [checksums[i] for i in part],
         )
-    return requests
+        for part in sorted(parts, key=min)
+    ]

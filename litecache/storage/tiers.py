@@ -269,10 +269,9 @@ class Tiers:
                 self.drop(block.entry, SlotState.FAILED)
         if whole:
             blocks = [request.blocks[i] for i in whole]
-            self.ram.finish_loads(blocks, request.words[whole, 0])
+            self.ram.finish_loads(blocks, [request.fingerprints[i] for i in whole])
             self._metrics.inc("litecache_promotions", len(blocks))
-            entries = np.array([block.entry for block in blocks], np.int64)
-            self.changed_on_disk |= self.disk.trust(entries)
+            self.changed_on_disk |= self.disk.trust([block.entry for block in blocks])
 
     def take_dirty(self, at_most_bytes: int) -> WriteBatch | None:
         """The next dirty blocks of one size and namespace, oldest first; they become WRITING."""

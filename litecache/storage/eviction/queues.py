@@ -8,7 +8,7 @@ more gives its segments to those in use. A namespace over its quota pays first.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -70,6 +70,20 @@ class Queues:
         self._clock += 1
         self._tick[handle] = self._clock
         self._queues[number].policy.insert(handle, fingerprint)
+
+    def insert_all(
+        self, handles: Sequence[int], pages: int, namespace: int, fingerprints: Sequence[int]
+    ) -> None:
+        """Some handles enter one queue, oldest first."""
+        self._ensure(max(handles))
+        number = self._queue_of(pages, namespace)
+        insert, where, ticks = self._queues[number].policy.insert, self._where, self._tick
+        clock = self._clock
+        for handle, fingerprint in zip(handles, fingerprints, strict=True):
+            clock += 1
+            where[handle], ticks[handle] = number, clock
+            insert(handle, fingerprint)
+        self._clock = clock
 
     def extend(
         self,
