@@ -76,6 +76,7 @@ class SizeBench:
         keep = self._fill()
         self._against_disk("write, overwriting", turns.write, "write")
         turns.turns = turns.turns[-keep:]
+        self._against_disk("bare read with checksums", self._raw.checked_read, "read")
         self._against_disk("cold read", turns.read, "read")
         turns.turns = turns.turns[-1:]
         self._pairs("RAM hit", turns.hit, turns.memcpy, self._settings.rounds, "memcpy")

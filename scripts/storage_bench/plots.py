@@ -21,7 +21,8 @@ def plot(report: Report, path: Path) -> None:
     for axis, metric in zip(np.atleast_1d(axes), metrics, strict=True):
         mine = [row for row in rows if row.metric == metric]
         at = np.arange(len(mine))
-        axis.bar(at - 0.2, [row.value for row in mine], 0.4, label="shard")
+        who = "bare, checked" if metric.startswith("bare") else "shard"
+        axis.bar(at - 0.2, [row.value for row in mine], 0.4, label=who)
         axis.bar(at + 0.2, [row.limit or 0 for row in mine], 0.4, label=mine[0].peer)
         for x, row in zip(at, mine, strict=True):
             axis.text(x, row.value, f"{row.ratio:.2f}", ha="center", va="bottom", fontsize=8)
