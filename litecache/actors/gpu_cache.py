@@ -28,10 +28,12 @@ from litecache.actors.metrics_export import MetricsExporter
 from litecache.actors.naming import NAMESPACE, REPORT_INTERVAL_S, replica_name
 from litecache.actors.outbox import Outbox
 from litecache.actors.remote_source import CoordinatedSource
+from litecache.actors.replica_calls import ReplicaMethod, answering
 from litecache.actors.shard_client import RayShardClient
 from litecache.actors.shard_watch import ShardWatch
 from litecache.errors import GroupError, GroupUnavailableError, LiteCacheError
 from litecache.metrics import Metrics
+from litecache.sockets.async_server import AsyncSocketServer, Handler
 from litecache.storage.client import ShardClient
 from litecache.types import PollReply, Request, TokenDelta
 
@@ -68,6 +70,7 @@ class GpuCache:
         self._begun = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._outbox: Outbox | None = None
+        self._door: AsyncSocketServer | None = None
         self._shards: ShardWatch | None = None
         self._stopped = threading.Event()
         if was_restarted():
@@ -85,7 +88,23 @@ class GpuCache:
             "name": self._name,
             "epoch": self._epoch,
             "ready": self._loading.done() and self._loading.exception() is None,
+            "address": await self._open_door(),
         }
+
+    async def _open_door(self) -> str | None:
+        """The address of the socket for drivers of this machine; None where there can be none."""
+        if self._door is None:
+            methods: dict[int, Handler] = {
+                ReplicaMethod.SUBMIT: answering(self.submit),
+                ReplicaMethod.POLL: answering(self.poll),
+            }
+            self._door = AsyncSocketServer(self._epoch, methods)
+            try:
+                await self._door.start()
+            except OSError as error:
+                logger.warning("%s has no socket: drivers call the actor: %s", self._name, error)
+                self._door.address = ""
+        return self._door.address or None
 
     async def begin(self) -> None:
         """Attach to the shards of the node and load the model, in the background."""
@@ -177,6 +196,8 @@ class GpuCache:
         engine = self._loading.result()
         report = await asyncio.to_thread(engine.flush, timeout_s)
         self._stopped.set()
+        if self._door is not None:
+            self._door.close()
         await asyncio.to_thread(self._close, engine)
         return report
 

@@ -11,48 +11,17 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
-from litecache.actors.calls import result
+from litecache.actors.answers import ActorAnswer, Answer, SocketAnswer
 from litecache.errors import GroupUnavailableError, LiteCacheError, RequestTimeout
 from litecache.metrics import Metrics
-from litecache.storage.frames import Method
-from litecache.storage.socket_channel import SocketChannel
+from litecache.sockets.channel import SocketChannel
+from litecache.storage.protocol import ShardMethod
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-
-class Answer(Protocol):
-    """What has been sent and will be answered."""
-
-    def get(self, timeout_s: float | None, what: str) -> Any:
-        """Wait for it; raises LiteCacheError, see `calls.result`."""
-        ...
-
-
-class ActorAnswer:
-    """Of a call of the actor."""
-
-    def __init__(self, ref: Any) -> None:
-        self._ref = ref
-
-    def get(self, timeout_s: float | None, what: str) -> Any:
-        """See `Answer`."""
-        return result(self._ref, timeout_s, what)
-
-
-class SocketAnswer:
-    """Of a call through the socket."""
-
-    def __init__(self, channel: SocketChannel, number: int) -> None:
-        self._channel = channel
-        self._number = number
-
-    def get(self, timeout_s: float | None, what: str) -> bytes:
-        """See `Answer`."""
-        return self._channel.answer(self._number, timeout_s, what)
 
 
 class ShardCalls:
@@ -93,7 +62,7 @@ class ShardCalls:
             self._lose()
         return self._lost
 
-    def tell(self, method: Method, message: bytes) -> None:
+    def tell(self, method: ShardMethod, message: bytes) -> None:
         """A call whose answer nobody waits for; silent when the shard is gone."""
         if self._lost:
             return
@@ -104,7 +73,7 @@ class ShardCalls:
 
     def ask(
         self,
-        method: Method,
+        method: ShardMethod,
         message: bytes,
         *,
         decode: Callable[[Any], T],

@@ -20,18 +20,18 @@ from litecache.actors.naming import CALL_TIMEOUT_S
 from litecache.actors.shard_calls import Call, ShardCalls
 from litecache.hashing import BlockKey
 from litecache.metrics import Metrics
+from litecache.sockets.channel import SocketChannel
 from litecache.storage import wire
 from litecache.storage.arena_view import ArenaView
-from litecache.storage.frames import Method
 from litecache.storage.protocol import (
     CommitItem,
     CommitStatus,
     FlushReport,
+    ShardMethod,
     SlotRef,
     StageResult,
     StageStatus,
 )
-from litecache.storage.socket_channel import SocketChannel
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ class RayShardClient:
             ConfigError: a key is not 16 bytes.
         """
         call = self._calls.ask(
-            Method.STAGE,
+            ShardMethod.STAGE,
             wire.pack_stage(self._client_id, keys, released),
             decode=wire.unpack_staged,
             failed=[_MISS] * len(keys),
@@ -124,18 +124,18 @@ class RayShardClient:
 
     def cancel(self, keys: Sequence[BlockKey]) -> list[bool]:
         """See `ShardStore.cancel`."""
-        return self._flags(Method.CANCEL, keys)
+        return self._flags(ShardMethod.CANCEL, keys)
 
     def release(self, slots: Sequence[SlotRef]) -> None:
         """See `ShardStore.release`; does not wait for the answer."""
         if slots:
-            self._calls.tell(Method.RELEASE, wire.pack_slots(slots, self._client_id))
+            self._calls.tell(ShardMethod.RELEASE, wire.pack_slots(slots, self._client_id))
 
     def reserve(self, block_bytes: int, n: int) -> list[SlotRef]:
         """See `ShardStore.reserve`."""
         nothing: list[SlotRef] = []
         return self._calls.ask(
-            Method.RESERVE,
+            ShardMethod.RESERVE,
             wire.pack_reserve(self._client_id, block_bytes, n),
             decode=wire.unpack_slots,
             failed=nothing,
@@ -145,7 +145,7 @@ class RayShardClient:
     def commit(self, items: Sequence[CommitItem]) -> list[CommitStatus]:
         """See `ShardStore.commit`; when the answer is late the blocks count as not stored."""
         return self._calls.ask(
-            Method.COMMIT,
+            ShardMethod.COMMIT,
             wire.pack_commits(items, self._client_id),
             decode=wire.unpack_statuses,
             failed=[CommitStatus.STALE] * len(items),
@@ -153,16 +153,16 @@ class RayShardClient:
 
     def query(self, keys: Sequence[BlockKey]) -> list[bool]:
         """See `ShardStore.query`."""
-        return self._flags(Method.QUERY, keys)
+        return self._flags(ShardMethod.QUERY, keys)
 
     def touch(self, keys: Sequence[BlockKey]) -> None:
         """See `ShardStore.touch`; does not wait for the answer."""
         if keys:
-            self._calls.tell(Method.TOUCH, wire.pack_keys(keys))
+            self._calls.tell(ShardMethod.TOUCH, wire.pack_keys(keys))
 
     def durable(self, keys: Sequence[BlockKey]) -> list[bool]:
         """See `ShardStore.durable`."""
-        return self._flags(Method.DURABLE, keys)
+        return self._flags(ShardMethod.DURABLE, keys)
 
     def flush(self, timeout_s: float) -> FlushReport:
         """See `ShardStore.flush`."""
@@ -181,7 +181,7 @@ class RayShardClient:
         self._calls.close()
         self._arena.close()
 
-    def _flags(self, method: Method, keys: Sequence[BlockKey]) -> list[bool]:
+    def _flags(self, method: ShardMethod, keys: Sequence[BlockKey]) -> list[bool]:
         return self._calls.ask(
             method,
             wire.pack_keys(keys, self._client_id),

@@ -24,11 +24,10 @@ from litecache.actors.naming import shard_name
 from litecache.errors import LiteCacheError, StorageLockedError
 from litecache.hashing import BlockKey
 from litecache.metrics import Metrics
+from litecache.sockets.server import Handler, SocketServer
 from litecache.storage import wire
-from litecache.storage.frames import Method
-from litecache.storage.protocol import Attachment, FlushReport
+from litecache.storage.protocol import Attachment, FlushReport, ShardMethod
 from litecache.storage.shard_store import ShardStore
-from litecache.storage.socket_server import SocketServer
 
 logger = logging.getLogger(__name__)
 
@@ -71,15 +70,15 @@ class StorageShard:
 
     def _open_door(self, epoch: int) -> SocketServer | None:
         """Where clients of this machine are served without Ray; without it they call the actor."""
-        methods = {
-            Method.STAGE: self.stage,
-            Method.CANCEL: self.cancel,
-            Method.RELEASE: self.release,
-            Method.RESERVE: self.reserve,
-            Method.COMMIT: self.commit,
-            Method.QUERY: self.query,
-            Method.TOUCH: self.touch,
-            Method.DURABLE: self.durable,
+        methods: dict[int, Handler] = {
+            ShardMethod.STAGE: self.stage,
+            ShardMethod.CANCEL: self.cancel,
+            ShardMethod.RELEASE: self.release,
+            ShardMethod.RESERVE: self.reserve,
+            ShardMethod.COMMIT: self.commit,
+            ShardMethod.QUERY: self.query,
+            ShardMethod.TOUCH: self.touch,
+            ShardMethod.DURABLE: self.durable,
         }
         try:
             return SocketServer(f"{epoch:x}", methods)

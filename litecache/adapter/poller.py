@@ -14,8 +14,10 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from litecache.actors.calls import UNREACHABLE, ActorEndedError, result
+from litecache.actors.answers import Answer
+from litecache.actors.calls import UNREACHABLE, ActorEndedError
 from litecache.actors.naming import BATCH_GAP_S, CALL_TIMEOUT_S, POLL_HOLD_S, STREAM_GAP_S
+from litecache.actors.replica_calls import ReplicaCalls
 from litecache.adapter.pending import PendingRequest
 from litecache.errors import GroupUnavailableError, LiteCacheError
 from litecache.types import PollReply, Request
@@ -44,6 +46,7 @@ class ReplicaPoller:
         self, handle: Any, client_id: str, name: str, *, give_up_s: float = GIVE_UP_S
     ) -> None:
         self._handle, self._client_id, self._name = handle, client_id, name
+        self._calls = ReplicaCalls(handle, name)
         self._give_up_s = give_up_s
         self._open: dict[str, PendingRequest] = {}
         self._submitted: dict[str, str | None] = {}
@@ -51,7 +54,7 @@ class ReplicaPoller:
         self._closed = False
         self._epoch, self._ack = "", 0
         # A poll that was sent along with a submission, and the ids that it submits.
-        self._first_poll: tuple[Any, list[str]] | None = None
+        self._first_poll: tuple[Answer, list[str]] | None = None
         self._polling = False
         self._thread = threading.Thread(target=self._run, name="litecache-poll", daemon=True)
         self._thread.start()
@@ -89,8 +92,8 @@ class ReplicaPoller:
                 return
         epoch = _LOST
         try:
-            ref = self._handle.submit.remote(self._client_id, requests)
-            epoch = result(ref, CALL_TIMEOUT_S, f"{self._name}: submit")
+            answer = self._calls.submit(self._client_id, requests)
+            epoch = answer.get(CALL_TIMEOUT_S, f"{self._name}: submit")
         except UNREACHABLE as error:
             # The poll thread submits them again when the actor is back.
             logger.warning("%s", error)
@@ -124,6 +127,8 @@ class ReplicaPoller:
     def _run(self) -> None:
         failing_since: float | None = None
         while True:
+            if failing_since is None:
+                self._calls.connect()
             with self._condition:
                 self._polling = bool(self._open)
                 self._condition.wait_for(lambda: self._closed or self._polling)
@@ -138,6 +143,7 @@ class ReplicaPoller:
                 self._take(reply)
                 failing_since = None
             except UNREACHABLE as error:
+                self._calls.disconnect()
                 self._mark(ids, _LOST)
                 now = time.monotonic()
                 failing_since = failing_since or now
@@ -162,16 +168,17 @@ class ReplicaPoller:
                 text = f"{self._name}: polling failed: {type(error).__name__}: {error}"
                 self._fail(list(self._open), GroupUnavailableError(text))
 
-    def _send_poll(self, requests: Sequence[Request]) -> Any:
+    def _send_poll(self, requests: Sequence[Request]) -> Answer:
         with self._condition:
             streaming = any(pending.streaming for pending in self._open.values())
         gap_s = STREAM_GAP_S if streaming else BATCH_GAP_S
-        return self._handle.poll.remote(
+        return self._calls.poll(
             self._client_id, self._epoch, self._ack, POLL_HOLD_S, gap_s, requests
         )
 
-    def _receive(self, ref: Any) -> PollReply:
-        reply: PollReply = result(ref, 2 * POLL_HOLD_S + CALL_TIMEOUT_S, f"{self._name}: poll")
+    def _receive(self, answer: Answer) -> PollReply:
+        patience_s = 2 * POLL_HOLD_S + CALL_TIMEOUT_S
+        reply: PollReply = answer.get(patience_s, f"{self._name}: poll")
         return reply
 
     def _take(self, reply: PollReply) -> None:

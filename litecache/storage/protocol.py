@@ -19,6 +19,19 @@ PROTOCOL_VERSION = 3
 PAGE_BYTES = 4096
 
 
+class ShardMethod(IntEnum):
+    """Numbers of a shard's methods on its socket."""
+
+    STAGE = 1
+    CANCEL = 2
+    RELEASE = 3
+    RESERVE = 4
+    COMMIT = 5
+    QUERY = 6
+    TOUCH = 7
+    DURABLE = 8
+
+
 class StageStatus(IntEnum):
     """Answer for one key of `stage`; READY and LOADING come with a lease."""
 

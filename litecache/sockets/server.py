@@ -1,27 +1,24 @@
-"""A shard's door for the processes of its machine: a Unix socket with one thread per connection.
+"""The door of an actor that works in threads: one per connection, which is served in order.
 
-A call of a Ray actor costs 1.5 ms, more than reading a small block from disk; this costs a tenth of
-it. The address is abstract, so nothing is left behind by a kill, and only processes of the same
-user are let in. Each connection is served in order.
+The address is abstract, so nothing is left behind by a kill, and only processes of the same user
+are let in.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import socket
-import struct
 import threading
 from collections.abc import Callable, Mapping
 
 from ..errors import LiteCacheError, StorageError
-from .frames import NO_ANSWER, Method, Outcome, pack_frame, take_frames
+from .frames import NO_ANSWER, Outcome, pack_frame, take_frames
+from .peers import abstract, same_user
 
 logger = logging.getLogger(__name__)
 
 _RECEIVE_BYTES = 1 << 18
-_CREDENTIALS = struct.Struct("3i")
 
 Handler = Callable[[bytes], "bytes | None"]
 
@@ -31,7 +28,7 @@ class SocketServer:
 
     Args:
         name: of the address; must be new on this machine.
-        methods: what answers each call; they raise LiteCacheError and must be thread-safe.
+        methods: number to what answers the call; raises LiteCacheError, must be thread-safe.
 
     Attributes:
         address: for `SocketChannel`.
@@ -40,15 +37,15 @@ class SocketServer:
         OSError: the address cannot be had.
     """
 
-    def __init__(self, name: str, methods: Mapping[Method, Handler]) -> None:
-        self.address = f"\0litecache-{name}"
+    def __init__(self, name: str, methods: Mapping[int, Handler]) -> None:
+        self.address = f"litecache-{name}"
         self._methods = {int(method): handler for method, handler in methods.items()}
         self._lock = threading.Lock()
         self._connections: set[socket.socket] = set()
         self._closed = False
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            self._listener.bind(self.address)
+            self._listener.bind(abstract(self.address))
             self._listener.listen()
         except OSError:
             self._listener.close()
@@ -66,7 +63,7 @@ class SocketServer:
             except OSError:
                 return
             with self._lock:
-                if self._closed or not _same_user(connection):
+                if self._closed or not same_user(connection):
                     connection.close()
                     continue
                 self._connections.add(connection)
@@ -93,13 +90,13 @@ class SocketServer:
     def _answer(self, code: int, message: bytes) -> tuple[Outcome, bytes]:
         handler = self._methods.get(code)
         if handler is None:
-            return Outcome.ERROR, f"this shard knows no call {code}".encode()
+            return Outcome.ERROR, f"there is no call {code}".encode()
         try:
             return Outcome.DONE, handler(message) or b""
         except LiteCacheError as error:
             return Outcome.ERROR, str(error).encode()
         except Exception as error:
-            # a defect must cost one call, not the connection: the client would think the shard gone
+            # a defect must cost one call, not the connection: the client would think the actor gone
             logger.exception("call %d failed", code)
             return Outcome.ERROR, f"{type(error).__name__}: {error}".encode()
 
@@ -113,9 +110,3 @@ class SocketServer:
             with contextlib.suppress(OSError):
                 each.shutdown(socket.SHUT_RDWR)
         self._listener.close()
-
-
-def _same_user(connection: socket.socket) -> bool:
-    raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    _, user, _ = _CREDENTIALS.unpack(raw)
-    return user in (os.getuid(), 0)

@@ -1,4 +1,4 @@
-"""A client's end of a shard's socket: calls by number, answers in any thread.
+"""A client's end of a socket: calls by number, answers in any thread.
 
 No thread of its own: whoever waits for an answer receives for all, until its own has come. Nothing
 ever blocks in sending; what the socket does not take is sent while an answer is waited for.
@@ -7,13 +7,15 @@ ever blocks in sending; what the socket does not take is sent while an answer is
 from __future__ import annotations
 
 import contextlib
+import errno
 import select
 import socket
 import threading
 import time
 
 from ..errors import GroupUnavailableError, RequestTimeout, StorageError
-from .frames import NO_ANSWER, Method, Outcome, pack_frame, take_frames
+from .frames import NO_ANSWER, Outcome, pack_frame, take_frames
+from .peers import abstract, same_user
 
 _RECEIVE_BYTES = 1 << 18
 
@@ -22,16 +24,18 @@ class SocketChannel:
     """One connection, for any number of threads.
 
     Args:
-        address: of the shard's `SocketServer`.
+        address: of a `SocketServer` or `AsyncSocketServer`.
 
     Raises:
-        OSError: nobody listens there.
+        OSError: nobody listens there, or a process of another user.
     """
 
     def __init__(self, address: str) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            self._socket.connect(address)
+            self._socket.connect(abstract(address))
+            if not same_user(self._socket):
+                raise PermissionError(errno.EACCES, "another user listens there")
         except OSError:
             self._socket.close()
             raise
@@ -41,15 +45,16 @@ class SocketChannel:
         self._unsent = bytearray()
         self._received = bytearray()
         self._answers: dict[int, tuple[int, bytes]] = {}
+        self._unwanted: set[int] = set()
         self._receiving = False
         self._number = NO_ANSWER
         self._ended = False
 
-    def call(self, method: Method, message: bytes) -> int:
+    def call(self, method: int, message: bytes) -> int:
         """Send a request; the number by which `answer` knows it.
 
         Raises:
-            GroupUnavailableError: the shard is gone.
+            GroupUnavailableError: the other side is gone.
             StorageError: the message is too long.
         """
         with self._lock:
@@ -57,14 +62,14 @@ class SocketChannel:
             self._send(pack_frame(self._number, method, message))
             return self._number
 
-    def tell(self, method: Method, message: bytes) -> None:
-        """Send a request that has no answer; silent when the shard is gone."""
+    def tell(self, method: int, message: bytes) -> None:
+        """Send a request that has no answer; silent when the other side is gone."""
         with self._lock, contextlib.suppress(GroupUnavailableError):
             self._send(pack_frame(NO_ANSWER, method, message))
 
     def _send(self, frame: bytes) -> None:
         if self._ended:
-            raise GroupUnavailableError("the shard has closed its socket")
+            raise GroupUnavailableError("the other side has closed the socket")
         self._unsent += frame
         self._flush()
 
@@ -76,15 +81,15 @@ class SocketChannel:
             return
         except OSError as error:
             self._end()
-            raise GroupUnavailableError(f"the shard's socket is broken: {error}") from error
+            raise GroupUnavailableError(f"the socket is broken: {error}") from error
 
     def answer(self, number: int, timeout_s: float | None, what: str = "a call") -> bytes:
         """Wait for the answer of a call; each can be taken once.
 
         Raises:
             RequestTimeout: it has not come; it can be waited for again.
-            StorageError: the shard's error.
-            GroupUnavailableError: the shard is gone.
+            StorageError: the other side's error.
+            GroupUnavailableError: it is gone.
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
@@ -97,13 +102,19 @@ class SocketChannel:
                     outcome, message = self._answers.pop(number)
                     break
                 if self._ended:
-                    raise GroupUnavailableError(f"{what}: the shard has closed its socket")
+                    raise GroupUnavailableError(f"{what}: the other side has closed the socket")
                 self._receiving = True
             if not self._receive(deadline):
                 raise _late(what, timeout_s)
         if outcome != Outcome.DONE:
             raise StorageError(f"{what} failed: {message.decode(errors='replace')}")
         return message
+
+    def forget(self, number: int) -> None:
+        """Nobody will ask for this answer."""
+        with self._lock:
+            if self._answers.pop(number, None) is None:
+                self._unwanted.add(number)
 
     def _receive(self, deadline: float | None) -> bool:
         """Wait for bytes and sort the answers in them; False when none came in time."""
@@ -117,7 +128,10 @@ class SocketChannel:
                     self._received += data
                     try:
                         for number, outcome, message in take_frames(self._received):
-                            self._answers[number] = (outcome, message)
+                            if number in self._unwanted:
+                                self._unwanted.remove(number)
+                            else:
+                                self._answers[number] = (outcome, message)
                     except StorageError:
                         self._end()
                 elif data is not None:
@@ -145,7 +159,7 @@ class SocketChannel:
 
     @property
     def hung_up(self) -> bool:
-        """Whether the shard's end is closed, without waiting."""
+        """Whether the other end is closed, without waiting."""
         if self._ended:
             return True
         poller = select.poll()
@@ -157,7 +171,7 @@ class SocketChannel:
         self._arrived.notify_all()
 
     def close(self) -> None:
-        """End the connection; those who wait for answers are told that the shard is gone."""
+        """End the connection; those who wait for answers are told that the other side is gone."""
         with self._lock:
             self._end()
             with contextlib.suppress(OSError):

@@ -1,7 +1,7 @@
-"""Frames on a shard's socket: a header and one packed message of `wire.py`.
+"""Frames on a socket: a header and a message.
 
 A header holds the bytes of the message, the number of the call that it belongs to (0: nobody waits
-for an answer), and what it is: a method of a request, an outcome of an answer.
+for an answer), and what it is: the method of a request, the outcome of an answer.
 """
 
 from __future__ import annotations
@@ -17,21 +17,8 @@ _HEADER = struct.Struct("<III")
 _MAX_BYTES = 64 << 20
 
 
-class Method(IntEnum):
-    """What a request asks for; the names are those of the shard's methods."""
-
-    STAGE = 1
-    CANCEL = 2
-    RELEASE = 3
-    RESERVE = 4
-    COMMIT = 5
-    QUERY = 6
-    TOUCH = 7
-    DURABLE = 8
-
-
 class Outcome(IntEnum):
-    """What an answer is: a packed message, or the text of an error."""
+    """What an answer is: a message, or the text of an error."""
 
     DONE = 0
     ERROR = 1

@@ -1,0 +1,276 @@
+"""Sockets: calls by number from many threads, damage, ends on either side."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import struct
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from litecache.errors import ConfigError, GroupUnavailableError, RequestTimeout, StorageError
+from litecache.sockets import channel as channel_module
+from litecache.sockets import server as server_module
+from litecache.sockets.async_server import AsyncSocketServer
+from litecache.sockets.channel import SocketChannel
+from litecache.sockets.frames import pack_frame, take_frames
+from litecache.sockets.peers import abstract
+from litecache.sockets.server import SocketServer
+
+REVERSE, SLOW, REFUSE, BREAK, NOTE, UNKNOWN = range(1, 7)
+
+
+class Actor:
+    """What the calls of these tests do."""
+
+    def __init__(self) -> None:
+        self.released: list[bytes] = []
+        self.may_go_on = threading.Event()
+
+    def reverse(self, message: bytes) -> bytes:
+        return message[::-1]
+
+    def slow(self, message: bytes) -> bytes:
+        self.may_go_on.wait(20)
+        return message
+
+    def refuse(self, message: bytes) -> bytes:
+        raise ConfigError("key", message, "16 bytes")
+
+    def break_down(self, message: bytes) -> bytes:
+        raise RuntimeError("a defect")
+
+    def note(self, message: bytes) -> None:
+        self.released.append(message)
+
+
+@pytest.fixture
+def actor() -> Actor:
+    return Actor()
+
+
+@pytest.fixture
+def server(actor: Actor) -> Iterator[SocketServer]:
+    made = SocketServer(
+        f"test-{os.getpid()}-{time.monotonic_ns()}",
+        {
+            REVERSE: actor.reverse,
+            SLOW: actor.slow,
+            REFUSE: actor.refuse,
+            BREAK: actor.break_down,
+            NOTE: actor.note,
+        },
+    )
+    yield made
+    actor.may_go_on.set()
+    made.close()
+
+
+@pytest.fixture
+def channel(server: SocketServer) -> Iterator[SocketChannel]:
+    made = SocketChannel(server.address)
+    yield made
+    made.close()
+
+
+def test_each_thread_gets_its_own_answer(channel: SocketChannel) -> None:
+    def ask(i: int) -> bool:
+        message = i.to_bytes(4, "little") * (1 + i % 50)
+        return channel.answer(channel.call(REVERSE, message), 20) == message[::-1]
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(ask, range(2000)))
+
+
+def test_answers_can_be_taken_in_any_order(channel: SocketChannel) -> None:
+    numbers = [channel.call(REVERSE, bytes([i])) for i in range(20)]
+    for i in reversed(range(20)):
+        assert channel.answer(numbers[i], 20) == bytes([i])
+
+
+def test_long_messages_go_both_ways_while_more_are_sent(channel: SocketChannel) -> None:
+    # more than the socket's buffers hold, so that both sides have to send in pieces
+    messages = [os.urandom(3 << 20) for _ in range(4)]
+    numbers = [channel.call(REVERSE, message) for message in messages]
+    for number, message in zip(numbers, messages, strict=True):
+        assert channel.answer(number, 20) == message[::-1]
+
+
+def test_a_message_without_an_answer_is_handled_in_order(
+    channel: SocketChannel, actor: Actor
+) -> None:
+    for i in range(5):
+        channel.tell(NOTE, bytes([i]))
+    assert channel.answer(channel.call(REVERSE, b"ab"), 20) == b"ba"
+    assert actor.released == [bytes([i]) for i in range(5)]
+
+
+def test_errors_cost_one_call(channel: SocketChannel) -> None:
+    with pytest.raises(StorageError, match=r"commit failed: key=.* is invalid: 16 bytes"):
+        channel.answer(channel.call(REFUSE, b"x"), 20, "commit")
+    with pytest.raises(StorageError, match="RuntimeError: a defect"):
+        channel.answer(channel.call(BREAK, b"x"), 20)
+    with pytest.raises(StorageError, match="there is no call 6"):
+        channel.answer(channel.call(UNKNOWN, b"x"), 20)
+    assert channel.answer(channel.call(REVERSE, b"ab"), 20) == b"ba"
+
+
+def test_a_late_answer_can_be_waited_for_again(channel: SocketChannel, actor: Actor) -> None:
+    number = channel.call(SLOW, b"later")
+    with pytest.raises(RequestTimeout, match=r"stage took longer than 0\.05 s"):
+        channel.answer(number, 0.05, "stage")
+    actor.may_go_on.set()
+    assert channel.answer(number, 20) == b"later"
+
+
+def test_all_who_wait_learn_that_the_other_side_is_gone(
+    channel: SocketChannel, server: SocketServer, actor: Actor
+) -> None:
+    numbers = [channel.call(SLOW, b"x") for _ in range(3)]
+
+    def wait(number: int) -> str:
+        with pytest.raises(GroupUnavailableError, match="has closed the socket"):
+            channel.answer(number, 20)
+        return "gone"
+
+    with ThreadPoolExecutor(3) as pool:
+        waiting = [pool.submit(wait, number) for number in numbers]
+        assert not channel.hung_up
+        server.close()
+        actor.may_go_on.set()
+        assert [each.result(20) for each in waiting] == ["gone"] * 3
+    assert channel.hung_up
+    with pytest.raises(GroupUnavailableError):
+        channel.call(REVERSE, b"x")
+    channel.tell(NOTE, b"x")
+
+
+def test_closing_a_channel_ends_who_waits_on_it(server: SocketServer) -> None:
+    channel = SocketChannel(server.address)
+    number = channel.call(SLOW, b"x")
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(channel.answer, number, None)
+        time.sleep(0.05)
+        channel.close()
+        with pytest.raises(GroupUnavailableError):
+            waiting.result(20)
+
+
+def test_a_hostile_connection_is_closed_and_harms_nobody(
+    channel: SocketChannel, server: SocketServer
+) -> None:
+    for junk in (b"\xff" * 64, struct.pack("<III", 0xFFFF_FFFF, 1, 1), pack_frame(1, 99, b"")):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as bad:
+            bad.settimeout(20)
+            bad.connect(abstract(server.address))
+            bad.sendall(junk)
+            answer = bad.recv(1 << 16)
+            # a call that is not known is answered, what is no frame ends the connection
+            assert (answer == b"") == (junk[:4] == b"\xff" * 4)
+    assert channel.answer(channel.call(REVERSE, b"ab"), 20) == b"ba"
+
+
+def test_another_user_is_not_let_in(server: SocketServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "same_user", lambda connection: False)
+    channel = SocketChannel(server.address)
+    with pytest.raises(GroupUnavailableError):
+        channel.answer(channel.call(REVERSE, b"ab"), 20)
+    channel.close()
+
+
+def test_a_client_does_not_talk_to_another_users_process(
+    server: SocketServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(channel_module, "same_user", lambda connection: False)
+    with pytest.raises(PermissionError):
+        SocketChannel(server.address)
+
+
+def test_an_answer_that_nobody_wants_is_not_kept(channel: SocketChannel, actor: Actor) -> None:
+    late = channel.call(SLOW, b"x")
+    channel.forget(late)
+    actor.may_go_on.set()
+    there = channel.call(REVERSE, b"ab")
+    assert channel.answer(channel.call(REVERSE, b"cd"), 20) == b"dc"
+    channel.forget(there)
+    assert not channel._answers
+    assert not channel._unwanted
+
+
+class TestOnALoop:
+    """The same door on an asyncio loop: calls do not wait for each other."""
+
+    @pytest.fixture
+    def loop(self) -> Iterator[asyncio.AbstractEventLoop]:
+        loop = asyncio.new_event_loop()
+        thread = threading.Thread(target=loop.run_forever, daemon=True)
+        thread.start()
+        yield loop
+        # what the tests closed is noticed before the loop ends
+        asyncio.run_coroutine_threadsafe(asyncio.sleep(0.05), loop).result(20)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(20)
+
+    def test_a_long_call_does_not_hold_up_the_others(self, loop: asyncio.AbstractEventLoop) -> None:
+        go_on = asyncio.Event()
+
+        async def slow(message: bytes) -> bytes:
+            await go_on.wait()
+            return message
+
+        async def reverse(message: bytes) -> bytes:
+            loop.call_soon(go_on.set)
+            return message[::-1]
+
+        async def broken(message: bytes) -> bytes:
+            raise RuntimeError("a defect")
+
+        name = f"test-{os.getpid()}-{time.monotonic_ns()}"
+        door = AsyncSocketServer(name, {SLOW: slow, REVERSE: reverse, BREAK: broken})
+        asyncio.run_coroutine_threadsafe(door.start(), loop).result(20)
+        channel = SocketChannel(door.address)
+        held = channel.call(SLOW, b"held" * 100_000)
+        with pytest.raises(StorageError, match="RuntimeError: a defect"):
+            channel.answer(channel.call(BREAK, b""), 20)
+        with pytest.raises(StorageError, match="there is no call 6"):
+            channel.answer(channel.call(UNKNOWN, b""), 20)
+        assert channel.answer(channel.call(REVERSE, b"ab"), 20) == b"ba"
+        assert channel.answer(held, 20) == b"held" * 100_000
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as bad:
+            bad.settimeout(20)
+            bad.connect(abstract(door.address))
+            bad.sendall(b"\xff" * 64)
+            assert bad.recv(100) == b""
+        assert channel.answer(channel.call(REVERSE, b"cd"), 20) == b"dc"
+        channel.close()
+        loop.call_soon_threadsafe(door.close)
+
+
+def test_an_address_is_had_once_and_free_again_after_close() -> None:
+    name = f"test-{os.getpid()}-{time.monotonic_ns()}"
+    server = SocketServer(name, {})
+    with pytest.raises(OSError, match="in use"):
+        SocketServer(name, {})
+    server.close()
+    with pytest.raises(OSError, match="refused"):
+        SocketChannel(server.address)
+    SocketServer(name, {}).close()
+
+
+def test_frames_come_out_whole_however_they_arrive() -> None:
+    sent = [(i, i % 3, bytes([i]) * (7 * i)) for i in range(30)]
+    stream = b"".join(pack_frame(*frame) for frame in sent)
+    for step in (1, 5, 13, len(stream)):
+        buffer, got = bytearray(), []
+        for start in range(0, len(stream), step):
+            buffer += stream[start : start + step]
+            got += list(take_frames(buffer))
+        assert got == sent
+        assert not buffer
+    with pytest.raises(StorageError, match="is longer than"):
+        pack_frame(1, 1, bytes((64 << 20) + 1))
