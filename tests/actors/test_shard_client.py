@@ -7,7 +7,7 @@ import queue
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from litecache.storage.shard_store import ShardStore
 from litecache.types import Tier
 
 BLOCK = 8192
+Connect = Callable[..., RayShardClient]
 KEYS = [bytes([n]) * 16 for n in range(1, 4)]
 
 
@@ -48,9 +49,9 @@ def start(folder: Path | None, **options: Any) -> Any:
     return actor.options(num_cpus=0, max_concurrency=4, **options).remote("t", 0, store)
 
 
-@pytest.fixture
-def shard(ray_local: None, tmp_path: Path) -> Iterator[Any]:
-    handle = start(tmp_path)
+@pytest.fixture(scope="module")
+def actor(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    handle = start(tmp_path_factory.mktemp("shard"))
     yield handle
     ray.kill(handle)
 
@@ -60,6 +61,30 @@ def transport(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     if request.param == "actor":
         monkeypatch.setattr(shard_client, "_connected", lambda address, shard_id: None)
     return str(request.param)
+
+
+@pytest.fixture
+def shard(actor: Any) -> Iterator[Any]:
+    """The actor that these tests share, without a client, a lease or a block of another test."""
+    yield actor
+    wait_until(lambda: result(actor.stats.remote(), 10)["store"]["clients"] == 0)
+    assert leases(actor) == 0
+    result(actor.clear.remote("all"), 20)
+    assert result(actor.keys.remote(), 10) == b""
+
+
+@pytest.fixture
+def connect(shard: Any) -> Iterator[Connect]:
+    """Makes clients of the shard and closes them after the test."""
+    clients: list[RayShardClient] = []
+
+    def connect(**options: Any) -> RayShardClient:
+        clients.append(RayShardClient(shard, "s", **options))
+        return clients[-1]
+
+    yield connect
+    for client in clients:
+        client.close()
 
 
 def put(client: RayShardClient, keys: list[bytes]) -> None:
@@ -85,8 +110,10 @@ def wait_until(condition: Any) -> None:
         time.sleep(0.02)
 
 
-def test_blocks_go_in_and_come_out_through_the_shared_arena(shard: Any, transport: str) -> None:
-    client = RayShardClient(shard, "s")
+def test_blocks_go_in_and_come_out_through_the_shared_arena(
+    shard: Any, connect: Connect, transport: str
+) -> None:
+    client = connect()
     assert (client._calls.channel is not None) == (transport == "socket")
     assert client.query(KEYS) == [False] * 3
     put(client, KEYS)
@@ -130,8 +157,10 @@ def test_a_shard_that_is_killed_answers_miss_and_is_reported_lost_once(
     client.close()
 
 
-def test_leases_of_an_answer_that_comes_too_late_are_returned(shard: Any, transport: str) -> None:
-    client = RayShardClient(shard, "s", timeout_s=0.3)
+def test_leases_of_an_answer_that_comes_too_late_are_returned(
+    shard: Any, connect: Connect, transport: str
+) -> None:
+    client = connect(timeout_s=0.3)
     put(client, KEYS)
     pid = result(shard.info.remote(), 10)["pid"]
     os.kill(pid, signal.SIGSTOP)
@@ -148,13 +177,16 @@ def test_leases_of_an_answer_that_comes_too_late_are_returned(shard: Any, transp
     assert client.stage(KEYS[:1])[0].status is StageStatus.READY
 
 
-def test_a_wait_for_a_shard_that_is_killed_ends_and_says_so(shard: Any) -> None:
+def test_a_wait_for_a_shard_that_is_killed_ends_and_says_so(
+    ray_local: None, tmp_path: Path
+) -> None:
+    handle = start(tmp_path)
     lost: queue.Queue[RayShardClient] = queue.Queue()
-    client = RayShardClient(shard, "s", on_lost=lost.put)
+    client = RayShardClient(handle, "s", on_lost=lost.put)
     (slot,) = client.reserve(BLOCK, 1)
     # as if a read were under way: the state that nobody will change any more
     client._arena._words[slot.slot * 4] = pack_word(slot.generation, SlotState.LOADING)
-    os.kill(result(shard.info.remote(), 10)["pid"], signal.SIGKILL)
+    os.kill(result(handle.info.remote(), 10)["pid"], signal.SIGKILL)
     started = time.monotonic()
     assert client.wait([slot], timeout_s=20) == [False]
     assert time.monotonic() - started < 10
@@ -176,8 +208,10 @@ def test_leases_end_with_the_client_process(shard: Any) -> None:
     wait_until(lambda: leases(shard) == 0)
 
 
-def test_several_batches_are_under_way_and_leases_ride_with_the_next(shard: Any) -> None:
-    client = RayShardClient(shard, "s")
+def test_several_batches_are_under_way_and_leases_ride_with_the_next(
+    shard: Any, connect: Connect
+) -> None:
+    client = connect()
     put(client, KEYS)
     pending = [client.stage_async([key]) for key in KEYS]
     refs = [slot_of(call.result()[0]) for call in pending]
@@ -188,21 +222,21 @@ def test_several_batches_are_under_way_and_leases_ride_with_the_next(shard: Any)
     assert leases(shard) == 2
     client.stage_async([bytes(16)], released=[refs[0], slot_of(again)]).result()
     assert leases(shard) == 0
-    client.close()
 
 
-def test_an_abandoned_stage_leaves_no_lease(shard: Any) -> None:
-    client = RayShardClient(shard, "s")
+def test_an_abandoned_stage_leaves_no_lease(shard: Any, connect: Connect) -> None:
+    client = connect()
     put(client, KEYS)
     client.stage_async(KEYS).abandon()
     # the shard answers in order, so this one's answer comes after the abandoned one's
     wait_until(lambda: client.stage_async(KEYS[:1]).result()[0].status is StageStatus.READY)
     wait_until(lambda: leases(shard) == 1)
-    client.close()
 
 
-def test_leases_that_cannot_ride_with_a_stage_are_returned_alone(shard: Any) -> None:
-    client = RayShardClient(shard, "s", timeout_s=0.3)
+def test_leases_that_cannot_ride_with_a_stage_are_returned_alone(
+    shard: Any, connect: Connect
+) -> None:
+    client = connect(timeout_s=0.3)
     put(client, KEYS)
     held = [slot_of(result) for result in client.stage(KEYS)]
     pid = result(shard.info.remote(), 10)["pid"]
@@ -216,8 +250,10 @@ def test_leases_that_cannot_ride_with_a_stage_are_returned_alone(shard: Any) -> 
     wait_until(lambda: leases(shard) == 0)
 
 
-def test_a_client_that_dies_with_stages_under_way_leaves_no_lease(shard: Any) -> None:
-    mine = RayShardClient(shard, "s")
+def test_a_client_that_dies_with_stages_under_way_leaves_no_lease(
+    shard: Any, connect: Connect
+) -> None:
+    mine = connect()
     put(mine, KEYS)
     (kept,) = mine.stage(KEYS[:1])
 
@@ -235,7 +271,6 @@ def test_a_client_that_dies_with_stages_under_way_leaves_no_lease(shard: Any) ->
     wait_until(lambda: result(shard.stats.remote(), 10)["store"]["clients"] == 1)
     assert leases(shard) == 1
     assert mine.wait([slot_of(kept)]) == [True]
-    mine.close()
 
 
 def test_the_shards_of_several_folders_are_asked_together(ray_local: None, tmp_path: Path) -> None:
@@ -267,9 +302,9 @@ def test_the_shards_of_several_folders_are_asked_together(ray_local: None, tmp_p
 
 
 def test_messages_of_another_version_are_refused_and_change_nothing(
-    shard: Any, monkeypatch: pytest.MonkeyPatch
+    shard: Any, connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    client = RayShardClient(shard, "s")
+    client = connect()
     put(client, KEYS)
     monkeypatch.setattr(wire, "PROTOCOL_VERSION", 1)
     old = wire.pack_stage(client._client_id, KEYS, [])
@@ -280,11 +315,10 @@ def test_messages_of_another_version_are_refused_and_change_nothing(
         result(shard.query.remote(KEYS), 10)
     assert leases(shard) == 0
     assert client.query(KEYS) == [True] * 3
-    client.close()
 
 
-def test_a_flush_does_not_delay_short_calls(shard: Any) -> None:
-    client = RayShardClient(shard, "s")
+def test_a_flush_does_not_delay_short_calls(shard: Any, connect: Connect) -> None:
+    client = connect()
     put(client, KEYS)
     done = threading.Event()
     flushing = threading.Thread(target=lambda: (client.flush(10), done.set()))

@@ -2,7 +2,7 @@
 
 32 prompts of 1 to 1,500 tokens, cut from this project's own texts, so that no two begin with the
 same token: nothing is reused before it was asked for. The reference runs each alone and unpadded;
-the adapter gets them batched and padded. The counter of reused tokens proves which tier served them.
+the adapter gets them batched and padded. The counter of reused tokens proves which tier served.
 Every prompt generates past the end of a block, and 64 tokens in the slow profile.
 """
 
@@ -32,11 +32,13 @@ THREADS = 2
 
 
 @pytest.fixture(scope="module")
-def model(smollm2_dir: Path) -> Any:
+def model(smollm2_dir: Path) -> Iterator[Any]:
+    threads_before = torch.get_num_threads()
     torch.set_num_threads(THREADS)
     model = AutoModelForCausalLM.from_pretrained(smollm2_dir, dtype=torch.float32)
     model.generation_config.eos_token_id = None
-    return model
+    yield model
+    torch.set_num_threads(threads_before)
 
 
 @pytest.fixture(scope="module")

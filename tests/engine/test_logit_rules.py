@@ -176,15 +176,24 @@ def filled(case: str, free: list[list[int]]) -> tuple[dict[str, Any], dict[str, 
     return ours, theirs
 
 
+PROMPTS = [random_prompt(20 + i, seed=i) for i in range(3)]
+
+
+@pytest.fixture(scope="module")
+def free() -> list[list[int]]:
+    """What the prompts give without rules."""
+    return [stock(prompt, 40) for prompt in PROMPTS]
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_greedy_tokens_equal_stock_generate_in_a_pool_that_preempts(case: str) -> None:
-    prompts = [random_prompt(20 + i, seed=i) for i in range(3)]
-    free = [stock(prompt, 40) for prompt in prompts]
+def test_greedy_tokens_equal_stock_generate_in_a_pool_that_preempts(
+    case: str, free: list[list[int]]
+) -> None:
     ours, theirs = filled(case, free)
-    wanted = [stock(prompt, 40, **theirs) for prompt in prompts]
+    wanted = [stock(prompt, 40, **theirs) for prompt in PROMPTS]
     assert wanted != free, "the case changes nothing"
     with Harness(family_source("llama"), num_blocks=8, max_batch_tokens=16) as harness:
-        assert harness.run(prompts, 40, **ours) == wanted
+        assert harness.run(PROMPTS, 40, **ours) == wanted
         assert harness.engine.stats()["preemptions"] > 0
 
 
