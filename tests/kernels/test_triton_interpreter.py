@@ -16,28 +16,16 @@ import pytest
 pytest.importorskip("triton")
 
 
-# Several processes, so that none comes near its time limit on a busy machine.
-@pytest.mark.parametrize("names", ["oracle", "library or many", "not (oracle or library or many)"])
-def test_triton_kernels_are_right_in_the_interpreter(names: str) -> None:
+@pytest.mark.timeout(300)
+def test_triton_kernels_are_right_in_the_interpreter() -> None:
     environment = dict(os.environ, TRITON_INTERPRET="1", LITECACHE_KERNELS="triton")
     script = Path(__file__).with_name("triton_in_interpreter.py")
     done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-x",
-            "-p",
-            "no:cacheprovider",
-            "-k",
-            names,
-            str(script),
-        ],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(script)],
         env=environment,
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=290,
         check=False,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]

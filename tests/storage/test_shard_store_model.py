@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
@@ -10,6 +12,7 @@ from shard_machine import RamOnly, Roomy, ShardMachine, Tight
 from litecache.storage import block_io, ram_tier
 
 MACHINES = [Roomy, Tight, RamOnly]
+EXAMPLES = 1000 if os.environ.get("LITECACHE_TEST_PROFILE") == "slow" else 50
 
 
 def run(machine: type[ShardMachine], examples: int, *, shrink: bool = True) -> None:
@@ -27,16 +30,10 @@ def run(machine: type[ShardMachine], examples: int, *, shrink: bool = True) -> N
     )
 
 
-@pytest.mark.parametrize("machine", MACHINES)
-def test_store_equals_a_dict_over_random_operations(machine: type[ShardMachine]) -> None:
-    run(machine, 100)
-
-
-@pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("machine", MACHINES)
-def test_store_equals_a_dict_over_1000_random_examples(machine: type[ShardMachine]) -> None:
-    run(machine, 1000)
+def test_store_equals_a_dict_over_random_operations(machine: type[ShardMachine]) -> None:
+    run(machine, EXAMPLES)
 
 
 def test_the_model_catches_a_skipped_checksum(monkeypatch: pytest.MonkeyPatch) -> None:
