@@ -112,7 +112,7 @@ class BlockPoolMachine(RuleBasedStateMachine):
         assert sum(self.pool.stats().values()) == NUM_BLOCKS
 
 
-TestBlockPool = BlockPoolMachine.TestCase
+TestBlockPool = pytest.mark.no_cover(BlockPoolMachine.TestCase)
 
 
 def test_eviction_takes_the_tail_of_a_chain_first() -> None:

@@ -63,9 +63,9 @@ def test_tokens_equal_stock_generate_cold_and_from_every_tier(family: str, tmp_p
 def test_small_pool_preempts_and_still_gives_the_same_tokens(tmp_path: Path) -> None:
     prompts = [random_prompt(20 + i, seed=i) for i in range(6)]
     loaded = tiny_model("llama")
-    wanted = [stock_generate(loaded, prompt, 64) for prompt in prompts]
+    wanted = [stock_generate(loaded, prompt, 40) for prompt in prompts]
     with Harness(family_source("llama"), folders=[tmp_path / "s"], num_blocks=14) as harness:
-        assert harness.run(prompts) == wanted
+        assert harness.run(prompts, 40) == wanted
         assert harness.engine.stats()["preemptions"] > 0
 
 

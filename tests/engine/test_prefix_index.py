@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
@@ -94,7 +95,7 @@ class PrefixIndexMachine(RuleBasedStateMachine):
         assert len(self.index) == len(self.model)
 
 
-TestPrefixIndex = PrefixIndexMachine.TestCase
+TestPrefixIndex = pytest.mark.no_cover(PrefixIndexMachine.TestCase)
 
 
 @given(TOKENS, TOKENS)

@@ -132,7 +132,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert not used, f"blocks leaked: {used}"
 
 
-TestScheduler = SchedulerMachine.TestCase
+TestScheduler = pytest.mark.no_cover(SchedulerMachine.TestCase)
 
 
 def _fail_to_pin_shared_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,6 +181,7 @@ def _trust_failed_loads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Staging, "on_loaded", on_loaded)
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize(
     "plant",
     [

@@ -7,6 +7,8 @@ import logging
 import pytest
 from fault_world import BUGS, first_violation, run_world
 
+pytestmark = pytest.mark.no_cover
+
 
 @pytest.fixture(autouse=True)
 def _quiet():

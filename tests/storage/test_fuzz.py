@@ -8,6 +8,8 @@ import random
 import pytest
 from fuzz_world import FuzzStore, Outcome
 
+pytestmark = pytest.mark.no_cover
+
 
 @pytest.fixture(autouse=True)
 def _quiet():

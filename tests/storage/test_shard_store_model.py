@@ -11,6 +11,8 @@ from shard_machine import RamOnly, Roomy, ShardMachine, Tight
 
 from litecache.storage import block_io, ram_tier
 
+pytestmark = pytest.mark.no_cover
+
 MACHINES = [Roomy, Tight, RamOnly]
 EXAMPLES = 1000 if os.environ.get("LITECACHE_TEST_PROFILE") == "slow" else 50
 
