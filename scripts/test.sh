@@ -1,22 +1,28 @@
 #!/usr/bin/env bash
-# Set everything up, then run the tests with coverage.
+# Set everything up, then run the tests.
 #   scripts/test.sh          the fast set (at most 6 minutes on two cores)
-#   scripts/test.sh --all    everything that needs no GPU (at most 45 minutes)
-# Further arguments go to pytest (then no coverage is asked for): scripts/test.sh tests/storage -x
+#   scripts/test.sh --all    everything that needs no GPU, with coverage (at most 45 minutes)
+# Further arguments go to pytest: scripts/test.sh tests/storage -x
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 scripts/setup.sh cpu
 . scripts/env.sh
 
 select="not slow and not gpu"
+all=
 if [ "${1:-}" = --all ]; then
   shift
+  all=1
   select="not gpu"
   export LITECACHE_TEST_PROFILE=slow
 fi
 if [ $# -gt 0 ]; then
   python -m pytest -m "$select" "$@"
   exit
+fi
+if [ -z "$all" ]; then
+  # coverage would double the time of what is mostly Python
+  exec python -m pytest -m "$select" --durations=10
 fi
 
 python -m coverage erase
