@@ -12,10 +12,10 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from enum import IntEnum
+from functools import partial
 from itertools import chain
 
 import msgpack
-import numpy as np
 
 from ..errors import ConfigError, StorageError
 from ..hashing import KEY_BYTES, BlockKey
@@ -32,6 +32,9 @@ _HEADER = struct.Struct("<HHIq")
 _ITEM = struct.Struct(f"<qq{KEY_BYTES}s{KEY_BYTES}sI")
 _RESERVE = struct.Struct("<qq")
 _STATUSES = {status.value: status for status in StageStatus}
+# a NamedTuple's own constructor takes three times as long
+_staged = partial(tuple.__new__, StageResult)
+_slot_ref = partial(tuple.__new__, SlotRef)
 _SLOT_BYTES = 16
 _STAGED_BYTES = 24
 
@@ -103,8 +106,8 @@ def _slot_bytes(slots: Sequence[SlotRef]) -> bytes:
 
 
 def _slots(body: memoryview) -> list[SlotRef]:
-    pairs = np.frombuffer(body, "<i8").reshape(-1, 2)
-    return list(map(SlotRef, pairs[:, 0].tolist(), pairs[:, 1].tolist()))
+    fields = iter(struct.unpack(f"<{len(body) // 8}q", body))
+    return list(map(_slot_ref, zip(fields, fields, strict=True)))
 
 
 def pack_keys(keys: Sequence[BlockKey], client_id: int = 0) -> bytes:
@@ -160,18 +163,21 @@ def unpack_stage(message: bytes) -> tuple[list[BlockKey], list[SlotRef]]:
 
 def pack_staged(results: Sequence[StageResult]) -> bytes:
     """Answers of `stage`: statuses, slots, generations, int64 `[3, n]`."""
-    columns = np.array(results, "<i8").reshape(-1, 3).T
-    return _pack(Kind.STAGED, len(results), columns.tobytes())
+    columns = chain.from_iterable(zip(*results, strict=True))
+    return _pack(Kind.STAGED, len(results), struct.pack(f"<{3 * len(results)}q", *columns))
 
 
 def unpack_staged(message: bytes) -> list[StageResult]:
     """Inverse of `pack_staged`."""
     body = _unpack(message, Kind.STAGED, _STAGED_BYTES)
-    statuses, slots, generations = np.frombuffer(body, "<i8").reshape(3, -1).tolist()
-    unknown = set(statuses).difference(_STATUSES)
+    count = len(body) // _STAGED_BYTES
+    fields = struct.unpack(f"<{3 * count}q", body)
+    unknown = set(fields[:count]).difference(_STATUSES)
     if unknown:
         raise StorageError(f"a STAGED message holds the unknown statuses {sorted(unknown)}")
-    return list(map(StageResult, map(_STATUSES.__getitem__, statuses), slots, generations))
+    statuses = map(_STATUSES.__getitem__, fields[:count])
+    rest = fields[count : 2 * count], fields[2 * count :]
+    return list(map(_staged, zip(statuses, *rest, strict=True)))
 
 
 def pack_commits(items: Sequence[CommitItem], client_id: int = 0) -> bytes:
