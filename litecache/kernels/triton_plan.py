@@ -14,6 +14,13 @@ import triton.language as tl
 from litecache.kernels.metadata import AttentionMetadata
 from litecache.kernels.tuning import DecodeConfig
 
+_LEAST_TILES = 2
+"""What a pair counts for at least, because to begin one takes longer than a tile of a long one.
+
+A step padded to its graph's bucket ends in rows of one token. Counted as one tile each, a hundred
+of their pairs fell to one program, and every layer waited for it: 2.4 ms a step of 242 rows.
+"""
+
 
 @triton.jit(
     do_not_specialize=["num_seqs", "window", "num_programs"],
@@ -22,7 +29,7 @@ from litecache.kernels.tuning import DecodeConfig
 def _plan_kernel(
     contexts_ptr, starts_ptr, ends_ptr, owner_ptr, num_seqs, window, num_programs,
     TILE: tl.constexpr, SEQS_PAD: tl.constexpr, BLOCK_P: tl.constexpr, KV_HEADS: tl.constexpr,
-    WINDOWED: tl.constexpr, CHUNK: tl.constexpr,
+    WINDOWED: tl.constexpr, CHUNK: tl.constexpr, LEAST: tl.constexpr,
 ):  # fmt: skip
     """Cumulative tiles per sequence, and the sequence in which each program's share begins."""
     seq = tl.arange(0, SEQS_PAD)
@@ -33,8 +40,8 @@ def _plan_kernel(
         begin = tl.load(starts_ptr + seq, mask=real, other=0)
         end = tl.load(starts_ptr + seq + 1, mask=real, other=0)
         tiles -= tl.maximum(context - (end - begin) + 1 - window, 0) // TILE
-    # An empty sequence keeps one tile, whose owner writes its zeros.
-    tiles = tl.maximum(tiles, 1)
+    # An empty sequence has a place on the line, too, whose owner writes its zeros.
+    tiles = tl.maximum(tiles, LEAST)
     if CHUNK > 0:
         tiles = tl.cdiv(tiles, CHUNK) * CHUNK
     tiles = tl.where(real, tiles, 0)
@@ -101,6 +108,6 @@ def plan_decode(
             metadata.context_lens[seqs], metadata.cu_seqlens_q[seqs.start :],
             plan.ends, plan.owner, num_seqs, window or 0, programs,
             TILE=config.block_n, SEQS_PAD=seqs_pad, BLOCK_P=block_p, KV_HEADS=kv_heads,
-            WINDOWED=window is not None, CHUNK=chunk,
+            WINDOWED=window is not None, CHUNK=chunk, LEAST=1 if chunk else _LEAST_TILES,
         )  # fmt: skip
     return plan, fresh

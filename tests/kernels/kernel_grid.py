@@ -17,6 +17,8 @@ TINY = [
     Case((1, 1, 1), (1, 17, 40)),
     Case((1, 1, 1), (0, 5, 33)),
     Case((1, 4, 3), (20, 4, 33)),
+    Case((1,) * 8, (70, 1, 1, 1, 0, 1, 1, 0)),  # as a step padded to its graph's bucket
+    Case((1,) * 5, (40, 1, 0, 1, 1), pool_dtype=torch.int8, sinks=True),
     Case((1, 20), (9, 37)),
     Case((1, 20), (9, 20), own_kv=True),
     Case((1, 1, 20), (9, 30, 37), window=6),

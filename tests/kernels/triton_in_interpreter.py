@@ -23,6 +23,8 @@ from litecache.kernels import (
 from litecache.kernels.convert import BlockForm, convert_reference
 from litecache.kernels.quantise import dequantise, quantise
 from litecache.kernels.triton_gather import gather, merge_two
+from litecache.kernels.triton_plan import plan_decode
+from litecache.kernels.tuning import DecodeConfig
 
 torch.set_num_threads(1)
 
@@ -163,6 +165,18 @@ def test_convert_writes_what_the_reference_writes() -> None:
     triton_convert.convert(theirs, narrow, back, wide, dst, src)
     convert_reference(theirs, narrow, expected, wide, dst, src)
     assert torch.equal(back, expected)
+
+
+def test_rows_of_one_token_do_not_fall_to_one_program() -> None:
+    # one long row and the rows that pad a step: what a program gets of them is bounded
+    contexts = [4096] + [1] * 15
+    metadata = AttentionMetadata.build([1] * 16, contexts, [[0] * 512] * 16, 8)
+    config = DecodeConfig(block_n=64, num_warps=4, num_stages=2, num_programs=16)
+    plan, _ = plan_decode(metadata, slice(0, 16), 2, None, 2, 16, config, 0)
+    tiles = plan.ends.diff().tolist()
+    assert tiles == [64] + [2] * 15
+    share = -(-sum(tiles) * 2 // config.num_programs)
+    assert share // tiles[1] <= 6
 
 
 def test_deterministic_results_do_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
