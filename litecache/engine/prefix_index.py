@@ -1,13 +1,15 @@
 """Which blocks of one KV group hold which tokens: a flat map from block key to block.
 
 Flat, because blocks load from the back: a child may be present without its parent. Every entry
-keeps its token ids and its parent links its children, so that a partial tail is found by
-comparing tokens. Keys that are being computed or loaded are PENDING with their owner, so that
-another request can wait for them instead of computing the same again.
+keeps its token ids and its parent links its children in the order of their tokens, so that a
+partial tail is found by comparing tokens with two of them: prompts that differ from their first
+block on are all children of one root. Keys that are being computed or loaded are PENDING with their
+owner, so that another request can wait for them instead of computing the same again.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -17,6 +19,14 @@ import numpy.typing as npt
 from litecache.hashing import BlockKey
 
 TokenArray = npt.NDArray[np.int64]
+
+
+_Child = tuple[bytes, BlockKey]
+
+
+def _sortable(tokens: TokenArray) -> bytes:
+    """Token ids as bytes that sort as the ids do."""
+    return tokens.astype(">u4").tobytes()
 
 
 class Entry(NamedTuple):
@@ -40,7 +50,7 @@ class PrefixIndex:
 
     def __init__(self) -> None:
         self._entries: dict[BlockKey, Entry] = {}
-        self._children: dict[BlockKey, set[BlockKey]] = {}
+        self._children: dict[BlockKey, list[_Child]] = {}
         self._pending: dict[BlockKey, str] = {}
 
     def __len__(self) -> int:
@@ -66,7 +76,10 @@ class PrefixIndex:
     def match_partial(self, parent: BlockKey, tokens: TokenArray) -> PartialMatch | None:
         """The child of `parent` that shares the most leading tokens with `tokens`, if any."""
         best: PartialMatch | None = None
-        for key in self._children.get(parent, ()):
+        children = self._children.get(parent, [])
+        # in lexicographic order the longest common beginning is that of a neighbour
+        place = bisect_left(children, (_sortable(tokens),))
+        for _, key in children[max(0, place - 1) : place + 1]:
             entry = self._entries[key]
             length = min(len(entry.tokens), len(tokens))
             differs = entry.tokens[:length] != tokens[:length]
@@ -81,14 +94,14 @@ class PrefixIndex:
         if key in self._entries:
             return False
         self._entries[key] = Entry(block, parent, tokens)
-        self._children.setdefault(parent, set()).add(key)
+        insort(self._children.setdefault(parent, []), (_sortable(tokens), key))
         return True
 
     def remove(self, key: BlockKey) -> None:
         """Forget a block; its children stay and are found again once it is back."""
         entry = self._entries.pop(key)
         siblings = self._children[entry.parent]
-        siblings.discard(key)
+        del siblings[bisect_left(siblings, (_sortable(entry.tokens), key))]
         if not siblings:
             del self._children[entry.parent]
 
@@ -110,9 +123,13 @@ class PrefixIndex:
     def check_integrity(self) -> None:
         """Assert that entries, children and pending keys agree."""
         children = {(e.parent, key) for key, e in self._entries.items()}
-        linked = {(parent, key) for parent, keys in self._children.items() for key in keys}
+        linked = {(parent, key) for parent, kids in self._children.items() for _, key in kids}
         assert children == linked, "parents and children disagree"
-        assert all(self._children.values()), "an empty set of children was kept"
+        assert all(self._children.values()), "an empty list of children was kept"
+        for kids in self._children.values():
+            assert kids == sorted(kids), "children are out of order"
+            for sortable, key in kids:
+                assert sortable == _sortable(self._entries[key].tokens), "a child's tokens differ"
         both = self._pending.keys() & self._entries.keys()
         assert not both, f"{len(both)} keys are both pending and published"
         blocks = [entry.block for entry in self._entries.values()]
