@@ -3,12 +3,11 @@
 32 prompts of 1 to 1,500 tokens, cut from this project's own texts, so that no two begin with the
 same token: nothing is reused before it was asked for. The reference runs each alone and unpadded;
 the adapter gets them batched and padded. The counter of reused tokens proves which tier served.
-Every prompt generates past the end of a block, and 64 tokens in the slow profile.
+Every prompt generates past the end of a block.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from litecache.adapter.kv_cache_adapter import KVCacheAdapter
 from litecache.config import CacheConfig
 
 ROOT = Path(__file__).resolve().parents[2]
-NEW_TOKENS = 64 if os.environ.get("LITECACHE_TEST_PROFILE") == "slow" else 20
+NEW_TOKENS = 64
 SHORT = (1, 2, 7, 15, 16, 17, 32, 40)
 LONG = (
     (3, 5, 10, 20, 31, 33, 47, 48),
@@ -142,6 +141,7 @@ def short(llm: KVCacheAdapter, model: Any, text_tokens: list[int]) -> Case:
     return Case(llm, model, prompts_of(SHORT, text_tokens, 0))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300, func_only=True)
 def test_eight_short_prompts_cold_and_from_every_tier(short: Case) -> None:
     short.from_every_tier()

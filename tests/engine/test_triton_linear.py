@@ -7,7 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
+
+@pytest.mark.slow
 def test_streamed_products_are_right_in_the_interpreter() -> None:
     here = Path(__file__).parent
     done = subprocess.run(
