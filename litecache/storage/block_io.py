@@ -26,7 +26,7 @@ from .tiers import Tiers, WriteBatch
 
 logger = logging.getLogger(__name__)
 
-_READS = 2
+_READS = _WRITES = 2
 _READ_BYTES = 8 << 20
 """So many requests, or such small ones, keep a disk busy."""
 
@@ -88,6 +88,8 @@ class BlockIo:
         self.writing_slots: set[int] = set()
         self.failed_writes = 0
         self._grow_lock = threading.Lock()
+        # the others prepare their batches meanwhile, as with reads
+        self._writing = threading.BoundedSemaphore(_WRITES)
         self._running: list[threading.Thread] = []
         if tiers.disk is not None and threads:
             self._start(self._run, "io", threads)
@@ -262,8 +264,9 @@ class BlockIo:
             error = self._keeper.last_error or OSError(errno.EIO, "the journal cannot be written")
             self._finish(batch, slots, sums, [error] * len(slots))
             return True
-        begun = time.perf_counter()
-        errors = disk.write(transfers)
+        with self._writing:
+            begun = time.perf_counter()
+            errors = disk.write(transfers)
         self._account("write", sum(len(t.memory) for t in transfers), begun)
         self._finish(batch, slots, sums, errors)
         self._keeper.after_write()
