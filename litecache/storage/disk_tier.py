@@ -47,6 +47,7 @@ class DiskTier:
         policy: name of the eviction policy.
         on_evict: called with the entry whose disk copy was given up, under the store's lock.
         before_evict: called before victims are chosen.
+        before_snapshot: called before the order of all blocks is written down.
         quotas: namespace, or digest of a salt (`namespaces.py`), to the disk bytes it may take.
         direct: try O_DIRECT.
 
@@ -64,6 +65,7 @@ class DiskTier:
         policy: str,
         on_evict: Callable[[int], None],
         before_evict: Callable[[], None],
+        before_snapshot: Callable[[], None],
         quotas: dict[str, int],
         direct: bool = True,
     ) -> None:
@@ -71,6 +73,7 @@ class DiskTier:
         self._index = index
         self._on_evict = on_evict
         self._before_evict = before_evict
+        self._before_snapshot = before_snapshot
         self.limit = storage_bytes
         self.queues = Queues(policy)
         self._quotas = quotas
@@ -311,7 +314,7 @@ class DiskTier:
 
     def begin_compaction(self) -> snapshot.Snapshot:
         """Under the store's lock: a copy of all that the new snapshot will hold."""
-        self._before_evict()
+        self._before_snapshot()
         return self.log.capture(self.on_disk())
 
     def grow(self, segments: range) -> bool:

@@ -125,7 +125,8 @@ class ShardStore:
                     index=self._tiers.index,
                     policy=eviction,
                     on_evict=self._tiers.on_disk_evict,
-                    before_evict=self._tiers.settle_recency,
+                    before_evict=self._tiers.recency.before_eviction,
+                    before_snapshot=self._tiers.recency.settle,
                     quotas=quotas or {},
                     direct=direct,
                 )
@@ -292,7 +293,7 @@ class ShardStore:
                 there[key] = tiers.publish(block, key, parent, namespace)
                 entries.append(there[key])
                 statuses.append(CommitStatus.STORED)
-            tiers.touch(entries)
+            tiers.recency.note(entries, new=set(statuses) == {CommitStatus.STORED})
             if tiers.dirty:
                 self._io.kick()
             self._changed.notify_all()
@@ -304,13 +305,13 @@ class ShardStore:
         with self._lock:
             entries = self._tiers.find(keys)
             if touch:
-                self._tiers.touch([entry for entry in entries if entry >= 0])
+                self._tiers.recency.note([entry for entry in entries if entry >= 0])
         return [entry >= 0 for entry in entries]
 
     def touch(self, keys: Sequence[BlockKey]) -> None:
         """Refresh recency of a chain, given head first; missing keys are ignored."""
         with self._lock:
-            self._tiers.touch([entry for entry in self._tiers.find(keys) if entry >= 0])
+            self._tiers.recency.note([entry for entry in self._tiers.find(keys) if entry >= 0])
 
     def durable(self, keys: Sequence[BlockKey]) -> list[bool]:
         """Which keys are on disk and covered by the fsync policy's promise."""

@@ -20,12 +20,13 @@ from .admission import Admission
 from .arena import Arena
 from .block_index import BlockIndex
 from .disk_tier import DiskTier
+from .eviction.queues import Queues
 from .key_table import Entries
 from .protocol import PAGE_BYTES, SlotState
 from .ram_tier import RamBlock, RamState, RamTier
 from .reads import ReadRequest
+from .recency import Recency
 
-_PENDING = 1024
 _DELTAS = 65_536
 
 
@@ -57,8 +58,8 @@ class Tiers:
         metrics: Metrics,
     ) -> None:
         self.index = BlockIndex()
-        self._tails: dict[BlockKey, None] = {}
-        self.ram = RamTier(arena, eviction, self._on_ram_evict, self.settle_recency)
+        self.recency = Recency(self.index, self._touch, self._queues)
+        self.ram = RamTier(arena, eviction, self._on_ram_evict, self.recency.before_eviction)
         self.disk: DiskTier | None = None
         self._admission = admission
         self._ttl_s = ttl_s
@@ -73,11 +74,13 @@ class Tiers:
     def on_disk_evict(self, entry: int) -> None:
         """A disk copy was evicted; without one in RAM the key is gone."""
         self._metrics.inc("litecache_evictions", tier="disk")
+        self.recency.note_eviction(1)
         if not self.index.ram[entry]:
             self._forget(entry)
 
     def _on_ram_evict(self, block: RamBlock) -> None:
         self._metrics.inc("litecache_evictions", tier="ram")
+        self.recency.note_eviction(0)
         self.index.ram[block.entry] = 0
         if self.index.disk[block.entry]:
             self._metrics.inc("litecache_demotions")
@@ -126,54 +129,8 @@ class Tiers:
         handle = self.index.ram[entry]
         return self.ram.at(handle - 1) if handle else None
 
-    def touch(self, entries: Sequence[int]) -> None:
-        """Blocks were used; whatever lies above them in their chains was used too.
-
-        Only the last block of each piece of a chain is noted here. The order changes before the
-        next eviction (`settle_recency`), so a chain that is used piece by piece is walked once.
-        """
-        if not entries:
-            return
-        index = self.index
-        numbers = np.array(entries, np.int64)
-        keys, parents = index.words_at(numbers), index.parents_at(numbers)
-        # chains are mostly used in order: a block whose predecessor comes just before it
-        follows = np.zeros(len(numbers) + 1, bool)
-        follows[1:-1] = (parents[1:] == keys[:-1]).all(axis=1)
-        precedes = np.zeros(len(numbers), bool)
-        precedes[1:] = (parents[:-1] == keys[1:]).all(axis=1)
-        for last in np.flatnonzero(~follows[1:] & ~precedes).tolist():
-            first = last
-            while follows[first]:
-                first -= 1
-            # the piece before this one needs no walk of its own
-            key = keys[last].tobytes()
-            self._tails.pop(parents[first].tobytes(), None)
-            self._tails.pop(key, None)
-            self._tails[key] = None
-        if len(self._tails) > _PENDING:
-            self.settle_recency()
-
-    def settle_recency(self) -> None:
-        """Bring the eviction order up to date: tails first, so that no head leaves before them.
-
-        Each block moves once, on behalf of its latest use.
-        """
-        index = self.index
-        visited: set[int] = set()
-        pieces: list[list[int]] = []
-        for key in reversed(self._tails):
-            piece: list[int] = []
-            entry = index.find(key)
-            while entry >= 0 and entry not in visited:
-                visited.add(entry)
-                piece.append(entry)
-                entry = index.find(index.parent_of(entry))
-            pieces.append(piece)
-        for piece in reversed(pieces):
-            for entry in piece:
-                self._touch(entry)
-        self._tails.clear()
+    def _queues(self) -> list[Queues]:
+        return [self.ram.queues] + ([self.disk.queues] if self.disk is not None else [])
 
     def _touch(self, entry: int) -> None:
         handle = self.index.ram[entry] - 1
@@ -191,7 +148,7 @@ class Tiers:
         if self.disk is not None:
             for entry in numbers[self.index.column("disk")[numbers] == 0].tolist():
                 self.consider_again(entry)
-        self.touch(entries)
+        self.recency.note(entries)
 
     def consider_again(self, entry: int) -> None:
         """A block that is only in RAM was seen again: perhaps it is worth the disk now."""
@@ -341,6 +298,8 @@ class Tiers:
 
     def drop(self, entry: int, state: SlotState = SlotState.FREE) -> None:
         """Remove a block from every tier; leased slots return when they are released."""
+        self.recency.note_eviction(0)
+        self.recency.note_eviction(1)
         block = self.block_of(entry)
         if block is not None:
             if block.state is RamState.LOADING and not block.started:
@@ -358,6 +317,7 @@ class Tiers:
         if block is None or block.state is RamState.LOADING:
             self.drop(entry)
         else:
+            self.recency.note_eviction(1)
             self.disk.remove(entry)
 
     def drop_ram_copy(self, entry: int) -> None:
@@ -365,6 +325,7 @@ class Tiers:
         block = self.block_of(entry)
         if block is None or block.state is not RamState.CLEAN or block.leases:
             return
+        self.recency.note_eviction(0)
         self.index.ram[entry] = 0
         if not self.index.disk[entry]:
             self._forget(entry)

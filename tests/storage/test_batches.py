@@ -47,10 +47,10 @@ def test_touching_a_batch_notes_the_tails_of_its_pieces(order: list[int], chain:
         for start in range(0, BLOCKS, chain):
             put(client, [key_of(i) for i in range(start, min(start + chain, BLOCKS))], NBYTES, ROOT)
         tiers = store._tiers
-        tiers.settle_recency()
+        tiers.recency.settle()
         entries = tiers.find([key_of(i) for i in order])
-        tiers.touch(entries)
-        assert list(tiers._tails) == tails_one_by_one(tiers, entries)
+        tiers.recency.note(entries)
+        assert list(tiers.recency.tails) == tails_one_by_one(tiers, entries)
         client.close()
 
 

@@ -317,6 +317,7 @@ def test_half_a_million_blocks_are_back_in_two_seconds_of_cpu(tmp_path, monkeypa
             policy="lru",
             on_evict=lambda entry: None,
             before_evict=lambda: None,
+            before_snapshot=lambda: None,
             quotas={},
         )
 

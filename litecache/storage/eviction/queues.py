@@ -156,6 +156,11 @@ class Queues:
                 best, best_tick, best_pages = handle, self._tick[handle], queue.pages
         return best if best_pages != pages else None
 
+    @property
+    def single(self) -> bool:
+        """Whether all handles stand in one queue, so that they leave in one order."""
+        return sum(len(queue.policy) > 0 for queue in self._queues) == 1
+
     def tick(self, handle: int) -> int:
         """Order of last use."""
         return self._tick[handle] if handle < len(self._tick) else 0
