@@ -48,7 +48,7 @@ class Histogram:
 
 
 def _labels(labels: Mapping[str, str]) -> Labels:
-    return tuple(sorted(labels.items()))
+    return tuple(sorted(labels.items())) if len(labels) > 1 else tuple(labels.items())
 
 
 class Metrics:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from storage_help import key_of
 
 from litecache.errors import ConfigError, StorageFormatError
-from litecache.storage import KeyTable, folder, journal, recovery, snapshot
+from litecache.storage import KeyTable, eviction, folder, journal, recovery, snapshot
 from litecache.storage.block_index import BlockIndex
 from litecache.storage.disk_tier import DiskTier
 from litecache.storage.eviction import Links, get_policy, register
@@ -229,7 +229,8 @@ def test_lfu_forgets_what_was_popular_long_ago():
     assert policy.evict(lambda handle: True) == 0
 
 
-def test_policies_register_by_name():
+def test_policies_register_by_name(monkeypatch):
+    monkeypatch.setattr(eviction, "_POLICIES", dict(eviction._POLICIES))
     register("mine", Lru)
     assert get_policy("mine") is Lru
     with pytest.raises(ConfigError, match="lfu, lru"):

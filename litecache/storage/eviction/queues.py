@@ -130,7 +130,7 @@ class Queues:
         mine = [q for q in self._queues if q.pages == pages and len(q.policy)]
         if namespace >= 0:
             mine = [queue for queue in mine if queue.namespace == namespace]
-        for queue in sorted(mine, key=self._debt):
+        for queue in sorted(mine, key=self._debt) if len(mine) > 1 else mine:
             handle = queue.policy.evict(allowed)
             if handle is not None:
                 self._where[handle] = -1
