@@ -133,7 +133,7 @@ class ReplicaPoller:
                 self._polling = bool(self._open)
                 self._condition.wait_for(lambda: self._closed or self._polling)
                 if self._closed:
-                    return
+                    break
                 first, self._first_poll = self._first_poll, None
             ids: list[str] = []
             try:
@@ -167,6 +167,7 @@ class ReplicaPoller:
                 logger.exception("%s: polling failed", self._name)
                 text = f"{self._name}: polling failed: {type(error).__name__}: {error}"
                 self._fail(list(self._open), GroupUnavailableError(text))
+        self._calls.disconnect()
 
     def _send_poll(self, requests: Sequence[Request]) -> Answer:
         with self._condition:

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import socket
 import threading
+import time
 from collections.abc import Callable, Mapping
 
 from ..errors import LiteCacheError, StorageError
@@ -19,6 +20,7 @@ from .peers import abstract, same_user
 logger = logging.getLogger(__name__)
 
 _RECEIVE_BYTES = 1 << 18
+_PAUSE_S = 0.1
 
 Handler = Callable[[bytes], "bytes | None"]
 
@@ -60,8 +62,13 @@ class SocketServer:
         while True:
             try:
                 connection, _ = self._listener.accept()
-            except OSError:
-                return
+            except OSError as error:
+                if self._closed:
+                    return
+                # out of descriptors, or a client that gave up: the next one is served again
+                logger.warning("a connection cannot be taken: %s", error)
+                time.sleep(_PAUSE_S)
+                continue
             with self._lock:
                 if self._closed or not same_user(connection):
                     connection.close()

@@ -167,12 +167,14 @@ class BlockIo:
         assert disk is not None
         begun = time.perf_counter()
         memories = [tiers.ram.arena.buffer(b.slot, b.nbytes) for b in request.blocks]
-        errors = disk.read(list(map(Transfer, request.slots, memories)))
-        with self._lock:
-            self._reading -= 1
-            self._reading_bytes -= request.nbytes
-            if tiers.reads:
-                self._work.notify()
+        try:
+            errors = disk.read(list(map(Transfer, request.slots, memories)))
+        finally:
+            with self._lock:
+                self._reading -= 1
+                self._reading_bytes -= request.nbytes
+                if tiers.reads:
+                    self._work.notify()
         reasons = list(map(fault, memories, request.keys, request.checksums, errors))
         self._account("read", request.nbytes, begun)
         with self._lock:
