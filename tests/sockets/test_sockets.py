@@ -108,6 +108,7 @@ def test_a_message_without_an_answer_is_handled_in_order(
         channel.tell(NOTE, bytes([i]))
     assert channel.answer(channel.call(REVERSE, b"ab"), 20) == b"ba"
     assert actor.released == [bytes([i]) for i in range(5)]
+    assert not channel._answers
 
 
 def test_errors_cost_one_call(channel: SocketChannel) -> None:
