@@ -241,7 +241,13 @@ def ragged_lengths(count: int) -> list[int]:
     return lengths
 
 
+def uniform_lengths(count: int) -> list[int]:
+    """Lengths even from 100 to 1,500, as in the middle of the 256-sequence bench."""
+    return [100 + 1400 * i // (count - 1) for i in range(count)]
+
+
 LLAMA = Shape(32, 8, 128, 32, 76 * 10**9)
+QWEN = Shape(16, 8, 128, 28, 60 * 10**9)
 SMOLLM = Shape(9, 3, 64, 30, 16 * 10**9)
 GPT2 = Shape(12, 12, 64, 12, 16 * 10**9)
 

@@ -16,12 +16,14 @@ from kernel_bench import (
     CHUNKS,
     GPT2,
     LLAMA,
+    QWEN,
     SMOLLM,
     Bench,
     Shape,
     causal_flops,
     memory_limits,
     ragged_lengths,
+    uniform_lengths,
 )
 
 from litecache.kernels.tune import candidates
@@ -47,7 +49,8 @@ def prefill_candidates(shape: Shape) -> list[PrefillConfig]:
         PrefillConfig(*numbers)
         for numbers in (
             (128, 64, 8, 2), (128, 128, 8, 2), (128, 128, 8, 3), (64, 64, 4, 3), (64, 64, 4, 2),
-            (64, 128, 4, 2), (64, 32, 4, 3), (64, 32, 4, 4), (128, 64, 8, 4),
+            (64, 128, 4, 2), (64, 32, 4, 3), (64, 32, 4, 4), (128, 64, 8, 4), (128, 64, 4, 2),
+            (128, 64, 4, 3), (128, 32, 4, 3), (128, 32, 8, 3), (64, 128, 4, 3), (256, 64, 8, 2),
         )
     ]  # fmt: skip
 
@@ -119,6 +122,7 @@ def sweep_all(report: Report, limit: float, names: list[str]) -> None:
     parts: dict[str, tuple[Shape, list[list[int]], int]] = {
         "llama": (LLAMA, [[4096] * 64, [1024] * 256, [131072], [8192] * 8], 1),
         "ragged": (LLAMA, [ragged_lengths(128)], 1),
+        "qwen": (QWEN, [uniform_lengths(n) for n in (240, 128, 64)], 1),
         "smollm": (SMOLLM, [[2048] * 128], 1),
         "gpt2": (GPT2, [[2048] * 64], 1),
         "int8": (replace(LLAMA, dtype="int8", pool_bytes=40 * 10**9), [[4096] * 64], 1),
@@ -154,7 +158,7 @@ def sweep_all(report: Report, limit: float, names: list[str]) -> None:
 
 def main() -> None:
     arguments = parser(__doc__ or "")
-    names = "llama,ragged,smollm,gpt2,int8,fp8,verify,prefill"
+    names = "llama,ragged,qwen,smollm,gpt2,int8,fp8,verify,prefill"
     arguments.add_argument("--parts", default=names, help=f"some of {names}")
     options = arguments.parse_args()
     if not torch.cuda.is_available():
