@@ -28,7 +28,7 @@ from litecache.kernels.triton_common import (
 )
 from litecache.kernels.triton_merge import merge_kernel, merge_pieces, merge_width
 from litecache.kernels.triton_pdl import await_previous, fetch_to_l2, use_pdl
-from litecache.kernels.triton_plan import plan_decode
+from litecache.kernels.triton_plan import load_cuts, plan_decode, segment_at
 from litecache.kernels.tuning import DecodeConfig
 
 MAX_QUERIES = 16
@@ -53,7 +53,7 @@ def _decode_kernel(
     q_ptr, out_ptr, q_token, q_head, o_token, o_head,
     k_ptr, v_ptr, k_block, k_head, v_block, v_head,
     ks_ptr, vs_ptr, ks_block, vs_block,
-    tables_ptr, table_stride, contexts_ptr, starts_ptr, ends_ptr, owner_ptr,
+    tables_ptr, table_stride, contexts_ptr, starts_ptr, ends_ptr, cuts_ptr, owner_ptr,
     partial_ptr, state_ptr, counter_ptr, sinks_ptr, slopes_ptr,
     scale, softcap, window, num_seqs, num_programs,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, MAX_Q: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -61,29 +61,25 @@ def _decode_kernel(
     D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
     WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, ALIBI: tl.constexpr,
     QUANTISED: tl.constexpr, FLOAT: tl.constexpr, ALIKE: tl.constexpr, STAGES: tl.constexpr,
-    MERGE: tl.constexpr, CHUNK: tl.constexpr, INLINE_MERGE: tl.constexpr, PDL: tl.constexpr,
+    MERGE: tl.constexpr, INLINE_MERGE: tl.constexpr, TAIL: tl.constexpr, PDL: tl.constexpr,
     FETCH_PAGES: tl.constexpr, FETCH_PIECES: tl.constexpr, FETCH_K: tl.constexpr,
     FETCH_V: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
-    work = tl.load(ends_ptr + num_seqs) * KV_HEADS
-    # With fixed chunks, which pairs are padded to, every cut lies at the same place of its pair
-    # whatever the batch.
-    share = CHUNK
-    if CHUNK == 0:
-        share = tl.cdiv(work, num_programs)
-    share_begin = program * share
-    if share_begin < work:
-        share_end = tl.minimum(share_begin + share, work)
+    share, tail_begin, tail_share, tail_segments = load_cuts(cuts_ptr)
+    segment = program
+    begin = program * share
+    end = tl.minimum(begin + share, tail_begin)
+    if begin < end:
         seq = tl.load(owner_ptr + program)
-        at = share_begin
-        while at < share_end:
+        at = begin
+        while at < end:
             seq_begin = tl.load(ends_ptr + seq)
             seq_tiles = tl.load(ends_ptr + seq + 1) - seq_begin
             kv_head = (at - seq_begin * KV_HEADS) // seq_tiles
             pair_begin = seq_begin * KV_HEADS + kv_head * seq_tiles
             pair_end = pair_begin + seq_tiles
-            stop = tl.minimum(pair_end, share_end)
+            stop = tl.minimum(pair_end, end)
 
             context = tl.load(contexts_ptr + seq)
             first_token = tl.load(starts_ptr + seq)
@@ -111,7 +107,7 @@ def _decode_kernel(
             high = tl.minimum(base + (stop - pair_begin) * BLOCK_N, context)
             if PDL:  # noqa: SIM102 - constants are folded one `if` at a time
                 # Keys of earlier steps are there already: ask for the first ones meanwhile.
-                if at == share_begin:
+                if at == program * share:
                     _fetch_pages(
                         k_base, k_block, table_ptr, low, high,
                         PAGE, FETCH_PAGES, FETCH_PIECES, FETCH_K,
@@ -158,8 +154,8 @@ def _decode_kernel(
                     BLOCK_M, GROUP, DV, DV_PAD,
                 )  # fmt: skip
             else:
-                # A program has at most two pieces: the one its share begins with, and a later one.
-                place = program * 2 + (at != share_begin).to(tl.int32)
+                # A segment has at most two pieces: the one that it begins with, and a later one.
+                place = segment * 2 + (at != begin).to(tl.int32)
                 dim = tl.arange(0, DV_PAD)
                 mine = row < ROWS
                 tl.store(
@@ -171,20 +167,36 @@ def _decode_kernel(
                 tl.store(state_ptr + (place * ROWS + row) * 2 + 1, total, mask=mine)
                 if INLINE_MERGE:
                     pair = seq * KV_HEADS + kv_head
-                    pieces = (pair_end - 1) // share - pair_begin // share + 1
+                    first = segment_at(pair_begin, share, tail_begin, tail_share, num_programs)
+                    last = segment_at(pair_end - 1, share, tail_begin, tail_share, num_programs)
                     # Every thread's piece is written before the one that counts releases it.
                     tl.debug_barrier()
                     arrived = tl.atomic_add(counter_ptr + pair, 1, sem="acq_rel")
-                    if arrived == pieces - 1:
+                    if arrived == last - first:
                         merge_pieces(
                             partial_ptr, state_ptr, out_ptr, o_token, o_head, sinks_ptr,
-                            pair_begin, pair_end, share, first_token, queries, kv_head, 0,
+                            pair_begin, pair_end, share, tail_begin, tail_share, num_programs,
+                            first_token, queries, kv_head, 0,
                             GROUP, ROWS, ROWS, DV, DV_PAD, SINKS, MERGE,
                         )  # fmt: skip
                         tl.store(counter_ptr + pair, 0)
             at = stop
             if (stop == pair_end) & (kv_head == KV_HEADS - 1):
                 seq += 1
+            if TAIL:  # noqa: SIM102 - constants are folded one `if` at a time
+                if (at == end) & (tail_segments > 0):
+                    ticket_ptr = counter_ptr + num_seqs * KV_HEADS
+                    ticket = tl.atomic_add(ticket_ptr, 1, sem="relaxed")
+                    if ticket < tail_segments:
+                        segment = num_programs + ticket
+                        begin = tail_begin + ticket * tail_share
+                        at = begin
+                        end = tl.minimum(
+                            begin + tail_share, tl.load(ends_ptr + num_seqs) * KV_HEADS
+                        )
+                        seq = tl.load(owner_ptr + segment)
+                    elif ticket == tail_segments + num_programs - 1:
+                        tl.store(ticket_ptr, 0)  # every program has drawn its last
 
 
 @triton.jit
@@ -270,7 +282,7 @@ def decode(
         k_scale, v_scale,
         k_scale.stride(0) if k_scale is not None else 0,
         v_scale.stride(0) if v_scale is not None else 0,
-        tables, tables.stride(0), contexts, starts, plan.ends, plan.owner,
+        tables, tables.stride(0), contexts, starts, plan.ends, plan.cuts, plan.owner,
         plan.partial, plan.state, plan.counter, sinks, alibi_slopes,
         scale, softcap or 1.0, window or 0, num_seqs, config.num_programs,
         KV_HEADS=kv_heads, GROUP=group, MAX_Q=max_queries, BLOCK_M=max(16, rows),
@@ -280,7 +292,7 @@ def decode(
         ALIBI=alibi_slopes is not None, QUANTISED=k_scale is not None,
         FLOAT=is_float, ALIKE=k_cache.stride(0) == v_cache.stride(0) and k_dim == v_dim,
         STAGES=config.num_stages, MERGE=merge_width(config, rows, v_pad, k_scale is not None),
-        CHUNK=chunk, INLINE_MERGE=inline, PDL=pdl,
+        INLINE_MERGE=inline, TAIL=plan.has_tail, PDL=pdl,
         FETCH_PAGES=fetch[0], FETCH_PIECES=fetch[1], FETCH_K=fetch[2], FETCH_V=fetch[3],
         # The plan is read before the wait, so the kernel right behind the plan starts after it.
         num_warps=config.num_warps, launch_pdl=pdl and not fresh,
@@ -289,9 +301,9 @@ def decode(
         tile = min(8, rows)
         merge_kernel[(num_seqs * kv_heads, rows // tile)](
             plan.partial, plan.state, out, out.stride(0), out.stride(1), sinks, starts, plan.ends,
-            num_seqs, config.num_programs,
+            plan.cuts, config.num_programs,
             KV_HEADS=kv_heads, GROUP=group, ROWS=rows, TILE=tile, DV=v_dim, DV_PAD=v_pad,
-            SINKS=sinks is not None, MERGE=max(1, min(16, 8192 // (tile * v_pad))), CHUNK=chunk,
+            SINKS=sinks is not None, MERGE=max(1, min(16, 8192 // (tile * v_pad))),
             PDL=pdl, num_warps=4, launch_pdl=pdl,
         )  # fmt: skip
 

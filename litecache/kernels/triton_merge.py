@@ -12,20 +12,23 @@ import triton.language as tl
 
 from litecache.kernels.triton_common import LOG2E, finish, store_rows
 from litecache.kernels.triton_pdl import await_previous
+from litecache.kernels.triton_plan import load_cuts, segment_at, segment_begin
 from litecache.kernels.tuning import DecodeConfig
 
 
 @triton.jit
 def merge_pieces(
     partial_ptr, state_ptr, out_ptr, o_token, o_head, sinks_ptr,
-    pair_begin, pair_end, share, first_token, queries, kv_head, first_row,
+    pair_begin, pair_end, share, tail_begin, tail_share, num_programs,
+    first_token, queries, kv_head, first_row,
     GROUP: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, DV: tl.constexpr,
     DV_PAD: tl.constexpr, SINKS: tl.constexpr, MERGE: tl.constexpr,
 ):  # fmt: skip
     """Merges the pieces of one pair for `TILE` of its rows, `MERGE` pieces at a time."""
-    first_owner = pair_begin // share
-    pieces = (pair_end - 1) // share - first_owner + 1
-    first_is_later = (pair_begin != first_owner * share).to(tl.int32)
+    first = segment_at(pair_begin, share, tail_begin, tail_share, num_programs)
+    pieces = segment_at(pair_end - 1, share, tail_begin, tail_share, num_programs) - first + 1
+    first_begin = segment_begin(first, share, tail_begin, tail_share, num_programs)
+    first_is_later = (pair_begin != first_begin).to(tl.int32)
     row = first_row + tl.arange(0, TILE)
     dim = tl.arange(0, DV_PAD)
     head = kv_head * GROUP + row % GROUP
@@ -34,7 +37,7 @@ def merge_pieces(
     total = tl.zeros((TILE,), tl.float32)
     for begin in range(0, pieces, MERGE):
         piece = begin + tl.arange(0, MERGE)
-        place = (first_owner + piece) * 2 + tl.where(piece == 0, first_is_later, 0)
+        place = (first + piece) * 2 + tl.where(piece == 0, first_is_later, 0)
         line = place[:, None] * ROWS + row[None, :]
         there = (piece < pieces)[:, None] & (row >= 0)[None, :]
         # The pieces come from other multiprocessors: read them past this one's L1.
@@ -63,33 +66,32 @@ def merge_pieces(
     )  # fmt: skip
 
 
-@triton.jit(
-    do_not_specialize=["num_seqs", "num_programs"], do_not_specialize_on_alignment=["starts_ptr"]
-)
+@triton.jit(do_not_specialize=["num_programs"], do_not_specialize_on_alignment=["starts_ptr"])
 def merge_kernel(
     partial_ptr, state_ptr, out_ptr, o_token, o_head, sinks_ptr, starts_ptr, ends_ptr,
-    num_seqs, num_programs,
+    cuts_ptr, num_programs,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
     DV: tl.constexpr, DV_PAD: tl.constexpr, SINKS: tl.constexpr, MERGE: tl.constexpr,
-    CHUNK: tl.constexpr, PDL: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Merges `TILE` rows of every pair that was cut: a program for each pair and row tile."""
     seq = tl.program_id(0) // KV_HEADS
     kv_head = tl.program_id(0) % KV_HEADS
-    share = CHUNK
-    if CHUNK == 0:
-        share = tl.cdiv(tl.load(ends_ptr + num_seqs) * KV_HEADS, num_programs)
+    share, tail_begin, tail_share, _ = load_cuts(cuts_ptr)
     seq_begin = tl.load(ends_ptr + seq)
     seq_tiles = tl.load(ends_ptr + seq + 1) - seq_begin
     pair_begin = seq_begin * KV_HEADS + kv_head * seq_tiles
     pair_end = pair_begin + seq_tiles
     await_previous(PDL)
-    if pair_begin // share != (pair_end - 1) // share:
+    begins_in = segment_at(pair_begin, share, tail_begin, tail_share, num_programs)
+    ends_in = segment_at(pair_end - 1, share, tail_begin, tail_share, num_programs)
+    if begins_in != ends_in:
         first_token = tl.load(starts_ptr + seq)
         queries = tl.load(starts_ptr + seq + 1) - first_token
         merge_pieces(
             partial_ptr, state_ptr, out_ptr, o_token, o_head, sinks_ptr,
-            pair_begin, pair_end, share, first_token, queries, kv_head, tl.program_id(1) * TILE,
+            pair_begin, pair_end, share, tail_begin, tail_share, num_programs,
+            first_token, queries, kv_head, tl.program_id(1) * TILE,
             GROUP, ROWS, TILE, DV, DV_PAD, SINKS, MERGE,
         )  # fmt: skip
 

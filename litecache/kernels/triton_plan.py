@@ -1,6 +1,8 @@
 """The plan of a decode step: how its tiles are shared out, made on the device once for all layers.
 
-Read `triton_decode` first: this is the line that its programs walk along.
+Read `triton_decode` first: this is the line that its programs walk along. The line is cut into
+segments: one of equal length for each program, and behind them, where there is work enough, small
+ones that programs take as they finish ("tail"). A cut inside a pair makes pieces that are merged.
 """
 
 from __future__ import annotations
@@ -22,16 +24,60 @@ of their pairs fell to one program, and every layer waited for it: 2.4 ms a step
 """
 
 
+_LEAST_SHARE = 24
+"""Tiles a program below which there is no tail: its pieces would cost more than they even out."""
+
+_TAIL_SEGMENTS = 3
+"""Room for so many segments of the tail a program; `_plan_kernel` makes two or a little more."""
+
+_MOST_PIECES = 48
+"""A pair is cut into about so many segments of the tail at most: one program merges them."""
+
+_MOST_ROWS = 16
+"""Rows of a pair up to which there is a tail."""
+
+# Globals that kernels read must be constexpr.
+_SHARE_FLOOR = tl.constexpr(_LEAST_SHARE)
+_PIECES_CEILING = tl.constexpr(_MOST_PIECES)
+
+
+@triton.jit
+def load_cuts(cuts_ptr):
+    """Length of a share, where the tail begins, length of its segments, and how many there are."""
+    share = tl.load(cuts_ptr)
+    tail_begin = tl.load(cuts_ptr + 1)
+    tail_share = tl.load(cuts_ptr + 2)
+    tail_segments = tl.load(cuts_ptr + 3)
+    return share, tail_begin, tail_share, tail_segments
+
+
+@triton.jit
+def segment_at(tile, share, tail_begin, tail_share, num_programs):
+    """The segment that a tile of the line lies in."""
+    return tl.where(
+        tile < tail_begin, tile // share, num_programs + (tile - tail_begin) // tail_share
+    )
+
+
+@triton.jit
+def segment_begin(segment, share, tail_begin, tail_share, num_programs):
+    """The first tile of a segment."""
+    return tl.where(
+        segment < num_programs, segment * share, tail_begin + (segment - num_programs) * tail_share
+    )
+
+
 @triton.jit(
-    do_not_specialize=["num_seqs", "window", "num_programs"],
+    do_not_specialize=["num_seqs", "window", "num_programs", "num_segments"],
     do_not_specialize_on_alignment=["contexts_ptr", "starts_ptr"],
 )
 def _plan_kernel(
-    contexts_ptr, starts_ptr, ends_ptr, owner_ptr, num_seqs, window, num_programs,
+    contexts_ptr, starts_ptr, ends_ptr, cuts_ptr, owner_ptr,
+    num_seqs, window, num_programs, num_segments,
     TILE: tl.constexpr, SEQS_PAD: tl.constexpr, BLOCK_P: tl.constexpr, KV_HEADS: tl.constexpr,
-    WINDOWED: tl.constexpr, CHUNK: tl.constexpr, LEAST: tl.constexpr,
+    WINDOWED: tl.constexpr, CHUNK: tl.constexpr, LEAST: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """Cumulative tiles per sequence, and the sequence in which each program's share begins."""
+    """Cumulative tiles per sequence, the cuts, and the sequence in which each segment begins."""
     seq = tl.arange(0, SEQS_PAD)
     real = seq < num_seqs
     context = tl.load(contexts_ptr + seq, mask=real, other=0)
@@ -46,16 +92,32 @@ def _plan_kernel(
         tiles = tl.cdiv(tiles, CHUNK) * CHUNK
     tiles = tl.where(real, tiles, 0)
     ends = tl.cumsum(tiles, 0)
+    work = tl.sum(tiles, 0) * KV_HEADS
+    share = CHUNK
+    if CHUNK == 0:
+        share = tl.cdiv(work, num_programs)
+    tail_begin, tail_share, tail_segments = work, 1, 0
+    if TAIL > 0:
+        even = work // num_programs
+        least = tl.cdiv(tl.max(tiles, 0), _PIECES_CEILING)
+        length = tl.maximum(tl.cdiv(even, 2 * TAIL), least)
+        if (even >= _SHARE_FLOOR) & (length * TAIL <= even):
+            share = even - even // TAIL
+            tail_begin = share * num_programs
+            tail_share = length
+            tail_segments = tl.cdiv(work - tail_begin, length)
     if tl.program_id(0) == 0:
         tl.store(ends_ptr + 1 + seq, ends, mask=real)
         tl.store(ends_ptr, 0)
-    share = CHUNK
-    if CHUNK == 0:
-        share = tl.cdiv(tl.sum(tiles, 0) * KV_HEADS, num_programs)
-    program = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
-    before = (ends * KV_HEADS)[None, :] <= (program * share)[:, None]
+        tl.store(cuts_ptr, share)
+        tl.store(cuts_ptr + 1, tail_begin)
+        tl.store(cuts_ptr + 2, tail_share)
+        tl.store(cuts_ptr + 3, tail_segments)
+    segment = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    begin = segment_begin(segment, share, tail_begin, tail_share, num_programs)
+    before = (ends * KV_HEADS)[None, :] <= begin[:, None]
     owner = tl.sum((before & real[None, :]).to(tl.int32), 1)
-    tl.store(owner_ptr + program, owner, mask=program < num_programs)
+    tl.store(owner_ptr + segment, owner, mask=segment < num_segments)
 
 
 @dataclass
@@ -64,17 +126,22 @@ class DecodePlan:
 
     Attributes:
         ends: int32 `[seqs + 1]`, tiles of one KV head up to each sequence.
-        owner: int32 `[programs]`, the sequence in which each program's share begins.
-        partial: float32 `[2 * programs, rows, v_pad]`, unnormalised sums of pieces.
-        state: float32 `[2 * programs, rows, 2]`, their peaks and sums of weights.
-        counter: int32 `[seqs * kv_heads]`, pieces of each pair that are done; 0 between layers.
+        cuts: int32 `[4]`, see `load_cuts`.
+        owner: int32 `[segments]`, the sequence in which each segment begins.
+        partial: float32 `[2 * segments, rows, v_pad]`, unnormalised sums of pieces.
+        state: float32 `[2 * segments, rows, 2]`, their peaks and sums of weights.
+        counter: int32 `[seqs * kv_heads + 1]`, pieces of each pair that are done, and segments of
+            the tail that are taken; 0 between layers.
+        has_tail: there may be segments behind the programs' own.
     """
 
     ends: torch.Tensor
+    cuts: torch.Tensor
     owner: torch.Tensor
     partial: torch.Tensor
     state: torch.Tensor
     counter: torch.Tensor
+    has_tail: bool
 
 
 def plan_decode(
@@ -94,20 +161,26 @@ def plan_decode(
     if plan is None:
         device = metadata.context_lens.device
         programs = config.num_programs
+        # The scratch of many rows is large as it is.
+        tail = config.tail if chunk == 0 and rows <= _MOST_ROWS else 0
+        segments = programs * (1 + (_TAIL_SEGMENTS if tail else 0))
         num_seqs = seqs.stop - seqs.start
         plan = metadata.scratch[name] = DecodePlan(
             ends=torch.empty(num_seqs + 1, dtype=torch.int32, device=device),
-            owner=torch.empty(programs, dtype=torch.int32, device=device),
-            partial=torch.empty(2 * programs * rows * v_pad, dtype=torch.float32, device=device),
-            state=torch.empty(2 * programs * rows * 2, dtype=torch.float32, device=device),
-            counter=torch.zeros(num_seqs * kv_heads, dtype=torch.int32, device=device),
+            cuts=torch.empty(4, dtype=torch.int32, device=device),
+            owner=torch.empty(segments, dtype=torch.int32, device=device),
+            partial=torch.empty(2 * segments * rows * v_pad, dtype=torch.float32, device=device),
+            state=torch.empty(2 * segments * rows * 2, dtype=torch.float32, device=device),
+            counter=torch.zeros(num_seqs * kv_heads + 1, dtype=torch.int32, device=device),
+            has_tail=tail > 0,
         )
         seqs_pad = max(16, triton.next_power_of_2(num_seqs))
         block_p = max(1, min(64, 16384 // seqs_pad))
-        _plan_kernel[(triton.cdiv(programs, block_p),)](
+        _plan_kernel[(triton.cdiv(segments, block_p),)](
             metadata.context_lens[seqs], metadata.cu_seqlens_q[seqs.start :],
-            plan.ends, plan.owner, num_seqs, window or 0, programs,
+            plan.ends, plan.cuts, plan.owner, num_seqs, window or 0, programs, segments,
             TILE=config.block_n, SEQS_PAD=seqs_pad, BLOCK_P=block_p, KV_HEADS=kv_heads,
             WINDOWED=window is not None, CHUNK=chunk, LEAST=1 if chunk else _LEAST_TILES,
+            TAIL=tail,
         )  # fmt: skip
     return plan, fresh

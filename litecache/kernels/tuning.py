@@ -28,12 +28,14 @@ class DecodeConfig:
         num_stages: tiles in flight.
         num_programs: size of the fixed grid. All of them must fit the chip at once: shares are
             equal, so a second wave would double the time.
+        tail: one in so many tiles of a long line is handed out as programs finish; 0 = none.
     """
 
     block_n: int
     num_warps: int
     num_stages: int
     num_programs: int
+    tail: int = 8
 
 
 @dataclass(frozen=True)

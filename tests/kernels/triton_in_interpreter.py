@@ -23,7 +23,12 @@ from litecache.kernels import (
 from litecache.kernels.convert import BlockForm, convert_reference
 from litecache.kernels.quantise import dequantise, quantise
 from litecache.kernels.triton_gather import gather, merge_two
-from litecache.kernels.triton_plan import plan_decode
+from litecache.kernels.triton_plan import (
+    _MOST_PIECES,
+    _TAIL_SEGMENTS,
+    DecodePlan,
+    plan_decode,
+)
 from litecache.kernels.tuning import DecodeConfig
 
 torch.set_num_threads(1)
@@ -177,6 +182,51 @@ def test_rows_of_one_token_do_not_fall_to_one_program() -> None:
     assert tiles == [64] + [2] * 15
     share = -(-sum(tiles) * 2 // config.num_programs)
     assert share // tiles[1] <= 6
+
+
+@pytest.mark.parametrize("extras", [{}, {"window": 300}, {"pool_dtype": torch.int8}])
+def test_the_end_of_a_long_line_is_handed_out(extras: dict[str, Any]) -> None:
+    case = Case((1, 1, 1, 1), (17, 700, 1, 560), heads=(4, 2), **extras)
+    batch = make_batch(case)
+    out = torch.full((4, 4, 16), torch.nan)
+    for _ in range(2):  # the tickets begin anew
+        paged_attention(
+            batch.query, batch.k_cache, batch.v_cache, batch.metadata, **batch.arguments(), out=out
+        )
+        expected = attend(batch.query, batch.wide_k, batch.wide_v, batch.metadata, **batch.options)
+        assert worst_error(out, expected) < tolerance(case)
+        out.fill_(torch.nan)
+    (plan,) = (p for p in batch.metadata.scratch.values() if isinstance(p, DecodePlan))
+    share, tail_begin, tail_share, tail_segments = plan.cuts.tolist()
+    work = plan.ends[-1].item() * 2
+    programs = len(plan.owner) // (1 + _TAIL_SEGMENTS)
+    assert tail_begin == programs * share < work
+    assert programs < tail_segments <= programs * _TAIL_SEGMENTS
+    assert 0 <= tail_begin + tail_segments * tail_share - work < tail_share
+    assert not plan.counter.any()
+
+
+@pytest.mark.parametrize("programs", [3, 17, 132])
+@pytest.mark.parametrize("tiles", [[70], [24] * 16, [1, 500, 3, 2000], [40] * 300, [4096]])
+def test_segments_cover_the_line_and_fit_their_room(programs: int, tiles: list[int]) -> None:
+    contexts = [count * 16 for count in tiles]
+    width = max(tiles) * 2
+    metadata = AttentionMetadata.build([1] * len(tiles), contexts, [[0] * width] * len(tiles), 8)
+    config = DecodeConfig(block_n=16, num_warps=4, num_stages=2, num_programs=programs)
+    plan, _ = plan_decode(metadata, slice(0, len(tiles)), 2, None, 2, 16, config, 0)
+    share, tail_begin, tail_share, tail_segments = plan.cuts.tolist()
+    work = plan.ends[-1].item() * 2
+    begins = [p * share for p in range(programs) if p * share < tail_begin]
+    if tail_segments:
+        assert len(begins) == programs
+        begins += [tail_begin + s * tail_share for s in range(tail_segments)]
+        assert max(tiles) // tail_share <= _MOST_PIECES
+    assert begins[-1] < work <= begins[-1] + (tail_share if tail_segments else share)
+    assert len(begins) <= len(plan.owner)
+    ends = (plan.ends[1:] * 2).tolist()
+    assert plan.owner[: len(begins)].tolist() == [
+        sum(end <= begin for end in ends) for begin in begins
+    ]
 
 
 def test_deterministic_results_do_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
