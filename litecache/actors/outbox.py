@@ -1,6 +1,8 @@
 """What a `GpuCache` still has to tell its clients: sequence numbers, acknowledgements, heartbeat.
 
 Deltas wait here until the client's next poll acknowledges them, so nothing is lost or told twice.
+Until a reply takes them, those of one request grow together: a reply has one delta a request,
+however many steps it covers, since to write it holds up the engine's thread.
 The record of a client has an epoch of its own; when the client falls silent the record is dropped
 and its requests are aborted, and a client that comes back sees another epoch and submits again.
 All methods run on one asyncio event loop; the engine's thread enters by `call_soon_threadsafe`.
@@ -23,6 +25,32 @@ MAX_UNACKNOWLEDGED_TOKENS = 8192
 RequestsHook = Callable[[Sequence[str]], None]
 
 
+class _Untold:
+    """What no reply has taken yet of one request: deltas of several steps, grown together."""
+
+    __slots__ = ("_first", "_last", "_logprobs", "_token_ids")
+
+    def __init__(self, delta: TokenDelta) -> None:
+        self._first = self._last = delta
+        self._token_ids = list(delta.token_ids)
+        self._logprobs = list(delta.logprobs)
+
+    def add(self, delta: TokenDelta) -> None:
+        """Take the next delta of the request."""
+        self._last = delta
+        self._token_ids += delta.token_ids
+        self._logprobs += delta.logprobs
+
+    def joined(self) -> TokenDelta:
+        """All of it as one delta: what comes with the first token, and how it ended."""
+        return self._last._replace(
+            token_ids=tuple(self._token_ids),
+            logprobs=tuple(self._logprobs),
+            reused_tokens=self._first.reused_tokens,
+            ttft_s=self._first.ttft_s,
+        )
+
+
 @dataclass
 class _Client:
     """One client's undelivered deltas.
@@ -30,8 +58,11 @@ class _Client:
     Attributes:
         epoch: tells this record from any earlier or later one of the same client.
         first_seq: sequence number of `deltas[0]`.
+        deltas: taken by a reply, not acknowledged yet.
+        untold: by request, what comes with the next reply.
+        urgent: some of that should not wait.
         live: ids of requests that have not finished.
-        num_tokens: tokens in `deltas`.
+        num_tokens: tokens in `deltas` and `untold`.
         last_seen: when the latest poll or submission arrived.
         waiter: of the poll that is held open, if any.
         replied_at: when the last poll returned.
@@ -42,6 +73,8 @@ class _Client:
     last_seen: float
     first_seq: int = 1
     deltas: deque[TokenDelta] = field(default_factory=deque)
+    untold: dict[str, _Untold] = field(default_factory=dict)
+    urgent: bool = False
     live: set[str] = field(default_factory=set)
     num_tokens: int = 0
     paused: bool = False
@@ -53,6 +86,23 @@ class _Client:
         """End the wait of the poll that is held open; `current`: it may take the deltas."""
         if self.waiter is not None and not self.waiter.done():
             self.waiter.set_result(current)
+
+    def take(self, delta: TokenDelta) -> None:
+        """Keep a delta for the next reply."""
+        untold = self.untold.get(delta.request_id)
+        if untold is None:
+            self.untold[delta.request_id] = _Untold(delta)
+        else:
+            untold.add(delta)
+        self.num_tokens += len(delta.token_ids)
+        self.urgent = self.urgent or _is_urgent(delta)
+
+    def reply(self) -> PollReply:
+        """All that has not been acknowledged."""
+        self.deltas += [untold.joined() for untold in self.untold.values()]
+        self.untold.clear()
+        self.urgent = False
+        return PollReply(self.first_seq, tuple(self.deltas), self.epoch)
 
 
 class Outbox:
@@ -112,11 +162,11 @@ class Outbox:
             client = self._clients.get(client_id)
             if client is None or delta.request_id not in client.live:
                 continue
-            client.deltas.append(delta)
-            client.num_tokens += len(delta.token_ids)
+            first = not client.untold
+            client.take(delta)
             if delta.finish_reason is not None:
                 client.live.discard(delta.request_id)
-            self._wake_in_time(client, delta)
+            self._wake_in_time(client, first)
             if client.paused and delta.request_id in client.live:
                 self._pause([delta.request_id])  # submitted after the others had paused
             elif client.num_tokens >= self._max_unacknowledged_tokens:
@@ -141,9 +191,10 @@ class Outbox:
         if epoch == client.epoch:
             self._acknowledge(client, ack)
         wait_s = hold_s
-        if client.deltas:
+        if client.deltas or client.untold:
             due_s = client.replied_at + gap_s - self._clock()
-            wait_s = 0.0 if any(map(_is_urgent, client.deltas)) else min(hold_s, due_s)
+            urgent = client.urgent or any(map(_is_urgent, client.deltas))
+            wait_s = 0.0 if urgent else min(hold_s, due_s)
         current = True
         if wait_s > 0:
             # A bare future and timer: `wait_for` would put a task between a token and its reply.
@@ -156,7 +207,7 @@ class Outbox:
         if not current:
             return PollReply(client.first_seq, (), client.epoch)
         client.replied_at = self._clock()
-        return PollReply(client.first_seq, tuple(client.deltas), client.epoch)
+        return client.reply()
 
     @property
     def live_requests(self) -> int:
@@ -179,13 +230,13 @@ class Outbox:
         self._arm_timer()
         return client
 
-    def _wake_in_time(self, client: _Client, delta: TokenDelta) -> None:
+    def _wake_in_time(self, client: _Client, first: bool) -> None:
         if client.waiter is None or client.waiter.done():
             return
         wait_s = client.replied_at + client.gap_s - self._clock()
-        if wait_s <= 0 or _is_urgent(delta):
+        if wait_s <= 0 or client.urgent:
             client.wake()
-        elif len(client.deltas) == 1:  # the timer of the first delta serves those that follow
+        elif first:  # the timer of the first delta serves those that follow
             asyncio.get_running_loop().call_later(wait_s, client.wake)
 
     def _acknowledge(self, client: _Client, ack: int) -> None:

@@ -118,8 +118,7 @@ class PendingRequest:
         count = self._stop.first_end((*self.request.prompt, *self.tokens), delta.token_ids)
         if count is None:
             return delta
-        return dataclasses.replace(
-            delta,
+        return delta._replace(
             token_ids=delta.token_ids[:count],
             logprobs=delta.logprobs[:count],
             finish_reason=FinishReason.STOP,

@@ -19,7 +19,7 @@ from litecache.engine.random_numbers import position_keys
 from litecache.engine.row_tables import RowTables
 from litecache.engine.sampler import EVERY_TOKEN
 from litecache.engine.step_buffers import STRUCK_TOKENS, Fields, StepBuffers, StepShape
-from litecache.engine.step_plan import StepPlan, TableUpdate
+from litecache.engine.step_plan import RowStep, StepPlan, TableUpdate
 from litecache.errors import ConfigError
 
 Ints = npt.NDArray[np.int64]
@@ -102,9 +102,7 @@ class BatchBuilder:
             ConfigError: the plan has more tokens than the buffers hold.
         """
         deltas = self.apply(plan)
-        steps = np.array(
-            [(s.row, s.start, s.num_tokens, s.sample, s.cached) for s in plan.rows], dtype=np.int64
-        ).reshape(-1, 5)
+        steps = np.array(plan.rows, dtype=np.int64).reshape(-1, len(RowStep._fields))
         num_tokens = int(steps[:, 2].sum())
         if num_tokens > self._max_tokens:
             raise ConfigError("num_tokens", num_tokens, f"at most {self._max_tokens} in a step")

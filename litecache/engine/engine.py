@@ -317,14 +317,16 @@ class Engine:
                 self._scheduler.on_saved((), refused)
 
     def _count(self, deltas: list[tuple[str, TokenDelta]]) -> None:
+        generated = 0
         for _, delta in deltas:
-            for tier, tokens in (delta.reused_tokens or {}).items():
-                self.metrics.inc("litecache_reused_tokens", tokens, tier=tier)
+            generated += len(delta.token_ids)
             if delta.ttft_s is not None:
                 self.metrics.observe("litecache_ttft_seconds", delta.ttft_s)
+                for tier, tokens in (delta.reused_tokens or {}).items():
+                    self.metrics.inc("litecache_reused_tokens", tokens, tier=tier)
             if delta.finish_reason is not None:
                 self.metrics.inc("litecache_requests", outcome=delta.finish_reason.value)
-        self.metrics.inc("litecache_generated_tokens", sum(len(d.token_ids) for _, d in deltas))
+        self.metrics.inc("litecache_generated_tokens", generated)
 
     def _open_tiers(
         self, shards: Sequence[ShardClient], remote: RemoteSource | None, num_blocks: int

@@ -32,6 +32,8 @@ class Publisher:
 
     def publish_computed(self, seq: Sequence, end: int, out: Schedule) -> None:
         """Publish the blocks that are full now that positions up to `end` are computed."""
+        if end // self._cache.block_size <= seq.num_published:
+            return
         last = min(end // self._cache.block_size, len(seq.chain.keys[0]))
         for index in range(seq.num_published, last):
             for group, table in enumerate(seq.tables):

@@ -61,6 +61,7 @@ class Scheduler:
         self.cache = cache
         self.preemptions = 0
         self._roots = roots
+        self._windowed = any(group.spec.window is not None for group in cache.groups)
         self._publisher = Publisher(cache, admission if lower_tiers else "none")
         self._staging = Staging(cache, self._publisher)
         self._max_batch_tokens = max_batch_tokens
@@ -119,14 +120,19 @@ class Scheduler:
         """A launched step is done."""
         out = Schedule()
         launched = self._take_launched(result.step)
-        samples = enumerate(result.tokens)
+        tokens, logprobs = result.tokens, result.logprobs
+        place = -1
         for seq, step, life in launched.rows:
-            place, token = next(samples) if step.sample else (-1, None)
-            seq.num_in_flight -= step.sample
+            token = None
+            if step.sample:
+                place += 1
+                token = tokens[place]
+                seq.num_in_flight -= 1
             if seq.status is SequenceStatus.FINISHED:
                 continue
-            self._suspects.pop(seq.id, None)
-            if step.row in result.invalid_rows:
+            if self._suspects:
+                self._suspects.pop(seq.id, None)
+            if token is not None and step.row in result.invalid_rows:
                 message = (
                     f"request {seq.id}: the logits of step {result.step} at position"
                     f" {step.start + step.num_tokens - 1} are not finite"
@@ -140,7 +146,7 @@ class Scheduler:
             if life == seq.life and seq.status is SequenceStatus.RUNNING:
                 self._publisher.publish_computed(seq, step.start + step.num_tokens, out)
             if token is not None:
-                self._emit(seq, token, result.logprobs.get(place), now, out)
+                self._emit(seq, token, logprobs.get(place) if logprobs else None, now, out)
         return out
 
     def undo_step(self, step: int, message: str, *, out_of_memory: bool) -> Schedule:
@@ -181,7 +187,9 @@ class Scheduler:
                 self._finish(seq, FinishReason.LENGTH, out)
         plan = PlanBuilder(self._max_batch_tokens, self._chunk_grid)
         alone = next(iter(self._suspects.values()), None)
-        running = [seq for seq in self._queues.running if alone in (None, seq)]
+        running = list(self._queues.running)
+        if alone is not None:
+            running = [seq for seq in running if seq is alone]
         for seq in running:
             if seq.num_todo == 1 and self._may_step(seq) and self._grow(seq, plan):
                 plan.add_step(seq, 1)
@@ -214,7 +222,7 @@ class Scheduler:
 
     def client_requests(self, client_id: str) -> list[str]:
         """Ids of a client's unfinished requests."""
-        return [s.id for s in self._sequences.values() if s.request.client_id == client_id]
+        return [s.id for s in self._sequences.values() if s.client_id == client_id]
 
     def check_integrity(self) -> None:
         """Assert that rows, block tables and references add up."""
@@ -240,7 +248,8 @@ class Scheduler:
 
     def _grow(self, seq: Sequence, plan: PlanBuilder) -> bool:
         """Make room for the next token, preempting the youngest; False if `seq` had to give way."""
-        self._trim_windows(seq, plan)
+        if self._windowed:
+            self._trim_windows(seq, plan)
         index = seq.num_computed // self.cache.block_size
         for group, table in enumerate(seq.tables):
             while index >= len(table):
@@ -292,7 +301,7 @@ class Scheduler:
         out: Schedule,
     ) -> None:
         reason = None
-        if token in seq.request.sampling.eos_token_ids:
+        if token in seq.eos_token_ids:
             reason = FinishReason.STOP
         elif seq.num_tokens >= seq.max_tokens:
             reason = FinishReason.LENGTH
@@ -306,7 +315,7 @@ class Scheduler:
                 seq.id, (token,), reason, reused_tokens=reused, ttft_s=ttft_s, logprobs=told
             )
             seq.announced = True
-        out.deltas.append((seq.request.client_id, delta))
+        out.deltas.append((seq.client_id, delta))
         if reason is not None:
             self._end(seq, out)
 
@@ -314,7 +323,7 @@ class Scheduler:
         self, seq: Sequence, reason: FinishReason, out: Schedule, error: str | None = None
     ) -> None:
         delta = TokenDelta(seq.id, (), reason, error, "LiteCacheError" if error else None)
-        out.deltas.append((seq.request.client_id, delta))
+        out.deltas.append((seq.client_id, delta))
         self._end(seq, out)
 
     def _end(self, seq: Sequence, out: Schedule) -> None:

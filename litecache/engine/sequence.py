@@ -48,6 +48,8 @@ class Sequence:
     ) -> None:
         self.request = request
         self.id = request.request_id
+        self.client_id = request.client_id
+        self.eos_token_ids = request.sampling.eos_token_ids
         self.num_prompt = len(request.prompt) - request.num_resumed_tokens
         self.max_tokens = self.num_prompt + request.sampling.max_new_tokens
         self._tokens = np.empty(max(self.max_tokens, len(request.prompt)), dtype=np.int64)
@@ -99,4 +101,5 @@ class Sequence:
         """Add a sampled token."""
         self._tokens[self.num_tokens] = token
         self.num_tokens += 1
-        self.chain.extend(self.tokens)
+        if not self.num_tokens % self.chain.block_size:
+            self.chain.extend(self.tokens)

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from litecache.token_ids import TokenIds
 from litecache.types import SamplingParams, TokenLogprobs
 
-PLAN_VERSION = 2
+PLAN_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,10 @@ class BlockCopy:
     dst: int
 
 
-@dataclass(frozen=True)
-class RowStep:
+class RowStep(NamedTuple):
     """The tokens of one row that this step computes.
+
+    A tuple, because every row has one in every step: numpy takes all of them at once.
 
     Attributes:
         row: which row.
@@ -124,7 +125,7 @@ class StepPlan:
                 for u in values["table_updates"]
             ),
             copies=tuple(BlockCopy(**copy) for copy in values["copies"]),
-            rows=tuple(RowStep(**row) for row in values["rows"]),
+            rows=tuple(RowStep(*row) for row in values["rows"]),
             version=values["version"],
         )
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 
 from litecache.actors.outbox import Outbox
-from litecache.types import FinishReason, TokenDelta
+from litecache.types import FinishReason, TokenDelta, TokenLogprobs
 
 
 class Hooks:
@@ -47,10 +48,13 @@ def test_tokens_are_told_again_until_they_are_acknowledged() -> None:
         first = await outbox.poll("c", epoch, 0, 1)
         again = await outbox.poll("c", epoch, 0, 1)
         assert first == again
-        assert [d.token_ids for d in first.deltas] == [(1,), (2,)]
+        assert [d.token_ids for d in first.deltas] == [(1, 2)]
         outbox.push([("c", delta("r", 3))])
+        both = await outbox.poll("c", epoch, 0, 1)
+        assert (both.first_seq, [d.token_ids for d in both.deltas]) == (1, [(1, 2), (3,)])
+        outbox.push([("c", delta("r", 4))])
         rest = await outbox.poll("c", epoch, 2, 1)
-        assert (rest.first_seq, [d.token_ids for d in rest.deltas]) == (3, [(3,)])
+        assert (rest.first_seq, [d.token_ids for d in rest.deltas]) == (3, [(4,)])
 
     run(body)
 
@@ -145,6 +149,7 @@ def test_a_client_too_far_behind_pauses_and_resumes_when_it_caught_up() -> None:
         outbox = hooks.outbox(max_unacknowledged_tokens=4)
         epoch, _ = outbox.register("c", ["a", "b"])
         for token in range(4):
+            await outbox.poll("c", epoch, 0, 0.001)
             outbox.push([("c", delta("a", token))])
         assert hooks.calls == [("pause", ["a", "b"])]
         await outbox.poll("c", epoch, 1, 0.01)
@@ -190,7 +195,59 @@ def test_tokens_within_the_gap_are_told_together() -> None:
             outbox.push([("c", delta("r", token))])
             await asyncio.sleep(0.01)
         assert not waiting.done()
-        assert [d.token_ids for d in (await waiting).deltas] == [(2,), (3,)]
+        assert [d.token_ids for d in (await waiting).deltas] == [(2, 3)]
+
+    run(body)
+
+
+def test_one_delta_tells_how_a_request_began_and_ended() -> None:
+    async def body() -> None:
+        outbox = Hooks().outbox()
+        epoch, _ = outbox.register("c", ["r", "s"])
+        likely = [TokenLogprobs(-0.5, ((token, -0.5),)) for token in (1, 2)]
+        begun = TokenDelta("r", (1,), reused_tokens={"gpu": 16}, ttft_s=0.1, logprobs=(likely[0],))
+        outbox.push([("c", begun), ("c", delta("s", 7))])
+        outbox.push([("c", TokenDelta("r", (2,), logprobs=(likely[1],)))])
+        outbox.push([("c", TokenDelta("r", (), FinishReason.ERROR, "full", "CapacityError"))])
+        reply = await outbox.poll("c", epoch, 0, 1)
+        assert list(reply.deltas) == [
+            TokenDelta(
+                *("r", (1, 2), FinishReason.ERROR, "full", "CapacityError", {"gpu": 16}, 0.1),
+                tuple(likely),
+            ),
+            delta("s", 7),
+        ]
+
+    run(body)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_every_token_is_told_once_and_in_order_whatever_replies_are_lost(seed: int) -> None:
+    async def body() -> None:
+        draw = random.Random(seed)
+        outbox = Hooks().outbox()
+        names = ["a", "b", "c"]
+        epoch, _ = outbox.register("c", names)
+        pushed: dict[str, list[int]] = {name: [] for name in names}
+        told: dict[str, list[int]] = {name: [] for name in names}
+        ack = 0
+        for token in range(200):
+            if draw.random() < 0.6:
+                name = draw.choice(names)
+                pushed[name].append(token)
+                outbox.push([("c", delta(name, token))])
+                continue
+            reply = await outbox.poll("c", epoch, ack, 0.0)
+            if draw.random() < 0.5 and token < 199:
+                continue  # lost
+            for new in reply.deltas[ack + 1 - reply.first_seq :]:
+                told[new.request_id] += new.token_ids
+            ack = reply.first_seq + len(reply.deltas) - 1
+        reply = await outbox.poll("c", epoch, ack, 0.0)
+        for new in reply.deltas[ack + 1 - reply.first_seq :]:
+            told[new.request_id] += new.token_ids
+        assert told == pushed
+        assert sum(map(len, pushed.values())) > 50
 
     run(body)
 
