@@ -31,15 +31,16 @@ from litecache.kernels.tuning import DecodeConfig, PrefillConfig
 from litecache.kernels.tuning import Shape as TunedShape
 
 
-def decode_candidates(shape: Shape) -> list[DecodeConfig]:
-    """The candidates of `litecache.kernels.tune` for a geometry."""
+def decode_candidates(shape: Shape, tails: list[int]) -> list[DecodeConfig]:
+    """The candidates of `litecache.kernels.tune` for a geometry, with each of the tails."""
     item = getattr(torch, shape.dtype).itemsize
     tuned = TunedShape(
         item, shape.dim, shape.heads > shape.kv_heads, 16, shape.dtype == "float8_e4m3fn"
     )
     return [
-        DecodeConfig(block_n, warps, stages, programs * 132)
+        DecodeConfig(block_n, warps, stages, programs * 132, tail)
         for block_n, warps, stages, programs in candidates(tuned)
+        for tail in tails
     ]
 
 
@@ -51,6 +52,7 @@ def prefill_candidates(shape: Shape) -> list[PrefillConfig]:
             (128, 64, 8, 2), (128, 128, 8, 2), (128, 128, 8, 3), (64, 64, 4, 3), (64, 64, 4, 2),
             (64, 128, 4, 2), (64, 32, 4, 3), (64, 32, 4, 4), (128, 64, 8, 4), (128, 64, 4, 2),
             (128, 64, 4, 3), (128, 32, 4, 3), (128, 32, 8, 3), (64, 128, 4, 3), (256, 64, 8, 2),
+            (128, 32, 8, 4), (128, 32, 8, 2), (128, 64, 8, 3), (256, 32, 8, 3), (128, 16, 8, 4),
         )
     ]  # fmt: skip
 
@@ -74,12 +76,17 @@ def compile_all(tasks: list[tuple[Shape, DecodeConfig | PrefillConfig, int]]) ->
 
 
 def sweep_decode(
-    bench: Bench, contexts: list[list[int]], limit: float, report: Report, queries: int = 1
+    bench: Bench,
+    contexts: list[list[int]],
+    limit: float,
+    report: Report,
+    queries: int,
+    tails: list[int],
 ) -> None:
     """The share of the limit of every candidate, a row each, best last."""
     shape, found = bench.shape, []
     batches = [bench.metadata([queries] * len(lengths), lengths) for lengths in contexts]
-    for config in decode_candidates(shape):
+    for config in decode_candidates(shape, tails):
         shares = []
         try:
             for metadata, lengths in zip(batches, contexts, strict=True):
@@ -93,7 +100,7 @@ def sweep_decode(
         report.write()
     for _, config, shares in sorted(found, key=lambda item: item[0]):
         numbers = f"n{config.block_n} w{config.num_warps} s{config.num_stages}"
-        waves = f"x{config.num_programs // 132}"
+        waves = f"x{config.num_programs // 132} t{config.tail}"
         print(shape.name, f"q{queries}", numbers, waves, *(f"{s:.3f}" for s in shares), flush=True)
 
 
@@ -117,11 +124,12 @@ def sweep_prefill(bench: Bench, batches: list[tuple[list[int], list[int]]], repo
         print(bench.shape.name, config, *(f"{rate:.0f}" for rate in rates), flush=True)
 
 
-def sweep_all(report: Report, limit: float, names: list[str]) -> None:
+def sweep_all(report: Report, limit: float, names: list[str], tails: list[int]) -> None:
     """Compiles and measures the candidates of the named parts."""
     parts: dict[str, tuple[Shape, list[list[int]], int]] = {
-        "llama": (LLAMA, [[4096] * 64, [1024] * 256, [131072], [8192] * 8], 1),
+        "llama": (LLAMA, [[4096] * 64, [8192] * 16, [1024] * 256, [131072], [8192] * 8], 1),
         "ragged": (LLAMA, [ragged_lengths(128)], 1),
+        "uniform": (LLAMA, [uniform_lengths(n) for n in (240, 128, 64)], 1),
         "qwen": (QWEN, [uniform_lengths(n) for n in (240, 128, 64)], 1),
         "smollm": (SMOLLM, [[2048] * 128], 1),
         "gpt2": (GPT2, [[2048] * 64], 1),
@@ -133,7 +141,7 @@ def sweep_all(report: Report, limit: float, names: list[str]) -> None:
         (shape, config, queries)
         for name, (shape, _, queries) in parts.items()
         if name in names
-        for config in decode_candidates(shape)
+        for config in decode_candidates(shape, tails)
     ]
     if "prefill" in names:
         tasks += [(LLAMA, config, 1) for config in prefill_candidates(LLAMA)]
@@ -146,7 +154,7 @@ def sweep_all(report: Report, limit: float, names: list[str]) -> None:
             bench = None
             torch.cuda.empty_cache()
             bench = Bench(shape)
-        sweep_decode(bench, contexts, limit, report, queries)
+        sweep_decode(bench, contexts, limit, report, queries, tails)
     if "prefill" in names:
         if bench is None or bench.shape != LLAMA:
             bench = None
@@ -158,8 +166,9 @@ def sweep_all(report: Report, limit: float, names: list[str]) -> None:
 
 def main() -> None:
     arguments = parser(__doc__ or "")
-    names = "llama,ragged,qwen,smollm,gpt2,int8,fp8,verify,prefill"
+    names = "llama,ragged,uniform,qwen,smollm,gpt2,int8,fp8,verify,prefill"
     arguments.add_argument("--parts", default=names, help=f"some of {names}")
+    arguments.add_argument("--tails", default="8", help="one in so many tiles handed out; 0 = none")
     options = arguments.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("sweep_kernels.py needs a CUDA device")
@@ -168,7 +177,7 @@ def main() -> None:
     for name, value in limits.items():
         report.add(Row("limit", name, value, "GB/s"))
     parts = ["smollm"] if options.quick else options.parts.split(",")
-    sweep_all(report, max(limits.values()), parts)
+    sweep_all(report, max(limits.values()), parts, [int(n) for n in options.tails.split(",")])
 
 
 if __name__ == "__main__":
