@@ -111,15 +111,17 @@ def test_deterministic_results_do_not_depend_on_the_batch() -> None:
         assert torch.equal(out[0], together[row])
 
 
-def test_a_captured_graph_replays_at_other_lengths() -> None:
-    """One graph, captured at length 1, must be right at every length its tables have room for."""
-    case = Case((1,) * 4, (3000, 700, 17, 5000), heads=(8, 2), dims=(64, 64), block_size=16,
-                dtype=torch.float32)  # fmt: skip
+def _replayed(case: Case, other_lengths: list[tuple[int, ...]]) -> list[list[int]]:
+    """One graph, captured at length 1, must be right at every length its tables have room for.
+
+    Returns the cuts of the plan at each of the lengths.
+    """
     batch = make_batch(case, "cuda")
+    count = len(case.context_lens)
     static = AttentionMetadata(
         slot_mapping=batch.metadata.slot_mapping.clone(),
-        block_tables=torch.zeros(4, 512, dtype=torch.int32, device="cuda"),
-        context_lens=torch.ones(4, dtype=torch.int32, device="cuda"),
+        block_tables=torch.zeros(count, 512, dtype=torch.int32, device="cuda"),
+        context_lens=torch.ones(count, dtype=torch.int32, device="cuda"),
         cu_seqlens_q=batch.metadata.cu_seqlens_q.clone(),
         block_size=16,
         max_query_len=1,
@@ -128,22 +130,50 @@ def test_a_captured_graph_replays_at_other_lengths() -> None:
 
     def step() -> torch.Tensor:
         static.scratch.clear()
-        return paged_attention(
-            batch.query, batch.k_cache, batch.v_cache, static, **batch.arguments()
-        )
+        for _ in range(2):  # layers that share a plan
+            out = paged_attention(
+                batch.query, batch.k_cache, batch.v_cache, static, **batch.arguments()
+            )
+        return out
 
     step()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = step()
+    (plan,) = (part for part in static.scratch.values() if hasattr(part, "cuts"))
     tables = batch.metadata.block_tables
     static.block_tables[:, : tables.shape[1]] = tables
-    for lens in ((3000, 700, 17, 5000), (1, 1, 1, 4999), (0, 16, 5, 1)):
+    cuts = []
+    for lens in other_lengths:
         static.context_lens.copy_(torch.tensor(lens, dtype=torch.int32))
         graph.replay()
         expected = attend_wide(batch.query, batch.wide_k, batch.wide_v, static, **batch.options)
-        assert worst_error(out, expected) < 1e-5
+        assert worst_error(out, expected) < tolerance(case)
+        cuts.append(plan.cuts.tolist())
+        assert not plan.counter.any()
+    return cuts
+
+
+def test_a_captured_graph_replays_at_other_lengths() -> None:
+    lengths = (3000, 700, 17, 5000)
+    case = Case((1,) * 4, lengths, heads=(8, 2), dims=(64, 64), block_size=16, dtype=torch.float32)
+    _replayed(case, [lengths, (1, 1, 1, 4999), (0, 16, 5, 1)])
+
+
+@pytest.mark.parametrize("pool_dtype", [None, torch.int8])
+def test_a_graph_replays_whether_the_end_of_its_line_is_handed_out_or_not(
+    pool_dtype: torch.dtype | None,
+) -> None:
+    lengths = tuple(1900 + 10 * i for i in range(64))
+    case = Case((1,) * 64, lengths, heads=(32, 8), dims=(128, 128), block_size=16,
+                dtype=torch.bfloat16, pool_dtype=pool_dtype)  # fmt: skip
+    short = tuple(1 + i for i in range(64))
+    ragged = tuple(length if i % 3 else i for i, length in enumerate(lengths))
+    cuts = _replayed(case, [lengths, short, lengths, ragged, lengths])
+    handed_out = [tail_segments > 0 for *_, tail_segments in cuts]
+    assert handed_out[::2] == [True] * 3
+    assert not handed_out[1]
 
 
 def test_offsets_survive_a_pool_of_more_than_two_to_the_31_elements() -> None:
