@@ -123,13 +123,13 @@ class GenerationSettings:
         )
 
 
-def draw_seed(settings: GenerationSettings, seed: int | None) -> int:
+def draw_seed(seed: int | None, sampling: bool) -> int:
     """The call's seed: given, or one int64 of torch's default generator; 0 when not sampling."""
     if seed is not None:
         if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
             raise ConfigError("seed", seed, "an integer from 0 to 2**63 - 1")
         return seed
-    if not settings.do_sample:
+    if not sampling:
         return 0
     return int(torch.randint(0, 2**63 - 1, (), dtype=torch.int64))
 

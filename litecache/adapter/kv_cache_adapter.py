@@ -7,8 +7,6 @@ share one poll per replica.
 
 from __future__ import annotations
 
-import itertools
-import logging
 import uuid
 import weakref
 from collections.abc import Callable, Sequence
@@ -21,13 +19,12 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 from litecache.actors.group import Group
 from litecache.actors.group_spec import GroupSpec
-from litecache.actors.naming import DEFAULT_GROUP, check_group_name, replica_name
+from litecache.actors.naming import DEFAULT_GROUP, check_group_name
 from litecache.actors.placement import check_actor_options, choose_num_gpus
-from litecache.adapter.generation import GenerationSettings, draw_seed, translate
+from litecache.adapter.generation import GenerationSettings, translate
 from litecache.adapter.membership import join_or_start, leave
 from litecache.adapter.pending import AbortOnExit, PendingRequest
 from litecache.adapter.pinning import set_pinned
-from litecache.adapter.poller import ReplicaPoller
 from litecache.adapter.prompts import (
     append_rows,
     check_input_ids,
@@ -35,19 +32,16 @@ from litecache.adapter.prompts import (
     one_input,
     split_rows,
 )
+from litecache.adapter.replica_set import ReplicaSet
+from litecache.adapter.request_maker import RequestMaker
 from litecache.adapter.results import ReuseReport
 from litecache.adapter.sources import resolve_model
 from litecache.adapter.stats import CacheStats
-from litecache.adapter.stop_strings import StopStrings
 from litecache.adapter.streaming import TokenStream, feed_streamer
 from litecache.config import CacheConfig
 from litecache.engine.model_checks import check_config, check_shape, choose_max_model_len
-from litecache.errors import ConfigError, LiteCacheError
-from litecache.hashing import chain_keys
+from litecache.errors import ConfigError
 from litecache.token_ids import TokenIds
-from litecache.types import Request
-
-logger = logging.getLogger(__name__)
 
 TIERS = ("gpu", "ram", "disk", "all")
 
@@ -116,16 +110,12 @@ class KVCacheAdapter:
             spec, joinable is not None, cache_config is None, detached, options
         )
         self._tokenizer = tokenizer
-        self._last_stop: tuple[Any, tuple[str, ...], StopStrings] | None = None
-        self._client_id = uuid.uuid4().hex[:12]
-        self._numbers = itertools.count(1)
-        self._pollers = [
-            ReplicaPoller(handle, self._client_id, replica_name(spec.group, index))
-            for index, handle in enumerate(self._group.replicas)
-        ]
+        client_id = uuid.uuid4().hex[:12]
+        self._requests = RequestMaker(client_id, self.info, self._model.max_positions)
+        self._replicas = ReplicaSet(self._group, client_id)
         # Runs on close, on garbage collection and at exit, once, and before Ray's own exit hook.
         self._finalizer = weakref.finalize(
-            self, leave, self._pollers, self._group if started and not detached else None
+            self, leave, self._replicas.pollers, self._group if started and not detached else None
         )
 
     @property
@@ -209,7 +199,7 @@ class KVCacheAdapter:
         samples = settings.num_return_sequences
         widths = [input_ids.shape[1]] * len(prompts)
         rows = self._start(
-            *(prompts, widths, settings, cache_salt, seed, tokenizer),
+            *(prompts, widths, [settings] * len(prompts), cache_salt, seed, tokenizer),
             streaming=streamer is not None,
         )
         with AbortOnExit(self.abort, rows):
@@ -228,14 +218,19 @@ class KVCacheAdapter:
     def generate_batch(
         self,
         prompts: Sequence[Sequence[int]],
-        generation_config: GenerationConfig | None = None,
+        generation_config: GenerationConfig | Sequence[GenerationConfig] | None = None,
         *,
         cache_salt: str | None = None,
         seed: int | None = None,
         tokenizer: Any = None,
         **kwargs: Any,
     ) -> list[list[int]]:
-        """Continue lists of token ids of any lengths; arguments as in `generate`.
+        """Continue lists of token ids of any lengths, all at once.
+
+        Args:
+            prompts: token ids.
+            generation_config: settings of all prompts, or a list with those of each.
+            cache_salt, seed, tokenizer, **kwargs: as in `generate`; they hold for all prompts.
 
         Returns:
             The new tokens of each prompt, `num_return_sequences` lists in a row for each.
@@ -244,16 +239,32 @@ class KVCacheAdapter:
             ConfigError: a setting or a prompt is invalid; nothing was sent.
             LiteCacheError: a request failed.
         """
-        settings = translate(generation_config, kwargs, self.generation_config)
-        if settings.logprobs is not None:
-            raise ConfigError("logprobs", settings.logprobs, "None in generate_batch")
         checked = [check_prompt(prompt, index) for index, prompt in enumerate(prompts)]
+        settings = self._settings_of_each(len(checked), generation_config, kwargs)
         if not checked:
             return []
         widths = [len(prompt) for prompt in checked]
         rows = self._start(checked, widths, settings, cache_salt, seed, tokenizer)
         with AbortOnExit(self.abort, rows):
             return [list(row.wait()) for row in rows]
+
+    def _settings_of_each(
+        self, count: int, given: Any, overrides: dict[str, Any]
+    ) -> list[GenerationSettings]:
+        """The settings of `count` prompts, given once or for each."""
+        if given is None or isinstance(given, GenerationConfig):
+            settings = [translate(given, overrides, self.generation_config)] * count
+        elif isinstance(given, (list, tuple)) and len(given) == count:
+            settings = [translate(each, overrides, self.generation_config) for each in given]
+        else:
+            what = len(given) if isinstance(given, (list, tuple)) else given
+            raise ConfigError(
+                "generation_config", what, f"one GenerationConfig, or a list of {count}"
+            )
+        for each in settings:
+            if each.logprobs is not None:
+                raise ConfigError("logprobs", each.logprobs, "None in generate_batch")
+        return settings
 
     def stream(
         self,
@@ -295,14 +306,13 @@ class KVCacheAdapter:
         tokens = check_prompt(given, 0)
         decode = None if as_tokens else self._decoder(skip_special_tokens)
         (row,) = self._start(
-            *([tokens], [len(tokens)], settings, cache_salt, seed, tokenizer), streaming=True
+            *([tokens], [len(tokens)], [settings], cache_salt, seed, tokenizer), streaming=True
         )
         return TokenStream(row, decode, self.abort)
 
     def abort(self, request_id: str) -> None:
         """End a request; whoever waits for it gets `RequestAborted`."""
-        for poller in self._pollers:
-            poller.abort([request_id])
+        self._replicas.abort(request_id)
 
     def flush(self, timeout_s: float = 30.0) -> dict[str, Any]:
         """Save everything that is cached; see `Group.flush`."""
@@ -365,7 +375,7 @@ class KVCacheAdapter:
         self,
         prompts: Sequence[TokenIds],
         widths: Sequence[int],
-        settings: GenerationSettings,
+        settings: Sequence[GenerationSettings],
         cache_salt: str | None,
         seed: int | None,
         tokenizer: Any,
@@ -378,65 +388,15 @@ class KVCacheAdapter:
         salt = self._group.spec.config.cache_salt if cache_salt is None else cache_salt
         if not isinstance(salt, str):
             raise ConfigError("cache_salt", cache_salt, "a text or None")
-        drawn = draw_seed(settings, seed)
-        stop = None
-        if settings.stop_strings:
-            stop = self._stop_strings(tokenizer or self.tokenizer, settings.stop_strings)
-        rows = []
-        for index, (prompt, width) in enumerate(zip(prompts, widths, strict=True)):
-            for sample in range(settings.num_return_sequences):
-                sampling = settings.sampling_params(
-                    width,
-                    max_positions=self._model.max_positions,
-                    seed=drawn,
-                    sample_index=index * settings.num_return_sequences + sample,
-                )
-                request = Request(
-                    f"{self._client_id}-{next(self._numbers)}",
-                    self._client_id,
-                    prompt,
-                    sampling,
-                    cache_salt=salt,
-                    max_time_s=settings.max_time_s,
-                )
-                self.info.check(request)
-                rows.append(PendingRequest(request, streaming=streaming, stop=stop))
-        self._submit(rows)
+        rows = self._requests.make(
+            *(prompts, widths, settings),
+            cache_salt=salt,
+            seed=seed,
+            tokenizer=lambda: tokenizer or self.tokenizer,
+            streaming=streaming,
+        )
+        self._replicas.submit(rows)
         return rows
-
-    def _stop_strings(self, tokenizer: Any, texts: tuple[str, ...]) -> StopStrings:
-        """Kept from call to call: transformers looks at the whole vocabulary to prepare one."""
-        kept = self._last_stop
-        if kept is None or kept[0] is not tokenizer or kept[1] != texts:
-            kept = self._last_stop = (tokenizer, texts, StopStrings(tokenizer, texts))
-        return kept[2]
-
-    def _submit(self, rows: list[PendingRequest]) -> None:
-        by_replica: dict[int, list[PendingRequest]] = {}
-        for row in rows:
-            by_replica.setdefault(self._route(row.request), []).append(row)
-        try:
-            for index, group in by_replica.items():
-                self._pollers[index].submit(group)
-        except BaseException:
-            for row in rows:
-                self.abort(row.request_id)
-            raise
-
-    def _route(self, request: Request) -> int:
-        if len(self._pollers) == 1:
-            return 0
-        root = self.info.roots(request.cache_salt)[0]
-        keys = chain_keys(root, request.prompt.array, self.info.block_size)
-        try:
-            index = self._group.coordinator.route(keys)
-        except LiteCacheError as error:
-            logger.info("routed without the coordinator: %s", error)
-            index = None
-        if index is None or index >= len(self._pollers):
-            loads = [poller.load for poller in self._pollers]
-            index = loads.index(min(loads))
-        return index
 
     def _decoder(self, skip_special_tokens: bool) -> Callable[[list[int]], str]:
         tokenizer = self.tokenizer

@@ -50,9 +50,9 @@ def wait_for(condition: Callable[[], Any], what: str, timeout_s: float = 60) -> 
 
 
 def ask(llm: KVCacheAdapter, replica: int, ids: torch.Tensor) -> tuple[list[int], dict[str, int]]:
-    llm._route = lambda request: replica  # type: ignore[method-assign]
+    llm._replicas.route = lambda request: replica  # type: ignore[method-assign]
     out = llm.generate(ids, max_new_tokens=8, return_dict_in_generate=True)
-    del llm._route
+    del llm._replicas.route
     return out.sequences[0].tolist(), out.litecache.reused_tokens[0]
 
 

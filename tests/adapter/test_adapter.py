@@ -114,6 +114,31 @@ def test_a_batch_of_lists_gives_lists_of_new_tokens(
     assert llm.generate_batch([], max_new_tokens=3) == []
 
 
+def test_each_prompt_of_a_batch_may_have_settings_of_its_own(
+    llm: KVCacheAdapter, tiny_llama: LlamaForCausalLM
+) -> None:
+    rows = prompts(3, 40, 18, seed=6)
+    lists = [row[0].tolist() for row in rows]
+    configs = [
+        GenerationConfig(max_new_tokens=4),
+        GenerationConfig(max_new_tokens=9, do_sample=True, top_k=0, num_return_sequences=2),
+        GenerationConfig(max_new_tokens=6, repetition_penalty=1.3),
+    ]
+    first, *samples, last = llm.generate_batch(lists, configs, seed=3)
+    for row, new, options in (
+        (rows[0], first, {"max_new_tokens": 4}),
+        (rows[2], last, {"max_new_tokens": 6, "repetition_penalty": 1.3}),
+    ):
+        assert new == stock(tiny_llama, row, **options)[0, row.shape[1] :].tolist()
+    assert [len(sample) for sample in samples] == [9, 9]
+    assert samples[0] != samples[1]
+    assert llm.generate_batch(lists, configs, seed=3) == [first, *samples, last]
+    with pytest.raises(ConfigError, match=r"generation_config=2.*a list of 3"):
+        llm.generate_batch(lists, configs[:2])
+    with pytest.raises(ConfigError, match="generation_config"):
+        llm.generate_batch(lists, [*configs[:2], {"max_new_tokens": 4}])
+
+
 def test_the_older_call_works_and_temperature_alone_changes_nothing(
     llm: KVCacheAdapter, tiny_llama: LlamaForCausalLM
 ) -> None:

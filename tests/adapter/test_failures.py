@@ -159,7 +159,7 @@ def test_a_driver_that_was_suspended_and_given_up_gets_the_same_tokens(
 ) -> None:
     ids = prompt(46, seed=7)
     expected = list(fragile.stream(input_ids=ids, as_tokens=True, max_new_tokens=300, **SETTINGS))
-    (poller,) = fragile._pollers
+    (poller,) = fragile._replicas.pollers
     receive, suspended = poller._receive, []
 
     def sleep_once(ref: Any) -> PollReply:

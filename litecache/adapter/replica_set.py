@@ -1,0 +1,68 @@
+"""The replicas of a group as one driver sees them: which one takes a request, and its poller."""
+
+from __future__ import annotations
+
+import logging
+
+from litecache.actors.group import Group
+from litecache.actors.naming import replica_name
+from litecache.adapter.pending import PendingRequest
+from litecache.adapter.poller import ReplicaPoller
+from litecache.errors import LiteCacheError
+from litecache.hashing import chain_keys
+from litecache.types import Request
+
+logger = logging.getLogger(__name__)
+
+
+class ReplicaSet:
+    """Pollers of all replicas.
+
+    Args:
+        group: the actors.
+        client_id: names this driver.
+
+    Attributes:
+        pollers: one per replica, in the group's order.
+    """
+
+    def __init__(self, group: Group, client_id: str) -> None:
+        self._group = group
+        self.pollers = [
+            ReplicaPoller(handle, client_id, replica_name(group.spec.group, index))
+            for index, handle in enumerate(group.replicas)
+        ]
+
+    def submit(self, rows: list[PendingRequest]) -> None:
+        """Start requests, all or none, each on the replica that holds most of its prefix."""
+        by_replica: dict[int, list[PendingRequest]] = {}
+        for row in rows:
+            by_replica.setdefault(self.route(row.request), []).append(row)
+        try:
+            for index, group in by_replica.items():
+                self.pollers[index].submit(group)
+        except BaseException:
+            for row in rows:
+                self.abort(row.request_id)
+            raise
+
+    def abort(self, request_id: str) -> None:
+        """End a request; an unknown one is passed over."""
+        for poller in self.pollers:
+            poller.abort([request_id])
+
+    def route(self, request: Request) -> int:
+        """The coordinator's choice; without it the replica with the fewest open requests."""
+        if len(self.pollers) == 1:
+            return 0
+        info = self._group.info
+        keys = chain_keys(info.roots(request.cache_salt)[0], request.prompt.array, info.block_size)
+        try:
+            index = self._group.coordinator.route(keys)
+        except LiteCacheError as error:
+            logger.info("routed without the coordinator: %s", error)
+            index = None
+        if index is None or index >= len(self.pollers):
+            loads = [poller.load for poller in self.pollers]
+            index = loads.index(min(loads))
+        return index
