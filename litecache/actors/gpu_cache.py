@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import logging
 import os
+import sys
 import threading
 import uuid
 from collections.abc import Callable, Sequence
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _CHECKED_ON_LOOP_TOKENS = 16384
+_SWITCH_INTERVAL_S = 0.0005
 
 
 class GpuCache:
@@ -73,6 +75,11 @@ class GpuCache:
         self._door: AsyncSocketServer | None = None
         self._shards: ShardWatch | None = None
         self._stopped = threading.Event()
+        # The engine's thread and the event loop take turns: with Python's 5 ms between them, a
+        # step would wait that long behind a driver's message.
+        sys.setswitchinterval(_SWITCH_INTERVAL_S)
+        self._preloading = threading.Thread(target=self._preload, name="preload", daemon=True)
+        self._preloading.start()
         if was_restarted():
             self._begin()
 
@@ -252,7 +259,14 @@ class GpuCache:
         if self._loop is not None and self._outbox is not None:
             self._loop.call_soon_threadsafe(self._outbox.push, items)
 
+    def _preload(self) -> None:
+        # While the shards of the node start.
+        from litecache.engine.preload import preload
+
+        preload(self._spec.source, cuda=self._spec.num_gpus > 0)
+
     def _load(self) -> None:
+        self._preloading.join()
         try:
             self._loading.set_result(self._make_engine())
         except LiteCacheError as error:

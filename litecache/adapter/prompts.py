@@ -76,10 +76,12 @@ def split_rows(
     Raises:
         ConfigError: the mask has another shape, or leaves a row empty.
     """
+    # By numpy: torch wakes all its threads for a few thousand tokens, which takes milliseconds.
+    ids = input_ids.numpy()
+    keep = None
     if attention_mask is None:
-        keep = torch.ones_like(input_ids, dtype=torch.bool)
         if pad_token_id is not None:
-            keep = input_ids != pad_token_id
+            keep = ids != pad_token_id
     else:
         if not isinstance(attention_mask, torch.Tensor) or attention_mask.shape != input_ids.shape:
             shape = getattr(attention_mask, "shape", None)
@@ -88,8 +90,8 @@ def split_rows(
                 attention_mask if shape is None else list(shape),
                 f"a tensor of input_ids' shape {list(input_ids.shape)}",
             )
-        keep = attention_mask.to("cpu") != 0
-    rows = [TokenIds(ids[mask].numpy()) for ids, mask in zip(input_ids, keep, strict=True)]
+        keep = attention_mask.numpy(force=True) != 0
+    rows = [TokenIds(row if keep is None else row[keep[i]]) for i, row in enumerate(ids)]
     for index, row in enumerate(rows):
         if not row:
             raise ConfigError("input_ids", f"row {index}", "at least one token that is no padding")
