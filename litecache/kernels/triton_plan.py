@@ -27,8 +27,8 @@ of their pairs fell to one program, and every layer waited for it: 2.4 ms a step
 _LEAST_SHARE = 24
 """Tiles a program below which there is no tail: its pieces would cost more than they even out."""
 
-_TAIL_SEGMENTS = 3
-"""Room for so many segments of the tail a program; `_plan_kernel` makes two or a little more."""
+_TAIL_SEGMENTS = 2
+"""Segments of a whole tail a program; what is left over by rounding makes at most one more."""
 
 _MOST_PIECES = 48
 """A pair is cut into about so many segments of the tail at most: one program merges them.
@@ -42,6 +42,7 @@ _MOST_ROWS = 16
 
 # Globals that kernels read must be constexpr.
 _SHARE_FLOOR = tl.constexpr(_LEAST_SHARE)
+_TAIL_CUTS = tl.constexpr(_TAIL_SEGMENTS)
 _PIECES_CEILING = tl.constexpr(_MOST_PIECES)
 
 
@@ -104,7 +105,7 @@ def _plan_kernel(
     if TAIL > 0:
         even = work // num_programs
         least = tl.cdiv(tl.max(tiles, 0), _PIECES_CEILING)
-        length = tl.maximum(tl.cdiv(even, 2 * TAIL), least)
+        length = tl.maximum(tl.cdiv(even, _TAIL_CUTS * TAIL), least)
         if (even >= _SHARE_FLOOR) & (length * TAIL * 4 <= even * 3):
             share = even - even // TAIL
             tail_begin = share * num_programs
@@ -167,7 +168,7 @@ def plan_decode(
         programs = config.num_programs
         # The scratch of many rows is large as it is.
         tail = config.tail if chunk == 0 and rows <= _MOST_ROWS else 0
-        segments = programs * (1 + (_TAIL_SEGMENTS if tail else 0))
+        segments = programs * (2 + _TAIL_SEGMENTS if tail else 1)
         num_seqs = seqs.stop - seqs.start
         plan = metadata.scratch[name] = DecodePlan(
             ends=torch.empty(num_seqs + 1, dtype=torch.int32, device=device),

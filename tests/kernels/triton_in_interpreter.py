@@ -199,9 +199,9 @@ def test_the_end_of_a_long_line_is_handed_out(extras: dict[str, Any]) -> None:
     (plan,) = (p for p in batch.metadata.scratch.values() if isinstance(p, DecodePlan))
     share, tail_begin, tail_share, tail_segments = plan.cuts.tolist()
     work = plan.ends[-1].item() * 2
-    programs = len(plan.owner) // (1 + _TAIL_SEGMENTS)
+    programs = len(plan.owner) // (2 + _TAIL_SEGMENTS)
     assert tail_begin == programs * share < work
-    assert programs < tail_segments <= programs * _TAIL_SEGMENTS
+    assert programs < tail_segments <= programs * (1 + _TAIL_SEGMENTS)
     assert 0 <= tail_begin + tail_segments * tail_share - work < tail_share
     assert not plan.counter.any()
 
