@@ -29,6 +29,6 @@ def preload(source: ModelSource, *, cuda: bool) -> None:
         from litecache.engine.model_loader import read_config
 
         config = read_config(source)
-        from transformers import AutoModelForCausalLM
+        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-        logger.debug("imported %s, %s, %s", Engine, type(config), AutoModelForCausalLM)
+        logger.debug("imported %s and %s", Engine, MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
