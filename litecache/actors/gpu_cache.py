@@ -12,6 +12,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import dataclasses
+import gc
 import logging
 import os
 import sys
@@ -298,6 +299,10 @@ class GpuCache:
         )
         self._shards.watch(engine.set_shards)
         self._exporter = MetricsExporter(self._metrics, {"group": spec.group, "actor": self._name})
+        # A full collection walks through the 400,000 objects of torch and transformers and holds
+        # up the steps for a third of a second. What is there now stays: leave it out.
+        gc.collect()
+        gc.freeze()
         # Only now: a replica that reports is given requests.
         self._report()
         threading.Thread(target=self._keep_reporting, name="report", daemon=True).start()
