@@ -39,7 +39,7 @@ def decode_candidates(shape: Shape, tails: list[int]) -> list[DecodeConfig]:
     )
     return [
         DecodeConfig(block_n, warps, stages, programs * 132, tail)
-        for block_n, warps, stages, programs in candidates(tuned)
+        for block_n, warps, stages, programs, _ in candidates(tuned)
         for tail in tails
     ]
 

@@ -24,7 +24,7 @@ of their pairs fell to one program, and every layer waited for it: 2.4 ms a step
 """
 
 
-_LEAST_SHARE = 24
+_LEAST_SHARE = 12
 """Tiles a program below which there is no tail: its pieces would cost more than they even out."""
 
 _TAIL_SEGMENTS = 2

@@ -28,14 +28,15 @@ class DecodeConfig:
         num_stages: tiles in flight.
         num_programs: size of the fixed grid. All of them must fit the chip at once: shares are
             equal, so a second wave would double the time.
-        tail: one in so many tiles of a long line is handed out as programs finish; 0 = none.
+        tail: one in so many tiles of a long line is handed out as programs finish; 0 = none. It
+            takes registers, so where they bound the programs of a multiprocessor it costs a wave.
     """
 
     block_n: int
     num_warps: int
     num_stages: int
     num_programs: int
-    tail: int = 8
+    tail: int = 0
 
 
 @dataclass(frozen=True)
@@ -85,21 +86,24 @@ class Shape:
         return "fp8" if self.fp8 else f"{self.itemsize}B"
 
 
-# (capability, element, dim) -> block_n, warps, stages, programs a multiprocessor; for few rows.
-_MEASURED: dict[tuple[tuple[int, int], str, int, bool], tuple[int, int, int, int]] = {
-    ((9, 0), "2B", 128, True): (64, 2, 2, 4),
-    ((9, 0), "2B", 128, False): (64, 2, 2, 4),
-    ((9, 0), "2B", 64, True): (128, 4, 3, 3),
-    ((9, 0), "2B", 64, False): (64, 2, 2, 6),
-    ((9, 0), "1B", 128, True): (32, 1, 3, 8),
-    ((9, 0), "1B", 128, False): (32, 1, 3, 8),
-    ((9, 0), "fp8", 128, True): (128, 2, 2, 4),
-    ((9, 0), "fp8", 128, False): (128, 2, 2, 4),
+Numbers = tuple[int, int, int, int, int]
+"""block_n, warps, stages, programs a multiprocessor, tail."""
+
+# By capability, element, dim and whether heads share a KV head; for few rows.
+_MEASURED: dict[tuple[tuple[int, int], str, int, bool], Numbers] = {
+    ((9, 0), "2B", 128, True): (64, 2, 2, 4, 8),
+    ((9, 0), "2B", 128, False): (64, 2, 2, 4, 8),
+    ((9, 0), "2B", 64, True): (128, 4, 3, 3, 0),
+    ((9, 0), "2B", 64, False): (64, 2, 2, 6, 8),
+    ((9, 0), "1B", 128, True): (32, 1, 3, 8, 0),
+    ((9, 0), "1B", 128, False): (32, 1, 3, 8, 0),
+    ((9, 0), "fp8", 128, True): (128, 2, 2, 4, 0),
+    ((9, 0), "fp8", 128, False): (128, 2, 2, 4, 0),
 }
 # The same where several queries a sequence fill 32 rows, unless the entry above serves them, too.
-_MEASURED_32_ROWS: dict[tuple[tuple[int, int], str, int, bool], tuple[int, int, int, int]] = {
-    ((9, 0), "2B", 128, True): (32, 2, 3, 4),
-    ((9, 0), "2B", 128, False): (32, 2, 3, 4),
+_MEASURED_32_ROWS: dict[tuple[tuple[int, int], str, int, bool], Numbers] = {
+    ((9, 0), "2B", 128, True): (32, 2, 3, 4, 0),
+    ((9, 0), "2B", 128, False): (32, 2, 3, 4, 0),
 }
 _MOST_ROWS_MEASURED = 32
 
@@ -119,7 +123,7 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 @cache
 def own_entries(path: str | None) -> dict[str, list[int]]:
-    """Entries of a tuning file: shape name to block_n, warps, stages, programs a multiprocessor.
+    """Entries of a tuning file: shape name to `Numbers`; without the last one there is no tail.
 
     Raises:
         KernelError: the file is not what `litecache tune` writes.
@@ -128,8 +132,8 @@ def own_entries(path: str | None) -> dict[str, list[int]]:
         return {}
     try:
         entries = json.loads(Path(path).read_text(encoding="utf-8"))["decode"]
-        if not all(len([int(n) for n in numbers]) == 4 for numbers in entries.values()):
-            raise ValueError("an entry without four numbers")
+        if not all(len([int(n) for n in numbers]) in (4, 5) for numbers in entries.values()):
+            raise ValueError("an entry without four or five numbers")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise KernelError(f"LITECACHE_TUNING={path!r} is no tuning file: {error}") from error
     return dict(entries)
@@ -139,15 +143,15 @@ def decode_config(device: torch.device, shape: Shape) -> DecodeConfig:
     """The decode launch for a shape on a device."""
     multiprocessors = num_multiprocessors(device)
     if device.type != "cuda":
-        return DecodeConfig(16, 4, 1, multiprocessors)
+        return DecodeConfig(16, 4, 1, multiprocessors, tail=8)
     numbers = own_entries(os.environ.get("LITECACHE_TUNING")).get(shape.name)
     if numbers is None:
         numbers = list(_decode_numbers(_capability(device), shape))
-    block_n, warps, stages, programs = numbers
-    return DecodeConfig(block_n, warps, stages, programs * multiprocessors)
+    block_n, warps, stages, programs, *tail = numbers
+    return DecodeConfig(block_n, warps, stages, programs * multiprocessors, *tail)
 
 
-def _decode_numbers(capability: tuple[int, int], shape: Shape) -> tuple[int, int, int, int]:
+def _decode_numbers(capability: tuple[int, int], shape: Shape) -> Numbers:
     key = (capability, shape.element, shape.dim, shape.grouped)
     measured = _MEASURED.get(key)
     if shape.rows > 16:
@@ -158,7 +162,7 @@ def _decode_numbers(capability: tuple[int, int], shape: Shape) -> tuple[int, int
     # multiprocessor fit the 100 KB of an L4 or RTX 4090 as well as the 164 KB of an A100.
     row_bytes = 2 * shape.dim * shape.itemsize
     block_n = max(16, min(64, 1 << max(0, (16384 // row_bytes).bit_length() - 1)))
-    return block_n, 4, 2 if shape.rows > _MOST_ROWS_MEASURED else 3, 2
+    return block_n, 4, 2 if shape.rows > _MOST_ROWS_MEASURED else 3, 2, 0
 
 
 def prefill_config(device: torch.device, dim: int, itemsize: int) -> PrefillConfig:

@@ -16,11 +16,14 @@ def test_the_fastest_candidate_that_runs_is_kept(tmp_path: Path) -> None:
     def measure(shape: Shape, numbers: Numbers) -> float:
         if numbers[0] == 16:
             raise RuntimeError("out of resources")
-        return abs(numbers[0] - 32) + abs(numbers[1] - 2) + abs(numbers[2] - 2) + numbers[3] / 100
+        block_n, warps, stages, programs, tail = numbers
+        bonus = 0.5 if tail and shape.grouped else 0.0
+        distance = abs(block_n - 32) + abs(warps - 2) + abs(stages - 2)
+        return distance + programs / 100 + tail / 99 - bonus
 
     entries = tune(SHAPES, measure)
-    shape = Shape(2, 128, True, 16)
-    assert entries[shape.name] == [32, 2, 2, 4]
+    assert entries[Shape(2, 128, True, 16).name] == [32, 2, 2, 4, 8]
+    assert entries[Shape(2, 128, False, 16).name] == [32, 2, 2, 4, 0]
     path = tmp_path / "tuning.json"
     path.write_text(json.dumps({"gpu": "any", "decode": entries}))
     assert own_entries(str(path)) == entries

@@ -212,7 +212,7 @@ def test_segments_cover_the_line_and_fit_their_room(programs: int, tiles: list[i
     contexts = [count * 16 for count in tiles]
     width = max(tiles) * 2
     metadata = AttentionMetadata.build([1] * len(tiles), contexts, [[0] * width] * len(tiles), 8)
-    config = DecodeConfig(block_n=16, num_warps=4, num_stages=2, num_programs=programs)
+    config = DecodeConfig(block_n=16, num_warps=4, num_stages=2, num_programs=programs, tail=8)
     plan, _ = plan_decode(metadata, slice(0, len(tiles)), 2, None, 2, 16, config, 0)
     share, tail_begin, tail_share, tail_segments = plan.cuts.tolist()
     work = plan.ends[-1].item() * 2
