@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
+import plan_driver
 from plan_driver import FAMILIES, VOCAB
 
 from litecache.config import CacheConfig
@@ -50,7 +51,10 @@ class Harness:
         ]
         clients = [LocalShardClient(store, f"shard{i}") for i, store in enumerate(self.stores)]
         self.clients = clients
-        fields: dict[str, object] = {"num_blocks": 256, "device": "cpu", "dtype": "float32"}
+        fields: dict[str, object] = {"num_blocks": 256, "dtype": "float32"}
+        fields["device"] = plan_driver.DEVICE
+        if plan_driver.DEVICE != "cpu":
+            fields["max_requests"] = 8  # few graphs to capture
         self.engine = Engine(
             source,
             CacheConfig(**{**fields, **config}),  # type: ignore[arg-type]

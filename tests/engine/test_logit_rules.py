@@ -7,6 +7,7 @@ import dataclasses
 import random
 from typing import Any
 
+import plan_driver
 import pytest
 import torch
 from engine_harness import Harness, family_source
@@ -119,8 +120,8 @@ def test_bfloat16_logits_are_changed_in_float32() -> None:
 
 
 def stock(prompt: list[int], count: int, **settings: Any) -> list[int]:
-    model = stock_model("llama", 0, "cpu")
-    ids = torch.tensor([prompt])
+    model = stock_model("llama", 0, plan_driver.DEVICE)
+    ids = torch.tensor([prompt], device=plan_driver.DEVICE)
     out = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
@@ -221,7 +222,8 @@ def test_sampling_with_rules_draws_what_transformers_keeps() -> None:
     prompt = random_prompt(30, seed=6)
     ids = torch.tensor([prompt])
     with torch.no_grad():
-        logits = stock_model("llama", 0, "cpu")(ids).logits[0, -1].float()
+        model = stock_model("llama", 0, plan_driver.DEVICE)
+        logits = model(ids.to(plan_driver.DEVICE)).logits[0, -1].float().cpu()
     rules = LogitRules(repetition_penalty=1.5, sequence_bias=(((int(logits.argmax()),), -2.0),))
     scores = hf_scores(rules, prompt, logits)[None]
     for warper in (TemperatureLogitsWarper(1.2), TopKLogitsWarper(12), TopPLogitsWarper(0.9)):
@@ -268,11 +270,12 @@ def test_logprobs_are_the_models_own_before_rules_and_temperature(temperature: f
         )
         told = harness.logprobs
         assert harness.engine.stats()["preemptions"] > 0
-    model = stock_model("llama", 0, "cpu")
+    model = stock_model("llama", 0, plan_driver.DEVICE)
     for prompt, output, rows in zip(prompts, outputs, told, strict=True):
         with torch.no_grad():
-            logits = model(torch.tensor([prompt + output])).logits[0, len(prompt) - 1 : -1]
-        wanted = logits.float().log_softmax(dim=-1)
+            ids = torch.tensor([prompt + output], device=plan_driver.DEVICE)
+            logits = model(ids).logits[0, len(prompt) - 1 : -1]
+        wanted = logits.float().log_softmax(dim=-1).cpu()
         assert len(rows) == len(output) == 30
         for position, (token, row) in enumerate(zip(output, rows, strict=True)):
             assert row.logprob == pytest.approx(float(wanted[position, token]), abs=1e-4)
