@@ -20,19 +20,17 @@ from typing import Any, TypeVar
 import torch
 
 from litecache.config import CacheConfig
-from litecache.engine.block_copier import BlockCopier, PinnedArenas
 from litecache.engine.engine_info import EngineInfo
 from litecache.engine.kv_layout import KVLayout, KVPool
-from litecache.engine.loader import Loader
+from litecache.engine.lower_tiers import LowerTiers
 from litecache.engine.memory import choose_num_blocks
 from litecache.engine.model_loader import LoadedModel, load_model
 from litecache.engine.model_runner import ModelRunner, StepHandle
 from litecache.engine.model_source import ModelSource
 from litecache.engine.prefix_cache import PrefixCache
-from litecache.engine.saver import Saver
-from litecache.engine.schedule import LoadOrder, SaveOrder, Schedule
+from litecache.engine.schedule import Schedule
 from litecache.engine.scheduler import Scheduler
-from litecache.engine.shard_set import RemoteSource, ShardSet
+from litecache.engine.shard_set import RemoteSource
 from litecache.errors import ConfigError, LiteCacheError
 from litecache.metrics import Metrics
 from litecache.storage.client import ShardClient
@@ -45,8 +43,6 @@ Sink = Callable[[list[tuple[str, TokenDelta]]], None]
 T = TypeVar("T")
 
 CALL_TIMEOUT_S = 30.0
-MAX_QUEUED_SAVES_SHARE = 4
-"""One in so many pool blocks may wait to be saved: they cannot be evicted meanwhile."""
 
 
 class Engine:
@@ -113,9 +109,19 @@ class Engine:
         self._failure: BaseException | None = None
         self._closing = False
         self._compute_stream: torch.cuda.Stream | None = None
-        self._shards: ShardSet | None = None
-        self._quota_salts = frozenset(config.salt_quotas)
-        self._open_tiers(shards, remote, num_blocks)
+        self._tiers: LowerTiers | None = None
+        if shards:
+            quota_salts = frozenset(config.salt_quotas)
+            self._tiers = LowerTiers(
+                *(self._pools, shards, remote),
+                scheduler=self._scheduler,
+                post=self._inbox.put,
+                carry_out=self._carry_out,
+                device=self._device,
+                compute_stream=lambda: self._compute_stream,
+                namespace_of=lambda salt: namespace_of(self.info.label, salt, quota_salts),
+                metrics=self.metrics,
+            )
         self._thread = threading.Thread(target=self._run, name="litecache-engine", daemon=True)
         self._thread.start()
 
@@ -171,24 +177,17 @@ class Engine:
             `{"complete": bool, "written": blocks, "pending": blocks, "failed": blocks}`.
         """
         deadline = time.monotonic() + timeout_s
-        report: dict[str, Any] = {"complete": True, "written": 0, "pending": 0, "failed": 0}
-        if self._saver is None or self._shards is None:
-            return report
+        if self._tiers is None:
+            return {"complete": True, "written": 0, "pending": 0, "failed": 0}
         # A call in between makes sure that orders of steps already done have been queued.
         self.call(lambda: None)
-        report["complete"] = self._saver.drain(max(0.0, deadline - time.monotonic()))
-        for shard in self._shards.shards:
-            part = shard.flush(max(0.1, deadline - time.monotonic()))
-            report["complete"] = report["complete"] and part.complete
-            for name in ("written", "pending", "failed"):
-                report[name] += getattr(part, name)
-        return report
+        return self._tiers.flush(deadline)
 
     def clear_pool(self, timeout_s: float = CALL_TIMEOUT_S) -> int:
         """Evict all blocks that no request uses, after saving is through; returns how many."""
-        if self._saver is not None:
+        if self._tiers is not None:
             self.call(lambda: None)
-            self._saver.drain(timeout_s)
+            self._tiers.drain(timeout_s)
         return self.call(self._scheduler.cache.evict_idle)
 
     def set_shards(self, shards: Sequence[ShardClient]) -> None:
@@ -197,8 +196,8 @@ class Engine:
         Leases and copies under way end with the clients that they began with. An engine that
         was made without shards stays without.
         """
-        if self._shards is not None:
-            self._shards.replace(shards)
+        if self._tiers is not None:
+            self._tiers.replace(shards)
 
     def check_integrity(self) -> None:
         """Assert that the scheduler's books are in order."""
@@ -225,13 +224,8 @@ class Engine:
         self._closing = True
         self._inbox.put(lambda: None)
         self._thread.join()
-        if self._loader is not None:
-            self._loader.close()
-        if self._saver is not None:
-            self._saver.close()
-        if self._shards is not None and self._device.type == "cuda":
-            for shard in self._shards.shards:
-                self._pinned.forget(shard.arena)
+        if self._tiers is not None:
+            self._tiers.close()
 
     # The engine's thread
 
@@ -303,18 +297,8 @@ class Engine:
         if schedule.deltas:
             self._count(schedule.deltas)
             self._sink(schedule.deltas)
-        if self._loader is None or self._saver is None:
-            return
-        for stage in schedule.stages:
-            self._loader.stage(stage)
-        for load in schedule.loads:
-            self._loader.load(load)
-        for ticket in schedule.discards:
-            self._loader.discard(ticket)
-        if schedule.saves:
-            refused = self._saver.submit(schedule.saves)
-            if refused:
-                self._scheduler.on_saved((), refused)
+        if self._tiers is not None:
+            self._tiers.carry_out(schedule)
 
     def _count(self, deltas: list[tuple[str, TokenDelta]]) -> None:
         generated = 0
@@ -327,41 +311,6 @@ class Engine:
             if delta.finish_reason is not None:
                 self.metrics.inc("litecache_requests", outcome=delta.finish_reason.value)
         self.metrics.inc("litecache_generated_tokens", generated)
-
-    def _open_tiers(
-        self, shards: Sequence[ShardClient], remote: RemoteSource | None, num_blocks: int
-    ) -> None:
-        self._loader: Loader | None = None
-        self._saver: Saver | None = None
-        self._pinned = PinnedArenas()
-        if not shards:
-            return
-        self._shards = ShardSet(shards, remote, self.metrics)
-
-        def copier() -> BlockCopier:
-            return BlockCopier(self._device, lambda: self._compute_stream, self._pinned)
-
-        def staged(ticket: int, found: dict[tuple[int, int], str]) -> None:
-            self._inbox.put(lambda: self._carry_out(self._scheduler.on_staged(ticket, found)))
-
-        def loaded(order: LoadOrder, done: set[tuple[int, int]]) -> None:
-            self._inbox.put(lambda: self._scheduler.on_loaded(order, done))
-
-        def saved(orders: list[SaveOrder], dropped: list[SaveOrder]) -> None:
-            self._inbox.put(lambda: self._scheduler.on_saved(orders, dropped))
-
-        self._loader = Loader(
-            self._pools, self._shards, copier, staged=staged, loaded=loaded, metrics=self.metrics
-        )
-        self._saver = Saver(
-            self._pools,
-            self._shards,
-            copier(),
-            namespace_of=lambda salt: namespace_of(self.info.label, salt, self._quota_salts),
-            max_queued=max(64, num_blocks // MAX_QUEUED_SAVES_SHARE),
-            done=saved,
-            metrics=self.metrics,
-        )
 
     def _stats(self) -> dict[str, Any]:
         scheduler = self._scheduler

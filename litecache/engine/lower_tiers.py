@@ -1,0 +1,131 @@
+"""What an engine has below its pool: the shards of its node, and who copies blocks there and back.
+
+The scheduler orders, this carries out: stages and loads go to the loader, saves to the saver. What
+they report comes back as messages for the engine's thread.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from litecache.engine.block_copier import BlockCopier, PinnedArenas
+from litecache.engine.kv_layout import KVPool
+from litecache.engine.loader import Loader
+from litecache.engine.saver import Saver
+from litecache.engine.schedule import LoadOrder, SaveOrder, Schedule
+from litecache.engine.scheduler import Scheduler
+from litecache.engine.shard_set import RemoteSource, ShardSet
+from litecache.metrics import Metrics
+from litecache.storage.client import ShardClient
+
+MAX_QUEUED_SAVES_SHARE = 4
+"""One in so many pool blocks may wait to be saved: they cannot be evicted meanwhile."""
+
+
+class LowerTiers:
+    """Loader and saver over the shards.
+
+    Args:
+        pools: of the KV groups.
+        shards: clients of the shards on this node.
+        remote: blocks of other nodes.
+        scheduler: is told what was staged, loaded and saved.
+        post: runs a function on the engine's thread.
+        carry_out: for what the scheduler orders in return.
+        device: of the pools.
+        compute_stream: the stream that steps run on, once there is one.
+        namespace_of: a cache salt's namespace on the shards.
+        metrics: where to count.
+    """
+
+    def __init__(
+        self,
+        pools: Sequence[KVPool],
+        shards: Sequence[ShardClient],
+        remote: RemoteSource | None,
+        *,
+        scheduler: Scheduler,
+        post: Callable[[Callable[[], None]], None],
+        carry_out: Callable[[Schedule], None],
+        device: torch.device,
+        compute_stream: Callable[[], torch.cuda.Stream | None],
+        namespace_of: Callable[[str], str],
+        metrics: Metrics,
+    ) -> None:
+        self._shards = ShardSet(shards, remote, metrics)
+        self._device = device
+        self._pinned = PinnedArenas()
+
+        def copier() -> BlockCopier:
+            return BlockCopier(device, compute_stream, self._pinned)
+
+        def staged(ticket: int, found: dict[tuple[int, int], str]) -> None:
+            post(lambda: carry_out(scheduler.on_staged(ticket, found)))
+
+        def loaded(order: LoadOrder, done: set[tuple[int, int]]) -> None:
+            post(lambda: scheduler.on_loaded(order, done))
+
+        def saved(orders: list[SaveOrder], dropped: list[SaveOrder]) -> None:
+            post(lambda: scheduler.on_saved(orders, dropped))
+
+        self._scheduler = scheduler
+        self._loader = Loader(
+            pools, self._shards, copier, staged=staged, loaded=loaded, metrics=metrics
+        )
+        self._saver = Saver(
+            pools,
+            self._shards,
+            copier(),
+            namespace_of=namespace_of,
+            max_queued=max(64, scheduler.cache.pools[0].num_blocks // MAX_QUEUED_SAVES_SHARE),
+            done=saved,
+            metrics=metrics,
+        )
+
+    def carry_out(self, schedule: Schedule) -> None:
+        """Begin what the scheduler has ordered; called on the engine's thread."""
+        for stage in schedule.stages:
+            self._loader.stage(stage)
+        for load in schedule.loads:
+            self._loader.load(load)
+        for ticket in schedule.discards:
+            self._loader.discard(ticket)
+        if schedule.saves:
+            refused = self._saver.submit(schedule.saves)
+            if refused:
+                self._scheduler.on_saved((), refused)
+
+    def drain(self, timeout_s: float) -> bool:
+        """Wait until all saves that were ordered have ended; False if they have not."""
+        return self._saver.drain(timeout_s)
+
+    def flush(self, deadline: float) -> dict[str, Any]:
+        """Wait for saves and make the shards write out what is dirty; see `Engine.flush`.
+
+        Args:
+            deadline: of `time.monotonic()`.
+        """
+        report: dict[str, Any] = {"written": 0, "pending": 0, "failed": 0}
+        report["complete"] = self.drain(max(0.0, deadline - time.monotonic()))
+        for shard in self._shards.shards:
+            part = shard.flush(max(0.1, deadline - time.monotonic()))
+            report["complete"] = report["complete"] and part.complete
+            for name in ("written", "pending", "failed"):
+                report[name] += getattr(part, name)
+        return report
+
+    def replace(self, shards: Sequence[ShardClient]) -> None:
+        """Use these local shards from now on; leases and copies under way keep their clients."""
+        self._shards.replace(shards)
+
+    def close(self) -> None:
+        """End the threads and let the arenas go."""
+        self._loader.close()
+        self._saver.close()
+        if self._device.type == "cuda":
+            for shard in self._shards.shards:
+                self._pinned.forget(shard.arena)
