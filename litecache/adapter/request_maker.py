@@ -53,7 +53,7 @@ class RequestMaker:
             ConfigError: a setting does not go with a prompt.
             CapacityError: a request can never fit.
         """
-        drawn = draw_seed(seed, any(each.do_sample for each in settings))
+        drawn = draw_seed(seed, sampling=any(each.do_sample for each in settings))
         rows: list[PendingRequest] = []
         for prompt, width, each in zip(prompts, widths, settings, strict=True):
             stop = self._stop_strings(tokenizer(), each.stop_strings) if each.stop_strings else None

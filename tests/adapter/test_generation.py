@@ -203,17 +203,23 @@ def test_several_samples_need_sampling() -> None:
 
 
 def test_the_seed_comes_from_torchs_generator_when_sampling_only() -> None:
-    sampling, greedy = settings(do_sample=True), settings()
     torch.manual_seed(5)
-    first = draw_seed(sampling, None)
+    first = draw_seed(None, sampling=True)
     after = torch.rand(1)
     torch.manual_seed(5)
-    assert draw_seed(greedy, None) == 0
-    assert draw_seed(sampling, None) == first
+    assert draw_seed(None, sampling=False) == 0
+    assert draw_seed(None, sampling=True) == first
     assert torch.equal(torch.rand(1), after)
-    assert draw_seed(sampling, 77) == 77
+    assert draw_seed(77, sampling=True) == 77
     with pytest.raises(ConfigError, match="seed=-1"):
-        draw_seed(sampling, -1)
+        draw_seed(-1, sampling=True)
+
+
+def test_the_callers_settings_stay_as_they_were() -> None:
+    given = GenerationConfig(max_new_tokens=3, eos_token_id=[5], bad_words_ids=[[7]])
+    before = given.to_dict()
+    settings(given, max_new_tokens=9, eos_token_id=4, repetition_penalty=1.5)
+    assert given.to_dict() == before
 
 
 def test_something_else_than_a_generation_config_is_refused() -> None:

@@ -208,8 +208,9 @@ def test_rows_with_and_without_rules_share_a_batch_and_a_row_is_reused() -> None
     driver = PlanDriver(loaded)
     driver.add(0, prompt)
     driver.add(1, prompt, penalised)
-    steps = [driver.step({0: 21, 1: 21}), *(driver.step({0: 1, 1: 1}) for _ in range(11))]
-    columns = list(zip(*(step.result().tokens for step in steps), strict=True))
+    steps = [driver.step({0: 21, 1: 21}).result().tokens]
+    steps += [driver.step({0: 1, 1: 1}).result().tokens for _ in range(11)]
+    columns = list(zip(*steps, strict=True))
     assert list(columns[0]) == stock(prompt, 12)
     assert list(columns[1]) == stock(prompt, 12, **rules)
     driver.add(1, other)

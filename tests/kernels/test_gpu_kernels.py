@@ -161,13 +161,10 @@ def test_a_captured_graph_replays_at_other_lengths() -> None:
     _replayed(case, [lengths, (1, 1, 1, 4999), (0, 16, 5, 1)])
 
 
-@pytest.mark.parametrize("pool_dtype", [None, torch.int8])
-def test_a_graph_replays_whether_the_end_of_its_line_is_handed_out_or_not(
-    pool_dtype: torch.dtype | None,
-) -> None:
+def test_a_graph_replays_whether_the_end_of_its_line_is_handed_out_or_not() -> None:
     lengths = tuple(1900 + 10 * i for i in range(64))
     case = Case((1,) * 64, lengths, heads=(32, 8), dims=(128, 128), block_size=16,
-                dtype=torch.bfloat16, pool_dtype=pool_dtype)  # fmt: skip
+                dtype=torch.bfloat16)  # fmt: skip
     short = tuple(1 + i for i in range(64))
     ragged = tuple(length if i % 3 else i for i, length in enumerate(lengths))
     cuts = _replayed(case, [lengths, short, lengths, ragged, lengths])
