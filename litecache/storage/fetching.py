@@ -6,21 +6,17 @@ requests of up to 16 MiB, as those of `stage` are.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from ..hashing import BlockKey
-from ..metrics import Metrics
 from .block_io import fault
-from .keeper import Keeper
-from .lease_book import LeaseBook
 from .protocol import PAGE_BYTES
 from .ram_tier import LOADED, RamBlock
 from .reads import MAX_REQUEST_BYTES
 from .scratch import scratch_memory
+from .shard_parts import ShardParts
 from .slab import Transfer
-from .tiers import Tiers
 
 MAX_FETCH_BYTES = 64 << 20
 """A block larger than this still goes, alone."""
@@ -38,24 +34,15 @@ class Fetching:
     """Answers `fetch`.
 
     Args:
-        tiers, keeper, leases: parts of the store.
-        lock: the store's lock.
-        metrics: where damage is counted.
+        parts: of the store.
     """
 
-    def __init__(
-        self,
-        tiers: Tiers,
-        keeper: Keeper,
-        leases: LeaseBook,
-        lock: threading.Lock,
-        metrics: Metrics,
-    ) -> None:
-        self._tiers = tiers
-        self._keeper = keeper
-        self._leases = leases
-        self._lock = lock
-        self._metrics = metrics
+    def __init__(self, parts: ShardParts) -> None:
+        self._tiers = parts.tiers
+        self._keeper = parts.keeper
+        self._leases = parts.leases
+        self._lock = parts.lock
+        self._metrics = parts.metrics
 
     def fetch(self, keys: Sequence[BlockKey]) -> list[tuple[BlockKey, bytes | None]]:
         """Copies of blocks, None for those that are not here or do not fit `MAX_FETCH_BYTES`."""
