@@ -300,7 +300,7 @@ class BlockIo:
             tiers.finish_write(
                 [blocks[i] for i in good], [slots[i] for i in good], [sums[i] for i in good]
             )
-            disk.end_writes(batch.namespace, batch.pages * len(slots))
+            disk.quotas.end_writes(batch.namespace, batch.pages * len(slots))
             self._keeper.note_change()
             self._changed.notify_all()
         self._tell(told)
@@ -314,7 +314,7 @@ class BlockIo:
             disk = self._tiers.disk
             assert disk is not None
             # slots that reads or other writes hold come back: wait for them, else give up
-            if progress or (not disk.journal_full() and (disk.busy or self._writers > 1)):
+            if progress or (not disk.journal_full() and (disk.in_use or self._writers > 1)):
                 self._tiers.return_dirty(blocks)
                 if not progress:
                     self._changed.wait(0.05)

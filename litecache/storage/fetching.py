@@ -79,7 +79,7 @@ class Fetching:
                     in_ram.append((position, block))
                 elif tiers.disk is not None and tiers.index.disk[entry]:
                     slot = tiers.index.disk[entry] - 1
-                    tiers.disk.begin_use([slot])
+                    tiers.disk.in_use.begin([slot])
                     checksum = tiers.index.checksum[entry]
                     on_disk.append(_OnDisk(position, keys[position], slot, nbytes, checksum))
                 else:
@@ -107,7 +107,7 @@ class Fetching:
             for piece in pieces:
                 piece.release()
         with self._lock:
-            disk.end_use([wanted.slot for wanted in batch])
+            disk.in_use.end([wanted.slot for wanted in batch])
             for wanted, reason in zip(batch, reasons, strict=True):
                 if reason is not None:
                     self._drop(wanted, reason)
