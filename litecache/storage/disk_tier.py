@@ -28,7 +28,8 @@ from .records import FLAG_DOUBTFUL, FLAG_PINNED, RECORD_BYTES
 from .recovery import Recovered, recover
 from .restoring import fit_slab, restore
 from .room import make_room
-from .segments import SegmentSpace, pick_segment_bytes
+from .segment_sizes import pick_segment_bytes
+from .segments import SegmentSpace
 from .slab import Slab, Transfer
 from .slot_use import SlotUse
 

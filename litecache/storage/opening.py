@@ -9,7 +9,7 @@ from .arena import Arena
 from .disk_tier import DiskTier
 from .eviction import get_policy
 from .files import NO_SPACE, Files
-from .segments import pick_segment_bytes
+from .segment_sizes import pick_segment_bytes
 from .tiers import Tiers
 
 
