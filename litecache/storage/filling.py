@@ -77,7 +77,7 @@ class Filling:
                 entries.append(there[key])
                 statuses.append(CommitStatus.STORED)
             tiers.recency.note(entries, new=set(statuses) == {CommitStatus.STORED})
-            if tiers.dirty:
+            if tiers.writes:
                 parts.io.kick()
             parts.changed.notify_all()
         parts.io.drain()

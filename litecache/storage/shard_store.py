@@ -119,7 +119,6 @@ class ShardStore:
         )
         self._lock = self._parts.lock
         self._clients = self._parts.clients
-        self._delta_seq = 0
         self._staging = Staging(self._parts)
         self._filling = Filling(self._parts, accepts_writes=accepts_writes)
         self._waiting = Waiting(self._parts)
@@ -288,9 +287,7 @@ class ShardStore:
     def drain_deltas(self) -> Deltas:
         """What was added and removed since the last call."""
         with self._lock:
-            self._delta_seq += 1
-            added, removed, lost = self._tiers.take_changes()
-            return Deltas(self.epoch, self._delta_seq, added, removed, lost)
+            return self._tiers.changes.drain()
 
     def __len__(self) -> int:
         return len(self._tiers.index)

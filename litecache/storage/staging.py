@@ -89,7 +89,7 @@ class Staging:
         for pages, wanted in loads.items():
             self._begin_loads(client, pages, wanted, entries, results)
         tiers.use([e for e, (_, slot, _) in zip(entries, results, strict=True) if slot >= 0])
-        if tiers.dirty:
+        if tiers.writes:
             self._io.kick()
         return results
 
