@@ -14,7 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from litecache.actors.group_start import actor_names
-from litecache.cli import app, main, parse_settings
+from litecache.cli import app, main
+from litecache.cli.options import parse_settings
 from litecache.config import CacheConfig
 from litecache.errors import ConfigError, KernelError
 from litecache.storage import CommitItem, LocalShardClient, ShardStore

@@ -22,7 +22,8 @@ from .keeper import Keeper
 from .ram_tier import RamBlock, RamState
 from .reads import ReadRequest, plan_reads, request_bytes
 from .slab import Transfer
-from .tiers import Tiers, WriteBatch
+from .tiers import Tiers
+from .write_queue import WriteBatch
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +128,7 @@ class BlockIo:
         return bool(self._tiers.reads) and few
 
     def _may_write(self) -> bool:
-        return bool(self._tiers.dirty) and self._writers < max(1, self._threads - 1)
+        return bool(self._tiers.writes) and self._writers < max(1, self._threads - 1)
 
     def _step(self, *, wait: bool) -> bool:
         request: ReadRequest | None = None
@@ -145,7 +146,7 @@ class BlockIo:
                 for block in request.blocks:
                     block.started = True
             else:
-                batch = tiers.take_dirty(request_bytes(tiers.dirty_bytes, self._threads - 1))
+                batch = tiers.writes.take(request_bytes(tiers.writes.nbytes, self._threads - 1))
                 if batch is None:
                     return True
                 self._writers += 1
@@ -158,7 +159,7 @@ class BlockIo:
         finally:
             with self._lock:
                 self._writers -= 1
-                if tiers.dirty:
+                if tiers.writes:
                     self._work.notify()
                 self._changed.notify_all()
 
@@ -183,7 +184,7 @@ class BlockIo:
                 tiers.changed_on_disk = False
                 self._keeper.note_change()
             self._changed.notify_all()
-            if tiers.dirty and not tiers.reads:
+            if tiers.writes and not tiers.reads:
                 self._work.notify()
 
     def _account(self, direction: str, nbytes: int, begun: float) -> None:
@@ -300,7 +301,7 @@ class BlockIo:
             tiers.finish_write(
                 [blocks[i] for i in good], [slots[i] for i in good], [sums[i] for i in good]
             )
-            disk.end_writes(batch.namespace, batch.pages * len(slots))
+            disk.quotas.end_writes(batch.namespace, batch.pages * len(slots))
             self._keeper.note_change()
             self._changed.notify_all()
         self._tell(told)
@@ -314,8 +315,8 @@ class BlockIo:
             disk = self._tiers.disk
             assert disk is not None
             # slots that reads or other writes hold come back: wait for them, else give up
-            if progress or (not disk.journal_full() and (disk.busy or self._writers > 1)):
-                self._tiers.return_dirty(blocks)
+            if progress or (not disk.journal_full() and (disk.in_use or self._writers > 1)):
+                self._tiers.writes.put_back(blocks)
                 if not progress:
                     self._changed.wait(0.05)
                 return

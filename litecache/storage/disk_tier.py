@@ -1,8 +1,9 @@
 """The disk tier: slab, space and log of one folder.
 
-It places blocks and makes room by eviction; its `DiskLog` keeps the metadata on disk in step. What
-changes its state runs under the store's lock and touches no file; what touches files (`write`,
-`read`, `grow`, `shrink`) runs outside it.
+It places blocks and makes room by eviction. Its `DiskLog` keeps the metadata on disk in step, its
+`Quotas` hold namespaces to their share, its `SlotUse` keeps slots in place while they are read.
+What changes its state runs under the store's lock and touches no file; what touches files
+(`write`, `read`, `grow`, `shrink`) runs outside it.
 
 Bounded bytes: every segment of the slab that exists counts in full, every slot in use counts
 `META_SLOT_BYTES` for two snapshots and a journal, and `META_FIXED_BYTES` for the rest.
@@ -11,7 +12,7 @@ Bounded bytes: every segment of the slab that exists counts in full, every slot 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -22,13 +23,15 @@ from .eviction.queues import Queues
 from .files import NO_SPACE, Files
 from .folder import Folder
 from .key_table import Entries
-from .namespaces import quota_of
-from .protocol import PAGE_BYTES
+from .quotas import Quotas
 from .records import FLAG_DOUBTFUL, FLAG_PINNED, RECORD_BYTES
 from .recovery import Recovered, recover
+from .restoring import fit_slab, restore
 from .room import make_room
-from .segments import SegmentSpace, pick_segment_bytes
+from .segment_sizes import pick_segment_bytes
+from .segments import SegmentSpace
 from .slab import Slab, Transfer
+from .slot_use import SlotUse
 
 logger = logging.getLogger(__name__)
 
@@ -76,19 +79,17 @@ class DiskTier:
         self._before_snapshot = before_snapshot
         self.limit = storage_bytes
         self.queues = Queues(policy)
-        self._quotas = quotas
-        self.busy: dict[int, int] = {}
-        self._zombies: set[int] = set()
-        self._unplaced: dict[int, int] = {}
+        self.quotas = Quotas(quotas, self.queues)
         self.grow_failed = False
         self.folder = Folder(files, path, storage_bytes, pick_segment_bytes(storage_bytes))
         try:
             self.space = SegmentSpace(self.folder.segment_bytes, self._may_grow)
             self.space.may_shrink = True
+            self.in_use = SlotUse(self.space)
             self.slab = Slab(files, self.folder.file("slab"), direct=direct)
             try:
                 recovered = recover(files, path)
-                self.log = DiskLog(files, path, index, recovered, self._note_quota)
+                self.log = DiskLog(files, path, index, recovered, self.quotas.note_name)
                 try:
                     self._restore(recovered)
                     self.log.keep_doubts()
@@ -116,43 +117,10 @@ class DiskTier:
         return slab + meta + META_FIXED_BYTES <= self.limit
 
     def _restore(self, recovered: Recovered) -> None:
-        size, segment = self.slab.size(), self.space.segment_bytes
-        segments = -(-size // segment)
-        most = max(0, self.limit - META_FIXED_BYTES) // segment
-        if segments > most:
-            self.slab.truncate(most * segment)
-            segments = most
-        elif size % segment:
-            self.slab.grow(size, segments * segment - size)
-        self.space.grow(range(segments))
-        records = recovered.records
-        n = len(records)
-        fits = self.space.occupy(
-            records["slot"].astype(np.int64), records["pages"].astype(np.int64), np.arange(n)
-        )
-        kept = records[fits]
-        if len(kept) < n:
-            # entry numbers are positions among the kept: say so to the space
-            logger.info("%d blocks do not fit the store any more", n - len(kept))
-            renumbered = np.cumsum(fits) - 1
-            self.space.rebind(renumbered)
-        if not self.folder.intact:
-            # any slot may have been given to another block whose record is lost
-            kept["flags"] |= FLAG_DOUBTFUL
-        entries = self._index.load(kept)
-        self.queues.extend(
-            entries,
-            kept["pages"].astype(np.int64),
-            kept["namespace"].astype(np.int64),
-            kept["key"][:, 0],
-        )
-        for entry in np.flatnonzero(kept["flags"] & FLAG_PINNED).tolist():
-            self.queues.remove(entry)
-
-    def _note_quota(self, number: int, name: str) -> None:
-        quota = quota_of(name, self._quotas)
-        if quota is not None:
-            self.queues.quota_pages[number] = quota // PAGE_BYTES
+        room = max(0, self.limit - META_FIXED_BYTES)
+        fit_slab(self.slab, self.space, room // self.space.segment_bytes)
+        intact = self.folder.intact
+        restore(recovered.records, self.space, self._index, self.queues, intact=intact)
 
     def name_number(self, name: str) -> int:
         """Number of a namespace."""
@@ -160,7 +128,7 @@ class DiskTier:
 
     def allocate(self, pages: int, n: int, namespace: int) -> list[int]:
         """Up to `n` slots, evicting what is oldest; fewer when the rest is busy or may grow."""
-        n = self._within_quota(pages, n, namespace)
+        n = self.quotas.room_for(namespace, pages, n, lambda: self._evict_one(namespace, pages))
         slots = self.space.allocate(pages, n)
         while len(slots) < n and self.space.growth(pages) is None:
             self._make_room(pages, n - len(slots))
@@ -168,27 +136,16 @@ class DiskTier:
             if not more:
                 break
             slots += more
-        self._unplaced[namespace] = self._unplaced.get(namespace, 0) + pages * len(slots)
+        self.quotas.begin_writes(namespace, pages * len(slots))
         return slots
 
-    def _within_quota(self, pages: int, n: int, namespace: int) -> int:
-        """How many of `n` blocks a namespace may add, after its oldest have made room."""
-        quota = self.queues.quota_pages.get(namespace)
-        if quota is None:
-            return n
-        free = quota - self._unplaced.get(namespace, 0)
-        n = min(n, max(0, free // pages))
-        while self.queues.held_pages(namespace) + n * pages > free:
-            self._before_evict()
-            victim = self.queues.evict(pages, self._may_evict, namespace)
-            if victim is None:
-                return max(0, (free - self.queues.held_pages(namespace)) // pages)
-            self._give_up(victim)
-        return n
-
-    def end_writes(self, namespace: int, pages: int) -> None:
-        """Slots that were allocated have been placed or freed."""
-        self._unplaced[namespace] -= pages
+    def _evict_one(self, namespace: int, pages: int) -> bool:
+        self._before_evict()
+        victim = self.queues.evict(pages, self._may_evict, namespace)
+        if victim is None:
+            return False
+        self._give_up(victim)
+        return True
 
     def _make_room(self, pages: int, n: int) -> None:
         self._before_evict()
@@ -203,7 +160,7 @@ class DiskTier:
         )
 
     def _may_evict(self, entry: int) -> bool:
-        return self._index.disk[entry] - 1 not in self.busy
+        return self._index.disk[entry] - 1 not in self.in_use
 
     def _give_up(self, entry: int) -> None:
         self._release_slot(entry)
@@ -214,10 +171,7 @@ class DiskTier:
         self.log.removed(entry, slot)
         self._index.disk[entry] = 0
         self._index.put_seq[entry] = 0
-        if slot in self.busy:
-            self._zombies.add(slot)
-        else:
-            self.space.free(slot)
+        self.in_use.give_up(slot)
 
     def remove(self, entry: int) -> None:
         """Give up an entry's disk copy."""
@@ -228,23 +182,6 @@ class DiskTier:
     def free(self, slot: int) -> None:
         """Return a slot that was allocated and never placed."""
         self.space.free(slot)
-
-    def begin_use(self, slots: Iterable[int]) -> None:
-        """Reads of slots begin: they keep their contents until `end_use`."""
-        busy = self.busy
-        for slot in slots:
-            busy[slot] = busy.get(slot, 0) + 1
-
-    def end_use(self, slots: Iterable[int]) -> None:
-        """Reads of slots ended."""
-        busy = self.busy
-        for slot in slots:
-            readers = busy.pop(slot) - 1
-            if readers:
-                busy[slot] = readers
-            elif slot in self._zombies:
-                self._zombies.remove(slot)
-                self.space.free(slot)
 
     def place(self, entries: Sequence[int], slots: Sequence[int], checksums: Sequence[int]) -> None:
         """Blocks of a chain, head first, now lie in their slots: index, queue and journal."""
@@ -369,9 +306,10 @@ class DiskTier:
         entries = np.flatnonzero(index.column("disk")).tolist()
         used = {index.disk[entry] - 1: index.pages[entry] for entry in entries}
         assert len(used) == len(entries), "two blocks share a disk slot"
-        for slot in (*self._zombies, *in_flight):
+        given_up = self.in_use.given_up
+        for slot in (*given_up, *in_flight):
             assert slot not in used, "a slot in flight belongs to a block"
-        self.space.check_integrity(used, {*self._zombies, *in_flight})
+        self.space.check_integrity(used, {*given_up, *in_flight})
         for slot, pages in used.items():
             assert self.space.owner(slot) >= 0, f"slot {slot} of {pages} pages has no owner"
         queued = set(self.queues)

@@ -6,21 +6,17 @@ requests of up to 16 MiB, as those of `stage` are.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from ..hashing import BlockKey
-from ..metrics import Metrics
 from .block_io import fault
-from .keeper import Keeper
-from .lease_book import LeaseBook
 from .protocol import PAGE_BYTES
 from .ram_tier import LOADED, RamBlock
 from .reads import MAX_REQUEST_BYTES
 from .scratch import scratch_memory
+from .shard_parts import ShardParts
 from .slab import Transfer
-from .tiers import Tiers
 
 MAX_FETCH_BYTES = 64 << 20
 """A block larger than this still goes, alone."""
@@ -38,24 +34,15 @@ class Fetching:
     """Answers `fetch`.
 
     Args:
-        tiers, keeper, leases: parts of the store.
-        lock: the store's lock.
-        metrics: where damage is counted.
+        parts: of the store.
     """
 
-    def __init__(
-        self,
-        tiers: Tiers,
-        keeper: Keeper,
-        leases: LeaseBook,
-        lock: threading.Lock,
-        metrics: Metrics,
-    ) -> None:
-        self._tiers = tiers
-        self._keeper = keeper
-        self._leases = leases
-        self._lock = lock
-        self._metrics = metrics
+    def __init__(self, parts: ShardParts) -> None:
+        self._tiers = parts.tiers
+        self._keeper = parts.keeper
+        self._leases = parts.leases
+        self._lock = parts.lock
+        self._metrics = parts.metrics
 
     def fetch(self, keys: Sequence[BlockKey]) -> list[tuple[BlockKey, bytes | None]]:
         """Copies of blocks, None for those that are not here or do not fit `MAX_FETCH_BYTES`."""
@@ -92,7 +79,7 @@ class Fetching:
                     in_ram.append((position, block))
                 elif tiers.disk is not None and tiers.index.disk[entry]:
                     slot = tiers.index.disk[entry] - 1
-                    tiers.disk.begin_use([slot])
+                    tiers.disk.in_use.begin([slot])
                     checksum = tiers.index.checksum[entry]
                     on_disk.append(_OnDisk(position, keys[position], slot, nbytes, checksum))
                 else:
@@ -120,7 +107,7 @@ class Fetching:
             for piece in pieces:
                 piece.release()
         with self._lock:
-            disk.end_use([wanted.slot for wanted in batch])
+            disk.in_use.end([wanted.slot for wanted in batch])
             for wanted, reason in zip(batch, reasons, strict=True):
                 if reason is not None:
                     self._drop(wanted, reason)

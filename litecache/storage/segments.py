@@ -18,24 +18,14 @@ import numpy.typing as npt
 
 from .protocol import PAGE_BYTES
 from .region import Region
+from .segment_pool import SegmentPool
+from .segment_sizes import RegionSize, region_size
 
 _CANDIDATES = 64
-_LARGEST_REGION_BYTES = 64 << 20
-_WASTE = 0.125
-
-
-def pick_segment_bytes(total_bytes: int) -> int:
-    """Segment size for a tier: 64 MiB, or a sixteenth of a small tier, a power of two."""
-    size = 64 << 20
-    while size > 64 << 10 and size * 16 > total_bytes:
-        size //= 2
-    return size
 
 
 class SegmentSpace:
     """Allocates slots.
-
-    A segment is spare, part of a region, or retired: it holds no bytes until it is made again.
 
     Args:
         segment_bytes: bytes of a segment, a multiple of `PAGE_BYTES`.
@@ -47,12 +37,9 @@ class SegmentSpace:
         self.segment_bytes = segment_bytes
         self.segment_pages = segment_bytes // PAGE_BYTES
         self._may_grow = may_grow
-        self.grown = 0
         self.slots_assigned = 0
         self.may_shrink = False
-        self._spare: set[int] = set()
-        self._retired: set[int] = set()
-        self._leaving: set[int] = set()
+        self._pool = SegmentPool()
         self._regions: dict[int, Region] = {}
         self._partial: dict[int, dict[int, Region]] = {}
         self._used: dict[int, int] = {}
@@ -85,48 +72,34 @@ class SegmentSpace:
                 break
         return best, best_run
 
-    def region_segments(self, block_pages: int) -> int:
-        """Segments in a region of this block size: the fewest that waste little of their end.
-
-        It depends on the sizes alone and regions start at multiples of it, so a slot's region is
-        known without being written down.
-        """
-        smallest = -(-block_pages // self.segment_pages)
-        largest = max(smallest, _LARGEST_REGION_BYTES // self.segment_bytes)
-        for count in range(smallest, min(largest, smallest + 16) + 1):
-            if count * self.segment_pages % block_pages <= _WASTE * count * self.segment_pages:
-                return count
-        return smallest
+    def _region_size(self, block_pages: int) -> RegionSize:
+        return region_size(self.segment_pages, block_pages)
 
     def _assign(self, block_pages: int) -> Region | None:
-        count = self.region_segments(block_pages)
-        first = self._spare_run(count)
-        slots = count * self.segment_pages // block_pages
-        if first is None or not self._may_grow(0, slots):
+        size = self._region_size(block_pages)
+        run = self._pool.spare_run(size.segments)
+        if run is None or not self._may_grow(0, size.slots):
             return None
-        self._spare.difference_update(range(first, first + count))
-        return self._adopt(first, count, block_pages)
+        self._pool.take(run)
+        return self._adopt(run, block_pages)
 
-    def _adopt(self, first: int, count: int, block_pages: int) -> Region:
-        region = Region(first * self.segment_pages, count, self.segment_pages, block_pages)
-        for segment in range(first, first + count):
+    def _adopt(self, run: range, block_pages: int) -> Region:
+        region = Region(run.start * self.segment_pages, len(run), self.segment_pages, block_pages)
+        for segment in run:
             self._regions[segment] = region
         self.slots_assigned += region.slots
         self._partial.setdefault(block_pages, {})[region.base] = region
         return region
 
-    def _spare_run(self, count: int) -> int | None:
-        if count == 1:
-            return min(self._spare) if self._spare else None
-        for first in sorted(segment for segment in self._spare if segment % count == 0):
-            if self._spare.issuperset(range(first, first + count)):
-                return first
-        return None
+    @property
+    def grown(self) -> int:
+        """Segments that have ever been made."""
+        return self._pool.grown
 
     @property
     def present(self) -> int:
         """Segments that hold bytes."""
-        return self.grown - len(self._retired)
+        return self._pool.present
 
     def growth(self, block_pages: int) -> range | None:
         """Segments that the owner may make exist now for this block size; None at the bound.
@@ -134,30 +107,13 @@ class SegmentSpace:
         The owner makes them outside its lock and then calls `grow`, or does not. Some in the range
         may exist already.
         """
-        count = self.region_segments(block_pages)
-        new = self._retired_run(count) or self._run_at_end(count)
-        missing = sum(segment >= self.grown or segment in self._retired for segment in new)
-        slots = count * self.segment_pages // block_pages
-        return new if self._may_grow(missing, slots) else None
-
-    def _retired_run(self, count: int) -> range | None:
-        usable = self._spare | self._retired
-        for first in sorted({segment // count * count for segment in self._retired}):
-            if usable.issuperset(range(first, first + count)):
-                return range(first, first + count)
-        return None
-
-    def _run_at_end(self, count: int) -> range:
-        first = self.grown // count * count
-        if not self._spare.issuperset(range(first, self.grown)):
-            first += count
-        return range(self.grown, first + count)
+        size = self._region_size(block_pages)
+        run = self._pool.next_run(size.segments)
+        return run if self._may_grow(self._pool.missing(run), size.slots) else None
 
     def grow(self, segments: range) -> None:
         """The segments exist now."""
-        self._spare.update(s for s in segments if s >= self.grown or s in self._retired)
-        self._retired.difference_update(segments)
-        self.grown = max(self.grown, segments.stop)
+        self._pool.grow(segments)
 
     def _surplus(self, block_pages: int) -> int | None:
         """Spare segments that must cease to exist before a region fits the bound.
@@ -166,36 +122,28 @@ class SegmentSpace:
         to its bound with large blocks has to shrink before it can hold small ones. None: it does
         not help.
         """
-        count = self.region_segments(block_pages)
-        slots = count * self.segment_pages // block_pages
-        most = len(self._spare) - count if self.may_shrink else 0
-        return next((k for k in range(max(0, most) + 1) if self._may_grow(-k, slots)), None)
+        size = self._region_size(block_pages)
+        most = self._pool.spare - size.segments if self.may_shrink else 0
+        return next((k for k in range(max(0, most) + 1) if self._may_grow(-k, size.slots)), None)
 
     def take_surplus(self, block_pages: int) -> list[int]:
         """Spare segments that the owner should empty and `retire`, to assign a region after that.
 
         They are nobody's until then; `keep` takes them back.
         """
-        count = self.region_segments(block_pages)
-        first = self._spare_run(count)
-        surplus = self._surplus(block_pages) if first is not None else None
-        if first is None or not surplus:
+        run = self._pool.spare_run(self._region_size(block_pages).segments)
+        surplus = self._surplus(block_pages) if run is not None else None
+        if run is None or not surplus:
             return []
-        rest = sorted(self._spare.difference(range(first, first + count)))
-        leaving = rest[-surplus:]
-        self._spare.difference_update(leaving)
-        self._leaving.update(leaving)
-        return leaving
+        return self._pool.begin_leaving(surplus, but=run)
 
     def retire(self, segments: Iterable[int]) -> None:
         """Segments from `take_surplus` hold no bytes any more."""
-        self._leaving.difference_update(segments)
-        self._retired.update(segments)
+        self._pool.retire(segments)
 
     def keep(self, segments: Iterable[int]) -> None:
         """Segments from `take_surplus` could not be emptied; no others can."""
-        self._leaving.difference_update(segments)
-        self._spare.update(segments)
+        self._pool.keep(segments)
         self.may_shrink = False
 
     def bind(self, slot: int, handle: int) -> None:
@@ -220,9 +168,10 @@ class SegmentSpace:
     def _return(self, region: Region) -> None:
         self._partial[region.block_pages].pop(region.base, None)
         first = region.base // self.segment_pages
-        for segment in range(first, first + region.segments):
+        run = range(first, first + region.segments)
+        for segment in run:
             del self._regions[segment]
-            self._spare.add(segment)
+        self._pool.give_back(run)
         self.slots_assigned -= region.slots
 
     def occupy(
@@ -275,13 +224,13 @@ class SegmentSpace:
         return fits
 
     def _adopt_at(self, segment: int, pages: int) -> Region | None:
-        count = self.region_segments(pages)
+        run = self._run_around(segment, pages)
+        return self._adopt(run, pages) if self._pool.take(run) else None
+
+    def _run_around(self, segment: int, block_pages: int) -> range:
+        count = self._region_size(block_pages).segments
         first = segment // count * count
-        run = range(first, first + count)
-        if not self._spare.issuperset(run):
-            return None
-        self._spare.difference_update(run)
-        return self._adopt(first, count, pages)
+        return range(first, first + count)
 
     def owner(self, slot: int) -> int:
         """Handle that the slot was bound to, or -1."""
@@ -297,9 +246,7 @@ class SegmentSpace:
 
     def in_the_way(self, slot: int, block_pages: int) -> list[int]:
         """Handles that would have to leave for a region of `block_pages` where `slot` lies."""
-        count = self.region_segments(block_pages)
-        first = slot // self.segment_pages // count * count
-        run = range(first, first + count)
+        run = self._run_around(slot // self.segment_pages, block_pages)
         regions = {id(r): r for s in run if (r := self._regions.get(s)) is not None}
         return [h for region in regions.values() for h in region.owners if h >= 0]
 
@@ -312,12 +259,10 @@ class SegmentSpace:
         surplus = self._surplus(block_pages)
         if surplus is None:
             return held
-        count = self.region_segments(block_pages)
-        if count == 1:
-            spare = len(self._spare) - surplus
-            return held + max(0, spare) * (self.segment_pages // block_pages)
-        found = self._spare_run(count) is not None
-        return held + found * (count * self.segment_pages // block_pages)
+        size = self._region_size(block_pages)
+        if size.segments == 1:
+            return held + max(0, self._pool.spare - surplus) * size.slots
+        return held + size.slots * (self._pool.spare_run(size.segments) is not None)
 
     def allocatable(self, block_pages: int) -> bool:
         """Whether a slot can be given out now."""
@@ -326,13 +271,12 @@ class SegmentSpace:
     def worth_emptying(self, slot: int, block_pages: int) -> bool:
         """Whether emptying the region where `slot` lies can give room to `block_pages`."""
         region = self._regions[slot // self.segment_pages]
-        count = self.region_segments(block_pages)
-        slots = count * self.segment_pages // block_pages
+        slots = self._region_size(block_pages).slots
         return self.may_shrink or self._may_grow(0, slots - region.slots)
 
     def over_bound(self, block_pages: int) -> bool:
         """Whether a spare region is there but may not be used before more segments are spare."""
-        spare = self._spare_run(self.region_segments(block_pages)) is not None
+        spare = self._pool.spare_run(self._region_size(block_pages).segments) is not None
         return self.may_shrink and spare and self._surplus(block_pages) is None
 
     def used_slots(self, block_pages: int) -> int:
@@ -355,8 +299,6 @@ class SegmentSpace:
             mine.update(dict.fromkeys(region.used(), region.block_pages))
         assert set(mine) == {*used, *extra}, f"slots differ: {set(mine) ^ {*used, *extra}}"
         assert all(mine[slot] == pages for slot, pages in used.items()), "block sizes differ"
-        idle = len(self._spare) + len(self._retired) + len(self._leaving)
-        assert idle + len(self._regions) == self.grown, "segments were lost"
-        assert not self._spare & (self._retired | self._leaving), "a segment is in two states"
+        self._pool.check_integrity(len(self._regions))
         for pages, count in self._used.items():
             assert count == sum(p == pages for p in mine.values()), "used counter is off"

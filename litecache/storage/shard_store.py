@@ -1,33 +1,25 @@
 """One shard: blocks in shared memory and on disk, for any number of client processes.
 
 The methods are the slot protocol (`protocol.py`), thread-safe, batched; all return at once except
-`flush`, `fetch`, `wait`, `clear` and `close`. State lives in `Tiers`, I/O in `BlockIo`, clients and
-their leases in `Clients`; this class puts them under one lock and never does I/O while it holds it.
+`flush`, `fetch`, `wait`, `clear` and `close`. State and I/O live in `ShardParts`, under one lock
+that nobody holds during I/O; here stands what each method promises and who keeps the promise.
 """
 
 from __future__ import annotations
 
 import secrets
-import threading
-import time
 from collections.abc import Sequence
 
-from ..errors import ConfigError, StorageError, StorageFullError
+from ..errors import ConfigError
 from ..hashing import BlockKey
 from ..metrics import Metrics
-from .admission import get_admission
-from .arena import Arena
-from .arena_growth import ArenaGrowth
-from .block_io import BlockIo, OnWritten
-from .disk_tier import DiskTier
-from .eviction import get_policy
+from .block_io import OnWritten
 from .fetching import Fetching
-from .files import NO_SPACE, Files
-from .keeper import Keeper
-from .lease_book import LeaseBook
-from .leases import Client, Clients
+from .files import Files
+from .filling import Filling
+from .leases import Client
+from .opening import open_tiers
 from .protocol import (
-    PAGE_BYTES,
     Attachment,
     CommitItem,
     CommitStatus,
@@ -36,15 +28,12 @@ from .protocol import (
     SlotRef,
     StageResult,
 )
-from .ram_tier import LOADED, RamState
-from .segments import pick_segment_bytes
 from .shard_options import validate_options
+from .shard_parts import ShardParts
 from .shard_stats import set_gauges, shard_stats
 from .staging import Staging
-from .tiers import Tiers
 from .upkeep import Upkeep
-
-_MAX_NAMESPACE = 200
+from .waiting import Waiting
 
 
 class ShardStore:
@@ -101,71 +90,40 @@ class ShardStore:
         on_written: OnWritten | None = None,
     ) -> None:
         validate_options(directory, storage_bytes, ram_bytes, fsync, io_threads, ttl_s)
-        get_policy(eviction)
-        admit = get_admission(admission)
         self.metrics = metrics or Metrics()
         self.epoch = secrets.randbits(62)
         self.directory = directory
-        self.accepts_writes = accepts_writes
-        self._fsync = fsync
-        segment_bytes = pick_segment_bytes(ram_bytes)
-        self._arena = Arena(
-            ram_bytes // segment_bytes * segment_bytes,
-            segment_bytes,
-            self.epoch,
+        self._tiers = open_tiers(
+            directory,
+            storage_bytes=storage_bytes,
+            ram_bytes=ram_bytes,
+            epoch=self.epoch,
+            eviction=eviction,
+            admission=admission,
+            ttl_s=ttl_s,
+            quotas=quotas or {},
+            metrics=self.metrics,
+            files=files or Files(),
+            direct=direct,
             use_memfd=use_memfd,
         )
-        self._tiers = Tiers(self._arena, eviction, admit, ttl_s, self.metrics)
-        try:
-            if directory is not None:
-                self._tiers.disk = DiskTier(
-                    files or Files(),
-                    directory,
-                    storage_bytes=storage_bytes,
-                    index=self._tiers.index,
-                    policy=eviction,
-                    on_evict=self._tiers.on_disk_evict,
-                    before_evict=self._tiers.recency.before_eviction,
-                    before_snapshot=self._tiers.recency.settle,
-                    quotas=quotas or {},
-                    direct=direct,
-                )
-        except OSError as error:
-            self._arena.close()
-            kind = StorageFullError if error.errno in NO_SPACE else StorageError
-            raise kind(f"the store in {directory} cannot be opened: {error}") from error
-        except BaseException:
-            self._arena.close()
-            raise
-        self._lock = threading.Lock()
-        self._changed = threading.Condition(self._lock)
-        self._growth = ArenaGrowth(self._tiers.ram, self._lock)
-        self._leases = LeaseBook(self._tiers.ram)
-        self._delta_seq = 0
-        self._closed = False
-        self._clients = Clients(self._lock, self.epoch, self._client_gone)
-        self._keeper = Keeper(
+        self._arena = self._tiers.ram.arena
+        self._parts = ShardParts(
             self._tiers,
-            self._lock,
-            self._changed,
-            threaded=io_threads > 0,
+            self.epoch,
+            io_threads=io_threads,
             fsync=fsync,
-            interval_s=fsync_interval_s,
-            metrics=self.metrics,
-        )
-        self._io = BlockIo(
-            self._tiers,
-            self._lock,
-            self._changed,
-            threads=io_threads,
-            keeper=self._keeper,
+            fsync_interval_s=fsync_interval_s,
             metrics=self.metrics,
             on_written=on_written,
         )
-        parts = (self._tiers, self._io, self._leases)
-        self._staging = Staging(*parts, self._growth, self._lock, self.metrics)
-        self._fetching = Fetching(self._tiers, self._keeper, self._leases, self._lock, self.metrics)
-        self._upkeep = Upkeep(self._tiers, self._keeper, self._changed)
+        self._lock = self._parts.lock
+        self._clients = self._parts.clients
+        self._staging = Staging(self._parts)
+        self._filling = Filling(self._parts, accepts_writes=accepts_writes)
+        self._waiting = Waiting(self._parts)
+        self._fetching = Fetching(self._parts)
+        self._upkeep = Upkeep(self._parts)
 
     def attach(self, client_pid: int) -> Attachment:
         """Register a client process.
@@ -173,16 +131,12 @@ class ShardStore:
         Raises:
             StorageError: the process does not live on this machine, or the store is closed.
         """
-        self._check_open()
+        self._parts.check_open()
         return self._arena.attachment(self._clients.attach(client_pid))
 
     def detach(self, client_id: int) -> None:
         """End a client and all its leases; an unknown one is ignored."""
         self._clients.detach(client_id)
-
-    def _client_gone(self, client: Client) -> None:
-        self._leases.end_all(client)
-        self._changed.notify_all()
 
     def stage(
         self,
@@ -205,7 +159,7 @@ class ShardStore:
             StorageError: unknown client.
             ConfigError: a key is not 16 bytes.
         """
-        self._check_open()
+        self._parts.check_open()
         with self._lock:
             client = self._clients.get(client_id)
             if released:
@@ -229,8 +183,8 @@ class ShardStore:
             self._end_leases(self._clients.get(client_id), slots)
 
     def _end_leases(self, client: Client, slots: Sequence[SlotRef]) -> None:
-        self._leases.end_many(client, slots)
-        self._changed.notify_all()
+        self._parts.leases.end_many(client, slots)
+        self._parts.changed.notify_all()
 
     def reserve(self, client_id: int, block_bytes: int, n: int) -> list[SlotRef]:
         """Lease up to `n` slots to fill; fewer or none when RAM is dirty or leased. Never waits.
@@ -238,24 +192,7 @@ class ShardStore:
         Raises:
             ConfigError: `block_bytes` is not a positive multiple of 4096, or `n` is negative.
         """
-        if block_bytes <= 0 or block_bytes % PAGE_BYTES:
-            raise ConfigError("block_bytes", block_bytes, f"a positive multiple of {PAGE_BYTES}")
-        if n < 0:
-            raise ConfigError("n", n, "zero or more")
-        self._check_open()
-        if self.accepts_writes and n:
-            self._growth.ensure(block_bytes // PAGE_BYTES, n)
-        with self._lock:
-            client = self._clients.get(client_id)
-            if not self.accepts_writes or self._closed:
-                return []
-            blocks = self._tiers.ram.allocate(block_bytes, n)
-            self._tiers.ram.show_reserved(blocks)
-            for block in blocks:
-                self._leases.give(client, block)
-        if len(blocks) < n:
-            self.metrics.inc("litecache_drops", n - len(blocks), reason="no_slot")
-        return [SlotRef(block.slot, block.generation) for block in blocks]
+        return self._filling.reserve(client_id, block_bytes, n)
 
     def commit(self, client_id: int, items: Sequence[CommitItem]) -> list[CommitStatus]:
         """Publish filled slots; their leases end and their bytes must not change any more.
@@ -264,41 +201,7 @@ class ShardStore:
             Per item STORED; EXISTS (the key was there already, the slot went back); or STALE (the
             client does not hold that slot under that generation, nothing changed).
         """
-        for item in items:
-            if len(item[2]) != 16 or len(item[3]) != 16:
-                raise ConfigError("key", item[2:4], "16 bytes each for key and parent")
-            if len(item[4]) > _MAX_NAMESPACE:
-                raise ConfigError("namespace", item[4], f"at most {_MAX_NAMESPACE} characters")
-        statuses: list[CommitStatus] = []
-        keys = [item[2] for item in items]
-        with self._lock:
-            client = self._clients.get(client_id)
-            tiers = self._tiers
-            entries: list[int] = []
-            there = dict(zip(keys, tiers.find(keys), strict=True))
-            for slot, generation, key, parent, namespace in items:
-                held = tiers.ram.by_slot.get(slot)
-                reserved = held is not None and held.state is RamState.RESERVED and not held.dead
-                block = self._leases.end(client, slot, generation) if reserved else None
-                if block is None:
-                    statuses.append(CommitStatus.STALE)
-                    continue
-                known = there[key]
-                if known >= 0:
-                    self._leases.abandon(block)
-                    tiers.consider_again(known)
-                    entries.append(known)
-                    statuses.append(CommitStatus.EXISTS)
-                    continue
-                there[key] = tiers.publish(block, key, parent, namespace)
-                entries.append(there[key])
-                statuses.append(CommitStatus.STORED)
-            tiers.recency.note(entries, new=set(statuses) == {CommitStatus.STORED})
-            if tiers.dirty:
-                self._io.kick()
-            self._changed.notify_all()
-        self._io.drain()
-        return statuses
+        return self._filling.commit(client_id, items)
 
     def query(self, keys: Sequence[BlockKey], *, touch: bool = False) -> list[bool]:
         """Which keys the shard holds; no lease, recency changes only with `touch`."""
@@ -325,13 +228,11 @@ class ShardStore:
         """Which keys are in RAM and still on their way to disk."""
         with self._lock:
             blocks = [self._tiers.block_of(e) if e >= 0 else None for e in self._tiers.find(keys)]
-            return [block is not None and bool(self._io.pending([block])) for block in blocks]
+            return [block is not None and bool(self._parts.io.pending([block])) for block in blocks]
 
     def wait_for_change(self, timeout_s: float) -> None:
         """Sleep until a read or write ends, a lease is released, or the time is over."""
-        with self._lock:
-            if not self._closed:
-                self._changed.wait(timeout_s)
+        self._waiting.for_change(timeout_s)
 
     def wait(self, slots: Sequence[SlotRef], timeout_s: float = 30.0) -> list[bool]:
         """Block until leased slots have stopped loading.
@@ -339,47 +240,11 @@ class ShardStore:
         Returns:
             Per slot whether it holds its block under that generation.
         """
-        deadline = time.monotonic() + timeout_s
-        with self._lock:
-            for slot, generation in slots:
-                while (block := self._tiers.ram.by_slot.get(slot)) is not None:
-                    loading = block.state is RamState.LOADING and not block.dead
-                    left = deadline - time.monotonic()
-                    if block.generation != generation or not loading or left <= 0 or self._closed:
-                        break
-                    self._changed.wait(left)
-            return [self._holds(slot, generation) for slot, generation in slots]
-
-    def _holds(self, slot: int, generation: int) -> bool:
-        block = self._tiers.ram.by_slot.get(slot)
-        return (
-            block is not None
-            and block.generation == generation
-            and block.state in LOADED
-            and not block.dead
-        )
+        return self._waiting.for_reads(slots, timeout_s)
 
     def flush(self, timeout_s: float = 30.0) -> FlushReport:
         """Write and sync all that was committed before the call."""
-        deadline = time.monotonic() + timeout_s
-        self._io.drain()
-        with self._lock:
-            mine = self._io.pending(list(self._tiers.ram.by_slot.values()))
-            failed = self._failures()
-            while self._io.pending(mine) and not self._closed:
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    break
-                self._changed.wait(left)
-            pending = len(self._io.pending(mine))
-            failed = self._failures() - failed
-        synced = self._keeper.sync()
-        written = len(mine) - pending - failed
-        complete = synced and not pending and not failed
-        return FlushReport(max(0, written) if synced else 0, pending, failed, complete)
-
-    def _failures(self) -> int:
-        return self._io.failed_writes + self._keeper.lost_writes
+        return self._waiting.for_writes(timeout_s)
 
     def fetch(self, keys: Sequence[BlockKey]) -> list[tuple[BlockKey, bytes | None]]:
         """Copies of blocks, for another node; those on disk are read without taking a RAM slot.
@@ -422,9 +287,7 @@ class ShardStore:
     def drain_deltas(self) -> Deltas:
         """What was added and removed since the last call."""
         with self._lock:
-            self._delta_seq += 1
-            added, removed, lost = self._tiers.take_changes()
-            return Deltas(self.epoch, self._delta_seq, added, removed, lost)
+            return self._tiers.changes.drain()
 
     def __len__(self) -> int:
         return len(self._tiers.index)
@@ -439,17 +302,11 @@ class ShardStore:
 
     def check_integrity(self) -> None:
         """AssertionError unless index, tiers, queues and leases agree."""
-        with self._lock:
-            self._tiers.check_integrity(self._io.writing_slots)
-            self._leases.check_integrity(self._clients.all())
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise StorageError("the shard store is closed")
+        self._parts.check_integrity()
 
     def close(self, timeout_s: float = 30.0) -> None:
         """Write out what is dirty, write a snapshot, and give everything back."""
-        if self._closed:
+        if self._parts.closed:
             return
         if self._tiers.disk is not None:
             self.flush(timeout_s)
@@ -457,18 +314,7 @@ class ShardStore:
 
     def abandon(self, *, compact: bool = False) -> None:
         """Stop without writing out what is dirty."""
-        with self._lock:
-            if self._closed:
-                return
-            self._closed = self._growth.closed = True
-            self._changed.notify_all()
-        self._io.close()
-        self._keeper.close()
-        self._clients.close()
-        if self._tiers.disk is not None:
-            clean = compact and self._keeper.compact()
-            self._tiers.disk.close(clean=clean)
-        self._arena.close()
+        self._parts.close(compact=compact)
 
     def __enter__(self) -> ShardStore:
         return self

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable, Sequence
 
 from ..errors import StorageError
 from ..hashing import BlockKey
-from ..metrics import Metrics
-from .arena_growth import ArenaGrowth
-from .block_io import BlockIo
-from .lease_book import LeaseBook
 from .leases import Client
 from .protocol import PAGE_BYTES, StageResult, StageStatus
 from .ram_tier import RamBlock, RamState
-from .tiers import Tiers
+from .shard_parts import ShardParts
 
 _MISS = StageResult(StageStatus.MISS)
 
@@ -23,26 +18,16 @@ class Staging:
     """Answers `stage` and `cancel`.
 
     Args:
-        tiers, io, leases, growth: parts of the store.
-        lock: the store's lock.
-        metrics: where hits and misses are counted.
+        parts: of the store.
     """
 
-    def __init__(
-        self,
-        tiers: Tiers,
-        io: BlockIo,
-        leases: LeaseBook,
-        growth: ArenaGrowth,
-        lock: threading.Lock,
-        metrics: Metrics,
-    ) -> None:
-        self._tiers = tiers
-        self._io = io
-        self._leases = leases
-        self._growth = growth
-        self._lock = lock
-        self._metrics = metrics
+    def __init__(self, parts: ShardParts) -> None:
+        self._tiers = parts.tiers
+        self._io = parts.io
+        self._leases = parts.leases
+        self._growth = parts.growth
+        self._lock = parts.lock
+        self._metrics = parts.metrics
 
     def stage(self, client: Client, keys: Sequence[BlockKey]) -> list[StageResult]:
         """See `ShardStore.stage`."""
@@ -104,7 +89,7 @@ class Staging:
         for pages, wanted in loads.items():
             self._begin_loads(client, pages, wanted, entries, results)
         tiers.use([e for e, (_, slot, _) in zip(entries, results, strict=True) if slot >= 0])
-        if tiers.dirty:
+        if tiers.writes:
             self._io.kick()
         return results
 

@@ -1,8 +1,8 @@
 """What a shard knows: every block, where it lies, and every transition between RAM and disk.
 
-A plain state machine: no threads, no files, no clocks of its own. `ShardStore` calls it under the
-store's lock, `BlockIo` carries out the reads and writes that it queues. A key exists exactly while
-its bytes are complete in RAM or on disk.
+A plain state machine: no threads, no files, no clocks of its own. All calls come under the store's
+lock; `BlockIo` carries out the reads and writes that it queues. A key exists exactly while its
+bytes are complete in RAM or on disk.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 
@@ -19,6 +18,7 @@ from ..metrics import Metrics
 from .admission import Admission
 from .arena import Arena
 from .block_index import BlockIndex
+from .changes import Changes
 from .disk_tier import DiskTier
 from .eviction.queues import Queues
 from .key_table import Entries
@@ -26,16 +26,7 @@ from .protocol import PAGE_BYTES, SlotState
 from .ram_tier import RamBlock, RamState, RamTier
 from .reads import ReadRequest
 from .recency import Recency
-
-_DELTAS = 65_536
-
-
-class WriteBatch(NamedTuple):
-    """Dirty blocks of one size that one request will write."""
-
-    blocks: list[RamBlock]
-    pages: int
-    namespace: int
+from .write_queue import WriteQueue
 
 
 class Tiers:
@@ -47,6 +38,12 @@ class Tiers:
         admission: which commits are written to disk.
         ttl_s: blocks older than this are misses; None: never.
         metrics: where evictions and drops are counted.
+
+    Attributes:
+        index, ram, disk, recency: see their classes; without a disk RAM is all there is.
+        reads, writes: what `BlockIo` is to carry out.
+        changes: which keys came and went.
+        changed_on_disk: metadata of the disk tier changed by a read.
     """
 
     def __init__(
@@ -64,11 +61,9 @@ class Tiers:
         self._admission = admission
         self._ttl_s = ttl_s
         self._metrics = metrics
-        self.dirty: deque[RamBlock] = deque()
-        self.dirty_bytes = 0
+        self.writes = WriteQueue(self.index, self.ram)
         self.reads: deque[ReadRequest] = deque()
-        self._changes: dict[BlockKey, bool] = {}
-        self.changes_lost = False
+        self.changes = Changes(arena.epoch)
         self.changed_on_disk = False
 
     def on_disk_evict(self, entry: int) -> None:
@@ -90,24 +85,7 @@ class Tiers:
     def _forget(self, entry: int) -> None:
         key = self.index.key_at(entry)
         self.index.remove(key)
-        self._note(key, added=False)
-
-    def _note(self, key: BlockKey, *, added: bool) -> None:
-        if self._changes.pop(key, added) != added:
-            return
-        self._changes[key] = added
-        if len(self._changes) > _DELTAS:
-            self._changes.clear()
-            self.changes_lost = True
-
-    def take_changes(self) -> tuple[list[BlockKey], list[BlockKey], bool]:
-        """Keys added and removed since the last call, and whether some were lost."""
-        added = [key for key, is_new in self._changes.items() if is_new]
-        removed = [key for key, is_new in self._changes.items() if not is_new]
-        lost = self.changes_lost
-        self._changes.clear()
-        self.changes_lost = False
-        return added, removed, lost
+        self.changes.note(key, added=False)
 
     def find(self, keys: Sequence[BlockKey]) -> list[int]:
         """Entries of keys, -1 where missing; what has outlived its time is dropped."""
@@ -157,11 +135,7 @@ class Tiers:
             return
         if not self.index.disk[entry] and self._admission.again(self.index.key_at(entry)):
             self.ram.redirty(block)
-            self._queue_dirty(block)
-
-    def _queue_dirty(self, block: RamBlock) -> None:
-        self.dirty.append(block)
-        self.dirty_bytes += block.nbytes
+            self.writes.push(block)
 
     def publish(self, block: RamBlock, key: BlockKey, parent: BlockKey, namespace: str) -> int:
         """A reserved slot holds a block that the shard does not have; its entry."""
@@ -174,12 +148,12 @@ class Tiers:
         index.created_s[entry] = index.used_s[entry] = now
         if self._ttl_s is not None:
             index.expires_s[entry] = max(1, int(now + self._ttl_s))
-        self._note(key, added=True)
+        self.changes.note(key, added=True)
         if self.disk is not None:
             index.namespace[entry] = self.disk.name_number(namespace)
         if self.disk is not None and self._admission.first(key):
             self.ram.fill(block, key, entry, RamState.DIRTY)
-            self._queue_dirty(block)
+            self.writes.push(block)
         else:
             self.ram.fill(block, key, entry, RamState.CLEAN)
         return entry
@@ -191,7 +165,7 @@ class Tiers:
         self.ram.begin_loads(blocks, index.words_at(numbers), entries)
         for entry, block in zip(entries, blocks, strict=True):
             index.ram[entry] = block.handle + 1
-        self.disk.begin_use((index.column("disk")[numbers] - np.uint32(1)).tolist())
+        self.disk.in_use.begin((index.column("disk")[numbers] - np.uint32(1)).tolist())
 
     def cancel_load(self, block: RamBlock) -> None:
         """A read that has not begun will not happen."""
@@ -201,7 +175,7 @@ class Tiers:
 
     def _end_disk_use(self, block: RamBlock) -> None:
         assert self.disk is not None
-        self.disk.end_use([self.index.disk[block.entry] - 1])
+        self.disk.in_use.end([self.index.disk[block.entry] - 1])
 
     def finish_loads(self, request: ReadRequest, reasons: Sequence[str | None]) -> None:
         """A read ended.
@@ -211,7 +185,7 @@ class Tiers:
             reasons: per block None, or why the bytes are not the block's.
         """
         assert self.disk is not None
-        self.disk.end_use(request.slots)
+        self.disk.in_use.end(request.slots)
         whole: list[int] = []
         for i, (block, reason) in enumerate(zip(request.blocks, reasons, strict=True)):
             block.started = False
@@ -229,44 +203,6 @@ class Tiers:
             self.ram.finish_loads(blocks, [request.fingerprints[i] for i in whole])
             self._metrics.inc("litecache_promotions", len(blocks))
             self.changed_on_disk |= self.disk.trust([block.entry for block in blocks])
-
-    def take_dirty(self, at_most_bytes: int) -> WriteBatch | None:
-        """The next dirty blocks of one size and namespace, oldest first; they become WRITING."""
-        blocks: list[RamBlock] = []
-        total = 0
-        while self.dirty:
-            block = self.dirty[0]
-            if block.dead:
-                self.dirty.popleft()
-                self.dirty_bytes -= block.nbytes
-                continue
-            namespace = self.index.namespace[block.entry]
-            if blocks and (
-                block.nbytes != blocks[0].nbytes
-                or namespace != self.index.namespace[blocks[0].entry]
-                or total + block.nbytes > at_most_bytes
-            ):
-                break
-            self.dirty.popleft()
-            self.dirty_bytes -= block.nbytes
-            block.state, block.started = RamState.WRITING, True
-            blocks.append(block)
-            total += block.nbytes
-        if not blocks:
-            return None
-        return WriteBatch(
-            blocks, blocks[0].nbytes // PAGE_BYTES, self.index.namespace[blocks[0].entry]
-        )
-
-    def return_dirty(self, blocks: Sequence[RamBlock]) -> None:
-        """Blocks that found no disk slot go back to the front of the queue."""
-        for block in reversed(blocks):
-            block.started = False
-            if self.ram.reap(block):
-                continue
-            block.state = RamState.DIRTY
-            self.dirty.appendleft(block)
-            self.dirty_bytes += block.nbytes
 
     def finish_write(
         self, blocks: Sequence[RamBlock], slots: Sequence[int], checksums: Sequence[int]
@@ -350,8 +286,4 @@ class Tiers:
         for block in self.ram.by_slot.values():
             if block.entry >= 0:
                 assert self.index.ram[block.entry] == block.handle + 1, "a slot is not indexed"
-        queued = [block for block in self.dirty if not block.dead]
-        assert all(block.state is RamState.DIRTY for block in queued), "a clean block is queued"
-        dirty = [b for b in self.ram.by_slot.values() if b.state is RamState.DIRTY and not b.dead]
-        assert {id(b) for b in queued} == {id(b) for b in dirty}, "the write queue is off"
-        assert self.dirty_bytes == sum(b.nbytes for b in self.dirty), "dirty bytes are off"
+        self.writes.check_integrity()

@@ -5,26 +5,23 @@ A removal must hold after kill -9 too, so the journal goes to its file before a 
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 
 from ..hashing import BlockKey
-from .keeper import Keeper
-from .tiers import Tiers
+from .shard_parts import ShardParts
 
 
 class Upkeep:
     """Answers `delete`, `clear`, `pin` and `unpin` of `ShardStore`.
 
     Args:
-        tiers, keeper: parts of the store.
-        changed: condition on the store's lock.
+        parts: of the store.
     """
 
-    def __init__(self, tiers: Tiers, keeper: Keeper, changed: threading.Condition) -> None:
-        self._tiers = tiers
-        self._keeper = keeper
-        self._changed = changed
+    def __init__(self, parts: ShardParts) -> None:
+        self._tiers = parts.tiers
+        self._keeper = parts.keeper
+        self._changed = parts.changed
 
     def delete(self, keys: Sequence[BlockKey]) -> list[bool]:
         """See `ShardStore.delete`."""

@@ -47,7 +47,7 @@ class FuzzStore:
         store = ShardStore(self.folder, files=files, **OPTIONS)
         in_snapshot = fill(store, range(24), NBYTES)
         store.flush()
-        store._keeper.compact()
+        store._parts.keeper.compact()
         in_journal = fill(store, range(24, 40), NBYTES, batch=4)
         store.flush()
         self.keys = in_snapshot + in_journal

@@ -654,8 +654,8 @@ def test_a_client_that_detaches_during_stage_gets_no_lease(tmp_path):
         put(LocalShardClient(store), [key_of(0)], NBYTES)
     with make(tmp_path) as store:
         client = LocalShardClient(store)
-        ensure = store._growth.ensure
-        store._growth.ensure = lambda pages, n: (client.close(), ensure(pages, n))
+        ensure = store._parts.growth.ensure
+        store._parts.growth.ensure = lambda pages, n: (client.close(), ensure(pages, n))
         with pytest.raises(StorageError, match="detached"):
             client.stage([key_of(0)])
         assert store.stats()["leases"] == 0

@@ -21,7 +21,8 @@ from litecache.storage.eviction import Links, get_policy, register
 from litecache.storage.eviction.lru import Lru
 from litecache.storage.files import Files
 from litecache.storage.records import RECORD, seal, unseal
-from litecache.storage.segments import SegmentSpace, pick_segment_bytes
+from litecache.storage.segment_sizes import pick_segment_bytes
+from litecache.storage.segments import SegmentSpace
 
 OPS = st.lists(st.tuples(st.booleans(), st.integers(0, 60)), max_size=200)
 

@@ -8,7 +8,7 @@ from ...errors import ConfigError
 from ..arena import available_memory_bytes
 from ..disk_tier import META_FIXED_BYTES, META_SLOT_BYTES
 from ..protocol import PAGE_BYTES
-from ..segments import SegmentSpace, pick_segment_bytes
+from ..segment_sizes import pick_segment_bytes, region_size
 
 MAX_BLOCK_VARIABLE = "LIGHTMEM_MAX_BLOCK_SIZE_MB"
 _MAX_PAGES = 64
@@ -35,10 +35,9 @@ def smallest_storage_bytes(block_bytes: int) -> int:
     total = 1 << 20
     pages = block_bytes // PAGE_BYTES
     while True:
-        space = SegmentSpace(pick_segment_bytes(total), lambda segments, slots: True)
-        segments = space.region_segments(pages)
-        slots = segments * space.segment_pages // pages
-        need = segments * space.segment_bytes + slots * META_SLOT_BYTES + META_FIXED_BYTES
+        segment_bytes = pick_segment_bytes(total)
+        size = region_size(segment_bytes // PAGE_BYTES, pages)
+        need = size.segments * segment_bytes + size.slots * META_SLOT_BYTES + META_FIXED_BYTES
         if need <= total:
             return total
         total += max(1 << 20, need - total)

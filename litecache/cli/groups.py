@@ -1,0 +1,177 @@
+"""Commands about groups of actors: `up`, `down`, `status`, `generate`.
+
+A group started by `up` is detached: it outlives the command, until `down`. Neither ever starts or
+stops Ray.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from litecache.cli.options import (
+    Address,
+    AsJson,
+    GroupName,
+    Model,
+    Settings,
+    connect,
+    parse_settings,
+    print_json,
+)
+
+
+def up(
+    model: Model,
+    group: GroupName = "default",
+    settings: Settings = None,
+    replicas: Annotated[int, typer.Option(help="number of GpuCache actors")] = 1,
+    num_threads: Annotated[int | None, typer.Option(help="torch's threads on a CPU")] = None,
+    address: Address = None,
+    as_json: AsJson = False,
+) -> None:
+    """Start a group of actors that stays, or check that it runs with these settings."""
+    from litecache.adapter import KVCacheAdapter
+
+    config = parse_settings(settings or [])
+    connect(address)
+    adapter = KVCacheAdapter(
+        model,
+        cache_config=config,
+        group=group,
+        detached=True,
+        replicas=replicas,
+        num_threads=num_threads,
+    )
+    info, actors = adapter.info, sorted(adapter.group.status())
+    adapter.close()
+    if as_json:
+        print_json({"group": group, "model": info.model, "device": info.device, "actors": actors})
+        return
+    typer.echo(
+        f"group {group}: {info.model} on {info.device}, {info.num_blocks} blocks of "
+        f"{info.block_size} tokens"
+    )
+    for name in actors:
+        typer.echo(f"  {name}")
+
+
+def down(
+    group: GroupName = "default",
+    everything: Annotated[bool, typer.Option("--all", help="all groups of the cluster")] = False,
+    timeout: Annotated[float, typer.Option(help="seconds for saving what is not saved yet")] = 30.0,
+    address: Address = None,
+    as_json: AsJson = False,
+) -> None:
+    """Save what is cached and stop a group's actors; Ray goes on."""
+    from litecache.actors.group import list_groups, stop_group
+
+    connect(address)
+    reports = {
+        name: stop_group(name, timeout) for name in (list_groups() if everything else [group])
+    }
+    if as_json:
+        print_json(reports)
+        return
+    for name, actors in reports.items():
+        written = sum(report.get("written", 0) for report in actors.values())
+        complete = all(report.get("complete", True) for report in actors.values())
+        rest = "" if complete else "; not all could be saved"
+        typer.echo(f"group {name}: stopped, {written} blocks written{rest}")
+    if not reports:
+        typer.echo("no group is running")
+
+
+def status(group: GroupName = "default", address: Address = None, as_json: AsJson = False) -> None:
+    """Show a group's actors and counters."""
+    from litecache.actors.group import Group
+    from litecache.adapter.stats import CacheStats
+
+    connect(address)
+    actors = Group.attach(group, timeout_s=10).status()
+    stats = CacheStats.from_status(actors)
+    if as_json:
+        print_json({"group": group, "actors": actors, "stats": stats.to_dict()})
+        return
+    _print_status(group, actors, stats)
+
+
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="text to continue; - reads it from stdin")],
+    group: Annotated[str | None, typer.Option(help="join or name a group; default private")] = None,
+    settings: Settings = None,
+    max_new_tokens: Annotated[int, typer.Option(help="tokens to generate")] = 64,
+    temperature: Annotated[float | None, typer.Option(help="sample at this temperature")] = None,
+    seed: Annotated[int | None, typer.Option(help="of sampling")] = None,
+    chat: Annotated[bool, typer.Option(help="apply the tokenizer's chat template")] = False,
+    address: Address = None,
+    as_json: AsJson = False,
+) -> None:
+    """Continue a text, printing it as it comes."""
+    from litecache.adapter import KVCacheAdapter
+
+    config = parse_settings(settings or []) if settings else None
+    if address is not None:
+        connect(address)
+    text = sys.stdin.read() if prompt == "-" else prompt
+    sampling: dict[str, Any] = (
+        {} if temperature is None else {"do_sample": True, "temperature": temperature}
+    )
+    with KVCacheAdapter(model, cache_config=config, group=group) as adapter:
+        given: Any = text
+        if chat:
+            message = [{"role": "user", "content": text}]
+            given = adapter.tokenizer.apply_chat_template(
+                message, add_generation_prompt=True, return_dict=True
+            )["input_ids"]
+        stream = adapter.stream(given, max_new_tokens=max_new_tokens, seed=seed, **sampling)
+        pieces = []
+        for piece in stream:
+            pieces.append(piece)
+            if not as_json:
+                typer.echo(piece, nl=False)
+        if as_json:
+            print_json(
+                {
+                    "text": "".join(pieces),
+                    "tokens": len(stream.token_ids),
+                    "reused_tokens": stream.reused_tokens,
+                    "ttft_s": stream.ttft_s,
+                }
+            )
+        else:
+            typer.echo()
+
+
+def _print_status(group: str, actors: dict[str, Any], stats: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"group {group}", title_justify="left")
+    for column in ("actor", "pid", "state"):
+        table.add_column(column)
+    for name, actor in sorted(actors.items()):
+        table.add_row(name, str(actor.get("pid", "")), _state(actor))
+    console = Console()
+    console.print(table)
+    reused = ", ".join(f"{tier} {count:,}" for tier, count in sorted(stats.reused_tokens.items()))
+    console.print(
+        f"{stats.prompt_tokens:,} prompt tokens, {stats.hit_rate:.0%} reused ({reused or 'none'}), "
+        f"{stats.generated_tokens:,} generated"
+    )
+
+
+def _state(actor: dict[str, Any]) -> str:
+    if "error" in actor:
+        return f"no answer: {actor['error']}"
+    if "engine" in actor:
+        engine = actor["engine"]
+        blocks = ", ".join(f"{count} {state}" for state, count in engine["blocks"].items() if count)
+        return f"{engine['running']} running, {engine['waiting']} waiting; blocks: {blocks}"
+    if "store" in actor:
+        store = actor["store"]
+        return f"{store['blocks']:,} blocks, {store['disk_blocks']:,} on disk"
+    return f"{actor.get('keys', 0):,} keys"

@@ -1,0 +1,49 @@
+"""Commands about this machine: `tune` and `doctor`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from litecache.cli.options import Address, AsJson, connect, print_json
+from litecache.errors import ConfigError
+
+
+def tune(
+    file: Annotated[Path, typer.Argument(help="JSON file to write; LITECACHE_TUNING uses it")],
+    as_json: AsJson = False,
+) -> None:
+    """Measure the decode kernel's launch configurations on this machine's GPU."""
+    from litecache.kernels.tune import tune_to_file
+
+    if not file.absolute().parent.is_dir():
+        raise ConfigError("file", str(file), "a path in a folder that exists")
+    document = tune_to_file(file, None if as_json else typer.echo)
+    if as_json:
+        print_json(document)
+        return
+    typer.echo(f"{document['gpu']}: written; export LITECACHE_TUNING={file.absolute()}")
+
+
+def doctor(
+    storage_dir: Annotated[str | None, typer.Option(help="a folder for the disk tier")] = None,
+    address: Address = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check this machine; exit with 1 when something will not work."""
+    from litecache.adapter.doctor import cluster_findings, examine
+
+    findings = examine(storage_dir)
+    if address is not None:
+        connect(address)
+        findings += cluster_findings()
+    if as_json:
+        print_json([finding.to_dict() for finding in findings])
+    else:
+        width = max(len(finding.name) for finding in findings)
+        for finding in findings:
+            typer.echo(f"{finding.status:5} {finding.name:{width}}  {finding.detail}")
+    if any(finding.status == "bad" for finding in findings):
+        raise typer.Exit(1)

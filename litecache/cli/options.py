@@ -1,0 +1,75 @@
+"""Options that several commands share, and what is done with them."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+from litecache.errors import ConfigError, GroupUnavailableError
+
+Model = Annotated[str, typer.Argument(help="a hub name, a folder or a .gguf file")]
+GroupName = Annotated[str, typer.Option(help="name of the group of actors")]
+Address = Annotated[str | None, typer.Option(help="Ray's address; default RAY_ADDRESS or auto")]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="a field of CacheConfig, as in --set ram_bytes=4GB; repeatable"),
+]
+
+
+def parse_settings(settings: list[str]) -> Any:
+    """`["block_size=32", "storage_dir=/data"]` as a `CacheConfig`.
+
+    Raises:
+        ConfigError: not NAME=VALUE, no such field, or an invalid value.
+    """
+    import dataclasses
+
+    from litecache.config import CacheConfig
+
+    fields = {field.name for field in dataclasses.fields(CacheConfig)}
+    values: dict[str, Any] = {}
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        if not equals or name not in fields:
+            raise ConfigError(
+                "--set", setting, f"NAME=VALUE with one of {', '.join(sorted(fields))}"
+            )
+        values[name] = _parse_value(text)
+    return CacheConfig(**values)
+
+
+def _parse_value(text: str) -> Any:
+    """Numbers, true, false and null as in JSON; anything else is text."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    return text if isinstance(value, (list, dict)) else value
+
+
+def connect(address: str | None) -> None:
+    """Join the cluster that is running; a group must outlive this command.
+
+    Raises:
+        GroupUnavailableError: there is none.
+    """
+    import ray
+
+    if ray.is_initialized():
+        return
+    try:
+        ray.init(address or "auto", log_to_driver=False, logging_level="warning")
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise GroupUnavailableError(
+            f"no Ray cluster to join ({first}): start one with `ray start --head`, and export the "
+            "same RAY_AUTH_MODE and token for both"
+        ) from error
+
+
+def print_json(value: object) -> None:
+    """What `--json` prints: one line."""
+    typer.echo(json.dumps(value, default=str))

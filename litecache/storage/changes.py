@@ -1,0 +1,41 @@
+"""Which keys came and went since they were last asked for, for those who track a shard."""
+
+from __future__ import annotations
+
+from ..hashing import BlockKey
+from .protocol import Deltas
+
+_MOST = 65_536
+
+
+class Changes:
+    """Net changes: a key that came and went is none. Bounded, and says when it forgot some.
+
+    Args:
+        epoch: of the shard.
+    """
+
+    def __init__(self, epoch: int) -> None:
+        self._epoch = epoch
+        self._seq = 0
+        self._came: dict[BlockKey, bool] = {}
+        self._lost = False
+
+    def note(self, key: BlockKey, *, added: bool) -> None:
+        """The shard has a key now, or has it no more."""
+        if self._came.pop(key, added) != added:
+            return
+        self._came[key] = added
+        if len(self._came) > _MOST:
+            self._came.clear()
+            self._lost = True
+
+    def drain(self) -> Deltas:
+        """What has changed since the last call."""
+        self._seq += 1
+        added = [key for key, came in self._came.items() if came]
+        removed = [key for key, came in self._came.items() if not came]
+        deltas = Deltas(self._epoch, self._seq, added, removed, self._lost)
+        self._came.clear()
+        self._lost = False
+        return deltas

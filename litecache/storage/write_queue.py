@@ -1,0 +1,95 @@
+"""Committed blocks on their way to disk, in the order of their commits."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from .block_index import BlockIndex
+from .protocol import PAGE_BYTES
+from .ram_tier import RamBlock, RamState, RamTier
+
+
+class WriteBatch(NamedTuple):
+    """Dirty blocks of one size that one request will write."""
+
+    blocks: list[RamBlock]
+    pages: int
+    namespace: int
+
+
+class WriteQueue:
+    """Holds each DIRTY block once; blocks that died meanwhile leave when they are met.
+
+    Args:
+        index: the shard's blocks.
+        ram: their slots.
+
+    Attributes:
+        nbytes: of all blocks in it.
+    """
+
+    def __init__(self, index: BlockIndex, ram: RamTier) -> None:
+        self._index = index
+        self._ram = ram
+        self._blocks: deque[RamBlock] = deque()
+        self.nbytes = 0
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def push(self, block: RamBlock) -> None:
+        """A block has become DIRTY."""
+        self._blocks.append(block)
+        self.nbytes += block.nbytes
+
+    def _pop(self) -> RamBlock:
+        block = self._blocks.popleft()
+        self.nbytes -= block.nbytes
+        return block
+
+    def take(self, at_most_bytes: int) -> WriteBatch | None:
+        """The next blocks of one size and namespace, oldest first; they become WRITING."""
+        blocks: list[RamBlock] = []
+        total = 0
+        while self._blocks:
+            block = self._blocks[0]
+            if block.dead:
+                self._pop()
+                continue
+            namespace = self._index.namespace[block.entry]
+            if blocks and (
+                block.nbytes != blocks[0].nbytes
+                or namespace != self._index.namespace[blocks[0].entry]
+                or total + block.nbytes > at_most_bytes
+            ):
+                break
+            self._pop()
+            block.state, block.started = RamState.WRITING, True
+            blocks.append(block)
+            total += block.nbytes
+        if not blocks:
+            return None
+        return WriteBatch(
+            blocks, blocks[0].nbytes // PAGE_BYTES, self._index.namespace[blocks[0].entry]
+        )
+
+    def put_back(self, blocks: Sequence[RamBlock]) -> None:
+        """Blocks that found no disk slot come first again."""
+        for block in reversed(blocks):
+            block.started = False
+            if self._ram.reap(block):
+                continue
+            block.state = RamState.DIRTY
+            self._blocks.appendleft(block)
+            self.nbytes += block.nbytes
+
+    def check_integrity(self) -> None:
+        """AssertionError unless it holds what is DIRTY, and counts it."""
+        queued = [block for block in self._blocks if not block.dead]
+        assert all(block.state is RamState.DIRTY for block in queued), "a clean block is queued"
+        slots = self._ram.by_slot.values()
+        dirty = [b for b in slots if b.state is RamState.DIRTY and not b.dead]
+        assert {id(b) for b in queued} == {id(b) for b in dirty}, "the write queue is off"
+        assert self.nbytes == sum(b.nbytes for b in self._blocks), "dirty bytes are off"
