@@ -9,6 +9,7 @@ Profiles: "fast" (100 examples, the default) and "slow" (1,000; `scripts/test.sh
 
 from __future__ import annotations
 
+import gc
 import os
 import secrets
 import shutil
@@ -19,6 +20,9 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+# What imports leave stays to the end: it is not searched for garbage, here or in the tests.
+gc.disable()
 
 # Short, because a unix socket's path (Ray makes some under it) ends at 107 characters.
 _HOME = Path(tempfile.mkdtemp(prefix="lc-test-", dir="/tmp"))
@@ -61,8 +65,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.timeout(600))
 
 
+def pytest_collection_finish() -> None:
+    """Every module is imported by now."""
+    gc.freeze()
+    gc.enable()
+
+
 def pytest_unconfigure() -> None:
     """Remove the session's folder, after the Ray that wrote into it has ended."""
+    gc.unfreeze()  # or Triton's bindings report that they leak
     ray = sys.modules.get("ray")
     if ray is not None and ray.is_initialized():
         ray.shutdown()
