@@ -3,7 +3,7 @@
 Set before anything imports torch or ray: `LITECACHE_HOME` and Ray's token lie in a temporary folder
 that goes with the session, so tests neither see nor change what is in the user's home.
 
-Profiles: "fast" (100 examples, the default) and "slow" (1,000; `scripts/test.sh --all` sets
+Profiles: "fast" (50 examples, the default) and "slow" (1,000; `scripts/test.sh --all` sets
 `LITECACHE_TEST_PROFILE=slow`). A test that passes `max_examples` itself is not affected.
 """
 
@@ -45,7 +45,7 @@ os.environ.update(
     HF_HUB_OFFLINE="1",
 )
 
-for _profile, _examples in (("fast", 100), ("slow", 1000)):
+for _profile, _examples in (("fast", 50), ("slow", 1000)):
     settings.register_profile(
         _profile,
         max_examples=_examples,
@@ -58,7 +58,7 @@ settings.load_profile(_PROFILE_NAME)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Ten times the examples need more than the usual time, above all on a busy machine."""
+    """Twenty times the examples need more than the usual time, above all on a busy machine."""
     if _PROFILE_NAME == "slow":
         for item in items:
             if item.get_closest_marker("timeout") is None:
