@@ -14,6 +14,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from litecache.actors import storage_shard
 from litecache.actors.calls import result
 from litecache.actors.storage_shard import StorageShard
 from litecache.errors import LiteCacheError
@@ -58,9 +59,12 @@ class _NoReporter:
 class CacheShard(StorageShard):
     """Plain class behind the actor; see `StorageShard`."""
 
-    def __init__(self, group: str, index: int, options: dict[str, Any]) -> None:
+    def __init__(
+        self, group: str, index: int, options: dict[str, Any], lock_patience_s: float
+    ) -> None:
         self._outcomes = Outcomes()
-        super().__init__(group, index, {**options, "on_written": self._outcomes.note})
+        noting = {**options, "on_written": self._outcomes.note}
+        super().__init__(group, index, noting, lock_patience_s)
 
     def _make_reporter(self) -> Any:
         return _NoReporter()
@@ -100,7 +104,8 @@ def start_shards(name: str, options: Sequence[dict[str, Any]]) -> list[Any]:
         max_restarts=-1,
         scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False),
     )
-    handles = [actor.remote(name, index, each) for index, each in enumerate(options)]
+    patience_s = storage_shard.LOCK_PATIENCE_S
+    handles = [actor.remote(name, index, each, patience_s) for index, each in enumerate(options)]
     try:
         result([handle.info.remote() for handle in handles], _START_TIMEOUT_S, "starting shards")
     except LiteCacheError:

@@ -15,6 +15,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from litecache.actors import storage_shard
 from litecache.actors.calls import result
 from litecache.actors.coordinator import Coordinator
 from litecache.actors.gpu_cache import GpuCache
@@ -90,7 +91,7 @@ class GroupStart:
                 name = shard_name(spec.group, node_id, index)
                 options = {**_SHARD_OPTIONS, "scheduling_strategy": affinity}
                 self.shards[name] = self._create(StorageShard, name, "shard", options).remote(
-                    spec.group, index, store_options
+                    spec.group, index, store_options, storage_shard.LOCK_PATIENCE_S
                 )
         result(
             [shard.info.remote() for shard in self.shards.values()],

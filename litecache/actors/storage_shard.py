@@ -32,7 +32,7 @@ from litecache.storage.shard_store import ShardStore
 logger = logging.getLogger(__name__)
 
 # After a kill the kernel needs a moment to take down the old process and its lock.
-_LOCK_PATIENCE_S = 3.0
+LOCK_PATIENCE_S = 3.0
 
 
 class StorageShard:
@@ -42,9 +42,16 @@ class StorageShard:
         group: name of the group.
         index: of the shard on its node.
         options: arguments of `ShardStore`.
+        lock_patience_s: how long to wait for a folder that another process has locked.
     """
 
-    def __init__(self, group: str, index: int, options: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        group: str,
+        index: int,
+        options: dict[str, Any],
+        lock_patience_s: float = LOCK_PATIENCE_S,
+    ) -> None:
         context = ray.get_runtime_context()
         self._group = group
         self._node_id = context.get_node_id()
@@ -55,7 +62,7 @@ class StorageShard:
         self._store: ShardStore | None = None
         self._failure: LiteCacheError | None = None
         try:
-            self._store = _open(options, self._metrics)
+            self._store = _open(options, self._metrics, lock_patience_s)
         except LiteCacheError as error:
             # Kept for `info`: an error raised here would reach the driver as text only.
             self._failure = error
@@ -204,8 +211,8 @@ class StorageShard:
         return report
 
 
-def _open(options: dict[str, Any], metrics: Metrics) -> ShardStore:
-    deadline = time.monotonic() + _LOCK_PATIENCE_S
+def _open(options: dict[str, Any], metrics: Metrics, lock_patience_s: float) -> ShardStore:
+    deadline = time.monotonic() + lock_patience_s
     while True:
         try:
             return ShardStore(**options, metrics=metrics)

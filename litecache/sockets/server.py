@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 _RECEIVE_BYTES = 1 << 18
 _PAUSE_S = 0.1
+_CLOSE_TIMEOUT_S = 5.0
 
 Handler = Callable[[bytes], "bytes | None"]
 
@@ -52,11 +53,13 @@ class SocketServer:
         except OSError:
             self._listener.close()
             raise
-        self._spawn(self._accept, "accept")
+        self._accepting = self._spawn(self._accept, "accept")
 
     @staticmethod
-    def _spawn(target: Callable[..., None], name: str, *args: object) -> None:
-        threading.Thread(target=target, args=args, name=f"litecache-{name}", daemon=True).start()
+    def _spawn(target: Callable[..., None], name: str, *args: object) -> threading.Thread:
+        thread = threading.Thread(target=target, args=args, name=f"litecache-{name}", daemon=True)
+        thread.start()
+        return thread
 
     def _accept(self) -> None:
         while True:
@@ -117,3 +120,5 @@ class SocketServer:
             with contextlib.suppress(OSError):
                 each.shutdown(socket.SHUT_RDWR)
         self._listener.close()
+        # the address is not free before the thread has left its call
+        self._accepting.join(_CLOSE_TIMEOUT_S)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import ray
 
-from litecache.actors import group_start
+from litecache.actors import group_start, storage_shard
 from litecache.actors.group import Group, exists, list_groups
 from litecache.actors.group_spec import GroupSpec, digest
 from litecache.actors.group_start import actor_names
@@ -181,7 +181,10 @@ def test_a_start_that_is_refused_leaves_nothing_behind(
         _open_soon(tmp_path / "shard-0")
 
 
-def test_a_folder_in_use_is_refused(ray_local: None, tmp_path: Path) -> None:
+def test_a_folder_in_use_is_refused(
+    ray_local: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage_shard, "LOCK_PATIENCE_S", 0.3)
     folder = tmp_path / "shard-0"
     with ShardStore(str(folder), storage_bytes=32 << 20, ram_bytes=1 << 20):
         with pytest.raises(StorageLockedError, match=str(folder)):
@@ -219,7 +222,7 @@ def test_too_much_memory_is_refused_before_anything_starts(ray_local: None) -> N
 def test_a_place_that_does_not_exist_is_told_with_what_is_free(
     ray_local: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(group_start, "PLACE_TIMEOUT_S", 2.0)
+    monkeypatch.setattr(group_start, "PLACE_TIMEOUT_S", 0.5)
     with pytest.raises(GroupUnavailableError, match=r"num_cpus.*free in the cluster.*CPU"):
         Group.start(make_spec("refused"), actor_options={"gpu": {"num_cpus": 1000}})
     assert actor_names("refused") == []

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from litecache.actors import storage_shard
 from litecache.actors.cache_shard import STORED, Outcomes
 from litecache.actors.ray_engine import RayEngine
 from litecache.errors import ConfigError, StorageError, StorageLockedError
@@ -99,8 +100,9 @@ def wait_until(condition) -> None:
 
 
 def test_a_live_prefix_is_refused_in_either_form(
-    cache: LocalCacheService, kv: np.ndarray, tmp_path: Path
+    cache: LocalCacheService, kv: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(storage_shard, "LOCK_PATIENCE_S", 0.3)
     with pytest.raises(StorageLockedError):
         service(kv, tmp_path)
     with pytest.raises(StorageLockedError):

@@ -39,14 +39,14 @@ Connect = Callable[..., RayShardClient]
 KEYS = [bytes([n]) * 16 for n in range(1, 4)]
 
 
-def start(folder: Path | None, **options: Any) -> Any:
+def start(folder: Path | None, *settings: Any) -> Any:
     store = {
         "directory": None if folder is None else str(folder / "shard-0"),
         "storage_bytes": 32 << 20,
         "ram_bytes": 4 << 20,
     }
     actor = ray.remote(concurrency_groups={"bulk": 2})(StorageShard)
-    return actor.options(num_cpus=0, max_concurrency=4, **options).remote("t", 0, store)
+    return actor.options(num_cpus=0, max_concurrency=4).remote("t", 0, store, *settings)
 
 
 @pytest.fixture(scope="module")
@@ -332,7 +332,7 @@ def test_what_keeps_a_store_from_opening_is_told_by_its_class(
     ray_local: None, tmp_path: Path
 ) -> None:
     with ShardStore(str(tmp_path / "shard-0"), storage_bytes=32 << 20, ram_bytes=1 << 20):
-        handle = start(tmp_path)
+        handle = start(tmp_path, 0.3)
         with pytest.raises(StorageLockedError, match="shard-0"):
             result(handle.info.remote(), 20)
     ray.kill(handle)

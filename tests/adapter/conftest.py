@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from shared_adapter import SharedAdapter
 from tiny_config import tiny_config
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -34,10 +35,16 @@ def tiny_llama() -> LlamaForCausalLM:
 
 
 @pytest.fixture(scope="session")
-def llm(
+def shared_adapter(
     ray_local: None, tiny_llama: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[KVCacheAdapter]:
-    """An adapter over a private group; tests leave it usable for the next one."""
+) -> Iterator[SharedAdapter]:
     config = tiny_config(tmp_path_factory.mktemp("storage"))
-    with KVCacheAdapter(tiny_llama, cache_config=config, num_threads=1) as adapter:
-        yield adapter
+    shared = SharedAdapter(lambda: KVCacheAdapter(tiny_llama, cache_config=config, num_threads=1))
+    yield shared
+    shared.adapter.close()
+
+
+@pytest.fixture
+def llm(shared_adapter: SharedAdapter) -> KVCacheAdapter:
+    """The adapter that these tests share; each leaves it usable for the next one."""
+    return shared_adapter.adapter

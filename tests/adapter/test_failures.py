@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from tiny_config import tiny_config
-from transformers import LlamaForCausalLM
+from shared_adapter import SharedAdapter
 
 from litecache.actors.calls import result
 from litecache.actors.naming import coordinator_name, replica_name
@@ -21,15 +20,6 @@ from litecache.errors import GroupUnavailableError, LiteCacheError
 from litecache.types import PollReply
 
 SETTINGS = {"do_sample": True, "seed": 17, "eos_token_id": 210}
-
-
-@pytest.fixture(scope="module")
-def fragile(
-    ray_local: None, tiny_llama: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[KVCacheAdapter]:
-    config = tiny_config(tmp_path_factory.mktemp("fragile"))
-    with KVCacheAdapter(tiny_llama, cache_config=config, num_threads=1) as adapter:
-        yield adapter
 
 
 def wait_for(condition: Callable[[], Any], timeout_s: float = 40) -> Any:
@@ -63,33 +53,33 @@ def reuse(llm: KVCacheAdapter, ids: torch.Tensor) -> tuple[list[int], dict[str, 
 
 
 def test_a_stream_goes_on_with_the_same_tokens_when_its_gpu_cache_is_killed(
-    fragile: KVCacheAdapter,
+    llm: KVCacheAdapter,
 ) -> None:
     ids = prompt(50, seed=1)
-    expected = list(fragile.stream(input_ids=ids, as_tokens=True, max_new_tokens=200, **SETTINGS))
-    stream = fragile.stream(input_ids=ids, as_tokens=True, max_new_tokens=200, **SETTINGS)
+    expected = list(llm.stream(input_ids=ids, as_tokens=True, max_new_tokens=200, **SETTINGS))
+    stream = llm.stream(input_ids=ids, as_tokens=True, max_new_tokens=200, **SETTINGS)
     tokens = [next(stream) for _ in range(20)]
-    kill(fragile, replica_name(fragile.group.spec.group, 0))
+    kill(llm, replica_name(llm.group.spec.group, 0))
     tokens += list(stream)
     assert tokens == expected
     # What it had computed before the crash came back from the shard.
-    assert fragile.stats().reused_tokens.get("ram", 0) >= 48
+    assert llm.stats().reused_tokens.get("ram", 0) >= 48
 
 
 def test_requests_go_on_when_a_shard_is_killed_and_it_serves_again_when_it_is_back(
-    fragile: KVCacheAdapter,
+    llm: KVCacheAdapter,
 ) -> None:
     ids = prompt(60, seed=2)
-    tokens, _ = reuse(fragile, ids)
-    fragile.flush()
-    before = fragile.stats().shards[shard_of(fragile)]
-    kill(fragile, shard_of(fragile))
-    fragile.clear("gpu")
-    assert reuse(fragile, ids) == (tokens, {})
-    wait_for(lambda: fragile.stats().shards.get(shard_of(fragile), {}).get("clients"))
-    after = fragile.stats().shards[shard_of(fragile)]
+    tokens, _ = reuse(llm, ids)
+    llm.flush()
+    before = llm.stats().shards[shard_of(llm)]
+    kill(llm, shard_of(llm))
+    llm.clear("gpu")
+    assert reuse(llm, ids) == (tokens, {})
+    wait_for(lambda: llm.stats().shards.get(shard_of(llm), {}).get("clients"))
+    after = llm.stats().shards[shard_of(llm)]
     assert after["epoch"] != before["epoch"]
-    wait_for(lambda: fragile.clear("gpu") or reuse(fragile, ids) == (tokens, {"disk": 48}))
+    wait_for(lambda: llm.clear("gpu") or reuse(llm, ids) == (tokens, {"disk": 48}))
 
 
 def keys_of(llm: KVCacheAdapter) -> bytes:
@@ -108,20 +98,20 @@ def keys_in_map(llm: KVCacheAdapter) -> bytes:
 
 
 def test_a_restarted_coordinator_learns_again_where_all_blocks_are(
-    fragile: KVCacheAdapter,
+    llm: KVCacheAdapter,
 ) -> None:
     ids = prompt(70, seed=3)
-    tokens, _ = reuse(fragile, ids)
-    fragile.flush()
-    wait_for(lambda: keys_in_map(fragile) == keys_of(fragile))
-    name = coordinator_name(fragile.group.spec.group)
-    handle = fragile.group.coordinator_handle
+    tokens, _ = reuse(llm, ids)
+    llm.flush()
+    wait_for(lambda: keys_in_map(llm) == keys_of(llm))
+    name = coordinator_name(llm.group.spec.group)
+    handle = llm.group.coordinator_handle
     first = result(handle.info.remote(), 10)
     os.kill(first["pid"], signal.SIGKILL)
-    assert reuse(fragile, ids)[0] == tokens
+    assert reuse(llm, ids)[0] == tokens
     more = prompt(40, seed=4)
-    reuse(fragile, more)
-    fragile.flush()
+    reuse(llm, more)
+    llm.flush()
 
     def restarted() -> bool:
         try:
@@ -130,20 +120,20 @@ def test_a_restarted_coordinator_learns_again_where_all_blocks_are(
             return False
 
     wait_for(restarted)
-    held = keys_of(fragile)
+    held = keys_of(llm)
     assert len(held) >= 16 * 6
-    wait_for(lambda: keys_in_map(fragile) == held)
-    assert "error" not in fragile.group.status()[name]
+    wait_for(lambda: keys_in_map(llm) == held)
+    assert "error" not in llm.group.status()[name]
 
 
 @pytest.mark.slow
 def test_a_stream_goes_on_when_its_gpu_cache_does_not_answer_for_a_while(
-    fragile: KVCacheAdapter,
+    llm: KVCacheAdapter,
 ) -> None:
     ids = prompt(45, seed=6)
-    expected = list(fragile.stream(input_ids=ids, as_tokens=True, max_new_tokens=300, **SETTINGS))
-    pid = fragile.group.status()[replica_name(fragile.group.spec.group, 0)]["pid"]
-    stream = fragile.stream(input_ids=ids, as_tokens=True, max_new_tokens=300, **SETTINGS)
+    expected = list(llm.stream(input_ids=ids, as_tokens=True, max_new_tokens=300, **SETTINGS))
+    pid = llm.group.status()[replica_name(llm.group.spec.group, 0)]["pid"]
+    stream = llm.stream(input_ids=ids, as_tokens=True, max_new_tokens=300, **SETTINGS)
     tokens = [next(stream) for _ in range(5)]
     os.kill(pid, signal.SIGSTOP)
     try:
@@ -155,11 +145,11 @@ def test_a_stream_goes_on_when_its_gpu_cache_does_not_answer_for_a_while(
 
 @pytest.mark.slow
 def test_a_driver_that_was_suspended_and_given_up_gets_the_same_tokens(
-    fragile: KVCacheAdapter, monkeypatch: pytest.MonkeyPatch
+    llm: KVCacheAdapter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ids = prompt(46, seed=7)
-    expected = list(fragile.stream(input_ids=ids, as_tokens=True, max_new_tokens=300, **SETTINGS))
-    (poller,) = fragile._replicas.pollers
+    expected = list(llm.stream(input_ids=ids, as_tokens=True, max_new_tokens=300, **SETTINGS))
+    (poller,) = llm._replicas.pollers
     receive, suspended = poller._receive, []
 
     def sleep_once(ref: Any) -> PollReply:
@@ -170,17 +160,15 @@ def test_a_driver_that_was_suspended_and_given_up_gets_the_same_tokens(
         return reply
 
     monkeypatch.setattr(poller, "_receive", sleep_once)
-    stream = fragile.stream(input_ids=ids, as_tokens=True, max_new_tokens=300, **SETTINGS)
+    stream = llm.stream(input_ids=ids, as_tokens=True, max_new_tokens=300, **SETTINGS)
     assert list(stream) == expected
     assert suspended
 
 
 def test_blocks_on_disk_are_used_after_all_actors_were_stopped_and_started_again(
-    fragile: KVCacheAdapter, tiny_llama: LlamaForCausalLM
+    shared_adapter: SharedAdapter,
 ) -> None:
     ids = prompt(90, seed=5)
-    tokens, _ = reuse(fragile, ids)
-    config = fragile.group.spec.config
-    fragile.close()
-    with KVCacheAdapter(tiny_llama, cache_config=config, num_threads=1) as again:
-        assert reuse(again, ids) == (tokens, {"disk": 80})
+    tokens, _ = reuse(shared_adapter.adapter, ids)
+    again = shared_adapter.restart()
+    assert reuse(again, ids) == (tokens, {"disk": 80})

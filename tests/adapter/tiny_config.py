@@ -10,13 +10,13 @@ from litecache.config import CacheConfig
 
 
 def tiny_config(folder: Path) -> CacheConfig:
-    """All tiers, small."""
+    """All tiers, small: what a test writes in a second passes what the disk holds."""
     return CacheConfig(
         num_blocks=96,
         dtype="float32",
         ram_bytes="16MB",
         storage_dir=str(folder),
-        storage_bytes="64MB",
+        storage_bytes="2MB",
     )
 
 

@@ -201,6 +201,7 @@ def test_planted_bug_is_caught(
         stateful_step_count=50,
         deadline=None,
         database=None,
+        derandomize=True,  # another search each time takes from a tenth of a second to ten
         print_blob=False,
         report_multiple_bugs=False,
         phases=(Phase.generate,),

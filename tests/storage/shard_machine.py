@@ -211,21 +211,25 @@ class ShardMachine(RuleBasedStateMachine):
         assert durable <= found, "a durable block was lost"
         self.model = {key: self.model[key] for key in found}
 
-    @rule(number=NUMBERS, offset=st.integers(0, 4095), cold=st.booleans())
-    def flip_a_byte_on_disk(self, number: int, offset: int, cold: bool) -> None:
-        key = key_of(number)
-        entry = self.store._tiers.index.find(key)
-        if entry < 0 or not self.has_disk or not self.store._tiers.index.disk[entry]:
+    @rule(choice=NUMBERS, offset=st.integers(0, 4095), cold=st.booleans(), read=st.booleans())
+    def flip_a_byte_on_disk(self, choice: int, offset: int, cold: bool, read: bool) -> None:
+        index = self.store._tiers.index
+        entries = [(number, index.find(key_of(number))) for number in range(40)]
+        on_disk = [(number, entry) for number, entry in entries if entry >= 0 and index.disk[entry]]
+        if not on_disk:
             return
-        at = (self.store._tiers.index.disk[entry] - 1) * 4096 + offset
+        number, entry = on_disk[choice % len(on_disk)]
+        at = (index.disk[entry] - 1) * 4096 + offset
         with open(os.path.join(self.folder, "slab"), "r+b") as slab:
             slab.seek(at)
             byte = slab.read(1)[0]
             slab.seek(at)
             slab.write(bytes([byte ^ 0x40]))
-        self.damaged.add(key)
+        self.damaged.add(key_of(number))
         if cold:
             self.store.clear("ram")
+        if read:
+            self.stage_numbers([number], keep=False)
 
 
 class Roomy(ShardMachine):
