@@ -160,9 +160,10 @@ def test_a_shard_that_is_killed_answers_miss_and_is_reported_lost_once(
 def test_leases_of_an_answer_that_comes_too_late_are_returned(
     shard: Any, connect: Connect, transport: str
 ) -> None:
-    client = connect(timeout_s=0.3)
+    client = connect()
     put(client, KEYS)
     pid = result(shard.info.remote(), 10)["pid"]
+    client._calls.timeout_s = 0.3
     os.kill(pid, signal.SIGSTOP)
     try:
         assert [r.status for r in client.stage(KEYS)] == [StageStatus.MISS] * 3
@@ -236,10 +237,11 @@ def test_an_abandoned_stage_leaves_no_lease(shard: Any, connect: Connect) -> Non
 def test_leases_that_cannot_ride_with_a_stage_are_returned_alone(
     shard: Any, connect: Connect
 ) -> None:
-    client = connect(timeout_s=0.3)
+    client = connect()
     put(client, KEYS)
     held = [slot_of(result) for result in client.stage(KEYS)]
     pid = result(shard.info.remote(), 10)["pid"]
+    client._calls.timeout_s = 0.3
     os.kill(pid, signal.SIGSTOP)
     try:
         assert client.stage(KEYS[:1])[0].status is StageStatus.MISS
