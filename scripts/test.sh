@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Set everything up, then run the tests.
-#   scripts/test.sh          the fast set (6 to 7 minutes on two cores)
+#   scripts/test.sh          the fast set (5 minutes on two cores)
 #   scripts/test.sh --all    everything that needs no GPU, with coverage (at most 45 minutes)
 # Further arguments go to pytest: scripts/test.sh tests/storage -x
 set -euo pipefail
