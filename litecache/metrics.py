@@ -1,8 +1,8 @@
 """Plain counters, gauges and histograms, owned by the part that counts.
 
 Every stateful part has one `Metrics`; nothing here knows Ray. The actors read snapshots and
-export them (`actors/metrics_export.py`). Names follow the list in docs/architecture.md and
-never end in `_total`, because Ray appends that itself.
+export them (`actors/metrics_export.py`). docs/running.md lists the names; they never end in
+`_total`, because Ray appends that itself.
 """
 
 from __future__ import annotations

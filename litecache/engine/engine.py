@@ -244,13 +244,17 @@ class Engine:
 
     def _turn(self) -> None:
         """Take messages, launch one step, finish the one before."""
+        started, waited_s = time.perf_counter(), 0.0
         schedule = self._scheduler.schedule(time.monotonic())
         self._carry_out(schedule)
         if schedule.plan is not None:
             self._launch(schedule)
         idle = schedule.plan is None and not self._in_flight
         if len(self._in_flight) > (self._overlap if schedule.plan is not None else 0):
-            self._finish_step()
+            waited_s = self._finish_step()
+        if schedule.plan is not None:
+            host_s = time.perf_counter() - started - waited_s
+            self.metrics.observe("litecache_step_seconds", host_s, kind="host")
         self._take_messages(wait=idle)
 
     def _launch(self, schedule: Schedule) -> None:
@@ -261,16 +265,19 @@ class Engine:
         except Exception as error:
             self._undo(plan.step, error)
 
-    def _finish_step(self) -> None:
+    def _finish_step(self) -> float:
+        """Take the oldest step's result; returns the seconds that the thread waited for it."""
         step, handle = self._in_flight.popleft()
         started = time.perf_counter()
         try:
             result = handle.result()
         except Exception as error:
             self._undo(step, error)
-            return
-        self.metrics.observe("litecache_step_seconds", time.perf_counter() - started, kind="wait")
+            return 0.0
+        waited_s = time.perf_counter() - started
+        self.metrics.observe("litecache_step_seconds", waited_s, kind="wait")
         self._carry_out(self._scheduler.on_result(result, time.monotonic()))
+        return waited_s
 
     def _undo(self, step: int, error: Exception) -> None:
         """A step raised: its requests run again, smaller or alone."""

@@ -307,3 +307,17 @@ def test_closed_engine_refuses_instead_of_hanging() -> None:
         harness.engine.submit([Request("x", "c", (1,), SamplingParams(1))])
     engine: Engine = harness.engine
     engine.close()
+
+
+def test_every_steps_time_is_told_in_two_parts() -> None:
+    with Harness(family_source("llama")) as harness:
+        harness.run([random_prompt(40, seed=1)], max_new_tokens=5)
+        histograms = harness.engine.stats()["metrics"]["histograms"]
+    steps = {
+        dict(labels)["kind"]: histogram
+        for name, labels, histogram in histograms
+        if name == "litecache_step_seconds"
+    }
+    # one step for the prompt and the first token, then one a token
+    assert {kind: histogram["count"] for kind, histogram in steps.items()} == {"host": 5, "wait": 5}
+    assert all(histogram["sum"] > 0 for histogram in steps.values())

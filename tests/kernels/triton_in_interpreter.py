@@ -207,7 +207,9 @@ def test_the_end_of_a_long_line_is_handed_out(extras: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("programs", [3, 17, 132])
-@pytest.mark.parametrize("tiles", [[70], [24] * 16, [1, 500, 3, 2000], [40] * 300, [4096]])
+@pytest.mark.parametrize(
+    "tiles", [[70], [48] * 3, [24] * 16, [1, 500, 3, 2000], [40] * 300, [4096]]
+)
 def test_segments_cover_the_line_and_fit_their_room(programs: int, tiles: list[int]) -> None:
     contexts = [count * 16 for count in tiles]
     width = max(tiles) * 2
