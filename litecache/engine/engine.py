@@ -28,6 +28,7 @@ from litecache.engine.model_loader import LoadedModel, load_model
 from litecache.engine.model_runner import ModelRunner, StepHandle
 from litecache.engine.model_source import ModelSource
 from litecache.engine.prefix_cache import PrefixCache
+from litecache.engine.progress import progress_bar
 from litecache.engine.schedule import Schedule
 from litecache.engine.scheduler import Scheduler
 from litecache.engine.shard_set import RemoteSource
@@ -90,7 +91,7 @@ class Engine:
             deterministic=config.deterministic,
         )
         # CUDA graphs and their kernels now, so that no request waits for them.
-        self._runner.warm_up()
+        self._runner.warm_up(progress_bar("Capturing CUDA graphs"))
         self.info = _describe(source, config, loaded, layout, num_blocks, self._num_threads)
         self._overlap = 1 if loaded.device.type == "cuda" else 0
         self._device = loaded.device
