@@ -179,7 +179,8 @@ class ModelRunner:
             keys += [key for key in reversed(found) if key is not None]
         with torch.inference_mode():
             for done, key in enumerate(keys, start=1):
-                self._graph(key)
+                if self._graph(key) is None:
+                    return  # refused: the log says why, and steps run without
                 if progress is not None:
                     progress(done, len(keys))
 

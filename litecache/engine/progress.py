@@ -1,4 +1,4 @@
-"""A bar for long work at a start, shown where transformers shows its own bars of loading weights."""
+"""A bar for long work at a start, shown where transformers shows its bars of loading weights."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from plan_driver import FAMILIES, GREEDY, PlanDriver, random_prompt, stock_generate, tiny_model
 
+from litecache.engine.cuda_graphs import GraphCache
 from litecache.engine.step_plan import StepPlan
 from litecache.errors import ConfigError
 from litecache.types import SamplingParams
@@ -194,3 +195,21 @@ def test_a_step_over_the_token_budget_is_refused(llama):
     driver.add(1, random_prompt(200, 2))
     with pytest.raises(ConfigError, match=r"num_tokens=400.*256"):
         driver.step({0: 200, 1: 200})
+
+
+class _Refusing(GraphCache):
+    def capture(self, key, step):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+
+def test_a_model_that_cannot_be_captured_starts_and_runs_without_graphs(llama, caplog):
+    driver = PlanDriver(llama)
+    driver.runner._graphs = _Refusing(8, 16)
+    told = []
+    driver.runner.warm_up(lambda done, total: told.append((done, total)))
+    assert told == []
+    assert "cannot be captured" in caplog.text
+    prompt = random_prompt(20, 1)
+    driver.add(0, prompt)
+    first = driver.step({0: 20}).result().tokens[0]
+    assert [first, *driver.decode(0, 5)] == stock_generate(llama, prompt, 6)
