@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from litecache.token_ids import TokenIds
 
-MESSAGE_VERSION = 2
+MESSAGE_VERSION = 3
 
 
 class Tier(str, enum.Enum):
