@@ -3,8 +3,9 @@
 Set before anything imports torch or ray: `LITECACHE_HOME` and Ray's token lie in a temporary folder
 that goes with the session, so tests neither see nor change what is in the user's home.
 
-Profiles: "fast" (50 examples, the default) and "slow" (1,000; `scripts/test.sh --all` sets
-`LITECACHE_TEST_PROFILE=slow`). A test that passes `max_examples` itself is not affected.
+Profiles: "fast" (50 examples, the default) and "slow" (200, state machines 1,000;
+`scripts/test.sh --all` sets `LITECACHE_TEST_PROFILE=slow`). A test that passes `max_examples`
+itself is not affected.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ os.environ.update(
     HF_HUB_OFFLINE="1",
 )
 
-for _profile, _examples in (("fast", 50), ("slow", 1000)):
+for _profile, _examples in (("fast", 50), ("slow", 200)):
     settings.register_profile(
         _profile,
         max_examples=_examples,
@@ -57,12 +58,24 @@ _PROFILE_NAME = os.environ.get("LITECACHE_TEST_PROFILE", "fast")
 settings.load_profile(_PROFILE_NAME)
 
 
+# What starts Ray or actors runs in a process of its own beside the rest (scripts/test.sh).
+_WITH_RAY = ("actors", "adapter", "e2e", "test_cli.py", "test_demo.py", "test_project.py")
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Twenty times the examples need more than the usual time, above all on a busy machine."""
-    if _PROFILE_NAME == "slow":
-        for item in items:
-            if item.get_closest_marker("timeout") is None:
-                item.add_marker(pytest.mark.timeout(600))
+    """Mark what needs Ray; give the slow profile its examples, and the time that they need."""
+    here = Path(__file__).parent
+    for item in items:
+        if item.path.relative_to(here).parts[0] in _WITH_RAY:
+            item.add_marker(pytest.mark.ray)
+        if _PROFILE_NAME != "slow":
+            continue
+        if item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(600))
+        machine = getattr(getattr(item, "obj", None), "_hypothesis_state_machine_class", None)
+        if machine is not None and item.cls.settings.max_examples == settings().max_examples:
+            item.cls.settings = settings(item.cls.settings, max_examples=1000)
 
 
 def pytest_collection_finish() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 from bench_common import Report, Row, alternate, parser, summarise
+from bench_versions import interval
 
 ROW_FIELDS = {"case", "metric", "value", "unit", "limit", "ratio", "peer"}
 
@@ -64,3 +66,12 @@ def test_every_benchmark_takes_json_and_quick(tmp_path: Path) -> None:
     args = parser("doc").parse_args(["--json", str(tmp_path / "x"), "--quick"])
     assert args.quick
     assert args.json == tmp_path / "x"
+
+
+def test_the_interval_of_paired_ratios_is_students() -> None:
+    # logs -0.1, 0, 0.1: mean 0, standard error 0.1 / sqrt(3), t = 4.303 with two degrees
+    ratios = [math.exp(-0.1), 1.0, math.exp(0.1)]
+    mean, low, high = interval(ratios)
+    assert mean == pytest.approx(1.0)
+    assert math.log(high) == pytest.approx(0.1 / math.sqrt(3) * 4.303, rel=1e-3)
+    assert low == pytest.approx(1 / high)
