@@ -64,6 +64,10 @@ class PlanBuilder:
         self._copies.append(BlockCopy(group, src, dst))
         self.launched.copied_from.append((group, src))
 
+    def forget_row(self, row: int) -> None:
+        """A row that has no step in this plan is given back: another request may take it now."""
+        self.tables = [update for update in self.tables if update.row != row]
+
     def build(self, step: int) -> StepPlan | None:
         """The plan, single-token rows first; None when there is nothing to compute."""
         if not self.launched.rows:

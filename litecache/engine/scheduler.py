@@ -257,6 +257,7 @@ class Scheduler:
                     table.extend(self.cache.pools[group].allocate(1))
                 except CapacityError:
                     victim = self._queues.running[-1]
+                    plan.forget_row(victim.row)
                     self._preempt(victim)
                     if victim is seq:
                         return False

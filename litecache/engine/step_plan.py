@@ -84,6 +84,7 @@ class RowStep(NamedTuple):
 class StepPlan:
     """One engine step. Rows of one token come first; order of work: rows, tables, copies, forward.
 
+    No two table updates name the same entry: a device writes all of them at once, in any order.
     `StepResult.tokens` follows the order of the entries of `rows` with `sample=True`.
     """
 
@@ -93,6 +94,16 @@ class StepPlan:
     copies: tuple[BlockCopy, ...] = ()
     rows: tuple[RowStep, ...] = ()
     version: int = PLAN_VERSION
+
+    def __post_init__(self) -> None:
+        last: tuple[int, int, int] | None = None
+        for row, group, start, end in sorted(
+            (u.row, u.group, u.start, u.start + len(u.block_ids)) for u in self.table_updates
+        ):
+            assert last is None or last[:2] != (row, group) or last[2] <= start, (
+                f"step {self.step} writes entry {start} of row {row}, group {group} twice"
+            )
+            last = (row, group, end)
 
     @property
     def num_tokens(self) -> int:

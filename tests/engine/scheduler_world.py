@@ -42,10 +42,10 @@ def expected_output(prompt: tuple[int, ...], max_new_tokens: int) -> tuple[int, 
     return tokens[len(prompt) :]
 
 
-def make_layout(windowed: bool) -> KVLayout:
+def make_layout(windowed: bool, window: int = WINDOW) -> KVLayout:
     """One full-attention group, and a sliding-window one if asked for."""
     full = KVSpec(1, 8, 8, "float32")
-    sliding = KVSpec(1, 8, 8, "float32", window=WINDOW)
+    sliding = KVSpec(1, 8, 8, "float32", window=window)
     return KVLayout.from_specs([full, sliding] if windowed else [full], BLOCK_SIZE)
 
 
@@ -61,6 +61,7 @@ class World:
 
     num_blocks: int
     windowed: bool = False
+    window: int = WINDOW
     lower_tiers: bool = True
     admission: str = "all"
     max_requests: int = 3
@@ -83,7 +84,7 @@ class World:
     computed_tokens: int = 0
 
     def __post_init__(self) -> None:
-        layout = make_layout(self.windowed)
+        layout = make_layout(self.windowed, self.window)
         self.groups = layout.groups
         self.scheduler = Scheduler(
             PrefixCache(layout.groups, self.num_blocks),
@@ -196,6 +197,12 @@ class World:
         assert StepPlan.from_dict(plan.to_dict()) == plan
         for new in plan.new_rows:
             self.rows[new.row] = _Row(list(new.token_ids), [[] for _ in self.groups])
+        written = [
+            (update.group, update.row, update.start + offset)
+            for update in plan.table_updates
+            for offset in range(len(update.block_ids))
+        ]
+        assert len(written) == len(set(written)), "an entry is written twice: a race on a GPU"
         for update in plan.table_updates:
             table = self.rows[update.row].tables[update.group]
             table[update.start :] = update.block_ids + tuple(

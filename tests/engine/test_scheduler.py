@@ -14,7 +14,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from scheduler_world import BLOCK_SIZE, World, expected_output
+from scheduler_world import BLOCK_SIZE, WINDOW, World, expected_output
 
 from litecache.engine.block_pool import BlockPool
 from litecache.engine.plan_builder import PlanBuilder
@@ -37,6 +37,8 @@ class SchedulerMachine(RuleBasedStateMachine):
     @initialize(
         num_blocks=st.integers(11, 24),
         windowed=st.booleans(),
+        # of whole blocks: a row trims its window in the very step in which it needs a block
+        window=st.sampled_from([16, WINDOW]),
         lower_tiers=st.booleans(),
         admission=st.sampled_from(["all", "reused", "none"]),
         deterministic=st.booleans(),

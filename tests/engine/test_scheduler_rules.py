@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 from scheduler_world import World, expected_output
 
 from litecache.engine.schedule import Schedule
-from litecache.engine.step_plan import StepPlan
+from litecache.engine.step_plan import StepPlan, TableUpdate
 from litecache.types import FinishReason
 
 PROMPT = (0, 1, 1, 0)
@@ -173,3 +174,27 @@ def test_a_deadline_ends_waiting_requests_too_and_none_of_them_twice() -> None:
     assert next_plan(world) is None
     assert world.finished[runs] is FinishReason.LENGTH
     assert world.scheduler.next_deadline() is None
+
+
+@pytest.mark.parametrize(("length", "num_blocks"), [(12, 9), (20, 11), (28, 13), (40, 15)])
+def test_a_row_that_is_given_back_and_taken_in_one_step_has_each_table_entry_written_once(
+    length: int, num_blocks: int
+) -> None:
+    """The younger row trims its window, finds no block, and an urgent request takes its place."""
+    prompts = endless(3, 60)
+    world = World(num_blocks, windowed=True, window=16, lower_tiers=False, max_requests=2)
+    for prompt in prompts[:2]:
+        world.submit(prompt, 50)
+    while len(world.outputs["r1"]) < 3:
+        next_plan(world)
+    world.submit((prompts[2] * 9)[:length], 3, priority=-1)
+    world.run_until_idle()
+    assert world.scheduler.preemptions > 0
+    world.check_outputs()
+
+
+def test_a_plan_that_writes_a_table_entry_twice_cannot_be_made() -> None:
+    first, second = TableUpdate(0, 0, 3, (5, 6)), TableUpdate(0, 0, 4, (7,))
+    with pytest.raises(AssertionError, match="writes entry 4 of row 0, group 0 twice"):
+        StepPlan(1, table_updates=(second, first))
+    StepPlan(1, table_updates=(second, TableUpdate(0, 1, 4, (7,)), TableUpdate(1, 0, 4, (7,))))
