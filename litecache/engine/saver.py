@@ -1,7 +1,7 @@
 """Saves published blocks to the shards, in order, on a thread of its own.
 
 Never on the latency path and never queued without bound: what finds no room is dropped and
-counted. A chain stops at its first drop, since a tail without its head is dead weight.
+counted. A dropped block is saved on its next sight; the blocks after it do not wait for that.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Sequence
 
 from litecache.engine.block_copier import BlockCopier
@@ -17,7 +17,6 @@ from litecache.engine.kv_layout import KVPool
 from litecache.engine.schedule import SaveOrder
 from litecache.engine.shard_set import ShardSet
 from litecache.errors import StorageError
-from litecache.hashing import BlockKey
 from litecache.metrics import Metrics
 from litecache.storage.client import ShardClient
 from litecache.storage.protocol import CommitItem, CommitStatus, SlotRef
@@ -27,8 +26,6 @@ logger = logging.getLogger(__name__)
 BATCH_BLOCKS = 64
 SLOT_WAIT_S = 0.5
 """How long a save waits for the shard to write dirty slots out before it is dropped."""
-
-REMEMBERED_DROPS = 65536
 
 
 class Saver:
@@ -63,7 +60,7 @@ class Saver:
         self._done = done
         self._metrics = metrics
         self._queue: deque[SaveOrder] = deque()
-        self._dropped: OrderedDict[BlockKey, None] = OrderedDict()
+        self._stuck: set[str] = set()
         self._changed = threading.Condition()
         self._busy = False
         self._closing = False
@@ -104,18 +101,22 @@ class Saver:
                 count = min(BATCH_BLOCKS, len(self._queue))
                 batch = [self._queue.popleft() for _ in range(count)]
                 self._busy = True
-            self._save_batch(batch)
+            try:
+                self._save_batch(batch)
+            except Exception:
+                logger.exception("saving %d blocks failed", len(batch))
+                self._done([], self._drop(batch, "error"))
 
     def _save_batch(self, batch: list[SaveOrder]) -> None:
         started = time.perf_counter()
         targets: dict[tuple[str, int], tuple[ShardClient, list[SaveOrder]]] = {}
         dropped: list[SaveOrder] = []
         for order in batch:
-            if order.parent in self._dropped:
-                dropped += self._drop([order], "parent_dropped")
-                continue
             shard = self._shards.choose(order.run_key)
-            targets.setdefault((shard.shard_id, order.group), (shard, []))[1].append(order)
+            if shard is None:
+                dropped += self._drop([order], "no_shard")
+            else:
+                targets.setdefault((shard.shard_id, order.group), (shard, []))[1].append(order)
         for (shard_id, group), (shard, orders) in targets.items():
             try:
                 dropped += self._save_to(shard, group, orders)
@@ -160,11 +161,21 @@ class Saver:
         return dropped
 
     def _reserve(self, shard: ShardClient, block_bytes: int, count: int) -> list[SlotRef]:
+        """Slots of a shard, as soon as it has any; one that let a save wait in vain is stuck.
+
+        All shards wait for this thread: a stuck one is asked once a batch until it gives slots.
+        """
         deadline = time.monotonic() + SLOT_WAIT_S
         while True:
             slots = shard.reserve(block_bytes, count)
-            if slots or time.monotonic() >= deadline:
+            if slots:
+                self._stuck.discard(shard.shard_id)
                 return slots
+            if shard.lost or shard.shard_id in self._stuck:
+                return []
+            if time.monotonic() >= deadline:
+                self._stuck.add(shard.shard_id)
+                return []
             with self._changed:
                 if self._changed.wait_for(lambda: self._closing, 0.01):
                     raise StorageError("the saver is closing")
@@ -172,8 +183,4 @@ class Saver:
     def _drop(self, orders: list[SaveOrder], reason: str) -> list[SaveOrder]:
         if orders:
             self._metrics.inc("litecache_drops", len(orders), reason=reason)
-        for order in orders:
-            self._dropped[order.key] = None
-        while len(self._dropped) > REMEMBERED_DROPS:
-            self._dropped.popitem(last=False)
         return orders

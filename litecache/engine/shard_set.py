@@ -63,11 +63,15 @@ class ShardSet:
         """Ask these from now on; leases keep the client that gave them."""
         self._shards = list(shards)
 
-    def choose(self, run_key: BlockKey) -> ShardClient:
-        """The shard for a run of blocks, by rendezvous hash of the run's first key."""
+    def choose(self, run_key: BlockKey) -> ShardClient | None:
+        """The shard for a run of blocks, by rendezvous hash of the run's first key.
+
+        A lost shard's runs go to the others: lookups ask all of them. None when all are lost.
+        """
         return max(
-            self._shards,
+            (shard for shard in self._shards if not shard.lost),
             key=lambda shard: hashlib.blake2b(run_key + shard.shard_id.encode()).digest(),
+            default=None,
         )
 
     def stage(self, keys: Sequence[BlockKey]) -> list[Lease | None]:

@@ -1,0 +1,131 @@
+"""Saving: what was dropped once is stored later, and no shard in trouble holds up the others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from engine_harness import Harness, family_source
+from plan_driver import random_prompt
+
+from litecache.engine import saver
+from litecache.storage.client import LocalShardClient
+from litecache.storage.protocol import SlotRef
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def test_blocks_that_were_dropped_once_are_all_stored_on_their_next_sight(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = random_prompt(161, seed=4)
+    with Harness(family_source("llama"), folders=[tmp_path / "s"]) as harness:
+        with monkeypatch.context() as full:
+            full.setattr(saver, "SLOT_WAIT_S", 0.01)
+            full.setattr(LocalShardClient, "reserve", lambda self, size, n: [])
+            wanted = harness.run([prompt], 1)
+            assert harness.engine.flush()["complete"]
+        assert harness.stores[0].keys() == []
+        assert harness.engine.metrics.value("litecache_drops", reason="no_slot") == 10
+        assert harness.run([prompt], 1) == wanted
+        assert harness.engine.flush()["complete"]
+        assert len(harness.stores[0].keys()) == 10
+        harness.empty("gpu", "ram")
+        assert harness.run([prompt], 1) == wanted
+        assert harness.reused == [{"disk": 160}]
+
+
+def test_the_blocks_after_a_dropped_one_are_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The head comes back by being computed, and then the whole chain hits."""
+    prompt = random_prompt(161, seed=4)
+    original, refusals = LocalShardClient.reserve, [1]
+
+    def reserve(self: LocalShardClient, block_bytes: int, count: int) -> list[SlotRef]:
+        return [] if refusals and refusals.pop() else original(self, block_bytes, count)
+
+    fields = {"folders": [tmp_path / "s"], "max_batch_tokens": 32, "max_prefill_tokens": 32}
+    with Harness(family_source("llama"), **fields) as harness:
+        monkeypatch.setattr(saver, "SLOT_WAIT_S", 0.0)
+        monkeypatch.setattr(LocalShardClient, "reserve", reserve)
+        wanted = harness.run([prompt], 1)
+        harness.empty("gpu")
+        dropped = 10 - len(harness.stores[0].keys())
+        assert 0 < dropped < 10
+        assert harness.run([prompt], 1) == wanted
+        harness.empty("gpu")
+        assert len(harness.stores[0].keys()) == 10
+        assert harness.run([prompt], 1) == wanted
+        assert harness.reused == [{"ram": 160}]
+
+
+def test_a_lost_shard_holds_up_no_save_and_its_runs_go_to_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = [random_prompt(33, seed=i) for i in range(12)]
+    folders = [tmp_path / "a", tmp_path / "b"]
+    monkeypatch.setattr(saver, "SLOT_WAIT_S", 1e9)
+    with Harness(family_source("llama"), folders=folders) as harness:
+        monkeypatch.setattr(
+            LocalShardClient, "lost", property(lambda self: self.shard_id == "shard0")
+        )
+        harness.run(prompts, 1)
+        assert harness.engine.flush()["complete"]
+        assert [len(store.keys()) for store in harness.stores] == [0, 24]
+        monkeypatch.setattr(LocalShardClient, "lost", True)
+        harness.run([random_prompt(33, seed=99)], 1)
+        assert harness.engine.flush()["complete"]
+        assert harness.engine.metrics.value("litecache_drops", reason="no_shard") == 2
+        monkeypatch.undo()
+
+
+def test_a_shard_that_gives_no_slots_is_waited_for_once_and_not_in_every_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, asked = LocalShardClient.reserve, []
+
+    def reserve(self: LocalShardClient, block_bytes: int, count: int) -> Sequence[SlotRef]:
+        asked.append(self.shard_id)
+        return []
+
+    with Harness(family_source("llama"), folders=[tmp_path / "s"]) as harness:
+        monkeypatch.setattr(saver, "SLOT_WAIT_S", 0.2)
+        monkeypatch.setattr(LocalShardClient, "reserve", reserve)
+        harness.run([random_prompt(33, seed=0)], 1)
+        assert harness.engine.flush()["complete"]
+        assert len(asked) > 1
+        for seed in range(1, 5):
+            asked.clear()
+            harness.run([random_prompt(33, seed=seed)], 1)
+            assert harness.engine.flush()["complete"]
+            assert 1 <= len(asked) <= 2  # a block each batch at the most
+        monkeypatch.setattr(LocalShardClient, "reserve", original)
+        harness.run([random_prompt(33, seed=0)], 1)
+        assert harness.engine.flush()["complete"]
+        assert len(harness.stores[0].keys()) == 2
+
+
+def test_the_saver_goes_on_after_any_exception(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from litecache.engine.shard_set import ShardSet
+
+    def choose(self: ShardSet, run_key: bytes) -> None:
+        raise ZeroDivisionError("planted")
+
+    prompt = random_prompt(33, seed=2)
+    with Harness(family_source("llama"), folders=[tmp_path / "s"]) as harness:
+        with monkeypatch.context() as broken:
+            broken.setattr(ShardSet, "choose", choose)
+            harness.run([prompt], 1)
+            assert harness.engine.flush(timeout_s=30)["complete"]
+        assert harness.engine.metrics.value("litecache_drops", reason="error") == 2
+        harness.run([prompt], 1)
+        assert harness.engine.flush()["complete"]
+        assert len(harness.stores[0].keys()) == 2
