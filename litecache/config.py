@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from litecache.errors import ConfigError
+from litecache.errors import ConfigError, shown
 
 DTYPES = ("float32", "float16", "bfloat16")
 FSYNC_POLICIES = ("always", "interval", "never")
@@ -69,7 +69,7 @@ def _parse_quotas(text: str) -> dict[str, str]:
 def _check_quotas(quotas: object) -> dict[str, int]:
     if not isinstance(quotas, dict) or not all(isinstance(salt, str) for salt in quotas):
         raise ConfigError("salt_quotas", quotas, 'a dict of salts and sizes, as {"alice": "5GB"}')
-    return {salt: parse_size(size, f"salt_quotas[{salt!r}]") for salt, size in quotas.items()}
+    return {salt: parse_size(size, f"salt_quotas[{shown(salt)}]") for salt, size in quotas.items()}
 
 
 def _setting(name: str, default: Any, parse: Callable[[str], Any] = str) -> Any:

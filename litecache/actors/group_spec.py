@@ -12,7 +12,7 @@ import litecache
 from litecache.actors.naming import shard_name
 from litecache.config import CacheConfig
 from litecache.engine.model_source import ModelSource
-from litecache.errors import GroupMismatchError
+from litecache.errors import GroupMismatchError, shown
 
 VERSION = litecache.__version__
 
@@ -97,7 +97,7 @@ def check_same(group: str, theirs: dict[str, Any], mine: dict[str, Any]) -> None
         return
     left, right = _comparable(theirs), _comparable(mine)
     differing = [
-        f"{name} is {left.get(name)!r}, not {right.get(name)!r}"
+        f"{name} is {shown(left.get(name))}, not {shown(right.get(name))}"
         for name in sorted(left.keys() | right.keys())
         if left.get(name) != right.get(name)
     ]

@@ -19,7 +19,7 @@ from transformers import GenerationConfig
 from litecache.adapter.logit_settings import OWN_ARGUMENTS, logit_rules
 from litecache.adapter.refusals import refuse_arguments, refuse_settings
 from litecache.adapter.values import check_count, check_flag, check_number, check_token_ids
-from litecache.errors import ConfigError
+from litecache.errors import ConfigError, shown
 from litecache.types import LogitRules, SamplingParams
 
 _DEFAULTS: dict[str, Any] = {
@@ -235,7 +235,7 @@ def _warn_ignored(given: GenerationConfig | None, overrides: dict[str, Any]) -> 
     for name in _SAMPLING_ONLY:
         value = overrides.get(name, getattr(given, name, None))
         if value is not None and value != {"temperature": 1.0, "top_p": 1.0}.get(name):
-            ignored.append(f"{name}={value}")
+            ignored.append(f"{name}={shown(value)}")
     if ignored:
         warnings.warn(
             f"{', '.join(ignored)} has no effect without do_sample=True", UserWarning, stacklevel=4

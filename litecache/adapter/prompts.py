@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from litecache.errors import ConfigError
+from litecache.errors import ConfigError, outline
 from litecache.token_ids import TokenIds
 
 
@@ -22,10 +22,9 @@ def check_input_ids(input_ids: object) -> torch.Tensor:
         ConfigError: not an integer tensor of two dimensions with at least one row and column.
     """
     if not isinstance(input_ids, torch.Tensor):
-        raise ConfigError("input_ids", input_ids, "an integer tensor [batch, tokens]")
+        raise ConfigError("input_ids", outline(input_ids), "an integer tensor [batch, tokens]")
     if input_ids.dim() != 2 or input_ids.is_floating_point() or input_ids.is_complex():
-        shown = f"{input_ids.dtype} {list(input_ids.shape)}"
-        raise ConfigError("input_ids", shown, "an integer tensor [batch, tokens]")
+        raise ConfigError("input_ids", outline(input_ids), "an integer tensor [batch, tokens]")
     if input_ids.numel() == 0:
         raise ConfigError("input_ids", list(input_ids.shape), "at least one row and one token")
     return input_ids.detach().to("cpu", torch.int64)
@@ -51,12 +50,12 @@ def check_prompt(prompt: Any, index: int) -> TokenIds:
     values = prompt.tolist() if isinstance(prompt, torch.Tensor) else prompt
     valid = "a list of token ids"
     if isinstance(values, (str, bytes)) or not isinstance(values, Sequence):
-        raise ConfigError(f"prompts[{index}]", prompt, valid)
+        raise ConfigError(f"prompts[{index}]", outline(prompt), valid)
     if not values:
         raise ConfigError(f"prompts[{index}]", [], "at least one token")
     if set(map(type, values)) != {int}:
         wrong = next(token for token in values if type(token) is not int)
-        raise ConfigError(f"prompts[{index}]", wrong, valid)
+        raise ConfigError(f"prompts[{index}]", outline(wrong), valid)
     try:
         return TokenIds(values)
     except OverflowError as error:
@@ -87,7 +86,7 @@ def split_rows(
             shape = getattr(attention_mask, "shape", None)
             raise ConfigError(
                 "attention_mask",
-                attention_mask if shape is None else list(shape),
+                outline(attention_mask) if shape is None else list(shape),
                 f"a tensor of input_ids' shape {list(input_ids.shape)}",
             )
         keep = attention_mask.numpy(force=True) != 0

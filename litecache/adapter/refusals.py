@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from litecache.errors import ConfigError
+from litecache.errors import ConfigError, outline
 
 _OFF = (None, False)
 
@@ -118,4 +118,6 @@ def refuse_arguments(arguments: Mapping[str, Any]) -> None:
             raise ConfigError(
                 f"generate({name}=...) is not supported by the engine loop yet: leave it out"
             )
-        raise ConfigError(name, value, "an argument of generate or a field of GenerationConfig")
+        # it may be a prompt under a wrong name
+        valid = "an argument of generate or a field of GenerationConfig"
+        raise ConfigError(name, outline(value), valid)

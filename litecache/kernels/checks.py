@@ -24,23 +24,19 @@ def contents_checked() -> bool:
     return os.environ.get("LITECACHE_CHECK", "0") == "1"
 
 
-def _fail(name: str, value: object, valid: str) -> None:
-    raise KernelError(f"{name}={value} is invalid: {valid}")
-
-
 def _shape(name: str, tensor: torch.Tensor, shape: tuple[int | None, ...], words: str) -> None:
     matches = tensor.ndim == len(shape) and all(
         want is None or have == want for have, want in zip(tensor.shape, shape, strict=True)
     )
     if not matches:
-        _fail(f"{name}.shape", tuple(tensor.shape), words)
+        raise KernelError(f"{name}.shape", tuple(tensor.shape), words)
 
 
 def _index(name: str, tensor: torch.Tensor, dtype: torch.dtype, device: torch.device) -> None:
     if tensor.dtype != dtype:
-        _fail(f"{name}.dtype", tensor.dtype, f"{dtype}")
+        raise KernelError(f"{name}.dtype", tensor.dtype, f"{dtype}")
     if tensor.device != device:
-        _fail(f"{name}.device", tensor.device, f"the pool's device {device}")
+        raise KernelError(f"{name}.device", tensor.device, f"the pool's device {device}")
 
 
 def check_caches(
@@ -52,36 +48,50 @@ def check_caches(
     """Checks the layer views: `[num_blocks, kv_heads, block_size, dim]`, tokens contiguous."""
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         if cache.ndim != 4:
-            _fail(f"{name}.shape", tuple(cache.shape), "[num_blocks, kv_heads, block_size, dim]")
+            raise KernelError(
+                f"{name}.shape", tuple(cache.shape), "[num_blocks, kv_heads, block_size, dim]"
+            )
         if cache.dtype not in POOL_DTYPES:
-            _fail(f"{name}.dtype", cache.dtype, f"one of {list(POOL_DTYPES)}")
+            raise KernelError(f"{name}.dtype", cache.dtype, f"one of {list(POOL_DTYPES)}")
         if cache.stride(3) != 1 or cache.stride(2) != cache.shape[3]:
-            _fail(f"{name}.stride()", cache.stride(), "a head's tokens must be contiguous")
+            raise KernelError(
+                f"{name}.stride()", cache.stride(), "a head's tokens must be contiguous"
+            )
         if cache.stride(0) < 0 or cache.stride(1) < cache.shape[2] * cache.shape[3]:
-            _fail(f"{name}.stride()", cache.stride(), "heads of a block must not overlap")
+            raise KernelError(
+                f"{name}.stride()", cache.stride(), "heads of a block must not overlap"
+            )
     if k_cache.shape[:3] != v_cache.shape[:3]:
-        _fail("v_cache.shape", tuple(v_cache.shape), f"{tuple(k_cache.shape[:3])} + (v_dim,)")
+        raise KernelError(
+            "v_cache.shape", tuple(v_cache.shape), f"{tuple(k_cache.shape[:3])} + (v_dim,)"
+        )
     if v_cache.dtype != k_cache.dtype:
-        _fail("v_cache.dtype", v_cache.dtype, f"k_cache's dtype {k_cache.dtype}")
+        raise KernelError("v_cache.dtype", v_cache.dtype, f"k_cache's dtype {k_cache.dtype}")
     if v_cache.device != k_cache.device:
-        _fail("v_cache.device", v_cache.device, f"k_cache's device {k_cache.device}")
+        raise KernelError("v_cache.device", v_cache.device, f"k_cache's device {k_cache.device}")
     for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
         if (scale is not None) != (k_cache.dtype in LARGEST_CODE):
-            _fail(name, None if scale is None else "a tensor", "given for int8 and fp8 pools alone")
+            raise KernelError(
+                name, None if scale is None else "a tensor", "given for int8 and fp8 pools alone"
+            )
         if scale is None:
             continue
         _shape(name, scale, tuple(k_cache.shape[:3]), "[num_blocks, kv_heads, block_size]")
         _index(name, scale, torch.float32, k_cache.device)
         if scale.stride(2) != 1 or scale.stride(1) != scale.shape[2]:
-            _fail(f"{name}.stride()", scale.stride(), "a block's scales must be contiguous")
+            raise KernelError(
+                f"{name}.stride()", scale.stride(), "a block's scales must be contiguous"
+            )
 
 
 def _check_tokens(name: str, tensor: torch.Tensor, shape: tuple[int, ...], words: str) -> None:
     _shape(name, tensor, shape, words)
     if not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:
-        _fail(f"{name}.dtype", tensor.dtype, "float32, float16 or bfloat16")
+        raise KernelError(f"{name}.dtype", tensor.dtype, "float32, float16 or bfloat16")
     if tensor.stride(-1) != 1:
-        _fail(f"{name}.stride()", tensor.stride(), "the last dimension must be contiguous")
+        raise KernelError(
+            f"{name}.stride()", tensor.stride(), "the last dimension must be contiguous"
+        )
 
 
 def check_store(
@@ -106,12 +116,16 @@ def check_store(
         shape = (num_tokens, kv_heads, cache.shape[3])
         _check_tokens(name, tensor, shape, f"[num_tokens, kv_heads, dim] = {list(shape)}")
         if tensor.device != k_cache.device:
-            _fail(f"{name}.device", tensor.device, f"the pool's device {k_cache.device}")
+            raise KernelError(
+                f"{name}.device", tensor.device, f"the pool's device {k_cache.device}"
+            )
     if contents_checked() and num_tokens:
         low, high = slot_mapping.aminmax()
         slots = k_cache.shape[0] * k_cache.shape[2]
         if low < 0 or high >= slots:
-            _fail("slot_mapping", f"{int(low)}..{int(high)}", f"slots lie in 0..{slots - 1}")
+            raise KernelError(
+                "slot_mapping", f"{int(low)}..{int(high)}", f"slots lie in 0..{slots - 1}"
+            )
 
 
 def check_attention(
@@ -137,15 +151,15 @@ def check_attention(
     check_caches(k_cache, v_cache, k_scale, v_scale)
     kv_heads, block_size, k_dim = k_cache.shape[1:]
     if query.ndim != 3:
-        _fail("query.shape", tuple(query.shape), "[num_tokens, num_heads, k_dim]")
+        raise KernelError("query.shape", tuple(query.shape), "[num_tokens, num_heads, k_dim]")
     num_tokens, num_heads = query.shape[:2]
     _check_tokens("query", query, (num_tokens, num_heads, k_dim), f"k_cache's dim {k_dim}")
     if query.device != k_cache.device:
-        _fail("query.device", query.device, f"the pool's device {k_cache.device}")
+        raise KernelError("query.device", query.device, f"the pool's device {k_cache.device}")
     if num_heads % kv_heads:
-        _fail("num_heads", num_heads, f"a multiple of the {kv_heads} KV heads")
+        raise KernelError("num_heads", num_heads, f"a multiple of the {kv_heads} KV heads")
     if metadata.block_size != block_size:
-        _fail("metadata.block_size", metadata.block_size, f"the pool's {block_size}")
+        raise KernelError("metadata.block_size", metadata.block_size, f"the pool's {block_size}")
     _shape("metadata.block_tables", metadata.block_tables, (None, None), "[seqs, max_blocks]")
     num_seqs = metadata.block_tables.shape[0]
     _index("metadata.block_tables", metadata.block_tables, torch.int32, query.device)
@@ -154,20 +168,28 @@ def check_attention(
     _shape("metadata.cu_seqlens_q", metadata.cu_seqlens_q, (num_seqs + 1,), f"[{num_seqs + 1}]")
     _index("metadata.cu_seqlens_q", metadata.cu_seqlens_q, torch.int32, query.device)
     if metadata.block_tables.numel() and metadata.block_tables.stride(1) != 1:
-        _fail("metadata.block_tables.stride()", metadata.block_tables.stride(), "rows contiguous")
+        raise KernelError(
+            "metadata.block_tables.stride()", metadata.block_tables.stride(), "rows contiguous"
+        )
     if metadata.query_lens is not None and sum(metadata.query_lens) != num_tokens:
-        _fail("query.shape[0]", num_tokens, f"query_lens sum to {sum(metadata.query_lens)}")
+        raise KernelError(
+            "query.shape[0]", num_tokens, f"query_lens sum to {sum(metadata.query_lens)}"
+        )
     if window is not None and window < 1:
-        _fail("window", window, "None or at least 1")
+        raise KernelError("window", window, "None or at least 1")
     if softcap is not None and not softcap > 0:
-        _fail("softcap", softcap, "None or positive")
+        raise KernelError("softcap", softcap, "None or positive")
     for name, per_head in (("sinks", sinks), ("alibi_slopes", alibi_slopes)):
         if per_head is not None:
             _shape(name, per_head, (num_heads,), f"[num_heads] = [{num_heads}]")
             if per_head.device != query.device:
-                _fail(f"{name}.device", per_head.device, f"query's device {query.device}")
+                raise KernelError(
+                    f"{name}.device", per_head.device, f"query's device {query.device}"
+                )
     if (key is None) != (value is None):
-        _fail("key" if key is None else "value", None, "key and value come together or not at all")
+        raise KernelError(
+            "key" if key is None else "value", None, "key and value come together or not at all"
+        )
     for name, tensor, dim in (("key", key, k_dim), ("value", value, v_cache.shape[3])):
         if tensor is not None:
             _check_tokens(name, tensor, (num_tokens, kv_heads, dim), "[num_tokens, kv_heads, dim]")
@@ -175,7 +197,7 @@ def check_attention(
         shape = (num_tokens, num_heads, v_cache.shape[3])
         _check_tokens("out", out, shape, f"[num_tokens, num_heads, v_dim] = {list(shape)}")
         if out.device != query.device:
-            _fail("out.device", out.device, f"query's device {query.device}")
+            raise KernelError("out.device", out.device, f"query's device {query.device}")
     if contents_checked():
         _check_tables(metadata, k_cache.shape[0])
 
@@ -186,10 +208,14 @@ def _check_tables(metadata: AttentionMetadata, num_blocks: int) -> None:
     room = metadata.block_tables.shape[1] * metadata.block_size
     for row, context in enumerate(contexts):
         if not 0 <= context <= room:
-            _fail(f"metadata.context_lens[{row}]", context, f"0..{room}, what its table row holds")
+            raise KernelError(
+                f"metadata.context_lens[{row}]", context, f"0..{room}, what its table row holds"
+            )
         used = metadata.block_tables[row, : -(-context // metadata.block_size)]
         if used.numel() and not 0 <= int(used.min()) <= int(used.max()) < num_blocks:
-            _fail(f"metadata.block_tables[{row}]", used.tolist(), f"blocks 0..{num_blocks - 1}")
+            raise KernelError(
+                f"metadata.block_tables[{row}]", used.tolist(), f"blocks 0..{num_blocks - 1}"
+            )
 
 
 def check_copy(pool: torch.Tensor, src: torch.Tensor, dst: torch.Tensor) -> None:
@@ -200,7 +226,7 @@ def check_copy(pool: torch.Tensor, src: torch.Tensor, dst: torch.Tensor) -> None
     """
     _shape("pool", pool, (None, None), "[num_blocks, block_bytes]")
     if pool.dtype != torch.uint8 or not pool.is_contiguous():
-        _fail("pool", f"{pool.dtype}, stride {pool.stride()}", "contiguous uint8")
+        raise KernelError("pool", f"{pool.dtype}, stride {pool.stride()}", "contiguous uint8")
     _shape("src", src, (None,), "[n]")
     _shape("dst", dst, tuple(src.shape), f"[n] = [{src.shape[0]}] like src")
     for name, blocks in (("src", src), ("dst", dst)):
@@ -208,4 +234,6 @@ def check_copy(pool: torch.Tensor, src: torch.Tensor, dst: torch.Tensor) -> None
         if contents_checked() and blocks.numel():
             low, high = blocks.aminmax()
             if low < 0 or high >= pool.shape[0]:
-                _fail(name, f"{int(low)}..{int(high)}", f"blocks 0..{pool.shape[0] - 1}")
+                raise KernelError(
+                    name, f"{int(low)}..{int(high)}", f"blocks 0..{pool.shape[0] - 1}"
+                )

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from litecache.adapter.prompts import append_rows, check_input_ids, split_rows
+from litecache.adapter.prompts import append_rows, check_input_ids, check_prompt, split_rows
+from litecache.adapter.refusals import refuse_arguments
 from litecache.errors import ConfigError
 
 
@@ -55,3 +56,20 @@ def test_new_tokens_are_appended_and_shorter_rows_padded() -> None:
     out = append_rows(ids, [[1], [2, 3]], 9)
     assert out.tolist() == [[0, 5, 1, 9], [6, 7, 2, 3]]
     assert out.dtype == torch.int32
+
+
+SECRET = "the patient said"
+
+
+@pytest.mark.parametrize("prompt", [SECRET.encode(), [SECRET], [[SECRET]], {SECRET: 1}, (SECRET,)])
+def test_no_error_about_a_prompt_repeats_it(prompt: Any) -> None:
+    for check in (check_input_ids, lambda given: check_prompt(given, 0)):
+        with pytest.raises(ConfigError) as refusal:
+            check(prompt)
+        assert SECRET not in f"{refusal.value!r} {vars(refusal.value)}"
+
+
+def test_a_prompt_under_a_wrong_name_is_not_repeated() -> None:
+    with pytest.raises(ConfigError, match="promt=<str of 16 characters>") as refusal:
+        refuse_arguments({"promt": SECRET})
+    assert SECRET not in f"{refusal.value!r} {vars(refusal.value)}"
