@@ -13,6 +13,7 @@ from litecache.actors.group_spec import GroupSpec
 from litecache.config import CacheConfig
 from litecache.engine.model_source import ModelSource
 from litecache.errors import CapacityError, ConfigError
+from litecache.machine_memory import memory_limit_bytes
 from litecache.storage.namespaces import salt_digest
 
 MEMORY_SHARE = 0.85
@@ -145,17 +146,6 @@ def check_memory(spec: GroupSpec) -> None:
             f"{weights:,} = {total:,} bytes is more than {MEMORY_SHARE:.0%} of the memory limit "
             f"{limit:,}: lower ram_bytes, or start Ray with a smaller object_store_memory"
         )
-
-
-def memory_limit_bytes() -> int:
-    """Physical memory, or the container's limit where that is lower."""
-    limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            limit = min(limit, int(Path(path).read_text()))
-        except (OSError, ValueError):
-            continue
-    return limit
 
 
 def weight_bytes(source: ModelSource) -> int:

@@ -96,7 +96,8 @@ def _devices() -> Iterator[Finding]:
 
 
 def _memory() -> Iterator[Finding]:
-    from litecache.actors.placement import MEMORY_SHARE, memory_limit_bytes
+    from litecache.actors.placement import MEMORY_SHARE
+    from litecache.machine_memory import memory_limit_bytes
 
     limit = memory_limit_bytes()
     yield Finding(

@@ -15,6 +15,7 @@ from litecache.engine.kv_layout import KVLayout
 from litecache.engine.model_loader import LoadedModel
 from litecache.engine.sampler import EVERY_TOKEN, SamplingBatch, sample
 from litecache.errors import CapacityError
+from litecache.machine_memory import available_memory_bytes
 
 CPU_POOL_BYTES = 4 << 30
 CPU_MEMORY_SHARE = 0.25
@@ -41,7 +42,7 @@ def choose_num_blocks(loaded: LoadedModel, layout: KVLayout, config: CacheConfig
         room = _gpu_room(loaded, config)
         advice = "raise gpu_memory_fraction, lower max_prefill_tokens or set num_blocks"
     else:
-        room = min(CPU_POOL_BYTES, int(available_memory() * CPU_MEMORY_SHARE))
+        room = min(CPU_POOL_BYTES, int(available_memory_bytes() * CPU_MEMORY_SHARE))
         advice = "free memory or set num_blocks"
     # No sequence needs more than its own length, and no pool more than all requests at full length.
     per_sequence = -(-loaded.max_model_len // layout.block_size) + 1
@@ -61,7 +62,7 @@ def _check_fits(num_blocks: int, loaded: LoadedModel, layout: KVLayout) -> None:
     free = (
         torch.cuda.mem_get_info(loaded.device)[0]
         if loaded.device.type == "cuda"
-        else available_memory()
+        else available_memory_bytes()
     )
     if need > free:
         most = free // layout.block_bytes - 1
@@ -128,22 +129,3 @@ class _Absent:
         options: AttentionOptions,
     ) -> torch.Tensor:
         return query.new_zeros(query.shape[0], query.shape[1], value.shape[2])
-
-
-def available_memory() -> int:
-    """Bytes this process may still take: the machine's, bounded by its cgroup."""
-    limits = []
-    with open("/proc/meminfo", encoding="ascii") as file:
-        for line in file:
-            if line.startswith("MemAvailable:"):
-                limits.append(int(line.split()[1]) * 1024)
-    try:
-        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as file:
-            limit = file.read().strip()
-        with open("/sys/fs/cgroup/memory.current", encoding="ascii") as file:
-            current = int(file.read())
-        if limit != "max":
-            limits.append(max(int(limit) - current, 0))
-    except OSError:
-        pass  # no cgroup v2: the machine's figure alone
-    return min(limits)

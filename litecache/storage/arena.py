@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from ..errors import StorageFullError
 from ..hashing import BlockKey
+from ..machine_memory import available_memory_bytes
 from .arena_view import ENTRY_WORDS, pack_word, table_range
 from .key_table import KeyWords
 from .protocol import PAGE_BYTES, PROTOCOL_VERSION, Attachment, SlotState
@@ -26,19 +27,6 @@ from .shared_mapping import SharedMapping
 logger = logging.getLogger(__name__)
 
 _SHM = "/dev/shm"
-
-
-def available_memory_bytes() -> int:
-    """Memory that can still be taken: of the machine, and of the cgroup if it is limited."""
-    room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    with contextlib.suppress(OSError, ValueError), open("/proc/meminfo") as info:
-        fields = dict(line.split(":", 1) for line in info)
-        room = int(fields["MemAvailable"].split()[0]) * 1024
-    with contextlib.suppress(OSError, ValueError), open("/sys/fs/cgroup/memory.max") as limit:
-        limit_bytes = int(limit.read())
-        with open("/sys/fs/cgroup/memory.current") as current:
-            room = min(room, limit_bytes - int(current.read()))
-    return room
 
 
 class Arena:

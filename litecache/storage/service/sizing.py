@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from ...errors import ConfigError
-from ..arena import available_memory_bytes
+from ...machine_memory import available_memory_bytes
 from ..disk_tier import META_FIXED_BYTES, META_SLOT_BYTES
 from ..protocol import PAGE_BYTES
 from ..segment_sizes import pick_segment_bytes, region_size
