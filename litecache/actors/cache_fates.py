@@ -18,6 +18,7 @@ from litecache.actors.shard_client import RayShardClient
 from litecache.errors import LiteCacheError
 from litecache.hashing import BlockKey
 from litecache.metrics import Metrics
+from litecache.threads import start_service
 
 logger = logging.getLogger(__name__)
 
@@ -77,8 +78,7 @@ class Fates:
         self._open: dict[BlockKey, int | None] = {}
         self._absent: set[BlockKey] = set()
         self._closing = False
-        self._thread = threading.Thread(target=self._run, name="cache-fates", daemon=True)
-        self._thread.start()
+        self._thread = start_service(self._run, "block-outcomes")
 
     def watch(self, key: BlockKey) -> bool:
         """Announce a block that is about to be committed; False when it is watched already."""

@@ -37,6 +37,7 @@ from litecache.errors import GroupError, GroupUnavailableError, LiteCacheError
 from litecache.metrics import Metrics
 from litecache.sockets.async_server import AsyncSocketServer, Handler
 from litecache.storage.client import ShardClient
+from litecache.threads import start_job, start_service
 from litecache.types import PollReply, Request, TokenDelta
 
 if TYPE_CHECKING:
@@ -79,8 +80,7 @@ class GpuCache:
         # The engine's thread and the event loop take turns: with Python's 5 ms between them, a
         # step would wait that long behind a driver's message.
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
-        self._preloading = threading.Thread(target=self._preload, name="preload", daemon=True)
-        self._preloading.start()
+        self._preloading = start_job(self._preload, "preload")
         if was_restarted():
             self._begin()
 
@@ -111,7 +111,6 @@ class GpuCache:
                 await self._door.start()
             except OSError as error:
                 logger.warning("%s has no socket: drivers call the actor: %s", self._name, error)
-                self._door.address = ""
         return self._door.address or None
 
     async def begin(self) -> None:
@@ -226,7 +225,7 @@ class GpuCache:
 
     def _begin(self) -> None:
         if self._begun.acquire(blocking=False):
-            threading.Thread(target=self._load, name="load", daemon=True).start()
+            start_job(self._load, "load")
 
     async def _ready(self) -> Engine:
         if self._stopped.is_set():
@@ -279,10 +278,10 @@ class GpuCache:
             self._loading.set_result(self._make_engine())
         except LiteCacheError as error:
             self._loading.set_exception(error)
-        except Exception as error:
-            logger.exception("%s: the model could not be loaded", self._name)
+        except BaseException as error:
             text = f"{type(error).__name__}: {error}"
             self._loading.set_exception(GroupError(f"{self._name}: {text}"))
+            raise
 
     def _make_engine(self) -> Engine:
         from litecache.engine.engine import Engine
@@ -312,7 +311,7 @@ class GpuCache:
         gc.freeze()
         # Only now: a replica that reports is given requests.
         self._report()
-        threading.Thread(target=self._keep_reporting, name="report", daemon=True).start()
+        start_service(self._keep_reporting, "replica-report")
         return engine
 
     def _connect(self, name: str, on_lost: Callable[[], None]) -> ShardClient:

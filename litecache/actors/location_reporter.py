@@ -16,6 +16,7 @@ from litecache.actors.naming import REPORT_INTERVAL_S
 from litecache.errors import LiteCacheError
 from litecache.hashing import BlockKey
 from litecache.storage.protocol import Deltas
+from litecache.threads import start_service
 
 logger = logging.getLogger(__name__)
 
@@ -84,8 +85,7 @@ class LocationReporter:
         self._unsent: Deltas | None = None
         self._changed = threading.Event()
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="location-reporter", daemon=True)
-        self._thread.start()
+        self._thread = start_service(self._run, "location-report")
 
     def notify(self) -> None:
         """Keys may have changed: report soon."""

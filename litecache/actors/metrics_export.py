@@ -13,6 +13,7 @@ import threading
 from typing import Any
 
 from litecache.metrics import Labels, Metrics
+from litecache.threads import start_service
 
 logger = logging.getLogger(__name__)
 
@@ -35,10 +36,10 @@ class MetricsExporter:
         self._tags = tags
         self._interval_s = interval_s
         self._series: dict[str, Any] = {}
+        self._refused: set[str] = set()
         self._exported: dict[tuple[str, Labels], Any] = {}
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="metrics-export", daemon=True)
-        self._thread.start()
+        self._thread = start_service(self._run, "metrics-export")
 
     def close(self) -> None:
         """Export once more and stop."""
@@ -53,9 +54,19 @@ class MetricsExporter:
             for name, labels, value in values:
                 tags = {**self._tags, **labels}
                 key = (name, tuple(sorted(tags.items())))
-                if self._exported.get(key) == value:
+                old = self._exported.get(key)
+                if old == value:
                     continue
-                self._copy(kind, name, tags, self._exported.get(key), value)
+                try:
+                    self._copy(kind, name, tags, old, value)
+                except Exception as error:
+                    # Whatever Ray's metrics raise (no agent, a clash of names) concerns this
+                    # series alone; it is said once and tried again with the next export.
+                    if name not in self._refused:
+                        self._refused.add(name)
+                        text = f"{type(error).__name__}: {error}"
+                        logger.warning("%s is not exported: %s", name, text)
+                    continue
                 self._exported[key] = value
                 changed += 1
         return changed
@@ -79,12 +90,7 @@ class MetricsExporter:
         stopped = False
         while not stopped:
             stopped = self._stopped.wait(self._interval_s)
-            try:
-                self.export()
-            except Exception as error:
-                # Whatever Ray's metrics raise (no agent, a clash of names) must not end an actor.
-                logger.warning("metrics are not exported: %s", error)
-                return
+            self.export()
 
 
 def _make_series(kind: str, name: str, tag_keys: tuple[str, ...], value: Any) -> Any:

@@ -211,8 +211,9 @@ class Outbox:
 
     @property
     def live_requests(self) -> int:
-        """Requests that have not finished."""
-        return sum(len(client.live) for client in self._clients.values())
+        """Requests that have not finished; any thread may ask."""
+        # a copy made in one step of the interpreter: the loop changes the dict meanwhile
+        return sum(len(client.live) for client in list(self._clients.values()))
 
     def stats(self) -> dict[str, int]:
         """Clients known, and tokens that wait for them."""

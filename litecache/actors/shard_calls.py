@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import deque
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
@@ -18,6 +19,7 @@ from litecache.errors import GroupUnavailableError, LiteCacheError, RequestTimeo
 from litecache.metrics import Metrics
 from litecache.sockets.channel import SocketChannel
 from litecache.storage.protocol import ShardMethod
+from litecache.threads import start_job
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +52,8 @@ class ShardCalls:
         self._metrics = metrics
         self._on_lost = on_lost
         self._lock = threading.Lock()
-        self._unsettled = 0
+        self._late: deque[Call[Any]] = deque()
+        self._settling = False
         self._lost = False
         self.channel: SocketChannel | None = None
 
@@ -115,8 +118,9 @@ class ShardCalls:
         return Call(self, method, answer, decode, failed, undo)
 
     def _may_ask(self) -> bool:
-        if self._lost or self._unsettled:
+        if self._lost or self._late:
             self._count("shard_unavailable")
+            self._start_settling()
             return False
         return True
 
@@ -125,7 +129,7 @@ class ShardCalls:
         if call.answer is None:
             return call.failed
         # while an earlier call is late, only an answer that is there already counts
-        patience_s = 0.0 if self._unsettled else deadline_s or self.timeout_s
+        patience_s = 0.0 if self._late else deadline_s or self.timeout_s
         try:
             return call.decode(call.answer.get(patience_s, self._name(call)))
         except RequestTimeout as error:
@@ -145,12 +149,32 @@ class ShardCalls:
     def settle_later(self, call: Call[T]) -> None:
         """Nobody waits for this call any more: undo it once it is answered."""
         with self._lock:
-            self._unsettled += 1
-        threading.Thread(
-            target=self._settle, args=(call,), name="late-shard-call", daemon=True
-        ).start()
+            self._late.append(call)
+        self._start_settling()
 
-    def _settle(self, call: Call[T]) -> None:
+    def _start_settling(self) -> None:
+        with self._lock:
+            if self._settling or not self._late:
+                return
+            try:
+                start_job(self._settle_all, "late-shard-calls", lambda _: self._lose())
+                self._settling = True
+            except RuntimeError as error:
+                # no room for a thread: the next call tries again
+                logger.warning("%s: late calls wait: %s", self._shard_id, error)
+
+    def _settle_all(self) -> None:
+        while True:
+            with self._lock:
+                if not self._late:
+                    self._settling = False
+                    return
+                call = self._late[0]
+            self._settle(call)
+            with self._lock:
+                self._late.popleft()
+
+    def _settle(self, call: Call[Any]) -> None:
         assert call.answer is not None
         try:
             answer = call.decode(call.answer.get(None, self._name(call)))
@@ -161,8 +185,6 @@ class ShardCalls:
         else:
             if call.undo is not None:
                 call.undo(answer)
-        with self._lock:
-            self._unsettled -= 1
 
     def _note_lost(self, error: GroupUnavailableError) -> None:
         logger.warning("%s", error)

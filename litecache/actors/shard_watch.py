@@ -13,6 +13,7 @@ from typing import Protocol
 
 from litecache.errors import LiteCacheError
 from litecache.storage.client import ShardClient
+from litecache.threads import start_service
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ class ShardWatch:
         self._closed = False
         for name in self._names:
             self._attach(name)
-        self._thread = threading.Thread(target=self._watch, name="shard-watch", daemon=True)
+        self._thread: threading.Thread | None = None
 
     def clients(self) -> list[ShardClient]:
         """The shards that are attached now."""
@@ -55,14 +56,14 @@ class ShardWatch:
     def watch(self, changed: Callable[[list[ShardClient]], None]) -> None:
         """From now on call `changed` with the clients whenever one has come back."""
         self._changed = changed
-        self._thread.start()
+        self._thread = start_service(self._watch, "shard-watch")
 
     def close(self) -> None:
         """Stop watching; the clients stay as they are."""
         with self._condition:
             self._closed = True
             self._condition.notify_all()
-        if self._thread.is_alive():
+        if self._thread is not None:
             self._thread.join()
 
     def _attach(self, name: str) -> bool:

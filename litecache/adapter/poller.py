@@ -20,6 +20,7 @@ from litecache.actors.naming import BATCH_GAP_S, CALL_TIMEOUT_S, POLL_HOLD_S, ST
 from litecache.actors.replica_calls import ReplicaCalls
 from litecache.adapter.pending import PendingRequest
 from litecache.errors import GroupUnavailableError, LiteCacheError
+from litecache.threads import start_service
 from litecache.types import PollReply, Request
 
 logger = logging.getLogger(__name__)
@@ -56,8 +57,7 @@ class ReplicaPoller:
         # A poll that was sent along with a submission, and the ids that it submits.
         self._first_poll: tuple[Answer, list[str]] | None = None
         self._polling = False
-        self._thread = threading.Thread(target=self._run, name="litecache-poll", daemon=True)
-        self._thread.start()
+        self._thread = start_service(self._run, "poll")
 
     @property
     def load(self) -> int:

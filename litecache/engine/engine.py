@@ -10,7 +10,6 @@ import contextlib
 import logging
 import os
 import queue
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -36,6 +35,7 @@ from litecache.errors import ConfigError, LiteCacheError
 from litecache.metrics import Metrics
 from litecache.storage.client import ShardClient
 from litecache.storage.namespaces import namespace_of
+from litecache.threads import start_job
 from litecache.types import Request, TokenDelta
 
 logger = logging.getLogger(__name__)
@@ -123,8 +123,7 @@ class Engine:
                 namespace_of=lambda salt: namespace_of(self.info.label, salt, quota_salts),
                 metrics=self.metrics,
             )
-        self._thread = threading.Thread(target=self._run, name="litecache-engine", daemon=True)
-        self._thread.start()
+        self._thread = start_job(self._run, "engine")
 
     # Callers' side
 

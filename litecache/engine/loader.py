@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
@@ -27,13 +27,14 @@ from litecache.types import Tier
 logger = logging.getLogger(__name__)
 
 LOAD_THREADS = 4
+LOOKUP_THREADS = 2
 LOAD_TIMEOUT_S = 10.0
 FETCH_BYTES = 32 << 20
 """Bytes of one message from a remote shard."""
 
 
 class Loader:
-    """A few threads that stage and load, each order in one of them.
+    """A few threads that look up and a few that load, each order in one of them.
 
     Args:
         pools: one per KV group.
@@ -62,25 +63,29 @@ class Loader:
         self._loaded = loaded
         self._metrics = metrics
         self._leases: dict[int, dict[BlockRef, Lease]] = {}
-        self._threads = ThreadPoolExecutor(LOAD_THREADS, thread_name_prefix="litecache-load")
+        # a lookup takes a call, a load the time of its disk: none waits behind the other kind
+        self._lookups = ThreadPoolExecutor(LOOKUP_THREADS, thread_name_prefix="litecache-lookup")
+        self._loads = ThreadPoolExecutor(LOAD_THREADS, thread_name_prefix="litecache-load")
 
     def stage(self, order: StageOrder) -> None:
         """Look up blocks; answers through `staged`."""
-        self._threads.submit(self._stage, order)
+        self._lookups.submit(self._stage, order).add_done_callback(_note_fault)
 
     def load(self, order: LoadOrder) -> None:
         """Copy staged blocks into the pool; answers through `loaded`."""
-        self._threads.submit(self._load, order, self._leases.pop(order.ticket, {}))
+        leases = self._leases.pop(order.ticket, {})
+        self._loads.submit(self._load, order, leases).add_done_callback(_note_fault)
 
     def discard(self, ticket: int) -> None:
         """Give back the leases of a lookup nobody wants any more."""
         leases = self._leases.pop(ticket, {})
         if leases:
-            self._threads.submit(self._shards.give_back, list(leases.values()))
+            self._lookups.submit(self._shards.give_back, list(leases.values()))
 
     def close(self) -> None:
         """Finish the orders under way and end the threads."""
-        self._threads.shutdown(wait=True)
+        self._lookups.shutdown(wait=True)
+        self._loads.shutdown(wait=True)
         for leases in self._leases.values():
             self._shards.give_back(list(leases.values()))
         self._leases.clear()
@@ -205,3 +210,9 @@ class Loader:
             self._local.copier = self._make_copier()
         copier: BlockCopier = self._local.copier
         return copier
+
+
+def _note_fault(order: Future[None]) -> None:
+    error = order.exception()
+    if error is not None:
+        logger.error("an order could not be answered", exc_info=error)

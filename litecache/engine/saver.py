@@ -20,6 +20,7 @@ from litecache.errors import StorageError
 from litecache.metrics import Metrics
 from litecache.storage.client import ShardClient
 from litecache.storage.protocol import CommitItem, CommitStatus, SlotRef
+from litecache.threads import start_service
 
 logger = logging.getLogger(__name__)
 
@@ -64,8 +65,7 @@ class Saver:
         self._changed = threading.Condition()
         self._busy = False
         self._closing = False
-        self._thread = threading.Thread(target=self._run, name="litecache-save", daemon=True)
-        self._thread.start()
+        self._thread = start_service(self._run, "save")
 
     def submit(self, orders: Sequence[SaveOrder]) -> list[SaveOrder]:
         """Queue orders; returns those that find no room."""

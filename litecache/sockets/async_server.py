@@ -7,12 +7,13 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping
 
 from ..errors import StorageError
-from .frames import NO_ANSWER, Outcome, pack_frame, take_frames
-from .peers import abstract, same_user
+from .frames import MAX_FRAME_BYTES, NO_ANSWER, RECEIVE_BYTES, Intake, Outcome, pack_frame
+from .peers import forget, listen, same_user
 
 logger = logging.getLogger(__name__)
 
-_RECEIVE_BYTES = 1 << 18
+# Calls of one connection that may be under way; further ones are read when one has ended.
+_CALLS = 1024
 
 Handler = Callable[[bytes], Awaitable[bytes]]
 
@@ -21,15 +22,19 @@ class AsyncSocketServer:
     """Answers calls until its loop ends; every call is a task of its own.
 
     Args:
-        name: of the address; must be new on this machine.
+        name: of the socket; must be new among this user's.
         methods: number to what answers the call.
+        intake: what its connections may hold.
 
     Attributes:
         address: for `SocketChannel`, once `start` has returned.
     """
 
-    def __init__(self, name: str, methods: Mapping[int, Handler]) -> None:
-        self.address = f"litecache-{name}"
+    def __init__(
+        self, name: str, methods: Mapping[int, Handler], intake: Intake | None = None
+    ) -> None:
+        self._name, self.address = name, ""
+        self._intake = intake or Intake()
         self._methods = {int(method): handler for method, handler in methods.items()}
         self._tasks: set[asyncio.Task[None]] = set()
         self._server: asyncio.AbstractServer | None = None
@@ -40,22 +45,30 @@ class AsyncSocketServer:
         Raises:
             OSError: the address cannot be had.
         """
-        self._server = await asyncio.start_unix_server(self._serve, path=abstract(self.address))
+        listener, self.address = listen(self._name)
+        self._server = await asyncio.start_unix_server(self._serve, sock=listener)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        received = bytearray()
+        frames = None
+        under_way = asyncio.Semaphore(_CALLS)
         try:
             if not same_user(writer.get_extra_info("socket")):
                 return
-            while data := await reader.read(_RECEIVE_BYTES):
-                received += data
-                for number, code, message in take_frames(received):
+            frames = self._intake.open()
+            while data := await asyncio.wait_for(reader.read(RECEIVE_BYTES), frames.left_s()):
+                for number, code, message in frames.take(data):
+                    await under_way.acquire()
                     task = asyncio.create_task(self._answer(writer, number, code, message))
                     self._tasks.add(task)
                     task.add_done_callback(self._tasks.discard)
-        except (OSError, StorageError) as error:
-            logger.info("a client's connection ended: %s", error)
+                    task.add_done_callback(lambda _: under_way.release())
+        except (OSError, StorageError, asyncio.TimeoutError) as error:
+            logger.info(
+                "a client's connection ended: %s", str(error) or "a frame never became whole"
+            )
         finally:
+            if frames is not None:
+                frames.close()
             writer.close()
 
     async def _answer(
@@ -69,10 +82,16 @@ class AsyncSocketServer:
             except Exception as error:
                 logger.exception("call %d failed", code)
                 answer = f"{type(error).__name__}: {error}".encode()
-        if number != NO_ANSWER and not writer.is_closing():
-            writer.write(pack_frame(number, outcome, answer))
+        if number == NO_ANSWER or writer.is_closing():
+            return
+        if writer.transport.get_write_buffer_size() > MAX_FRAME_BYTES:
+            logger.warning("a client that does not take its answers is given up")
+            writer.transport.abort()  # type: ignore[no-untyped-call, attr-defined, unused-ignore]
+            return
+        writer.write(pack_frame(number, outcome, answer))
 
     def close(self) -> None:
         """Take no new connections."""
         if self._server is not None:
+            forget(self.address)
             self._server.close()

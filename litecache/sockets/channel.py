@@ -15,7 +15,7 @@ import time
 
 from ..errors import GroupUnavailableError, RequestTimeout, StorageError
 from .frames import NO_ANSWER, Outcome, pack_frame, take_frames
-from .peers import abstract, same_user
+from .peers import same_user
 
 _RECEIVE_BYTES = 1 << 18
 
@@ -33,7 +33,7 @@ class SocketChannel:
     def __init__(self, address: str) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            self._socket.connect(abstract(address))
+            self._socket.connect(address)
             if not same_user(self._socket):
                 raise PermissionError(errno.EACCES, "another user listens there")
         except OSError:

@@ -1,4 +1,4 @@
-"""Frames on a socket: a header and a message.
+"""Frames on a socket: a header and a message, and how much of them a server takes in.
 
 A header holds the bytes of the message, the number of the call that it belongs to (0: nobody waits
 for an answer), and what it is: the method of a request, the outcome of an answer.
@@ -7,18 +7,26 @@ for an answer), and what it is: the method of a request, the outcome of an answe
 from __future__ import annotations
 
 import struct
+import threading
+import time
 from collections.abc import Iterator
 from enum import IntEnum
 
 from ..errors import StorageError
 
 NO_ANSWER = 0
+RECEIVE_BYTES = 1 << 18
+MAX_FRAME_BYTES = 64 << 20
+MAX_CONNECTIONS = 512
+# Over all connections of a server: what has come of frames that are not whole.
+MAX_UNFINISHED_BYTES = 256 << 20
+# A frame that takes longer to arrive is given up, with its connection.
+FRAME_TIMEOUT_S = 30.0
 _HEADER = struct.Struct("<III")
-_MAX_BYTES = 64 << 20
 
 
 class Outcome(IntEnum):
-    """What an answer is: a message, or the text of an error."""
+    """What an answer is: a message, or an error."""
 
     DONE = 0
     ERROR = 1
@@ -30,8 +38,8 @@ def pack_frame(number: int, code: int, message: bytes) -> bytes:
     Raises:
         StorageError: the message is longer than a frame may be.
     """
-    if len(message) > _MAX_BYTES:
-        raise StorageError(f"a message of {len(message)} bytes is longer than {_MAX_BYTES}")
+    if len(message) > MAX_FRAME_BYTES:
+        raise StorageError(f"a message of {len(message)} bytes is longer than {MAX_FRAME_BYTES}")
     return _HEADER.pack(len(message), number, code) + message
 
 
@@ -46,11 +54,91 @@ def take_frames(buffer: bytearray) -> Iterator[tuple[int, int, bytes]]:
     """
     while len(buffer) >= _HEADER.size:
         length, number, code = _HEADER.unpack_from(buffer)
-        if length > _MAX_BYTES:
-            raise StorageError(f"a frame of {length} bytes is longer than {_MAX_BYTES}")
+        if length > MAX_FRAME_BYTES:
+            raise StorageError(f"a frame of {length} bytes is longer than {MAX_FRAME_BYTES}")
         end = _HEADER.size + length
         if len(buffer) < end:
             return
         message = bytes(buffer[_HEADER.size : end])
         del buffer[:end]
         yield number, code, message
+
+
+class Intake:
+    """Bounds what all connections of a server hold; thread-safe.
+
+    Args:
+        connections: at most, at one time.
+        unfinished_bytes: of frames that are not whole, over all connections.
+    """
+
+    def __init__(
+        self, connections: int = MAX_CONNECTIONS, unfinished_bytes: int = MAX_UNFINISHED_BYTES
+    ) -> None:
+        self._lock = threading.Lock()
+        self._connections_left = connections
+        self._bytes_left = unfinished_bytes
+
+    def open(self) -> IncomingFrames:
+        """The intake of one more connection.
+
+        Raises:
+            StorageError: there are too many.
+        """
+        with self._lock:
+            if not self._connections_left:
+                raise StorageError("there are too many connections")
+            self._connections_left -= 1
+        return IncomingFrames(self)
+
+    def hold(self, more_bytes: int) -> None:
+        """Count bytes that are kept, or (negative) no longer kept.
+
+        Raises:
+            StorageError: together they are too many; nothing was counted.
+        """
+        with self._lock:
+            if more_bytes > self._bytes_left:
+                raise StorageError("frames that are not whole hold too many bytes")
+            self._bytes_left -= more_bytes
+
+    def end_one(self) -> None:
+        """A connection has ended."""
+        with self._lock:
+            self._connections_left += 1
+
+
+class IncomingFrames:
+    """What has come on one connection and is no whole frame yet."""
+
+    def __init__(self, intake: Intake) -> None:
+        self._intake = intake
+        self._received = bytearray()
+        self._held = 0
+        self._began: float | None = None
+
+    def take(self, data: bytes) -> Iterator[tuple[int, int, bytes]]:
+        """The frames that are whole with `data`; as `take_frames`.
+
+        Raises:
+            StorageError: no frame, or more than may be held: the connection is of no use any more.
+        """
+        self._received += data
+        yield from take_frames(self._received)
+        if len(self._received) != self._held:
+            self._intake.hold(len(self._received) - self._held)
+            self._held = len(self._received)
+            began = self._began or time.monotonic()
+            self._began = began if self._held else None
+
+    def left_s(self) -> float | None:
+        """Seconds in which the frame that has begun must be whole; None where none has."""
+        if self._began is None:
+            return None
+        return max(0.001, self._began + FRAME_TIMEOUT_S - time.monotonic())
+
+    def close(self) -> None:
+        """The connection has ended; to be called once."""
+        self._received.clear()
+        self._intake.hold(-self._held)
+        self._intake.end_one()

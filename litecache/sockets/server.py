@@ -1,7 +1,6 @@
 """The door of an actor that works in threads: one per connection, which is served in order.
 
-The address is abstract, so nothing is left behind by a kill, and only processes of the same user
-are let in.
+The socket is a file in a folder of this user alone; see `peers`.
 """
 
 from __future__ import annotations
@@ -9,19 +8,30 @@ from __future__ import annotations
 import contextlib
 import logging
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Mapping
 
 from ..errors import LiteCacheError, StorageError
-from .frames import NO_ANSWER, Outcome, pack_frame, take_frames
-from .peers import abstract, same_user
+from ..threads import start_job, start_service
+from .frames import (
+    FRAME_TIMEOUT_S,
+    NO_ANSWER,
+    RECEIVE_BYTES,
+    IncomingFrames,
+    Intake,
+    Outcome,
+    pack_frame,
+)
+from .peers import forget, listen, same_user
 
 logger = logging.getLogger(__name__)
 
-_RECEIVE_BYTES = 1 << 18
 _PAUSE_S = 0.1
 _CLOSE_TIMEOUT_S = 5.0
+# A client that does not take its answers for so long is given up.
+_SEND_TIMEOUT = struct.pack("ll", int(FRAME_TIMEOUT_S), 0)
 
 Handler = Callable[[bytes], "bytes | None"]
 
@@ -30,8 +40,9 @@ class SocketServer:
     """Answers calls until it is closed.
 
     Args:
-        name: of the address; must be new on this machine.
+        name: of the socket; must be new among this user's.
         methods: number to what answers the call; raises LiteCacheError, must be thread-safe.
+        intake: what its connections may hold.
 
     Attributes:
         address: for `SocketChannel`.
@@ -40,26 +51,21 @@ class SocketServer:
         OSError: the address cannot be had.
     """
 
-    def __init__(self, name: str, methods: Mapping[int, Handler]) -> None:
-        self.address = f"litecache-{name}"
+    def __init__(
+        self, name: str, methods: Mapping[int, Handler], intake: Intake | None = None
+    ) -> None:
         self._methods = {int(method): handler for method, handler in methods.items()}
+        self._intake = intake or Intake()
         self._lock = threading.Lock()
         self._connections: set[socket.socket] = set()
         self._closed = False
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._listener, self.address = listen(name)
         try:
-            self._listener.bind(abstract(self.address))
-            self._listener.listen()
-        except OSError:
+            self._accepting = start_service(self._accept, "accept")
+        except RuntimeError as error:
             self._listener.close()
-            raise
-        self._accepting = self._spawn(self._accept, "accept")
-
-    @staticmethod
-    def _spawn(target: Callable[..., None], name: str, *args: object) -> threading.Thread:
-        thread = threading.Thread(target=target, args=args, name=f"litecache-{name}", daemon=True)
-        thread.start()
-        return thread
+            forget(self.address)
+            raise OSError(str(error)) from error
 
     def _accept(self) -> None:
         while True:
@@ -72,22 +78,37 @@ class SocketServer:
                 logger.warning("a connection cannot be taken: %s", error)
                 time.sleep(_PAUSE_S)
                 continue
-            with self._lock:
-                if self._closed or not same_user(connection):
-                    connection.close()
-                    continue
-                self._connections.add(connection)
-            self._spawn(self._serve, "connection", connection)
+            try:
+                self._admit(connection)
+            except (OSError, RuntimeError, StorageError) as error:
+                # no room for a thread, or too many connections: this client calls the actor
+                logger.warning("a connection is not taken: %s", error)
+                connection.close()
 
-    def _serve(self, connection: socket.socket) -> None:
-        received = bytearray()
+    def _admit(self, connection: socket.socket) -> None:
+        if not same_user(connection):
+            raise PermissionError("it is another user's")
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _SEND_TIMEOUT)
+        frames = self._intake.open()
         try:
-            while data := connection.recv(_RECEIVE_BYTES):
-                received += data
-                for number, code, message in take_frames(received):
+            with self._lock:
+                if self._closed:
+                    raise ConnectionAbortedError("the server is closed")
+                # under the lock, so that `close` finds every connection that is served
+                start_job(lambda: self._serve(connection, frames), "connection")
+                self._connections.add(connection)
+        except BaseException:
+            frames.close()
+            raise
+
+    def _serve(self, connection: socket.socket, frames: IncomingFrames) -> None:
+        try:
+            while data := connection.recv(RECEIVE_BYTES):
+                for number, code, message in frames.take(data):
                     outcome, answer = self._answer(code, message)
                     if number != NO_ANSWER:
                         connection.sendall(pack_frame(number, outcome, answer))
+                connection.settimeout(frames.left_s())
         except StorageError as error:
             logger.warning("a client's connection is given up: %s", error)
         except OSError as error:
@@ -95,6 +116,7 @@ class SocketServer:
         finally:
             with self._lock:
                 self._connections.discard(connection)
+            frames.close()
             connection.close()
 
     def _answer(self, code: int, message: bytes) -> tuple[Outcome, bytes]:
@@ -115,10 +137,10 @@ class SocketServer:
         with self._lock:
             self._closed = True
             connections = list(self._connections)
+        forget(self.address)
         for each in (self._listener, *connections):
             # wakes the thread that waits in it; that one closes a connection
             with contextlib.suppress(OSError):
                 each.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        # the address is not free before the thread has left its call
         self._accepting.join(_CLOSE_TIMEOUT_S)
+        self._listener.close()

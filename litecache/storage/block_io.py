@@ -17,6 +17,7 @@ import numpy as np
 import xxhash
 
 from ..metrics import Metrics
+from ..threads import start_service
 from .files import NO_SPACE
 from .keeper import Keeper
 from .ram_tier import RamBlock, RamState
@@ -97,9 +98,7 @@ class BlockIo:
 
     def _start(self, target: Callable[[], None], name: str, count: int) -> None:
         for number in range(count):
-            thread = threading.Thread(target=target, name=f"litecache-{name}-{number}", daemon=True)
-            thread.start()
-            self._running.append(thread)
+            self._running.append(start_service(target, f"{name}-{number}"))
 
     def queue_reads(self, blocks: Sequence[RamBlock]) -> None:
         """Queue reads of blocks of one size in the order given; the lock is held."""

@@ -31,8 +31,15 @@ class Filling:
         """See `ShardStore.reserve`."""
         if block_bytes <= 0 or block_bytes % PAGE_BYTES:
             raise ConfigError("block_bytes", block_bytes, f"a positive multiple of {PAGE_BYTES}")
+        most = self._tiers.ram.arena.arena_bytes
+        if block_bytes > most:
+            # before anything is evicted for it in vain
+            raise ConfigError(
+                "block_bytes", block_bytes, f"at most the {most:,} bytes of the arena"
+            )
         if n < 0:
             raise ConfigError("n", n, "zero or more")
+        n = min(n, most // block_bytes)
         parts = self._parts
         parts.check_open()
         if self._accepts_writes and n:

@@ -12,6 +12,7 @@ import threading
 import time
 
 from ..metrics import Metrics
+from ..threads import start_service
 from .tiers import Tiers
 
 logger = logging.getLogger(__name__)
@@ -56,8 +57,7 @@ class Keeper:
         self.last_error: OSError | None = None
         self._thread: threading.Thread | None = None
         if tiers.disk is not None and threaded:
-            self._thread = threading.Thread(target=self._run, name="litecache-keeper", daemon=True)
-            self._thread.start()
+            self._thread = start_service(self._run, "keeper")
 
     def note_change(self) -> None:
         """Metadata changed without a write; the lock is held."""

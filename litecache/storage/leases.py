@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable
 
 from ..errors import StorageError
+from ..threads import start_service
 
 logger = logging.getLogger(__name__)
 
@@ -76,10 +77,7 @@ class Clients:
             client = Client(self._next_id, pid, pidfd)
             self._clients[client.client_id] = client
             if self._thread is None:
-                self._thread = threading.Thread(
-                    target=self._watch, name="litecache-reaper", daemon=True
-                )
-                self._thread.start()
+                self._thread = start_service(self._watch, "reaper")
         self._wake()
         return client.client_id
 

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
+import stat
 import struct
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
 from litecache.errors import ConfigError, GroupUnavailableError, RequestTimeout, StorageError
 from litecache.sockets import channel as channel_module
+from litecache.sockets import frames, peers
 from litecache.sockets import server as server_module
 from litecache.sockets.async_server import AsyncSocketServer
 from litecache.sockets.channel import SocketChannel
-from litecache.sockets.frames import pack_frame, take_frames
-from litecache.sockets.peers import abstract
+from litecache.sockets.frames import Intake, pack_frame, take_frames
 from litecache.sockets.server import SocketServer
 
 REVERSE, SLOW, REFUSE, BREAK, NOTE, UNKNOWN = range(1, 7)
@@ -168,7 +173,7 @@ def test_a_hostile_connection_is_closed_and_harms_nobody(
     for junk in (b"\xff" * 64, struct.pack("<III", 0xFFFF_FFFF, 1, 1), pack_frame(1, 99, b"")):
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as bad:
             bad.settimeout(20)
-            bad.connect(abstract(server.address))
+            bad.connect(server.address)
             bad.sendall(junk)
             answer = bad.recv(1 << 16)
             # a call that is not known is answered, what is no frame ends the connection
@@ -190,6 +195,149 @@ def test_a_client_does_not_talk_to_another_users_process(
     monkeypatch.setattr(channel_module, "same_user", lambda connection: False)
     with pytest.raises(PermissionError):
         SocketChannel(server.address)
+
+
+def test_other_users_cannot_reach_the_socket_and_need_not_be_asked(server: SocketServer) -> None:
+    folder = Path(server.address).parent
+    assert stat.S_IMODE(folder.lstat().st_mode) == 0o700
+    assert folder.lstat().st_uid == os.getuid()
+    if os.getuid() == 0:
+        code = f"import os, socket; os.setuid(65534); socket.socket(1).connect({server.address!r})"
+        ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert "PermissionError" in ended.stderr
+
+
+def test_a_folder_that_others_may_enter_or_own_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"litecache-{os.getuid()}"
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "run"))
+    open_to_all = tmp_path / "run" / name
+    open_to_all.mkdir(parents=True)
+    open_to_all.chmod(0o755)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / name).symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere").mkdir(mode=0o700)
+    long, good = tmp_path / ("x" * 100), tmp_path / "good"
+    long.mkdir()
+    good.mkdir()
+    folders = iter([tmp_path / "other", long, good])
+    bases = [Path(os.environ["XDG_RUNTIME_DIR"]), *folders]
+    monkeypatch.setattr(peers, "_bases", lambda: iter(bases))
+    server = SocketServer("private", {})
+    assert server.address == str(good / name / "private.sock")
+    server.close()
+    monkeypatch.setattr(peers, "_bases", lambda: iter(bases[:1]))
+    with pytest.raises(PermissionError, match="of this user alone"):
+        SocketServer("private", {})
+
+
+def test_what_a_killed_process_left_is_removed_and_what_lives_stays(server: SocketServer) -> None:
+    folder = Path(server.address).parent
+    code = (
+        "import os, signal; from litecache.sockets.server import SocketServer;"
+        f"print(SocketServer('left-{os.getpid()}', {{}}).address, flush=True);"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    left = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    stale = Path(left.stdout.strip())
+    assert stale.parent == folder
+    assert stale.exists()
+    SocketServer(f"next-{time.monotonic_ns()}", {}).close()
+    assert not stale.exists()
+    assert Path(server.address).exists()
+    server.close()
+    assert not Path(server.address).exists()
+
+
+def test_unfinished_frames_of_all_connections_have_one_bound() -> None:
+    intake = Intake(unfinished_bytes=4 << 20)
+    server = SocketServer(f"bound-{time.monotonic_ns()}", {REVERSE: lambda m: m[::-1]}, intake)
+    half = struct.pack("<III", 60 << 20, 1, REVERSE) + bytes(1 << 20)
+    clients = [socket.socket(socket.AF_UNIX) for _ in range(12)]
+    ended = 0
+    for client in clients:
+        client.connect(server.address)
+        client.settimeout(20)
+        with contextlib.suppress(OSError):
+            client.sendall(half)
+    for client in clients[:-1]:
+        client.setblocking(False)
+    deadline = time.monotonic() + 20
+    while ended < 9 and time.monotonic() < deadline:
+        ended = sum(_has_ended(client) for client in clients)
+        time.sleep(0.01)
+    assert 9 <= ended < 12
+    for client in clients:
+        client.close()
+    # what they held is free again
+    channel = SocketChannel(server.address)
+    message = os.urandom(3 << 20)
+    assert channel.answer(channel.call(REVERSE, message), 20) == message[::-1]
+    channel.close()
+    server.close()
+
+
+def _has_ended(client: socket.socket) -> bool:
+    client.setblocking(False)
+    try:
+        return client.recv(1) == b""
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+
+
+def test_a_frame_that_never_becomes_whole_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frames, "FRAME_TIMEOUT_S", 0.3)
+    server = SocketServer(f"slow-{time.monotonic_ns()}", {})
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(server.address)
+        client.settimeout(20)
+        for byte in struct.pack("<II", 9, 1):
+            client.sendall(bytes([byte]))
+        assert client.recv(1) == b""
+    server.close()
+
+
+def test_one_connection_too_many_is_closed_and_a_free_place_is_used_again() -> None:
+    server = SocketServer(f"few-{time.monotonic_ns()}", {REVERSE: lambda m: m[::-1]}, Intake(2))
+    first, second = SocketChannel(server.address), SocketChannel(server.address)
+    assert first.answer(first.call(REVERSE, b"ab"), 20) == b"ba"
+    assert second.answer(second.call(REVERSE, b"ab"), 20) == b"ba"
+    third = SocketChannel(server.address)
+    with pytest.raises(GroupUnavailableError):
+        third.answer(third.call(REVERSE, b"ab"), 20)
+    second.close()
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        fourth = SocketChannel(server.address)
+        with contextlib.suppress(GroupUnavailableError):
+            assert fourth.answer(fourth.call(REVERSE, b"ab"), 20) == b"ba"
+            break
+        fourth.close()
+    else:
+        pytest.fail("the place of a connection that ended is not free again")
+    for channel in (first, third, fourth):
+        channel.close()
+    server.close()
+
+
+def test_a_server_takes_connections_again_after_there_was_no_room_for_a_thread(
+    server: SocketServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_room(*args: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as full:
+        full.setattr(server_module, "start_job", no_room)
+        refused = SocketChannel(server.address)
+        with pytest.raises(GroupUnavailableError):
+            refused.answer(refused.call(REVERSE, b"ab"), 20)
+        refused.close()
+    channel = SocketChannel(server.address)
+    assert channel.answer(channel.call(REVERSE, b"ab"), 20) == b"ba"
+    channel.close()
 
 
 def test_an_answer_that_nobody_wants_is_not_kept(channel: SocketChannel, actor: Actor) -> None:
@@ -244,7 +392,7 @@ class TestOnALoop:
         assert channel.answer(held, 20) == b"held" * 100_000
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as bad:
             bad.settimeout(20)
-            bad.connect(abstract(door.address))
+            bad.connect(door.address)
             bad.sendall(b"\xff" * 64)
             assert bad.recv(100) == b""
         assert channel.answer(channel.call(REVERSE, b"cd"), 20) == b"dc"
@@ -255,10 +403,10 @@ class TestOnALoop:
 def test_an_address_is_had_once_and_free_again_after_close() -> None:
     name = f"test-{os.getpid()}-{time.monotonic_ns()}"
     server = SocketServer(name, {})
-    with pytest.raises(OSError, match="in use"):
+    with pytest.raises(OSError, match="exists"):
         SocketServer(name, {})
     server.close()
-    with pytest.raises(OSError, match="refused"):
+    with pytest.raises(OSError, match="No such file"):
         SocketChannel(server.address)
     for _ in range(200):  # without waiting for its thread, one close in fifty leaves it taken
         SocketServer(name, {}).close()

@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable, Sequence
 
 from ...hashing import BlockKey
+from ...threads import start_service
 from .engine import Get, Put, StorageEngine
 from .pages import BlockLayout
 from .task import Task, TaskBlock, TaskState
@@ -43,9 +44,7 @@ class Workers:
     def start(self, count: int) -> None:
         """Start the threads; a second call does nothing."""
         for number in range(count if not self.threads else 0):
-            thread = threading.Thread(target=self._run, name=f"cache-worker-{number}", daemon=True)
-            thread.start()
-            self.threads.append(thread)
+            self.threads.append(start_service(self._run, f"worker-{number}"))
 
     def _run(self) -> None:
         while (job := self.jobs.get()) is not None:

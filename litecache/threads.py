@@ -1,0 +1,93 @@
+"""The one way to start a thread: none ends by an exception unseen.
+
+A thread that serves for as long as its owner lives is restarted: its function is called again,
+after a pause that doubles while it goes on failing. A thread with one job reports its fault to
+whoever started it, if that cannot go on without: an actor then ends its process, and Ray makes a
+new one. Every fault is logged with its traceback and counted (`fault_counts`).
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+
+logger = logging.getLogger(__name__)
+
+_PAUSE_S = (0.05, 5.0)
+# A service that ran so long before it failed has recovered from the fault before.
+_RECOVERED_S = 30.0
+_counts: Counter[str] = Counter()
+_lock = threading.Lock()
+
+
+def start_service(run: Callable[[], None], name: str) -> threading.Thread:
+    """Start a thread that serves until `run` returns, and call `run` again when it raises.
+
+    Args:
+        run: must be fit to be called again after it raised anywhere.
+        name: of the thread.
+
+    Raises:
+        RuntimeError: the system has no room for another thread.
+    """
+
+    def serve() -> None:
+        pause_s = _PAUSE_S[0]
+        while True:
+            began = time.monotonic()
+            try:
+                return run()
+            except BaseException as error:
+                _note(name, error, f"it goes on in {pause_s:g} s")
+            if time.monotonic() - began > _RECOVERED_S:
+                pause_s = _PAUSE_S[0]
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, _PAUSE_S[1])
+
+    return _start(serve, name)
+
+
+def start_job(
+    run: Callable[[], None], name: str, failed: Callable[[BaseException], None] | None = None
+) -> threading.Thread:
+    """Start a thread with one job.
+
+    Args:
+        run: the job.
+        name: of the thread.
+        failed: called in the thread with what the job raised, once that is logged and counted.
+
+    Raises:
+        RuntimeError: the system has no room for another thread.
+    """
+
+    def work() -> None:
+        try:
+            run()
+        except BaseException as error:
+            _note(name, error, "it has ended")
+            if failed is not None:
+                failed(error)
+
+    return _start(work, name)
+
+
+def fault_counts() -> dict[str, int]:
+    """By a thread's name, how often one of that name has failed in this process."""
+    with _lock:
+        return dict(_counts)
+
+
+def _note(name: str, error: BaseException, then: str) -> None:
+    with _lock:
+        _counts[name] += 1
+    logger.error("thread %s failed, %s: %s", name, then, type(error).__name__, exc_info=error)
+
+
+def _start(target: Callable[[], None], name: str) -> threading.Thread:
+    thread = threading.Thread(target=target, name=f"litecache-{name}", daemon=True)
+    thread.start()
+    return thread
