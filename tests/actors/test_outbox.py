@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import asyncio
 import random
+import sys
+import threading
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -286,3 +288,39 @@ def test_output_of_requests_that_are_over_is_void(late: str) -> None:
         assert reply.deltas == ()
 
     run(body)
+
+
+def test_the_load_can_be_read_by_another_thread_while_clients_come_and_go() -> None:
+    faults: list[BaseException] = []
+    done = threading.Event()
+
+    def read(outbox: Outbox) -> None:
+        try:
+            while not done.is_set():
+                assert outbox.live_requests >= 0
+        except BaseException as error:
+            faults.append(error)
+
+    async def body() -> None:
+        outbox = Hooks().outbox(heartbeat_timeout_s=0.0)
+        readers = [threading.Thread(target=read, args=(outbox,)) for _ in range(2)]
+        for reader in readers:
+            reader.start()
+        try:
+            for number in range(4000):
+                outbox.register(f"c{number}", ["r"])
+                if number % 100 == 99:
+                    outbox._expire()
+                    await asyncio.sleep(0)
+        finally:
+            done.set()
+            for reader in readers:
+                reader.join(20)
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        run(body)
+    finally:
+        sys.setswitchinterval(before)
+    assert faults == []

@@ -117,6 +117,18 @@ def test_reserve_never_waits_and_leased_slots_are_back_pressure():
         assert len(client.reserve(NBYTES, 100)) == len(refs)
 
 
+@pytest.mark.parametrize("block_bytes", [2**62, 2**40])
+def test_a_block_that_no_arena_holds_is_refused_and_evicts_nothing(block_bytes):
+    with contextlib.closing(make(None, ram_bytes=MIB)) as store:
+        client = LocalShardClient(store)
+        keys = keys_of(range(4))
+        put(client, keys, NBYTES)
+        with pytest.raises(ConfigError, match=r"block_bytes=\d+ is invalid: at most the 1,048,576"):
+            client.reserve(block_bytes, 1)
+        assert all(client.query(keys))
+        assert len(client.reserve(NBYTES, 2**62)) <= MIB // NBYTES
+
+
 def test_stage_answers_busy_when_every_slot_is_leased(tmp_path):
     with make(tmp_path, ram_bytes=1 * MIB) as store:
         keys = fill(store, range(40), NBYTES)
