@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import numbers
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -21,12 +22,81 @@ from litecache.errors import ConfigError, shown
 
 DTYPES = ("float32", "float16", "bfloat16")
 FSYNC_POLICIES = ("always", "interval", "never")
+EVICTION_POLICIES = ("lfu", "lru", "s3fifo")
 ADMISSION_POLICIES = ("all", "reused", "none")
+
+_MOST = 2**31 - 1
+_MOST_BYTES = 2**60
+_MOST_SHARDS = 1024
+_LONGEST_PATH = 3800
+_LONGEST_NAME = 255
 
 _UNITS = {"": 1, "B": 1}
 for _power, _prefix in enumerate("KMGT", start=1):
     _UNITS[_prefix] = _UNITS[f"{_prefix}IB"] = 1024**_power
     _UNITS[f"{_prefix}B"] = 1000**_power
+
+
+def _is(value: object, *types: type) -> bool:
+    # not isinstance: that asks the value
+    return issubclass(type(value), types)
+
+
+def check_integer(name: str, value: Any, low: int, high: int, valid: str) -> int:
+    """A plain int from an integer of any kind, no bool, of at least `low` and at most `high`.
+
+    Raises:
+        ConfigError: none.
+    """
+    if not _is(value, numbers.Integral) or _is(value, bool) or not low <= int(value) <= high:
+        raise ConfigError(name, value, valid)
+    return int(value)
+
+
+def _number(name: str, value: Any, high: float, valid: str) -> float:
+    """A plain float above zero."""
+    if _is(value, numbers.Real) and not _is(value, bool):
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        if 0 < number <= high and math.isfinite(number):
+            return number
+    raise ConfigError(name, value, valid)
+
+
+def check_text(name: str, value: Any, valid: str = "a text") -> str:
+    """A plain str that can be encoded.
+
+    Raises:
+        ConfigError: another type, or a lone surrogate in it.
+    """
+    if _is(value, str):
+        text = str.__str__(value)
+        if not re.search("[\ud800-\udfff]", text):
+            return text
+        valid += " without lone surrogates"
+    raise ConfigError(name, value, valid)
+
+
+def check_path(name: str, value: Any, valid: str = "a path of a file system") -> str:
+    """A path, as text; it need not exist.
+
+    Raises:
+        ConfigError: another type, or no file system would take it.
+    """
+    if _is(value, os.PathLike):
+        try:
+            value = os.fspath(value)
+        except Exception as error:
+            raise ConfigError(name, value, valid) from error
+    path = check_text(name, value, valid)
+    names = path.encode().split(b"/")
+    if not path or "\0" in path or len(path.encode()) > _LONGEST_PATH:
+        raise ConfigError(name, path, f"{valid}: 1 to {_LONGEST_PATH} bytes, none of them zero")
+    if max(map(len, names)) > _LONGEST_NAME:
+        raise ConfigError(name, path, f"{valid}, no name in it longer than {_LONGEST_NAME} bytes")
+    return path
 
 
 def parse_size(value: int | float | str, name: str) -> int:
@@ -35,19 +105,108 @@ def parse_size(value: int | float | str, name: str) -> int:
     Raises:
         ConfigError: not a size, or not positive.
     """
-    valid = 'a positive number of bytes, or a text such as "20GB" or "512MiB"'
-    if isinstance(value, bool):
+    valid = 'a positive number of bytes, at most 1 EiB, or a text such as "20GB" or "512MiB"'
+    number: float = 0.0
+    if _is(value, str):
+        text = check_text(name, value, valid)
+        match = re.fullmatch(r"\s*([0-9]{1,30}(?:\.[0-9]{1,30})?)\s*([A-Za-z]{0,3})\s*", text)
+        if match is not None and match[2].upper() in _UNITS:
+            unit = _UNITS[match[2].upper()]
+            number = float(match[1]) * unit if "." in match[1] else int(match[1]) * unit
+    elif _is(value, numbers.Integral) and not _is(value, bool):
+        return check_integer(name, value, 1, _MOST_BYTES, valid)
+    elif _is(value, numbers.Real) and not _is(value, bool):
+        number = _number(name, value, _MOST_BYTES, valid)
+    if not 1 <= number <= _MOST_BYTES:
         raise ConfigError(name, value, valid)
-    if isinstance(value, (int, float)):
-        size = int(value)
-    else:
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(value))
-        if match is None or match[2].upper() not in _UNITS:
-            raise ConfigError(name, value, valid)
-        size = int(float(match[1]) * _UNITS[match[2].upper()])
-    if size <= 0:
-        raise ConfigError(name, value, valid)
+    return int(number)
+
+
+# What `_setting` checks with: (name, value) -> the value as it is stored.
+Check = Callable[[str, Any], Any]
+
+
+def _count(name: str, value: Any) -> int:
+    return check_integer(name, value, 1, _MOST, "a positive integer below 2**31")
+
+
+def _block_size(name: str, value: Any) -> int:
+    valid = "a power of two from 8 to 256"
+    size = check_integer(name, value, 8, 256, valid)
+    if size & (size - 1):
+        raise ConfigError(name, size, valid)
     return size
+
+
+def _fraction(name: str, value: Any) -> float:
+    return _number(name, value, 1.0, "a number in (0, 1]")
+
+
+def _seconds(name: str, value: Any) -> float:
+    return _number(name, value, 1e10, "seconds, more than zero, at most 1e10, or None")
+
+
+def _size(name: str, value: Any) -> int:
+    return parse_size(value, name)
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not _is(value, bool):
+        raise ConfigError(name, value, "True or False")
+    return bool(value)
+
+
+def _one_of(choices: tuple[str, ...]) -> Check:
+    valid = f"one of {', '.join(choices)}"
+
+    def check(name: str, value: Any) -> str:
+        # a torch dtype by its name, without importing torch
+        is_dtype = choices is DTYPES and shown(value).startswith("torch.")
+        text = check_text(name, shown(value) if is_dtype else value, valid).removeprefix("torch.")
+        if text not in choices:
+            raise ConfigError(name, value, valid)
+        return text
+
+    return check
+
+
+def _device(name: str, value: Any) -> str:
+    valid = '"cpu", "cuda" or "cuda:N"'
+    if f"{type(value).__module__}.{type(value).__qualname__}" == "torch.device":
+        value = str(value)
+    text = check_text(name, value, valid)
+    if not re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?", text):
+        raise ConfigError(name, value, valid)
+    return text
+
+
+def _folders(name: str, value: Any) -> tuple[str, ...] | None:
+    """One folder as a text or a path, or several; none of them = no disk tier."""
+    several = _is(value, list, tuple)
+    given = tuple(value) if several else () if _is(value, str) and value == "" else (value,)
+    folders = []
+    for each in given[:_MOST_SHARDS]:
+        folder = check_path(name, each, "an absolute folder, or a list of such")
+        if not os.path.isabs(folder):
+            valid = "absolute (a job's working directory is thrown away)"
+            raise ConfigError(name, folder, valid)
+        folders.append(os.path.normpath(folder))
+    if len(given) > _MOST_SHARDS or len(set(folders)) != len(folders):
+        raise ConfigError(name, folders, f"different folders, at most {_MOST_SHARDS}")
+    return tuple(folders) or None
+
+
+def _quotas(name: str, value: Any) -> dict[str, int]:
+    if not _is(value, dict):
+        raise ConfigError(name, value, 'a dict of salts and sizes, as {"alice": "5GB"}')
+    quotas = {}
+    for salt, size in dict.items(value):
+        quotas[check_text(name, salt)] = parse_size(size, f"{name}[{shown(salt)}]")
+    return quotas
+
+
+def _optional(check: Check) -> Check:
+    return lambda name, value: None if value is None else check(name, value)
 
 
 def _parse_bool(text: str) -> bool:
@@ -66,31 +225,61 @@ def _parse_quotas(text: str) -> dict[str, str]:
     return {salt.strip(): size for salt, _, size in pairs}
 
 
-def _check_quotas(quotas: object) -> dict[str, int]:
-    if not isinstance(quotas, dict) or not all(isinstance(salt, str) for salt in quotas):
-        raise ConfigError("salt_quotas", quotas, 'a dict of salts and sizes, as {"alice": "5GB"}')
-    return {salt: parse_size(size, f"salt_quotas[{shown(salt)}]") for salt, size in quotas.items()}
+def _parse_folders(text: str) -> Any:
+    """One folder, or a JSON list of folders."""
+    return json.loads(text) if text.startswith("[") else text
 
 
-def _setting(name: str, default: Any, parse: Callable[[str], Any] = str) -> Any:
-    """A dataclass field whose default is `LITECACHE_<NAME>` where that variable is set."""
+def _variable(name: str) -> str:
+    return f"LITECACHE_{name.upper()}"
+
+
+def _parse(label: str, name: str, parse: Callable[[str], Any], text: str) -> Any:
+    try:
+        return parse(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(label, text, f"as for CacheConfig.{name}") from error
+
+
+def _setting(
+    name: str, default: Any, check: Check, parse: Callable[[str], Any] = str, *, null: bool = False
+) -> Any:
+    """A dataclass field whose default is `LITECACHE_<NAME>` where that variable is set.
+
+    Args:
+        name: of the field.
+        default: where neither is given.
+        check: makes the stored value of a given one, or raises ConfigError.
+        parse: reads a text, of the variable or of the command line.
+        null: None is a value, in a text "null".
+    """
+
+    def read(text: str) -> Any:
+        return None if null and text == "null" else parse(text)
 
     def current() -> Any:
-        text = os.environ.get(f"LITECACHE_{name.upper()}")
+        text = os.environ.get(_variable(name))
         if text is None:
             return default
-        try:
-            return parse(text)
-        except ValueError as error:
-            raise ConfigError(
-                f"LITECACHE_{name.upper()}", text, f"as for CacheConfig.{name}"
-            ) from error
+        if name == "storage_dir" and not text.startswith("["):
+            # a list like PATH; a folder with a colon in its name is given as a JSON list
+            return tuple(folder for folder in text.split(os.pathsep) if folder)
+        return _parse(_variable(name), name, read, text)
 
-    return field(default_factory=current)
+    checked = _optional(check) if null else check
+    return field(
+        default_factory=current, metadata={"check": checked, "read": read}, hash=default != {}
+    )
 
 
-def _name_of(value: Any) -> str | None:
-    return None if value is None else str(value).removeprefix("torch.")
+def parse_setting(label: str, name: str, text: str) -> Any:
+    """The value of a field from a text, as from its variable; a folder's name is not split.
+
+    Raises:
+        ConfigError: it cannot be read; tells `label`.
+    """
+    (found,) = (each for each in dataclasses.fields(CacheConfig) if each.name == name)
+    return _parse(label, name, found.metadata["read"], text)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,106 +317,48 @@ class CacheConfig:
         cache_salt: requests share cached blocks only with requests of the same salt.
     """
 
-    block_size: int = _setting("block_size", 16, int)
-    num_blocks: int | None = _setting("num_blocks", None, int)
-    gpu_memory_fraction: float = _setting("gpu_memory_fraction", 0.85, float)
-    dtype: str | None = _setting("dtype", None)
-    kv_dtype: str | None = _setting("kv_dtype", None)
-    device: str | None = _setting("device", None)
-    num_layers: int | None = _setting("num_layers", None, int)
-    num_heads: int | None = _setting("num_heads", None, int)
-    num_kv_heads: int | None = _setting("num_kv_heads", None, int)
-    head_dim: int | None = _setting("head_dim", None, int)
-    ram_bytes: int = _setting("ram_bytes", "1GB")
-    storage_dir: tuple[str, ...] | None = _setting("storage_dir", None)
-    storage_bytes: int = _setting("storage_bytes", "10GB")
-    storage_shards: int = _setting("storage_shards", 1, int)
-    fsync: str = _setting("fsync", "interval")
-    eviction: str = _setting("eviction", "lru")
-    admission: str = _setting("admission", "all")
-    ttl_s: float | None = _setting("ttl_s", None, float)
-    salt_quotas: Mapping[str, int] = _setting("salt_quotas", {}, _parse_quotas)
-    max_model_len: int | None = _setting("max_model_len", None, int)
-    max_batch_tokens: int = _setting("max_batch_tokens", 2048, int)
-    max_prefill_tokens: int | None = _setting("max_prefill_tokens", None, int)
-    max_requests: int = _setting("max_requests", 256, int)
-    deterministic: bool = _setting("deterministic", False, _parse_bool)
-    cache_salt: str = _setting("cache_salt", "")
+    block_size: int = _setting("block_size", 16, _block_size, int)
+    num_blocks: int | None = _setting("num_blocks", None, _count, int, null=True)
+    gpu_memory_fraction: float = _setting("gpu_memory_fraction", 0.85, _fraction, float)
+    dtype: str | None = _setting("dtype", None, _one_of(DTYPES), null=True)
+    kv_dtype: str | None = _setting("kv_dtype", None, _one_of(DTYPES), null=True)
+    device: str | None = _setting("device", None, _device, null=True)
+    num_layers: int | None = _setting("num_layers", None, _count, int, null=True)
+    num_heads: int | None = _setting("num_heads", None, _count, int, null=True)
+    num_kv_heads: int | None = _setting("num_kv_heads", None, _count, int, null=True)
+    head_dim: int | None = _setting("head_dim", None, _count, int, null=True)
+    ram_bytes: int = _setting("ram_bytes", "1GB", _size)
+    storage_dir: tuple[str, ...] | None = _setting(
+        "storage_dir", None, _folders, _parse_folders, null=True
+    )
+    storage_bytes: int = _setting("storage_bytes", "10GB", _size)
+    storage_shards: int = _setting("storage_shards", 1, _count, int)
+    fsync: str = _setting("fsync", "interval", _one_of(FSYNC_POLICIES))
+    eviction: str = _setting("eviction", "lru", _one_of(EVICTION_POLICIES))
+    admission: str = _setting("admission", "all", _one_of(ADMISSION_POLICIES))
+    ttl_s: float | None = _setting("ttl_s", None, _seconds, float, null=True)
+    salt_quotas: Mapping[str, int] = _setting("salt_quotas", {}, _quotas, _parse_quotas)
+    max_model_len: int | None = _setting("max_model_len", None, _count, int, null=True)
+    max_batch_tokens: int = _setting("max_batch_tokens", 2048, _count, int)
+    max_prefill_tokens: int | None = _setting("max_prefill_tokens", None, _count, int, null=True)
+    max_requests: int = _setting("max_requests", 256, _count, int)
+    deterministic: bool = _setting("deterministic", False, _flag, _parse_bool)
+    cache_salt: str = _setting("cache_salt", "", check_text)
 
     def __post_init__(self) -> None:
-        """Normalise names, sizes and folders, then check every field."""
-        normal: dict[str, Any] = {
-            "dtype": _name_of(self.dtype),
-            "kv_dtype": _name_of(self.kv_dtype),
-            "device": _name_of(self.device),
-            "ram_bytes": parse_size(self.ram_bytes, "ram_bytes"),
-            "storage_bytes": parse_size(self.storage_bytes, "storage_bytes"),
-            "storage_dir": self._folders(),
-            "salt_quotas": _check_quotas(self.salt_quotas),
-        }
-        for name, value in normal.items():
-            object.__setattr__(self, name, value)
-        self._check()
-
-    def _folders(self) -> tuple[str, ...] | None:
-        given: Any = self.storage_dir
-        if not given:
-            return None
-        folders = (
-            tuple(os.fspath(f) for f in given)
-            if isinstance(given, (list, tuple))
-            else tuple(os.fspath(given).split(os.pathsep))
-        )
-        for folder in folders:
-            if not os.path.isabs(folder):
-                raise ConfigError(
-                    "storage_dir", folder, "absolute (a job's working directory is thrown away)"
-                )
-        if len({os.path.normpath(f) for f in folders}) != len(folders):
-            raise ConfigError("storage_dir", list(folders), "different folders")
-        return tuple(os.path.normpath(f) for f in folders)
-
-    def _check(self) -> None:
-        size = self.block_size
-        if not isinstance(size, int) or size < 8 or size > 256 or size & (size - 1):
-            raise ConfigError("block_size", size, "a power of two from 8 to 256")
-        for name in ("num_blocks", "num_layers", "num_heads", "num_kv_heads", "head_dim"):
-            _check_count(name, getattr(self, name), optional=True)
-        _check_count("max_model_len", self.max_model_len, optional=True)
-        for name in ("storage_shards", "max_batch_tokens", "max_requests"):
-            _check_count(name, getattr(self, name))
-        _check_count("max_prefill_tokens", self.max_prefill_tokens, optional=True)
+        """Check every field and make its value a plain one, then what fields ask of each other."""
+        for each in dataclasses.fields(self):
+            value = each.metadata["check"](each.name, getattr(self, each.name))
+            object.__setattr__(self, each.name, value)
         if self.max_prefill_tokens is not None and self.max_prefill_tokens < self.max_batch_tokens:
             valid = f"at least max_batch_tokens={self.max_batch_tokens}, or None"
             raise ConfigError("max_prefill_tokens", self.max_prefill_tokens, valid)
         heads, kv_heads = self.num_heads, self.num_kv_heads
         if heads is not None and kv_heads is not None and heads % kv_heads:
             raise ConfigError("num_kv_heads", kv_heads, f"a divisor of num_heads={heads}")
-        fraction = self.gpu_memory_fraction
-        if not isinstance(fraction, (int, float)) or not math.isfinite(fraction):
-            raise ConfigError("gpu_memory_fraction", fraction, "a number in (0, 1]")
-        if not 0 < fraction <= 1:
-            raise ConfigError("gpu_memory_fraction", fraction, "a number in (0, 1]")
-        for name in ("dtype", "kv_dtype"):
-            if getattr(self, name) not in (None, *DTYPES):
-                raise ConfigError(name, getattr(self, name), f"one of {', '.join(DTYPES)}")
-        if self.device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
-            raise ConfigError("device", self.device, '"cpu", "cuda" or "cuda:N"')
-        if self.fsync not in FSYNC_POLICIES:
-            raise ConfigError("fsync", self.fsync, f"one of {', '.join(FSYNC_POLICIES)}")
-        if self.admission not in ADMISSION_POLICIES:
-            raise ConfigError(
-                "admission", self.admission, f"one of {', '.join(ADMISSION_POLICIES)}"
-            )
-        ttl = self.ttl_s
-        if ttl is not None and (
-            not isinstance(ttl, (int, float)) or not math.isfinite(ttl) or ttl <= 0
-        ):
-            raise ConfigError("ttl_s", ttl, "seconds, more than zero, or None")
-        if not isinstance(self.cache_salt, str):
-            raise ConfigError("cache_salt", self.cache_salt, "a text")
-        if not isinstance(self.deterministic, bool):
-            raise ConfigError("deterministic", self.deterministic, "True or False")
+        if self.storage_shards * len(self.storage_dir or "1") > _MOST_SHARDS:
+            valid = f"at most {_MOST_SHARDS} over all folders"
+            raise ConfigError("storage_shards", self.storage_shards, valid)
 
     @property
     def shard_folders(self) -> tuple[str | None, ...]:
@@ -258,10 +389,3 @@ class CacheConfig:
         """A hex digest of all settings, to compare groups."""
         text = json.dumps(self.to_dict(), sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-def _check_count(name: str, value: object, *, optional: bool = False) -> None:
-    if value is None and optional:
-        return
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(name, value, "a positive integer" + (" or None" if optional else ""))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
 from litecache.config import CacheConfig
 from litecache.errors import ConfigError
+from litecache.storage import ShardStore
 
 
 def test_quotas_and_ttl_are_normalised_and_survive_a_round_trip() -> None:
@@ -44,3 +46,13 @@ def test_the_environment_sets_them(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_invalid_values_name_the_field(field: str, value: object) -> None:
     with pytest.raises(ConfigError, match=field):
         CacheConfig(**{field: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("where", ["link", "link/shard-0", "link/a/b", "file/a", "loop/a"])
+def test_a_folder_behind_something_that_is_no_folder_is_refused(tmp_path: Path, where: str) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "missing")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="storage_dir"):
+        ShardStore(str(tmp_path / where), storage_bytes=8 << 20, ram_bytes=1 << 20)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link", "loop"]

@@ -27,27 +27,17 @@ def parse_settings(settings: list[str]) -> Any:
     """
     import dataclasses
 
-    from litecache.config import CacheConfig
+    from litecache.config import CacheConfig, parse_setting
 
     fields = {field.name for field in dataclasses.fields(CacheConfig)}
     values: dict[str, Any] = {}
     for setting in settings:
         name, equals, text = setting.partition("=")
         if not equals or name not in fields:
-            raise ConfigError(
-                "--set", setting, f"NAME=VALUE with one of {', '.join(sorted(fields))}"
-            )
-        values[name] = _parse_value(text)
+            valid = f"NAME=VALUE with one of {', '.join(sorted(fields))}"
+            raise ConfigError("--set", setting, valid)
+        values[name] = parse_setting(f"--set {name}", name, text)
     return CacheConfig(**values)
-
-
-def _parse_value(text: str) -> Any:
-    """Numbers, true, false and null as in JSON; anything else is text."""
-    try:
-        value = json.loads(text)
-    except ValueError:
-        return text
-    return text if isinstance(value, (list, dict)) else value
 
 
 def connect(address: str | None) -> None:

@@ -90,6 +90,9 @@ class Folder:
         made: list[str] = []
         path = self.path
         while not os.path.isdir(path):
+            if os.path.lexists(path):
+                valid = f"a path of folders alone, but {path} is none"
+                raise ConfigError("storage_dir", self.path, valid)
             made.append(path)
             path = os.path.dirname(path)
         try:
