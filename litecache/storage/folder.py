@@ -37,7 +37,7 @@ def disk_room_bytes(path: str) -> int:
 def disk_used_bytes(folder: str) -> int:
     """Bytes that the files of a folder take on the disk."""
     total = 0
-    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
             with contextlib.suppress(FileNotFoundError):
                 total += entry.stat(follow_symlinks=False).st_blocks * 512
