@@ -13,6 +13,8 @@ from typing import Any, overload
 import numpy as np
 import numpy.typing as npt
 
+from litecache.errors import ConfigError
+
 TokenArray = npt.NDArray[np.int64]
 
 
@@ -21,6 +23,9 @@ class TokenIds(Sequence[int]):
 
     Args:
         ids: integers; an int64 array is copied.
+
+    Raises:
+        ConfigError: not integers of at most 64 bits.
 
     Attributes:
         array: int64 `[num_tokens]`, read-only.
@@ -34,8 +39,7 @@ class TokenIds(Sequence[int]):
         if isinstance(ids, TokenIds):
             array = ids.array
         else:
-            sized = ids if isinstance(ids, (np.ndarray, Sequence)) else tuple(ids)
-            array = np.array(sized, dtype=np.int64).reshape(-1)
+            array = _as_array(ids).reshape(-1)
             array.setflags(write=False)
         object.__setattr__(self, "array", array)
 
@@ -84,6 +88,19 @@ class TokenIds(Sequence[int]):
     def __repr__(self) -> str:
         shown = ", ".join(map(str, self.array[:8].tolist()))
         return f"TokenIds([{shown}{', ...' if len(self) > 8 else ''}], {len(self)} tokens)"
+
+
+def _as_array(ids: Any) -> TokenArray:
+    try:
+        sized = ids if isinstance(ids, (np.ndarray, Sequence)) else tuple(ids)
+        found = np.array(sized)
+        if found.size and found.dtype.kind not in "iu":
+            raise TypeError(f"of {found.dtype}")
+        if found.dtype == np.uint64 and found.size and found.max() > np.iinfo(np.int64).max:
+            raise OverflowError("over 64 bits")
+        return found.astype(np.int64, copy=False)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ConfigError("input_ids", type(ids).__name__, f"integers ({error})") from error
 
 
 def _from_wire(data: bytes, width: int) -> TokenIds:

@@ -33,7 +33,8 @@ from litecache.actors.remote_source import CoordinatedSource
 from litecache.actors.replica_calls import ReplicaMethod, answering
 from litecache.actors.shard_client import RayShardClient
 from litecache.actors.shard_watch import ShardWatch
-from litecache.errors import GroupError, GroupUnavailableError, LiteCacheError
+from litecache.engine.request_checks import check_integer, check_real, check_text
+from litecache.errors import ConfigError, GroupError, GroupUnavailableError, LiteCacheError
 from litecache.metrics import Metrics
 from litecache.sockets.async_server import AsyncSocketServer, Handler
 from litecache.storage.client import ShardClient
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_CHECKED_ON_LOOP_TOKENS = 16384
+_LONGEST_HOLD_S = 600.0
 _SWITCH_INTERVAL_S = 0.0005
 
 
@@ -153,6 +154,11 @@ class GpuCache:
             client_id, epoch, ack, hold_s, gap_s: see `Outbox.poll`.
             requests: submitted first, in the same call; not while the model loads.
         """
+        check_text("client_id", client_id)
+        check_text("epoch", epoch, empty=True)
+        check_integer("ack", ack, 0)
+        check_real("hold_s", hold_s, 0, _LONGEST_HOLD_S)
+        check_real("gap_s", gap_s, 0, _LONGEST_HOLD_S)
         if not self._loading.done():
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(asyncio.shield(self._ready()), hold_s)
@@ -169,7 +175,7 @@ class GpuCache:
     async def abort(self, request_ids: Sequence[str]) -> None:
         """End requests; their last delta says ABORT."""
         engine = await self._ready()
-        await asyncio.to_thread(engine.abort, list(request_ids))
+        engine.abort(request_ids)
 
     async def stats(self) -> dict[str, Any]:
         """The engine's figures and counters."""
@@ -209,15 +215,18 @@ class GpuCache:
         return report
 
     async def _accept(self, engine: Engine, client_id: str, requests: Sequence[Request]) -> str:
+        check_text("client_id", client_id)
+        if not isinstance(requests, (list, tuple)):
+            raise ConfigError("requests", type(requests).__name__, "a list of requests")
+        for request in requests:
+            engine.info.check(request)
+            if request.client_id != client_id:
+                raise ConfigError("client_id", request.client_id, f"{client_id!r}, the sender's")
         outbox = self._opened_outbox()
         epoch, new = outbox.register(client_id, [r.request_id for r in requests])
         fresh = [r for r in requests if r.request_id in new]
         try:
-            if sum(len(r.prompt) for r in fresh) > _CHECKED_ON_LOOP_TOKENS:
-                # Checking so many tokens would hold up everyone's polls.
-                await asyncio.to_thread(engine.submit, fresh)
-            else:
-                engine.submit(fresh)
+            engine.submit(fresh)
         except BaseException:
             outbox.forget(client_id, new)
             raise
@@ -241,19 +250,11 @@ class GpuCache:
             self._loop = asyncio.get_running_loop()
             self._outbox = Outbox(
                 self._epoch,
-                abort_client=self._in_thread(engine.abort_client),
-                pause=self._in_thread(engine.pause),
-                resume=self._in_thread(engine.resume),
+                abort_client=engine.abort_client,
+                pause=engine.pause,
+                resume=engine.resume,
             )
         return self._outbox
-
-    def _in_thread(self, method: Callable[[Any], None]) -> Callable[[Any], None]:
-        loop = asyncio.get_running_loop()
-
-        def call(argument: Any) -> None:
-            loop.run_in_executor(None, method, argument)
-
-        return call
 
     def _sink(self, items: list[tuple[str, TokenDelta]]) -> None:
         if self._loop is not None and self._outbox is not None:
@@ -302,6 +303,7 @@ class GpuCache:
             sink=self._sink,
             num_threads=spec.num_threads or len(os.sched_getaffinity(0)),
             metrics=self._metrics,
+            on_death=self._end_process,
         )
         self._shards.watch(engine.set_shards)
         self._exporter = MetricsExporter(self._metrics, {"group": spec.group, "actor": self._name})
@@ -339,6 +341,12 @@ class GpuCache:
         except LiteCacheError as error:
             # What it said last stands: the other nodes' shards are still there.
             logger.info("%s: not reported: %s", self._name, error)
+
+    def _end_process(self, error: BaseException) -> None:
+        """Nothing here can go on: Ray makes a new process, and clients submit to that."""
+        logger.critical("%s: its process ends: %s", self._name, error)
+        logging.shutdown()
+        os._exit(1)
 
     def _close(self, engine: Engine) -> None:
         if self._shards is not None:

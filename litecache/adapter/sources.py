@@ -6,6 +6,7 @@ of its config and weights, so that an actor that restarts can load it without th
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import shutil
@@ -42,6 +43,18 @@ class ResolvedModel:
     source: ModelSource
     config: PretrainedConfig
     generation_config: GenerationConfig
+
+    def __post_init__(self) -> None:
+        # Defaults of a family may lie outside a shrunken vocabulary, where nothing is ever drawn.
+        defaults = self.generation_config
+        vocab_size = getattr(self.config.get_text_config(decoder=True), "vocab_size", None)
+        ids = defaults.eos_token_id
+        ids = ids if isinstance(ids, list) else [ids]
+        valid = [i for i in ids if isinstance(i, int) and (vocab_size is None or i < vocab_size)]
+        if len(valid) < len([i for i in ids if i is not None]):
+            defaults = copy.copy(defaults)
+            defaults.eos_token_id = valid or None
+            object.__setattr__(self, "generation_config", defaults)
 
     @property
     def max_positions(self) -> int | None:

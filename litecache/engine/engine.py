@@ -10,9 +10,11 @@ import contextlib
 import logging
 import os
 import queue
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent import futures
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -28,15 +30,16 @@ from litecache.engine.model_runner import ModelRunner, StepHandle
 from litecache.engine.model_source import ModelSource
 from litecache.engine.prefix_cache import PrefixCache
 from litecache.engine.progress import progress_bar
+from litecache.engine.request_checks import check_real, check_text, check_texts
 from litecache.engine.schedule import Schedule
 from litecache.engine.scheduler import Scheduler
 from litecache.engine.shard_set import RemoteSource
-from litecache.errors import ConfigError, LiteCacheError
+from litecache.errors import ConfigError, LiteCacheError, RequestTimeout
 from litecache.metrics import Metrics
 from litecache.storage.client import ShardClient
 from litecache.storage.namespaces import namespace_of
 from litecache.threads import start_job
-from litecache.types import Request, TokenDelta
+from litecache.types import FinishReason, Request, TokenDelta
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +47,8 @@ Sink = Callable[[list[tuple[str, TokenDelta]]], None]
 T = TypeVar("T")
 
 CALL_TIMEOUT_S = 30.0
+LONGEST_WAIT_S = 3600.0
+"""Of an idle engine, whatever the deadlines of its requests."""
 
 
 class Engine:
@@ -57,6 +62,9 @@ class Engine:
         sink: receives (client id, delta) pairs, in order, on the engine's thread; must not block.
         num_threads: torch's threads on CPU; None = the machine's cores.
         metrics: where to count.
+        on_death: called on the engine's thread when it ends by an exception, or because the device
+            has failed: nothing in this process can go on with either. None = the open requests end
+            with an error, and later calls raise.
 
     Raises:
         LiteCacheError: the model is refused or does not fit; nothing stays behind.
@@ -72,9 +80,11 @@ class Engine:
         remote: RemoteSource | None = None,
         num_threads: int | None = None,
         metrics: Metrics | None = None,
+        on_death: Callable[[BaseException], None] | None = None,
     ) -> None:
         self.metrics = metrics or Metrics()
         self._sink = sink
+        self._on_death = on_death
         self._num_threads = num_threads or len(os.sched_getaffinity(0))
         torch.set_num_threads(self._num_threads)
         loaded = load_model(source, config)
@@ -105,6 +115,8 @@ class Engine:
             admission=config.admission,
             deterministic=config.deterministic,
         )
+        self._open: set[str] = set()
+        self._open_lock = threading.Lock()
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._in_flight: deque[tuple[int, StepHandle]] = deque()
         self._failure: BaseException | None = None
@@ -131,40 +143,63 @@ class Engine:
         """Queue requests, all or none.
 
         Raises:
-            ConfigError: a request is invalid.
+            ConfigError: a request is invalid, or its id is that of an open one.
             CapacityError: a request can never fit.
         """
-        for request in requests:
-            self.info.check(request)
         self._check_alive()
+        ids = [request.request_id for request in self._checked(requests)]
+        with self._open_lock:
+            fresh: set[str] = set()
+            for name in ids:
+                if name in self._open or name in fresh:
+                    raise ConfigError("request_id", name, "the id of no other open request")
+                fresh.add(name)
+            self._open |= fresh
         now = time.monotonic()
 
         def add() -> None:
             for request in requests:
-                self._scheduler.add(request, now)
-                self.metrics.inc("litecache_prompt_tokens", len(request.prompt))
+                try:
+                    self._carry_out(self._scheduler.add(request, now))
+                except Exception as error:
+                    logger.exception("request %s could not be queued", request.request_id)
+                    self._fail(request.client_id, request.request_id, error)
+                else:
+                    self.metrics.inc("litecache_prompt_tokens", len(request.prompt))
 
-        self._inbox.put(add)
+        self._post(add)
+
+    def _checked(self, requests: Sequence[Request]) -> Sequence[Request]:
+        if not isinstance(requests, (list, tuple)):
+            raise ConfigError("requests", type(requests).__name__, "a list of requests")
+        for request in requests:
+            self.info.check(request)
+        return requests
 
     def abort(self, request_ids: Sequence[str]) -> None:
-        """End requests with what they have; unknown ids are passed over."""
-        self._inbox.put(lambda: self._carry_out(self._scheduler.abort(request_ids)))
+        """End requests with what they have; one that is still to come ends as it comes."""
+        ids = check_texts("request_ids", request_ids)
+        self._post(lambda: self._carry_out(self._scheduler.abort(ids)))
 
     def abort_client(self, client_id: str) -> None:
         """End all requests of a client."""
+        check_text("client_id", client_id)
 
         def end() -> None:
-            self._carry_out(self._scheduler.abort(self._scheduler.client_requests(client_id)))
+            ids = [name for client, name in self._scheduler.open_requests() if client == client_id]
+            self._carry_out(self._scheduler.abort(ids))
 
-        self._inbox.put(end)
+        self._post(end)
 
     def pause(self, request_ids: Sequence[str]) -> None:
         """Stop decoding requests whose client does not take their tokens."""
-        self._inbox.put(lambda: self._scheduler.set_paused(request_ids, True))
+        ids = check_texts("request_ids", request_ids)
+        self._post(lambda: self._scheduler.set_paused(ids, True))
 
     def resume(self, request_ids: Sequence[str]) -> None:
         """The inverse of `pause`."""
-        self._inbox.put(lambda: self._scheduler.set_paused(request_ids, False))
+        ids = check_texts("request_ids", request_ids)
+        self._post(lambda: self._scheduler.set_paused(ids, False))
 
     def stats(self) -> dict[str, Any]:
         """Blocks by state, requests and counters, consistent with one moment."""
@@ -176,6 +211,8 @@ class Engine:
         Returns:
             `{"complete": bool, "written": blocks, "pending": blocks, "failed": blocks}`.
         """
+        check_real("timeout_s", timeout_s, 0)
+        self._check_alive()
         deadline = time.monotonic() + timeout_s
         if self._tiers is None:
             return {"complete": True, "written": 0, "pending": 0, "failed": 0}
@@ -185,6 +222,7 @@ class Engine:
 
     def clear_pool(self, timeout_s: float = CALL_TIMEOUT_S) -> int:
         """Evict all blocks that no request uses, after saving is through; returns how many."""
+        check_real("timeout_s", timeout_s, 0)
         if self._tiers is not None:
             self.call(lambda: None)
             self._tiers.drain(timeout_s)
@@ -204,7 +242,12 @@ class Engine:
         self.call(self._scheduler.check_integrity)
 
     def call(self, function: Callable[[], T], timeout_s: float = CALL_TIMEOUT_S) -> T:
-        """Run a function on the engine's thread between two steps."""
+        """Run a function on the engine's thread between two steps.
+
+        Raises:
+            RequestTimeout: it has not run in time.
+            LiteCacheError: the engine has failed.
+        """
         self._check_alive()
         future: Future[T] = Future()
 
@@ -215,7 +258,15 @@ class Engine:
                 future.set_exception(error)
 
         self._inbox.put(run)
-        return future.result(timeout_s)
+        deadline = time.monotonic() + timeout_s
+        while True:
+            left_s = deadline - time.monotonic()
+            done, _ = futures.wait([future], min(max(left_s, 0.0), 1.0))
+            if done:
+                return future.result()
+            self._check_alive()
+            if left_s <= 0:
+                raise RequestTimeout(f"the engine has not answered within {timeout_s:g} s")
 
     def close(self) -> None:
         """End the thread and give everything back; unfinished requests are aborted."""
@@ -237,10 +288,13 @@ class Engine:
             while not self._closing:
                 self._turn()
         except BaseException as error:
-            # Only a bug gets here: make every later call fail instead of hanging.
+            # A bug, or the device: make every later call fail instead of hanging.
             self._failure = error
-            logger.exception("the engine's thread died")
-            raise
+            logger.critical("the engine's thread has ended: %s", error, exc_info=error)
+            if self._on_death is not None:
+                self._on_death(error)
+            for client_id, request_id in self._scheduler.open_requests():
+                self._fail(client_id, request_id, error)
 
     def _turn(self) -> None:
         """Take messages, launch one step, finish the one before."""
@@ -281,6 +335,7 @@ class Engine:
 
     def _undo(self, step: int, error: Exception) -> None:
         """A step raised: its requests run again, smaller or alone."""
+        check_device(self._device, error)
         out_of_memory = isinstance(error, torch.OutOfMemoryError)
         kind = "out_of_memory" if out_of_memory else "error"
         self.metrics.inc("litecache_failed_steps", kind=kind)
@@ -294,10 +349,31 @@ class Engine:
         with contextlib.suppress(queue.Empty):
             if wait:
                 deadline = self._scheduler.next_deadline()
-                timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
-                self._inbox.get(timeout=timeout)()
+                wait_s = LONGEST_WAIT_S if deadline is None else deadline - time.monotonic()
+                self._inbox.get(timeout=min(max(wait_s, 0.0), LONGEST_WAIT_S))()
             while True:
                 self._inbox.get_nowait()()
+
+    def _post(self, message: Callable[[], None]) -> None:
+        """Have a caller's message taken on the engine's thread: whatever it raises is its own."""
+
+        def take() -> None:
+            try:
+                message()
+            except Exception:
+                self.metrics.inc("litecache_failed_messages")
+                logger.exception("a message to the engine failed")
+
+        self._inbox.put(take)
+
+    def _fail(self, client_id: str, request_id: str, error: BaseException) -> None:
+        """End a request that no schedule knows any more."""
+        kind = type(error).__name__ if isinstance(error, LiteCacheError) else "LiteCacheError"
+        text = (
+            str(error) if isinstance(error, LiteCacheError) else f"{type(error).__name__}: {error}"
+        )
+        delta = TokenDelta(request_id, (), FinishReason.ERROR, text, kind)
+        self._carry_out(Schedule(deltas=[(client_id, delta)]))
 
     def _carry_out(self, schedule: Schedule) -> None:
         """Hand the scheduler's orders to those who execute them."""
@@ -316,6 +392,7 @@ class Engine:
                 for tier, tokens in (delta.reused_tokens or {}).items():
                     self.metrics.inc("litecache_reused_tokens", tokens, tier=tier)
             if delta.finish_reason is not None:
+                self._open.discard(delta.request_id)
                 self.metrics.inc("litecache_requests", outcome=delta.finish_reason.value)
         self.metrics.inc("litecache_generated_tokens", generated)
 
@@ -341,6 +418,24 @@ class Engine:
             raise LiteCacheError(f"the engine has failed: {self._failure}") from self._failure
         if self._closing:
             raise ConfigError("engine", "closed", "an open engine")
+
+
+def check_device(device: torch.device, error: BaseException) -> None:
+    """After a step's error: most errors of a GPU's kernels stay with the process that made them.
+
+    Raises:
+        LiteCacheError: the device does nothing any more in this process.
+    """
+    if device.type != "cuda":
+        return
+    try:
+        torch.cuda.synchronize(device)
+        torch.ones(1, device=device).item()
+    except torch.OutOfMemoryError:
+        pass
+    except RuntimeError as broken:
+        first = (str(broken).strip().splitlines() or [type(broken).__name__])[0]
+        raise LiteCacheError(f"{device} has failed: {first}") from error
 
 
 def _describe(

@@ -6,10 +6,13 @@ import functools
 from dataclasses import dataclass
 
 from litecache.engine.kv_layout import LAYOUT_VERSION
-from litecache.engine.sampling_checks import check_sampling
+from litecache.engine.request_checks import check_integer, check_real, check_sampling, check_text
 from litecache.errors import CapacityError, ConfigError
 from litecache.hashing import BlockKey, root_key
-from litecache.types import Request
+from litecache.token_ids import TokenIds
+from litecache.types import MESSAGE_VERSION, Request
+
+MAX_PRIORITY = 1 << 31
 
 
 @dataclass(frozen=True)
@@ -66,19 +69,24 @@ class EngineInfo:
         """Refuse a request that cannot be served, before anything is queued.
 
         Raises:
-            ConfigError: an empty prompt, token ids out of range, bad sampling settings.
+            ConfigError: a field of a wrong type or out of range, an empty prompt.
             CapacityError: longer than the model or the pool can ever hold.
         """
-        if not request.prompt:
-            raise ConfigError("input_ids", [], "at least one token")
-        low, high = int(request.prompt.array.min()), int(request.prompt.array.max())
-        if low < 0 or high >= self.vocab_size:
-            value = low if low < 0 else high
-            raise ConfigError("input_ids", value, f"token ids from 0 to {self.vocab_size - 1}")
+        if not isinstance(request, Request):
+            raise ConfigError("request", request, "a litecache.types.Request")
+        if request.version != MESSAGE_VERSION:
+            raise ConfigError("version", request.version, f"{MESSAGE_VERSION}, the engine's")
+        check_text("request_id", request.request_id)
+        check_text("client_id", request.client_id)
+        check_text("cache_salt", request.cache_salt, empty=True)
+        check_integer("priority", request.priority, -MAX_PRIORITY, MAX_PRIORITY)
+        if request.max_time_s is not None:
+            check_real("max_time", request.max_time_s, 0, above=True)
+        self._check_prompt(request.prompt)
         check_sampling(request.sampling, self.vocab_size)
-        if request.max_time_s is not None and not request.max_time_s > 0:
-            raise ConfigError("max_time", request.max_time_s, "a positive number of seconds")
-        new = request.sampling.max_new_tokens - request.num_resumed_tokens
+        resumed = request.num_resumed_tokens
+        check_integer("num_resumed_tokens", resumed, 0, len(request.prompt) - 1)
+        new = request.sampling.max_new_tokens - resumed
         if new < 1:
             raise ConfigError("max_new_tokens", request.sampling.max_new_tokens, "at least 1")
         total = len(request.prompt) + new
@@ -93,6 +101,16 @@ class EngineInfo:
                 f"the pool holds {self.capacity_tokens} ({self.num_blocks} blocks of "
                 f"{self.block_size}); raise num_blocks or gpu_memory_fraction"
             )
+
+    def _check_prompt(self, prompt: TokenIds) -> None:
+        if not isinstance(prompt, TokenIds):
+            raise ConfigError("input_ids", type(prompt).__name__, "TokenIds")
+        if not prompt:
+            raise ConfigError("input_ids", [], "at least one token")
+        low, high = int(prompt.array.min()), int(prompt.array.max())
+        if low < 0 or high >= self.vocab_size:
+            value = low if low < 0 else high
+            raise ConfigError("input_ids", value, f"token ids from 0 to {self.vocab_size - 1}")
 
 
 @functools.lru_cache(maxsize=1024)

@@ -31,6 +31,8 @@ from litecache.errors import CapacityError
 from litecache.hashing import BlockKey
 from litecache.types import FinishReason, Request, TokenDelta, TokenLogprobs
 
+REMEMBERED_ABORTS = 4096
+
 
 class Scheduler:
     """Continuous batching over a `PrefixCache`.
@@ -69,6 +71,7 @@ class Scheduler:
         self._chunk_grid = max(1, max_batch_tokens // 2) if deterministic else None
         self._sequences: dict[str, Sequence] = {}
         self._timed: dict[str, Sequence] = {}
+        self._early_aborts: dict[str, None] = {}
         self._suspects: dict[str, Sequence] = {}
         self._queues = RequestQueues(max_requests)
         self._admission = Admission(
@@ -80,22 +83,29 @@ class Scheduler:
 
     # What comes in
 
-    def add(self, request: Request, now: float) -> None:
+    def add(self, request: Request, now: float) -> Schedule:
         """Queue a request that the engine has validated."""
         self._arrivals += 1
         roots = self._roots(request.cache_salt)
         seq = Sequence(request, roots, self.cache.block_size, self._arrivals, now)
+        assert seq.id not in self._sequences, f"request {seq.id} is open already"
+        self._queues.add(seq)
         self._sequences[seq.id] = seq
         if seq.deadline_s is not None:
             self._timed[seq.id] = seq
-        self._queues.add(seq)
+        return self.abort([seq.id] if seq.id in self._early_aborts else [])
 
     def abort(self, request_ids: Iterable[str]) -> Schedule:
-        """End requests; unknown ids are passed over."""
+        """End requests; one that is not known may have been overtaken by its abort."""
         out = Schedule()
         for request_id in request_ids:
             if request_id in self._sequences:
+                self._early_aborts.pop(request_id, None)
                 self._finish(self._sequences[request_id], FinishReason.ABORT, out)
+            else:
+                self._early_aborts[request_id] = None
+        while len(self._early_aborts) > REMEMBERED_ABORTS:
+            del self._early_aborts[next(iter(self._early_aborts))]
         return out
 
     def set_paused(self, request_ids: Iterable[str], paused: bool) -> None:
@@ -220,9 +230,9 @@ class Scheduler:
         deadlines = (seq.deadline_s for seq in self._timed.values())
         return min((d for d in deadlines if d is not None), default=None)
 
-    def client_requests(self, client_id: str) -> list[str]:
-        """Ids of a client's unfinished requests."""
-        return [s.id for s in self._sequences.values() if s.client_id == client_id]
+    def open_requests(self) -> list[tuple[str, str]]:
+        """(client id, request id) of all unfinished requests."""
+        return [(seq.client_id, seq.id) for seq in self._sequences.values()]
 
     def check_integrity(self) -> None:
         """Assert that rows, block tables and references add up."""

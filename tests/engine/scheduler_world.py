@@ -108,7 +108,7 @@ class World:
         request = Request(name, "client", prompt, sampling, **fields)  # type: ignore[arg-type]
         self.requests[name] = request
         self.outputs[name] = []
-        self.scheduler.add(request, self.now)
+        self.take(self.scheduler.add(request, self.now))
         return name
 
     def step(self) -> bool:

@@ -98,7 +98,8 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(pick=st.integers(0, 11))
     def abort(self, pick: int) -> None:
-        self.world.take(self.world.scheduler.abort([f"r{pick}"]))
+        if f"r{pick}" in self.world.requests:
+            self.world.take(self.world.scheduler.abort([f"r{pick}"]))
 
     @rule(pick=st.integers(0, 11), paused=st.booleans())
     def pause(self, pick: int, paused: bool) -> None:
