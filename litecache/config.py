@@ -130,6 +130,10 @@ def _count(name: str, value: Any) -> int:
     return check_integer(name, value, 1, _MOST, "a positive integer below 2**31")
 
 
+def _shape(name: str, value: Any) -> int:
+    return check_integer(name, value, 1, 1 << 14, "a positive integer, at most 16,384")
+
+
 def _block_size(name: str, value: Any) -> int:
     valid = "a power of two from 8 to 256"
     size = check_integer(name, value, 8, 256, valid)
@@ -323,10 +327,10 @@ class CacheConfig:
     dtype: str | None = _setting("dtype", None, _one_of(DTYPES), null=True)
     kv_dtype: str | None = _setting("kv_dtype", None, _one_of(DTYPES), null=True)
     device: str | None = _setting("device", None, _device, null=True)
-    num_layers: int | None = _setting("num_layers", None, _count, int, null=True)
-    num_heads: int | None = _setting("num_heads", None, _count, int, null=True)
-    num_kv_heads: int | None = _setting("num_kv_heads", None, _count, int, null=True)
-    head_dim: int | None = _setting("head_dim", None, _count, int, null=True)
+    num_layers: int | None = _setting("num_layers", None, _shape, int, null=True)
+    num_heads: int | None = _setting("num_heads", None, _shape, int, null=True)
+    num_kv_heads: int | None = _setting("num_kv_heads", None, _shape, int, null=True)
+    head_dim: int | None = _setting("head_dim", None, _shape, int, null=True)
     ram_bytes: int = _setting("ram_bytes", "1GB", _size)
     storage_dir: tuple[str, ...] | None = _setting(
         "storage_dir", None, _folders, _parse_folders, null=True

@@ -10,14 +10,21 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import torch
 
-from litecache.config import CacheConfig
+from litecache.config import CacheConfig, check_integer
 from litecache.engine.block_pool import BlockPool
 from litecache.engine.kv_layout import KVLayout, KVPool, KVSpec
-from litecache.errors import CapacityError, ConfigError
+from litecache.errors import CapacityError, ConfigError, KernelError, outline
 from litecache.kernels import TRASH_BLOCK, AttentionMetadata, copy_blocks, paged_attention, store_kv
+from litecache.kernels.checks import contents_checked
+from litecache.machine_memory import available_memory_bytes
+
+_MOST_ROWS = 1 << 20
+_INT32 = 2**31
 
 
 @dataclass
@@ -54,6 +61,8 @@ class PagedAttentionCache:
     """
 
     def __init__(self, config: CacheConfig) -> None:
+        if not isinstance(config, CacheConfig):
+            raise ConfigError("config", outline(config), "a litecache.CacheConfig")
         self.config = config
         for name in ("num_layers", "num_heads", "head_dim", "dtype"):
             if getattr(config, name) is None:
@@ -63,17 +72,21 @@ class PagedAttentionCache:
         self.num_layers, self.num_heads = config.num_layers, config.num_heads
         self.num_kv_heads = config.num_kv_heads or config.num_heads
         self.head_dim = config.head_dim
-        self.device = torch.device(
-            config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        )
-        if self.device.type == "cuda" and not torch.cuda.is_available():
-            raise ConfigError("device", config.device, '"cpu": torch sees no CUDA device')
+        self.device = _device(config.device)
         dtype = config.kv_dtype or config.dtype
         spec = KVSpec(self.num_kv_heads, self.head_dim, self.head_dim, dtype)
         group = KVLayout.from_specs([spec] * self.num_layers, config.block_size).groups[0]
-        num_blocks = config.num_blocks or self._blocks_that_fit(group.block_bytes)
+        num_blocks = self._check_room(group.block_bytes)
+        # An inference tensor could not be written to outside of inference mode.
+        try:
+            with torch.inference_mode(False):
+                self._pool = KVPool(group, num_blocks + 1, self.device)
+        except (RuntimeError, MemoryError) as error:
+            needed = (num_blocks + 1) * group.block_bytes
+            raise CapacityError(f"{self.device} has no {needed:,} bytes: {error}") from error
         self._blocks = BlockPool(num_blocks)
-        self._pool = KVPool(group, num_blocks + 1, self.device)
+        # Tokens that each layer has of each block: what attention may look at.
+        self._written = np.zeros((self.num_layers, num_blocks + 1), np.int16)
         self._sequences: dict[int, _Sequence] = {}
         self._next_id = 0
 
@@ -84,8 +97,8 @@ class PagedAttentionCache:
             ConfigError: `seq_len` is negative.
             CapacityError: too few blocks are free; nothing changed.
         """
-        if not isinstance(seq_len, int) or seq_len < 0:
-            raise ConfigError("seq_len", seq_len, "an integer, at least 0")
+        valid = "an integer, at least 0"
+        seq_len = check_integer("seq_len", seq_len, 0, 1 << 62, valid)
         blocks = self._blocks.allocate(-(-seq_len // self.config.block_size))
         return self._open(_Sequence(blocks, [0] * self.num_layers))
 
@@ -105,13 +118,12 @@ class PagedAttentionCache:
             CapacityError: too few blocks are free; nothing changed.
         """
         sequence = self._sequence(seq_id)
-        self._check_layer(layer_idx)
+        layer_idx = self._check_layer(layer_idx)
         for name, tensor in (("key", key), ("value", value)):
-            valid = f"[num_tokens, {self.num_kv_heads}, {self.head_dim}] on {self.device}"
+            self._check_tokens(name, tensor)
+            valid = f"[num_tokens, {self.num_kv_heads}, {self.head_dim}]"
             if tensor.ndim != 3 or tensor.shape[1:] != (self.num_kv_heads, self.head_dim):
                 raise ConfigError(f"{name}.shape", tuple(tensor.shape), valid)
-            if tensor.device.type != self.device.type:
-                raise ConfigError(f"{name}.device", str(tensor.device), valid)
         if key.shape[0] != value.shape[0]:
             raise ConfigError("value.shape", tuple(value.shape), f"as key: {tuple(key.shape)}")
         first, count = sequence.layer_lens[layer_idx], key.shape[0]
@@ -119,12 +131,13 @@ class PagedAttentionCache:
             return
         self._make_writable(sequence, first, first + count)
         size = self.config.block_size
-        slots = [
-            sequence.blocks[position // size] * size + position % size
-            for position in range(first, first + count)
-        ]
+        positions = np.arange(first, first + count)
+        blocks = np.asarray(sequence.blocks)[positions // size]
         k_cache, v_cache = self._pool.layer(layer_idx)
-        store_kv(key, value, k_cache, v_cache, torch.tensor(slots, device=self.device))
+        slots = torch.from_numpy(blocks * size + positions % size).to(self.device)
+        with torch.no_grad():
+            store_kv(_rows(key), _rows(value), k_cache, v_cache, slots)
+        self._written[layer_idx, blocks] = positions % size + 1
         sequence.layer_lens[layer_idx] = first + count
 
     def fork(self, seq_id: int) -> int:
@@ -141,14 +154,14 @@ class PagedAttentionCache:
 
     def block_tables(self, seq_ids: Sequence[int]) -> torch.Tensor:
         """Block tables, int32 `[batch, max_blocks]`, padded with the trash block."""
-        rows = [self._sequence(seq_id).blocks for seq_id in seq_ids]
+        rows = [sequence.blocks for sequence in self._rows_of(seq_ids)]
         width = max(1, max((len(row) for row in rows), default=1))
         padded = [row + [TRASH_BLOCK] * (width - len(row)) for row in rows]
         return torch.tensor(padded, dtype=torch.int32, device=self.device).view(len(rows), width)
 
     def context_lens(self, seq_ids: Sequence[int]) -> torch.Tensor:
         """Lengths, int32 `[batch]`: tokens that every layer has."""
-        lens = [self._sequence(seq_id).length for seq_id in seq_ids]
+        lens = [sequence.length for sequence in self._rows_of(seq_ids)]
         return torch.tensor(lens, dtype=torch.int32, device=self.device)
 
     def paged_attention(
@@ -163,26 +176,40 @@ class PagedAttentionCache:
         Args:
             query: `[batch, num_heads, head_dim]`, the last token of each sequence, or
                 `[batch, num_heads, seq_len, head_dim]`, its last `seq_len` tokens.
-            block_tables: as from `block_tables`.
+            block_tables: as from `block_tables`, int32 or int64.
             context_lens: tokens to attend to, the queries' own included; inside a forward pass,
                 where later layers lack the newest tokens, that is `context_lens(...) + seq_len`.
+                At most what this layer has of the row's blocks.
             layer_idx: which layer's.
 
         Returns:
             The shape and dtype of `query`; zeros where the context length is 0.
 
         Raises:
-            ConfigError: unknown layer or a tensor of another shape.
-            KernelError: what the kernels themselves refuse.
+            ConfigError: unknown layer, or a query of another shape or dtype.
+            KernelError: tables or lengths of another shape, dtype or device, or with contents that
+                would give a wrong answer. Contents in GPU memory are looked at with
+                `LITECACHE_CHECK=1` alone, which waits for the GPU.
         """
-        self._check_layer(layer_idx)
+        layer_idx = self._check_layer(layer_idx)
+        for name, index, ndim in (
+            ("block_tables", block_tables, 2),
+            ("context_lens", context_lens, 1),
+        ):
+            self._check_index(name, index, ndim)
         batch = block_tables.shape[0]
+        if context_lens.shape[0] != batch:
+            raise KernelError("context_lens.shape", tuple(context_lens.shape), f"[{batch}]")
+        self._check_tokens("query", query)
         heads_ok = query.ndim in (3, 4) and query.shape[1] == self.num_heads
         if not heads_ok or query.shape[0] != batch or query.shape[-1] != self.head_dim:
             valid = f"[{batch}, {self.num_heads}, (seq_len,) {self.head_dim}]"
             raise ConfigError("query.shape", tuple(query.shape), valid)
         queries = query.shape[2] if query.ndim == 4 else 1
-        packed = query
+        if query.numel() == 0:
+            return torch.empty_like(query)
+        self._check_contents(block_tables, context_lens, queries, layer_idx)
+        packed = _rows(query)
         if query.ndim == 4:
             packed = query.transpose(1, 2).reshape(batch * queries, self.num_heads, self.head_dim)
         metadata = self._metadata(block_tables, context_lens, queries)
@@ -198,7 +225,7 @@ class PagedAttentionCache:
         Raises:
             ConfigError: unknown sequence.
         """
-        self._blocks.release(self._sequence(seq_id).blocks)
+        self._release(self._sequence(seq_id).blocks)
         del self._sequences[seq_id]
 
     def stats(self) -> dict[str, int]:
@@ -218,14 +245,32 @@ class PagedAttentionCache:
             room = len(sequence.blocks) * self.config.block_size
             assert max(sequence.layer_lens) <= room, f"sequence {seq_id} outgrew its blocks"
             assert TRASH_BLOCK not in sequence.blocks, f"sequence {seq_id} holds the trash block"
+            for layer, length in enumerate(sequence.layer_lens):
+                row = self._written[layer, sequence.blocks].tolist()
+                size = self.config.block_size
+                least = [min(size, max(0, length - at * size)) for at in range(len(row))]
+                assert all(has >= want for has, want in zip(row, least, strict=True)), "unwritten"
+        free = np.array([b for b in range(len(held), 0, -1) if not held[b]], np.int64)
+        assert not self._written[:, free].any(), "a free block counts as written"
 
-    def _blocks_that_fit(self, block_bytes: int) -> int:
-        if self.device.type != "cuda":
-            raise ConfigError("num_blocks", None, "required on a CPU")
-        free, _ = torch.cuda.mem_get_info(self.device)
-        count = int(free * self.config.gpu_memory_fraction) // block_bytes - 1
-        if count < 1:
-            raise CapacityError(f"a block takes {block_bytes} bytes, {free} are free")
+    def _check_room(self, block_bytes: int) -> int:
+        """How many blocks: as many as the config says, or as fit the GPU."""
+        count = self.config.num_blocks
+        if self.device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(self.device)
+            allocator = torch.cuda.memory
+            free += allocator.memory_reserved(self.device) - allocator.memory_allocated(self.device)
+        else:
+            free = available_memory_bytes()
+            if count is None:
+                raise ConfigError("num_blocks", None, "required on a CPU")
+        if count is None:
+            count = int(free * self.config.gpu_memory_fraction) // block_bytes - 1
+        if count < 1 or (count + 1) * block_bytes > free:
+            raise CapacityError(
+                f"{max(count, 1):,} blocks and the trash block take {block_bytes:,} bytes each, "
+                f"{free:,} bytes are free on {self.device}"
+            )
         return count
 
     def _open(self, sequence: _Sequence) -> int:
@@ -234,14 +279,83 @@ class PagedAttentionCache:
         return seq_id
 
     def _sequence(self, seq_id: int) -> _Sequence:
-        sequence = self._sequences.get(seq_id)
+        valid = "an open sequence of this cache"
+        sequence = self._sequences.get(check_integer("seq_id", seq_id, 0, 1 << 62, valid))
         if sequence is None:
-            raise ConfigError("seq_id", seq_id, "an open sequence of this cache")
+            raise ConfigError("seq_id", seq_id, valid)
         return sequence
 
-    def _check_layer(self, layer_idx: int) -> None:
-        if not 0 <= layer_idx < self.num_layers:
-            raise ConfigError("layer_idx", layer_idx, f"0..{self.num_layers - 1}")
+    def _rows_of(self, seq_ids: Sequence[int]) -> list[_Sequence]:
+        try:
+            ids = list(seq_ids) if len(seq_ids) <= _MOST_ROWS else None
+        except Exception as error:  # whatever was passed has no length or no items
+            raise ConfigError("seq_ids", outline(seq_ids), "a list of sequences") from error
+        if ids is None:
+            raise ConfigError("seq_ids", outline(seq_ids), f"at most {_MOST_ROWS:,} sequences")
+        return [self._sequence(seq_id) for seq_id in ids]
+
+    def _check_layer(self, layer_idx: int) -> int:
+        last = self.num_layers - 1
+        return check_integer("layer_idx", layer_idx, 0, last, f"0..{last}")
+
+    def _check_tokens(self, name: str, tensor: Any) -> None:
+        valid = f"a dense floating point tensor on {self.device}"
+        if not isinstance(tensor, torch.Tensor):
+            raise ConfigError(name, outline(tensor), valid)
+        if tensor.layout != torch.strided or tensor.dtype not in _FLOATS:
+            raise ConfigError(f"{name}.dtype", tensor.dtype, valid)
+        if tensor.device != self._pool.buffer.device:
+            raise ConfigError(f"{name}.device", tensor.device, valid)
+
+    def _check_index(self, name: str, tensor: Any, ndim: int) -> None:
+        if not isinstance(tensor, torch.Tensor):
+            raise KernelError(name, outline(tensor), "an int32 tensor")
+        if tensor.layout != torch.strided or tensor.dtype not in (torch.int32, torch.int64):
+            raise KernelError(f"{name}.dtype", tensor.dtype, "dense, int32 or int64")
+        if tensor.device.type != "cpu" and tensor.device != self._pool.buffer.device:
+            raise KernelError(f"{name}.device", tensor.device, f"{self.device} or cpu")
+        if tensor.ndim != ndim:
+            raise KernelError(f"{name}.shape", tuple(tensor.shape), f"{ndim} dimensions")
+
+    def _check_contents(
+        self, block_tables: torch.Tensor, context_lens: torch.Tensor, queries: int, layer: int
+    ) -> None:
+        """Every row's context is there: within its table, in blocks that hold that many tokens."""
+        both = (block_tables, context_lens)
+        # int64 of a GPU is not what this class hands out; narrowed unread, it could wrap
+        seen = [t.device.type == "cpu" or t.dtype == torch.int64 for t in both]
+        if not (all(seen) or contents_checked()):
+            if not any(seen):
+                return
+            low, high = torch.cat(
+                [t.reshape(-1).cpu().long() for t, s in zip(both, seen, strict=True) if s]
+            ).aminmax()
+            if low < 0 or high >= _INT32:
+                raise KernelError("block_tables or context_lens", f"{low}..{high}", "0..2**31 - 1")
+            return
+        tables, lens = (t.cpu().numpy().astype(np.int64) for t in both)
+        size = self.config.block_size
+        room = tables.shape[1] * size
+        wrong = (lens < 0) | (lens > room) | ((lens > 0) & (lens < queries))
+        if wrong.any():
+            row = int(wrong.argmax())
+            valid = f"0, or {queries}..{room}, what its table row holds"
+            raise KernelError(f"context_lens[{row}]", int(lens[row]), valid)
+        wanted = np.clip(lens[:, None] - np.arange(tables.shape[1]) * size, 0, size)
+        known = (tables > 0) & (tables <= self._blocks.num_blocks)
+        there = np.where(known, self._written[layer, np.where(known, tables, 0)], 0)
+        if (there < wanted).any():
+            row, at = (int(i) for i in np.argwhere(there < wanted)[0])
+            valid = (
+                f"a block in which layer {layer} has the {wanted[row, at]} tokens that "
+                f"context_lens[{row}]={lens[row]} asks for; it has {there[row, at]}"
+            )
+            raise KernelError(f"block_tables[{row}, {at}]", int(tables[row, at]), valid)
+
+    def _release(self, blocks: Sequence[int]) -> None:
+        """Give up references; what nobody holds any more is not to be read any more."""
+        self._blocks.release(blocks)
+        self._written[:, [b for b in blocks if not self._blocks.ref_count(b)]] = 0
 
     def _make_writable(self, sequence: _Sequence, first: int, end: int) -> None:
         """Gives the sequence blocks of its own for positions `first .. end`."""
@@ -255,7 +369,8 @@ class PagedAttentionCache:
             new = fresh[: len(shared)]
             src, dst = (torch.tensor(x, device=self.device) for x in (old, new))
             copy_blocks(self._pool.buffer, src, dst)
-            self._blocks.release(old)
+            self._written[:, new] = self._written[:, old]
+            self._release(old)
             for index, block in zip(shared, new, strict=True):
                 sequence.blocks[index] = block
         sequence.blocks += fresh[len(shared) :]
@@ -269,7 +384,7 @@ class PagedAttentionCache:
         return AttentionMetadata(
             slot_mapping=torch.empty(0, dtype=torch.int64, device=self.device),
             block_tables=block_tables.to(self.device, torch.int32).contiguous(),
-            context_lens=context_lens.to(self.device, torch.int32),
+            context_lens=context_lens.to(self.device, torch.int32).contiguous(),
             cu_seqlens_q=torch.arange(batch + 1, dtype=torch.int32, device=self.device) * queries,
             block_size=self.config.block_size,
             max_query_len=queries,
@@ -278,3 +393,19 @@ class PagedAttentionCache:
             query_lens=(queries,) * batch,
             context_lens_host=tuple(context_lens.tolist()) if on_cpu else None,
         )
+
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def _rows(tensor: torch.Tensor) -> torch.Tensor:
+    """With a contiguous last dimension."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _device(name: str | None) -> torch.device:
+    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ConfigError("device", name, f'"cpu" or one of {count} CUDA devices')
+    return device

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
-from hypothesis import settings
+from any_values import ANYTHING, EVERY, good_or_refused
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from torch.nn import functional
@@ -167,6 +172,175 @@ def test_bad_arguments_are_named() -> None:
     cache.free_sequence(seq)
     with pytest.raises(ConfigError, match="seq_id"):
         cache.free_sequence(seq)
+
+
+def filled_cache() -> tuple[PagedAttentionCache, int, torch.Tensor]:
+    """Two sequences of 12 and 5 tokens in blocks of 8, one freed before; the first is asked."""
+    cache = make_cache()
+    gone = cache.allocate_sequence(40)
+    seq, other = cache.allocate_sequence(30), cache.allocate_sequence()
+    for each, count in ((gone, 40), (seq, 12), (other, 5)):
+        fill(cache, each, count)
+    cache.free_sequence(gone)
+    return cache, seq, cache.block_tables([seq])
+
+
+def table(*blocks: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+    return torch.tensor([blocks], dtype=dtype)
+
+
+def lens(value: float, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+    return torch.tensor([value], dtype=dtype)
+
+
+Change = Callable[[torch.Tensor], tuple[Any, Any]]
+WRONG_TABLES: dict[str, Change] = {
+    "context past the table": lambda t: (t, lens(t.shape[1] * 8 + 1)),
+    "context past what was appended": lambda t: (t, lens(13)),
+    "context in a block that was never written": lambda t: (t, lens(30)),
+    "negative context": lambda t: (t, lens(-1)),
+    "context that wraps to a good one": lambda t: (t, lens(2**32 + 12, torch.int64)),
+    "context that wraps to a negative one": lambda t: (t, lens(2**31, torch.int64)),
+    "negative block": lambda t: (table(-1, -1), lens(12)),
+    "block past the pool": lambda t: (table(33, 33), lens(12)),
+    "trash block": lambda t: (table(0, 0), lens(12)),
+    "block that was freed": lambda t: (table(1, 2), lens(12)),
+    "block that was never allocated": lambda t: (table(20, 21), lens(12)),
+    "entry that wraps to a good one": lambda t: (t.long() + 2**32, lens(12)),
+    "table of floats": lambda t: (t.float(), lens(12)),
+    "table of bools": lambda t: (t.bool(), lens(12)),
+    "table of short numbers": lambda t: (t.to(torch.int16), lens(12)),
+    "lengths of floats": lambda t: (t, lens(12.0, torch.float32)),
+    "table of one dimension": lambda t: (t[0], lens(12)),
+    "lengths of two dimensions": lambda t: (t, lens(12)[None]),
+    "lengths of another batch": lambda t: (t, lens(12).repeat(2)),
+    "table on another device": lambda t: (t.to("meta"), lens(12)),
+    "lengths on another device": lambda t: (t, lens(12).to("meta")),
+    "sparse table": lambda t: (t.to_sparse(), lens(12)),
+    "list as table": lambda t: (t.tolist(), lens(12)),
+    "array as table": lambda t: (t.numpy(), lens(12)),
+    "no lengths": lambda t: (t, None),
+    "table without columns": lambda t: (t[:, :0], lens(12)),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_TABLES)
+def test_tables_and_lengths_that_would_give_a_wrong_answer_are_refused(name: str) -> None:
+    cache, seq, tables = filled_cache()
+    query = torch.randn(1, HEADS, DIM)
+    before = cache.paged_attention(query, tables, cache.context_lens([seq]))
+    with pytest.raises(KernelError, match=r"block_tables|context_lens"):
+        cache.paged_attention(query, *WRONG_TABLES[name](tables))
+    after = cache.paged_attention(query, tables, cache.context_lens([seq]))
+    assert torch.equal(before, after)
+    cache.check_integrity()
+
+
+def test_more_queries_than_tokens_are_refused() -> None:
+    cache, _, tables = filled_cache()
+    with pytest.raises(KernelError, match="context_lens"):
+        cache.paged_attention(torch.randn(1, HEADS, 5, DIM), tables, lens(4))
+
+
+def test_tables_and_lengths_of_any_stride_and_of_both_integer_types_give_the_same_answer() -> None:
+    cache, seq, tables = filled_cache()
+    query, count = torch.randn(1, HEADS, DIM), cache.context_lens([seq])
+    want = cache.paged_attention(query, tables, count)
+    strided = tables.repeat_interleave(2, 1)[:, ::2]
+    for given_tables, given_lens in (
+        (tables.long(), count.long()),
+        (strided, torch.stack([count, count], 1)[:, 0]),
+        (tables.t().contiguous().t(), count),
+        (torch.cat([tables, table(-7, 99)], 1), count),
+    ):
+        assert torch.equal(cache.paged_attention(query, given_tables, given_lens), want)
+    turned = query.transpose(1, 2).contiguous().transpose(1, 2)
+    assert torch.equal(cache.paged_attention(turned, tables, count), want)
+
+
+@pytest.mark.parametrize("name", ["key", "value"])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        torch.zeros(2, KV_HEADS, DIM, dtype=torch.int64),
+        torch.zeros(2, KV_HEADS, DIM, dtype=torch.complex64),
+        torch.zeros(2, KV_HEADS, DIM, device="meta"),
+        torch.zeros(2, KV_HEADS, DIM).to_sparse(),
+        torch.zeros(2, KV_HEADS, DIM).numpy(),
+        None,
+    ],
+)
+def test_tokens_of_a_wrong_kind_change_nothing(name: str, wrong: Any) -> None:
+    cache, seq, _ = filled_cache()
+    before = cache.stats()
+    key, value = tokens(2)
+    with pytest.raises(ConfigError, match=name):
+        cache.append(seq, **{"key": key, "value": value} | {name: wrong})
+    assert cache.stats() == before
+    cache.check_integrity()
+
+
+def test_a_cache_made_for_inference_or_fed_with_gradients_works_outside_of_either() -> None:
+    with torch.inference_mode():
+        cache = make_cache()
+        seq = cache.allocate_sequence()
+        fill(cache, seq, 3)
+    for layer in range(LAYERS):
+        key, value = tokens(2)
+        cache.append(seq, key.requires_grad_(), value, layer)
+    assert cache.context_lens([seq]).tolist() == [5]
+    out = cache.paged_attention(
+        torch.randn(1, HEADS, DIM), cache.block_tables([seq]), cache.context_lens([seq])
+    )
+    assert not out.requires_grad
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"num_blocks": 2**31 - 1},
+        {"num_blocks": 10**6, "num_heads": 2**14, "num_kv_heads": None, "head_dim": 2**14},
+        {"num_layers": 2**14, "num_heads": 2**14, "num_kv_heads": None, "head_dim": 2**14},
+        {"num_layers": 2**14, "num_blocks": 10**6},
+    ],
+)
+def test_a_pool_that_no_memory_holds_is_refused_with_the_numbers(sizes: dict[str, Any]) -> None:
+    outcome = good_or_refused(lambda: make_cache(**sizes))
+    assert isinstance(outcome, CapacityError)
+    assert "bytes" in str(outcome)
+
+
+METHODS = {
+    "allocate_sequence": 1, "append": 4, "fork": 1, "block_tables": 1, "context_lens": 1,
+    "paged_attention": 4, "free_sequence": 1,
+}  # fmt: skip
+PLAUSIBLE = st.sampled_from([
+    0, 1, 2, [1], [2, 2], [7], np.array([1]), torch.tensor([1]), lens(12), lens(300), table(3, 4),
+    torch.randn(1, HEADS, DIM), torch.randn(1, HEADS, 3, DIM), torch.zeros(0, HEADS, DIM),
+    torch.zeros(2, KV_HEADS, DIM), torch.zeros(9, KV_HEADS, DIM), torch.zeros(1, HEADS, 0, DIM),
+    torch.zeros(2, KV_HEADS, DIM).half(), torch.zeros(0, 3, dtype=torch.int32),
+])  # fmt: skip
+
+
+@given(st.data(), st.sampled_from(sorted(METHODS)))
+def test_any_arguments_give_a_result_or_an_error_and_the_cache_goes_on(
+    data: st.DataObject, method: str
+) -> None:
+    cache, seq, tables = filled_cache()
+    query = torch.randn(1, HEADS, DIM)
+    want = cache.paged_attention(query, tables, lens(12))
+    arguments = [data.draw(PLAUSIBLE | ANYTHING) for _ in range(METHODS[method])]
+    good_or_refused(lambda: getattr(cache, method)(*arguments))
+    cache.check_integrity()
+    if cache.stats()["sequences"] >= 2 and not (method == "free_sequence" and arguments[0] is seq):
+        assert torch.equal(cache.paged_attention(query, tables, lens(12)), want)
+
+
+def test_what_is_no_config_is_refused() -> None:
+    for value in EVERY:
+        assert isinstance(
+            good_or_refused(lambda value=value: PagedAttentionCache(value)), ConfigError
+        )
 
 
 class CacheMachine(RuleBasedStateMachine):
