@@ -206,3 +206,30 @@ class RequestTimeout(LiteCacheError, TimeoutError):  # noqa: N818 - the name is 
 
 class KernelError(LiteCacheError, ValueError):
     """An argument of a kernel has a wrong shape, stride, dtype or device."""
+
+
+def describe(error: BaseException) -> tuple[list[str], str, str | None, str | None]:
+    """An error as plain values, for another process; `restore` makes it again.
+
+    Returns:
+        Names of its class and of those above it, up to `LiteCacheError`; field, value, valid. What
+        is no LiteCacheError has no names, and a field that says what it was.
+    """
+    if not isinstance(error, LiteCacheError):
+        return [], _printable(f"{type(error).__name__}: {error}"), None, None
+    names = [kind.__name__ for kind in type(error).__mro__ if issubclass(kind, LiteCacheError)]
+    return names, error.field, error.value, error.valid
+
+
+def restore(names: object, field: object, value: object, valid: object) -> LiteCacheError:
+    """The error that `describe` told of: of the first class in `names` that there is here."""
+    known = {kind.__name__: kind for kind in _classes(LiteCacheError)}
+    found = [known[name] for name in names if name in known] if isinstance(names, tuple) else []
+    kind = found[0] if found else GroupError
+    return kind(str(field), Shown(str(value)), None if valid is None else str(valid))
+
+
+def _classes(kind: type[LiteCacheError]) -> Iterator[type[LiteCacheError]]:
+    yield kind
+    for below in kind.__subclasses__():
+        yield from _classes(below)

@@ -77,13 +77,25 @@ class TokenIds(Sequence[int]):
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[Any]:
         return np.array(self.array, dtype=dtype) if copy else np.asarray(self.array, dtype=dtype)
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def pack(self) -> tuple[bytes, int]:
+        """The ids as little-endian bytes, and the bytes of each."""
         # As few bytes a token as the largest one needs: Ray takes up to 100 KiB in the message
         # itself, so with three bytes 32,000 tokens of any vocabulary spare a visit to its store.
         low, high = (int(self.array.min()), int(self.array.max())) if len(self) else (0, 0)
         width = 8 if low < 0 else next(w for w in (1, 2, 3, 4, 8) if high < 1 << (8 * w))
         little = self.array.astype("<i8", copy=False).view(np.uint8).reshape(-1, 8)
-        return _from_wire, (little[:, :width].tobytes(), width)
+        return little[:, :width].tobytes(), width
+
+    @classmethod
+    def unpack(cls, data: bytes, width: int) -> TokenIds:
+        """Inverse of `pack`; raises ValueError where it cannot be."""
+        packed = np.frombuffer(data, dtype=np.uint8).reshape(-1, width)
+        little = np.zeros((len(packed), 8), dtype=np.uint8)
+        little[:, :width] = packed
+        return cls(little.view("<i8").reshape(-1))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TokenIds.unpack, self.pack()
 
     def __repr__(self) -> str:
         shown = ", ".join(map(str, self.array[:8].tolist()))
@@ -101,10 +113,3 @@ def _as_array(ids: Any) -> TokenArray:
         return found.astype(np.int64, copy=False)
     except (TypeError, ValueError, OverflowError) as error:
         raise ConfigError("input_ids", type(ids).__name__, f"integers ({error})") from error
-
-
-def _from_wire(data: bytes, width: int) -> TokenIds:
-    packed = np.frombuffer(data, dtype=np.uint8).reshape(-1, width)
-    little = np.zeros((len(packed), 8), dtype=np.uint8)
-    little[:, :width] = packed
-    return TokenIds(little.view("<i8").reshape(-1))

@@ -104,8 +104,8 @@ class GpuCache:
         """The address of the socket for drivers of this machine; None where there can be none."""
         if self._door is None:
             methods: dict[int, Handler] = {
-                ReplicaMethod.SUBMIT: answering(self.submit),
-                ReplicaMethod.POLL: answering(self.poll),
+                ReplicaMethod.SUBMIT: answering(ReplicaMethod.SUBMIT, self.submit),
+                ReplicaMethod.POLL: answering(ReplicaMethod.POLL, self.poll),
             }
             self._door = AsyncSocketServer(self._epoch, methods)
             try:

@@ -8,17 +8,30 @@ same errors, and the next calls are the actor's own until `connect` finds a sock
 from __future__ import annotations
 
 import logging
-import pickle
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from enum import IntEnum
 from typing import Any
 
 from litecache.actors.answers import ActorAnswer, Answer, SocketAnswer
 from litecache.actors.calls import result
+from litecache.actors.messages import (
+    pack_call,
+    pack_reply,
+    pack_value,
+    unpack_call,
+    unpack_reply,
+    unpack_value,
+)
 from litecache.actors.naming import CALL_TIMEOUT_S
-from litecache.errors import GroupUnavailableError, LiteCacheError, RequestTimeout
+from litecache.errors import (
+    GroupUnavailableError,
+    LiteCacheError,
+    RequestTimeout,
+    StorageError,
+)
 from litecache.sockets.channel import SocketChannel
+from litecache.types import Request
 
 logger = logging.getLogger(__name__)
 
@@ -32,38 +45,41 @@ class ReplicaMethod(IntEnum):
     POLL = 2
 
 
-def answering(method: Callable[..., Awaitable[Any]]) -> Callable[[bytes], Awaitable[bytes]]:
-    """A coroutine method as a handler of `AsyncSocketServer`: pickled arguments in, result out.
+_PACK: dict[ReplicaMethod, Callable[[Any], bytes]] = {
+    ReplicaMethod.SUBMIT: pack_value,
+    ReplicaMethod.POLL: pack_reply,
+}
+_UNPACK: dict[ReplicaMethod, Callable[[bytes], Any]] = {
+    ReplicaMethod.SUBMIT: unpack_value,
+    ReplicaMethod.POLL: unpack_reply,
+}
 
-    Pickle, as in Ray itself: both sides have checked that the other runs as the same user.
-    """
+
+def answering(
+    method: ReplicaMethod, actor: Callable[..., Awaitable[Any]]
+) -> Callable[[bytes], Awaitable[bytes]]:
+    """A coroutine method of the actor as a handler of `AsyncSocketServer`."""
 
     async def answer(message: bytes) -> bytes:
-        try:
-            value = await method(*pickle.loads(message))
-        except LiteCacheError as error:
-            value = error
-        return pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
+        arguments, requests = unpack_call(message)
+        return _PACK[method](await actor(*arguments, requests))
 
     return answer
 
 
-class _Unpickled:
+class _Unpacked:
     """An answer of `answering`."""
 
-    def __init__(self, answer: SocketAnswer) -> None:
-        self._answer = answer
+    def __init__(self, answer: SocketAnswer, method: ReplicaMethod) -> None:
+        self._answer, self._method = answer, method
 
     def get(self, timeout_s: float | None, what: str) -> Any:
         """See `Answer`."""
         try:
-            value = pickle.loads(self._answer.get(timeout_s, what))
+            return _UNPACK[self._method](self._answer.get(timeout_s, what))
         except RequestTimeout:
             self._answer.forget()
             raise
-        if isinstance(value, LiteCacheError):
-            raise value
-        return value
 
 
 class ReplicaCalls:
@@ -90,23 +106,27 @@ class ReplicaCalls:
         except (LiteCacheError, OSError) as error:
             logger.info("%s is called through Ray: %s", self._name, error)
 
-    def submit(self, *args: Any) -> Answer:
+    def submit(self, client_id: str, requests: Sequence[Request]) -> Answer:
         """Begin `GpuCache.submit`."""
-        return self._ask(ReplicaMethod.SUBMIT, args)
+        return self._ask(ReplicaMethod.SUBMIT, (client_id,), requests)
 
-    def poll(self, *args: Any) -> Answer:
-        """Begin `GpuCache.poll`."""
-        return self._ask(ReplicaMethod.POLL, args)
+    def poll(self, *arguments: Any) -> Answer:
+        """Begin `GpuCache.poll`; the last argument is the requests."""
+        return self._ask(ReplicaMethod.POLL, arguments[:-1], arguments[-1])
 
-    def _ask(self, method: ReplicaMethod, args: tuple[Any, ...]) -> Answer:
+    def _ask(
+        self, method: ReplicaMethod, arguments: tuple[Any, ...], requests: Sequence[Request]
+    ) -> Answer:
         channel = self._channel
         if channel is not None:
             try:
-                number = channel.call(method, pickle.dumps(args, pickle.HIGHEST_PROTOCOL))
-                return _Unpickled(SocketAnswer(channel, number))
+                number = channel.call(method, pack_call(*arguments, requests=requests))
+                return _Unpacked(SocketAnswer(channel, number), method)
             except GroupUnavailableError:
                 self.disconnect()
-        return ActorAnswer(getattr(self._handle, method.name.lower()).remote(*args))
+            except StorageError as error:
+                logger.info("%s is called through Ray: %s", self._name, error)
+        return ActorAnswer(getattr(self._handle, method.name.lower()).remote(*arguments, requests))
 
     def disconnect(self) -> None:
         """The socket has failed: from now on through Ray, which knows what became of the actor."""

@@ -6,8 +6,16 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 
-from ..errors import StorageError
-from .frames import MAX_FRAME_BYTES, NO_ANSWER, RECEIVE_BYTES, Intake, Outcome, pack_frame
+from ..errors import LiteCacheError, StorageError
+from .frames import (
+    MAX_FRAME_BYTES,
+    NO_ANSWER,
+    RECEIVE_BYTES,
+    Intake,
+    Outcome,
+    pack_error,
+    pack_frame,
+)
 from .peers import forget, listen, same_user
 
 logger = logging.getLogger(__name__)
@@ -75,13 +83,14 @@ class AsyncSocketServer:
         self, writer: asyncio.StreamWriter, number: int, code: int, message: bytes
     ) -> None:
         handler = self._methods.get(code)
-        outcome, answer = Outcome.ERROR, f"there is no call {code}".encode()
-        if handler is not None:
-            try:
-                outcome, answer = Outcome.DONE, await handler(message)
-            except Exception as error:
+        try:
+            if handler is None:
+                raise StorageError(f"there is no call {code}")
+            outcome, answer = Outcome.DONE, await handler(message)
+        except Exception as error:
+            if not isinstance(error, LiteCacheError):
                 logger.exception("call %d failed", code)
-                answer = f"{type(error).__name__}: {error}".encode()
+            outcome, answer = Outcome.ERROR, pack_error(error)
         if number == NO_ANSWER or writer.is_closing():
             return
         if writer.transport.get_write_buffer_size() > MAX_FRAME_BYTES:

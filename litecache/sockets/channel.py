@@ -14,7 +14,7 @@ import threading
 import time
 
 from ..errors import GroupUnavailableError, RequestTimeout, StorageError
-from .frames import NO_ANSWER, Outcome, pack_frame, take_frames
+from .frames import NO_ANSWER, Outcome, pack_frame, take_frames, unpack_error
 from .peers import same_user
 
 _RECEIVE_BYTES = 1 << 18
@@ -88,7 +88,7 @@ class SocketChannel:
 
         Raises:
             RequestTimeout: it has not come; it can be waited for again.
-            StorageError: the other side's error.
+            LiteCacheError: what the other side raised, of the same class.
             GroupUnavailableError: it is gone.
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
@@ -107,7 +107,7 @@ class SocketChannel:
             if not self._receive(deadline):
                 raise _late(what, timeout_s)
         if outcome != Outcome.DONE:
-            raise StorageError(f"{what} failed: {message.decode(errors='replace')}")
+            raise unpack_error(message, what)
         return message
 
     def forget(self, number: int) -> None:

@@ -12,7 +12,9 @@ import time
 from collections.abc import Iterator
 from enum import IntEnum
 
-from ..errors import StorageError
+import msgpack
+
+from ..errors import GroupError, LiteCacheError, StorageError, describe, restore
 
 NO_ANSWER = 0
 RECEIVE_BYTES = 1 << 18
@@ -41,6 +43,26 @@ def pack_frame(number: int, code: int, message: bytes) -> bytes:
     if len(message) > MAX_FRAME_BYTES:
         raise StorageError(f"a message of {len(message)} bytes is longer than {MAX_FRAME_BYTES}")
     return _HEADER.pack(len(message), number, code) + message
+
+
+def pack_error(error: BaseException) -> bytes:
+    """The message of an answer that is an error: its class, field, value, and what is valid."""
+    packed: bytes = msgpack.packb(describe(error))
+    return packed
+
+
+def unpack_error(message: bytes, what: str) -> LiteCacheError:
+    """Inverse of `pack_error`: the same class, where this process has it.
+
+    Args:
+        message: as it came.
+        what: names the call; stands before what was no LiteCacheError on the other side.
+    """
+    try:
+        names, field, value, valid = msgpack.unpackb(message, use_list=False, max_ext_len=0)
+    except Exception:  # what msgpack raises has no root
+        return GroupError(f"{what} failed, and its error cannot be read")
+    return restore(names, field if names else f"{what} failed: {field}", value, valid)
 
 
 def take_frames(buffer: bytearray) -> Iterator[tuple[int, int, bytes]]:

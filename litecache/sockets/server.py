@@ -22,6 +22,7 @@ from .frames import (
     IncomingFrames,
     Intake,
     Outcome,
+    pack_error,
     pack_frame,
 )
 from .peers import forget, listen, same_user
@@ -122,15 +123,14 @@ class SocketServer:
     def _answer(self, code: int, message: bytes) -> tuple[Outcome, bytes]:
         handler = self._methods.get(code)
         if handler is None:
-            return Outcome.ERROR, f"there is no call {code}".encode()
+            return Outcome.ERROR, pack_error(StorageError(f"there is no call {code}"))
         try:
             return Outcome.DONE, handler(message) or b""
-        except LiteCacheError as error:
-            return Outcome.ERROR, str(error).encode()
         except Exception as error:
             # a defect must cost one call, not the connection: the client would think the actor gone
-            logger.exception("call %d failed", code)
-            return Outcome.ERROR, f"{type(error).__name__}: {error}".encode()
+            if not isinstance(error, LiteCacheError):
+                logger.exception("call %d failed", code)
+            return Outcome.ERROR, pack_error(error)
 
     def close(self) -> None:
         """End all connections; calls that run finish, their answers are lost."""

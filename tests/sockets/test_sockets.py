@@ -18,7 +18,15 @@ from pathlib import Path
 
 import pytest
 
-from litecache.errors import ConfigError, GroupUnavailableError, RequestTimeout, StorageError
+from litecache.errors import (
+    ConfigError,
+    GroupError,
+    GroupUnavailableError,
+    LiteCacheError,
+    RequestTimeout,
+    StorageError,
+    StorageFullError,
+)
 from litecache.sockets import channel as channel_module
 from litecache.sockets import frames, peers
 from litecache.sockets import server as server_module
@@ -117,10 +125,12 @@ def test_a_message_without_an_answer_is_handled_in_order(
 
 
 def test_errors_cost_one_call(channel: SocketChannel) -> None:
-    with pytest.raises(StorageError, match=r"commit failed: key=.* is invalid: 16 bytes"):
+    with pytest.raises(ConfigError, match=r"^key=b'x' is invalid: 16 bytes") as refused:
         channel.answer(channel.call(REFUSE, b"x"), 20, "commit")
-    with pytest.raises(StorageError, match="RuntimeError: a defect"):
-        channel.answer(channel.call(BREAK, b"x"), 20)
+    assert (refused.value.field, refused.value.value) == ("key", "b'x'")
+    assert refused.value.valid == "16 bytes"
+    with pytest.raises(GroupError, match="commit failed: RuntimeError: a defect"):
+        channel.answer(channel.call(BREAK, b"x"), 20, "commit")
     with pytest.raises(StorageError, match="there is no call 6"):
         channel.answer(channel.call(UNKNOWN, b"x"), 20)
     assert channel.answer(channel.call(REVERSE, b"ab"), 20) == b"ba"
@@ -384,7 +394,7 @@ class TestOnALoop:
         asyncio.run_coroutine_threadsafe(door.start(), loop).result(20)
         channel = SocketChannel(door.address)
         held = channel.call(SLOW, b"held" * 100_000)
-        with pytest.raises(StorageError, match="RuntimeError: a defect"):
+        with pytest.raises(GroupError, match="RuntimeError: a defect"):
             channel.answer(channel.call(BREAK, b""), 20)
         with pytest.raises(StorageError, match="there is no call 6"):
             channel.answer(channel.call(UNKNOWN, b""), 20)
@@ -398,6 +408,28 @@ class TestOnALoop:
         assert channel.answer(channel.call(REVERSE, b"cd"), 20) == b"dc"
         channel.close()
         loop.call_soon_threadsafe(door.close)
+
+
+@pytest.mark.parametrize(
+    "junk", [b"", b"\xc1", b"\x93\x01\x02\x03", b"\x94\xc0\xc0\xc0\xc0", b"\xff" * 9]
+)
+def test_an_error_that_cannot_be_read_is_an_error_all_the_same(junk: bytes) -> None:
+    assert isinstance(frames.unpack_error(junk, "stage"), LiteCacheError)
+
+
+def test_an_error_arrives_as_the_nearest_class_that_is_known() -> None:
+    class OddError(StorageFullError):
+        """Known here, and no longer once its name is changed."""
+
+    error = OddError("room", [1] * 10_000, "less")
+    again = frames.unpack_error(frames.pack_error(error), "stage")
+    assert type(again) is OddError
+    assert str(again) == str(error)
+    assert len(str(again)) < 400
+    OddError.__name__ = "Unknown"
+    packed = frames.pack_error(error)
+    OddError.__name__ = "OddError"
+    assert type(frames.unpack_error(packed, "stage")) is StorageFullError
 
 
 def test_an_address_is_had_once_and_free_again_after_close() -> None:

@@ -1,0 +1,176 @@
+"""What driver and replica say to each other, as msgpack: no byte of it is ever run.
+
+A message is a tuple that begins with its version; requests travel as columns, those that draw
+alike share their sampling. What cannot be carried (an integer of more than 64 bits, half a
+surrogate pair, a number that is not Python's own) is refused where it would leave, by name; what
+does not read as a message is refused where it arrives, and changes nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import msgpack
+
+from litecache.errors import ConfigError, GroupMismatchError, LiteCacheError, Shown
+from litecache.token_ids import TokenIds
+from litecache.types import (
+    MESSAGE_VERSION,
+    FinishReason,
+    PollReply,
+    Request,
+    SamplingParams,
+    TokenDelta,
+    TokenLogprobs,
+)
+
+T = TypeVar("T")
+_SAMPLING_FIELDS = tuple(field.name for field in dataclasses.fields(SamplingParams))
+_COLUMNS = (
+    *("request_id", "client_id", "input_ids", "sampling", "num_resumed_tokens"),
+    *("cache_salt", "priority", "max_time_s", "sampling"),
+)
+_MOST_ITEMS = 1 << 24
+_FINISH_REASONS = {reason.value: reason for reason in FinishReason}
+
+
+def pack_call(*arguments: Any, requests: Sequence[Request] = ()) -> bytes:
+    """The arguments of a call, and requests.
+
+    Raises:
+        ConfigError: something cannot be carried.
+    """
+    samplings = {id(request.sampling): request.sampling for request in requests}
+    numbers = {each: number for number, each in enumerate(samplings)}
+    columns = (
+        [request.request_id for request in requests],
+        [request.client_id for request in requests],
+        [request.prompt.pack() for request in requests],
+        [numbers[id(request.sampling)] for request in requests],
+        [request.num_resumed_tokens for request in requests],
+        [request.cache_salt for request in requests],
+        [request.priority for request in requests],
+        [request.max_time_s for request in requests],
+        [[getattr(each, name) for name in _SAMPLING_FIELDS] for each in samplings.values()],
+    )
+    return _pack(arguments, columns, ("arguments", _COLUMNS))
+
+
+def unpack_call(message: bytes) -> tuple[tuple[Any, ...], list[Request]]:
+    """Inverse of `pack_call`: the arguments, and the requests.
+
+    Raises:
+        GroupMismatchError: it is of another version.
+        ConfigError: it is no such message.
+    """
+
+    def read(arguments: Any, columns: Any) -> tuple[tuple[Any, ...], list[Request]]:
+        *fields, samplings = columns
+        drawn = [
+            SamplingParams(**dict(zip(_SAMPLING_FIELDS, each, strict=True))) for each in samplings
+        ]
+        requests = [
+            Request(name, client, TokenIds.unpack(*prompt), drawn[number], *rest)
+            for name, client, prompt, number, *rest in zip(*fields, strict=True)
+        ]
+        return tuple(arguments), requests
+
+    return _unpack(message, read)
+
+
+def pack_reply(reply: PollReply) -> bytes:
+    """What a poll answers."""
+    return _pack((reply.first_seq, reply.epoch), reply.deltas, ("reply", "deltas"))
+
+
+def unpack_reply(message: bytes) -> PollReply:
+    """Inverse of `pack_reply`; raises as `unpack_call`."""
+
+    def read(head: Any, deltas: Any) -> PollReply:
+        first_seq, epoch = head
+        return PollReply(first_seq, tuple(map(_delta, deltas)), epoch)
+
+    return _unpack(message, read)
+
+
+def _delta(fields: Any) -> TokenDelta:
+    name, token_ids, finish, error, error_type, reused, ttft_s, logprobs = fields
+    return TokenDelta(
+        name,
+        token_ids,
+        None if finish is None else _FINISH_REASONS[finish],
+        error,
+        error_type,
+        reused,
+        ttft_s,
+        tuple(TokenLogprobs(*each) for each in logprobs) if logprobs else (),
+    )
+
+
+def pack_value(value: str) -> bytes:
+    """A plain answer."""
+    return _pack((), value, ("answer", "answer"))
+
+
+def unpack_value(message: bytes) -> Any:
+    """Inverse of `pack_value`; raises as `unpack_call`."""
+    return _unpack(message, lambda _, value: value)
+
+
+def _pack(head: Any, body: Any, names: tuple[str, Any]) -> bytes:
+    try:
+        packed: bytes = msgpack.packb((MESSAGE_VERSION, head, body))
+        return packed
+    except (TypeError, ValueError, OverflowError, UnicodeError, RecursionError) as error:
+        raise _refused(head, body, names) from error
+
+
+def _refused(head: Any, body: Any, names: tuple[str, Any]) -> ConfigError:
+    """The error for the first value in a message that msgpack cannot carry."""
+    parts = [(names[0], head)]
+    parts += zip(names[1], body, strict=True) if isinstance(names[1], tuple) else [(names[1], body)]
+    for name, part in parts:
+        for value in _leaves(part):
+            try:
+                msgpack.packb(value)
+            except Exception:
+                valid = "integers of 64 bits, floats, whole Unicode text or bytes, Python's own"
+                # a text may be a prompt's or a salt's: its type tells enough
+                shown = value if isinstance(value, int) else Shown(f"<{type(value).__name__}>")
+                return ConfigError(name, shown, valid)
+    return ConfigError(names[0], None, "values that msgpack can carry")
+
+
+def _leaves(value: Any) -> Any:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield key
+            yield from _leaves(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _leaves(item)
+    else:
+        yield value
+
+
+def _unpack(message: bytes, read: Callable[[Any, Any], T]) -> T:
+    try:
+        version, *rest = msgpack.unpackb(
+            message,
+            use_list=False,
+            max_array_len=_MOST_ITEMS,
+            max_map_len=_MOST_ITEMS,
+            max_ext_len=0,
+        )
+        if version == MESSAGE_VERSION:
+            head, body = rest
+            return read(head, body)
+    except LiteCacheError:
+        raise
+    except Exception as error:
+        # msgpack and the constructors of what is read raise many classes; none passes this door
+        kind = type(error).__name__
+        raise ConfigError("message", f"{len(message)} bytes", f"a whole message ({kind})") from None
+    raise GroupMismatchError("message version", version, f"{MESSAGE_VERSION}, this side's")
