@@ -1,21 +1,25 @@
 """Calls to the coordinator from shards, replicas and drivers, each with a deadline.
 
 Whoever calls must be able to go on without an answer: the coordinator knows nothing that is not
-known elsewhere.
+known elsewhere. One that does not answer costs a caller one deadline, not one for each row: for
+some seconds, or until a report gets through, requests do without it.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
 import ray
 
-from litecache.actors.calls import result
+from litecache.actors.calls import UNREACHABLE, result
 from litecache.actors.location_map import pack_keys
 from litecache.actors.naming import CALL_TIMEOUT_S, NAMESPACE, coordinator_name
 from litecache.errors import GroupUnavailableError
 from litecache.hashing import BlockKey
+
+_QUIET_S = 5.0
 
 
 class CoordinatorClient:
@@ -29,6 +33,7 @@ class CoordinatorClient:
         self._name = coordinator_name(group)
         self._timeout_s = timeout_s
         self._handle: Any = None
+        self._quiet_until = 0.0
 
     def report_shard(
         self,
@@ -57,11 +62,13 @@ class CoordinatorClient:
 
     def locate(self, keys: Sequence[BlockKey], exclude_node: str) -> list[str | None]:
         """See `LocationMap.locate`."""
+        self._check_not_quiet()
         found: list[str | None] = self._call("locate", pack_keys(keys), exclude_node)
         return found
 
     def route(self, keys: Sequence[BlockKey]) -> int | None:
         """See `Router.route`."""
+        self._check_not_quiet()
         index: int | None = self._call("route", pack_keys(keys))
         return index
 
@@ -75,6 +82,10 @@ class CoordinatorClient:
         stats: dict[str, Any] = self._call("stats")
         return stats
 
+    def _check_not_quiet(self) -> None:
+        if time.monotonic() < self._quiet_until:
+            raise GroupUnavailableError(f"{self._name} did not answer a moment ago")
+
     def _call(self, method: str, *args: object, timeout_s: float | None = None) -> Any:
         if self._handle is None:
             try:
@@ -83,7 +94,11 @@ class CoordinatorClient:
                 raise GroupUnavailableError(f"there is no actor {self._name}") from error
         try:
             ref = getattr(self._handle, method).remote(*args)
-            return result(ref, timeout_s or self._timeout_s, f"{self._name}: {method}")
-        except GroupUnavailableError:
-            self._handle = None  # another life of it may have another handle
+            answer = result(ref, timeout_s or self._timeout_s, f"{self._name}: {method}")
+        except UNREACHABLE as error:
+            self._quiet_until = time.monotonic() + _QUIET_S
+            if isinstance(error, GroupUnavailableError):
+                self._handle = None  # another life of it may have another handle
             raise
+        self._quiet_until = 0.0
+        return answer

@@ -1,23 +1,25 @@
 """A client's end of a socket: calls by number, answers in any thread.
 
-No thread of its own: whoever waits for an answer receives for all, until its own has come. Nothing
-ever blocks in sending; what the socket does not take is sent while an answer is waited for.
+No thread of its own: whoever waits for an answer receives for all, until its own has come, and
+sends what the socket did not take at once; it is woken for that. So sending waits for no answer.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import io
+import os
 import select
 import socket
 import threading
 import time
 
 from ..errors import GroupUnavailableError, RequestTimeout, StorageError
-from .frames import NO_ANSWER, Outcome, pack_frame, take_frames, unpack_error
+from .frames import NO_ANSWER, RECEIVE_BYTES, Outcome, pack_frame, take_frames, unpack_error
 from .peers import same_user
 
-_RECEIVE_BYTES = 1 << 18
+_TELL_S = 0.1
 
 
 class SocketChannel:
@@ -47,6 +49,8 @@ class SocketChannel:
         self._answers: dict[int, tuple[int, bytes]] = {}
         self._unwanted: set[int] = set()
         self._receiving = False
+        # wakes who receives, when there is more to send
+        self._wake = io.FileIO(os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC), "r+")
         self._number = NO_ANSWER
         self._ended = False
 
@@ -66,12 +70,19 @@ class SocketChannel:
         """Send a request that has no answer; silent when the other side is gone."""
         with self._lock, contextlib.suppress(GroupUnavailableError):
             self._send(pack_frame(NO_ANSWER, method, message))
+            if not self._unsent or self._receiving:
+                return
+            self._receiving = True
+        # nobody waits for an answer, and so nobody would send the rest
+        self._receive(time.monotonic() + _TELL_S, until_sent=True)
 
     def _send(self, frame: bytes) -> None:
         if self._ended:
             raise GroupUnavailableError("the other side has closed the socket")
         self._unsent += frame
         self._flush()
+        if self._unsent and self._receiving:
+            os.eventfd_write(self._wake.fileno(), 1)
 
     def _flush(self) -> None:
         try:
@@ -116,11 +127,16 @@ class SocketChannel:
             if self._answers.pop(number, None) is None:
                 self._unwanted.add(number)
 
-    def _receive(self, deadline: float | None) -> bool:
-        """Wait for bytes and sort the answers in them; False when none came in time."""
+    def _receive(self, deadline: float | None, until_sent: bool = False) -> bool:
+        """Wait for bytes and sort the answers in them; False when none came in time.
+
+        Args:
+            deadline: when to stop waiting.
+            until_sent: also stop when everything is sent.
+        """
         data: bytes | None = None
         try:
-            data = self._wait_for_bytes(deadline)
+            data = self._wait_for_bytes(deadline, until_sent)
         finally:
             with self._lock:
                 self._receiving = False
@@ -139,19 +155,25 @@ class SocketChannel:
                 self._arrived.notify_all()
         return data is not None
 
-    def _wait_for_bytes(self, deadline: float | None) -> bytes | None:
+    def _wait_for_bytes(self, deadline: float | None, until_sent: bool) -> bytes | None:
         """What has come; empty at the end of the connection, None when nothing came in time."""
+        poller = select.poll()
+        poller.register(self._wake, select.POLLIN)
         while True:
             events = select.POLLIN | (select.POLLOUT if self._unsent else 0)
             left = _left(deadline)
-            poller = select.poll()
             poller.register(self._socket, events)
-            if not poller.poll(None if left is None else left * 1000):
+            ready = dict(poller.poll(None if left is None else left * 1000))
+            if not ready:
                 return None
+            if self._wake.fileno() in ready:
+                os.eventfd_read(self._wake.fileno())
             with self._lock, contextlib.suppress(GroupUnavailableError):
                 self._flush()
+                if until_sent and not self._unsent:
+                    return None
             try:
-                return self._socket.recv(_RECEIVE_BYTES)
+                return self._socket.recv(RECEIVE_BYTES)
             except BlockingIOError:
                 continue
             except OSError:
@@ -178,6 +200,7 @@ class SocketChannel:
                 self._socket.shutdown(socket.SHUT_RDWR)
             self._arrived.wait_for(lambda: not self._receiving)
             self._socket.close()
+            self._wake.close()
 
 
 def _left(deadline: float | None) -> float | None:

@@ -375,6 +375,49 @@ class TestOnALoop:
         loop.call_soon_threadsafe(loop.stop)
         thread.join(20)
 
+    def test_sending_does_not_wait_for_an_answer_that_another_thread_waits_for(
+        self, loop: asyncio.AbstractEventLoop
+    ) -> None:
+        go_on = asyncio.Event()
+        calls = []
+
+        async def slow(message: bytes) -> bytes:
+            await go_on.wait()
+            return message
+
+        async def reverse(message: bytes) -> bytes:
+            calls.append(len(message))
+            return message[::-1]
+
+        name = f"test-{os.getpid()}-{time.monotonic_ns()}"
+        door = AsyncSocketServer(name, {SLOW: slow, REVERSE: reverse})
+        asyncio.run_coroutine_threadsafe(door.start(), loop).result(20)
+        channel = SocketChannel(door.address)
+        held = channel.call(SLOW, b"held")
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(channel.answer, held, 60)
+            deadline = time.monotonic() + 20
+            while not channel._receiving and time.monotonic() < deadline:
+                time.sleep(0.001)
+            # more than the buffers of the socket, while the other thread waits in the kernel
+            message = os.urandom(8 << 20)
+            try:
+                assert channel.answer(channel.call(REVERSE, message), 15) == message[::-1]
+                channel.tell(REVERSE, message)
+                assert channel.answer(channel.call(REVERSE, b"ab"), 15) == b"ba"
+            finally:
+                loop.call_soon_threadsafe(go_on.set)
+            assert waiting.result(20) == b"held"
+        assert calls == [len(message), len(message), 2]
+        # with nobody waiting for an answer a message goes out whole, too
+        channel.tell(REVERSE, message)
+        deadline = time.monotonic() + 20
+        while len(calls) < 4 and time.monotonic() < deadline:
+            time.sleep(0.001)
+        assert calls[3:] == [len(message)]
+        channel.close()
+        loop.call_soon_threadsafe(door.close)
+
     def test_a_long_call_does_not_hold_up_the_others(self, loop: asyncio.AbstractEventLoop) -> None:
         go_on = asyncio.Event()
 
