@@ -26,7 +26,7 @@ UNREACHABLE = (GroupUnavailableError, RequestTimeout)
 
 
 class ActorEndedError(GroupUnavailableError):
-    """The actor is dead and Ray will not restart it."""
+    """The actor is dead and Ray will not restart it, or it has left its group."""
 
 
 def result(ref: Any, timeout_s: float | None = CALL_TIMEOUT_S, what: str = "a call") -> Any:

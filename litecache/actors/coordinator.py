@@ -65,6 +65,14 @@ class Coordinator:
         self._router.report(index, node_id, load)
         return self._locations.remote_shards(node_id)
 
+    async def report_failure(self, index: int, reason: str) -> None:
+        """A replica's process is about to end itself."""
+        self._router.note_failure(index, reason)
+
+    async def failures(self, index: int) -> list[str]:
+        """Why a replica's process ended itself lately."""
+        return self._router.failures(index)
+
     async def locate(self, keys: bytes, exclude_node: str) -> list[str | None]:
         """One shard on another node for each key."""
         return self._locations.locate(unpack_keys(keys), exclude_node)

@@ -60,6 +60,15 @@ class CoordinatorClient:
         """Heartbeat of a replica; how many live shards other nodes have."""
         return int(self._call("report_replica", index, node_id, load))
 
+    def report_failure(self, index: int, reason: str) -> None:
+        """See `Router.note_failure`."""
+        self._call("report_failure", index, reason)
+
+    def failures(self, index: int) -> list[str]:
+        """See `Router.failures`."""
+        failures: list[str] = self._call("failures", index)
+        return failures
+
     def locate(self, keys: Sequence[BlockKey], exclude_node: str) -> list[str | None]:
         """See `LocationMap.locate`."""
         self._check_not_quiet()

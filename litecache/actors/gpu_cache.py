@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
-from litecache.actors.calls import was_restarted
+from litecache.actors.calls import ActorEndedError, was_restarted
 from litecache.actors.coordinator_client import CoordinatorClient
 from litecache.actors.group_spec import GroupSpec
 from litecache.actors.metrics_export import MetricsExporter
@@ -31,10 +31,11 @@ from litecache.actors.naming import NAMESPACE, REPORT_INTERVAL_S, replica_name
 from litecache.actors.outbox import Outbox
 from litecache.actors.remote_source import CoordinatedSource
 from litecache.actors.replica_calls import ReplicaMethod, answering
+from litecache.actors.router import FAILURE_WINDOW_S
 from litecache.actors.shard_client import RayShardClient
 from litecache.actors.shard_watch import ShardWatch
 from litecache.engine.request_checks import check_integer, check_real, check_text
-from litecache.errors import ConfigError, GroupError, GroupUnavailableError, LiteCacheError
+from litecache.errors import ConfigError, GroupError, GroupUnavailableError, LiteCacheError, shorten
 from litecache.metrics import Metrics
 from litecache.sockets.async_server import AsyncSocketServer, Handler
 from litecache.storage.client import ShardClient
@@ -48,6 +49,8 @@ logger = logging.getLogger(__name__)
 
 _LONGEST_HOLD_S = 600.0
 _SWITCH_INTERVAL_S = 0.0005
+# So often a replica whose process ended itself is started again, within FAILURE_WINDOW_S.
+MAX_RESTARTS = 3
 
 
 class GpuCache:
@@ -82,7 +85,8 @@ class GpuCache:
         # step would wait that long behind a driver's message.
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
         self._preloading = start_job(self._preload, "preload")
-        if was_restarted():
+        self._restarted = was_restarted()
+        if self._restarted:
             self._begin()
 
     def __repr__(self) -> str:
@@ -276,13 +280,35 @@ class GpuCache:
     def _load(self) -> None:
         self._preloading.join()
         try:
+            if self._restarted:
+                self._check_failures()
             self._loading.set_result(self._make_engine())
         except LiteCacheError as error:
             self._loading.set_exception(error)
         except BaseException as error:
+            if self._restarted:
+                # what broke the last process broke this one's start: once more, or leave
+                self._end_process(error)
             text = f"{type(error).__name__}: {error}"
             self._loading.set_exception(GroupError(f"{self._name}: {text}"))
             raise
+
+    def _check_failures(self) -> None:
+        """Leave the group rather than start once more, when that has not helped.
+
+        Raises:
+            ActorEndedError: with the reason; every later call gets it.
+        """
+        try:
+            failures = self._coordinator.failures(self._index)
+        except LiteCacheError as error:
+            logger.warning("%s: it is not known how often it failed: %s", self._name, error)
+            return
+        if len(failures) > MAX_RESTARTS:
+            raise ActorEndedError(
+                f"{self._name} has left its group: its process ended itself {len(failures)} times "
+                f"within {FAILURE_WINDOW_S:g} s, at last because of {failures[-1]}"
+            )
 
     def _make_engine(self) -> Engine:
         from litecache.engine.engine import Engine
@@ -345,6 +371,9 @@ class GpuCache:
     def _end_process(self, error: BaseException) -> None:
         """Nothing here can go on: Ray makes a new process, and clients submit to that."""
         logger.critical("%s: its process ends: %s", self._name, error)
+        with contextlib.suppress(Exception):  # it ends whether anybody hears why or not
+            reason = shorten(f"{type(error).__name__}: {error}")
+            self._coordinator.report_failure(self._index, reason)
         logging.shutdown()
         os._exit(1)
 

@@ -2,7 +2,8 @@
 
 The replica with the longest prefix among those whose load is acceptable. A prefix counts where
 the shards of the replica's node hold it, or where earlier requests with it were sent: what those
-left in the pool of the GPU is not reported, but it is there.
+left in the pool of the GPU is not reported, but it is there. A replica whose process ends itself
+says why before, and is not chosen until it reports again.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from litecache.hashing import BlockKey
 # A replica may have this many requests more than the least loaded one and still be chosen.
 LOAD_SLACK = 8
 MAX_REMEMBERED_KEYS = 1 << 17
+# Failures of a replica are remembered for so long.
+FAILURE_WINDOW_S = 600.0
 
 
 @dataclass
@@ -49,6 +52,7 @@ class Router:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._replicas: dict[int, _Replica] = {}
+        self._failures: dict[int, list[tuple[float, str]]] = {}
         self._sent: OrderedDict[BlockKey, int] = OrderedDict()
         self._member_timeout_s = member_timeout_s
         self._load_slack = load_slack
@@ -58,6 +62,19 @@ class Router:
     def report(self, index: int, node_id: str, load: int) -> None:
         """Take a replica for alive, with so many requests running and waiting."""
         self._replicas[index] = _Replica(node_id, load, self._clock())
+
+    def note_failure(self, index: int, reason: str) -> None:
+        """A replica's process is about to end itself: it gets no requests until it reports."""
+        self._replicas.pop(index, None)
+        self._failures[index] = [*self._recent_failures(index), (self._clock(), reason)]
+
+    def failures(self, index: int) -> list[str]:
+        """Why a replica's process ended itself lately, the last reason last."""
+        return [reason for _, reason in self._recent_failures(index)]
+
+    def _recent_failures(self, index: int) -> list[tuple[float, str]]:
+        oldest = self._clock() - FAILURE_WINDOW_S
+        return [each for each in self._failures.get(index, []) if each[0] >= oldest]
 
     def route(self, keys: Sequence[BlockKey], prefix_by_node: Mapping[str, int]) -> int | None:
         """Choose a replica for a request and remember the choice.

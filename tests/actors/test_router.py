@@ -57,3 +57,19 @@ def test_the_memory_of_choices_is_bounded_and_forgets_tails_first() -> None:
     made.report(0, "n0", 0)
     assert made.route([bytes([9]) * 16, bytes([10]) * 16], {}) == 0
     assert made._sent_prefixes(KEYS[:4]) == {1: 2}
+
+
+def test_a_replica_that_ended_itself_is_chosen_once_it_reports_and_its_reasons_are_kept() -> None:
+    now = [0.0]
+    router = Router(clock=lambda: now[0])
+    router.report(0, "a", 0)
+    router.note_failure(0, "the first")
+    assert router.route([KEYS[0]], {}) is None
+    router.report(0, "a", 0)
+    assert router.route([KEYS[0]], {}) == 0
+    now[0] = 500.0
+    router.note_failure(0, "the second")
+    assert router.failures(0) == ["the first", "the second"]
+    assert router.failures(1) == []
+    now[0] = 601.0
+    assert router.failures(0) == ["the second"]
