@@ -54,9 +54,10 @@ class PinnedArenas:
                 known[segment] = 0 if error else address
             return known[segment] != 0
 
-    def forget(self, arena: ArenaView) -> None:
-        """Unpin an arena before it is unmapped."""
-        self._forget(id(arena))
+    def close(self) -> None:
+        """Unpin everything, before the arenas are unmapped."""
+        for arena_id in list(self._registered):
+            self._forget(arena_id)
 
     def _forget(self, arena_id: int) -> None:
         with self._lock:

@@ -7,11 +7,13 @@ scheduler, so nothing here is locked. New tokens leave through the sink, called 
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import queue
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent import futures
@@ -24,7 +26,7 @@ from litecache.config import CacheConfig
 from litecache.engine.engine_info import EngineInfo
 from litecache.engine.kv_layout import KVLayout, KVPool
 from litecache.engine.lower_tiers import LowerTiers
-from litecache.engine.memory import choose_num_blocks
+from litecache.engine.memory import choose_num_blocks, memory_for
 from litecache.engine.model_loader import LoadedModel, load_model
 from litecache.engine.model_runner import ModelRunner, StepHandle
 from litecache.engine.model_source import ModelSource
@@ -87,21 +89,24 @@ class Engine:
         self._on_death = on_death
         self._num_threads = num_threads or len(os.sched_getaffinity(0))
         torch.set_num_threads(self._num_threads)
-        loaded = load_model(source, config)
+        with memory_for(f"the weights of {source.name}", "take a smaller model or dtype"):
+            loaded = load_model(source, config)
         layout = KVLayout.from_specs(loaded.specs, config.block_size)
         num_blocks = choose_num_blocks(loaded, layout, config)
-        self._pools = [KVPool(group, num_blocks + 1, loaded.device) for group in layout.groups]
-        self._runner = ModelRunner(
-            loaded,
-            layout,
-            self._pools,
-            max_requests=config.max_requests,
-            max_model_len=loaded.max_model_len,
-            max_batch_tokens=config.prefill_tokens(loaded.device.type),
-            deterministic=config.deterministic,
-        )
-        # CUDA graphs and their kernels now, so that no request waits for them.
-        self._runner.warm_up(progress_bar("Capturing CUDA graphs"))
+        with memory_for(f"a pool of {num_blocks} blocks", "lower num_blocks"):
+            self._pools = [KVPool(group, num_blocks + 1, loaded.device) for group in layout.groups]
+        with memory_for("CUDA graphs beside the pool", "lower gpu_memory_fraction or num_blocks"):
+            self._runner = ModelRunner(
+                loaded,
+                layout,
+                self._pools,
+                max_requests=config.max_requests,
+                max_model_len=loaded.max_model_len,
+                max_batch_tokens=config.prefill_tokens(loaded.device.type),
+                deterministic=config.deterministic,
+            )
+            # CUDA graphs and their kernels now, so that no request waits for them.
+            self._runner.warm_up(progress_bar("Capturing CUDA graphs"))
         self.info = _describe(source, config, loaded, layout, num_blocks, self._num_threads)
         self._overlap = 1 if loaded.device.type == "cuda" else 0
         self._device = loaded.device
@@ -269,7 +274,10 @@ class Engine:
                 raise RequestTimeout(f"the engine has not answered within {timeout_s:g} s")
 
     def close(self) -> None:
-        """End the thread and give everything back; unfinished requests are aborted."""
+        """End the thread and give everything back; unfinished requests are aborted.
+
+        Whoever keeps the engine keeps no weights, no pool, no graphs and no pinned memory.
+        """
         if self._closing:
             return
         self._closing = True
@@ -277,6 +285,14 @@ class Engine:
         self._thread.join()
         if self._tiers is not None:
             self._tiers.close()
+            self._tiers = None
+        self._in_flight.clear()
+        if self._failure is not None:
+            traceback.clear_frames(self._failure.__traceback__)
+        del self._runner, self._pools, self._scheduler
+        gc.collect()  # a model's modules are linked in circles
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
 
     # The engine's thread
 
@@ -288,11 +304,11 @@ class Engine:
             while not self._closing:
                 self._turn()
         except BaseException as error:
-            # A bug, or the device: make every later call fail instead of hanging.
-            self._failure = error
+            # A bug, or the device.
             logger.critical("the engine's thread has ended: %s", error, exc_info=error)
             if self._on_death is not None:
                 self._on_death(error)
+            self._failure = error
             for client_id, request_id in self._scheduler.open_requests():
                 self._fail(client_id, request_id, error)
 

@@ -57,7 +57,6 @@ class LowerTiers:
         metrics: Metrics,
     ) -> None:
         self._shards = ShardSet(shards, remote, metrics)
-        self._device = device
         self._pinned = PinnedArenas()
 
         def copier() -> BlockCopier:
@@ -126,6 +125,4 @@ class LowerTiers:
         """End the threads and let the arenas go."""
         self._loader.close()
         self._saver.close()
-        if self._device.type == "cuda":
-            for shard in self._shards.shards:
-                self._pinned.forget(shard.arena)
+        self._pinned.close()

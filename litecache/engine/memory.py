@@ -7,6 +7,10 @@ cannot hold one sequence is refused with the numbers and with what to change.
 
 from __future__ import annotations
 
+import contextlib
+import gc
+from collections.abc import Iterator
+
 import torch
 
 from litecache.config import CacheConfig
@@ -39,10 +43,15 @@ def choose_num_blocks(loaded: LoadedModel, layout: KVLayout, config: CacheConfig
         _check_fits(config.num_blocks, loaded, layout)
         return config.num_blocks
     if loaded.device.type == "cuda":
-        room = _gpu_room(loaded, config)
-        advice = "raise gpu_memory_fraction, lower max_prefill_tokens or set num_blocks"
+        room, why = _gpu_room(loaded, config)
+        advice = (
+            "end what else uses the GPU, raise gpu_memory_fraction, lower max_prefill_tokens or"
+            " set num_blocks"
+        )
     else:
-        room = min(CPU_POOL_BYTES, int(available_memory_bytes() * CPU_MEMORY_SHARE))
+        free = available_memory_bytes()
+        room = min(CPU_POOL_BYTES, int(free * CPU_MEMORY_SHARE))
+        why = f"{CPU_MEMORY_SHARE:.0%} of {free:,} free bytes, at most {CPU_POOL_BYTES:,}"
         advice = "free memory or set num_blocks"
     # No sequence needs more than its own length, and no pool more than all requests at full length.
     per_sequence = -(-loaded.max_model_len // layout.block_size) + 1
@@ -50,11 +59,28 @@ def choose_num_blocks(loaded: LoadedModel, layout: KVLayout, config: CacheConfig
     least = min(per_sequence, -(-config.max_batch_tokens // layout.block_size))
     if blocks < least:
         raise CapacityError(
-            f"{room:,} bytes are left for the KV pool on {loaded.device}, which is"
+            f"the KV pool on {loaded.device} gets {max(room, 0):,} bytes ({why}), which is"
             f" {max(blocks, 0)} blocks of {layout.block_bytes:,} bytes; one sequence of"
             f" {least * layout.block_size} tokens needs {least}: {advice}"
         )
     return int(blocks)
+
+
+@contextlib.contextmanager
+def memory_for(what: str, advice: str) -> Iterator[None]:
+    """Tell an allocation that a GPU refuses by what it was for.
+
+    Raises:
+        CapacityError: with the bytes that are left, and `advice`.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        free, total = torch.cuda.mem_get_info()
+        raise CapacityError(
+            f"too little memory on the GPU for {what}, {free:,} of {total:,} bytes are left: end"
+            f" what else uses it, or {advice}"
+        ) from error
 
 
 def _check_fits(num_blocks: int, loaded: LoadedModel, layout: KVLayout) -> None:
@@ -72,13 +98,21 @@ def _check_fits(num_blocks: int, loaded: LoadedModel, layout: KVLayout) -> None:
         )
 
 
-def _gpu_room(loaded: LoadedModel, config: CacheConfig) -> int:
-    """Bytes for the pool: the fraction of the device less all that is not the pool."""
+def _gpu_room(loaded: LoadedModel, config: CacheConfig) -> tuple[int, str]:
+    """Bytes for the pool (below 0: too little), and how they come about."""
+    gc.collect()  # models are linked in circles: one that was closed may still be there
     torch.cuda.empty_cache()
-    free_before, total = torch.cuda.mem_get_info(loaded.device)
-    peak = profile_peak(loaded, config)
-    used = total - free_before
-    return int(total * config.gpu_memory_fraction) - used - peak - GRAPH_BYTES
+    free, total = torch.cuda.mem_get_info(loaded.device)
+    own = torch.cuda.memory_allocated(loaded.device)
+    with memory_for("the largest step", "lower max_prefill_tokens"):
+        peak = profile_peak(loaded, config)
+    share = int(total * config.gpu_memory_fraction)
+    why = (
+        f"gpu_memory_fraction={config.gpu_memory_fraction:g} of {total:,} are {share:,}, less"
+        f" {own:,} of the model, {total - free - own:,} of others, {peak:,} for the largest step"
+        f" and {GRAPH_BYTES:,} for graphs"
+    )
+    return share - (total - free) - peak - GRAPH_BYTES, why
 
 
 def profile_peak(loaded: LoadedModel, config: CacheConfig) -> int:

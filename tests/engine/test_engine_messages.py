@@ -325,6 +325,7 @@ def test_a_device_that_answers_nothing_more_ends_the_engine(
     made.engine.submit([GOOD])
     assert "has failed: planted" in str(told.get(timeout=60))
     engine: Engine = made.engine
+    engine._thread.join(60)
     with pytest.raises(LiteCacheError, match="has failed: planted"):
         engine.submit([])
     made.close()
