@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from litecache.actors.group_start import actor_names
+from litecache.adapter.doctor import group_findings
+from litecache.adapter.stats import CacheStats
 from litecache.cli import app, main
+from litecache.cli.groups import _print_status
 from litecache.cli.options import parse_settings
 from litecache.config import CacheConfig
 from litecache.errors import ConfigError, KernelError
@@ -204,3 +208,23 @@ def test_the_doctor_finds_what_works_and_what_does_not(
     assert done.exit_code == 1
     assert "bad   ray auth" in done.stdout
     assert "relative is not absolute" in done.stdout
+
+
+def test_status_and_doctor_say_what_was_not_saved_and_why(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with ShardStore(str(tmp_path / "s"), storage_bytes=8 << 20, ram_bytes=1 << 20) as store:
+        shutil.rmtree(tmp_path / "s")
+        assert not store.flush().complete
+        store.metrics.inc("litecache_drops", 3, reason="queue_full")
+        shard = {"pid": 1, "store": store.stats(), "metrics": store.metrics.snapshot()}
+        stats = CacheStats.from_status({"shard": shard})
+    assert stats.drops["queue_full"] == 3
+    _print_status("g", {"shard": shard}, stats)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "3 queue_full" in shown
+    assert "the disk tier is out" in shown
+    lost, dropped = group_findings("g", stats)
+    assert (lost.status, lost.name) == ("bad", "shard")
+    assert "removed" in lost.detail
+    assert "3 queue_full" in dropped.detail

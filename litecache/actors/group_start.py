@@ -87,7 +87,9 @@ class GroupStart:
         ranks = node_ranks(self._nodes)
         for node_id in self._nodes:
             affinity = NodeAffinitySchedulingStrategy(node_id, soft=False)
-            for index, store_options in enumerate(shard_options(spec, ranks[node_id])):
+            for index, store_options in enumerate(
+                shard_options(spec, ranks[node_id], 1 + max(ranks.values()))
+            ):
                 name = shard_name(spec.group, node_id, index)
                 options = {**_SHARD_OPTIONS, "scheduling_strategy": affinity}
                 self.shards[name] = self._create(StorageShard, name, "shard", options).remote(

@@ -63,13 +63,14 @@ def choose_num_gpus(config: CacheConfig, options: dict[str, dict[str, Any]]) -> 
     return 1 if has_gpu else 0
 
 
-def shard_options(spec: GroupSpec, node_rank: int) -> list[dict[str, Any]]:
+def shard_options(spec: GroupSpec, node_rank: int, nodes: int = 1) -> list[dict[str, Any]]:
     """Arguments of `ShardStore` for each shard of a node.
 
     Args:
         spec: the group.
         node_rank: of the node among the group's nodes on the same host. Shards of a second node
             on one host (as tests make them) get folders of their own.
+        nodes: how many of the group's nodes are on that host.
     """
     config = spec.config
     folders: list[str | None] = [None] * config.storage_shards
@@ -83,6 +84,7 @@ def shard_options(spec: GroupSpec, node_rank: int) -> list[dict[str, Any]]:
     return [
         {
             "directory": folder,
+            "shards": nodes * config.storage_shards,
             "storage_bytes": config.storage_bytes // len(folders),
             "ram_bytes": config.ram_bytes // len(folders),
             "fsync": config.fsync,

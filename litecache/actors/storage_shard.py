@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -21,12 +22,13 @@ from litecache.actors.coordinator_client import CoordinatorClient
 from litecache.actors.location_reporter import LocationReporter
 from litecache.actors.metrics_export import MetricsExporter
 from litecache.actors.naming import shard_name
-from litecache.errors import LiteCacheError, StorageLockedError
+from litecache.errors import LiteCacheError, StorageFullError, StorageLockedError
 from litecache.hashing import BlockKey
 from litecache.metrics import Metrics
 from litecache.sockets.server import Handler, SocketServer
 from litecache.storage import wire
 from litecache.storage.protocol import Attachment, FlushReport, ShardMethod
+from litecache.storage.retry import Backoff
 from litecache.storage.shard_store import ShardStore
 
 logger = logging.getLogger(__name__)
@@ -61,15 +63,24 @@ class StorageShard:
         self._metrics = Metrics()
         self._store: ShardStore | None = None
         self._failure: LiteCacheError | None = None
+        self._options = options
+        self._opening = threading.Lock()
+        self._retry = Backoff(first_s=1.0)
+        self._open(lock_patience_s)
+
+    def _open(self, lock_patience_s: float) -> None:
         try:
-            self._store = _open(options, self._metrics, lock_patience_s)
+            store = _open(self._options, self._metrics, lock_patience_s)
         except LiteCacheError as error:
             # Kept for `info`: an error raised here would reach the driver as text only.
             self._failure = error
+            self._retry.note(False)
             return
-        self._door = self._open_door(self._store.epoch)
+        self._failure = None
+        self._door = self._open_door(store.epoch)
+        self._store = store
         self._reporter = self._make_reporter()
-        self._exporter = MetricsExporter(self._metrics, {"group": group, "actor": self._name})
+        self._exporter = MetricsExporter(self._metrics, {"group": self._group, "actor": self._name})
 
     def _make_reporter(self) -> LocationReporter:
         sink = CoordinatorClient(self._group)
@@ -98,6 +109,11 @@ class StorageShard:
 
     @property
     def _open_store(self) -> ShardStore:
+        if isinstance(self._failure, StorageFullError):
+            # a disk or a memory that was full may have room by now
+            with self._opening:
+                if self._failure is not None and self._retry.due():
+                    self._open(0.0)
         if self._store is None:
             raise self._failure or LiteCacheError(f"{self._name} is closed")
         return self._store

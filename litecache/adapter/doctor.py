@@ -14,8 +14,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from litecache.adapter.stats import CacheStats
 from litecache.errors import LiteCacheError
 from litecache.paths import litecache_home
+from litecache.storage.folder import check_folder
 
 PACKAGES = ("torch", "transformers", "ray", "triton", "numpy", "xxhash", "msgpack")
 _SHM_COMFORT_BYTES = 1 << 30
@@ -144,11 +146,14 @@ def _ray_auth() -> Iterator[Finding]:
 
 
 def _storage(storage_dir: str) -> Iterator[Finding]:
-    folder = Path(storage_dir)
-    if not folder.is_absolute():
+    if not os.path.isabs(storage_dir):
         yield Finding("storage_dir", "bad", f"{storage_dir} is not absolute")
         return
-    parent = next(found for found in (folder, *folder.parents) if found.exists())
+    try:
+        parent = check_folder(storage_dir)
+    except LiteCacheError as error:
+        yield Finding("storage_dir", "bad", str(error))
+        return
     if not os.access(parent, os.W_OK):
         yield Finding("storage_dir", "bad", f"{parent} is not writable")
         return
@@ -174,12 +179,38 @@ def cluster_findings() -> list[Finding]:
 
     resources: dict[str, Any] = ray.cluster_resources()
     shown = ", ".join(f"{k} {resources[k]:g}" for k in ("CPU", "GPU") if k in resources)
+    names: list[str] = []
     try:
-        groups = ", ".join(list_groups()) or "none"
+        names = list_groups()
+        groups = ", ".join(names) or "none"
     except LiteCacheError as error:
         groups = str(error)
     nodes = sum(node["Alive"] for node in ray.nodes())
     return [
         Finding("ray cluster", "ok", f"{nodes} node(s), {shown}"),
         Finding("groups", "ok", groups),
+        *(finding for name in names for finding in _ask_group(name)),
     ]
+
+
+def _ask_group(name: str) -> list[Finding]:
+    from litecache.actors.group import Group
+
+    try:
+        actors = Group.attach(name, timeout_s=5).status()
+    except LiteCacheError as error:
+        return [Finding(f"group {name}", "bad", str(error))]
+    return group_findings(name, CacheStats.from_status(actors))
+
+
+def group_findings(name: str, stats: CacheStats) -> list[Finding]:
+    """Shards whose disk tier is out, and what a group could not save."""
+    found = [
+        Finding(shard, "bad", f"the disk tier is out until the next start: {store['disk_lost']}")
+        for shard, store in stats.shards.items()
+        if store.get("disk_lost")
+    ]
+    if stats.drops:
+        drops = ", ".join(f"{count:,} {reason}" for reason, count in sorted(stats.drops.items()))
+        found.append(Finding(f"group {name}", "note", f"blocks not saved, by reason: {drops}"))
+    return found

@@ -162,6 +162,9 @@ def _print_status(group: str, actors: dict[str, Any], stats: Any) -> None:
         f"{stats.prompt_tokens:,} prompt tokens, {stats.hit_rate:.0%} reused ({reused or 'none'}), "
         f"{stats.generated_tokens:,} generated"
     )
+    if stats.drops:
+        drops = ", ".join(f"{count:,} {reason}" for reason, count in sorted(stats.drops.items()))
+        console.print(f"not saved, by reason: {drops}")
 
 
 def _state(actor: dict[str, Any]) -> str:
@@ -173,5 +176,6 @@ def _state(actor: dict[str, Any]) -> str:
         return f"{engine['running']} running, {engine['waiting']} waiting; blocks: {blocks}"
     if "store" in actor:
         store = actor["store"]
-        return f"{store['blocks']:,} blocks, {store['disk_blocks']:,} on disk"
+        lost = f"; the disk tier is out: {store['disk_lost']}" if store.get("disk_lost") else ""
+        return f"{store['blocks']:,} blocks, {store['disk_blocks']:,} on disk{lost}"
     return f"{actor.get('keys', 0):,} keys"

@@ -9,8 +9,10 @@ guards the slot table; `grow` runs outside it.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import logging
 import os
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -27,6 +29,26 @@ from .shared_mapping import SharedMapping
 logger = logging.getLogger(__name__)
 
 _SHM = "/dev/shm"
+
+
+def sweep_shm() -> None:
+    """Remove the fallback files of processes that were killed; their clients keep the memory.
+
+    A live owner holds a lock on its file, which also tells it apart in another PID namespace.
+    """
+    for name in os.listdir(_SHM):
+        made = re.fullmatch(r"litecache-(\d+)-[0-9a-f]+", name)
+        if made is None or os.path.exists(f"/proc/{made[1]}"):
+            continue
+        with contextlib.suppress(OSError):
+            fd = os.open(f"{_SHM}/{name}", os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+            try:
+                if os.fstat(fd).st_uid == os.geteuid():
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    os.unlink(f"{_SHM}/{name}")
+                    logger.info("%s/%s was left by a killed process: removed", _SHM, name)
+            finally:
+                os.close(fd)
 
 
 class Arena:
@@ -73,6 +95,7 @@ class Arena:
         if memfd:
             with contextlib.suppress(OSError):
                 return os.memfd_create(f"litecache-{self.epoch:x}", os.MFD_CLOEXEC)
+        sweep_shm()
         stat = os.statvfs(_SHM)
         if stat.f_bavail * stat.f_frsize < self.mapping_bytes:
             raise StorageFullError(
@@ -80,7 +103,9 @@ class Arena:
                 f"{stat.f_bavail * stat.f_frsize} bytes left"
             )
         self.path = f"{_SHM}/litecache-{os.getpid()}-{self.epoch:x}"
-        return os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        return fd
 
     def attachment(self, client_id: int) -> Attachment:
         """What a client needs to map the arena."""

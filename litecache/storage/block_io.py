@@ -22,6 +22,7 @@ from .files import NO_SPACE
 from .keeper import Keeper
 from .ram_tier import RamBlock, RamState
 from .reads import ReadRequest, plan_reads, request_bytes
+from .retry import LogByRate
 from .slab import Transfer
 from .tiers import Tiers
 from .write_queue import WriteBatch
@@ -31,6 +32,8 @@ logger = logging.getLogger(__name__)
 _READS = _WRITES = 2
 _READ_BYTES = 8 << 20
 """So many requests, or such small ones, keep a disk busy."""
+
+_say_read, _say_write, _say_damage = (LogByRate(logger, logging.WARNING) for _ in range(3))
 
 OnWritten = Callable[[Sequence[tuple[bytes, str | None]]], None]
 
@@ -43,10 +46,10 @@ def checksum(memory: memoryview, key: bytes) -> int:
 def fault(memory: memoryview, key: bytes, expected: int, error: OSError | None) -> str | None:
     """Why bytes read from disk are not the block's: `io_error`, `corrupt`, or None."""
     if error is not None:
-        logger.warning("block %s cannot be read: %s", key.hex(), error)
+        _say_read("block %s cannot be read: %s", key.hex(), error)
         return "io_error"
     if checksum(memory, key) != expected:
-        logger.warning("block %s is damaged on disk: dropped", key.hex())
+        _say_damage("block %s is damaged on disk: dropped", key.hex())
         return "corrupt"
     return None
 
@@ -197,7 +200,7 @@ class BlockIo:
         assert disk is not None
         n = len(batch.blocks)
         with self._lock:
-            if disk.journal_full():
+            if disk.lost or disk.journal_full():
                 return []
             slots = disk.allocate(batch.pages, n, batch.namespace)
             self.writing_slots.update(slots)
@@ -228,8 +231,7 @@ class BlockIo:
             if grown:
                 disk.space.grow(segments)
             else:
-                # a full disk bounds the slab at what it has; slots are recycled
-                disk.grow_failed = True
+                # a full disk bounds the slab at what it has for a while; slots are recycled
                 self._metrics.inc("litecache_drops", reason="disk_full_growth")
 
     def _shrink(self, segments: list[int]) -> None:
@@ -262,7 +264,7 @@ class BlockIo:
             for transfer, block in zip(transfers, blocks, strict=True)
         ]
         # the slots' former owners must be gone from the journal before their bytes are
-        if not self._keeper.flush_journal() and not self._keeper.compact():
+        if not self._keeper.flush_journal() and not self._keeper.compact(if_due=True):
             error = self._keeper.last_error or OSError(errno.EIO, "the journal cannot be written")
             self._finish(batch, slots, sums, [error] * len(slots))
             return True
@@ -287,16 +289,19 @@ class BlockIo:
         good = [i for i, error in enumerate(errors) if error is None]
         told: list[tuple[bytes, str | None]] = []
         with self._lock:
+            if disk.lost:
+                errors, good = [OSError(errno.ESTALE, disk.lost)] * len(slots), []
             told += [(blocks[i].key or b"", None) for i in good]
             self.writing_slots.difference_update(slots)
             for i, error in enumerate(errors):
                 if error is not None:
-                    logger.warning("a block cannot be written: %s", error)
+                    _say_write("a block cannot be written: %s", error)
                     disk.free(slots[i])
                     self.failed_writes += 1
                     reason = "disk_full" if error.errno in NO_SPACE else "io_error"
+                    reason = "folder_lost" if disk.lost else reason
                     told.append((blocks[i].key or b"", reason))
-                    tiers.fail_write(blocks[i], reason)
+                    tiers.fail_write(blocks[i], reason, keep=bool(disk.lost))
             tiers.finish_write(
                 [blocks[i] for i in good], [slots[i] for i in good], [sums[i] for i in good]
             )
@@ -314,19 +319,21 @@ class BlockIo:
             disk = self._tiers.disk
             assert disk is not None
             # slots that reads or other writes hold come back: wait for them, else give up
-            if progress or (not disk.journal_full() and (disk.in_use or self._writers > 1)):
+            waits = not disk.lost and not disk.journal_full() and (disk.in_use or self._writers > 1)
+            if progress or waits:
                 self._tiers.writes.put_back(blocks)
                 if not progress:
                     self._changed.wait(0.05)
                 return
-            # a disk that was full may have room again: the next batch tries to grow
-            reason = "disk_full" if disk.grow_failed else "no_room"
-            disk.grow_failed = False
+            reason = "disk_full" if disk.growth.failing else "no_room"
+            disk.growth.hurry()
             told: list[tuple[bytes, str | None]] = []
+            if disk.lost:
+                reason = "folder_lost"
             for block in blocks:
                 self.failed_writes += 1
                 told.append((block.key or b"", reason))
-                self._tiers.fail_write(block, reason)
+                self._tiers.fail_write(block, reason, keep=bool(disk.lost))
         self._tell(told)
 
     def pending(self, blocks: Sequence[RamBlock]) -> list[RamBlock]:

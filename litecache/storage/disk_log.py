@@ -31,7 +31,6 @@ class DiskLog:
 
     Args:
         files: the file system.
-        path: the folder.
         index: the shard's blocks.
         recovered: what was read back; its names are known from the start.
         on_name: called with number and text of each namespace.
@@ -45,13 +44,11 @@ class DiskLog:
     def __init__(
         self,
         files: Files,
-        path: str,
         index: BlockIndex,
         recovered: Recovered,
         on_name: Callable[[int, str], None],
     ) -> None:
         self._files = files
-        self._path = path
         self._index = index
         self._on_name = on_name
         self.names: list[str] = []
@@ -62,7 +59,7 @@ class DiskLog:
         self.compacting = False
         for name in recovered.names:
             self._add_name(name)
-        self.journal = Journal(files, f"{path}/journal", recovered.seq, recovered.journal_end)
+        self.journal = Journal(files, "journal", recovered.seq, recovered.journal_end)
 
     def _add_name(self, name: str) -> int:
         number = len(self.names)
@@ -143,7 +140,7 @@ class DiskLog:
             OSError: the disk refused; the old files stay in force.
         """
         try:
-            snapshot.write(self._files, self._path, "snapshot", captured)
+            snapshot.write(self._files, "snapshot", captured)
         except OSError:
             self.journal.abandon_rewrite()
             raise

@@ -27,6 +27,7 @@ from .quotas import Quotas
 from .records import FLAG_DOUBTFUL, FLAG_PINNED, RECORD_BYTES
 from .recovery import Recovered, recover
 from .restoring import fit_slab, restore
+from .retry import Backoff, LogByRate
 from .room import make_room
 from .segment_sizes import pick_segment_bytes
 from .segments import SegmentSpace
@@ -53,6 +54,11 @@ class DiskTier:
         before_snapshot: called before the order of all blocks is written down.
         quotas: namespace, or digest of a salt (`namespaces.py`), to the disk bytes it may take.
         direct: try O_DIRECT.
+        retired_bytes: what retired shards (`retired.py`) take of the bound; may be set later.
+
+    Attributes:
+        growth: when the slab may grow again after the disk had no room.
+        lost: why the tier was taken out while the store was live; nothing is written any more.
 
     Raises:
         ConfigError, StorageFullError, StorageLockedError, StorageFormatError: see `Folder`.
@@ -71,33 +77,33 @@ class DiskTier:
         before_snapshot: Callable[[], None],
         quotas: dict[str, int],
         direct: bool = True,
+        retired_bytes: int = 0,
     ) -> None:
         self._files = files
+        self._say = LogByRate(logger, logging.WARNING)
         self._index = index
         self._on_evict = on_evict
         self._before_evict = before_evict
         self._before_snapshot = before_snapshot
         self.limit = storage_bytes
+        self.retired_bytes = retired_bytes
         self.queues = Queues(policy)
         self.quotas = Quotas(quotas, self.queues)
-        self.grow_failed = False
+        self.growth = Backoff()
+        self.lost: str | None = None
         self.folder = Folder(files, path, storage_bytes, pick_segment_bytes(storage_bytes))
         try:
             self.space = SegmentSpace(self.folder.segment_bytes, self._may_grow)
             self.space.may_shrink = True
             self.in_use = SlotUse(self.space)
-            self.slab = Slab(files, self.folder.file("slab"), direct=direct)
+            self.slab = Slab(files, direct=direct)
             try:
-                recovered = recover(files, path)
-                self.log = DiskLog(files, path, index, recovered, self.quotas.note_name)
+                recovered = recover(files)
+                self.log = DiskLog(files, index, recovered, self.quotas.note_name)
                 try:
                     self._restore(recovered)
                     self.log.keep_doubts()
-                    # what was read back counts as durable from here on: make that true
-                    self.log.journal.flush()
-                    self.slab.sync()
-                    self.log.journal.sync()
-                    files.sync_folder(path)
+                    self._make_durable()
                 except BaseException:
                     self.log.journal.close()
                     raise
@@ -110,14 +116,34 @@ class DiskTier:
         self.damaged_records = recovered.damaged
 
     def _may_grow(self, new_segments: int, new_slots: int) -> bool:
-        if new_segments > 0 and self.grow_failed:
+        if new_segments > 0 and not self.growth.due():
             return False
         slab = (self.space.present + new_segments) * self.space.segment_bytes
         meta = META_SLOT_BYTES * (self.space.slots_assigned + new_slots) + 3 * self.log.name_bytes
-        return slab + meta + META_FIXED_BYTES <= self.limit
+        return slab + meta + META_FIXED_BYTES <= self.limit - self.retired_bytes
+
+    def _make_durable(self) -> None:
+        # what was read back counts as durable from here on: make that true
+        try:
+            self.log.journal.flush()
+        except OSError as error:
+            if error.errno not in NO_SPACE:
+                raise
+            # the next sync writes it, or fails
+            logger.warning("%s opens on a full disk: %s", self.folder.path, error)
+        self.slab.sync()
+        self.log.journal.sync()
+        self._files.sync_folder()
+
+    def trouble(self) -> str | None:
+        """What has become of the files under the live store; None: all are in their place."""
+        trouble = self.folder.trouble()
+        if trouble is None and not (self.slab.in_place() and self.log.journal.in_place()):
+            trouble = "its slab or its journal was removed"
+        return trouble
 
     def _restore(self, recovered: Recovered) -> None:
-        room = max(0, self.limit - META_FIXED_BYTES)
+        room = max(0, self.limit - self.retired_bytes - META_FIXED_BYTES)
         fit_slab(self.slab, self.space, room // self.space.segment_bytes)
         intact = self.folder.intact
         restore(recovered.records, self.space, self._index, self.queues, intact=intact)
@@ -243,7 +269,7 @@ class DiskTier:
 
     def wants_compaction(self) -> bool:
         """Whether the journal has outgrown its share of the bound."""
-        return self.log.wants_compaction(self.space.slots_assigned)
+        return not self.lost and self.log.wants_compaction(self.space.slots_assigned)
 
     def journal_full(self) -> bool:
         """Whether the journal may not grow at all any more (compaction keeps failing)."""
@@ -260,10 +286,9 @@ class DiskTier:
         try:
             self.slab.grow(segments.start * size, len(segments) * size)
         except OSError as error:
-            if error.errno not in NO_SPACE:
-                logger.error("the slab of %s cannot grow: %s", self.folder.path, error)
-            return False
-        return True
+            self._say("the slab of %s cannot grow: %s", self.folder.path, error)
+            return self.growth.note(False)
+        return self.growth.note(True)
 
     def shrink(self, segments: Sequence[int]) -> bool:
         """Give the disk space of empty segments back; False when the file system cannot."""

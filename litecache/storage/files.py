@@ -7,6 +7,7 @@ without following symlinks and must be regular: a store folder is data, not inst
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -15,7 +16,7 @@ import os
 import stat
 from collections.abc import Callable, Sequence
 
-from ..errors import StorageFormatError
+from ..errors import StorageError, StorageFormatError
 
 logger = logging.getLogger(__name__)
 
@@ -29,40 +30,52 @@ NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 class Files:
-    """The real file system. Methods raise OSError; offsets and lengths are bytes."""
+    """The files of one folder. Methods raise OSError; offsets and lengths are bytes.
 
-    def open(self, path: str, *, create: bool = False, direct: bool = False) -> int:
+    Attributes:
+        folder: descriptor of the folder, set by whoever opened it.
+    """
+
+    folder = -1
+
+    def open(self, name: str, *, create: bool = False, direct: bool = False) -> int:
         """Open for reading and writing, 0600 when created.
 
         Args:
-            path: a regular file, not a symlink.
+            name: of the file in the folder.
             create: make it when it is missing.
             direct: try O_DIRECT first; `is_direct` says whether it held.
 
         Raises:
-            StorageFormatError: there is something else than a regular file at `path`.
+            StorageFormatError: there is something else than a regular file.
+            StorageError: another user owns, reads or writes it, or it has a second name.
         """
         flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
         flags |= os.O_CREAT if create else 0
         try:
-            fd = self._open_direct(path, flags) if direct else os.open(path, flags, 0o600)
+            fd = self._open_direct(name, flags) if direct else self._open(name, flags)
         except OSError as error:
             if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
-                raise StorageFormatError(f"{path} is not a regular file") from error
+                raise StorageFormatError(f"{name} is not a regular file") from error
             raise
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
+        try:
+            check_private(fd, name, os.fstat(self.folder).st_uid)
+        except BaseException:
             os.close(fd)
-            raise StorageFormatError(f"{path} is not a regular file")
+            raise
         return fd
 
-    def _open_direct(self, path: str, flags: int) -> int:
+    def _open(self, name: str, flags: int) -> int:
+        return os.open(name, flags, 0o600, dir_fd=self.folder)
+
+    def _open_direct(self, name: str, flags: int) -> int:
         try:
-            return os.open(path, flags | os.O_DIRECT, 0o600)
+            return self._open(name, flags | os.O_DIRECT)
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
-            logger.info("no O_DIRECT for %s: buffered I/O instead", path)
-            return os.open(path, flags, 0o600)
+            logger.info("no O_DIRECT for %s: buffered I/O instead", name)
+            return self._open(name, flags)
 
     def is_direct(self, fd: int) -> bool:
         """Whether the descriptor bypasses the page cache."""
@@ -76,30 +89,25 @@ class Files:
         """Length of the file."""
         return os.fstat(fd).st_size
 
-    def exists(self, path: str) -> bool:
-        """Whether anything is at `path`, a dangling symlink included."""
-        return os.path.lexists(path)
+    def exists(self, name: str) -> bool:
+        """Whether anything has the name, a dangling symlink included."""
+        try:
+            os.stat(name, dir_fd=self.folder, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def is_at(self, fd: int, name: str) -> bool:
+        """Whether the open file still is the one of that name."""
+        try:
+            there = os.stat(name, dir_fd=self.folder, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        return os.path.samestat(there, os.fstat(fd))
 
     def read(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
         """Fill buffers from `offset`; fewer bytes than asked for only at the end of the file."""
         return self._transfer(os.preadv, fd, buffers, offset)
-
-    def read_all(self, path: str) -> bytes:
-        """A whole file; empty when there is none.
-
-        Raises:
-            OSError: it cannot be read to its end: half a journal must not pass for a whole one.
-        """
-        if not self.exists(path):
-            return b""
-        fd = self.open(path)
-        try:
-            raw = bytearray(self.size(fd))
-            if raw and (got := self.read(fd, [memoryview(raw)], 0)) != len(raw):
-                raise OSError(errno.EIO, f"only {got} of {len(raw)} bytes of {path} can be read")
-            return bytes(raw)
-        finally:
-            self.close(fd)
 
     def write(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
         """Write all buffers at `offset`."""
@@ -145,24 +153,56 @@ class Files:
 
     def rename(self, source: str, target: str) -> None:
         """Replace `target` by `source` atomically."""
-        os.rename(source, target)
+        os.rename(source, target, src_dir_fd=self.folder, dst_dir_fd=self.folder)
 
-    def unlink(self, path: str) -> None:
+    def unlink(self, name: str) -> None:
         """Remove a file; a missing one is fine."""
-        try:
-            os.unlink(path)
-        except FileNotFoundError:
-            return
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name, dir_fd=self.folder)
 
     def boot_id(self) -> str:
         """Changes when the machine starts: then what was not synced may be lost."""
         with open("/proc/sys/kernel/random/boot_id") as file:
             return file.read().strip()
 
-    def sync_folder(self, path: str) -> None:
-        """Force renames and new names in a folder to the device."""
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    def sync_folder(self) -> None:
+        """Force renames and new names in the folder to the device."""
+        os.fsync(self.folder)
+
+    def read_all(self, name: str, most_bytes: int) -> bytes:
+        """A whole file; empty when there is none, cut off after what its format can hold.
+
+        Raises:
+            OSError: it cannot be read to its end: half a journal must not pass for a whole one.
+        """
+        if not self.exists(name):
+            return b""
+        fd = self.open(name)
         try:
-            os.fsync(fd)
+            raw = bytearray(min(self.size(fd), most_bytes))
+            if raw and (got := self.read(fd, [memoryview(raw)], 0)) != len(raw):
+                raise OSError(errno.EIO, f"only {got} of {len(raw)} bytes of {name} can be read")
+            return bytes(raw)
         finally:
-            os.close(fd)
+            self.close(fd)
+
+
+def check_private(fd: int, name: str, owner: int) -> None:
+    """Refuse an open file that others may have written, or that has a second name.
+
+    Raises:
+        StorageFormatError: it is not a regular file.
+        StorageError: its owner, its mode or its number of names is wrong.
+    """
+    found = os.fstat(fd)
+    if not stat.S_ISREG(found.st_mode):
+        raise StorageFormatError(f"{name} is not a regular file")
+    if found.st_uid != owner:
+        wrong = f"belongs to uid {found.st_uid}, not to uid {owner}"
+    elif found.st_mode & 0o077:
+        wrong = f"has mode {stat.S_IMODE(found.st_mode):04o}, others may use it (0600 is private)"
+    elif found.st_nlink > 1:
+        wrong = f"has {found.st_nlink} names (hard links), one is allowed"
+    else:
+        return
+    raise StorageError(f"{name} of the store is not private: it {wrong}")

@@ -1,8 +1,11 @@
-"""A shard's folder: its lock, its superblock, its permissions.
+"""A shard's folder: who may reach it, its lock, its superblock.
 
-Files: `lock`, `superblock`, `slab`, `snapshot`, `journal`, all 0600 in a 0700 folder. The lock is
-an flock on an open file: it ends with the process, however that dies, and also keeps two stores of
-one process apart. The superblock states the format and the segment size, nothing else.
+Files: `lock`, `superblock`, `slab`, `snapshot`, `journal`, all 0600 in a 0700 folder of the user's
+own. Every folder above it belongs to the user or to root, and no other may rename what is in it;
+the way down is walked by descriptors, so that nobody can swap a part of it. The folder itself is
+locked (flock), and a `lock` file beside it where a file system cannot lock folders: both end with
+the process, however that dies, and also keep two stores of one process apart. The superblock states
+the format and the segment size, nothing else.
 """
 
 from __future__ import annotations
@@ -10,14 +13,25 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import grp
+import logging
 import os
+import pwd
 import stat
 import struct
 
 import xxhash
 
-from ..errors import ConfigError, StorageFormatError, StorageFullError, StorageLockedError
-from .files import Files
+from ..errors import (
+    ConfigError,
+    LiteCacheError,
+    StorageFormatError,
+    StorageFullError,
+    StorageLockedError,
+)
+from .files import Files, check_private
+
+logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 _MAGIC = b"LCSLAB\r\n"
@@ -27,9 +41,7 @@ FILE_NAMES = ("superblock", "slab", "snapshot", "journal")
 
 
 def disk_room_bytes(path: str) -> int:
-    """Bytes free on the file system that `path` is or will be on."""
-    while not os.path.isdir(path):
-        path = os.path.dirname(path) or "/"
+    """Bytes free on the file system of a folder."""
     room = os.statvfs(path)
     return room.f_bavail * room.f_frsize
 
@@ -44,13 +56,144 @@ def disk_used_bytes(folder: str) -> int:
     return total
 
 
+def open_folder(path: str, *, make: bool = False, any_owner: bool = False) -> tuple[int, list[str]]:
+    """Walk down to a shard's folder; its descriptor, and the folders that were made.
+
+    Args:
+        path: absolute.
+        make: make what is missing, 0700.
+        any_owner: the folder may be another user's (root reads everybody's).
+
+    Raises:
+        ConfigError: `path` is no folder, or somebody else than the user and root may change what is
+            on the way there or in it.
+        FileNotFoundError: a folder is missing and `make` is not set.
+    """
+    if not os.path.isabs(path) or "\0" in path:
+        raise ConfigError("storage_dir", path, "an absolute path")
+    made: list[str] = []
+    path = os.path.normpath(path)
+    fd, at, links = os.open("/", os.O_PATH | os.O_DIRECTORY), "/", 0
+    names = path.split("/")[::-1]
+    try:
+        while names:
+            name = names.pop()
+            if name in ("", "."):
+                continue
+            below = os.path.join(at, name)
+            child = _child(fd, name, below, path, made if make else None)
+            last = not any(names)
+            found = os.fstat(child)
+            if stat.S_ISLNK(found.st_mode):
+                links += 1
+                target = os.readlink("", dir_fd=child)
+                os.close(child)
+                if last:
+                    raise ConfigError("storage_dir", path, "a folder itself, no symlink to one")
+                if found.st_uid not in (os.geteuid(), 0) or links > 40:
+                    valid = f"without the symlink {below} of uid {found.st_uid} on the way"
+                    raise ConfigError("storage_dir", path, valid)
+                names += target.split("/")[::-1]
+                if target.startswith("/"):
+                    os.close(fd)
+                    fd, at = os.open("/", os.O_PATH | os.O_DIRECTORY), "/"
+                continue
+            os.close(fd)
+            fd, at = child, below
+            if not stat.S_ISDIR(found.st_mode):
+                valid = f"a folder, or a path where none exists yet ({at} is a file)"
+                raise ConfigError("storage_dir", path, valid)
+            if not last:
+                _check_way(found, at, path)
+        _check_end(os.fstat(fd), path, any_owner)
+        end = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=fd)
+    except BaseException:
+        _remove_folders(made)
+        raise
+    finally:
+        os.close(fd)
+    return end, made
+
+
+def check_folder(storage_dir: str) -> str:
+    """The deepest folder that exists on the way to the shards of a `storage_dir`.
+
+    Raises:
+        ConfigError: see `open_folder`.
+    """
+    try:
+        fd, _ = open_folder(f"{storage_dir}/shard-0")
+    except FileNotFoundError as missing:
+        return os.path.dirname(str(missing.filename))
+    os.close(fd)
+    return storage_dir
+
+
+def _child(fd: int, name: str, below: str, path: str, made: list[str] | None) -> int:
+    flags = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        return os.open(name, flags, dir_fd=fd)
+    except NotADirectoryError:
+        valid = "a folder, or a path where none exists yet"
+        raise ConfigError("storage_dir", path, valid) from None
+    except FileNotFoundError:
+        if made is None:
+            raise FileNotFoundError(errno.ENOENT, "there is no such folder", below) from None
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(name, 0o700, dir_fd=fd)
+        made.append(below)
+    return os.open(name, flags, dir_fd=fd)
+
+
+def _check_way(found: os.stat_result, at: str, path: str) -> None:
+    if found.st_uid not in (os.geteuid(), 0):
+        valid = f"in folders of your own or root's: {at} belongs to uid {found.st_uid}"
+        raise ConfigError("storage_dir", path, valid)
+    if not found.st_mode & stat.S_ISVTX and _others_write(found):
+        mode = stat.S_IMODE(found.st_mode)
+        valid = f"in folders that no other user may write to: {at} has mode {mode:04o}"
+        raise ConfigError("storage_dir", path, valid)
+
+
+def _check_end(found: os.stat_result, path: str, any_owner: bool) -> None:
+    if found.st_uid != os.geteuid() and not any_owner:
+        raise ConfigError("storage_dir", path, f"a folder of your own, not of uid {found.st_uid}")
+    if found.st_mode & 0o022:
+        mode = stat.S_IMODE(found.st_mode)
+        raise ConfigError("storage_dir", path, f"private (mode 0700); others may write: {mode:04o}")
+
+
+def _others_write(found: os.stat_result) -> bool:
+    """Whether somebody beside the user and root may write there."""
+    if found.st_mode & stat.S_IWOTH:
+        return True
+    if not found.st_mode & stat.S_IWGRP or not found.st_gid:
+        return False
+    # distributions give each user a group of their own and let it write
+    try:
+        user = pwd.getpwuid(os.geteuid()).pw_name
+        group = grp.getgrgid(found.st_gid)
+        members = {*group.gr_mem, *(p.pw_name for p in pwd.getpwall() if p.pw_gid == group.gr_gid)}
+    except KeyError:
+        # a group without a name, as containers are given one, has no members but who was given it
+        return found.st_gid not in (os.getegid(), *os.getgroups())
+    return group.gr_name != user or not members <= {user, "root"}
+
+
+def _remove_folders(made: list[str]) -> None:
+    for folder in reversed(made):
+        with contextlib.suppress(OSError):
+            os.rmdir(folder)
+
+
 class Folder:
     """Opens a shard's folder exclusively, making it when it is missing.
 
     Args:
-        files: the file system.
+        files: the file system; it names files in this folder from here on.
         path: absolute path of the folder.
-        storage_bytes: what the shard may come to take; refused when the disk has too little.
+        storage_bytes: what a new shard may come to take; refused when the disk has too little. An
+            old one opens whatever the room.
         segment_bytes: for a new store; an old one keeps its own (`segment_bytes` says which).
 
     Attributes:
@@ -58,82 +201,115 @@ class Folder:
             on since. Otherwise a power cut may have kept a write and lost its record.
 
     Raises:
-        ConfigError: the path is not absolute, or not a folder.
+        ConfigError: the path is not absolute, no folder, or others may change it.
         StorageFullError: the disk has too little room for `storage_bytes`.
         StorageLockedError: another live store holds the folder.
         StorageFormatError: the folder holds another format.
+        StorageError: a file of it is not private.
     """
 
     def __init__(self, files: Files, path: str, storage_bytes: int, segment_bytes: int) -> None:
-        if not os.path.isabs(path):
-            raise ConfigError("storage_dir", path, "an absolute path")
-        if os.path.lexists(path) and not os.path.isdir(path):
-            raise ConfigError("storage_dir", path, "a folder, or a path where none exists yet")
-        room = disk_room_bytes(path) + disk_used_bytes(path)
-        if storage_bytes > room:
-            raise StorageFullError(
-                f"storage_bytes={storage_bytes} is invalid: the disk of {path} has {room} bytes"
-            )
         self.path = path
         self.intact = True
         self._files = files
-        self._made = self._make()
         self._lock_fd = -1
+        self._fd, self._made = open_folder(path, make=True)
+        files.folder = self._fd
         try:
             self._lock()
+            os.fchmod(self._fd, 0o700)
+            if not files.exists("superblock"):
+                room = disk_room_bytes(path) + disk_used_bytes(path)
+                if storage_bytes > room:
+                    raise StorageFullError(
+                        f"storage_bytes={storage_bytes} is invalid: "
+                        f"the disk of {path} has {room} bytes"
+                    )
             self.segment_bytes = self._open_superblock(segment_bytes)
         except BaseException:
             self.discard()
             raise
 
-    def _make(self) -> list[str]:
-        made: list[str] = []
-        path = self.path
-        while not os.path.isdir(path):
-            if os.path.lexists(path):
-                valid = f"a path of folders alone, but {path} is none"
-                raise ConfigError("storage_dir", self.path, valid)
-            made.append(path)
-            path = os.path.dirname(path)
-        try:
-            for folder in reversed(made):
-                os.mkdir(folder, 0o700)
-        except FileExistsError:
-            return self._make()
-        return made
-
-    def file(self, name: str) -> str:
-        """Path of one of the folder's files."""
-        return f"{self.path}/{name}"
-
     def _lock(self) -> None:
         try:
-            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-            self._lock_fd = os.open(self.file("lock"), flags, 0o600)
-        except OSError as error:
-            if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
-                raise StorageFormatError(f"{self.file('lock')} is not a regular file") from error
-            raise
-        if not stat.S_ISREG(os.fstat(self._lock_fd).st_mode):
-            raise StorageFormatError(f"{self.file('lock')} is not a regular file")
-        try:
-            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = os.pread(self._lock_fd, 32, 0).decode(errors="replace").partition(" ")[0]
-            # whoever holds it owns the files: discard() must leave them alone
-            self._made = []
-            raise StorageLockedError(
-                f"{self.path} is in use by another store (process {holder or 'unknown'})"
-            ) from None
+            raise self._held_by_another() from None
+        except OSError as error:
+            logger.info("%s cannot be locked itself: %s", self.path, error)
+        self._take_lock_file()
         before = os.pread(self._lock_fd, 128, 0).decode(errors="replace").split()
         boot = self._files.boot_id()
-        fresh = not self._files.exists(self.file("superblock"))
+        fresh = not self._files.exists("superblock")
         self.intact = fresh or before[1:] in (["clean"], [boot])
         self._note(boot)
 
+    def _take_lock_file(self) -> None:
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        try:
+            fd = os.open("lock", flags, 0o600, dir_fd=self._fd)
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+                raise StorageFormatError(f"{self.path}/lock is not a regular file") from error
+            raise
+        try:
+            check_private(fd, "lock", os.geteuid())
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise self._held_by_another() from None
+        except BaseException:
+            os.close(fd)
+            raise
+        if self._lock_fd >= 0:
+            os.close(self._lock_fd)
+        self._lock_fd = fd
+
+    def _held_by_another(self) -> StorageLockedError:
+        # whoever holds it owns the files: discard() must leave them alone
+        self._made = []
+        holder = ""
+        with contextlib.suppress(OSError):
+            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
+            fd = os.open("lock", flags, dir_fd=self._fd)
+            with open(fd, "rb") as lock:
+                holder = lock.read(32).decode(errors="replace").partition(" ")[0]
+        return StorageLockedError(
+            f"{self.path} is in use by another store (process {holder or 'unknown'})"
+        )
+
+    def trouble(self) -> str | None:
+        """What has become of the folder under a live store; None: it is in its place.
+
+        A `lock` that was removed is made anew while nobody else has taken one.
+        """
+        here = os.fstat(self._fd)
+        try:
+            if not os.path.samestat(os.stat(self.path), here):
+                return "another folder has taken its place"
+        except (FileNotFoundError, NotADirectoryError):
+            return "it was removed"
+        if not self._files.exists("superblock"):
+            return "its superblock was removed"
+        try:
+            lock = os.stat("lock", dir_fd=self._fd, follow_symlinks=False)
+            if os.path.samestat(lock, os.fstat(self._lock_fd)):
+                return None
+        except FileNotFoundError:
+            logger.warning("%s/lock was removed under a live store: made anew", self.path)
+        try:
+            self._take_lock_file()
+            self._note(self._files.boot_id())
+        except (LiteCacheError, OSError) as error:
+            return f"its lock was taken: {error}"
+        return None
+
     def _note(self, state: str) -> None:
         # one sector, synced: an old "clean" must not come back after a power cut
-        os.pwrite(self._lock_fd, f"{os.getpid()} {state}".ljust(127).encode() + b"\n", 0)
+        try:
+            os.pwrite(self._lock_fd, f"{os.getpid()} {state}".ljust(127).encode() + b"\n", 0)
+        except OSError:
+            # full, perhaps: no state at all is the one that promises nothing
+            os.ftruncate(self._lock_fd, 0)
         os.fdatasync(self._lock_fd)
 
     def note_clean(self) -> None:
@@ -141,27 +317,26 @@ class Folder:
         self._note("clean")
 
     def _open_superblock(self, segment_bytes: int) -> int:
-        path = self.file("superblock")
-        if not self._files.exists(path):
-            others = [n for n in FILE_NAMES[1:] if self._files.exists(self.file(n))]
+        files = self._files
+        if not files.exists("superblock"):
+            others = [name for name in FILE_NAMES[1:] if files.exists(name)]
             if others:
                 raise StorageFormatError(f"{self.path} has {', '.join(others)} but no superblock")
             self._write_superblock(segment_bytes)
             return segment_bytes
-        return parse_superblock(self._files.read_all(path)[:SUPERBLOCK_BYTES], path)
+        return read_superblock(files, self.path)
 
     def _write_superblock(self, segment_bytes: int) -> None:
         head = _SUPERBLOCK.pack(_MAGIC, FORMAT_VERSION, 0, segment_bytes)
         raw = (head + struct.pack("<Q", xxhash.xxh3_64_intdigest(head))).ljust(
             SUPERBLOCK_BYTES, b"\0"
         )
-        path = self.file("superblock")
-        fd = self._files.open(path + ".new", create=True)
+        fd = self._files.open("superblock.new", create=True)
         try:
             self._files.write(fd, [memoryview(raw)], 0)
             self._files.sync(fd)
-            self._files.rename(path + ".new", path)
-            self._files.sync_folder(self.path)
+            self._files.rename("superblock.new", "superblock")
+            self._files.sync_folder()
         finally:
             self._files.close(fd)
 
@@ -170,16 +345,26 @@ class Folder:
         if self._lock_fd >= 0:
             os.close(self._lock_fd)
             self._lock_fd = -1
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = self._files.folder = -1
 
     def discard(self) -> None:
         """Undo the opening: what was made for it goes away, then the lock."""
         if self._made:
             for name in ("superblock.new", *FILE_NAMES, "lock"):
-                self._files.unlink(self.file(name))
-            for folder in self._made:
-                with contextlib.suppress(OSError):
-                    os.rmdir(folder)
+                self._files.unlink(name)
+            _remove_folders(self._made)
         self.close()
+
+
+def read_superblock(files: Files, path: str) -> int:
+    """Segment size of the store in a folder.
+
+    Raises:
+        StorageFormatError: not a superblock, a damaged one, or one of another version.
+    """
+    return parse_superblock(files.read_all("superblock", SUPERBLOCK_BYTES), f"{path}/superblock")
 
 
 def parse_superblock(raw: bytes, path: str) -> int:

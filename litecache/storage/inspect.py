@@ -18,7 +18,7 @@ import numpy as np
 from ..errors import ConfigError, StorageError, StorageFormatError
 from .block_io import fault
 from .files import Files
-from .folder import SUPERBLOCK_BYTES, Folder, disk_used_bytes, parse_superblock
+from .folder import Folder, disk_used_bytes, open_folder, read_superblock
 from .protocol import PAGE_BYTES
 from .reads import MAX_REQUEST_BYTES
 from .records import FLAG_PINNED, Records
@@ -149,15 +149,21 @@ def _readable(folder: str) -> Iterator[None]:
         raise StorageError(f"{folder} cannot be read: {error}") from error
 
 
-def _segment_bytes(files: Files, folder: str) -> int:
-    path = f"{folder}/superblock"
-    return parse_superblock(files.read_all(path)[:SUPERBLOCK_BYTES], path)
+@contextmanager
+def _metadata(folder: str) -> Iterator[Files]:
+    """A folder's files for reading beside a live store; root reads everybody's."""
+    files = Files()
+    files.folder, _ = open_folder(folder, any_owner=not os.geteuid())
+    try:
+        yield files
+    finally:
+        os.close(files.folder)
 
 
 def _inspect(folder: str) -> ShardReport:
-    files = Files()
-    segment_bytes = _segment_bytes(files, folder)
-    recovered = recover(files, folder)
+    with _metadata(folder) as files:
+        segment_bytes = read_superblock(files, folder)
+        recovered = recover(files)
     records = recovered.records
     now = int(time.time())
     sizes, counts = np.unique(records["pages"], return_counts=True)
@@ -225,33 +231,33 @@ def verify_store(
         StorageError: a file other than the slab cannot be read.
     """
     folders = shard_folders(directory)
-    files = Files()
     total = 0
     for folder in folders:
-        with _readable(folder):
-            total += _bytes(recover(files, folder).records)
+        with _readable(folder), _metadata(folder) as files:
+            total += _bytes(recover(files).records)
     done = 0
     reports = []
     for folder in folders:
         report = VerifyReport(folder)
         reports.append(report)
         with _readable(folder):
-            for nbytes in _verify(files, folder, report):
+            for nbytes in _verify(folder, report):
                 done += nbytes
                 if progress is not None:
                     progress(done, total)
     return reports
 
 
-def _verify(files: Files, path: str, report: VerifyReport) -> Iterator[int]:
+def _verify(path: str, report: VerifyReport) -> Iterator[int]:
+    files = Files()
     folder = Folder(files, path, 0, 4096)
     try:
-        recovered = recover(files, path)
+        recovered = recover(files)
         report.damaged_records = recovered.damaged
         records = np.sort(recovered.records, order="slot")
-        if not files.exists(folder.file("slab")):
+        if not files.exists("slab"):
             raise StorageFormatError(f"{path} has no slab")
-        slab = Slab(files, folder.file("slab"))
+        slab = Slab(files)
         try:
             start = 0
             while start < len(records):

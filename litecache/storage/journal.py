@@ -15,7 +15,6 @@ store's lock, and the order in the file is the order of the changes.
 from __future__ import annotations
 
 import logging
-import os
 import struct
 import threading
 from collections.abc import Iterator
@@ -25,7 +24,7 @@ import msgpack
 import xxhash
 
 from ..errors import StorageFormatError
-from .files import Files
+from .files import NO_SPACE, Files
 
 logger = logging.getLogger(__name__)
 
@@ -116,14 +115,14 @@ class Journal:
 
     Args:
         files: the file system.
-        path: where; made anew by `restart`, or gone on with at `end`.
+        name: of the file, gone on with at `end`.
         seq: the last sequence number in use.
         end: offset to append at; whatever lies behind is cut off.
     """
 
-    def __init__(self, files: Files, path: str, seq: int, end: int) -> None:
+    def __init__(self, files: Files, name: str, seq: int, end: int) -> None:
         self._files = files
-        self._path = path
+        self._name = name
         self.seq = seq
         self.bytes = max(end, _HEADER.size)
         self.broken = False
@@ -131,11 +130,17 @@ class Journal:
         self._tail: list[bytes] | None = None
         self._lock = threading.Lock()
         self._buffer_lock = threading.Lock()
-        self._fd = files.open(path, create=True)
+        self._fd = files.open(name, create=True)
         try:
             if end < _HEADER.size:
                 files.truncate(self._fd, 0)
-                files.write(self._fd, [memoryview(header_bytes(seq))], 0)
+                try:
+                    files.write(self._fd, [memoryview(header_bytes(seq))], 0)
+                except OSError as error:
+                    if error.errno not in NO_SPACE:
+                        raise
+                    # a full disk must not keep a store from opening: it may be read
+                    self.broken = True
             elif files.size(self._fd) > end:
                 files.truncate(self._fd, end)
         except BaseException:
@@ -161,7 +166,7 @@ class Journal:
         """Carry the buffer to the file.
 
         Raises:
-            OSError: the disk refused; the journal is `broken` until it is rewritten.
+            OSError: the disk refused; the buffer waits for the next attempt.
         """
         with self._lock:
             with self._buffer_lock:
@@ -172,7 +177,9 @@ class Journal:
             try:
                 self._files.write(self._fd, [memoryview(raw)], self.bytes)
             except OSError:
-                self.broken = True
+                # what came of it lies behind the end and is overwritten by the next attempt
+                with self._buffer_lock:
+                    self._buffer = batch + self._buffer
                 raise
             self.bytes += len(raw)
 
@@ -222,22 +229,27 @@ class Journal:
             self._files.close(self._fd)
             self._fd, self.bytes, self.broken = fd, len(raw), True
             # until the folder is synced a power cut may bring the old file back
-            self._files.sync_folder(os.path.dirname(self._path))
+            self._files.sync_folder()
             self.broken = False
 
     def _write_new(self, raw: bytes) -> int:
-        temporary = self._path + ".new"
+        temporary = self._name + ".new"
         self._files.unlink(temporary)
         fd = self._files.open(temporary, create=True)
         try:
             self._files.write(fd, [memoryview(raw)], 0)
             self._files.sync(fd)
-            self._files.rename(temporary, self._path)
+            self._files.rename(temporary, self._name)
         except OSError:
             self._files.close(fd)
             self._files.unlink(temporary)
             raise
         return fd
+
+    def in_place(self) -> bool:
+        """Whether the file still has its name."""
+        with self._lock:
+            return self._files.is_at(self._fd, self._name)
 
     def close(self) -> None:
         """Close the file."""

@@ -13,6 +13,7 @@ import time
 
 from ..metrics import Metrics
 from ..threads import start_service
+from .retry import Backoff, LogByRate
 from .tiers import Tiers
 
 logger = logging.getLogger(__name__)
@@ -51,7 +52,8 @@ class Keeper:
         self._metrics = metrics
         self._closing = False
         self._unsynced = False
-        self._compact_failed = False
+        self._compaction = Backoff()
+        self._say = LogByRate(logger, logging.ERROR)
         self._sync_lock = threading.Lock()
         self.lost_writes = 0
         self.last_error: OSError | None = None
@@ -89,7 +91,7 @@ class Keeper:
         try:
             disk.log.journal.flush()
         except OSError as error:
-            logger.error("the journal cannot be written: %s", error)
+            self._say("the journal cannot be written: %s", error)
             self.last_error = error
             return False
         if self._fsync == "never" and not disk.log.journal.broken:
@@ -97,12 +99,18 @@ class Keeper:
                 disk.log.synced_seq = max(disk.log.synced_seq, seq)
         return not disk.log.journal.broken
 
-    def sync(self) -> bool:
-        """Make everything written so far durable; False when the disk refused."""
+    def sync(self, *, force: bool = False) -> bool:
+        """Make everything written so far durable; False when the disk refused.
+
+        Args:
+            force: rewrite a broken journal now, although that has just failed.
+        """
         disk = self._tiers.disk
         if disk is None:
             return True
         with self._sync_lock:
+            if not self._in_place():
+                return False
             with self._lock:
                 seq = disk.log.begin_sync()
                 before = disk.log.synced_seq
@@ -113,19 +121,35 @@ class Keeper:
                 return False
             with self._lock:
                 seq = disk.log.mark_synced(seq)
+            whole = False
             try:
                 disk.log.journal.flush()
                 if not disk.log.journal.broken:
                     disk.log.journal.sync()
+                    whole = True
             except OSError as error:
-                logger.error("the journal cannot be synced: %s", error)
-            # a journal that failed once may have lost pages: only a new one can be trusted
-            if disk.log.journal.broken and not self._compact_locked():
+                self._say("the journal cannot be synced: %s", error)
+            # one whose sync failed once may have lost pages: only a new one can be trusted
+            due = force or self._compaction.due()
+            if not whole and not (due and self._compact_locked()):
                 return False
             with self._lock:
                 disk.log.synced_seq = max(disk.log.synced_seq, seq)
                 self._changed.notify_all()
             return True
+
+    def _in_place(self) -> bool:
+        """Whether the store's files still are where the next start will look for them."""
+        disk = self._tiers.disk
+        assert disk is not None
+        if disk.lost is None and (trouble := disk.trouble()) is not None:
+            logger.error(
+                "the disk tier in %s is out until the next start: %s", disk.folder.path, trouble
+            )
+            with self._lock:
+                self._tiers.lose_disk(trouble)
+                self._changed.notify_all()
+        return disk.lost is None
 
     def _sync_slab(self, synced_seq: int) -> bool:
         disk = self._tiers.disk
@@ -133,7 +157,7 @@ class Keeper:
         try:
             disk.slab.sync()
         except OSError as error:
-            logger.error("the slab cannot be synced: %s", error)
+            self._say("the slab cannot be synced: %s", error)
             # a second sync may succeed without the writes that the first one lost
             self._distrust(synced_seq)
             return False
@@ -157,10 +181,15 @@ class Keeper:
             disk.log.journal.broken = True
             self._changed.notify_all()
 
-    def compact(self) -> bool:
-        """Write a snapshot and start a new journal; False when the disk refused."""
+    def compact(self, *, if_due: bool = False) -> bool:
+        """Write a snapshot and start a new journal; False when the disk refused.
+
+        Args:
+            if_due: not again at once after a failure.
+        """
         with self._sync_lock:
-            return self._compact_locked()
+            due = self._compaction.due() or not if_due
+            return due and self._in_place() and self._compact_locked()
 
     def _compact_locked(self) -> bool:
         disk = self._tiers.disk
@@ -174,11 +203,11 @@ class Keeper:
                 raise OSError(errno.EIO, "the slab cannot be synced")
             disk.log.compact(captured)
         except OSError as error:
-            logger.error("compaction failed: %s", error)
+            self._say("compaction failed: %s", error)
             disk.log.abandon_compaction()
-            self._compact_failed = True
-            return False
-        self._compact_failed = False
+            self.last_error = error
+            return self._compaction.note(False)
+        self._compaction.note(True)
         with self._lock:
             disk.log.synced_seq = max(disk.log.synced_seq, captured.seq)
             self._changed.notify_all()
@@ -202,7 +231,7 @@ class Keeper:
     def _due(self) -> bool:
         disk = self._tiers.disk
         assert disk is not None
-        if disk.wants_compaction() and not self._compact_failed:
+        if disk.wants_compaction() and self._compaction.due():
             return True
         return self._unsynced and self._fsync == "interval"
 
@@ -210,14 +239,12 @@ class Keeper:
         disk = self._tiers.disk
         assert disk is not None
         if force_sync or self._fsync == "always":
-            # one new attempt at a failed compaction per sync, not a storm of them
-            self._compact_failed = False
             self.sync()
         with self._lock:
             self._unsynced = self._unsynced and not force_sync
-            wanted = disk.wants_compaction() and not self._compact_failed
+            wanted = disk.wants_compaction()
         if wanted:
-            self.compact()
+            self.compact(if_due=True)
 
     def catch_up(self) -> None:
         """Without a thread: do what it would have done by now, but for the interval's sync."""

@@ -27,6 +27,7 @@ def open_tiers(
     files: Files,
     direct: bool,
     use_memfd: bool,
+    retired_bytes: int,
 ) -> Tiers:
     """Make the arena and read back the folder; see `ShardStore` for what the options mean.
 
@@ -55,6 +56,7 @@ def open_tiers(
             before_snapshot=tiers.recency.settle,
             quotas=quotas,
             direct=direct,
+            retired_bytes=retired_bytes,
         )
     except OSError as error:
         arena.close()

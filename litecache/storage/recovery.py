@@ -16,12 +16,16 @@ import numpy as np
 
 from . import journal, snapshot
 from .files import Files
-from .records import FLAG_DOUBTFUL, Records, unseal
+from .protocol import PAGE_BYTES
+from .records import FLAG_DOUBTFUL, RECORD_BYTES, Records, unseal
 
 logger = logging.getLogger(__name__)
 
 DEL_BYTES = 20
 MAX_NAMES = 65_535
+_FREE_BYTES = 64 << 20
+_BYTES_A_PAGE = 4 * RECORD_BYTES
+"""A file that is larger than this for its slab was not written by a store."""
 
 
 class Recovered(NamedTuple):
@@ -44,16 +48,16 @@ class Recovered(NamedTuple):
     damaged: int
 
 
-def recover(files: Files, folder: str) -> Recovered:
-    """Read snapshot and journal.
+def recover(files: Files) -> Recovered:
+    """Read snapshot and journal, no further than what is possible beside such a slab.
 
     Raises:
         StorageFormatError: a file is of another version or not a regular file.
     """
-    base = snapshot.read(files, f"{folder}/snapshot")
-    path = f"{folder}/journal"
-    raw = files.read_all(path)
-    changes, end = journal.parse(raw, path)
+    most_bytes = _FREE_BYTES + _BYTES_A_PAGE * _slab_pages(files)
+    base = snapshot.read(files, "snapshot", most_bytes)
+    raw = files.read_all("journal", most_bytes)
+    changes, end = journal.parse(raw, "journal")
     names = list(base.names[:MAX_NAMES]) or [""]
     parts = [base.records]
     dels: list[tuple[int, bytes]] = []
@@ -76,6 +80,16 @@ def recover(files: Files, folder: str) -> Recovered:
             _bind_name(names, change.body)
     records = _last_of_each_key(np.concatenate(parts) if rows else base.records)
     return Recovered(_without(records, dels), names, seq, end, len(changes), damaged)
+
+
+def _slab_pages(files: Files) -> int:
+    if not files.exists("slab"):
+        return 0
+    fd = files.open("slab")
+    try:
+        return files.size(fd) // PAGE_BYTES
+    finally:
+        files.close(fd)
 
 
 def _synced_seq(change: journal.Change) -> int:

@@ -8,6 +8,7 @@ import numpy as np
 
 from .block_index import BlockIndex
 from .eviction.queues import Queues
+from .files import NO_SPACE
 from .records import FLAG_DOUBTFUL, FLAG_PINNED, Records
 from .segments import SegmentSpace
 from .slab import Slab
@@ -23,7 +24,13 @@ def fit_slab(slab: Slab, space: SegmentSpace, at_most: int) -> None:
         slab.truncate(at_most * segment)
         segments = at_most
     elif size % segment:
-        slab.grow(size, segments * segment - size)
+        try:
+            slab.grow(size, segments * segment - size)
+        except OSError as error:
+            if error.errno not in NO_SPACE:
+                raise
+            # the last segment is there in part: what lies in that part is read all the same
+            logger.warning("the slab's last segment cannot be made whole: %s", error)
     space.grow(range(segments))
 
 

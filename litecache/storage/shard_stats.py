@@ -34,12 +34,15 @@ def shard_stats(tiers: Tiers, epoch: int, clients: int, metrics: Metrics) -> dic
         "hits": _by_tier(metrics, "litecache_hits", "ram", "disk"),
         "promotions": int(metrics.value("litecache_promotions")),
         "demotions": int(metrics.value("litecache_demotions")),
+        "drops": {k: int(v) for k, v in metrics.by_label("litecache_drops", "reason").items()},
         "evictions": _by_tier(metrics, "litecache_evictions", "ram", "disk", "expired"),
     }
     if disk is not None:
         result["disk_blocks"] = int((tiers.index.column("disk") != 0).sum())
         result["slab_bytes"] = disk.space.present * disk.space.segment_bytes
         result["journal_bytes"] = disk.log.journal.bytes
+        result["retired_bytes"] = disk.retired_bytes
+        result["disk_lost"] = disk.lost or ""
         result["direct_io"] = disk.slab.direct
         result["damaged_records"] = disk.damaged_records
     return result

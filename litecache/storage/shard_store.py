@@ -28,6 +28,7 @@ from .protocol import (
     SlotRef,
     StageResult,
 )
+from .retired import Retired, retired_folders
 from .shard_options import validate_options
 from .shard_parts import ShardParts
 from .shard_stats import set_gauges, shard_stats
@@ -55,6 +56,8 @@ class ShardStore:
         quotas: namespace, or digest of a salt (`namespaces.py`), to the disk bytes it may take.
         io_threads: threads that read and write; 0 does all I/O on the callers' threads.
         metrics: where to count; None makes an own set.
+        shards: how many shards share the folder above `directory`, named `shard-<i>`; those of
+            higher numbers are of an earlier setting and are taken in (`retired.py`). 0: not looked.
         accepts_writes: False refuses `reserve` (an empty answer), for old shards kept readable.
         files: the file system, for fault injection.
         direct: try O_DIRECT.
@@ -83,6 +86,7 @@ class ShardStore:
         quotas: dict[str, int] | None = None,
         io_threads: int = 4,
         metrics: Metrics | None = None,
+        shards: int = 0,
         accepts_writes: bool = True,
         files: Files | None = None,
         direct: bool = True,
@@ -93,20 +97,27 @@ class ShardStore:
         self.metrics = metrics or Metrics()
         self.epoch = secrets.randbits(62)
         self.directory = directory
-        self._tiers = open_tiers(
-            directory,
-            storage_bytes=storage_bytes,
-            ram_bytes=ram_bytes,
-            epoch=self.epoch,
-            eviction=eviction,
-            admission=admission,
-            ttl_s=ttl_s,
-            quotas=quotas or {},
-            metrics=self.metrics,
-            files=files or Files(),
-            direct=direct,
-            use_memfd=use_memfd,
-        )
+        old = retired_folders(directory, shards) if directory and shards else []
+        self._retired = Retired(old, storage_bytes // 2)
+        try:
+            self._tiers = open_tiers(
+                directory,
+                storage_bytes=storage_bytes,
+                ram_bytes=ram_bytes,
+                epoch=self.epoch,
+                eviction=eviction,
+                admission=admission,
+                ttl_s=ttl_s,
+                quotas=quotas or {},
+                metrics=self.metrics,
+                files=files or Files(),
+                direct=direct,
+                use_memfd=use_memfd,
+                retired_bytes=self._retired.nbytes(),
+            )
+        except BaseException:
+            self._retired.close()
+            raise
         self._arena = self._tiers.ram.arena
         self._parts = ShardParts(
             self._tiers,
@@ -124,6 +135,7 @@ class ShardStore:
         self._waiting = Waiting(self._parts)
         self._fetching = Fetching(self._parts)
         self._upkeep = Upkeep(self._parts)
+        self._retired.begin(self, self._tiers, self._lock)
 
     def attach(self, client_pid: int) -> Attachment:
         """Register a client process.
@@ -308,12 +320,14 @@ class ShardStore:
         """Write out what is dirty, write a snapshot, and give everything back."""
         if self._parts.closed:
             return
+        self._retired.close()
         if self._tiers.disk is not None:
             self.flush(timeout_s)
         self.abandon(compact=True)
 
     def abandon(self, *, compact: bool = False) -> None:
         """Stop without writing out what is dirty."""
+        self._retired.close()
         self._parts.close(compact=compact)
 
     def __enter__(self) -> ShardStore:

@@ -42,13 +42,18 @@ class Slab:
 
     Args:
         files: the file system.
-        path: the slab file, made when missing.
+        name: of the file, made when missing.
     """
 
-    def __init__(self, files: Files, path: str, *, direct: bool = True) -> None:
+    def __init__(self, files: Files, name: str = "slab", *, direct: bool = True) -> None:
         self._files = files
-        self._fd = files.open(path, create=True, direct=direct)
+        self._name = name
+        self._fd = files.open(name, create=True, direct=direct)
         self.direct = files.is_direct(self._fd)
+
+    def in_place(self) -> bool:
+        """Whether the file still has its name."""
+        return self._files.is_at(self._fd, self._name)
 
     def size(self) -> int:
         """Length of the file in bytes."""

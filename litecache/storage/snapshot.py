@@ -48,14 +48,13 @@ class Snapshot(NamedTuple):
 EMPTY = Snapshot(0, [], np.zeros(0, RECORD), 0)
 
 
-def write(files: Files, folder: str, name: str, snapshot: Snapshot) -> int:
+def write(files: Files, name: str, snapshot: Snapshot) -> int:
     """Replace the snapshot atomically and durably; bytes written.
 
     Raises:
         OSError: the old snapshot stays.
     """
-    target = f"{folder}/{name}"
-    temporary = target + ".new"
+    temporary = name + ".new"
     names: bytes = msgpack.packb(snapshot.names)
     head = _HEADER.pack(
         _MAGIC,
@@ -75,8 +74,8 @@ def write(files: Files, folder: str, name: str, snapshot: Snapshot) -> int:
             raw = seal(snapshot.records[start : start + _CHUNK_RECORDS])
             offset += files.write(fd, [memoryview(raw)], offset)
         files.sync(fd)
-        files.rename(temporary, target)
-        files.sync_folder(folder)
+        files.rename(temporary, name)
+        files.sync_folder()
     except OSError:
         files.unlink(temporary)
         raise
@@ -85,7 +84,7 @@ def write(files: Files, folder: str, name: str, snapshot: Snapshot) -> int:
     return offset
 
 
-def read(files: Files, path: str) -> Snapshot:
+def read(files: Files, name: str, most_bytes: int) -> Snapshot:
     """Read what is sound of a snapshot.
 
     A damaged header still yields its sound records when its length fields are plausible.
@@ -94,8 +93,8 @@ def read(files: Files, path: str) -> Snapshot:
         StorageFormatError: the header is sound and of another version, or not a regular file.
         OSError: the file cannot be read.
     """
-    raw = files.read_all(path)
-    return _parse(raw, path) if raw else EMPTY
+    raw = files.read_all(name, most_bytes)
+    return _parse(raw, name) if raw else EMPTY
 
 
 def _parse(raw: bytes, path: str) -> Snapshot:

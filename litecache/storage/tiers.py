@@ -133,9 +133,22 @@ class Tiers:
         block = self.block_of(entry)
         if self.disk is None or block is None or block.state is not RamState.CLEAN:
             return
-        if not self.index.disk[entry] and self._admission.again(self.index.key_at(entry)):
+        if (
+            not self.disk.lost
+            and not self.index.disk[entry]
+            and self._admission.again(self.index.key_at(entry))
+        ):
             self.ram.redirty(block)
             self.writes.push(block)
+
+    def lose_disk(self, reason: str) -> None:
+        """The disk tier's files are gone: it is taken out, RAM goes on alone."""
+        assert self.disk is not None
+        self.disk.lost = reason
+        entries = self.disk.on_disk().tolist()
+        self._metrics.inc("litecache_drops", len(entries), reason="folder_lost")
+        for entry in entries:
+            self.drop_disk_copy(entry)
 
     def publish(self, block: RamBlock, key: BlockKey, parent: BlockKey, namespace: str) -> int:
         """A reserved slot holds a block that the shard does not have; its entry."""
@@ -223,12 +236,14 @@ class Tiers:
             if not block.dead and block.state is RamState.WRITING:
                 self.ram.settle(block)
 
-    def fail_write(self, block: RamBlock, reason: str) -> None:
-        """A block that could not be written is dropped, and counted."""
+    def fail_write(self, block: RamBlock, reason: str, *, keep: bool = False) -> None:
+        """A block that could not be written is dropped, and counted; or `keep` it in RAM."""
         self._metrics.inc("litecache_drops", reason=reason)
         block.started = False
         if block.dead:
             self.ram.reap(block)
+        elif keep:
+            self.ram.settle(block)
         else:
             self.drop(block.entry)
 

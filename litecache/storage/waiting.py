@@ -70,7 +70,7 @@ class Waiting:
                 self._changed.wait(left)
             pending = len(self._io.pending(mine))
             failed = self._failures() - failed
-        synced = self._keeper.sync()
+        synced = self._keeper.sync(force=True)
         written = len(mine) - pending - failed
         complete = synced and not pending and not failed
         return FlushReport(max(0, written) if synced else 0, pending, failed, complete)

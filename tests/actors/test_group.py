@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from litecache.actors.group_spec import GroupSpec, digest
 from litecache.actors.group_start import actor_names
 from litecache.actors.metrics_export import MetricsExporter
 from litecache.actors.placement import check_actor_options, node_ranks, shard_options
+from litecache.actors.storage_shard import StorageShard
 from litecache.config import CacheConfig
 from litecache.engine.model_source import ModelSource
 from litecache.errors import (
@@ -31,6 +34,7 @@ from litecache.errors import (
     StorageLockedError,
 )
 from litecache.metrics import Metrics
+from litecache.storage import folder as storage_folder
 from litecache.storage.namespaces import salt_digest
 from litecache.storage.shard_store import ShardStore
 
@@ -190,6 +194,27 @@ def test_a_folder_in_use_is_refused(
         with pytest.raises(StorageLockedError, match=str(folder)):
             Group.start(make_spec("refused", tmp_path))
         assert actor_names("refused") == []
+
+
+def test_a_shard_without_room_at_its_start_opens_once_there_is(
+    ray_local: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (options,) = shard_options(make_spec("late", tmp_path), 0)
+    with monkeypatch.context() as full:
+        full.setattr(storage_folder, "disk_room_bytes", lambda path: 0)
+        shard = StorageShard("late", 0, options)
+        with pytest.raises(StorageFullError):
+            shard.attach(os.getpid())
+    assert not (tmp_path / "shard-0").exists()
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            shard.attach(os.getpid())
+            break
+        except StorageFullError:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    assert shard.stop(5).complete
 
 
 def _open_soon(folder: Path) -> None:

@@ -55,14 +55,14 @@ class FaultFiles(Files):
             return True
         return False
 
-    def open(self, path: str, *, create: bool = False, direct: bool = False) -> int:
-        if path not in self.names:
+    def open(self, name: str, *, create: bool = False, direct: bool = False) -> int:
+        if name not in self.names:
             if not create:
-                raise FileNotFoundError(path)
-            self.names[path] = Inode()
-            self.unsynced_names.append((path, self.names[path]))
+                raise FileNotFoundError(name)
+            self.names[name] = Inode()
+            self.unsynced_names.append((name, self.names[name]))
         self._next += 1
-        self._open[self._next] = self.names[path]
+        self._open[self._next] = self.names[name]
         return self._next
 
     def is_direct(self, fd: int) -> bool:
@@ -74,8 +74,11 @@ class FaultFiles(Files):
     def size(self, fd: int) -> int:
         return len(self._open[fd].seen)
 
-    def exists(self, path: str) -> bool:
-        return path in self.names
+    def exists(self, name: str) -> bool:
+        return name in self.names
+
+    def is_at(self, fd: int, name: str) -> bool:
+        return self.names.get(name) is self._open[fd]
 
     def read(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
         if self._hit("eio"):
@@ -111,14 +114,14 @@ class FaultFiles(Files):
         return len(raw)
 
     def _flip(self, inode: Inode) -> None:
-        path = next((name for name, node in self.names.items() if node is inode), "")
-        if not path.endswith("slab"):
+        name = next((name for name, node in self.names.items() if node is inode), "")
+        if name != "slab":
             return
         at = self.draw.randrange(len(inode.seen))
         bit = 1 << self.draw.randrange(8)
         inode.seen[at] ^= bit
         inode.pending.append((at, bytes([inode.seen[at]])))
-        self.flipped.append((path, at))
+        self.flipped.append((name, at))
 
     @staticmethod
     def _apply(data: bytearray, offset: int, raw: bytes) -> None:
@@ -173,11 +176,11 @@ class FaultFiles(Files):
         self.names[target] = self.names.pop(source)
         self.unsynced_names += [(source, None), (target, self.names[target])]
 
-    def unlink(self, path: str) -> None:
-        if self.names.pop(path, None) is not None:
-            self.unsynced_names.append((path, None))
+    def unlink(self, name: str) -> None:
+        if self.names.pop(name, None) is not None:
+            self.unsynced_names.append((name, None))
 
-    def sync_folder(self, path: str) -> None:
+    def sync_folder(self) -> None:
         self.stable_names = dict(self.names)
         self.unsynced_names.clear()
 

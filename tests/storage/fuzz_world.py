@@ -55,7 +55,7 @@ class FuzzStore:
         assert disk is not None
         self.extent = {key: (index.disk[index.find(key)] - 1) * 4096 for key in self.keys}
         self.sound = {
-            name: bytes(files.names[f"{self.folder}/{name}"].seen)
+            name: bytes(files.names[name].seen)
             for name in ("superblock", "slab", "snapshot", "journal")
         }
         store.abandon()
@@ -74,7 +74,7 @@ class FuzzStore:
         for file, raw in {**self.sound, name: after}.items():
             inode = Inode()
             inode.stable, inode.seen = bytearray(raw), bytearray(raw)
-            files.names[f"{self.folder}/{file}"] = inode
+            files.names[file] = inode
         outcome = Outcome()
         try:
             store = ShardStore(self.folder, files=files, **OPTIONS)

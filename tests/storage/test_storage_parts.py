@@ -258,7 +258,7 @@ def test_a_flipped_bit_costs_its_record_alone(at, bit, row):
 
 def test_journal_replay_applies_the_last_word():
     files = FaultFiles(random.Random(0))
-    book = journal.Journal(files, "/j/journal", 0, 0)
+    book = journal.Journal(files, "journal", 0, 0)
     dead = key_of(1) + (1).to_bytes(4, "little")
     book.append(journal.PUT, seal(records_of(range(3))))
     book.append(journal.DEL, dead)
@@ -266,7 +266,7 @@ def test_journal_replay_applies_the_last_word():
     book.append(journal.DEL, key_of(2) + (2).to_bytes(4, "little"))
     book.append(journal.PUT, seal(records_of([5], slot=1)))
     book.flush()
-    found = recovery.recover(files, "/j")
+    found = recovery.recover(files)
     slots = {r["key"].tobytes(): int(r["slot"]) for r in found.records}
     assert slots == {key_of(0): 0, key_of(2): 9, key_of(5): 1}
     assert found.seq == 5
@@ -274,7 +274,7 @@ def test_journal_replay_applies_the_last_word():
 
 def test_a_rewritten_journal_keeps_what_came_meanwhile():
     files = FaultFiles(random.Random(0))
-    book = journal.Journal(files, "/j/journal", 0, 0)
+    book = journal.Journal(files, "journal", 0, 0)
     book.append(journal.PUT, seal(records_of([0])))
     seq = book.begin_rewrite()
     book.append(journal.PUT, seal(records_of([1], slot=1)))
@@ -283,20 +283,20 @@ def test_a_rewritten_journal_keeps_what_came_meanwhile():
     book.finish_rewrite(seq)
     book.append(journal.PUT, seal(records_of([3], slot=3)))
     book.flush()
-    changes, _ = journal.parse(files.read_all("/j/journal"), "journal")
+    changes, _ = journal.parse(files.read_all("journal", 1 << 20), "journal")
     assert [change.seq for change in changes] == [2, 3, 4]
 
 
 def test_journals_and_snapshots_of_other_versions_are_refused(monkeypatch):
     files = FaultFiles(random.Random(0))
-    snapshot.write(files, "/s", "snapshot", snapshot.Snapshot(3, ["a"], records_of(range(2)), 0))
+    snapshot.write(files, "snapshot", snapshot.Snapshot(3, ["a"], records_of(range(2)), 0))
     head = journal.header_bytes(0)
     monkeypatch.setattr(journal, "VERSION", 2)
     with pytest.raises(StorageFormatError, match="version 1"):
         journal.parse(head, "journal")
     monkeypatch.setattr(snapshot, "VERSION", 2)
     with pytest.raises(StorageFormatError, match="version 1"):
-        snapshot.read(files, "/s/snapshot")
+        snapshot.read(files, "snapshot", 1 << 20)
 
 
 def test_half_a_million_blocks_are_back_in_two_seconds_of_cpu(tmp_path, monkeypatch):
@@ -324,7 +324,10 @@ def test_half_a_million_blocks_are_back_in_two_seconds_of_cpu(tmp_path, monkeypa
         )
 
     open_tier().close(clean=True)
-    snapshot.write(Files(), str(tmp_path), "snapshot", snapshot.Snapshot(1, [""], records, 0))
+    files = Files()
+    files.folder, _ = folder.open_folder(str(tmp_path))
+    snapshot.write(files, "snapshot", snapshot.Snapshot(1, [""], records, 0))
+    os.close(files.folder)
     os.truncate(tmp_path / "slab", (int(records["slot"].max()) // pages + 1) * segment)
     begun = time.process_time()
     tier = open_tier()

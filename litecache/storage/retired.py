@@ -1,0 +1,191 @@
+"""Shards of an earlier, larger `storage_shards`: counted in the bound, read, shrunk, emptied.
+
+A present shard takes the retired ones beside it whose number leaves its own as the remainder. While
+they exist their bytes are taken off its bound. Their blocks enter it as any others do, from the end
+of their slab to its start, and the slab shrinks behind them; at last the folder goes. A process
+that dies meanwhile leaves a shorter slab, and the next start goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import threading
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..errors import LiteCacheError, StorageLockedError
+from ..threads import start_job
+from .block_io import fault
+from .client import LocalShardClient
+from .files import Files
+from .folder import FILE_NAMES, Folder, disk_used_bytes
+from .protocol import PAGE_BYTES, CommitItem, SlotRef
+from .reads import MAX_REQUEST_BYTES
+from .records import FLAG_PINNED, Records
+from .recovery import recover
+from .scratch import scratch_memory
+from .slab import Slab, Transfer
+
+if TYPE_CHECKING:
+    from .shard_store import ShardStore
+    from .tiers import Tiers
+
+logger = logging.getLogger(__name__)
+
+
+def retired_folders(directory: str, shards: int) -> list[str]:
+    """Folders beside a shard's that it is to take in.
+
+    Args:
+        directory: of the shard, named `shard-<i>`.
+        shards: how many share the parent folder now; higher numbers are retired.
+    """
+    parent, _, own = directory.rpartition("/shard-")
+    if not own.isdecimal() or not os.path.isdir(parent):
+        return []
+    found = [int(m[1]) for name in os.listdir(parent) if (m := re.fullmatch(r"shard-(\d+)", name))]
+    mine = sorted(i for i in found if i >= shards and i % shards == int(own))
+    return [f"{parent}/shard-{i}" for i in mine]
+
+
+class Retired:
+    """The retired shards that one shard takes in; opened, and cut to size at once.
+
+    Args:
+        folders: of the shards; one that a live store holds is left out.
+        most_bytes: what they may take together.
+    """
+
+    def __init__(self, folders: list[str], most_bytes: int) -> None:
+        self._open: list[tuple[Folder, Files]] = []
+        self._unreadable: list[str] = []
+        self._stopped = threading.Event()
+        self._thread: threading.Thread | None = None
+        for path in folders:
+            files = Files()
+            try:
+                self._open.append((Folder(files, path, 0, 4096), files))
+            except StorageLockedError:
+                logger.warning("%s is in use: not taken in", path)
+            except (LiteCacheError, OSError) as error:
+                logger.warning(
+                    "%s cannot be taken in, its bytes count all the same: %s", path, error
+                )
+                self._unreadable.append(path)
+        for _, files in self._open:
+            over = self.nbytes() - most_bytes
+            if over > 0:
+                slab = Slab(files)
+                slab.truncate(max(0, slab.size() - over))
+                slab.close()
+
+    def nbytes(self) -> int:
+        """Bytes that they take now."""
+        return sum(map(disk_used_bytes, [*(f.path for f, _ in self._open), *self._unreadable]))
+
+    def begin(self, store: ShardStore, tiers: Tiers, lock: threading.Lock) -> None:
+        """Start to move the blocks into an open store, whose state and lock are given."""
+        self._store, self._tiers, self._lock = store, tiers, lock
+        if self._open:
+            self._thread = start_job(self._run, "retired")
+
+    def close(self) -> None:
+        """Stop; what has not moved stays for the next start."""
+        self._stopped.set()
+        if self._thread is not None:
+            self._thread.join()
+        for folder, _ in self._open:
+            folder.close()
+        self._open.clear()
+
+    def _run(self) -> None:
+        while self._open and not self._stopped.is_set():
+            folder, files = self._open[0]
+            try:
+                if not self._empty(files):
+                    return
+                for name in (*FILE_NAMES, "lock"):
+                    files.unlink(name)
+                os.rmdir(folder.path)
+                logger.info("%s was of an earlier storage_shards: taken in, removed", folder.path)
+            except Exception as error:  # a sick old shard must not cost the present one its thread
+                logger.warning("%s cannot be taken in to its end: %s", folder.path, error)
+                self._unreadable.append(folder.path)
+            self._open.pop(0)
+            folder.close()
+            self._give_room()
+
+    def _give_room(self) -> None:
+        with self._lock:
+            assert self._tiers.disk is not None
+            self._tiers.disk.retired_bytes = self.nbytes()
+
+    def _empty(self, files: Files) -> bool:
+        """Move all blocks; False when that has to wait for the next start."""
+        recovered = recover(files)
+        records = np.sort(recovered.records, order="slot")[::-1]
+        slab = Slab(files)
+        client = LocalShardClient(self._store, "retired")
+        try:
+            for batch in _batches(records):
+                # a forged record may claim any size: believe at most what the slab has
+                ends = batch["slot"].astype(np.int64) + batch["pages"]
+                inside = batch[ends * PAGE_BYTES <= slab.size()]
+                if not len(inside):
+                    continue
+                self._move(client, slab, inside, recovered.names)
+                if self._stopped.is_set() or self._store.flush(30).pending:
+                    return False
+                slab.truncate(min(slab.size(), int(inside["slot"][-1]) * PAGE_BYTES))
+                self._give_room()
+        finally:
+            client.close()
+            slab.close()
+        return True
+
+    def _move(self, client: LocalShardClient, slab: Slab, batch: Records, names: list[str]) -> None:
+        sizes = (batch["pages"].astype(np.int64) * PAGE_BYTES).tolist()
+        with scratch_memory(max(sum(sizes), PAGE_BYTES)) as memory:
+            ends = np.cumsum(sizes).tolist()
+            pieces = [memory[end - size : end] for end, size in zip(ends, sizes, strict=True)]
+            errors = slab.read(list(map(Transfer, batch["slot"].tolist(), pieces)))
+            for record, piece, error in zip(batch, pieces, errors, strict=True):
+                key = record["key"].tobytes()
+                if fault(piece, key, int(record["checksum"]), error) is None:
+                    number = int(record["namespace"])
+                    name = names[number] if number < len(names) else ""
+                    self._store_one(client, record, piece, name)
+                piece.release()
+
+    def _store_one(
+        self, client: LocalShardClient, record: np.void, data: memoryview, name: str
+    ) -> None:
+        key, parent = record["key"].tobytes(), record["parent"].tobytes()
+        refs: list[SlotRef] = []
+        while not refs and not self._stopped.is_set():
+            refs = client.reserve(len(data), 1)
+            if not refs and not self._store.flush(5).complete:
+                return
+        for ref in refs:
+            client.arena.buffer(ref.slot, len(data))[:] = data
+            client.commit([CommitItem(ref.slot, ref.generation, key, parent, name)])
+        with self._lock:
+            index = self._tiers.index
+            if (entry := index.find(key)) >= 0:
+                index.created_s[entry] = int(record["created_s"])
+                index.expires_s[entry] = int(record["expires_s"])
+        if int(record["flags"]) & FLAG_PINNED:
+            self._store.pin([key])
+
+
+def _batches(records: Records) -> Iterator[Records]:
+    start = 0
+    while start < len(records):
+        sizes = np.cumsum(records["pages"][start : start + 1024].astype(np.int64)) * PAGE_BYTES
+        count = max(1, int(np.searchsorted(sizes, MAX_REQUEST_BYTES, side="right")))
+        yield records[start : start + count]
+        start += count
