@@ -75,13 +75,23 @@ def open_folder(path: str, *, make: bool = False, any_owner: bool = False) -> tu
     path = os.path.normpath(path)
     fd, at, links = os.open("/", os.O_PATH | os.O_DIRECTORY), "/", 0
     names = path.split("/")[::-1]
+    after_link = len(names) + 1
     try:
         while names:
             name = names.pop()
             if name in ("", "."):
                 continue
             below = os.path.join(at, name)
-            child = _child(fd, name, below, path, made if make else None)
+            try:
+                child = _child(fd, name, below, made if make and len(names) < after_link else None)
+            except FileNotFoundError:
+                if len(names) < after_link:
+                    raise
+                valid = f"without a symlink to the missing {below} on the way"
+                raise ConfigError("storage_dir", path, valid) from None
+            except NotADirectoryError:
+                valid = f"a folder, or a path where none exists yet ({at} is a file)"
+                raise ConfigError("storage_dir", path, valid) from None
             last = not any(names)
             found = os.fstat(child)
             if stat.S_ISLNK(found.st_mode):
@@ -93,6 +103,7 @@ def open_folder(path: str, *, make: bool = False, any_owner: bool = False) -> tu
                 if found.st_uid not in (os.geteuid(), 0) or links > 40:
                     valid = f"without the symlink {below} of uid {found.st_uid} on the way"
                     raise ConfigError("storage_dir", path, valid)
+                after_link = min(after_link, len(names))
                 names += target.split("/")[::-1]
                 if target.startswith("/"):
                     os.close(fd)
@@ -100,12 +111,12 @@ def open_folder(path: str, *, make: bool = False, any_owner: bool = False) -> tu
                 continue
             os.close(fd)
             fd, at = child, below
-            if not stat.S_ISDIR(found.st_mode):
-                valid = f"a folder, or a path where none exists yet ({at} is a file)"
-                raise ConfigError("storage_dir", path, valid)
-            if not last:
+            if stat.S_ISDIR(found.st_mode) and not last:
                 _check_way(found, at, path)
-        _check_end(os.fstat(fd), path, any_owner)
+        found = os.fstat(fd)
+        if not stat.S_ISDIR(found.st_mode):
+            raise ConfigError("storage_dir", path, "a folder, or a path where none exists yet")
+        _check_end(found, path, any_owner)
         end = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=fd)
     except BaseException:
         _remove_folders(made)
@@ -129,13 +140,10 @@ def check_folder(storage_dir: str) -> str:
     return storage_dir
 
 
-def _child(fd: int, name: str, below: str, path: str, made: list[str] | None) -> int:
+def _child(fd: int, name: str, below: str, made: list[str] | None) -> int:
     flags = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
         return os.open(name, flags, dir_fd=fd)
-    except NotADirectoryError:
-        valid = "a folder, or a path where none exists yet"
-        raise ConfigError("storage_dir", path, valid) from None
     except FileNotFoundError:
         if made is None:
             raise FileNotFoundError(errno.ENOENT, "there is no such folder", below) from None
