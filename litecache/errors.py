@@ -161,7 +161,15 @@ class ConfigError(LiteCacheError, ValueError):
 
 
 class ModelNotSupportedError(ConfigError):
-    """A model that LiteCache refuses to run, with the reason."""
+    """A model that LiteCache refuses to run, with the reason.
+
+    Attributes:
+        reason: the message without the model's name.
+        right_to: the `max_model_len` up to which it would run, None = none.
+    """
+
+    reason: str = ""
+    right_to: int | None = None
 
 
 class CapacityError(LiteCacheError, RuntimeError):

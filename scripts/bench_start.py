@@ -85,8 +85,7 @@ def start(name: str, device: str, num_blocks: int | None, *, in_process: bool) -
     )
     if in_process:
         clock.wrap("weights", model_loader, "random_model")
-        for part in ("record_specs", "verify_paged"):
-            clock.wrap("probe", model_loader, part)
+        clock.wrap("probe", model_loader, "probe_model")
         clock.wrap("passes", model_loader, "apply_passes")
         clock.wrap("graphs", ModelRunner, "warm_up")
     else:

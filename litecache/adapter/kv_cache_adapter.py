@@ -92,7 +92,7 @@ class KVCacheAdapter:
         self._model = resolve_model(model, weights=weights, seed=seed)
         config = cache_config or CacheConfig()
         # The actors check all of this, too; here it costs no process.
-        check_config(self._model.config)
+        check_config(self._model.config, config)
         check_shape(self._model.config, config)
         choose_max_model_len(self._model.config, config)
         if not ray.is_initialized():

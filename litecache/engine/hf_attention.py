@@ -2,13 +2,15 @@
 
 The model calls it once per layer with the packed batch. What to attend to comes from a context
 variable, not from keyword arguments, because some families drop those on the way. No mask function
-is registered under the name, so that the model builds no mask at all.
+is registered under the name, so that the model builds no mask at all. A second name,
+`RECORDING`, is for the probe alone: under it the model builds its masks, and a `Recorder` notes the
+rule of visibility that each layer was given.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -20,21 +22,25 @@ from litecache.kernels import AttentionMetadata, dispatch
 from litecache.kernels.checks import contents_checked
 
 IMPLEMENTATION = "litecache"
+RECORDING = "litecache_recording"
+
+MaskFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""`(batch, head, query position, key position) -> visible`, broadcast over int64 indices."""
 
 
 @dataclass(frozen=True)
 class AttentionOptions:
     """What a model's attention layer asks for beside its tensors.
 
+    What is visible does not stand here: a layer's window is that of its KVSpec, found by the probe.
+
     Attributes:
         scale: factor of the scores.
-        window: sliding window in tokens, None = all.
         softcap: scores become `softcap * tanh(scores / softcap)`.
         sinks: `[num_heads]`, extra logits of the softmax's denominator.
     """
 
     scale: float
-    window: int | None = None
     softcap: float | None = None
     sinks: torch.Tensor | None = None
 
@@ -65,11 +71,11 @@ class AttentionContext(Protocol):
         ...
 
 
-_CONTEXT: ContextVar[AttentionContext] = ContextVar("litecache_attention")
+_CONTEXT: ContextVar[Any] = ContextVar("litecache_attention")
 
 
 @contextlib.contextmanager
-def attention_context(context: AttentionContext) -> Iterator[None]:
+def attention_context(context: AttentionContext | Recorder) -> Iterator[None]:
     """Make `context` compute the attention of all forwards inside the `with`."""
     token = _CONTEXT.set(context)
     try:
@@ -80,7 +86,8 @@ def attention_context(context: AttentionContext) -> Iterator[None]:
 
 def current_context() -> AttentionContext:
     """Who computes attention in the forward under way."""
-    return _CONTEXT.get()
+    context: AttentionContext = _CONTEXT.get()
+    return context
 
 
 class PagedContext:
@@ -96,7 +103,7 @@ class PagedContext:
 
     def __init__(self, layout: KVLayout, pools: Sequence[KVPool]) -> None:
         self._layers = {
-            layer: (group.index, *pool.layer(layer))
+            layer: (group.index, group.spec.window, *pool.layer(layer))
             for group, pool in zip(layout.groups, pools, strict=True)
             for layer in group.layers
         }
@@ -109,7 +116,7 @@ class PagedContext:
 
     def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, AttentionMetadata]:
         """The K and V views of a layer and the step's metadata of its group."""
-        group, k_cache, v_cache = self._layers[layer]
+        group, _, k_cache, v_cache = self._layers[layer]
         return k_cache, v_cache, self.metadata[group]
 
     def attend(
@@ -139,7 +146,7 @@ class PagedContext:
         options: AttentionOptions,
     ) -> torch.Tensor:
         """As `attend`, for KV that is in its slots already."""
-        k_cache, v_cache, metadata = self.layer(layer)
+        group, window, k_cache, v_cache = self._layers[layer]
         kernels = self._backend if layer in self._checked else dispatch
         if not contents_checked():
             self._checked.add(layer)
@@ -147,9 +154,9 @@ class PagedContext:
             query,
             k_cache,
             v_cache,
-            metadata,
+            self.metadata[group],
             scale=options.scale,
-            window=options.window,
+            window=window,
             softcap=options.softcap,
             sinks=options.sinks,
             key=key,
@@ -165,7 +172,6 @@ def _attention_forward(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
-    sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     **kwargs: Any,
@@ -176,17 +182,94 @@ def _attention_forward(
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
     out = _CONTEXT.get().attend(
-        module.layer_idx,  # type: ignore[arg-type]
+        module.layer_idx,
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
         value[0].transpose(0, 1),
-        AttentionOptions(scaling, sliding_window, softcap, s_aux),
+        AttentionOptions(scaling, softcap, s_aux),
     )
     return out.unsqueeze(0), None
 
 
+@dataclass(frozen=True)
+class LayerCall:
+    """What a layer gave to its attention in a recorded forward.
+
+    Attributes:
+        kv_heads: KV heads of key and value.
+        k_dim: head dimension of K.
+        v_dim: head dimension of V.
+        mask: the rule behind the mask it was given; None when it came from elsewhere.
+        window: the window it named beside the mask.
+    """
+
+    kv_heads: int
+    k_dim: int
+    v_dim: int
+    mask: MaskFunction | None
+    window: int | None
+
+
+class Recorder:
+    """Notes masks and calls of the forwards inside `attention_context(recorder)`."""
+
+    def __init__(self) -> None:
+        self.calls: dict[int, list[LayerCall]] = {}
+        self._masks: list[tuple[torch.Tensor, MaskFunction]] = []
+
+    def add_mask(self, mask: torch.Tensor, function: MaskFunction) -> None:
+        """A mask that the model had made."""
+        self._masks.append((mask, function))
+
+    def add_call(
+        self,
+        layer: int,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        window: int | None,
+    ) -> None:
+        """An attention call, key and value `[1, kv_heads, T, dim]`."""
+        function = None
+        if mask is not None:
+            # A slice of a mask is still that mask; the tensors are kept, so addresses are unique.
+            where = mask.untyped_storage().data_ptr()
+            for made, rule in self._masks:
+                if made.untyped_storage().data_ptr() == where:
+                    function = rule
+        call = LayerCall(key.shape[1], key.shape[3], value.shape[3], function, window)
+        self.calls.setdefault(layer, []).append(call)
+
+
+def _recording_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    recorder: Any = _CONTEXT.get()
+    recorder.add_call(module.layer_idx, key, value, attention_mask, sliding_window)
+    heads, tokens = query.shape[1:3]
+    return query.new_zeros(query.shape[0], tokens, heads, value.shape[3]), None
+
+
+def _recording_mask(*args: Any, **kwargs: Any) -> torch.Tensor:
+    from transformers.masking_utils import causal_mask_function, eager_mask
+
+    mask: torch.Tensor = eager_mask(*args, **kwargs)
+    recorder: Any = _CONTEXT.get()
+    recorder.add_mask(mask, kwargs.get("mask_function", causal_mask_function))
+    return mask
+
+
 def register() -> None:
-    """Make the function known to transformers; harmless when done before."""
+    """Make the functions known to transformers; harmless when done before."""
     from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
 
     AttentionInterface.register(IMPLEMENTATION, _attention_forward)
+    AttentionInterface.register(RECORDING, _recording_forward)
+    AttentionMaskInterface.register(RECORDING, _recording_mask)

@@ -5,23 +5,24 @@ The rest is found by the probe (probe.py). Each refusal names the model type and
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from litecache.config import CacheConfig
 from litecache.errors import ConfigError, ModelNotSupportedError
 
-_POSITION_DEPENDENT_ROPE = ("dynamic", "longrope")
-_ATTENTION_LAYERS = ("full_attention", "sliding_attention", "attention", "global", "local")
+_RECURRENT_LAYERS = re.compile(r"linear|mamba|recurrent|conv|hybrid|ssm|rwkv")
 _RECURRENT_FIELDS = ("ssm_cfg", "mamba_d_state", "mamba_expand", "state_size", "conv_L_cache")
 _TWO_CALLS = ("diffllama",)
 
 
-def check_config(hf_config: Any) -> None:
+def check_config(hf_config: Any, config: CacheConfig) -> None:
     """Refuse what cannot run over paged KV.
 
     Args:
         hf_config: the model's `PretrainedConfig`.
+        config: says how long sequences may become.
 
     Raises:
         ModelNotSupportedError: with the reason.
@@ -29,19 +30,21 @@ def check_config(hf_config: Any) -> None:
     text = hf_config.get_text_config(decoder=True)
     if getattr(hf_config, "is_encoder_decoder", False):
         raise refusal(hf_config, "an encoder-decoder model; only decoders have one KV sequence")
-    for rope_type in _rope_types(text):
-        if rope_type in _POSITION_DEPENDENT_ROPE:
+    for rope_type, original in _rope_types(text):
+        long = rope_type == "longrope" and choose_max_model_len(hf_config, config) > original
+        if rope_type == "dynamic" or long:
             raise refusal(
                 hf_config,
                 f"rope_type {rope_type!r}: its frequencies depend on the longest position of the"
                 " batch, so cached KV would be wrong for other lengths",
+                original if long else None,
             )
-    kinds = set(getattr(text, "layer_types", None) or ())
-    other = sorted(kind for kind in kinds if kind not in _ATTENTION_LAYERS)
-    if other:
-        chunked = "chunked_attention" in other
-        reason = "attention that is cut into chunks" if chunked else "layers with recurrent state"
-        raise refusal(hf_config, f"{reason} ({', '.join(other)})")
+    kinds = sorted(set(getattr(text, "layer_types", None) or ()))
+    recurrent = [kind for kind in kinds if _RECURRENT_LAYERS.search(kind)]
+    if recurrent:
+        raise refusal(hf_config, f"layers with recurrent state ({', '.join(recurrent)})")
+    if "reference_sliding_attention" in kinds:
+        raise refusal(hf_config, "attention that treats generated tokens otherwise than the prompt")
     if any(getattr(text, name, None) is not None for name in _RECURRENT_FIELDS):
         raise refusal(hf_config, "layers with recurrent state")
     if hf_config.model_type in _TWO_CALLS:
@@ -99,16 +102,28 @@ def head_dim(text_config: Any) -> int | None:
     return hidden // heads if hidden and heads else None
 
 
-def refusal(hf_config: Any, reason: str) -> ModelNotSupportedError:
-    """The error for a model that LiteCache does not run."""
-    return ModelNotSupportedError(f"model type {hf_config.model_type!r} is not supported: {reason}")
+def refusal(hf_config: Any, reason: str, right_to: int | None = None) -> ModelNotSupportedError:
+    """The error for a model that LiteCache does not run.
+
+    Args:
+        hf_config: of the model.
+        reason: in a few words.
+        right_to: the sequence length in tokens up to which it would run, if there is one.
+    """
+    accepted = f"; a max_model_len of up to {right_to} tokens is accepted" if right_to else ""
+    error = ModelNotSupportedError(
+        f"model type {hf_config.model_type!r} is not supported: {reason}{accepted}"
+    )
+    error.reason, error.right_to = reason, right_to
+    return error
 
 
-def _rope_types(text_config: Any) -> Iterator[str]:
+def _rope_types(text_config: Any) -> Iterator[tuple[str, int]]:
+    """Each rope type with the length it was trained for; 0 where none is told."""
     parameters = getattr(text_config, "rope_parameters", None) or {}
     if not isinstance(parameters, Mapping):
         return
     # Some families nest one set per layer type.
     for entry in (parameters, *(v for v in parameters.values() if isinstance(v, Mapping))):
         if "rope_type" in entry:
-            yield str(entry["rope_type"])
+            yield str(entry["rope_type"]), entry.get("original_max_position_embeddings") or 0

@@ -20,10 +20,11 @@ from litecache.config import CacheConfig
 from litecache.engine.fingerprint import model_fingerprint, random_fingerprint
 from litecache.engine.hf_attention import IMPLEMENTATION, register
 from litecache.engine.kv_layout import KVSpec
+from litecache.engine.long_probe import probe_model
 from litecache.engine.model_checks import check_config, check_shape, choose_max_model_len, refusal
 from litecache.engine.model_source import ModelSource
-from litecache.engine.passes import apply_passes
-from litecache.engine.probe import record_specs, use_paged_attention, verify_paged
+from litecache.engine.passes import apply_passes, chosen_passes
+from litecache.engine.probe import use_paged_attention
 from litecache.errors import ConfigError, ModelNotSupportedError
 
 logger = logging.getLogger(__name__)
@@ -78,7 +79,7 @@ def load_model(source: ModelSource, config: CacheConfig) -> LoadedModel:
     """
     device = choose_device(config.device)
     hf_config = read_config(source)
-    check_config(hf_config)
+    check_config(hf_config, config)
     check_shape(hf_config, config)
     max_model_len = choose_max_model_len(hf_config, config)
     dtype = _choose_dtype(hf_config, config)
@@ -91,11 +92,8 @@ def load_model(source: ModelSource, config: CacheConfig) -> LoadedModel:
         model = _pretrained_model(source, hf_config, device, dtype)
         fingerprint = model_fingerprint(_local_folder(source))
     model.eval().requires_grad_(False)
-    use_paged_attention(model)
-    specs = record_specs(model, config.kv_dtype or str(dtype).removeprefix("torch."))
-    error = verify_paged(model, specs, config.block_size)
-    logger.info("%s: %d layers, paged logits within %.1e", source.name, len(specs), error)
-    passes = apply_passes(model, specs, config.block_size, max_model_len)
+    specs, passes = admit(model, config, max_model_len)
+    logger.info("%s: %d layers, passes: %s", source.name, len(specs), ", ".join(passes) or "none")
     return LoadedModel(
         model=model,
         hf_config=hf_config,
@@ -108,6 +106,30 @@ def load_model(source: ModelSource, config: CacheConfig) -> LoadedModel:
         fingerprint=fingerprint,
         passes=passes,
     )
+
+
+def admit(
+    model: Any, config: CacheConfig, max_model_len: int
+) -> tuple[tuple[KVSpec, ...], tuple[str, ...]]:
+    """Probe a model in eval mode and make it faster.
+
+    Args:
+        model: a causal language model.
+        config: block size and KV dtype.
+        max_model_len: longest sequence in tokens.
+
+    Returns:
+        Each layer's KV shape, and the names of the passes that were applied.
+
+    Raises:
+        ModelNotSupportedError: it would be wrong over paged KV, with the reason.
+    """
+    use_paged_attention(model)
+    kv_dtype = config.kv_dtype or str(model.dtype).removeprefix("torch.")
+    specs, right = probe_model(model, kv_dtype, config.block_size, max_model_len)
+    names = [name for name in chosen_passes() if name in right]
+    tried = apply_passes(model, specs, config.block_size, max_model_len, names=names)
+    return specs, tuple(name for name, kept in tried.items() if kept)
 
 
 def choose_device(name: str | None) -> torch.device:

@@ -70,7 +70,7 @@ def test_all_passes_keep_the_logits_of_every_family(variant):
     assert fast.fingerprint == plain.fingerprint
 
 
-@pytest.mark.parametrize("run", [fuse_layers, merge_projections])
+@pytest.mark.parametrize("run", [lambda model: fuse_layers(model, 256), merge_projections])
 def test_merged_weights_are_shared_and_undo_puts_the_modules_back(run):
     model = tiny_model("llama").model
     before = dict(model.named_modules())
@@ -110,13 +110,14 @@ def test_a_pass_that_changes_the_logits_is_undone(monkeypatch):
     loaded = tiny_model("llama")
     expected = paged_logits(loaded.model, loaded.specs, 16)
 
-    def wrong(model):
-        undo = fuse_layers(model)
+    def wrong(model, max_model_len):
+        undo = fuse_layers(model, max_model_len)
         model.model.layers[1]._options = mock.Mock(scale=9.0, window=3, softcap=None, sinks=None)
         return undo
 
     monkeypatch.setattr(passes, "fuse_layers", wrong)
-    assert passes.apply_passes(loaded.model, loaded.specs, 16, 256) == ("merged", "small")
+    right = passes.apply_passes(loaded.model, loaded.specs, 16, 256)
+    assert right == {"fused": False, "merged": True, "small": True}
     got = paged_logits(loaded.model, loaded.specs, 16)
     assert (got - expected).norm() <= 1e-5 * expected.norm()
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from litecache.engine.kv_layout import KVSpec
 from litecache.engine.passes.fused_layers import fuse_layers
 from litecache.engine.passes.merged_projections import merge_projections
 from litecache.engine.passes.small_modules import replace_small_modules
-from litecache.engine.probe import TOLERANCE, paged_logits
+from litecache.engine.probe import TOLERANCE, ProbePlan, paged_logits, relative_error
 from litecache.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -44,51 +44,53 @@ def chosen_passes() -> tuple[str, ...]:
 
 
 def apply_passes(
-    model: Any, specs: tuple[KVSpec, ...], block_size: int, max_model_len: int
-) -> tuple[str, ...]:
-    """Run the chosen passes.
+    model: Any,
+    specs: tuple[KVSpec, ...],
+    block_size: int,
+    max_model_len: int,
+    *,
+    names: Sequence[str] | None = None,
+    plan: ProbePlan | None = None,
+) -> dict[str, bool]:
+    """Run passes.
 
     Args:
         model: passed the probe.
         specs: its KV shapes.
         block_size: tokens per block.
         max_model_len: longest sequence in tokens.
+        names: the passes to run, None = `chosen_passes()`.
+        plan: the sequences whose logits must stay, None = short ones at both ends of
+            `max_model_len`.
 
     Returns:
-        Names of the passes that replaced something and kept the logits.
+        By name, of the passes that found something to replace: whether the logits stayed. Those
+        that changed them are undone.
     """
     runs: dict[str, Callable[[], Callable[[], None] | None]] = {
-        "fused": lambda: fuse_layers(model),
+        "fused": lambda: fuse_layers(model, max_model_len),
         "merged": lambda: merge_projections(model),
         "small": lambda: replace_small_modules(model, max_model_len),
     }
-    names = chosen_passes()
-    if not names:
-        return ()
-    reference = paged_logits(model, specs, block_size)
+    plan = plan or ProbePlan.reaching(max_model_len)
+    reference: torch.Tensor | None = None
     tolerance = TOLERANCE[next(model.parameters()).dtype]
-    kept = []
-    for name in names:
+    kept: dict[str, bool] = {}
+    for name in chosen_passes() if names is None else names:
+        if reference is None:
+            reference = paged_logits(model, specs, block_size, plan)
         undo = runs[name]()
         if undo is None:
             continue
-        error = _error(model, specs, block_size, reference)
-        if error <= tolerance:
-            kept.append(name)
+        try:
+            error = relative_error(paged_logits(model, specs, block_size, plan), reference)
+        except Exception:
+            logger.exception("pass %s breaks the forward", name)
+            error = float("inf")
+        kept[name] = error <= tolerance
+        if kept[name]:
             logger.info("pass %s: logits within %.1e", name, error)
         else:
             undo()
             logger.warning("pass %s is undone: it changes the logits by %.1e", name, error)
-    return tuple(kept)
-
-
-def _error(
-    model: Any, specs: tuple[KVSpec, ...], block_size: int, reference: torch.Tensor
-) -> float:
-    try:
-        logits = paged_logits(model, specs, block_size)
-    except Exception:
-        logger.exception("a pass broke the forward")
-        return float("inf")
-    error = float((logits - reference).norm() / reference.norm())
-    return error if error == error else float("inf")
+    return kept

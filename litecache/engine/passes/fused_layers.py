@@ -224,11 +224,12 @@ class _DenseContext:
         return out.transpose(0, 1)
 
 
-def fuse_layers(model: Any) -> Callable[[], None] | None:
+def fuse_layers(model: Any, max_model_len: int) -> Callable[[], None] | None:
     """Replace every layer that has the structure and proves equal.
 
     Args:
         model: a causal language model.
+        max_model_len: longest sequence in tokens.
 
     Returns:
         A function that puts the original layers back, or None when none was replaced.
@@ -239,7 +240,7 @@ def fuse_layers(model: Any) -> Callable[[], None] | None:
         for index, layer in enumerate(layers):
             if has_structure(layer):
                 last = len(stacks) == 1 and index == len(layers) - 1
-                fused = _proven(layer, rotary, last)
+                fused = _proven(layer, rotary, last, max_model_len)
                 if fused is not None:
                     replaced.append((layers, index, layer))
                     layers[index] = fused
@@ -259,13 +260,17 @@ def _stacks(model: nn.Module) -> Iterator[tuple[nn.ModuleList, nn.Module]]:
             yield layers, rotary
 
 
-def _proven(layer: Any, rotary: nn.Module, last: bool) -> FusedDecoderLayer | None:
+def _proven(
+    layer: Any, rotary: nn.Module, last: bool, max_model_len: int
+) -> FusedDecoderLayer | None:
     """The fused layer, or None when its output differs from the original's."""
     weight = layer.self_attn.q_proj.weight
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(1, _PROBE_TOKENS, weight.shape[1], generator=generator)
     hidden = hidden.to(weight.device, weight.dtype)
-    positions = torch.arange(3, 3 + _PROBE_TOKENS, device=weight.device)[None]
+    # Up to the last one: some scale their queries by position, from a certain one on.
+    spread = torch.linspace(3, max(max_model_len - 1, 3 + _PROBE_TOKENS), _PROBE_TOKENS)
+    positions = spread.long().to(weight.device)[None]
     context = _DenseContext()
     try:
         with torch.inference_mode(), attention_context(context):

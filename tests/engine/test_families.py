@@ -1,0 +1,170 @@
+"""Families that do something else beyond some length are right there, or refused with the length."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from plan_driver import tiny_model
+
+from litecache.config import CacheConfig
+from litecache.engine import long_probe
+from litecache.engine.long_probe import TwinOutcome, twin_outcome
+from litecache.engine.model_loader import admit
+from litecache.engine.twin import TWIN_TOKENS, lengths, shrink
+from litecache.errors import ModelNotSupportedError
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+import sweep_families
+from sweep_families import Made, Result, cases_of, families, sweep
+
+SOME = (
+    ("qwen2_moe", "window 32"),
+    ("phimoe", "window 32"),
+    ("mistral", "window 8"),
+    ("mistral", "window 8 unused"),
+    ("llama", "window 8"),
+    ("ministral3", "query scale from 40"),
+    ("gpt_oss", "known lengths"),
+    ("phi3", "longrope from 40"),
+    ("llama4_text", "plain"),
+    ("deepseek_v32", "plain"),
+)
+REFUSED = {"phi3", "llama4_text", "deepseek_v32"}
+MANY = (
+    "afmoe", "cohere2", "deepseek_v3", "doge", "falcon", "gemma2", "gemma3_text", "gemma3n_text",
+    "gemma4_text", "glm4_moe", "gpt2", "granite_swa", "llama", "modernbert-decoder", "olmo3",
+    "qwen3_moe", "smollm3", "starcoder2",
+)  # fmt: skip
+
+
+def run(family: str, case: str) -> Result:
+    (result,) = sweep(family, [case])
+    return result
+
+
+@pytest.mark.parametrize(("family", "case"), SOME)
+def test_beyond_a_length_a_family_is_right_or_refused(family, case):
+    result = run(family, case)
+    assert result.outcome == ("refused" if family in REFUSED else "right"), result.detail
+
+
+def test_a_refusal_tells_the_length_that_is_accepted():
+    result = run("phi3", "longrope from 40")
+    assert result.right_to == 40
+    made = Made("phi3", cases_of("phi3")["longrope from 40"])
+    assert admit(made.build(), CacheConfig(device="cpu"), 40)
+    with pytest.raises(ModelNotSupportedError, match="max_model_len of up to 40 tokens"):
+        admit(made.build(), CacheConfig(device="cpu"), 41)
+
+
+def test_layers_have_the_window_of_their_mask_and_no_other():
+    windows = [spec.window for spec in tiny_model("mistral").specs]
+    assert windows == [20, 20, 20]
+    made = Made("qwen2_moe", cases_of("qwen2_moe")["window 32"])
+    specs, _ = admit(made.build(), CacheConfig(device="cpu"), 160)
+    assert [spec.window for spec in specs] == [None, 32, None]
+
+
+def test_a_pass_that_is_wrong_far_out_is_left_out(monkeypatch):
+    """The layers' own check sees few positions: without it, the twin alone must tell."""
+    from litecache.engine.passes import fused_layers
+
+    monkeypatch.setattr(fused_layers, "_TOLERANCE", {torch.float32: float("inf")})
+    monkeypatch.setattr(long_probe, "_OUTCOMES", {})
+    monkeypatch.setattr(long_probe, "_read", lambda file: None)
+    monkeypatch.setattr(long_probe, "_write", lambda file, outcome: None)
+    made = Made("ministral3", cases_of("ministral3")["query scale from 40"])
+    outcome = twin_outcome(made.model_class, made.config)
+    assert outcome.wrong == ""
+    assert outcome.wrong_passes == ["fused"]
+
+
+def test_a_twin_is_tried_once_and_kept_on_disk(monkeypatch, tmp_path):
+    monkeypatch.setenv("LITECACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(long_probe, "_OUTCOMES", {})
+    tried = []
+    real = long_probe._try
+    monkeypatch.setattr(long_probe, "_try", lambda *args: tried.append(1) or real(*args))
+    made = Made("llama", cases_of("llama")["plain"])
+    first = twin_outcome(made.model_class, made.config)
+    assert twin_outcome(made.model_class, made.config) == first
+    monkeypatch.setattr(long_probe, "_OUTCOMES", {})
+    assert twin_outcome(made.model_class, made.config) == first
+    assert len(tried) == 1
+    (file,) = (tmp_path / "probes").iterdir()
+    assert file.stat().st_size < 1000
+    file.write_text("{")
+    monkeypatch.setattr(long_probe, "_OUTCOMES", {})
+    assert twin_outcome(made.model_class, made.config) == first
+    assert len(tried) == 2
+
+
+def test_a_model_without_a_twin_is_tried_itself_and_refused_when_too_long(monkeypatch):
+    monkeypatch.setattr(long_probe, "twin_outcome", lambda *args: TwinOutcome(no_twin="reasons"))
+    made = Made("llama", cases_of("llama")["plain"])
+    assert admit(made.build(), CacheConfig(device="cpu"), 300)
+    with pytest.raises(ModelNotSupportedError, match=r"reasons.*up to 512 tokens"):
+        admit(made.build(), CacheConfig(device="cpu"), 513)
+    # With nothing but its own weights a window is still found out.
+    monkeypatch.setattr(long_probe, "record_specs", _without_windows(long_probe.record_specs))
+    windowed = Made("mistral", cases_of("mistral")["window 32"])
+    with pytest.raises(ModelNotSupportedError, match="over paged KV differ"):
+        admit(windowed.build(), CacheConfig(device="cpu"), 160)
+
+
+def _without_windows(record):
+    from dataclasses import replace
+
+    return lambda *args: tuple(replace(spec, window=None) for spec in record(*args))
+
+
+def test_a_twin_is_small_and_goes_beyond_every_length():
+    fields = {
+        "num_hidden_layers": 48,
+        "hidden_size": 4096,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 150_000,
+        "sliding_window": 4096,
+        "max_position_embeddings": 131_072,
+        "rope_parameters": {"rope_type": "yarn", "original_max_position_embeddings": 8192},
+        "layer_types": ["sliding_attention"] * 5 + ["full_attention"] * 43,
+        "attn_logit_softcapping": 50.0,
+    }
+    twin = shrink(fields)
+    assert set(twin["layer_types"]) == {"sliding_attention", "full_attention"}
+    assert len(twin["layer_types"]) == twin["num_hidden_layers"] <= 4
+    assert twin["attn_logit_softcapping"] == 50.0
+    assert twin["hidden_size"] == 64 and twin["vocab_size"] == 128
+    assert twin["max_position_embeddings"] == 16 * 40
+    assert lengths(twin) == {
+        "sliding_window": (8, 8),
+        "original_max_position_embeddings": (40, 40),
+    }
+    assert all(real < TWIN_TOKENS for real, _ in lengths(twin).values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", MANY)
+def test_families_are_never_silently_wrong(family):
+    faults = [result for result in sweep(family) if result.fault]
+    assert not faults
+
+
+def test_the_sweep_finds_what_is_wrong(monkeypatch):
+    """A window that gets lost between the mask and the layer."""
+    monkeypatch.setattr(
+        sweep_families, "admit", lambda model, config, length: _admit_unchecked(model, length)
+    )
+    assert run("mistral", "window 8").outcome == "WRONG"
+    assert set(MANY) <= set(families())
+
+
+def _admit_unchecked(model, length):
+    from litecache.engine.probe import record_specs, use_paged_attention
+
+    use_paged_attention(model)
+    return _without_windows(record_specs)(model, "float32", length), ()
