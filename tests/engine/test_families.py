@@ -1,4 +1,4 @@
-"""Families that do something else beyond some length are right there, or refused with the length."""
+"""Families are right beyond their windows and original lengths, or refused with the length."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_a_twin_is_small_and_goes_beyond_every_length():
     assert set(twin["layer_types"]) == {"sliding_attention", "full_attention"}
     assert len(twin["layer_types"]) == twin["num_hidden_layers"] <= 4
     assert twin["attn_logit_softcapping"] == 50.0
-    assert twin["hidden_size"] == 64 and twin["vocab_size"] == 128
+    assert (twin["hidden_size"], twin["vocab_size"]) == (64, 128)
     assert twin["max_position_embeddings"] == 16 * 40
     assert lengths(twin) == {
         "sliding_window": (8, 8),
