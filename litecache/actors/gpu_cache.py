@@ -238,7 +238,7 @@ class GpuCache:
 
     def _begin(self) -> None:
         if self._begun.acquire(blocking=False):
-            start_job(self._load, "load")
+            start_job(self._load, "load", self._not_loaded)
 
     async def _ready(self) -> Engine:
         if self._stopped.is_set():
@@ -285,13 +285,13 @@ class GpuCache:
             self._loading.set_result(self._make_engine())
         except LiteCacheError as error:
             self._loading.set_exception(error)
-        except BaseException as error:
-            if self._restarted:
-                # what broke the last process broke this one's start: once more, or leave
-                self._end_process(error)
-            text = f"{type(error).__name__}: {error}"
-            self._loading.set_exception(GroupError(f"{self._name}: {text}"))
-            raise
+
+    def _not_loaded(self, error: BaseException) -> None:
+        if self._restarted:
+            # what broke the last process broke this one's start: once more, or leave
+            self._end_process(error)
+        text = f"{self._name}: {type(error).__name__}: {error}"
+        self._loading.set_exception(GroupError(text))
 
     def _check_failures(self) -> None:
         """Leave the group rather than start once more, when that has not helped.

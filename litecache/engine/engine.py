@@ -140,7 +140,7 @@ class Engine:
                 namespace_of=lambda salt: namespace_of(self.info.label, salt, quota_salts),
                 metrics=self.metrics,
             )
-        self._thread = start_job(self._run, "engine")
+        self._thread = start_job(self._run, "engine", self._died)
 
     # Callers' side
 
@@ -297,20 +297,19 @@ class Engine:
     # The engine's thread
 
     def _run(self) -> None:
-        try:
-            if self._device.type == "cuda":
-                torch.cuda.set_device(self._device)
-                self._compute_stream = torch.cuda.current_stream(self._device)
-            while not self._closing:
-                self._turn()
-        except BaseException as error:
-            # A bug, or the device.
-            logger.critical("the engine's thread has ended: %s", error, exc_info=error)
-            if self._on_death is not None:
-                self._on_death(error)
-            self._failure = error
-            for client_id, request_id in self._scheduler.open_requests():
-                self._fail(client_id, request_id, error)
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
+            self._compute_stream = torch.cuda.current_stream(self._device)
+        while not self._closing:
+            self._turn()
+
+    def _died(self, error: BaseException) -> None:
+        # A bug, or the device.
+        if self._on_death is not None:
+            self._on_death(error)
+        self._failure = error
+        for client_id, request_id in self._scheduler.open_requests():
+            self._fail(client_id, request_id, error)
 
     def _turn(self) -> None:
         """Take messages, launch one step, finish the one before."""

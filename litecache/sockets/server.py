@@ -96,7 +96,8 @@ class SocketServer:
                 if self._closed:
                     raise ConnectionAbortedError("the server is closed")
                 # under the lock, so that `close` finds every connection that is served
-                start_job(lambda: self._serve(connection, frames), "connection")
+                serve: Callable[[], None] = lambda: self._serve(connection, frames)  # noqa: E731
+                start_job(serve, "connection", lambda _: self._end(connection, frames))
                 self._connections.add(connection)
         except BaseException:
             frames.close()
@@ -114,11 +115,13 @@ class SocketServer:
             logger.warning("a client's connection is given up: %s", error)
         except OSError as error:
             logger.info("a client's connection ended: %s", error)
-        finally:
-            with self._lock:
-                self._connections.discard(connection)
-            frames.close()
-            connection.close()
+        self._end(connection, frames)
+
+    def _end(self, connection: socket.socket, frames: IncomingFrames) -> None:
+        with self._lock:
+            self._connections.discard(connection)
+        frames.close()
+        connection.close()
 
     def _answer(self, code: int, message: bytes) -> tuple[Outcome, bytes]:
         handler = self._methods.get(code)
