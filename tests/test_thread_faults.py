@@ -23,6 +23,7 @@ import pytest
 
 import litecache
 from litecache import threads
+from litecache.actors import gpu_cache
 from litecache.actors.gpu_cache import GpuCache
 from litecache.actors.group import Group
 from litecache.actors.group_spec import GroupSpec
@@ -32,6 +33,8 @@ from litecache.actors.metrics_export import MetricsExporter
 from litecache.actors.ray_engine import RayEngine
 from litecache.actors.shard_calls import ShardCalls
 from litecache.actors.shard_watch import ShardWatch
+from litecache.adapter.pending import PendingRequest
+from litecache.adapter.replica_set import ReplicaSet
 from litecache.config import CacheConfig
 from litecache.engine.engine import Engine
 from litecache.engine.model_source import ModelSource
@@ -253,7 +256,10 @@ def ready(faults: dict[str, int], broken: str) -> Any:
 
 
 @pytest.mark.slow
-def test_a_replica_loads_or_says_why_not(ray_local: None, faults: dict[str, int]) -> None:
+def test_a_replica_loads_or_says_why_not(
+    ray_local: None, faults: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_cache, "was_restarted", lambda: False)  # asked of workers alone
     assert ready(faults, "preload").vocab_size == 64
     with pytest.raises(GroupError, match="a fault in load"):
         ready(faults, "load")
@@ -264,9 +270,6 @@ def test_a_replica_loads_or_says_why_not(ray_local: None, faults: dict[str, int]
 def test_a_driver_goes_on(ray_local: None, faults: dict[str, int], tmp_path: Path) -> None:
     group = Group.start(GroupSpec("driven", SOURCE, CONFIG, num_threads=1))
     try:
-        from litecache.adapter.pending import PendingRequest
-        from litecache.adapter.replica_set import ReplicaSet
-
         replicas = ReplicaSet(group, "c")
         sampling = SamplingParams(max_new_tokens=3)
         pending = PendingRequest(Request("r", "c", [1, 2, 3], sampling))
