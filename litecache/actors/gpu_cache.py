@@ -39,7 +39,7 @@ from litecache.errors import ConfigError, GroupError, GroupUnavailableError, Lit
 from litecache.metrics import Metrics
 from litecache.sockets.async_server import AsyncSocketServer, Handler
 from litecache.storage.client import ShardClient
-from litecache.threads import start_job, start_service
+from litecache.threads import fault_counts, start_job, start_service
 from litecache.types import PollReply, Request, TokenDelta
 
 if TYPE_CHECKING:
@@ -194,6 +194,7 @@ class GpuCache:
             if self._shards is not None
             else [],
             "remote_shards": self._remote.remote_shards,
+            "thread_faults": fault_counts(),
         }
 
     async def flush(self, timeout_s: float) -> dict[str, Any]:

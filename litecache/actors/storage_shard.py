@@ -30,6 +30,7 @@ from litecache.storage import wire
 from litecache.storage.protocol import Attachment, FlushReport, ShardMethod
 from litecache.storage.retry import Backoff
 from litecache.storage.shard_store import ShardStore
+from litecache.threads import fault_counts
 
 logger = logging.getLogger(__name__)
 
@@ -211,6 +212,7 @@ class StorageShard:
             **self.info(),
             "store": self._open_store.stats(),
             "metrics": self._metrics.snapshot(),
+            "thread_faults": fault_counts(),
         }
 
     @ray.method(concurrency_group="bulk")
