@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from litecache.errors import ConfigError, shown
+from litecache.errors import ConfigError, outline, shown
 
 DTYPES = ("float32", "float16", "bfloat16")
 FSYNC_POLICIES = ("always", "interval", "never")
@@ -63,6 +63,32 @@ def _number(name: str, value: Any, high: float, valid: str) -> float:
         if 0 < number <= high and math.isfinite(number):
             return number
     raise ConfigError(name, value, valid)
+
+
+def check_seconds(name: str, value: Any) -> float:
+    """How long to wait, at most 1e6 s whatever is asked for.
+
+    Raises:
+        ConfigError: no number, NaN or below zero.
+    """
+    if _is(value, numbers.Real) and not _is(value, bool) and value >= 0:
+        return float(min(value, 1e6))
+    raise ConfigError(name, value, "seconds, zero or more")
+
+
+def check_list(name: str, value: Any) -> list[Any]:
+    """The items of a list, a tuple, an array or a tensor, at most 2**24.
+
+    Raises:
+        ConfigError: something without a length, or a longer one.
+    """
+    try:
+        items = list(value) if len(value) <= 1 << 24 else None
+    except Exception as error:  # whatever was passed is no list
+        raise ConfigError(name, outline(value), "a list") from error
+    if items is None:
+        raise ConfigError(name, outline(value), "at most 2**24 items")
+    return items
 
 
 def check_text(name: str, value: Any, valid: str = "a text") -> str:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
 from typing import ClassVar, NamedTuple
 
-from ...errors import ConfigError
+from ...errors import ConfigError, shown
 from ...hashing import BlockKey
 from ...metrics import Metrics
 from ..client import LocalShardClient
@@ -293,15 +293,18 @@ def get_engine(name: str | type[StorageEngine]) -> type[StorageEngine]:
     Raises:
         ConfigError: there is none, or what is registered is no `StorageEngine`.
     """
-    if isinstance(name, type) and issubclass(name, StorageEngine):
-        return name
-    if name in _BUILT_IN:
+    if issubclass(type(name), type) and issubclass(name, StorageEngine):  # type: ignore[arg-type]
+        return name  # type: ignore[return-value]
+    if type(name) is str and name in _BUILT_IN:
         return _BUILT_IN[name]
     registered = {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}
-    if name not in registered:
-        valid = ", ".join(sorted({*_BUILT_IN, *registered}))
-        raise ConfigError("engine", name, f"one of {valid}")
-    found = registered[name].load()
+    valid = f"a StorageEngine class, or one of {', '.join(sorted({*_BUILT_IN, *registered}))}"
+    if type(name) is not str or name not in registered:
+        raise ConfigError("engine", name, valid)
+    try:
+        found = registered[name].load()
+    except Exception as error:  # a third party's module
+        raise ConfigError("engine", name, f"{valid}; loading it failed: {error}") from error
     if not (isinstance(found, type) and issubclass(found, StorageEngine)):
-        raise ConfigError("engine", name, f"a StorageEngine, but {found!r} is registered")
+        raise ConfigError("engine", name, f"a StorageEngine, but {shown(found)} is registered")
     return found

@@ -17,24 +17,33 @@ logger = logging.getLogger(__name__)
 _SUFFIX = ".geometry.json"
 
 
-def adopt_geometry(path: str, page_bytes: int, pages_per_block: int) -> None:
-    """Make sure that the folders `<path>_<shard>` hold blocks of this geometry, or none.
+def set_aside_others(path: str, wanted: dict[str, int]) -> None:
+    """Rename folders `<path>_<shard>` that hold blocks of another geometry.
 
     Raises:
-        StorageLockedError: folders of another geometry are in use.
+        StorageLockedError: they are in use.
     """
-    wanted = {"page_bytes": page_bytes, "pages_per_block": pages_per_block}
-    found: dict[str, int] | None = None
-    with contextlib.suppress(OSError, ValueError), open(path + _SUFFIX) as file:
-        found = json.load(file)
+    found = _noted(path)
     if found != wanted:
         for folder in _shards(path):
             _set_aside(folder, (found or {}).get("page_bytes", 0))
+
+
+def note_geometry(path: str, wanted: dict[str, int]) -> None:
+    """The folders are open and hold blocks of this geometry, or none yet."""
+    if _noted(path) != wanted:
         temporary = path + _SUFFIX + ".new"
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
         with os.fdopen(fd, "w") as file:
             json.dump(wanted, file)
         os.replace(temporary, path + _SUFFIX)
+
+
+def _noted(path: str) -> dict[str, int] | None:
+    with contextlib.suppress(OSError, ValueError), open(path + _SUFFIX) as file:
+        found = json.load(file)
+        return found if isinstance(found, dict) else None
+    return None
 
 
 def _shards(path: str) -> list[str]:

@@ -8,24 +8,28 @@ keeps the tensor alive. It ends with `close()`, or when it is collected.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
+import re
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
+from ...config import check_integer, check_list, check_path, check_seconds, parse_size
 from ...errors import ConfigError, StorageError, StorageLockedError
 from ...hashing import BlockKey
+from ..shard_options import check_holds, smallest_ram_bytes, smallest_storage_bytes
 from .engine import EngineOptions, StorageEngine, get_engine
-from .geometry import adopt_geometry
+from .geometry import note_geometry, set_aside_others
 from .pages import BlockLayout, page_numbers, split, tensor_rows
-from .sizing import default_ram_bytes, pages_per_block, smallest_storage_bytes
+from .sizing import default_ram_bytes, pages_per_block
 from .task import Task, TaskBlock
 from .workers import Workers
 
+MODES = {"r": "read", "read": "read", "w": "write", "write": "write"}
 _CHUNK_BYTES = 16 << 20
+_MOST = 256
 _ROOT = bytes(16)
 
 
@@ -35,17 +39,12 @@ def as_key(value: int | str | bytes) -> BlockKey:
     Raises:
         ConfigError: none of these.
     """
-    if isinstance(value, bytes) and len(value) == 16:
+    if type(value) is bytes and len(value) == 16:
         return value
-    if isinstance(value, str) and len(value) == 32:
-        try:
-            return bytes.fromhex(value)
-        except ValueError:
-            pass
-    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if whole and 0 <= int(value) < 1 << 128:
-        return int(value).to_bytes(16, "big")
-    raise ConfigError("hash", value, "an integer from 0 to 2**128 - 1, 32 hex digits, or 16 bytes")
+    if type(value) is str and re.fullmatch("[0-9a-fA-F]{32}", value):
+        return bytes.fromhex(value)
+    valid = "an integer from 0 to 2**128 - 1, 32 hex digits, or 16 bytes"
+    return check_integer("hash", value, 0, (1 << 128) - 1, valid).to_bytes(16, "big")
 
 
 class LocalCacheService:
@@ -78,9 +77,12 @@ class LocalCacheService:
         ram_bytes: int | None = None,
         engine: str | type[StorageEngine] = "local",
     ) -> None:
-        for name, value in (("num_of_shard", num_of_shard), ("num_workers", num_workers)):
-            if value < 1:
-                raise ConfigError(name, value, "one or more")
+        made = get_engine(engine)
+        path = os.path.abspath(check_path("file", file, "the prefix of the folders, a path"))
+        storage_size = parse_size(storage_size, "storage_size")
+        valid = f"one or more, at most {_MOST}"
+        num_of_shard = check_integer("num_of_shard", num_of_shard, 1, _MOST, valid)
+        num_workers = check_integer("num_workers", num_workers, 1, _MOST, valid)
         rows = tensor_rows(kvcache)
         layout = BlockLayout(rows, pages_per_block(rows.shape[1]))
         least = smallest_storage_bytes(layout.block_bytes)
@@ -91,25 +93,24 @@ class LocalCacheService:
                 f"at most {most} for storage_size={storage_size} and blocks of "
                 f"{layout.block_bytes} bytes" if most else f"none: storage_size is under {least}",
             )  # fmt: skip
+        if ram_bytes is None:
+            ram_bytes = default_ram_bytes(layout.block_bytes, storage_size, num_of_shard)
+        ram_bytes = parse_size(ram_bytes, "ram_bytes")
+        check_holds("ram_bytes", ram_bytes, num_of_shard, [layout.block_bytes], smallest_ram_bytes)
         self._core = Workers(layout)
         self._tensor = kvcache
         self._num_workers = num_workers
-        path = os.path.abspath(file)
-        os.makedirs(os.path.dirname(path), exist_ok=True)
         options = EngineOptions(
             path=path,
             block_bytes=layout.block_bytes,
             storage_bytes=storage_size,
             shards=num_of_shard,
-            ram_bytes=ram_bytes
-            or default_ram_bytes(layout.block_bytes, storage_size, num_of_shard),
+            ram_bytes=ram_bytes,
             io_threads=max(2, min(4, num_workers)),
             on_written=self._core.on_written,
         )
-        made = get_engine(engine)
-        if made.keeps_folders:
-            _with_retry(lambda: adopt_geometry(path, layout.page_bytes, layout.pages_per_block))
-        self._core.engine = _with_retry(lambda: made(options))
+        geometry = {"page_bytes": layout.page_bytes, "pages_per_block": layout.pages_per_block}
+        self._core.engine = _open(made, options, geometry)
         self._finalizer = weakref.finalize(self, Workers.shutdown, self._core)
 
     def run(self) -> None:
@@ -130,7 +131,8 @@ class LocalCacheService:
 
     def query_many(self, hashes: Sequence[int | str | bytes]) -> list[bool]:
         """`query` for many."""
-        return self._engine().contains([as_key(value) for value in hashes])
+        keys = [as_key(value) for value in check_list("hashes", hashes)]
+        return self._engine().contains(keys)
 
     def create(
         self,
@@ -150,11 +152,10 @@ class LocalCacheService:
             ConfigError: unknown mode, pages out of range or of a wrong type, counts that differ.
             StorageError: the service is closed.
         """
-        if mode not in ("read", "write"):
-            raise ConfigError("mode", mode, "read or write")
+        mode = one_of("mode", mode, {"read": "read", "write": "write"})
         engine = self._engine()
         layout = self._core.layout
-        keys = [as_key(value) for value in hash_values]
+        keys = [as_key(value) for value in check_list("hash_values", hash_values)]
         pages = page_numbers(page_indices, len(layout.rows))
         pieces = split(pages, layout.pages_per_block)
         if len(pieces) != len(keys):
@@ -189,16 +190,19 @@ class LocalCacheService:
 
     def abort(self, task: Task) -> None:
         """End a task now and for good: it is ready, and its pages are not touched any more."""
+        if not issubclass(type(task), Task):
+            raise ConfigError("task", task, "a task of this service")
         task.abort()
 
     def active_threads(self, mode: str) -> int:
         """Tasks of a mode (`read` or `write`) that are not ready."""
+        mode = one_of("mode", mode, MODES)
         with self._core.lock:
-            return self._core.active[{"r": "read", "w": "write"}.get(mode, mode)]
+            return self._core.active[mode]
 
     def flush(self, timeout_s: float = 60.0) -> bool:
         """Make all finished writes durable."""
-        return self._engine().flush(timeout_s)
+        return self._engine().flush(check_seconds("timeout_s", timeout_s))
 
     def _engine(self) -> StorageEngine:
         engine = self._core.engine
@@ -216,6 +220,45 @@ class LocalCacheService:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def one_of(name: str, value: Any, choices: Mapping[str, str]) -> str:
+    """What a text stands for.
+
+    Raises:
+        ConfigError: no text, or none of the choices.
+    """
+    if not issubclass(type(value), str) or value not in choices:
+        raise ConfigError(name, value, f"one of {', '.join(choices)}")
+    return choices[value]
+
+
+def _open(
+    made: type[StorageEngine], options: EngineOptions, geometry: dict[str, int]
+) -> StorageEngine:
+    """An engine on its prefix; when it cannot be opened, no folder is left that was not there."""
+    folders = [os.path.dirname(options.path)]
+    while not os.path.lexists(folders[-1]):
+        folders.append(os.path.dirname(folders[-1]))
+    try:
+        os.makedirs(folders[0], exist_ok=True)
+        if made.keeps_folders:
+            _with_retry(lambda: set_aside_others(options.path, geometry))
+        engine: StorageEngine = _with_retry(lambda: made(options))
+        try:
+            if made.keeps_folders:
+                note_geometry(options.path, geometry)
+        except BaseException:
+            engine.close()
+            raise
+        return engine
+    except BaseException as error:
+        for folder in folders[:-1]:
+            with contextlib.suppress(OSError):
+                os.rmdir(folder)
+        if isinstance(error, OSError):
+            raise StorageError(f"{options.path} cannot be opened: {error}") from error
+        raise
 
 
 def _with_retry(attempt: Callable[[], Any]) -> Any:

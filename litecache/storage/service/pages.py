@@ -7,13 +7,14 @@ how many rows it holds: a reader that wants more rows than were written gets a m
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ...errors import ConfigError
+from ...errors import ConfigError, outline
 from ..protocol import PAGE_BYTES
 
 _TRAILER_MAGIC = b"LCROWS\x00\x01"
@@ -30,39 +31,59 @@ def tensor_rows(tensor: Any) -> Rows:
     Raises:
         ConfigError: another number of dimensions, not contiguous, not in CPU memory, or empty.
     """
-    shape = tuple(getattr(tensor, "shape", ()))
+    valid = "a 2-D contiguous, writable tensor in CPU memory, torch or numpy, not empty"
+    kind, torch = type(tensor), sys.modules.get("torch")
+    is_array = issubclass(kind, np.ndarray)
+    if not is_array and (torch is None or not issubclass(kind, torch.Tensor)):
+        raise ConfigError("kvcache", outline(tensor), valid)
+    shape = tuple(tensor.shape)
     if len(shape) != 2 or 0 in shape:
-        raise ConfigError("kvcache", shape, "a 2-D tensor [pages, page size], not empty")
-    if isinstance(tensor, np.ndarray):
-        if not tensor.flags.c_contiguous or not tensor.flags.writeable:
-            raise ConfigError("kvcache", "strides", "a contiguous, writable tensor")
-        return tensor.view(np.uint8).reshape(shape[0], -1)
-    if not hasattr(tensor, "is_contiguous"):
-        raise ConfigError("kvcache", type(tensor).__name__, "a torch tensor or numpy array")
-    import torch
-
+        raise ConfigError("kvcache.shape", shape, f"[pages, page size]: {valid}")
+    if is_array:
+        fits = tensor.flags.c_contiguous and tensor.flags.writeable
+        fits = fits and tensor.dtype.itemsize and not tensor.dtype.hasobject
+        if not fits:
+            raise ConfigError("kvcache", outline(tensor), valid)
+        return np.asarray(tensor).view(np.uint8).reshape(shape[0], -1)
+    assert torch is not None
     if tensor.device.type != "cpu":
-        raise ConfigError("kvcache", str(tensor.device), "a tensor in CPU memory")
-    if not tensor.is_contiguous():
-        raise ConfigError("kvcache", "strides", "a contiguous tensor")
-    rows: Rows = tensor.detach().view(torch.uint8).reshape(shape[0], -1).numpy()
+        raise ConfigError("kvcache.device", tensor.device, valid)
+    if tensor.layout is not torch.strided or not tensor.is_contiguous():
+        raise ConfigError("kvcache", outline(tensor), valid)
+    try:
+        rows: Rows = tensor.detach().view(torch.uint8).reshape(shape[0], -1).numpy()
+    except (RuntimeError, TypeError) as error:  # a view of something else
+        raise ConfigError("kvcache", outline(tensor), valid) from error
     return rows
 
 
-def page_numbers(indices: Any, rows: int, name: str = "page_indices") -> npt.NDArray[np.int64]:
-    """Page indices from a list, array or tensor of integers of any stride, checked.
+def integers(name: str, values: Any) -> npt.NDArray[Any]:
+    """A flat array from a list, array or tensor of integers of any stride.
 
     Raises:
-        ConfigError: not one-dimensional, not integers, or out of range.
+        ConfigError: not one-dimensional, not integers, or too many.
     """
-    # a torch tensor has __array__; numpy copies a strided one in element order
-    array = np.asarray(indices)
-    if array.size == 0:
+    valid = "a flat list of at most 2**24 integers"
+    try:
+        # a torch tensor has __array__; numpy copies a strided one in element order
+        array = np.asarray(values) if len(values) <= 1 << 24 else None
+    except Exception as error:  # whatever was passed is no list of numbers
+        raise ConfigError(name, outline(values), valid) from error
+    if array is not None and array.size == 0 and array.ndim == 1:
         return np.zeros(0, np.int64)
-    if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
-        raise ConfigError(name, f"{array.dtype} {array.shape}", "a flat list of integers")
-    pages = array.astype(np.int64)
-    if pages.min() < 0 or pages.max() >= rows:
+    if array is None or array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
+        raise ConfigError(name, outline(values if array is None else array), valid)
+    return array
+
+
+def page_numbers(indices: Any, rows: int, name: str = "page_indices") -> npt.NDArray[np.int64]:
+    """Page indices, checked.
+
+    Raises:
+        ConfigError: no flat list of integers, or out of range.
+    """
+    pages = integers(name, indices).astype(np.int64)
+    if pages.size and (pages.min() < 0 or pages.max() >= rows):
         bad = pages[(pages < 0) | (pages >= rows)][0]
         raise ConfigError(name, int(bad), f"0 to {rows - 1}")
     return pages

@@ -11,15 +11,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import xxhash
 
-from ...errors import ConfigError
+from ...config import check_integer, check_list
+from ...errors import ConfigError, outline
 from ...hashing import BlockKey, block_key, root_key
-from .local_cache_service import LocalCacheService, as_key
+from .local_cache_service import MODES, LocalCacheService, as_key, one_of
+from .pages import integers, tensor_rows
 from .task import Task, TaskState
-
-_MODES = {"r": "read", "read": "read", "w": "write", "write": "write"}
-_START_POS_FIELD = "start_pos"
 
 
 class PyTask:
@@ -76,9 +76,9 @@ class PyLocalCacheService:
         num_shard: int = 32,
         num_worker: int = 16,
     ) -> None:
-        if str(getattr(kvcache_tensor, "dtype", "")).rpartition(".")[2] != "uint8":
-            dtype = getattr(kvcache_tensor, "dtype", type(kvcache_tensor).__name__)
-            raise ConfigError("kvcache_tensor", str(dtype), "a tensor of uint8")
+        tensor_rows(kvcache_tensor)
+        if str(kvcache_tensor.dtype).rpartition(".")[2] != "uint8":
+            raise ConfigError("kvcache_tensor", outline(kvcache_tensor), "a tensor of uint8")
         self._service = LocalCacheService(file, storage_size, num_shard, kvcache_tensor, num_worker)
         self._block_size = self._service.block_size()
         self._page_size = self._service.page_size()
@@ -88,14 +88,14 @@ class PyLocalCacheService:
 
     def hash(self, tokens: Sequence[int]) -> list[str]:
         """xxh3_128 of each block's tokens as uint64, in hex; not the keys used inside."""
-        words = np.asarray(tokens, dtype=np.uint64)
+        words = _words(tokens)
         return [
             xxhash.xxh3_128(words[i : i + self._n].tobytes()).hexdigest()
             for i in range(0, len(words), self._n)
         ]
 
-    def _keys(self, tokens: Sequence[int]) -> list[BlockKey]:
-        words = np.asarray(tokens, dtype=np.uint64).view(np.int64)
+    def _keys(self, tokens: Sequence[int] | None) -> list[BlockKey]:
+        words = _words(tokens).view(np.int64)
         keys: list[BlockKey] = []
         parent = self._root
         for i in range(0, len(words), self._n):
@@ -109,8 +109,8 @@ class PyLocalCacheService:
         if (tokens is None) == (hash_128s is None):
             raise ConfigError("tokens", "both or none", "either tokens or hash_128s")
         if hash_128s is not None:
-            return [as_key(value) for value in hash_128s]
-        return self._keys(tokens or [])
+            return [as_key(value) for value in check_list("hash_128s", hash_128s)]
+        return self._keys(tokens)
 
     def query(
         self, tokens: Sequence[int] | None = None, *, hash_128s: Sequence[int] | None = None
@@ -139,20 +139,21 @@ class PyLocalCacheService:
         Raises:
             ConfigError: unknown mode, pages out of range, counts that differ.
         """
-        if mode not in _MODES:
-            raise ConfigError("mode", mode, "r or w")
+        mode = one_of("mode", mode, MODES)
         keys = self._keys_of(tokens, hash_128s)
-        pages = np.asarray(kv_page_indexer)
+        pages = integers("kv_page_indexer", kv_page_indexer)
         if tokens is not None and len(pages) != len(tokens):
             raise ConfigError("kv_page_indexer", f"{len(pages)} pages", f"{len(tokens)}, as tokens")
+        last = len(keys) * self._n
+        start_pos = check_integer("start_pos", start_pos, 0, last, f"0 to {last}")
         first = start_pos // self._n
-        if start_pos < 0 or first > len(keys):
-            raise ConfigError(_START_POS_FIELD, start_pos, f"0 to {len(pages)}")
-        task = self._service.create(_MODES[mode], keys[first:], pages[first * self._n :])
+        task = self._service.create(mode, keys[first:], pages[first * self._n :])
         return PyTask(task)
 
     def abort(self, task: PyTask) -> None:
         """End a task now and for good."""
+        if not issubclass(type(task), PyTask):
+            raise ConfigError("task", task, "a task of this service")
         self._service.abort(task._task)
 
     def active_threads(self, mode: str) -> int:
@@ -166,3 +167,15 @@ class PyLocalCacheService:
     def close(self) -> None:
         """Give the prefix up."""
         self._service.close()
+
+
+def _words(tokens: Sequence[int] | None) -> npt.NDArray[np.uint64]:
+    """Token ids as uint64 `[n]`.
+
+    Raises:
+        ConfigError: no flat list of integers, or one of them is negative.
+    """
+    array = integers("tokens", tokens)
+    if array.size and array.min() < 0:
+        raise ConfigError("tokens", int(array.min()), "integers from 0 to 2**64 - 1")
+    return array.astype(np.uint64)

@@ -6,9 +6,6 @@ import os
 
 from ...errors import ConfigError
 from ...machine_memory import available_memory_bytes
-from ..disk_tier import META_FIXED_BYTES, META_SLOT_BYTES
-from ..protocol import PAGE_BYTES
-from ..segment_sizes import pick_segment_bytes, region_size
 
 MAX_BLOCK_VARIABLE = "LIGHTMEM_MAX_BLOCK_SIZE_MB"
 _MAX_PAGES = 64
@@ -28,19 +25,6 @@ def pages_per_block(page_bytes: int) -> int:
     if limit <= 0:
         raise ConfigError(MAX_BLOCK_VARIABLE, text, "a positive whole number of MiB")
     return max(1, min(_MAX_PAGES, limit * 2**20 // page_bytes))
-
-
-def smallest_storage_bytes(block_bytes: int) -> int:
-    """The least that a shard's storage must be to hold one block."""
-    total = 1 << 20
-    pages = block_bytes // PAGE_BYTES
-    while True:
-        segment_bytes = pick_segment_bytes(total)
-        size = region_size(segment_bytes // PAGE_BYTES, pages)
-        need = size.segments * segment_bytes + size.slots * META_SLOT_BYTES + META_FIXED_BYTES
-        if need <= total:
-            return total
-        total += max(1 << 20, need - total)
 
 
 def default_ram_bytes(block_bytes: int, storage_size: int, shards: int) -> int:

@@ -14,6 +14,7 @@ from enum import IntEnum
 import numpy as np
 import numpy.typing as npt
 
+from ...config import check_seconds
 from ...hashing import BlockKey
 
 
@@ -97,7 +98,7 @@ class Task:
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Sleep until `ready()`, or until the time is over; whether it is ready."""
-        return self._done.wait(timeout_s)
+        return self._done.wait(None if timeout_s is None else check_seconds("timeout_s", timeout_s))
 
     def data_safe(self) -> bool:
         """The caller may reuse the pages: a write has copied them, a read has filled them."""
