@@ -40,6 +40,7 @@ from litecache.errors import ConfigError, LiteCacheError, RequestTimeout
 from litecache.metrics import Metrics
 from litecache.storage.client import ShardClient
 from litecache.storage.namespaces import namespace_of
+from litecache.storage.shard_options import check_tiers
 from litecache.threads import start_job
 from litecache.types import FinishReason, Request, TokenDelta
 
@@ -92,6 +93,8 @@ class Engine:
         with memory_for(f"the weights of {source.name}", "take a smaller model or dtype"):
             loaded = load_model(source, config)
         layout = KVLayout.from_specs(loaded.specs, config.block_size)
+        if shards:
+            check_tiers(config, [group.block_bytes for group in layout.groups])
         num_blocks = choose_num_blocks(loaded, layout, config)
         with memory_for(f"a pool of {num_blocks} blocks", "lower num_blocks"):
             self._pools = [KVPool(group, num_blocks + 1, loaded.device) for group in layout.groups]

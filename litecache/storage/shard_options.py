@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from ..config import CacheConfig
 from ..errors import ConfigError
 from .disk_tier import META_FIXED_BYTES, META_SLOT_BYTES
 from .protocol import PAGE_BYTES
 from .segment_sizes import pick_segment_bytes, region_size
 
+# of one namespace, of which the metadata keeps up to three copies
+_NAME_BYTES = 1024
 FSYNC_POLICIES = ("always", "interval", "never")
 
 
@@ -33,29 +36,32 @@ def validate_options(
         raise ConfigError("ttl_s", ttl_s, "more than zero, or None")
 
 
-def smallest_storage_bytes(block_bytes: int) -> int:
-    """The least that a shard's storage must be to hold one block, with what belongs to it."""
-    return _smallest(block_bytes, META_SLOT_BYTES, META_FIXED_BYTES)
+def smallest_storage_bytes(*block_bytes: int) -> int:
+    """The least that a shard's storage must be to hold a block of each size, metadata included."""
+    return _smallest(block_bytes, META_SLOT_BYTES, META_FIXED_BYTES + 3 * _NAME_BYTES)
 
 
-def smallest_ram_bytes(block_bytes: int) -> int:
-    """The least that a shard's arena must be to hold one block."""
+def smallest_ram_bytes(*block_bytes: int) -> int:
+    """The least that a shard's arena must be to hold a block of each size."""
     return _smallest(block_bytes, 0, 0)
 
 
-def _smallest(block_bytes: int, slot_bytes: int, fixed_bytes: int) -> int:
+def _smallest(block_bytes: Sequence[int], slot_bytes: int, fixed_bytes: int) -> int:
     total = 1 << 20
     while True:
         segment_bytes = pick_segment_bytes(total)
-        size = region_size(segment_bytes // PAGE_BYTES, -(-block_bytes // PAGE_BYTES))
-        need = size.segments * segment_bytes + size.slots * slot_bytes + fixed_bytes
+        pages = segment_bytes // PAGE_BYTES
+        need = fixed_bytes
+        for size in block_bytes:
+            region = region_size(pages, -(-size // PAGE_BYTES))
+            need += region.segments * segment_bytes + region.slots * slot_bytes
         if need <= total:
             return total
         total += max(1 << 20, need - total)
 
 
 def check_holds(
-    field: str, total: int, shards: int, block_bytes: Sequence[int], least: Callable[[int], int]
+    field: str, total: int, shards: int, block_bytes: Sequence[int], least: Callable[..., int]
 ) -> None:
     """Refuse a bound under which some block is never stored, and so never found.
 
@@ -63,18 +69,36 @@ def check_holds(
         field: name of the bound.
         total: its value, over all shards.
         shards: how many divide it.
-        block_bytes: of each KV group.
+        block_bytes: of each KV group; a hit needs a block of each.
         least: `smallest_ram_bytes` or `smallest_storage_bytes`.
 
     Raises:
-        ConfigError: tells the group, the size of its blocks, and what would do.
+        ConfigError: tells the sizes and what would do.
     """
-    for group, size in enumerate(block_bytes):
-        if (need := least(size)) > total // shards:
-            of = f" of KV group {group}" if len(block_bytes) > 1 else ""
+    together = [tuple(block_bytes)] if shards == 1 else [(size,) for size in block_bytes]
+    for sizes in together:
+        if (need := least(*sizes)) > total // shards:
+            blocks = ", ".join(f"{size:,}" for size in sizes)
             valid = (
                 f"at least {need * shards:,}: each of {shards} shard(s) has {total // shards:,} "
-                f"bytes, and to hold a block{of}, {size:,} bytes, takes {need:,} with segments "
+                f"bytes, and a block ({blocks} bytes by KV group) takes {need:,} with segments "
                 "and metadata"
             )
             raise ConfigError(field, total, valid)
+
+
+def check_tiers(config: CacheConfig, block_bytes: Sequence[int]) -> None:
+    """Refuse bounds of a node's tiers that cannot hold a block of a model.
+
+    Args:
+        config: of the group.
+        block_bytes: of each KV group.
+
+    Raises:
+        ConfigError: names the bound, with the numbers.
+    """
+    shards = len(config.shard_folders)
+    check_holds("ram_bytes", config.ram_bytes, shards, block_bytes, smallest_ram_bytes)
+    if config.storage_dir is not None:
+        bound = config.storage_bytes
+        check_holds("storage_bytes", bound, shards, block_bytes, smallest_storage_bytes)

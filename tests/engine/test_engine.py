@@ -11,6 +11,7 @@ import torch
 from engine_harness import Harness, family_source
 from plan_driver import FAMILIES, random_prompt, stock_generate, tiny_model
 
+from litecache.config import CacheConfig
 from litecache.engine import loader
 from litecache.engine.engine import Engine
 from litecache.engine.model_runner import StepHandle
@@ -321,3 +322,15 @@ def test_every_steps_time_is_told_in_two_parts() -> None:
     # one step for the prompt and the first token, then one a token
     assert {kind: histogram["count"] for kind, histogram in steps.items()} == {"host": 5, "wait": 5}
     assert all(histogram["sum"] > 0 for histogram in steps.values())
+
+
+def test_tiers_that_cannot_hold_a_block_are_refused_at_the_start(tmp_path: Path) -> None:
+    source = family_source("llama")
+    for bound in ({"ram_bytes": 65_536}, {"storage_bytes": 1 << 17}):
+        (name,) = bound
+        config = CacheConfig(num_blocks=16, storage_dir=str(tmp_path), **bound)
+        with (
+            Harness(source, folders=[None]) as harness,
+            pytest.raises(ConfigError, match=rf"{name}=.* a block \([0-9,]+ bytes"),
+        ):
+            Engine(source, config, sink=print, shards=harness.clients)
