@@ -17,7 +17,7 @@ from typing import Any
 from litecache.adapter.stats import CacheStats
 from litecache.errors import LiteCacheError
 from litecache.paths import litecache_home
-from litecache.storage.folder import check_folder
+from litecache.storage.disk.folder import check_folder
 
 PACKAGES = ("torch", "transformers", "ray", "triton", "numpy", "xxhash", "msgpack")
 _SHM_COMFORT_BYTES = 1 << 30

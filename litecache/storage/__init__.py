@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from .arena_view import ArenaView
 from .client import LocalShardClient, ShardClient
-from .inspect import inspect_store, verify_store
+from .disk.inspect import inspect_store, verify_store
 from .key_table import KeyTable
 from .protocol import (
     PAGE_BYTES,

@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..hashing import BlockKey
+from .disk.records import FLAG_PINNED, RECORD, Records
 from .key_table import Entries, KeyTable, KeyWords
-from .records import FLAG_PINNED, RECORD, Records
 
 _COLUMNS = {
     "parent_low": "Q",

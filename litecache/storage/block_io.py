@@ -18,12 +18,12 @@ import xxhash
 
 from ..metrics import Metrics
 from ..threads import start_service
-from .files import NO_SPACE
+from .disk.files import NO_SPACE
+from .disk.slab import Transfer
 from .keeper import Keeper
 from .ram_tier import RamBlock, RamState
 from .reads import ReadRequest, plan_reads, request_bytes
 from .retry import LogByRate
-from .slab import Transfer
 from .tiers import Tiers
 from .write_queue import WriteBatch
 

@@ -11,12 +11,12 @@ from typing import NamedTuple
 
 from ..hashing import BlockKey
 from .block_io import fault
+from .disk.slab import Transfer
 from .protocol import PAGE_BYTES
 from .ram_tier import LOADED, RamBlock
 from .reads import MAX_REQUEST_BYTES
 from .scratch import scratch_memory
 from .shard_parts import ShardParts
-from .slab import Transfer
 
 MAX_FETCH_BYTES = 64 << 20
 """A block larger than this still goes, alone."""

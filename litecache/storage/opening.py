@@ -6,9 +6,9 @@ from ..errors import StorageError, StorageFullError
 from ..metrics import Metrics
 from .admission import get_admission
 from .arena import Arena
-from .disk_tier import DiskTier
+from .disk.files import NO_SPACE, Files
+from .disk.tier import DiskTier
 from .eviction import get_policy
-from .files import NO_SPACE, Files
 from .segment_sizes import pick_segment_bytes
 from .tiers import Tiers
 

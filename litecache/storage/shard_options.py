@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from ..config import CacheConfig
 from ..errors import ConfigError
-from .disk_tier import META_FIXED_BYTES, META_SLOT_BYTES
+from .disk.tier import META_FIXED_BYTES, META_SLOT_BYTES
 from .protocol import PAGE_BYTES
 from .segment_sizes import pick_segment_bytes, region_size
 

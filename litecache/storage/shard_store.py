@@ -14,8 +14,9 @@ from ..errors import ConfigError
 from ..hashing import BlockKey
 from ..metrics import Metrics
 from .block_io import OnWritten
+from .disk.files import Files
+from .disk.retired import Retired, retired_folders
 from .fetching import Fetching
-from .files import Files
 from .filling import Filling
 from .leases import Client
 from .opening import open_tiers
@@ -28,7 +29,6 @@ from .protocol import (
     SlotRef,
     StageResult,
 )
-from .retired import Retired, retired_folders
 from .shard_options import validate_options
 from .shard_parts import ShardParts
 from .shard_stats import set_gauges, shard_stats

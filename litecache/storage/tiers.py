@@ -19,7 +19,7 @@ from .admission import Admission
 from .arena import Arena
 from .block_index import BlockIndex
 from .changes import Changes
-from .disk_tier import DiskTier
+from .disk.tier import DiskTier
 from .eviction.queues import Queues
 from .key_table import Entries
 from .protocol import PAGE_BYTES, SlotState

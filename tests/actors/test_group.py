@@ -34,7 +34,7 @@ from litecache.errors import (
     StorageLockedError,
 )
 from litecache.metrics import Metrics
-from litecache.storage import folder as storage_folder
+from litecache.storage.disk import folder as storage_folder
 from litecache.storage.namespaces import salt_digest
 from litecache.storage.shard_store import ShardStore
 

@@ -19,7 +19,7 @@ from litecache.engine.step_plan import StepPlan
 from litecache.errors import CapacityError, ConfigError
 from litecache.storage.arena_view import ArenaView
 from litecache.storage.client import LocalShardClient
-from litecache.storage.inspect import inspect_store
+from litecache.storage.disk.inspect import inspect_store
 from litecache.storage.namespaces import salt_digest
 from litecache.storage.protocol import SlotState
 from litecache.types import FinishReason, Request, SamplingParams

@@ -13,7 +13,7 @@ import errno
 import random
 from collections.abc import Sequence
 
-from litecache.storage.files import Files
+from litecache.storage.disk.files import Files
 
 SECTOR = 512
 

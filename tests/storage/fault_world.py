@@ -18,7 +18,8 @@ from fault_files import FaultFiles
 from storage_help import KIB, MIB, ROOT, bytes_of, fast_folder, key_of
 
 from litecache.errors import StorageError
-from litecache.storage import CommitItem, LocalShardClient, ShardStore, SlotRef, block_io, disk_tier
+from litecache.storage import CommitItem, LocalShardClient, ShardStore, SlotRef, block_io
+from litecache.storage.disk import tier as disk_tier
 
 SIZES = (4 * KIB, 8 * KIB, 20 * KIB)
 STORAGE_BYTES = 1 * MIB + 256 * KIB

@@ -15,8 +15,9 @@ from fault_files import FaultFiles, Inode
 from storage_help import KIB, MIB, bytes_of, fast_folder, fill, key_of
 
 from litecache.errors import LiteCacheError
-from litecache.storage import ShardStore, journal
-from litecache.storage.records import RECORD_BYTES
+from litecache.storage import ShardStore
+from litecache.storage.disk import journal
+from litecache.storage.disk.records import RECORD_BYTES
 
 NBYTES = 4 * KIB
 OPTIONS = {"storage_bytes": 1 * MIB, "ram_bytes": 1 * MIB, "io_threads": 0}

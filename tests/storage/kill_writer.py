@@ -13,7 +13,7 @@ import sys
 from storage_help import MIB, bytes_of, key_of
 
 from litecache.storage import CommitItem, LocalShardClient, ShardStore
-from litecache.storage.files import Files
+from litecache.storage.disk.files import Files
 
 # how many of each there are in the first tenths of a second: opening takes the first few
 OPERATIONS = {

@@ -17,7 +17,7 @@ from storage_help import MIB
 
 from litecache.errors import ConfigError, StorageError, StorageLockedError
 from litecache.storage import LocalCacheService
-from litecache.storage import files as files_module
+from litecache.storage.disk import files as files_module
 
 
 def slab_of(cache) -> str:

@@ -16,9 +16,10 @@ import pytest
 from storage_help import KIB, MIB, bytes_of, fill, get, key_of, put
 
 from litecache.errors import ConfigError, LiteCacheError, StorageError, StorageLockedError
-from litecache.storage import LocalShardClient, ShardStore, block_io, folder, keeper
-from litecache.storage.files import Files
-from litecache.storage.inspect import inspect_store
+from litecache.storage import LocalShardClient, ShardStore, block_io, keeper
+from litecache.storage.disk import folder
+from litecache.storage.disk.files import Files
+from litecache.storage.disk.inspect import inspect_store
 
 NBYTES = 64 * KIB
 STRANGER = 54_321
@@ -452,7 +453,8 @@ def test_taking_in_goes_on_after_a_kill(tmp_path):
     with make(tmp_path / "shard-1") as store:
         keys = fill(store, range(100), NBYTES)
     code = (
-        "import os, sys\nfrom litecache.storage import ShardStore, retired\n"
+        "import os\nfrom litecache.storage import ShardStore\n"
+        "from litecache.storage.disk import retired\n"
         "real = retired.Retired._give_room\n"
         "def deadly(self):\n    os.kill(os.getpid(), 9)\n"
         "retired.Retired._give_room = deadly\nretired.MAX_REQUEST_BYTES = 1 << 20\n"

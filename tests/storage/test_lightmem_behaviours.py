@@ -14,7 +14,7 @@ import xxhash
 from service_help import ABORTED, FINISHED, Gate, round_trip, run, service, tensor
 
 from litecache.storage import LocalShardClient, PyLocalCacheService, PyState, PyTask
-from litecache.storage.files import Files
+from litecache.storage.disk.files import Files
 from litecache.storage.service import workers
 
 

@@ -32,7 +32,7 @@ from litecache.storage import (
     inspect_store,
     verify_store,
 )
-from litecache.storage.files import Files
+from litecache.storage.disk.files import Files
 from litecache.storage.namespaces import namespace_of, salt_digest
 
 NBYTES = 64 * KIB
@@ -628,7 +628,7 @@ def test_the_fallback_arena_works_and_leaves_no_file(tmp_path):
 
 
 def test_after_a_power_cut_blocks_hit_but_are_durable_only_once_read(tmp_path, monkeypatch):
-    from litecache.storage.files import Files
+    from litecache.storage.disk.files import Files
 
     store = make(tmp_path)
     keys = fill(store, range(6), NBYTES)

@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 from storage_help import key_of
 
 from litecache.errors import ConfigError, StorageFormatError
-from litecache.storage import KeyTable, eviction, folder, journal, recovery, snapshot
+from litecache.storage import KeyTable, eviction
 from litecache.storage.block_index import BlockIndex
-from litecache.storage.disk_tier import DiskTier
+from litecache.storage.disk import folder, journal, recovery, snapshot
+from litecache.storage.disk.files import Files
+from litecache.storage.disk.records import RECORD, seal, unseal
+from litecache.storage.disk.tier import DiskTier
 from litecache.storage.eviction import Links, get_policy, register
 from litecache.storage.eviction.lru import Lru
-from litecache.storage.files import Files
-from litecache.storage.records import RECORD, seal, unseal
 from litecache.storage.segment_sizes import pick_segment_bytes
 from litecache.storage.segments import SegmentSpace
 

@@ -15,15 +15,15 @@ from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
-from ..errors import ConfigError, StorageError, StorageFormatError
-from .block_io import fault
+from ...errors import ConfigError, StorageError, StorageFormatError
+from ..block_io import fault
+from ..protocol import PAGE_BYTES
+from ..reads import MAX_REQUEST_BYTES
+from ..scratch import scratch_memory
 from .files import Files
 from .folder import Folder, disk_used_bytes, open_folder, read_superblock
-from .protocol import PAGE_BYTES
-from .reads import MAX_REQUEST_BYTES
 from .records import FLAG_PINNED, Records
 from .recovery import Recovered, recover
-from .scratch import scratch_memory
 from .slab import Slab, Transfer
 
 _AGE_BOUNDS_S = (60, 3600, 86_400, 7 * 86_400, 30 * 86_400)

@@ -17,22 +17,22 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..errors import LiteCacheError, StorageLockedError
-from ..threads import start_job
-from .block_io import fault
-from .client import LocalShardClient
+from ...errors import LiteCacheError, StorageLockedError
+from ...threads import start_job
+from ..block_io import fault
+from ..client import LocalShardClient
+from ..protocol import PAGE_BYTES, CommitItem, SlotRef
+from ..reads import MAX_REQUEST_BYTES
+from ..scratch import scratch_memory
 from .files import Files
 from .folder import FILE_NAMES, Folder, disk_used_bytes
-from .protocol import PAGE_BYTES, CommitItem, SlotRef
-from .reads import MAX_REQUEST_BYTES
 from .records import FLAG_PINNED, Records
 from .recovery import recover
-from .scratch import scratch_memory
 from .slab import Slab, Transfer
 
 if TYPE_CHECKING:
-    from .shard_store import ShardStore
-    from .tiers import Tiers
+    from ..shard_store import ShardStore
+    from ..tiers import Tiers
 
 logger = logging.getLogger(__name__)
 

@@ -14,9 +14,9 @@ from typing import NamedTuple
 import msgpack
 import numpy as np
 
+from ..protocol import PAGE_BYTES
 from . import journal, snapshot
 from .files import Files
-from .protocol import PAGE_BYTES
 from .records import FLAG_DOUBTFUL, RECORD_BYTES, Records, unseal
 
 logger = logging.getLogger(__name__)

@@ -16,23 +16,23 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from ..block_index import BlockIndex
+from ..eviction.queues import Queues
+from ..key_table import Entries
+from ..quotas import Quotas
+from ..retry import Backoff, LogByRate
+from ..room import make_room
+from ..segment_sizes import pick_segment_bytes
+from ..segments import SegmentSpace
+from ..slot_use import SlotUse
 from . import snapshot
-from .block_index import BlockIndex
 from .disk_log import DiskLog
-from .eviction.queues import Queues
 from .files import NO_SPACE, Files
 from .folder import Folder
-from .key_table import Entries
-from .quotas import Quotas
 from .records import FLAG_DOUBTFUL, FLAG_PINNED, RECORD_BYTES
 from .recovery import Recovered, recover
 from .restoring import fit_slab, restore
-from .retry import Backoff, LogByRate
-from .room import make_room
-from .segment_sizes import pick_segment_bytes
-from .segments import SegmentSpace
 from .slab import Slab, Transfer
-from .slot_use import SlotUse
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ import os
 import stat
 from collections.abc import Callable, Sequence
 
-from ..errors import StorageError, StorageFormatError
+from ...errors import StorageError, StorageFormatError
 
 logger = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ import struct
 
 import xxhash
 
-from ..errors import (
+from ...errors import (
     ConfigError,
     LiteCacheError,
     StorageFormatError,

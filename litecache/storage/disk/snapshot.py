@@ -16,7 +16,7 @@ import msgpack
 import numpy as np
 import xxhash
 
-from ..errors import StorageFormatError
+from ...errors import StorageFormatError
 from .files import Files
 from .records import RECORD, RECORD_BYTES, Records, seal, unseal
 

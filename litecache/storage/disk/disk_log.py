@@ -12,12 +12,12 @@ from collections.abc import Callable
 import msgpack
 import numpy as np
 
+from ..block_index import BlockIndex
+from ..key_table import Entries
 from . import journal as journal_file
 from . import snapshot
-from .block_index import BlockIndex
 from .files import Files
 from .journal import Journal
-from .key_table import Entries
 from .records import FLAG_DOUBTFUL, RECORD_BYTES, seal
 from .recovery import MAX_NAMES, Recovered
 

@@ -6,11 +6,11 @@ import logging
 
 import numpy as np
 
-from .block_index import BlockIndex
-from .eviction.queues import Queues
+from ..block_index import BlockIndex
+from ..eviction.queues import Queues
+from ..segments import SegmentSpace
 from .files import NO_SPACE
 from .records import FLAG_DOUBTFUL, FLAG_PINNED, Records
-from .segments import SegmentSpace
 from .slab import Slab
 
 logger = logging.getLogger(__name__)

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import msgpack
 import xxhash
 
-from ..errors import StorageFormatError
+from ...errors import StorageFormatError
 from .files import NO_SPACE, Files
 
 logger = logging.getLogger(__name__)

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from ..protocol import PAGE_BYTES
 from .files import IOV_MAX, Files
-from .protocol import PAGE_BYTES
 
 Call = Callable[[int, Sequence[memoryview], int], int]
 
