@@ -1,13 +1,20 @@
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import shutil
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from any_values import TEXTS
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -21,7 +28,7 @@ from litecache.cli import app, main
 from litecache.cli.groups import _print_status
 from litecache.cli.options import parse_settings
 from litecache.config import CacheConfig
-from litecache.errors import ConfigError, KernelError
+from litecache.errors import ConfigError, GroupUnavailableError, KernelError
 from litecache.storage import CommitItem, LocalShardClient, ShardStore
 
 WORDS = [f"w{number}" for number in range(64)]
@@ -50,6 +57,31 @@ def invoke(*arguments: str) -> Any:
     done = CliRunner().invoke(app, [*arguments, "--json"], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def run(*arguments: str) -> tuple[int, str, str]:
+    """Exit status, standard output and standard error of the command, in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        patch.setattr(sys, "argv", ["litecache", *arguments])
+        with pytest.raises(SystemExit) as exit_:
+            main()
+    assert isinstance(exit_.value.code, int)
+    return exit_.value.code, out.getvalue(), err.getvalue()
+
+
+def refused(*arguments: str) -> str:
+    """The one line that a refused command prints."""
+    status, _, err = run(*arguments)
+    assert status == 2
+    (line,) = err.splitlines()
+    assert line.startswith("error: ")
+    assert len(line) < 2200
+    return line
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="would tune for minutes")
@@ -97,21 +129,10 @@ def test_a_group_goes_up_answers_shows_itself_and_goes_down(ray_local: None, mod
         (["up", "m", "--set", "block_size=12"], "block_size=12 is invalid: a power of two"),
     ],
 )
-def test_errors_are_one_line_and_exit_with_1(
-    ray_local: None,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    arguments: list[str],
-    message: str,
+def test_errors_are_one_line_and_exit_with_2(
+    ray_local: None, arguments: list[str], message: str
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["litecache", *arguments])
-    with pytest.raises(SystemExit) as exit_:
-        main()
-    assert exit_.value.code == 1
-    shown = capsys.readouterr().err
-    assert shown.startswith("error: ")
-    assert message in shown
-    assert len(shown.splitlines()) == 1
+    assert message in refused(*arguments)
 
 
 def filled_store(folder: Path) -> Path:
@@ -168,21 +189,18 @@ def test_inspect_shows_sizes_ages_and_pins_beside_a_live_store(tmp_path: Path) -
 def test_verify_exits_with_2_when_it_cannot_check(tmp_path: Path) -> None:
     folder = filled_store(tmp_path)
 
-    def refused() -> str:
-        done = CliRunner().invoke(app, ["verify", str(folder)])
-        assert done.exit_code == 2
-        assert len(done.stderr.strip().splitlines()) == 1
-        return done.stderr
+    def line() -> str:
+        return refused("verify", str(folder))
 
     with ShardStore(str(folder / "shard-0"), storage_bytes=8 << 20, ram_bytes=1 << 20):
-        assert "in use by another store (process" in refused()
+        assert "in use by another store (process" in line()
     superblock = folder / "shard-0" / "superblock"
     content = bytearray(superblock.read_bytes())
     content[8] ^= 1
     superblock.write_bytes(content)
-    assert "superblock is damaged" in refused()
+    assert "superblock is damaged" in line()
     superblock.unlink()
-    assert "a storage folder (with shard-*/superblock in it)" in refused()
+    assert "a storage folder (with shard-*/superblock in it)" in line()
 
 
 def test_settings_are_parsed_as_fields_of_the_config() -> None:
@@ -228,3 +246,123 @@ def test_status_and_doctor_say_what_was_not_saved_and_why(
     assert (lost.status, lost.name) == ("bad", "shard")
     assert "removed" in lost.detail
     assert "3 queue_full" in dropped.detail
+
+
+WORDS_OF_NOBODY = [text for text in TEXTS if "\0" not in text and len(text) < 10**5]
+ANY_TEXT = st.sampled_from(WORDS_OF_NOBODY) | st.text(st.characters(exclude_characters="\0"))
+COMMANDS: dict[str, tuple[str, ...]] = {
+    "up": ("MODEL", "--group", "--set", "--replicas", "--num-threads", "--address", "--json"),
+    "down": ("--group", "--all", "--timeout", "--address", "--json"),
+    "status": ("--group", "--address", "--json"),
+    "generate": ("MODEL", "PROMPT", "--group", "--set", "--max-new-tokens", "--temperature",
+                 "--seed", "--chat", "--address", "--json"),
+    "inspect": ("DIRECTORY", "--json"),
+    "verify": ("DIRECTORY", "--json"),
+    "tune": ("FILE", "--json"),
+    "nonsense": ("--set",),
+}  # fmt: skip
+
+
+@given(st.data())
+def test_any_arguments_of_a_command_give_a_result_or_one_line(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    # beyond connecting a command may start actors: no argument that can be told to be wrong gets
+    # that far, and here none does
+    folder = tmp_path_factory.mktemp("cli")
+    connect = "litecache.cli.groups.connect"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(connect, no_cluster)
+        patch.setattr("litecache.adapter.KVCacheAdapter", no_cluster)
+        command = data.draw(st.sampled_from(sorted(COMMANDS)))
+        arguments = [command]
+        for name in data.draw(st.lists(st.sampled_from(COMMANDS[command]), max_size=5)):
+            if name.startswith("-"):
+                arguments.append(name)
+            if name not in ("--json", "--all", "--chat"):
+                arguments.append(data.draw(ANY_TEXT))
+        begun = time.perf_counter()
+        status, out, err = run(*arguments)
+        assert time.perf_counter() - begun < 30
+    assert "Traceback" not in out + err
+    assert status in (0, 2)
+    if status == 2:
+        (line,) = err.splitlines()
+        assert line.startswith("error: ")
+        assert "unforeseen" not in line
+    assert list(folder.iterdir()) == []
+
+
+def no_cluster(*arguments: Any, **settings: Any) -> None:
+    raise GroupUnavailableError("no cluster here")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["up", "m", "--replicas", "0"],
+        ["up", "m", "--replicas", "1e3"],
+        ["up", "m", "--replicas", str(10**30)],
+        ["up", "m", "--num-threads", "-1"],
+        ["up", "m", "--group", "a b"],
+        ["up", "a/b/c"],
+        ["up", "m", "--set", "ram_bytes=nan"],
+        ["up", "m", "--set", "salt_quotas=a=inf"],
+        ["down", "--timeout", "nan"],
+        ["down", "--timeout", "-1"],
+        ["status", "--group", "x" * 100],
+        ["generate", "m", ""],
+        ["generate", "m", "\udcff"],
+        ["generate", "m", "text", "--temperature", "nan"],
+        ["generate", "m", "text", "--temperature", "-1"],
+        ["generate", "m", "text", "--max-new-tokens", "0"],
+        ["generate", "m", "text", "--seed", "-1"],
+        ["inspect", "x" * 300],
+        ["verify", "\udcff"],
+        ["tune", "/no/such/folder/file"],
+        ["doctor", "--address", "ray://"],
+    ],
+)
+def test_what_can_be_told_from_the_words_is_refused_before_anything_is_loaded(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unforeseen(*arguments: Any, **settings: Any) -> None:
+        raise AssertionError("unforeseen")
+
+    for name in ("groups.connect", "machine.connect"):
+        monkeypatch.setattr(f"litecache.cli.{name}", unforeseen)
+    monkeypatch.setattr("litecache.adapter.KVCacheAdapter", unforeseen)
+    monkeypatch.setattr("litecache.adapter.doctor.examine", unforeseen)
+    assert "unforeseen" not in refused(*arguments)
+
+
+def test_an_address_that_is_none_is_refused_before_ray_is_asked() -> None:
+    for address in ("nowhere", "local", "", "ray://", "a b:1", "host:port"):
+        assert "--address" in refused("status", "--address", address)
+
+
+def test_words_that_are_too_many_are_not_repeated() -> None:
+    line = refused("generate", "m", "the", "patient", "said")
+    assert "unexpected extra argument" in line
+    assert "patient" not in line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "arguments", [["up", "/no/such"], ["up", "m", "--set", "fsync=x"], ["generate", "a/b/c", "x"]]
+)
+def test_the_command_refuses_in_time_without_loading_torch(arguments: list[str]) -> None:
+    code = "import sys; from litecache.cli import main\ntry: main()\nfinally: print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2
+    assert not {"torch", "transformers", "ray"} & set(done.stdout.split())
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_without_arguments_there_is_help() -> None:
+    status, out, _ = run()
+    assert status == 2
+    assert "doctor" in out

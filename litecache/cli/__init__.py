@@ -1,12 +1,17 @@
 """The command line: `litecache up`, `down`, `status`, `generate`, `inspect`, `verify`, `tune`,
 `doctor`.
 
-Every command takes `--json` for machines; errors go to stderr and exit with 1 (`verify`: with 2,
-because 1 means that something is damaged). Commands import what they need when they run, so that
+Every command takes `--json` for machines; errors are one line on stderr and exit with 2 (1 is a
+finding of `verify` or `doctor`). Commands import what they need when they run, so that
 `--help` is there at once.
 """
 
 from __future__ import annotations
+
+import io
+import logging
+import sys
+from typing import Any
 
 import typer
 
@@ -14,6 +19,8 @@ from litecache.cli.folders import inspect, verify
 from litecache.cli.groups import down, generate, status, up
 from litecache.cli.machine import doctor, tune
 from litecache.errors import LiteCacheError
+
+logger = logging.getLogger(__name__)
 
 app = typer.Typer(
     help="A paged, tiered and persistent KV cache for Hugging Face models on Ray.",
@@ -25,9 +32,34 @@ for command in (up, down, status, generate, inspect, verify, tune, doctor):
 
 
 def main() -> None:
-    """Entry point: errors that a user can act on are one line."""
+    """Entry point: whatever goes wrong is one line on stderr, and status 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    if len(sys.argv) < 2:
+        app(["--help"], standalone_mode=False)
+        raise SystemExit(2)
     try:
-        app()
+        status = app(standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        status = _fail("interrupted", 130)
     except LiteCacheError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise SystemExit(1) from error
+        status = _fail(str(error))
+    except Exception as error:
+        # of typer, whose classes are those of click or its own: a command used wrongly
+        usage: Any = getattr(error, "format_message", None)
+        text = f"{type(error).__name__}: {error}" if usage is None else _usage(usage())
+        logger.debug("%s", text, exc_info=usage is None)
+        status = _fail(str(LiteCacheError(text)))
+    raise SystemExit(status or 0)
+
+
+def _usage(message: str) -> str:
+    # words that are too many may be a prompt without quotes: they are not repeated
+    message = message.partition(" (")[0] if "unexpected extra argument" in message else message
+    return f"{message} (see litecache --help, and litecache COMMAND --help)"
+
+
+def _fail(text: str, status: int = 2) -> int:
+    typer.echo(f"error: {' '.join(text.split())}", err=True)
+    return status

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from litecache.cli.options import AsJson, print_json
-from litecache.errors import LiteCacheError
+from litecache.config import check_path
 
 Folder = Annotated[str, typer.Argument(help="a storage_dir, or one shard's folder in it")]
 
@@ -15,8 +15,9 @@ Folder = Annotated[str, typer.Argument(help="a storage_dir, or one shard's folde
 def inspect(directory: Folder, as_json: AsJson = False) -> None:
     """Show what a storage folder holds; works beside a running group.
 
-    Exit status: 0, or 1 when there is no storage folder or its files cannot be read.
+    Exit status: 0, or 2 when there is no storage folder or its files cannot be read.
     """
+    check_path("dir", directory)
     from litecache.storage import inspect_store
 
     with _progress() as progress:
@@ -51,17 +52,14 @@ def verify(directory: Folder, as_json: AsJson = False) -> None:
     Exit status: 0 when all is sound, 1 when a block or a record is not, 2 when it could not be
     checked (no storage folder, in use by a live store, or of another format).
     """
+    check_path("dir", directory)
     from litecache.storage import verify_store
 
-    try:
-        with _progress() as progress:
-            task = progress.add_task("reading blocks", total=None)
-            reports = verify_store(
-                directory, lambda done, total: progress.update(task, completed=done, total=total)
-            )
-    except LiteCacheError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
+    with _progress() as progress:
+        task = progress.add_task("reading blocks", total=None)
+        reports = verify_store(
+            directory, lambda done, total: progress.update(task, completed=done, total=total)
+        )
     if as_json:
         print_json([report.to_dict() for report in reports])
     else:

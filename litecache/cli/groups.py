@@ -11,16 +11,23 @@ from typing import Annotated, Any
 
 import typer
 
+from litecache.actors.naming import check_group_name
 from litecache.cli.options import (
     Address,
     AsJson,
     GroupName,
     Model,
     Settings,
+    check_address,
+    check_model,
     connect,
     parse_settings,
     print_json,
 )
+from litecache.config import check_integer, check_seconds
+from litecache.errors import ConfigError, outline
+
+_MOST = 1024
 
 
 def up(
@@ -33,10 +40,14 @@ def up(
     as_json: AsJson = False,
 ) -> None:
     """Start a group of actors that stays, or check that it runs with these settings."""
+    config = parse_settings(settings or [])
+    check_model(model)
+    check_group_name(group)
+    check_integer("--replicas", replicas, 1, _MOST, f"an integer from 1 to {_MOST}")
+    _check_threads(num_threads)
+    connect(address)
     from litecache.adapter import KVCacheAdapter
 
-    config = parse_settings(settings or [])
-    connect(address)
     adapter = KVCacheAdapter(
         model,
         cache_config=config,
@@ -66,9 +77,11 @@ def down(
     as_json: AsJson = False,
 ) -> None:
     """Save what is cached and stop a group's actors; Ray goes on."""
+    timeout = check_seconds("--timeout", timeout)
+    check_group_name(group)
+    connect(address)
     from litecache.actors.group import list_groups, stop_group
 
-    connect(address)
     reports = {
         name: stop_group(name, timeout) for name in (list_groups() if everything else [group])
     }
@@ -86,10 +99,11 @@ def down(
 
 def status(group: GroupName = "default", address: Address = None, as_json: AsJson = False) -> None:
     """Show a group's actors and counters."""
+    check_group_name(group)
+    connect(address)
     from litecache.actors.group import Group
     from litecache.adapter.stats import CacheStats
 
-    connect(address)
     actors = Group.attach(group, timeout_s=10).status()
     stats = CacheStats.from_status(actors)
     if as_json:
@@ -111,16 +125,25 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Continue a text, printing it as it comes."""
-    from litecache.adapter import KVCacheAdapter
-
-    config = parse_settings(settings or []) if settings else None
+    config = parse_settings(settings or [])
+    check_model(model)
+    if group is not None:
+        check_group_name(group)
+    check_integer("--max-new-tokens", max_new_tokens, 1, 2**31 - 1, "an integer of at least 1")
+    sampling: dict[str, Any] = {}
+    if temperature is not None:
+        if not 0 < temperature < float("inf"):
+            raise ConfigError("--temperature", temperature, "a positive finite number")
+        sampling = {"do_sample": True, "temperature": temperature}
+    if seed is not None:
+        check_integer("--seed", seed, 0, 2**63 - 1, "an integer from 0 to 2**63 - 1")
+    check_address(address)
+    text = _prompt(prompt)
     if address is not None:
         connect(address)
-    text = sys.stdin.read() if prompt == "-" else prompt
-    sampling: dict[str, Any] = (
-        {} if temperature is None else {"do_sample": True, "temperature": temperature}
-    )
-    with KVCacheAdapter(model, cache_config=config, group=group) as adapter:
+    from litecache.adapter import KVCacheAdapter
+
+    with KVCacheAdapter(model, cache_config=config if settings else None, group=group) as adapter:
         given: Any = text
         if chat:
             message = [{"role": "user", "content": text}]
@@ -144,6 +167,23 @@ def generate(
             )
         else:
             typer.echo()
+
+
+def _prompt(given: str) -> str:
+    """The text itself, or standard input for `-`."""
+    try:
+        text = sys.stdin.read() if given == "-" else given
+        text.encode()
+    except (OSError, UnicodeError) as error:
+        raise ConfigError("prompt", outline(given), "UTF-8 text") from error
+    if not text:
+        raise ConfigError("prompt", outline(text), "a text, not empty")
+    return text
+
+
+def _check_threads(num_threads: int | None) -> None:
+    if num_threads is not None:
+        check_integer("--num-threads", num_threads, 1, _MOST, f"an integer from 1 to {_MOST}")
 
 
 def _print_status(group: str, actors: dict[str, Any], stats: Any) -> None:

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from litecache.cli.options import Address, AsJson, connect, print_json
+from litecache.cli.options import Address, AsJson, check_address, connect, print_json
+from litecache.config import check_path
 from litecache.errors import ConfigError
 
 
@@ -16,10 +17,11 @@ def tune(
     as_json: AsJson = False,
 ) -> None:
     """Measure the decode kernel's launch configurations on this machine's GPU."""
-    from litecache.kernels.tune import tune_to_file
-
+    check_path("file", file)
     if not file.absolute().parent.is_dir():
         raise ConfigError("file", str(file), "a path in a folder that exists")
+    from litecache.kernels.tune import tune_to_file
+
     document = tune_to_file(file, None if as_json else typer.echo)
     if as_json:
         print_json(document)
@@ -33,6 +35,9 @@ def doctor(
     as_json: AsJson = False,
 ) -> None:
     """Check this machine; exit with 1 when something will not work."""
+    if storage_dir is not None:
+        check_path("--storage-dir", storage_dir)
+    check_address(address)
     from litecache.adapter.doctor import cluster_findings, examine
 
     findings = examine(storage_dir)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from typing import Annotated, Any
 
 import typer
 
+from litecache.config import check_path
 from litecache.errors import ConfigError, GroupUnavailableError
 
 Model = Annotated[str, typer.Argument(help="a hub name, a folder or a .gguf file")]
@@ -40,12 +43,39 @@ def parse_settings(settings: list[str]) -> Any:
     return CacheConfig(**values)
 
 
+def check_model(model: str) -> str:
+    """What can be said of a model's name without loading anything.
+
+    Raises:
+        ConfigError: no folder, no file, and no name of a hub's model.
+    """
+    valid = "a folder with a saved model, a .gguf file, or a name of the Hugging Face hub"
+    path = os.path.expanduser(check_path("model", model, valid))
+    if not os.path.exists(path) and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path):
+        raise ConfigError("model", model, valid)
+    if path.endswith(".gguf") and not os.path.isfile(path):
+        raise ConfigError("model", model, valid)
+    return model
+
+
+def check_address(address: str | None) -> None:
+    """Whether an address has the form of one of Ray's.
+
+    Raises:
+        ConfigError: it has not.
+    """
+    form = r"auto|(ray://)?(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+):[0-9]{1,5}"
+    if address is not None and not re.fullmatch(form, address):
+        raise ConfigError("--address", address, '"auto", HOST:PORT or ray://HOST:PORT')
+
+
 def connect(address: str | None) -> None:
     """Join the cluster that is running; a group must outlive this command.
 
     Raises:
         GroupUnavailableError: there is none.
     """
+    check_address(address)
     import ray
 
     if ray.is_initialized():
