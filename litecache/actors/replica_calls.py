@@ -25,6 +25,7 @@ from litecache.actors.messages import (
 )
 from litecache.actors.naming import CALL_TIMEOUT_S
 from litecache.errors import (
+    ConfigError,
     GroupUnavailableError,
     LiteCacheError,
     RequestTimeout,
@@ -62,7 +63,12 @@ def answering(
 
     async def answer(message: bytes) -> bytes:
         arguments, requests = unpack_call(message)
-        return _PACK[method](await actor(*arguments, requests))
+        try:
+            call = actor(*arguments, requests)
+        except TypeError:  # of binding the arguments: a coroutine method has run nothing yet
+            what = f"{len(arguments)} arguments"
+            raise ConfigError("message", what, f"those of {method.name.lower()}") from None
+        return _PACK[method](await call)
 
     return answer
 

@@ -74,8 +74,7 @@ class EngineInfo:
         """
         if not isinstance(request, Request):
             raise ConfigError("request", request, "a litecache.types.Request")
-        if request.version != MESSAGE_VERSION:
-            raise ConfigError("version", request.version, f"{MESSAGE_VERSION}, the engine's")
+        check_integer("version", request.version, MESSAGE_VERSION, MESSAGE_VERSION)
         check_text("request_id", request.request_id)
         check_text("client_id", request.client_id)
         check_text("cache_salt", request.cache_salt, empty=True)

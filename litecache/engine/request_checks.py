@@ -98,7 +98,7 @@ def _check_rules(rules: LogitRules, vocab_size: int) -> None:
         if len(_tuple("sequence_bias", pair, "(ids, bias) pairs")) != 2:
             raise ConfigError("sequence_bias", pair, "(ids, bias) pairs")
         ids, bias = pair
-        if bias != float("-inf"):
+        if not isinstance(bias, float) or bias != float("-inf"):
             check_real("sequence_bias", bias, -FLOAT32_MAX)
         biased.append(_check_ids("sequence_bias", ids, vocab_size, least=1))
     for ids in words:
