@@ -130,6 +130,7 @@ class Admission:
         if seq.reused is None:
             seq.reused = self._reuse_by_tier(seq, match)
         self._publisher.save_on_sight(seq, match, out)
+        self._publisher.touch(seq, match, out)
         if seq.num_todo == 1:
             plan.add_step(seq, 1)
         else:

@@ -93,6 +93,8 @@ class LowerTiers:
             self._loader.load(load)
         for ticket in schedule.discards:
             self._loader.discard(ticket)
+        if schedule.touches:
+            self._saver.touch(schedule.touches)
         if schedule.saves:
             refused = self._saver.submit(schedule.saves)
             if refused:

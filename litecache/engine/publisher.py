@@ -59,6 +59,18 @@ class Publisher:
                 if blocks[index] != TRASH_BLOCK:
                     self._save(seq, group, index, blocks[index], out)
 
+    def touch(self, seq: Sequence, match: PrefixMatch, out: Schedule) -> None:
+        """Let the shards hear of a hit in the pool: the last key of each run of the chain.
+
+        A use of a block is one of those before it, and runs may lie on different shards.
+        """
+        if self._admission == "none":
+            return
+        for group, keys in zip(self._cache.groups, seq.chain.keys, strict=True):
+            run = max(1, RUN_BYTES // group.block_bytes)
+            ends = [*range(run, match.num_blocks, run), match.num_blocks]
+            out.touches += [keys[end - 1] for end in reversed(ends) if end]
+
     def on_saved(self, orders: Iterable[SaveOrder], dropped: Iterable[SaveOrder]) -> None:
         """Copies ended: give their references back; the dropped ones are unsaved again."""
         for order in orders:

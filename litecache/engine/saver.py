@@ -1,4 +1,4 @@
-"""Saves published blocks to the shards, in order, on a thread of its own.
+"""Saves published blocks to the shards, in order, on a thread of its own, and tells of their use.
 
 Never on the latency path and never queued without bound: what finds no room is dropped and
 counted. A dropped block is saved on its next sight; the blocks after it do not wait for that.
@@ -17,6 +17,7 @@ from litecache.engine.kv_layout import KVPool
 from litecache.engine.schedule import SaveOrder
 from litecache.engine.shard_set import ShardSet
 from litecache.errors import StorageError
+from litecache.hashing import BlockKey
 from litecache.metrics import Metrics
 from litecache.storage.client import ShardClient
 from litecache.storage.protocol import CommitItem, CommitStatus, SlotRef
@@ -27,6 +28,10 @@ logger = logging.getLogger(__name__)
 BATCH_BLOCKS = 64
 SLOT_WAIT_S = 0.5
 """How long a save waits for the shard to write dirty slots out before it is dropped."""
+
+
+TOUCH_INTERVAL_S = 1.0
+"""Uses of stored blocks are gathered for so long."""
 
 
 class Saver:
@@ -62,6 +67,8 @@ class Saver:
         self._metrics = metrics
         self._queue: deque[SaveOrder] = deque()
         self._stuck: set[str] = set()
+        self._touched: dict[BlockKey, None] = {}
+        self._touch_at = 0.0
         self._changed = threading.Condition()
         self._busy = False
         self._closing = False
@@ -77,10 +84,24 @@ class Saver:
         self._drop(refused, "queue_full")
         return refused
 
-    def drain(self, timeout_s: float) -> bool:
-        """Wait until everything queued is copied; False on timeout."""
+    def touch(self, keys: Sequence[BlockKey]) -> None:
+        """Tell the shards, some time, that these blocks were used, the least recent first."""
         with self._changed:
-            return self._changed.wait_for(lambda: not self._queue and not self._busy, timeout_s)
+            for key in keys:
+                self._touched.pop(key, None)
+                self._touched[key] = None
+            self._changed.notify_all()
+
+    def drain(self, timeout_s: float) -> bool:
+        """Wait until everything queued is copied and told; False on timeout."""
+
+        def idle() -> bool:
+            return not (self._queue or self._touched or self._busy)
+
+        with self._changed:
+            self._touch_at = 0.0
+            self._changed.notify_all()
+            return self._changed.wait_for(idle, timeout_s)
 
     def close(self) -> None:
         """Drop what is queued and end the thread."""
@@ -95,17 +116,28 @@ class Saver:
             with self._changed:
                 self._busy = False
                 self._changed.notify_all()
-                self._changed.wait_for(lambda: self._queue or self._closing)
+                self._changed.wait_for(self._has_work)
+                while not (self._queue or self._closing) and self._touch_at > time.monotonic():
+                    self._changed.wait(self._touch_at - time.monotonic())
                 if self._closing:
                     return
                 count = min(BATCH_BLOCKS, len(self._queue))
                 batch = [self._queue.popleft() for _ in range(count)]
+                touched: list[BlockKey] = []
+                if self._touch_at <= time.monotonic():
+                    touched, self._touched = list(self._touched), {}
+                    self._touch_at = time.monotonic() + TOUCH_INTERVAL_S
                 self._busy = True
             try:
-                self._save_batch(batch)
+                self._shards.touch(touched)
+                if batch:
+                    self._save_batch(batch)
             except Exception:
                 logger.exception("saving %d blocks failed", len(batch))
                 self._done([], self._drop(batch, "error"))
+
+    def _has_work(self) -> bool:
+        return bool(self._queue or self._touched or self._closing)
 
     def _save_batch(self, batch: list[SaveOrder]) -> None:
         started = time.perf_counter()

@@ -45,7 +45,8 @@ class Schedule:
     """Everything one call of the scheduler decided.
 
     Tickets name a request's dealings with the lower tiers; `discards` are tickets whose leases
-    are no longer wanted.
+    are no longer wanted; `touches` are stored blocks that a request found in the pool, of which
+    the shards have heard nothing, tails first.
     """
 
     plan: StepPlan | None = None
@@ -53,4 +54,5 @@ class Schedule:
     loads: list[LoadOrder] = field(default_factory=list)
     discards: list[int] = field(default_factory=list)
     saves: list[SaveOrder] = field(default_factory=list)
+    touches: list[BlockKey] = field(default_factory=list)
     deltas: list[tuple[str, TokenDelta]] = field(default_factory=list)

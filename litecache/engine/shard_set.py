@@ -74,6 +74,14 @@ class ShardSet:
             default=None,
         )
 
+    def touch(self, keys: Sequence[BlockKey]) -> None:
+        """Tell every shard that blocks were used; what it does not hold it passes over."""
+        for shard in self._shards if keys else ():
+            try:
+                shard.touch(keys)
+            except Exception as error:
+                self._note("touch", shard.shard_id, error)
+
     def stage(self, keys: Sequence[BlockKey]) -> list[Lease | None]:
         """Lease every block that some shard has; one lease per key."""
         answers = self._ask_all(keys)

@@ -10,7 +10,7 @@ import torch
 from engine_harness import Harness, family_source
 from plan_driver import random_prompt
 
-from litecache.engine import saver
+from litecache.engine import publisher, saver
 from litecache.storage.client import LocalShardClient
 from litecache.storage.protocol import SlotRef
 
@@ -129,3 +129,47 @@ def test_the_saver_goes_on_after_any_exception(
         harness.run([prompt], 1)
         assert harness.engine.flush()["complete"]
         assert len(harness.stores[0].keys()) == 2
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_prefix_that_is_hit_in_the_pool_all_the_time_stays_on_disk(
+    tmp_path: Path, shards: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others' blocks pass through a disk that holds half of them."""
+    monkeypatch.setattr(publisher, "RUN_BYTES", 40 << 10)  # three blocks
+    hot = random_prompt(161, seed=1)
+    folders = [tmp_path / str(number) for number in range(shards)]
+    limits = {"ram_bytes": 1 << 20, "storage_bytes": 1 << 20}
+    with Harness(family_source("llama"), folders=folders, **limits) as harness:
+        (wanted,) = harness.run([hot], 1)
+        assert harness.engine.flush()["complete"]
+        kept = [set(store.keys()) for store in harness.stores]
+        assert sum(map(len, kept)) == 10
+        for seed in range(12 * shards):
+            harness.run([random_prompt(161, seed=100 + seed)], 1)
+            assert harness.run([hot], 1) == [wanted]
+            assert harness.reused == [{"gpu": 160}]
+            assert harness.engine.flush()["complete"]
+        for keys, store in zip(kept, harness.stores, strict=True):
+            assert keys <= set(store.keys()), "the hottest blocks have left"
+            assert len(store.keys()) < 200
+
+
+def test_uses_of_stored_blocks_are_told_in_one_call_for_many_requests(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[Sequence[bytes]] = []
+    prompt = random_prompt(161, seed=1)
+    with Harness(family_source("llama"), folders=[tmp_path / "s"]) as harness:
+        harness.run([prompt], 1)
+        assert harness.engine.flush()["complete"]
+        monkeypatch.setattr(saver, "TOUCH_INTERVAL_S", 1e6)
+        harness.engine._tiers._saver._touch_at = 1e18
+        monkeypatch.setattr(LocalShardClient, "touch", lambda self, keys: told.append(keys))
+        for _ in range(20):
+            harness.run([prompt], 1)
+        assert told == []
+        assert harness.engine.flush()["complete"]
+        (keys,) = told
+        assert len(keys) == 1
+        assert set(keys) < set(harness.stores[0].keys())
