@@ -95,6 +95,19 @@ def alternate(
     return samples
 
 
+def own_ray() -> None:
+    """A Ray that ends with this process, unless RAY_ADDRESS names another.
+
+    Ray by itself joins whatever `ray start` last recorded on the machine, alive or not.
+    """
+    import ray
+
+    if not ray.is_initialized() and not os.environ.get("RAY_ADDRESS"):
+        ray.init(
+            address="local", include_dashboard=False, log_to_driver=False, logging_level="warning"
+        )
+
+
 def machine_info() -> dict[str, Any]:
     """What a reader needs to judge the figures; no host name."""
     info: dict[str, Any] = {

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_common import Report, Row, alternate, parser, summarise
+from bench_common import Report, Row, alternate, own_ray, parser, summarise
 from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
 
 from litecache import CacheConfig, KVCacheAdapter
@@ -52,6 +52,7 @@ class Bench:
         config = CacheConfig(
             num_blocks=640, dtype="float32", device="cpu", ram_bytes="512MB", max_model_len=2048
         )
+        own_ray()
         self.llm = KVCacheAdapter(model_dir, cache_config=config)
 
     def prompt(self, batch: int, length: int) -> torch.Tensor:

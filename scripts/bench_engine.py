@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_common import GEOMETRIES, Report, Row, parser, summarise
+from bench_common import GEOMETRIES, Report, Row, own_ray, parser, summarise
 
 from litecache import CacheConfig
 from litecache.types import Request, SamplingParams, TokenDelta
@@ -114,6 +114,7 @@ class ThroughRay:
 
         fields = dict(config)
         hf_config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+        own_ray()
         self._llm = KVCacheAdapter(hf_config, cache_config=cache_config, weights="random")
 
     def run(self, asks: Sequence[Ask]) -> list[Answer]:

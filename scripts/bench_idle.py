@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from bench_common import GEOMETRIES, Report, Row, parser
+from bench_common import GEOMETRIES, Report, Row, own_ray, parser
 
 MAX_EXTRA_PERCENT = 0.5
 SETTLE_S = 10.0
@@ -68,6 +68,7 @@ def main() -> int:
         config = CacheConfig(
             num_blocks=128, ram_bytes="128MB", storage_dir=store, storage_bytes="1GB", device="cpu"
         )
+        own_ray()
         with KVCacheAdapter(model, cache_config=config, weights="random") as llm:
             llm.generate_batch([list(range(100, 400))], max_new_tokens=8)
             llm.flush()

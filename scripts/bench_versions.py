@@ -117,7 +117,7 @@ def _idle_cases(args: dict[str, Any]) -> Iterator[tuple[str, Sample]]:
     import time
 
     import bench_idle
-    from bench_common import GEOMETRIES
+    from bench_common import GEOMETRIES, own_ray
     from transformers import AutoConfig
 
     from litecache import CacheConfig, KVCacheAdapter
@@ -127,6 +127,7 @@ def _idle_cases(args: dict[str, Any]) -> Iterator[tuple[str, Sample]]:
         config = CacheConfig(
             num_blocks=128, ram_bytes="128MB", storage_dir=store, storage_bytes="1GB", device="cpu"
         )
+        own_ray()
         with KVCacheAdapter(model, cache_config=config, weights="random") as llm:
             llm.generate_batch([list(range(100, 400))], max_new_tokens=8)
             llm.flush()

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_common import machine_info
+from bench_common import machine_info, own_ray
 from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig
@@ -105,6 +105,8 @@ def check_tokens(dtype: str, device: str, folder: Path) -> list[dict[str, Any]]:
         max_batch_tokens=512,
     )
     rows: list[dict[str, Any]] = []
+
+    own_ray()
 
     def adapter() -> KVCacheAdapter:
         return KVCacheAdapter(llama(), cache_config=config, weights="random", seed=0)

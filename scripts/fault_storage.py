@@ -167,6 +167,7 @@ def ray_kills(report: Report, seed: int, count: int) -> bool:
 
     path = f"{TESTS}:{Path(__file__).parent}"
     ray.init(
+        address="local",
         num_cpus=1,
         include_dashboard=False,
         logging_level=logging.ERROR,

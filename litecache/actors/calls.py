@@ -1,12 +1,14 @@
 """Calls to actors with a deadline, and their outcomes as LiteCache errors.
 
-Ray wraps what an actor raised; here it comes out again as the class that was raised. An actor
-that is gone or late becomes `GroupUnavailableError` or `RequestTimeout`.
+Ray wraps what an actor raised; here it comes out again as the class that was raised. An actor that
+is gone or late becomes `GroupUnavailableError` or `RequestTimeout`. No call starts a Ray.
 """
 
 from __future__ import annotations
 
+import time
 import warnings
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import ray
@@ -23,6 +25,11 @@ from litecache.errors import GroupError, GroupUnavailableError, LiteCacheError, 
 
 # What a call can end with when the other side is dead, restarting, unreachable or slow.
 UNREACHABLE = (GroupUnavailableError, RequestTimeout)
+
+
+# `ray.get` itself starts a Ray where there is none; what it wraps raises.
+_get = getattr(ray.get, "__wrapped__", ray.get)
+_wait = getattr(ray.wait, "__wrapped__", ray.wait)
 
 
 class ActorEndedError(GroupUnavailableError):
@@ -42,7 +49,7 @@ def result(ref: Any, timeout_s: float | None = CALL_TIMEOUT_S, what: str = "a ca
             GroupUnavailableError when the actor is gone.
     """
     try:
-        return ray.get(ref, timeout=timeout_s)
+        return _get(ref, timeout=timeout_s)
     except GetTimeoutError as error:
         raise RequestTimeout(f"{what} took longer than {timeout_s:g} s") from error
     except RayTaskError as error:
@@ -53,6 +60,50 @@ def result(ref: Any, timeout_s: float | None = CALL_TIMEOUT_S, what: str = "a ca
         raise GroupUnavailableError(f"{what}: the actor is gone ({_first_line(error)})") from error
     except RayError as error:
         raise GroupError(f"{what} failed in Ray: {_first_line(error)}") from error
+
+
+def gather(
+    handles: Mapping[str, Any], call: Callable[[Any], Any], timeout_s: float, what: str
+) -> dict[str, Any]:
+    """What several actors answer, under one deadline.
+
+    An actor may take all its time for its work while it is alive: it is asked whether it is, too,
+    and one that does not say so within CALL_TIMEOUT_S is given up.
+
+    Args:
+        handles: the actors by name.
+        call: begins the call of one of them.
+        timeout_s: deadline of all.
+        what: names the call in errors.
+
+    Returns:
+        By name the answer, or the LiteCacheError that took its place.
+    """
+    answers: dict[str, Any] = {}
+    waiting = {name: call(handle) for name, handle in handles.items()}
+    deadline = time.monotonic() + timeout_s
+    while waiting:
+        ready = {name: handles[name].__ray_ready__.remote() for name in waiting}
+        done = _done(waiting.values(), min(CALL_TIMEOUT_S, deadline - time.monotonic()))
+        alive = _done(ready.values(), 0.0) if time.monotonic() < deadline else set()
+        for name, ref in list(waiting.items()):
+            if ref in done:
+                try:
+                    answers[name] = result(waiting.pop(name), None, f"{name}: {what}")
+                except LiteCacheError as error:
+                    answers[name] = error
+            elif ready[name] not in alive:
+                del waiting[name]
+                answers[name] = RequestTimeout(f"{name}: {what}: no answer")
+    return answers
+
+
+def _done(refs: Iterable[Any], timeout_s: float) -> set[Any]:
+    refs = list(refs)
+    try:
+        return set(_wait(refs, num_returns=len(refs), timeout=max(0.0, timeout_s))[0])
+    except RayError as error:
+        raise GroupError(f"waiting failed in Ray: {_first_line(error)}") from error
 
 
 def was_restarted() -> bool:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
 
-from litecache.actors.calls import UNREACHABLE, result
+from litecache.actors.calls import UNREACHABLE, ActorEndedError, gather, result
+from litecache.actors.cluster import RayConnection
 from litecache.actors.coordinator_client import CoordinatorClient
 from litecache.actors.group_spec import GroupSpec, check_same
 from litecache.actors.group_start import (
@@ -26,6 +27,7 @@ from litecache.actors.group_start import (
     wait_loaded,
 )
 from litecache.actors.naming import (
+    CALL_TIMEOUT_S,
     NAMESPACE,
     check_group_name,
     coordinator_name,
@@ -51,6 +53,7 @@ class Group:
 
     Attributes:
         spec: its settings.
+        connection: the connection to Ray that all handles belong to.
         coordinator: client of its coordinator.
         coordinator_handle: kept, because Ray ends an actor that nobody holds.
         replicas: `GpuCache` handles by index.
@@ -67,6 +70,7 @@ class Group:
         info: Any,
     ) -> None:
         self.spec = spec
+        self.connection = RayConnection.current()
         self.coordinator_handle = coordinator_handle
         self.coordinator = CoordinatorClient(spec.group)
         self.replicas = replicas
@@ -148,27 +152,51 @@ class Group:
         """Save what is only in pools and make the shards write out what is dirty.
 
         Returns:
-            `{"complete": bool, "written": n, "pending": n, "failed": n}` over all replicas.
+            `{"complete": bool, "written": n, "pending": n, "failed": n, "unavailable": names}`
+            over all replicas.
         """
-        refs = [replica.flush.remote(timeout_s) for replica in self.replicas]
-        reports = [result(ref, timeout_s + 5, "flush") for ref in refs]
-        total: dict[str, Any] = {"complete": all(r["complete"] for r in reports)}
+        self.connection.check()
+        silent = _silent(self.shards)
+        # Replicas wait for their shards.
+        timeout_s = min(timeout_s, CALL_TIMEOUT_S) if silent else timeout_s
+        reports, unavailable = self._ask(
+            self._replicas_by_name(), lambda r: r.flush.remote(timeout_s), timeout_s + 5, "flush"
+        )
+        unavailable += silent
+        complete = not unavailable and all(r["complete"] for r in reports)
+        total: dict[str, Any] = {"complete": complete, "unavailable": unavailable}
         for name in ("written", "pending", "failed"):
             total[name] = sum(r[name] for r in reports)
         return total
 
     def clear(self, tier: str) -> None:
-        """Drop cached blocks: "gpu" (the pools), "ram" (after writing it out), "disk" or "all"."""
+        """Drop cached blocks: "gpu" (the pools), "ram" (after writing it out), "disk" or "all".
+
+        Raises:
+            GroupUnavailableError: names the actors that did not answer; the others have done it.
+        """
+        missed: list[str] = []
         if tier in ("gpu", "all"):
-            result([r.clear_pool.remote() for r in self.replicas], STOP_TIMEOUT_S, "clear")
+            replicas = self._replicas_by_name()
+            missed += self._ask(replicas, lambda r: r.clear_pool.remote(), STOP_TIMEOUT_S, "clear")[
+                1
+            ]
         if tier != "gpu":
-            refs = [shard.clear.remote(tier) for shard in self.shards.values()]
-            result(refs, STOP_TIMEOUT_S, "clear")
+            missed += self._ask(
+                self.shards, lambda s: s.clear.remote(tier), STOP_TIMEOUT_S, "clear"
+            )[1]
+        _refuse_missed("clear", missed)
 
     def set_pinned(self, keys: Sequence[BlockKey], pinned: bool) -> list[bool]:
-        """Pin or unpin blocks on all shards; which of them some shard holds."""
-        refs = [shard.set_pinned.remote(keys, pinned) for shard in self.shards.values()]
-        answers = [result(ref, STOP_TIMEOUT_S, "pin") for ref in refs]
+        """Pin or unpin blocks on all shards; which of them some shard holds.
+
+        Raises:
+            GroupUnavailableError: names the shards that did not answer; the others have done it.
+        """
+        answers, missed = self._ask(
+            self.shards, lambda s: s.set_pinned.remote(keys, pinned), STOP_TIMEOUT_S, "pin"
+        )
+        _refuse_missed("pin" if pinned else "unpin", missed)
         return [any(held) for held in zip(*answers, strict=True)] or [False] * len(keys)
 
     def stop(self, timeout_s: float = STOP_TIMEOUT_S) -> dict[str, Any]:
@@ -177,27 +205,55 @@ class Group:
         Returns:
             The flush reports of replicas and shards that still answered, by actor name.
         """
-        replicas = {replica_name(self.spec.group, i): r for i, r in enumerate(self.replicas)}
-        return _stop(self.spec.group, replicas, self.shards, timeout_s)
+        self.connection.check()
+        return _stop(self.spec.group, self._replicas_by_name(), self.shards, timeout_s)
 
     def status(self) -> dict[str, Any]:
-        """What each actor says of itself; an actor that does not answer has an "error"."""
-        named: dict[str, Any] = {
-            replica_name(self.spec.group, i): r for i, r in enumerate(self.replicas)
+        """What each actor says of itself; one that does not answer in 2 s has an "error"."""
+        self.connection.check()
+        handles = {
+            **self._replicas_by_name(),
+            **self.shards,
+            coordinator_name(self.spec.group): self.coordinator_handle,
         }
-        named.update(self.shards)
-        refs = {name: handle.stats.remote() for name, handle in named.items()}
-        actors: dict[str, Any] = {}
-        for name, ref in refs.items():
-            try:
-                actors[name] = result(ref, STATUS_TIMEOUT_S, name)
-            except LiteCacheError as error:
-                actors[name] = {"error": str(error)}
-        try:
-            actors[coordinator_name(self.spec.group)] = self.coordinator.stats()
-        except LiteCacheError as error:
-            actors[coordinator_name(self.spec.group)] = {"error": str(error)}
-        return actors
+        answers = gather(handles, lambda h: h.stats.remote(), CALL_TIMEOUT_S, "stats")
+        return {
+            name: {"error": str(answer)} if isinstance(answer, LiteCacheError) else answer
+            for name, answer in answers.items()
+        }
+
+    def _replicas_by_name(self) -> dict[str, Any]:
+        return {replica_name(self.spec.group, i): r for i, r in enumerate(self.replicas)}
+
+    def _ask(
+        self, handles: dict[str, Any], call: Callable[[Any], Any], timeout_s: float, what: str
+    ) -> tuple[list[Any], list[str]]:
+        """Answers, and the names of those that do not answer now; any other error is raised."""
+        self.connection.check()
+        answers = gather(handles, call, timeout_s, what)
+        missed = sorted(
+            name
+            for name, answer in answers.items()
+            if isinstance(answer, UNREACHABLE) and not isinstance(answer, ActorEndedError)
+        )
+        given = [answer for name, answer in answers.items() if name not in missed]
+        for answer in given:
+            if isinstance(answer, LiteCacheError):
+                raise answer
+        return given, missed
+
+
+def _silent(handles: dict[str, Any]) -> list[str]:
+    """Names of the actors that do not even say that they are alive."""
+    answers = gather(handles, lambda h: h.__ray_ready__.remote(), CALL_TIMEOUT_S, "is it alive")
+    return sorted(name for name, answer in answers.items() if isinstance(answer, LiteCacheError))
+
+
+def _refuse_missed(what: str, missed: list[str]) -> None:
+    if missed:
+        raise GroupUnavailableError(
+            f"{what}: no answer from {', '.join(missed)}; done by the others, call it again"
+        )
 
 
 def exists(group: str) -> bool:
@@ -244,16 +300,18 @@ def _stop(
     group: str, replicas: dict[str, Any], shards: dict[str, Any], timeout_s: float
 ) -> dict[str, Any]:
     reports: dict[str, Any] = {}
+    silent = _silent({**replicas, **shards})
+    timeout_s = min(timeout_s, CALL_TIMEOUT_S) if silent else timeout_s
     # Replicas first: their flush commits blocks that the shards then write out.
     for handles in (replicas, shards):
-        refs = {name: handle.stop.remote(timeout_s) for name, handle in handles.items()}
-        for name, ref in refs.items():
-            try:
-                report = result(ref, timeout_s + 5, f"{name}: stop")
+        able = {name: handle for name, handle in handles.items() if name not in silent}
+        answers = gather(able, lambda h: h.stop.remote(timeout_s), timeout_s + 5, "stop")
+        for name, report in answers.items():
+            if isinstance(report, LiteCacheError):
+                logger.warning("%s", report)
+            else:
                 reports[name] = report if isinstance(report, dict) else report._asdict()
-            except LiteCacheError as error:
-                logger.warning("%s", error)
-    end_actors(group, [*replicas.values(), *shards.values()])
+    end_actors(group, [*replicas.values(), *shards.values()], silent)
     return reports
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
+from collections.abc import Collection
 from typing import Any
 
 import ray
@@ -138,21 +139,27 @@ def wait_loaded(replicas: list[Any], deadline: float) -> Any:
     return infos[0]
 
 
-def end_actors(group: str, handles: list[Any]) -> None:
+def end_actors(group: str, handles: list[Any], silent: Collection[str] = ()) -> None:
     """Kill actors of a group, the coordinator last, and wait until their names are free.
 
+    Args:
+        group: its name.
+        handles: all but the coordinator.
+        silent: names of actors that answer nothing. Ray ends a stopped process when it runs on,
+            or by itself after a while: they are not waited for.
+
     Raises:
-        GroupError: an actor is still there after the deadline.
+        GroupError: another actor is still there after the deadline.
     """
     for handle in handles:
         ray.kill(handle, no_restart=True)
     with contextlib.suppress(ValueError):
         ray.kill(ray.get_actor(coordinator_name(group), NAMESPACE), no_restart=True)
     deadline = time.monotonic() + STOP_TIMEOUT_S
-    while (left := actor_names(group)) and time.monotonic() < deadline:
+    while left := set(actor_names(group)).difference(silent):
+        if time.monotonic() > deadline:
+            raise GroupError(f"still there after {STOP_TIMEOUT_S:g} s: {', '.join(sorted(left))}")
         time.sleep(0.02)
-    if left:
-        raise GroupError(f"still there after {STOP_TIMEOUT_S:g} s: {', '.join(left)}")
 
 
 def actor_names(group: str) -> list[str]:

@@ -17,6 +17,7 @@ import ray
 from litecache.actors.cache_fates import CALL_TIMEOUT_S, LOST, POLL_S, AttachedShard, Fates
 from litecache.actors.cache_shard import start_shards, stop_shards
 from litecache.actors.calls import result
+from litecache.actors.cluster import open_ray
 from litecache.actors.shard_client import RayShardClient
 from litecache.hashing import BlockKey
 from litecache.metrics import Metrics
@@ -33,8 +34,7 @@ class RayEngine(StorageEngine):
     keeps_folders = True
 
     def __init__(self, options: EngineOptions) -> None:
-        if not ray.is_initialized():
-            ray.init(log_to_driver=False)
+        open_ray()
         self.metrics = Metrics()
         self._block_bytes = options.block_bytes
         name = f"cache-service-{os.path.basename(options.path)}"

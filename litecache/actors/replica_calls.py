@@ -13,8 +13,11 @@ from collections.abc import Awaitable, Callable, Sequence
 from enum import IntEnum
 from typing import Any
 
+from ray.exceptions import RayError
+
 from litecache.actors.answers import ActorAnswer, Answer, SocketAnswer
 from litecache.actors.calls import result
+from litecache.actors.cluster import RayConnection
 from litecache.actors.messages import (
     pack_call,
     pack_reply,
@@ -98,18 +101,24 @@ class ReplicaCalls:
 
     def __init__(self, handle: Any, name: str) -> None:
         self._handle, self._name = handle, name
+        self._connection = RayConnection.current()
         self._channel: SocketChannel | None = None
         self._tried_at = 0.0
 
     def connect(self) -> None:
-        """Look for the replica's socket, at most once a second, unless there is one in use."""
+        """Look for the replica's socket, at most once a second, unless there is one in use.
+
+        Raises:
+            GroupError: see `RayConnection.check`, here and in every call.
+        """
+        self._connection.check()
         if self._channel is not None or time.monotonic() < self._tried_at + _RETRY_S:
             return
         self._tried_at = time.monotonic()
         try:
             where = result(self._handle.where.remote(), CALL_TIMEOUT_S, f"{self._name}: where")
             self._channel = SocketChannel(where["address"]) if where["address"] else None
-        except (LiteCacheError, OSError) as error:
+        except (LiteCacheError, RayError, OSError) as error:
             logger.info("%s is called through Ray: %s", self._name, error)
 
     def submit(self, client_id: str, requests: Sequence[Request]) -> Answer:
@@ -120,9 +129,18 @@ class ReplicaCalls:
         """Begin `GpuCache.poll`; the last argument is the requests."""
         return self._ask(ReplicaMethod.POLL, arguments[:-1], arguments[-1])
 
+    def abort(self, wire_ids: Sequence[str]) -> None:
+        """Begin `GpuCache.abort`; nobody waits for it."""
+        try:
+            self._connection.check()
+            self._handle.abort.remote(wire_ids)
+        except (LiteCacheError, RayError) as error:
+            logger.info("%s was not told to abort requests: %s", self._name, error)
+
     def _ask(
         self, method: ReplicaMethod, arguments: tuple[Any, ...], requests: Sequence[Request]
     ) -> Answer:
+        self._connection.check()
         channel = self._channel
         if channel is not None:
             try:

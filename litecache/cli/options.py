@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from litecache.config import check_path
-from litecache.errors import ConfigError, GroupUnavailableError
+from litecache.errors import ConfigError
 
 Model = Annotated[str, typer.Argument(help="a hub name, a folder or a .gguf file")]
 GroupName = Annotated[str, typer.Option(help="name of the group of actors")]
@@ -76,18 +76,9 @@ def connect(address: str | None) -> None:
         GroupUnavailableError: there is none.
     """
     check_address(address)
-    import ray
+    from litecache.actors.cluster import open_ray
 
-    if ray.is_initialized():
-        return
-    try:
-        ray.init(address or "auto", log_to_driver=False, logging_level="warning")
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise GroupUnavailableError(
-            f"no Ray cluster to join ({first}): start one with `ray start --head`, and export the "
-            "same RAY_AUTH_MODE and token for both"
-        ) from error
+    open_ray(address or "auto", logging_level="warning")
 
 
 def print_json(value: object) -> None:

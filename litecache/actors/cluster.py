@@ -1,0 +1,159 @@
+"""This process's connection to Ray: found or started once, and noticed when it is gone.
+
+Handles of actors belong to the connection, and to the process, under which they were made: whoever
+keeps some checks before each call, so that none hangs in a forked process and none starts a hidden
+second Ray after `ray.shutdown()`.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from litecache.errors import GroupError, GroupUnavailableError
+
+ANSWER_TIMEOUT_S = 5.0
+# What an HTTP/2 client says first: the preface and empty settings. A server answers with its own.
+_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+
+_ray_is_inherited = False
+
+
+def _note_fork() -> None:
+    global _ray_is_inherited
+    _ray_is_inherited = ray.is_initialized()
+
+
+os.register_at_fork(after_in_child=_note_fork)
+
+
+@dataclass(frozen=True)
+class RayConnection:
+    """A process's connection to a Ray cluster, to which the handles of actors belong."""
+
+    pid: int
+    session: str
+    job: str
+
+    @classmethod
+    def current(cls) -> RayConnection:
+        """The one that is open.
+
+        Raises:
+            GroupError: there is none, or it is that of the process that this one was forked from.
+        """
+        refuse_inherited_ray()
+        if not ray.is_initialized():
+            raise GroupError("Ray is not running in this process: call ray.init()")
+        context = ray.get_runtime_context()
+        # A Ray client knows no session.
+        session = getattr(context, "get_session_name", str)()
+        return cls(os.getpid(), session, context.get_job_id())
+
+    def check(self) -> None:
+        """Refuse to go on where it is not the one that is open.
+
+        Raises:
+            GroupError: Ray was shut down since, or this is another process.
+        """
+        check_process(self.pid)
+        if not ray.is_initialized() or RayConnection.current() != self:
+            raise GroupError(
+                "Ray was shut down since these actors were started or joined: make a new adapter"
+            )
+
+
+def check_process(pid: int) -> None:
+    """Refuse to go on in a process forked from the one that something was made in.
+
+    Raises:
+        GroupError: it is another process.
+    """
+    if os.getpid() != pid:
+        raise GroupError(
+            f"this was made in process {pid}, and process {os.getpid()} was forked from it: only "
+            'the first can use it; start the other by multiprocessing\'s "spawn" and make a '
+            "KVCacheAdapter(..., group=NAME) there"
+        )
+
+
+def refuse_inherited_ray() -> None:
+    """Refuse to use Ray in a process forked from one that uses it.
+
+    Raises:
+        GroupError: this is one.
+    """
+    if _ray_is_inherited:
+        raise GroupError(
+            "this process was forked from one that uses Ray and cannot use it itself: "
+            'start it by multiprocessing\'s "spawn" or "forkserver"'
+        )
+
+
+def open_ray(address: str | None = None, **options: Any) -> None:
+    """Connect to Ray as `ray.init` does, unless this process is connected.
+
+    Args:
+        address: as in `ray.init`: None = RAY_ADDRESS, or the cluster that `ray start` recorded on
+            this machine, or a new local Ray; "auto" = the same, but never a new one.
+        **options: of `ray.init`.
+
+    Raises:
+        GroupUnavailableError: the cluster does not answer; Ray itself would try for ten minutes.
+        GroupError: this process was forked from one that uses Ray.
+    """
+    refuse_inherited_ray()
+    if ray.is_initialized():
+        return
+    _refuse_silent_cluster(address)
+    try:
+        ray.init(address, log_to_driver=False, **options)
+    except (OSError, ValueError, RuntimeError, RayError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise GroupUnavailableError(
+            f"no Ray cluster to join ({first}): start one with `ray start --head`, and export the "
+            "same RAY_AUTH_MODE and token for both"
+        ) from error
+
+
+def _refuse_silent_cluster(address: str | None) -> None:
+    origin = "given"
+    if address in (None, "auto"):
+        address, origin = os.environ.get("RAY_ADDRESS") or None, "of RAY_ADDRESS"
+    if address in (None, "auto"):
+        address, origin = _recorded_address(), "that `ray start` recorded on this machine"
+    if address is None or address == "local":
+        return
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdigit() or not 0 < int(port) < 1 << 16:
+        return  # Ray says what is wrong with it
+    if not _answers(host.strip("[]"), int(port)):
+        raise GroupUnavailableError(
+            f"the Ray cluster {address} ({origin}) does not answer within {ANSWER_TIMEOUT_S:g} s: "
+            "start it again; or forget it, by `ray stop` or another RAY_ADDRESS; or call "
+            'ray.init(address="local") first for a Ray of this process\'s own'
+        )
+
+
+def _recorded_address() -> str | None:
+    # Where Ray looks, too, and it offers no public way to ask.
+    from ray._private.utils import read_ray_address
+
+    return read_ray_address() or None
+
+
+def _answers(host: str, port: int) -> bool:
+    """Whether a gRPC server, as Ray's are, greets back."""
+    try:
+        with socket.create_connection((host, port), timeout=ANSWER_TIMEOUT_S) as server:
+            if os.environ.get("RAY_USE_TLS", "0") in ("1", "true"):
+                return True  # speaks only after a handshake
+            server.sendall(_HELLO)
+            return bool(server.recv(1))
+    except OSError:
+        return False
