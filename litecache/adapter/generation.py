@@ -18,7 +18,13 @@ from transformers import GenerationConfig
 
 from litecache.adapter.logit_settings import OWN_ARGUMENTS, logit_rules
 from litecache.adapter.refusals import refuse_arguments, refuse_settings
-from litecache.adapter.values import check_count, check_flag, check_number, check_token_ids
+from litecache.adapter.values import (
+    check_count,
+    check_flag,
+    check_number,
+    check_text,
+    check_token_ids,
+)
 from litecache.errors import ConfigError, shown
 from litecache.types import LogitRules, SamplingParams
 
@@ -32,6 +38,8 @@ _DEFAULTS: dict[str, Any] = {
     "return_dict_in_generate": False,
 }
 _DEFAULT_MAX_NEW_TOKENS = 20
+# Of what is counted or waited for; more of it makes no difference and may not fit elsewhere.
+_MOST = 1 << 30
 _SAMPLING_ONLY = ("temperature", "top_p", "top_k", "min_p")
 
 
@@ -76,6 +84,17 @@ class GenerationSettings:
     logprobs: int | None
     stop_strings: tuple[str, ...]
 
+    def check_padding(self, rows: int) -> None:
+        """Refuse a batch whose shorter rows could only be filled with a token of the text.
+
+        Raises:
+            ConfigError: there is no pad token, and the rows may end one by one.
+        """
+        ends = self.eos_token_ids or self.stop_strings
+        if rows > 1 and self.pad_token_id is None and ends:
+            valid = "a token id to fill the rows with that end before others, as in transformers"
+            raise ConfigError("pad_token_id", None, valid)
+
     def sampling_params(
         self, prompt_width: int, *, max_positions: int | None, seed: int, sample_index: int
     ) -> SamplingParams:
@@ -110,7 +129,7 @@ class GenerationSettings:
             min_new = max(0, self.min_length - prompt_width)
         return SamplingParams(
             max_new_tokens=max_new,
-            min_new_tokens=min_new,
+            min_new_tokens=min(min_new, max_new),
             temperature=self.temperature if self.do_sample else 0.0,
             top_k=self.top_k,
             top_p=self.top_p,
@@ -164,18 +183,20 @@ def translate(
     pad = (
         None if config.pad_token_id is None else check_count("pad_token_id", config.pad_token_id, 0)
     )
+    if pad is not None and pad > _MOST:
+        raise ConfigError("pad_token_id", pad, f"at most {_MOST}")
     max_time = config.max_time
     logprobs = own.get("logprobs")
     if max_time is not None:
-        max_time = check_number("max_time", max_time, 0.0, math.inf, open_low=True)
+        max_time = min(check_number("max_time", max_time, 0.0, math.inf, open_low=True), _MOST)
     return GenerationSettings(
         do_sample=do_sample,
         temperature=check_number("temperature", config.temperature, 0.0, math.inf, open_low=True)
         if do_sample
         else 0.0,
-        top_k=check_count("top_k", config.top_k or 0, 0) if do_sample else 0,
+        top_k=min(check_count("top_k", _or_zero(config.top_k), 0), _MOST) if do_sample else 0,
         top_p=check_number("top_p", config.top_p, 0.0, 1.0) if do_sample else 1.0,
-        min_p=check_number("min_p", config.min_p or 0.0, 0.0, 1.0) if do_sample else 0.0,
+        min_p=check_number("min_p", _or_zero(config.min_p), 0.0, 1.0) if do_sample else 0.0,
         max_new_tokens=None if max_new is None else check_count("max_new_tokens", max_new, 1),
         max_length=None if max_length is None else check_count("max_length", max_length, 1),
         default_length=max_new is None and max_length is None,
@@ -193,11 +214,15 @@ def translate(
     )
 
 
+def _or_zero(value: Any) -> Any:
+    return 0 if value is None else value
+
+
 def _texts(name: str, value: Any) -> tuple[str, ...]:
     values = [value] if isinstance(value, str) else [] if value is None else value
     if not isinstance(values, (list, tuple)) or not all(isinstance(v, str) and v for v in values):
         raise ConfigError(name, value, "a text or a list of texts, none of them empty")
-    return tuple(values)
+    return tuple(check_text(name, text) for text in values)
 
 
 def _own_fields(config: GenerationConfig) -> dict[str, Any]:
@@ -234,7 +259,8 @@ def _warn_ignored(given: GenerationConfig | None, overrides: dict[str, Any]) -> 
     ignored = []
     for name in _SAMPLING_ONLY:
         value = overrides.get(name, getattr(given, name, None))
-        if value is not None and value != {"temperature": 1.0, "top_p": 1.0}.get(name):
+        neutral = {"temperature": 1.0, "top_p": 1.0}.get(name)
+        if value is not None and not (isinstance(value, (int, float)) and value == neutral):
             ignored.append(f"{name}={shown(value)}")
     if ignored:
         warnings.warn(

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import uuid
 import weakref
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
-import ray
 import torch
 from transformers import GenerationConfig
 from transformers.generation import GenerateDecoderOnlyOutput
 
+from litecache.actors.cluster import open_ray, refuse_inherited_ray
 from litecache.actors.group import Group
 from litecache.actors.group_spec import GroupSpec
 from litecache.actors.naming import DEFAULT_GROUP, check_group_name
@@ -29,7 +29,10 @@ from litecache.adapter.prompts import (
     append_rows,
     check_input_ids,
     check_prompt,
+    check_prompts,
+    check_sequences,
     one_input,
+    one_row,
     split_rows,
 )
 from litecache.adapter.replica_set import ReplicaSet
@@ -37,10 +40,11 @@ from litecache.adapter.request_maker import RequestMaker
 from litecache.adapter.results import ReuseReport
 from litecache.adapter.sources import resolve_model
 from litecache.adapter.stats import CacheStats
-from litecache.adapter.streaming import TokenStream, feed_streamer
+from litecache.adapter.streaming import TextDecoder, TokenStream, feed_streamer
+from litecache.adapter.values import check_count, check_flag, check_number, check_text
 from litecache.config import CacheConfig
 from litecache.engine.model_checks import check_config, check_shape, choose_max_model_len
-from litecache.errors import ConfigError
+from litecache.errors import ConfigError, LiteCacheError, outline
 from litecache.token_ids import TokenIds
 
 TIERS = ("gpu", "ram", "disk", "all")
@@ -81,12 +85,16 @@ class KVCacheAdapter:
         replicas: int = 1,
         num_threads: int | None = None,
     ) -> None:
+        refuse_inherited_ray()
         options = check_actor_options(actor_options)
         if cache_config is not None and not isinstance(cache_config, CacheConfig):
             raise ConfigError("cache_config", cache_config, "a litecache.CacheConfig or None")
-        for name, count in (("replicas", replicas), ("num_threads", num_threads or 1)):
-            if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-                raise ConfigError(name, count, "a positive integer")
+        for name, count in (("replicas", replicas), ("num_threads", num_threads)):
+            if (name == "replicas" or count is not None) and check_count(name, count, 1) > 4096:
+                raise ConfigError(name, count, "an integer of at least 1 and at most 4096")
+        check_flag("detached", detached)
+        if tokenizer is not None and not callable(getattr(tokenizer, "decode", None)):
+            raise ConfigError("tokenizer", tokenizer, "a tokenizer of transformers, or None")
         if group is not None:
             check_group_name(group)
         self._model = resolve_model(model, weights=weights, seed=seed)
@@ -95,8 +103,7 @@ class KVCacheAdapter:
         check_config(self._model.config, config)
         check_shape(self._model.config, config)
         choose_max_model_len(self._model.config, config)
-        if not ray.is_initialized():
-            ray.init(log_to_driver=False)
+        open_ray()
         joinable = group or (DEFAULT_GROUP if detached else None)
         spec = GroupSpec(
             joinable or f"private-{uuid.uuid4().hex[:8]}",
@@ -115,7 +122,7 @@ class KVCacheAdapter:
         self._replicas = ReplicaSet(self._group, client_id)
         # Runs on close, on garbage collection and at exit, once, and before Ray's own exit hook.
         self._finalizer = weakref.finalize(
-            self, leave, self._replicas.pollers, self._group if started and not detached else None
+            self, leave, self._group, self._replicas.pollers, started and not detached
         )
 
     @property
@@ -189,20 +196,26 @@ class KVCacheAdapter:
             ConfigError: a setting is invalid or not supported; nothing was sent.
             LiteCacheError: a request failed.
         """
+        self._check_open()
         given = one_input(inputs, kwargs.pop("input_ids", None))
         mask = kwargs.pop("attention_mask", None)
+        if streamer is not None:
+            for method in ("put", "end"):
+                if not callable(getattr(streamer, method, None)):
+                    raise ConfigError("streamer", streamer, "an object with put() and end()")
         settings = translate(generation_config, kwargs, self.generation_config)
         if settings.logprobs is not None and not settings.return_dict:
             raise ConfigError("logprobs", settings.logprobs, "with return_dict_in_generate=True")
         input_ids = check_input_ids(given)
         prompts = split_rows(input_ids, mask, settings.mask_pad_token)
         samples = settings.num_return_sequences
+        settings.check_padding(samples * len(prompts))
         widths = [input_ids.shape[1]] * len(prompts)
         rows = self._start(
             *(prompts, widths, [settings] * len(prompts), cache_salt, seed, tokenizer),
             streaming=streamer is not None,
         )
-        with AbortOnExit(self.abort, rows):
+        with AbortOnExit(self._replicas.abort, rows):
             if streamer is not None:
                 expanded = input_ids.repeat_interleave(samples, dim=0)
                 feed_streamer(streamer, expanded, rows, settings.pad_token_id)
@@ -239,13 +252,14 @@ class KVCacheAdapter:
             ConfigError: a setting or a prompt is invalid; nothing was sent.
             LiteCacheError: a request failed.
         """
-        checked = [check_prompt(prompt, index) for index, prompt in enumerate(prompts)]
+        self._check_open()
+        checked = check_prompts(prompts, self.info.max_model_len)
         settings = self._settings_of_each(len(checked), generation_config, kwargs)
         if not checked:
             return []
         widths = [len(prompt) for prompt in checked]
         rows = self._start(checked, widths, settings, cache_salt, seed, tokenizer)
-        with AbortOnExit(self.abort, rows):
+        with AbortOnExit(self._replicas.abort, rows):
             return [list(row.wait()) for row in rows]
 
     def _settings_of_each(
@@ -295,27 +309,36 @@ class KVCacheAdapter:
         Raises:
             ConfigError: a setting is invalid or not supported; nothing was sent.
         """
+        self._check_open()
         settings = translate(generation_config, kwargs, self.generation_config)
         if settings.num_return_sequences != 1:
             raise ConfigError("num_return_sequences", settings.num_return_sequences, "1 in stream")
         given = one_input(prompt, input_ids)
         if isinstance(given, str):
-            given = self.tokenizer(given)["input_ids"]
-        if isinstance(given, torch.Tensor):
-            given = given.flatten().tolist() if given.dim() < 2 or given.shape[0] == 1 else given
-        tokens = check_prompt(given, 0)
-        decode = None if as_tokens else self._decoder(skip_special_tokens)
+            given = self._tokens_of(given)
+        tokens = check_prompt(one_row(given), 0, self.info.max_model_len)
+        check_flag("as_tokens", as_tokens)
+        check_flag("skip_special_tokens", skip_special_tokens)
+        decoder = None if as_tokens else TextDecoder.of(self.tokenizer, skip_special_tokens)
         (row,) = self._start(
             *([tokens], [len(tokens)], [settings], cache_salt, seed, tokenizer), streaming=True
         )
-        return TokenStream(row, decode, self.abort)
+        return TokenStream(row, decoder, self._replicas.abort)
 
     def abort(self, request_id: str) -> None:
-        """End a request; whoever waits for it gets `RequestAborted`."""
+        """End a request; whoever waits for it gets `RequestAborted`. Unknown ids are passed over.
+
+        Raises:
+            ConfigError: not a text.
+        """
+        self._group.connection.check()
+        if not isinstance(request_id, str):
+            raise ConfigError("request_id", request_id, "a stream's request_id")
         self._replicas.abort(request_id)
 
     def flush(self, timeout_s: float = 30.0) -> dict[str, Any]:
         """Save everything that is cached; see `Group.flush`."""
+        check_number("timeout_s", timeout_s, 0, 1e6)
         return self._group.flush(timeout_s)
 
     def clear(self, tier: str = "all") -> None:
@@ -323,7 +346,7 @@ class KVCacheAdapter:
 
         Blocks in "gpu" and "ram" are saved to the tiers below first.
         """
-        if tier not in TIERS:
+        if not isinstance(tier, str) or tier not in TIERS:
             raise ConfigError("tier", tier, f"one of {', '.join(TIERS)}")
         self._group.clear(tier)
 
@@ -342,6 +365,8 @@ class KVCacheAdapter:
         Raises:
             ConfigError: no token ids.
         """
+        self._check_open()
+        self._prefix(prompt, cache_salt)  # before anything is done
         self.flush()
         return self._set_pinned(prompt, cache_salt, True)
 
@@ -350,9 +375,24 @@ class KVCacheAdapter:
         return self._set_pinned(prompt, cache_salt, False)
 
     def _set_pinned(self, prompt: Any, cache_salt: str | None, pinned: bool) -> int:
-        salt = self._group.spec.config.cache_salt if cache_salt is None else cache_salt
-        tokens = check_prompt(prompt, 0)
+        tokens, salt = self._prefix(prompt, cache_salt)
         return set_pinned(self._group, self.info, tokens, salt, pinned)
+
+    def _prefix(self, prompt: Any, cache_salt: str | None) -> tuple[TokenIds, str]:
+        return check_prompt(prompt, 0, self.info.max_model_len), self._salt(cache_salt)
+
+    def _salt(self, given: str | None) -> str:
+        default: str = self._group.spec.config.cache_salt
+        return default if given is None else check_text("cache_salt", given)
+
+    def _tokens_of(self, text: str) -> Any:
+        try:
+            return self.tokenizer(check_text("prompt", text))["input_ids"]
+        except LiteCacheError:
+            raise
+        except Exception as error:
+            valid = f"a text that the tokenizer takes ({type(error).__name__})"
+            raise ConfigError("prompt", outline(text), valid) from error
 
     def stats(self) -> CacheStats:
         """Counters and state, added up over the group's actors."""
@@ -368,8 +408,21 @@ class KVCacheAdapter:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
+    def __reduce__(self) -> NoReturn:
+        name = self._group.spec.group
+        raise LiteCacheError(
+            f"an adapter cannot be pickled or copied: start its group by a name and join it where "
+            f"it is needed, by KVCacheAdapter(model, group=NAME) (this one's group is {name!r})"
+        )
+
     def __repr__(self) -> str:
         return f"KVCacheAdapter({self._model.source.name!r}, group={self._group.spec.group!r})"
+
+    def _check_open(self) -> None:
+        """First of all: in a forked process torch's threads and every lock may hang."""
+        self._group.connection.check()
+        if not self._finalizer.alive:
+            raise ConfigError("adapter", "closed", "an open adapter")
 
     def _start(
         self,
@@ -383,30 +436,15 @@ class KVCacheAdapter:
         streaming: bool = False,
     ) -> list[PendingRequest]:
         """Check all requests, then submit them, all or none."""
-        if not self._finalizer.alive:
-            raise ConfigError("adapter", "closed", "an open adapter")
-        salt = self._group.spec.config.cache_salt if cache_salt is None else cache_salt
-        if not isinstance(salt, str):
-            raise ConfigError("cache_salt", cache_salt, "a text or None")
+        samples = sum(each.num_return_sequences for each in settings)
+        check_sequences("num_return_sequences", samples)
+        salt = self._salt(cache_salt)
         rows = self._requests.make(
             *(prompts, widths, settings),
             cache_salt=salt,
             seed=seed,
-            tokenizer=lambda: tokenizer or self.tokenizer,
+            tokenizer=lambda: self.tokenizer if tokenizer is None else tokenizer,
             streaming=streaming,
         )
         self._replicas.submit(rows)
         return rows
-
-    def _decoder(self, skip_special_tokens: bool) -> Callable[[list[int]], str]:
-        tokenizer = self.tokenizer
-
-        def decode(token_ids: list[int]) -> str:
-            text: str = tokenizer.decode(
-                token_ids,
-                skip_special_tokens=skip_special_tokens,
-                clean_up_tokenization_spaces=False,
-            )
-            return text
-
-        return decode

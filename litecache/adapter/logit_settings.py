@@ -11,9 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
-from litecache.adapter.values import check_count, check_number, check_token_ids
+from litecache.adapter.values import as_list, check_count, check_number, check_token_ids
 from litecache.errors import ConfigError
 from litecache.types import LogitRules
 
@@ -56,10 +54,15 @@ def logit_rules(
         ),
         presence_penalty=_penalty("presence_penalty", own),
         frequency_penalty=_penalty("frequency_penalty", own),
-        no_repeat_ngram_size=check_count(
-            "no_repeat_ngram_size", settings.get("no_repeat_ngram_size") or 0, 0
+        no_repeat_ngram_size=min(
+            check_count("no_repeat_ngram_size", _or_zero(settings.get("no_repeat_ngram_size")), 0),
+            1 << 30,
         ),
     )
+
+
+def _or_zero(value: Any) -> Any:
+    return 0 if value is None else value
 
 
 def _penalty(name: str, own: Mapping[str, Any]) -> float:
@@ -97,14 +100,16 @@ def _logit_bias(own: Mapping[str, Any]) -> list[tuple[tuple[int, ...], float]]:
 
 
 def _bias(name: str, value: Any) -> float:
-    fits = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not fits or value != value or value == float("inf"):
-        raise ConfigError(name, value, "a finite number or -inf as bias")
-    return float(value)
+    if isinstance(value, float) and value == float("-inf"):
+        return value
+    try:
+        return check_number(name, value, float("-inf"), float("inf"))
+    except ConfigError:
+        raise ConfigError(name, value, "a finite number or -inf as bias") from None
 
 
 def _sequences(name: str, value: Any) -> list[tuple[int, ...]]:
-    value = value.tolist() if isinstance(value, torch.Tensor) else value
+    value = as_list(name, value)
     if not isinstance(value, (list, tuple)) or not value:
         raise ConfigError(name, value, "lists of token ids, at least one")
     sequences = []

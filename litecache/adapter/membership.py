@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
-
-import ray
 
 from litecache.actors.group import Group, exists
 from litecache.actors.group_spec import GroupSpec
@@ -34,9 +33,18 @@ def join_or_start(
     return Group.attach(spec.group, expected), False
 
 
-def leave(pollers: list[ReplicaPoller], owned: Group | None) -> None:
-    """Abort what is open; stop the group where it was this adapter's own."""
+def leave(group: Group, pollers: list[ReplicaPoller], owned: bool) -> None:
+    """Abort what is open; stop the group where it was this adapter's own.
+
+    Nothing happens in a process forked from the adapter's.
+    """
+    if os.getpid() != group.connection.pid:
+        return
     for poller in pollers:
         poller.close()
-    if owned is not None and ray.is_initialized():
-        owned.stop()
+    if owned:
+        try:
+            group.connection.check()
+        except GroupError:
+            return  # without its Ray the group is gone
+        group.stop()

@@ -7,11 +7,13 @@ request again after its actor died: the prompt and every token received.
 from __future__ import annotations
 
 import dataclasses
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
 
 import litecache.errors
+from litecache.actors.cluster import check_process
 from litecache.adapter.stop_strings import StopStrings
 from litecache.errors import GroupUnavailableError, LiteCacheError, RequestAborted
 from litecache.types import FinishReason, Request, TokenDelta, TokenLogprobs
@@ -27,6 +29,7 @@ class PendingRequest:
         reused_tokens: prompt tokens by tier that were not computed, from the first submission.
         ttft_s: seconds from submission to the first token, as the engine measured them.
         finish_reason: None while it goes on.
+        abandoned: an abort was asked for: it ends, whatever becomes of its replica.
         streaming: somebody looks at each token as it comes.
         first_token_at: `time.perf_counter()` of the first token's arrival.
         finished_at: the same of the last one's.
@@ -43,16 +46,20 @@ class PendingRequest:
         self.request = request
         self.streaming = streaming or stop is not None
         self._stop = stop
+        # The end of prompt and tokens, as far as a stop string may reach back.
+        self._seen = [] if stop is None else stop.last_of(request.prompt)
         self.tokens: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
         self.reused_tokens: dict[str, int] = {}
         self.ttft_s: float | None = None
         self.finish_reason: FinishReason | None = None
+        self.abandoned = False
         self.submitted_at = time.perf_counter()
         self.first_token_at: float | None = None
         self.finished_at: float | None = None
         self._error: Exception | None = None
         self._attempt = 0
+        self._pid = os.getpid()
         self._condition = threading.Condition()
 
     @property
@@ -80,8 +87,10 @@ class PendingRequest:
         )
 
     def next_attempt(self) -> bool:
-        """Prepare another submission; False when the tokens received are already all."""
+        """Prepare another submission; False when there is nothing left to do."""
         self._attempt += 1
+        if self.abandoned:
+            self.abort()
         sampling = self.request.sampling
         if self.tokens and self.tokens[-1] in sampling.eos_token_ids:
             self._finish(FinishReason.STOP)
@@ -115,7 +124,8 @@ class PendingRequest:
         """End it at the token that completes a stop string; later ones were drawn for nothing."""
         if self._stop is None or not delta.token_ids:
             return delta
-        count = self._stop.first_end((*self.request.prompt, *self.tokens), delta.token_ids)
+        count = self._stop.first_end(self._seen, delta.token_ids)
+        self._seen = self._stop.last_of([*self._seen, *delta.token_ids])
         if count is None:
             return delta
         return delta._replace(
@@ -124,6 +134,10 @@ class PendingRequest:
             finish_reason=FinishReason.STOP,
             error=None,
         )
+
+    def abort(self) -> None:
+        """End it for its caller, who is told so."""
+        self.feed(TokenDelta(self.wire_id, finish_reason=FinishReason.ABORT))
 
     def fail(self, error: Exception) -> None:
         """End it with an error."""
@@ -139,6 +153,7 @@ class PendingRequest:
         Raises:
             LiteCacheError: it failed or was aborted.
         """
+        check_process(self._pid)
         with self._condition:
             self._condition.wait_for(lambda: self.done)
         if self._error is not None:
@@ -153,6 +168,7 @@ class PendingRequest:
         """
         taken = 0
         while True:
+            check_process(self._pid)
             with self._condition:
                 self._condition.wait_for(lambda: self.done or len(self.tokens) > taken)  # noqa: B023
                 new, done = self.tokens[taken:], self.done

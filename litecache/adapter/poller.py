@@ -8,6 +8,7 @@ numbers depend on positions alone, so the caller sees the same tokens as without
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -46,7 +47,7 @@ class ReplicaPoller:
     def __init__(
         self, handle: Any, client_id: str, name: str, *, give_up_s: float = GIVE_UP_S
     ) -> None:
-        self._handle, self._client_id, self._name = handle, client_id, name
+        self._client_id, self._name = client_id, name
         self._calls = ReplicaCalls(handle, name)
         self._give_up_s = give_up_s
         self._open: dict[str, PendingRequest] = {}
@@ -57,6 +58,7 @@ class ReplicaPoller:
         # A poll that was sent along with a submission, and the ids that it submits.
         self._first_poll: tuple[Answer, list[str]] | None = None
         self._polling = False
+        self._unreachable = False
         self._thread = start_service(self._run, "poll")
 
     @property
@@ -73,16 +75,13 @@ class ReplicaPoller:
         Raises:
             LiteCacheError: the engine refused them; none was started.
         """
-        ids = [p.wire_id for p in pending]
-        requests = [p.wire_request() for p in pending]
         with self._condition:
             alone = not self._polling
             self._polling = True
-            for wire_id, request in zip(ids, pending, strict=True):
-                self._open[wire_id] = request
-                self._submitted[wire_id] = None
+            ids = self._register(pending)
             if alone:
                 try:
+                    requests = [p.wire_request() for p in pending]
                     self._first_poll = self._send_poll(requests), ids
                 except BaseException:
                     self._drop(ids)
@@ -90,6 +89,22 @@ class ReplicaPoller:
                 finally:
                     self._condition.notify_all()
                 return
+        self._send(ids)
+
+    def _register(self, pending: Sequence[PendingRequest]) -> list[str]:
+        """From here on an abort finds them."""
+        if self._closed:
+            raise GroupUnavailableError("the adapter was closed")
+        for request in pending:
+            self._open[request.wire_id] = request
+            self._submitted[request.wire_id] = None
+        return [request.wire_id for request in pending]
+
+    def _send(self, ids: Sequence[str]) -> None:
+        """Submit those registered requests that nobody has aborted."""
+        self._end_abandoned()
+        with self._condition:
+            requests = [self._open[w].wire_request() for w in ids if w in self._open]
         epoch = _LOST
         try:
             answer = self._calls.submit(self._client_id, requests)
@@ -102,33 +117,50 @@ class ReplicaPoller:
             raise
         self._mark(ids, epoch)
 
-    def abort(self, request_ids: Sequence[str]) -> None:
-        """End requests; unknown ids are passed over."""
+    def abort(self, request_id: str) -> None:
+        """End a request; an unknown id is passed over.
+
+        It is marked before anything is sent: a replica that restarts is not asked for it again,
+        and it does not wait for one that is gone.
+        """
         with self._condition:
-            wire_ids = [w for w, p in self._open.items() if p.request_id in request_ids]
-        if wire_ids:
-            self._handle.abort.remote(wire_ids)
+            wire_ids = [w for w, p in self._open.items() if p.request_id == request_id]
+            for wire_id in wire_ids:
+                self._open[wire_id].abandoned = True
+        self._stop_computing(wire_ids)
+        if self._unreachable:
+            self._end_abandoned()
+
+    def _end_abandoned(self) -> None:
+        with self._condition:
+            ended = self._drop([w for w, p in self._open.items() if p.abandoned])
+        for pending in ended:
+            pending.abort()
 
     def close(self) -> None:
         """Abort what is open and stop the thread."""
         with self._condition:
-            open_ids, left = list(self._open), list(self._open.values())
+            wire_ids = list(self._open)
+            left = self._drop(wire_ids)
             self._closed = True
-            self._open.clear()
-            self._submitted.clear()
             self._condition.notify_all()
-        if open_ids:
-            self._handle.abort.remote(open_ids)
+        self._stop_computing(wire_ids)
         for pending in left:
             pending.fail(GroupUnavailableError("the adapter was closed"))
         if threading.current_thread() is not self._thread:
-            self._thread.join()
+            self._calls.disconnect()  # ends a poll that a stopped replica would hold
+            self._thread.join(CALL_TIMEOUT_S)
+
+    def _stop_computing(self, wire_ids: Sequence[str]) -> None:
+        if wire_ids:
+            self._calls.abort(wire_ids)
 
     def _run(self) -> None:
         failing_since: float | None = None
         while True:
             if failing_since is None:
-                self._calls.connect()
+                with contextlib.suppress(LiteCacheError):  # the poll will say it
+                    self._calls.connect()
             with self._condition:
                 self._polling = bool(self._open)
                 self._condition.wait_for(lambda: self._closed or self._polling)
@@ -141,10 +173,12 @@ class ReplicaPoller:
                 reply = self._receive(ref)
                 self._mark(ids, reply.epoch or _LOST)
                 self._take(reply)
-                failing_since = None
+                failing_since, self._unreachable = None, False
             except UNREACHABLE as error:
                 self._calls.disconnect()
                 self._mark(ids, _LOST)
+                self._unreachable = True
+                self._end_abandoned()
                 now = time.monotonic()
                 failing_since = failing_since or now
                 logger.info("%s", error)
@@ -160,10 +194,11 @@ class ReplicaPoller:
                     failing_since = None
                 time.sleep(_RETRY_S)
             except LiteCacheError as error:
-                # With a submission: it was refused. Without: the model cannot be loaded again.
+                # With a submission: it was refused. Without: the model cannot be loaded again, or
+                # Ray was shut down under the adapter.
                 self._fail(ids or list(self._open), error)
             except Exception as error:
-                # Ray was shut down under the adapter, or worse: callers must not wait for ever.
+                # Callers must not wait for ever, whatever it is.
                 logger.exception("%s: polling failed", self._name)
                 text = f"{self._name}: polling failed: {type(error).__name__}: {error}"
                 self._fail(list(self._open), GroupUnavailableError(text))
@@ -184,22 +219,27 @@ class ReplicaPoller:
 
     def _take(self, reply: PollReply) -> None:
         if not reply.epoch:
+            self._end_abandoned()
             return  # the actor is loading its model
         if reply.epoch != self._epoch:
             self._epoch, self._ack = reply.epoch, 0
         # What was told before this reply's acknowledgement arrived is told again: skip it.
         fresh = reply.deltas[max(0, self._ack + 1 - reply.first_seq) :]
         self._ack = max(self._ack, reply.first_seq + len(reply.deltas) - 1)
+        unwanted = []
         for delta in fresh:
             pending = self._open.get(delta.request_id)
-            if pending is None:
-                continue
-            pending.feed(delta)
-            if pending.done:
-                self._drop([delta.request_id])
-                if delta.finish_reason is None:
-                    # A stop string is complete; only the driver could see it.
-                    self._handle.abort.remote([delta.request_id])
+            if pending is not None:
+                pending.feed(delta)
+                if pending.done:
+                    self._drop([delta.request_id])
+            if delta.finish_reason is None and (
+                pending is None or pending.done or pending.abandoned
+            ):
+                # A stop string is complete, which only the driver can see; or an abort had
+                # overtaken the submission.
+                unwanted.append(delta.request_id)
+        self._stop_computing(unwanted)
         self._resubmit(reply.epoch)
 
     def _resubmit(self, epoch: str) -> None:
@@ -209,20 +249,19 @@ class ReplicaPoller:
                 for wire_id, submitted in self._submitted.items()
                 if submitted is not None and submitted != epoch
             ]
-            requests = self._drop(stale)
-        if stale:
-            # Where only the answer was lost, the earlier attempt runs: nobody waits for it now.
-            self._handle.abort.remote(stale)
-        again = [request for request in requests if request.next_attempt()]
-        if not again:
+            again = [request for request in self._drop(stale) if request.next_attempt()]
+            ids = self._register(again)
+        # Where only the answer was lost, the earlier attempt runs: nobody waits for it now.
+        self._stop_computing(stale)
+        if not ids:
             return
         logger.warning(
             "%s restarted: submitting %d request(s) again, with the tokens so far",
             self._name,
-            len(again),
+            len(ids),
         )
         try:
-            self.submit(again)
+            self._send(ids)
         except LiteCacheError as error:
             for request in again:
                 request.fail(error)

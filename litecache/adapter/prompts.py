@@ -6,28 +6,45 @@ and appends the new tokens, so a left-padded row comes back as HF returns it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-from litecache.errors import ConfigError, outline
+from litecache.adapter.values import as_list
+from litecache.errors import CapacityError, ConfigError, outline
 from litecache.token_ids import TokenIds
+
+MOST_SEQUENCES = 1 << 16
+_MOST_IDS = 1 << 28
 
 
 def check_input_ids(input_ids: object) -> torch.Tensor:
     """The input as int64 `[batch, tokens]` on the CPU.
 
     Raises:
-        ConfigError: not an integer tensor of two dimensions with at least one row and column.
+        ConfigError: not a dense integer tensor of two dimensions with at least one row and column.
     """
+    valid = "an integer tensor [batch, tokens]"
     if not isinstance(input_ids, torch.Tensor):
-        raise ConfigError("input_ids", outline(input_ids), "an integer tensor [batch, tokens]")
-    if input_ids.dim() != 2 or input_ids.is_floating_point() or input_ids.is_complex():
-        raise ConfigError("input_ids", outline(input_ids), "an integer tensor [batch, tokens]")
-    if input_ids.numel() == 0:
-        raise ConfigError("input_ids", list(input_ids.shape), "at least one row and one token")
-    return input_ids.detach().to("cpu", torch.int64)
+        raise ConfigError("input_ids", outline(input_ids), valid)
+    try:
+        kind, shape = input_ids.dtype, list(input_ids.shape)
+        if len(shape) != 2 or kind.is_floating_point or kind.is_complex:
+            raise ConfigError("input_ids", outline(input_ids), valid)
+        if not all(shape):
+            raise ConfigError("input_ids", shape, "at least one row and one token")
+        if shape[0] > MOST_SEQUENCES or shape[0] * shape[1] > _MOST_IDS:
+            most = f"at most {MOST_SEQUENCES:,} rows and {_MOST_IDS:,} ids in one call"
+            raise ConfigError("input_ids", shape, most)
+        ids = input_ids.detach().to("cpu", torch.int64)
+        ids.numpy()
+    except ConfigError:
+        raise
+    except Exception as error:  # meta, sparse, nested, fake...
+        raise ConfigError("input_ids", outline(input_ids), f"{valid}, dense") from error
+    return ids
 
 
 def one_input(first: Any, second: Any) -> Any:
@@ -41,25 +58,70 @@ def one_input(first: Any, second: Any) -> Any:
     return first if first is not None else second
 
 
-def check_prompt(prompt: Any, index: int) -> TokenIds:
+def one_row(prompt: Any) -> Any:
+    """A tensor `[1, tokens]` as `[tokens]`; anything else as it is."""
+    try:
+        if isinstance(prompt, torch.Tensor) and (prompt.dim() == 0 or prompt.shape[:-1] == (1,)):
+            return prompt.reshape(-1)
+    except Exception as error:  # sparse, nested...
+        raise ConfigError("input_ids", outline(prompt), "a dense tensor of token ids") from error
+    return prompt
+
+
+def check_prompt(prompt: Any, index: int, most: int) -> TokenIds:
     """Token ids of one prompt, a list or a tensor.
+
+    Args:
+        prompt: the ids.
+        index: of the prompt in the call.
+        most: tokens that the model takes.
 
     Raises:
         ConfigError: names the prompt by its index.
+        CapacityError: it is longer than that.
     """
-    values = prompt.tolist() if isinstance(prompt, torch.Tensor) else prompt
-    valid = "a list of token ids"
+    name, valid = f"prompts[{index}]", "a list of token ids"
+    values = as_list(name, prompt, most)
     if isinstance(values, (str, bytes)) or not isinstance(values, Sequence):
-        raise ConfigError(f"prompts[{index}]", outline(prompt), valid)
-    if not values:
-        raise ConfigError(f"prompts[{index}]", [], "at least one token")
+        raise ConfigError(name, outline(prompt), valid)
+    if not len(values):
+        raise ConfigError(name, [], "at least one token")
+    if len(values) > most:
+        raise CapacityError(f"{name} has {len(values):,} tokens: the model takes {most:,}")
     if set(map(type, values)) != {int}:
         wrong = next(token for token in values if type(token) is not int)
-        raise ConfigError(f"prompts[{index}]", outline(wrong), valid)
+        raise ConfigError(name, outline(wrong), valid)
     try:
         return TokenIds(values)
     except OverflowError as error:
-        raise ConfigError(f"prompts[{index}]", max(values, key=abs), valid) from error
+        raise ConfigError(name, max(values, key=abs), valid) from error
+
+
+def check_prompts(prompts: Any, most: int) -> list[TokenIds]:
+    """Token ids of all prompts of a call; see `check_prompt`.
+
+    Raises:
+        ConfigError: not a list of prompts, or too many.
+    """
+    valid = "a list of prompts, each a list of token ids"
+    if isinstance(prompts, (str, bytes, Mapping)):
+        raise ConfigError("prompts", outline(prompts), valid)
+    try:
+        given = list(itertools.islice(prompts, MOST_SEQUENCES + 1))
+    except (TypeError, NotImplementedError, RuntimeError) as error:
+        raise ConfigError("prompts", outline(prompts), valid) from error
+    check_sequences("prompts", len(given))
+    return [check_prompt(prompt, index, most) for index, prompt in enumerate(given)]
+
+
+def check_sequences(name: str, count: int) -> None:
+    """Refuse more sequences than a driver could keep account of.
+
+    Raises:
+        ConfigError: with both numbers.
+    """
+    if count > MOST_SEQUENCES:
+        raise ConfigError(name, count, f"at most {MOST_SEQUENCES:,} sequences in one call")
 
 
 def split_rows(
@@ -89,7 +151,11 @@ def split_rows(
                 outline(attention_mask) if shape is None else list(shape),
                 f"a tensor of input_ids' shape {list(input_ids.shape)}",
             )
-        keep = attention_mask.numpy(force=True) != 0
+        try:
+            keep = attention_mask.numpy(force=True) != 0
+        except Exception as error:  # meta, sparse, nested, fake...
+            valid = "a dense tensor of numbers"
+            raise ConfigError("attention_mask", outline(attention_mask), valid) from error
     rows = [TokenIds(row if keep is None else row[keep[i]]) for i, row in enumerate(ids)]
     for index, row in enumerate(rows):
         if not row:
@@ -100,19 +166,21 @@ def split_rows(
 def append_rows(
     input_ids: torch.Tensor, new_tokens: Sequence[Sequence[int]], pad_token_id: int | None
 ) -> torch.Tensor:
-    """Append each row's new tokens, padded to the longest.
+    """Append each row's new tokens, padded to the longest, or without padding cut to the shortest.
+
+    Where nothing but `max_time` ends rows, transformers ends all in one step.
 
     Args:
         input_ids: `[batch, tokens]`, rows already repeated per sample.
         new_tokens: per row.
-        pad_token_id: fills shorter rows; only None where all rows are equally long.
+        pad_token_id: fills shorter rows; None = there is no such token.
 
     Returns:
-        Of `input_ids`' dtype and device, `[batch, tokens + longest]`.
+        Of `input_ids`' dtype and device, `[batch, tokens + new]`.
     """
-    width = max(len(row) for row in new_tokens)
-    fill = 0 if pad_token_id is None else pad_token_id
-    added = torch.full((len(new_tokens), width), fill, dtype=torch.int64)
+    lengths = [len(row) for row in new_tokens]
+    width = min(lengths) if pad_token_id is None else max(lengths)
+    added = torch.full((len(new_tokens), width), pad_token_id or 0, dtype=torch.int64)
     for index, row in enumerate(new_tokens):
-        added[index, : len(row)] = torch.tensor(row, dtype=torch.int64)
+        added[index, : len(row)] = torch.tensor(row[:width], dtype=torch.int64)
     return torch.cat([input_ids, added.to(input_ids.device, input_ids.dtype)], dim=1)

@@ -80,9 +80,12 @@ def _changes_nothing(value: Any) -> bool:
     """None, False, an empty list, or a tensor of zeros (token types of a plain text)."""
     if value is None or value is False:
         return True
-    if hasattr(value, "any") and hasattr(value, "shape"):
-        return not bool(value.any())
-    return hasattr(value, "__len__") and len(value) == 0
+    try:
+        if hasattr(value, "any") and hasattr(value, "shape"):
+            return not bool(value.any())
+        return hasattr(value, "__len__") and len(value) == 0
+    except Exception:  # a tensor without numbers, an object of the caller's
+        return False
 
 
 def refuse_settings(settings: Mapping[str, Any], *, sampling: bool) -> None:
@@ -95,14 +98,15 @@ def refuse_settings(settings: Mapping[str, Any], *, sampling: bool) -> None:
     for table in tables:
         for name, neutral in table.items():
             value = settings.get(name)
-            # Compared by type too: 1 == True would let a count pass for a switch.
-            if not any(value is n or (value == n and _same_kind(value, n)) for n in neutral):
+            if not any(value is n or (_same_kind(value, n) and value == n) for n in neutral):
                 shown = " or ".join(repr(n) for n in neutral)
                 raise ConfigError(name, value, f"{shown}; LiteCache's engine loop has no other yet")
 
 
 def _same_kind(value: Any, neutral: Any) -> bool:
-    return isinstance(value, bool) == isinstance(neutral, bool)
+    """Whether they may be compared: a tensor may not, and 1 == True is a count for a switch."""
+    plain = isinstance(value, (int, float, str))
+    return plain and isinstance(value, bool) == isinstance(neutral, bool)
 
 
 def refuse_arguments(arguments: Mapping[str, Any]) -> None:

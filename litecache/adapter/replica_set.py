@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 
 from litecache.actors.group import Group
 from litecache.actors.naming import replica_name
@@ -47,9 +48,11 @@ class ReplicaSet:
             raise
 
     def abort(self, request_id: str) -> None:
-        """End a request; an unknown one is passed over."""
+        """End a request; an unknown one is passed over, and so are all in a forked process."""
+        if os.getpid() != self._group.connection.pid:
+            return
         for poller in self.pollers:
-            poller.abort([request_id])
+            poller.abort(request_id)
 
     def route(self, request: Request) -> int:
         """The coordinator's choice; without it the replica with the fewest open requests."""

@@ -50,8 +50,8 @@ class ResolvedModel:
         vocab_size = getattr(self.config.get_text_config(decoder=True), "vocab_size", None)
         ids = defaults.eos_token_id
         ids = ids if isinstance(ids, list) else [ids]
-        valid = [i for i in ids if isinstance(i, int) and (vocab_size is None or i < vocab_size)]
-        if len(valid) < len([i for i in ids if i is not None]):
+        valid = [i for i in ids if not isinstance(i, int) or vocab_size is None or i < vocab_size]
+        if len(valid) < len(ids):
             defaults = copy.copy(defaults)
             defaults.eos_token_id = valid or None
             object.__setattr__(self, "generation_config", defaults)
@@ -109,7 +109,11 @@ def _resolve_path(name: str, weights: str, seed: int) -> ResolvedModel:
         raise ConfigError("model", name, f"{valid} ({first})") from error
     try:
         generation_config = GenerationConfig.from_pretrained(path)
-    except OSError:
+    except Exception as error:  # there is none, or anything may stand in it
+        if not isinstance(error, OSError) or os.path.exists(f"{path}/generation_config.json"):
+            first = (str(error).strip().splitlines() or [""])[0]
+            valid = f"a generation config ({type(error).__name__}: {first})"
+            raise ConfigError("generation_config.json", name, valid) from error
         generation_config = GenerationConfig.from_model_config(config)
     source = ModelSource(path=path, weights=weights, seed=seed if weights == "random" else 0)
     return ResolvedModel(source, config, generation_config)

@@ -29,21 +29,26 @@ class StopStrings:
     def __init__(self, tokenizer: Any, texts: Sequence[str]) -> None:
         try:
             self._criterion = StopStringCriteria(tokenizer, list(texts))
-        except ValueError as error:
-            raise ConfigError("stop_strings", list(texts), str(error)) from error
+        except Exception as error:  # whatever it makes of the tokenizer or the texts
+            valid = f"texts that the tokenizer can spell ({type(error).__name__}: {error})"
+            raise ConfigError("stop_strings", list(texts), valid) from error
         first = self._criterion.max_valid_positions * len(texts)
         ends = self._criterion.embedding_vec[:, first:-1] > 0
         self._can_end: list[bool] = ends.any(dim=1).tolist()
+
+    def last_of(self, tokens: Sequence[int]) -> list[int]:
+        """The end of a sequence, as far as `first_end` looks back."""
+        return list(tokens[-self._criterion.maximum_token_len :])
 
     def first_end(self, before: Sequence[int], tokens: Sequence[int]) -> int | None:
         """How many of `tokens` belong to the sequence, None when none of them ends it.
 
         Args:
-            before: the tokens in front of them, prompt included.
+            before: the tokens in front of them, prompt included; `last_of` them is enough.
             tokens: the new ones.
         """
         width = self._criterion.maximum_token_len
-        seen = list(before[-width:])
+        seen = self.last_of(before)
         for count, token in enumerate(tokens, 1):
             seen.append(token)
             if token < len(self._can_end) and self._can_end[token]:

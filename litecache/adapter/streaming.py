@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import re
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
@@ -11,42 +13,102 @@ from litecache.adapter.pending import PendingRequest
 from litecache.types import TokenLogprobs
 
 # An unfinished UTF-8 sequence decodes to this.
-_REPLACEMENT = "�"
+_REPLACEMENT = "\ufffd"
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+# So many tokens are decoded again with each piece, and so many of them stay as context.
+_WINDOW_TOKENS, _CONTEXT_TOKENS = 24, 8
 
 
 class TextDecoder:
-    """Decodes a growing list of token ids piece by piece.
+    """Decodes a growing list of token ids piece by piece; the pieces together are the whole text.
 
-    Only the tokens since the last clean boundary are decoded again, so the cost of a piece does
-    not grow with the text. A piece that ends inside a character is held back.
+    What later tokens may still change is held back: an unfinished character, and a run of byte
+    tokens ("<0xE3>") until it ends, since one wrong byte turns all characters of a run into
+    replacement characters. Only the tokens since a settled one are decoded again, so the cost of a
+    piece does not grow with the text.
 
     Args:
         decode: token ids to text.
+        is_byte: whether a token stands for one byte of a character.
+        is_silent: whether a token is no part of the text, nor ends a run.
     """
 
-    def __init__(self, decode: Callable[[list[int]], str]) -> None:
+    def __init__(
+        self,
+        decode: Callable[[list[int]], str],
+        is_byte: Callable[[int], bool] = lambda token: False,
+        is_silent: Callable[[int], bool] = lambda token: False,
+    ) -> None:
         self._decode = decode
+        self._is_byte, self._is_silent = is_byte, is_silent
         self._window: list[int] = []
-        self._shown = ""
+        self._bytes: list[bool] = []
+        self._given = ""
+
+    @classmethod
+    def of(cls, tokenizer: Any, skip_special_tokens: bool) -> TextDecoder:
+        """For a tokenizer of transformers, or anything else with `decode`."""
+
+        def decode(token_ids: list[int]) -> str:
+            text: str = tokenizer.decode(
+                token_ids,
+                skip_special_tokens=skip_special_tokens,
+                clean_up_tokenization_spaces=False,
+            )
+            return text
+
+        name_of = getattr(tokenizer, "convert_ids_to_tokens", lambda token: "")
+        added = getattr(tokenizer, "added_tokens_decoder", {})
+        special = {token for token, entry in added.items() if entry.special}
+        special |= set(getattr(tokenizer, "all_special_ids", ()))
+
+        @functools.lru_cache(maxsize=4096)
+        def is_byte(token: int) -> bool:
+            return _BYTE_TOKEN.fullmatch(str(name_of(token))) is not None
+
+        @functools.lru_cache(maxsize=4096)
+        def is_silent(token: int) -> bool:
+            # A vocabulary padded beyond its tokenizer has ids without a name.
+            skipped = (skip_special_tokens and token in special) or name_of(token) is None
+            return skipped and not decode([token])
+
+        return cls(decode, is_byte, is_silent)
 
     def add(self, token_ids: Sequence[int], *, last: bool = False) -> str:
-        """The text that these tokens add; "" while a character is incomplete.
+        """The text that these tokens settle; "" where they leave all open.
 
         Args:
             token_ids: the next tokens.
-            last: no more follow; an incomplete character is given out as it is.
+            last: no more follow; what is unfinished is given out as it is.
         """
-        self._window.extend(token_ids)
-        text = self._decode(self._window)
-        if text.endswith(_REPLACEMENT) and not last:
+        new = [token for token in token_ids if not self._is_silent(token)]
+        self._window += new
+        self._bytes += map(self._is_byte, new)
+        settled = len(self._window)
+        while settled and self._bytes[settled - 1] and not last:
+            settled -= 1
+        if not last and settled <= len(self._window) - len(new):
+            return ""  # all of the new ones belong to an open run
+        text = self._decode(self._window[:settled])
+        whole = text if last else text.rstrip(_REPLACEMENT)
+        if not last and not whole.startswith(self._given):
             return ""
-        new = text[len(self._shown) :]
-        if len(self._window) > 16:
-            # Keep some tokens as context: many tokenizers decode a leading space by what precedes.
-            self._window = self._window[-8:]
-            text = self._decode(self._window)
-        self._shown = text
-        return new
+        piece, self._given = whole[len(self._given) :], whole
+        if whole == text and len(self._window) == settled >= _WINDOW_TOKENS:
+            self._forget(text)
+        return piece
+
+    def _forget(self, text: str) -> None:
+        """Keep the last settled tokens alone, from one that no character and no run crosses."""
+        for start in range(len(self._window) - _CONTEXT_TOKENS, len(self._window)):
+            if self._bytes[start - 1] and self._bytes[start]:
+                continue
+            context = self._decode(self._window[start:])
+            # Its first token may look otherwise than behind others, but what follows does not.
+            if context and text.endswith(context):
+                self._window, self._bytes = self._window[start:], self._bytes[start:]
+                self._given = context
+                return
 
 
 class TokenStream:
@@ -59,7 +121,7 @@ class TokenStream:
     def __init__(
         self,
         pending: PendingRequest,
-        decode: Callable[[list[int]], str] | None,
+        decoder: TextDecoder | None,
         abandon: Callable[[str], None],
     ) -> None:
         self.request_id = pending.request_id
@@ -67,7 +129,7 @@ class TokenStream:
         self._abandon = abandon
         self._items: Generator[Any, None, None]
         # No reference back to self: a stream that is dropped has to end at once.
-        self._items = _text(pending, decode) if decode is not None else _one_by_one(pending)
+        self._items = _text(pending, decoder) if decoder is not None else _one_by_one(pending)
 
     def __iter__(self) -> Iterator[Any]:
         return self
@@ -111,27 +173,27 @@ def feed_streamer(
 ) -> None:
     """Give a Hugging Face streamer what `generate` would: the prompt, then one `[batch]` a step.
 
-    Rows that have ended are filled with the pad token, as HF does.
+    Rows that have ended are filled with the pad token, as HF does; without one all end with the
+    first (see `append_rows`).
 
     Args:
         streamer: with `put` and `end`.
         input_ids: `[batch, tokens]`.
         rows: the requests, one per row.
-        pad_token_id: fills ended rows.
+        pad_token_id: fills ended rows; None = there is no such token.
     """
     streamer.put(input_ids)
     streams = [_one_by_one(row) for row in rows]
-    fill = 0 if pad_token_id is None else pad_token_id
+    over = all if pad_token_id is not None else any
     while True:
         step = [next(stream, None) for stream in streams]
-        if all(token is None for token in step):
+        if over(token is None for token in step):
             break
-        streamer.put(torch.tensor([fill if token is None else token for token in step]))
+        streamer.put(torch.tensor([pad_token_id if token is None else token for token in step]))
     streamer.end()
 
 
-def _text(row: PendingRequest, decode: Callable[[list[int]], str]) -> Generator[str, None, None]:
-    decoder = TextDecoder(decode)
+def _text(row: PendingRequest, decoder: TextDecoder) -> Generator[str, None, None]:
     for tokens in row.stream():
         piece = decoder.add(tokens)
         if piece:

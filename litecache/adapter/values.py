@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from litecache.errors import ConfigError
+from litecache.errors import ConfigError, outline
 
 
 def check_flag(name: str, value: Any) -> bool:
@@ -29,21 +29,47 @@ def check_number(
 ) -> float:
     """A finite number from `low` (or above it) to `high`."""
     fits = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not fits or not (low < value if open_low else low <= value) or not value <= high:
+    try:
+        number = float(value) if fits else math.nan
+    except OverflowError:  # an integer beyond all floats
+        number = math.nan
+    if not (low < number if open_low else low <= number) or not number <= high:
         text = f"above {low:g}" if open_low else f"at least {low:g}"
         if math.isfinite(high):
             text += f" and at most {high:g}"
         raise ConfigError(name, value, "a finite number" if math.isinf(low) else f"a number {text}")
-    if not math.isfinite(value):
+    if not math.isfinite(number):
         raise ConfigError(name, value, "a finite number")
-    return float(value)
+    return number
+
+
+def check_text(name: str, value: Any) -> str:
+    """A text that can be encoded: half of a surrogate pair cannot."""
+    try:
+        if isinstance(value, str) and value.encode() is not None:
+            return value
+    except UnicodeEncodeError:
+        value = outline(value)
+    raise ConfigError(name, value, "a text of whole characters")
 
 
 def check_token_ids(name: str, value: Any) -> tuple[int, ...]:
     """One token id, or several in a list, a tuple or a tensor; None = none."""
     if value is None:
         return ()
-    if isinstance(value, torch.Tensor):
-        value = value.tolist()
+    value = as_list(name, value)
     values = value if isinstance(value, (list, tuple)) else [value]
     return tuple(check_count(name, token, 0) for token in values)
+
+
+def as_list(name: str, value: Any, most: int = 1 << 20) -> Any:
+    """A tensor's numbers, at most so many, as (nested) lists; what is no tensor stays as it is."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    valid = f"a dense tensor of at most {most:,} numbers"
+    try:
+        if value.numel() <= most:
+            return value.tolist()
+    except Exception as error:  # meta, sparse, nested, fake...
+        raise ConfigError(name, outline(value), valid) from error
+    raise ConfigError(name, outline(value), valid)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -141,3 +142,41 @@ def test_what_follows_a_stop_string_in_the_same_message_is_cut(
     assert row.wait() == list(tokens[:2])
     assert row.logprobs == list(told[:2])
     assert row.finish_reason is FinishReason.STOP
+
+
+def test_the_work_for_a_token_does_not_grow_with_the_prompt(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    token = tokenizer.get_vocab()["d"]
+    request = Request("r", "c", (token,) * 200_000, SamplingParams(99))
+    row = PendingRequest(request, stop=StopStrings(tokenizer, ["abc"]))
+    tracemalloc.start()
+    try:
+        for _ in range(20):
+            row.feed(TokenDelta("r.0", (token,)))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(row.tokens) == 20
+    assert peak < 100_000, "the prompt was copied"
+
+
+@pytest.mark.parametrize("ends", [{"stop_token_ids": [5]}, {"stop_strings": "ab"}])
+def test_rows_that_may_end_early_need_a_token_to_fill_them(
+    llm: KVCacheAdapter,
+    tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+    ends: dict[str, Any],
+) -> None:
+    monkeypatch.setattr(llm.generation_config, "pad_token_id", None)
+    monkeypatch.setattr(llm.generation_config, "eos_token_id", None)
+    settings = {"max_new_tokens": 4, "tokenizer": tokenizer, **ends}
+    two = prompts(2, 6, seed=24)
+    with pytest.raises(ConfigError, match=r"pad_token_id=None.*a token id"):
+        llm.generate(two, **settings)
+    with pytest.raises(ConfigError, match="pad_token_id"):
+        llm.generate(two[:1], do_sample=True, num_return_sequences=2, **settings)
+    assert llm.generate(two, pad_token_id=0, **settings).shape[0] == 2
+    assert llm.generate(two[:1], **settings).shape[0] == 1
+    assert len(llm.generate_batch(two.tolist(), **settings)) == 2
+    assert llm.generate(two, max_new_tokens=4, max_time=60.0).shape == (2, 10)

@@ -63,7 +63,7 @@ SECRET = "the patient said"
 
 @pytest.mark.parametrize("prompt", [SECRET.encode(), [SECRET], [[SECRET]], {SECRET: 1}, (SECRET,)])
 def test_no_error_about_a_prompt_repeats_it(prompt: Any) -> None:
-    for check in (check_input_ids, lambda given: check_prompt(given, 0)):
+    for check in (check_input_ids, lambda given: check_prompt(given, 0, 512)):
         with pytest.raises(ConfigError) as refusal:
             check(prompt)
         assert SECRET not in f"{refusal.value!r} {vars(refusal.value)}"
@@ -73,3 +73,8 @@ def test_a_prompt_under_a_wrong_name_is_not_repeated() -> None:
     with pytest.raises(ConfigError, match="promt=<str of 16 characters>") as refusal:
         refuse_arguments({"promt": SECRET})
     assert SECRET not in f"{refusal.value!r} {vars(refusal.value)}"
+
+
+def test_without_a_pad_token_rows_are_cut_to_the_shortest() -> None:
+    out = append_rows(torch.tensor([[5], [6]]), [[1], [2, 3]], None)
+    assert out.tolist() == [[5, 1], [6, 2]]

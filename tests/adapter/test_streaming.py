@@ -130,3 +130,9 @@ def test_a_streamer_gets_the_prompt_then_one_row_of_tokens_a_step() -> None:
     recorder = Recorder()
     feed_streamer(recorder, torch.tensor([[1], [2]]), [ended(5, 6), ended(7)], 0)
     assert recorder.calls == [[[1], [2]], [5, 7], [6, 0], "end"]
+
+
+def test_without_a_pad_token_a_streamer_gets_no_token_that_is_none() -> None:
+    recorder = Recorder()
+    feed_streamer(recorder, torch.tensor([[1], [2]]), [ended(5, 6), ended(7)], None)
+    assert recorder.calls == [[[1], [2]], [5, 7], "end"]

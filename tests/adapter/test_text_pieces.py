@@ -1,0 +1,102 @@
+"""Text that is streamed is the text that is decoded, for every kind of tokenizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from small_tokenizers import KINDS, small_tokenizer
+
+from litecache.adapter.streaming import TextDecoder
+
+TEXTS = {
+    "hangul": "안녕하세요 세계",
+    "thai": "สวัสดีชาวโลก ทุกคน",
+    "kana": "ひらがなとカタカナ",
+    "emoji": "👩‍👩‍👧‍👦 ok 🏳️‍🌈🙂🙂🙂",
+    "mixed": "the hello\n\n  né 🙂 (a) do not. it's\tfine",
+}
+
+
+def whole(tokenizer: Any, ids: list[int], skip: bool) -> str:
+    text: str = tokenizer.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
+    return text
+
+
+def pieces_of(tokenizer: Any, ids: list[int], skip: bool, sizes: list[int]) -> list[str]:
+    decoder = TextDecoder.of(tokenizer, skip)
+    pieces, at, turn = [], 0, 0
+    while at < len(ids):
+        size = sizes[turn % len(sizes)]
+        pieces.append(decoder.add(ids[at : at + size]))
+        at, turn = at + size, turn + 1
+    return [*pieces, decoder.add([], last=True)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(data=st.data())
+def test_the_pieces_of_any_text_are_complete_characters_and_add_up(
+    kind: str, data: st.DataObject
+) -> None:
+    tokenizer = small_tokenizer(kind)
+    alphabet = st.one_of(st.characters(codec="utf-8"), st.sampled_from(" the\n'.安ส🙂ひé"))
+    text = data.draw(st.text(alphabet, max_size=60))
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    sizes = data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=4))
+    pieces = pieces_of(tokenizer, ids, True, sizes)
+    expected = whole(tokenizer, ids, True)
+    assert "".join(pieces) == expected
+    if "\ufffd" not in expected:
+        assert not any("\ufffd" in piece for piece in pieces)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(data=st.data())
+def test_the_pieces_of_any_tokens_add_up_to_the_whole_decode(
+    kind: str, data: st.DataObject
+) -> None:
+    tokenizer = small_tokenizer(kind)
+    # A model's vocabulary may be larger than its tokenizer's.
+    token = st.one_of(st.integers(0, len(tokenizer) + 3), st.integers(0, 262))
+    ids = data.draw(st.lists(token, max_size=90))
+    skip = data.draw(st.booleans())
+    sizes = data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=4))
+    assert "".join(pieces_of(tokenizer, ids, skip, sizes)) == whole(tokenizer, ids, skip)
+
+
+@pytest.mark.parametrize("name", TEXTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_text_is_given_out_as_soon_as_nothing_can_change_it(kind: str, name: str) -> None:
+    tokenizer = small_tokenizer(kind)
+    ids = tokenizer.encode(TEXTS[name] * 3, add_special_tokens=False)
+    decoder = TextDecoder.of(tokenizer, True)
+    so_far, settled = "", 0
+    for count, token in enumerate(ids, 1):
+        so_far += decoder.add([token])
+        if not tokenizer.convert_ids_to_tokens(token).startswith("<0x"):
+            settled = count
+        # In a run of byte tokens one wrong byte would turn all of it into replacement characters.
+        assert so_far == whole(tokenizer, ids[:settled], True).rstrip("\ufffd")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("text", ["the hello ", "\n", "สวัสดี a"])
+def test_the_work_for_a_token_does_not_grow_with_the_text(kind: str, text: str) -> None:
+    tokenizer = small_tokenizer(kind)
+    ids = tokenizer.encode(text * 400, add_special_tokens=False)
+    decoder = TextDecoder.of(tokenizer, True)
+    decoded = 0
+    decode = decoder._decode
+
+    def counting(window: list[int]) -> str:
+        nonlocal decoded
+        decoded += len(window)
+        return decode(window)
+
+    decoder._decode = counting
+    given_out = [decoder.add([token]) for token in ids]
+    given_out.append(decoder.add([], last=True))
+    assert "".join(given_out) == whole(tokenizer, ids, True)
+    assert decoded < 60 * len(ids) + 100
