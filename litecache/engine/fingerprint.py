@@ -3,8 +3,8 @@
 The fingerprint is part of every block key's namespace, so KV is shared between processes, and found
 again after a restart, exactly when config and weights are bitwise equal; names and paths do not
 matter. Reading gigabytes at each start would be wasteful, so file digests are cached in
-`$LITECACHE_HOME/fingerprints`, keyed by the file's path, size and times. The digest is xxh3_128:
-it tells files apart, it does not defend against someone who forges weights.
+`$LITECACHE_HOME/fingerprints`, keyed by the file's path, size, times and inode. The digest is
+xxh3_128: it tells files apart, it does not defend against someone who forges weights.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5")
+# Beside config.json and the weights; `config.X.json` is read by version X of transformers.
+_FORWARD_FILES = ("*.index.json", "config.*.json", "adapter_config.json", "quant*.json", "**/*.py")
 # Where the files came from and which library wrote them changes no KV byte.
 _IGNORED_CONFIG_FIELDS = frozenset(
     ("_name_or_path", "_model_name_or_path", "transformers_version", "_commit_hash")
@@ -38,7 +40,7 @@ _SETTLED_S = 1.0
 
 
 def file_digest(path: Path) -> str:
-    """The xxh3_128 of a file's bytes, from the cache when path, size and times are unchanged.
+    """The xxh3_128 of a file's bytes, from the cache while path, size, times and inode stay.
 
     Returns:
         32 hex digits.
@@ -51,6 +53,7 @@ def file_digest(path: Path) -> str:
         status = path.stat()
         entry = _cache_entry(path)
         identity = [str(path), status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+        identity.append(status.st_ino)
         cached = _read_cache(entry)
         if cached is not None and cached.get("file") == identity:
             return str(cached["digest"])
@@ -62,11 +65,15 @@ def file_digest(path: Path) -> str:
     return digest
 
 
-def model_fingerprint(folder: Path) -> str:
-    """The fingerprint of a model folder: its config, its own Python code and all its weights.
+def model_fingerprint(folder: Path, *, trust_remote_code: bool = False) -> str:
+    """The fingerprint of a model folder: all in it that changes what a forward pass computes.
+
+    That is its config, all its weights with the index that says which file holds which, an adapter
+    beside them, quantisation settings and its own Python code; not what concerns text or sampling.
 
     Args:
         folder: holds `config.json` and weight files, as `save_pretrained` writes them.
+        trust_remote_code: whether its code runs in place of that of transformers.
 
     Returns:
         32 hex digits.
@@ -84,10 +91,15 @@ def model_fingerprint(folder: Path) -> str:
         config = json.loads(config_file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError("config.json", str(config_file), f"readable JSON ({error})") from error
-    files = [*weights, *sorted(folder.glob("*.py"))]
+    if not isinstance(config, dict):
+        raise ConfigError("config.json", str(config_file), "a JSON object")
+    files = [*weights, *(p for kind in _FORWARD_FILES for p in sorted(folder.glob(kind)))]
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         digests = list(pool.map(file_digest, files))
-    return _combine(config, {path.name: d for path, d in zip(files, digests, strict=True)})
+    named = {str(p.relative_to(folder)): d for p, d in zip(files, digests, strict=True)}
+    if trust_remote_code and "auto_map" in config:
+        named["trust_remote_code"] = "True"
+    return combined_fingerprint(config, named)
 
 
 def module_fingerprint(module: nn.Module, config: Mapping[str, Any]) -> str:
@@ -106,17 +118,18 @@ def module_fingerprint(module: nn.Module, config: Mapping[str, Any]) -> str:
     for name, tensor in sorted(module.state_dict().items()):
         raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
         digests[name] = f"{tensor.dtype}{list(tensor.shape)}{xxhash.xxh3_128_hexdigest(raw)}"
-    return _combine(config, digests)
+    return combined_fingerprint(config, digests)
 
 
 def random_fingerprint(config: Mapping[str, Any], seed: int) -> str:
     """The fingerprint of random weights: the same config, seed and torch draw the same numbers."""
     import torch
 
-    return _combine(config, {"random": f"seed={seed} torch={torch.__version__}"})
+    return combined_fingerprint(config, {"random": f"seed={seed} torch={torch.__version__}"})
 
 
-def _combine(config: Mapping[str, Any], digests: Mapping[str, str]) -> str:
+def combined_fingerprint(config: Mapping[str, Any], digests: Mapping[str, str]) -> str:
+    """The fingerprint of a config and of what else belongs to a model, by name."""
     settings = {k: v for k, v in config.items() if k not in _IGNORED_CONFIG_FIELDS}
     text = json.dumps([settings, dict(digests)], sort_keys=True, default=str)
     return xxhash.xxh3_128_hexdigest(text.encode())

@@ -5,11 +5,13 @@ The rest is found by the probe (probe.py). Each refusal names the model type and
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from litecache.config import CacheConfig
+from litecache.engine.model_source import ModelSource
 from litecache.errors import ConfigError, ModelNotSupportedError
 
 _RECURRENT_LAYERS = re.compile(r"linear|mamba|recurrent|conv|hybrid|ssm|rwkv")
@@ -92,6 +94,33 @@ def choose_max_model_len(hf_config: Any, config: CacheConfig) -> int:
     return config.max_model_len
 
 
+def read_config(source: ModelSource) -> Any:
+    """The model's `PretrainedConfig`, without reading weights.
+
+    Raises:
+        ConfigError: no such folder or hub model, or no such model type.
+    """
+    from transformers import AutoConfig
+
+    if source.config is not None:
+        fields = dict(source.config)
+        model_type = fields.pop("model_type")
+        try:
+            return AutoConfig.for_model(model_type, **fields)
+        except ValueError as error:
+            raise ConfigError("config", model_type, f"a known model_type ({error})") from error
+    assert source.path is not None
+    valid = "a folder with a saved model, a .gguf file or the name of a model on the hub"
+    if os.path.isabs(source.path) and not os.path.isdir(source.path):
+        raise ConfigError("model", source.path, valid)
+    try:
+        return AutoConfig.from_pretrained(
+            source.path, revision=source.revision, trust_remote_code=source.trust_remote_code
+        )
+    except Exception as error:  # transformers raises whatever a damaged file makes it trip over
+        raise ConfigError("model", source.path, f"{valid} ({first_line(error)})") from error
+
+
 def head_dim(text_config: Any) -> int | None:
     """The head dimension a configuration implies, None when it does not say."""
     explicit = getattr(text_config, "head_dim", None)
@@ -127,3 +156,11 @@ def _rope_types(text_config: Any) -> Iterator[tuple[str, int]]:
     for entry in (parameters, *(v for v in parameters.values() if isinstance(v, Mapping))):
         if "rope_type" in entry:
             yield str(entry["rope_type"]), entry.get("original_max_position_embeddings") or 0
+
+
+def first_line(error: Exception) -> str:
+    """What an error of another library says, in one line."""
+    if "`trust_remote_code=True`" in str(error):
+        return "code of its own runs only with trust_remote_code=True"
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

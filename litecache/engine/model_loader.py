@@ -7,9 +7,9 @@ other resource exists.
 from __future__ import annotations
 
 import inspect
-import json
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,17 +17,32 @@ from typing import Any
 import torch
 
 from litecache.config import CacheConfig
-from litecache.engine.fingerprint import model_fingerprint, random_fingerprint
+from litecache.engine.fingerprint import (
+    combined_fingerprint,
+    file_digest,
+    model_fingerprint,
+    random_fingerprint,
+)
 from litecache.engine.hf_attention import IMPLEMENTATION, register
 from litecache.engine.kv_layout import KVSpec
 from litecache.engine.long_probe import probe_model
-from litecache.engine.model_checks import check_config, check_shape, choose_max_model_len, refusal
+from litecache.engine.model_checks import (
+    check_config,
+    check_shape,
+    choose_max_model_len,
+    first_line,
+    read_config,
+    refusal,
+)
 from litecache.engine.model_source import ModelSource
 from litecache.engine.passes import apply_passes, chosen_passes
 from litecache.engine.probe import use_paged_attention
 from litecache.errors import ConfigError, ModelNotSupportedError
 
 logger = logging.getLogger(__name__)
+
+# Where transformers puts the modules of code that comes with a model.
+_REMOTE_CODE = "transformers_modules."
 
 
 @dataclass(frozen=True)
@@ -90,7 +105,7 @@ def load_model(source: ModelSource, config: CacheConfig) -> LoadedModel:
         fingerprint = random_fingerprint(identity, source.seed)
     else:
         model = _pretrained_model(source, hf_config, device, dtype)
-        fingerprint = model_fingerprint(_local_folder(source))
+        fingerprint = _fingerprint(source, model)
     model.eval().requires_grad_(False)
     specs, passes = admit(model, config, max_model_len)
     logger.info("%s: %d layers, passes: %s", source.name, len(specs), ", ".join(passes) or "none")
@@ -149,31 +164,6 @@ def choose_device(name: str | None) -> torch.device:
     return device
 
 
-def read_config(source: ModelSource) -> Any:
-    """The model's `PretrainedConfig`, without reading weights.
-
-    Raises:
-        ConfigError: no such folder or hub model, or no such model type.
-    """
-    from transformers import AutoConfig
-
-    if source.config is not None:
-        fields = dict(source.config)
-        model_type = fields.pop("model_type")
-        try:
-            return AutoConfig.for_model(model_type, **fields)
-        except ValueError as error:
-            raise ConfigError("config", model_type, f"a known model_type ({error})") from error
-    assert source.path is not None
-    valid = "a folder written by save_pretrained, or the name of a model on the hub"
-    if os.path.isabs(source.path) and not os.path.isdir(source.path):
-        raise ConfigError("model", source.path, valid)
-    try:
-        return AutoConfig.from_pretrained(source.path, revision=source.revision)
-    except (OSError, ValueError, json.JSONDecodeError) as error:
-        raise ConfigError("model", source.path, f"{valid} ({_first_line(error)})") from error
-
-
 def random_model(hf_config: Any, seed: int, device: torch.device, dtype: torch.dtype) -> Any:
     """Draw weights where they stay, in their final dtype, leaving torch's generator untouched."""
     from transformers import AutoModelForCausalLM
@@ -197,27 +187,99 @@ def _pretrained_model(
 
     # With accelerate, transformers copies each tensor to the device as it reads it.
     direct = {"device_map": {"": device}} if is_accelerate_available() else {}
+    _check_adapter(source)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, report = AutoModelForCausalLM.from_pretrained(
             source.path,
             config=hf_config,
             dtype=dtype,
             revision=source.revision,
             attn_implementation=IMPLEMENTATION,
+            trust_remote_code=source.trust_remote_code,
+            output_loading_info=True,
+            # Not ignored: `check_complete` names them.
+            ignore_mismatched_sizes=True,
             **direct,
         )
     except (KeyError, ValueError) as error:
         raise _not_a_decoder(hf_config, error) from error
     except Exception as error:  # safetensors raises a class of its own for damaged files
-        valid = f"a model whose weights can be read ({_first_line(error)})"
+        valid = f"a model whose weights can be read ({first_line(error)})"
         raise ConfigError("model", source.path, valid) from error
+    check_complete(source.name, report)
     return model.to(device)
+
+
+def check_complete(name: str, report: Mapping[str, Any]) -> None:
+    """Refuse a model of which transformers would have drawn some weights at random.
+
+    Tensors of the checkpoint that the model has no use for are only logged: it computes without.
+
+    Args:
+        name: of the model.
+        report: what `from_pretrained` tells with `output_loading_info`.
+
+    Raises:
+        ConfigError: names up to ten tensors, and how many are missing or of another shape.
+    """
+    missing, unused = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+    other = [
+        f"{key} is {list(there)}, not {list(here)}"
+        for key, there, here in sorted(report["mismatched_keys"])
+    ]
+    if unused:
+        logger.warning("%s: %d unused: %s", name, len(unused), _some(unused))
+    faults = [
+        f"{len(names)} {what}: {_some(names)}"
+        for what, names in (
+            ("missing", missing),
+            ("of another shape than the config's", other),
+            ("unreadable", list(report.get("error_msgs", ()))),
+        )
+        if names
+    ]
+    if faults:
+        valid = "a checkpoint that holds every tensor of the model"
+        raise ConfigError("model", name, f"{valid}; {'; '.join(faults)}")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+
+
+def _check_adapter(source: ModelSource) -> None:
+    """Without peft transformers would load the base model alone, and say nothing."""
+    from transformers.utils import is_peft_available
+
+    beside = os.path.join(str(source.path), "adapter_config.json")
+    if os.path.exists(beside) and not is_peft_available():
+        valid = "weights without an adapter beside them: merge it first, or pip install peft"
+        raise ConfigError("adapter_config.json", beside, valid)
+
+
+def _fingerprint(source: ModelSource, model: Any) -> str:
+    """Of what was loaded, code that came from another place than the folder included.
+
+    Raises:
+        ConfigError: another one than the source says.
+    """
+    folder = _local_folder(source)
+    found = model_fingerprint(folder, trust_remote_code=source.trust_remote_code)
+    if source.fingerprint not in (None, found):
+        valid = f"the model with fingerprint {source.fingerprint}; it has changed to {found}"
+        raise ConfigError("model", source.path, valid)
+    if source.trust_remote_code:
+        own = {c for c in map(type, model.modules()) if c.__module__.startswith(_REMOTE_CODE)}
+        code = sorted({file_digest(Path(inspect.getfile(c))) for c in own})
+        if any("--" in str(p) for p in (getattr(model.config, "auto_map", None) or {}).values()):
+            return combined_fingerprint({"folder": found}, {"code": ",".join(code)})
+    return found
 
 
 def _not_a_decoder(hf_config: Any, error: Exception) -> ModelNotSupportedError:
     if IMPLEMENTATION in str(error):
         return refusal(hf_config, "it has attention code of its own")
-    return refusal(hf_config, f"it does not load as a causal language model: {_first_line(error)}")
+    return refusal(hf_config, f"it does not load as a causal language model: {first_line(error)}")
 
 
 def _local_folder(source: ModelSource) -> Path:
@@ -245,8 +307,3 @@ def _eos_token_ids(model: Any) -> tuple[int, ...]:
     vocab = model.config.get_text_config(decoder=True).vocab_size
     # Defaults of a family may lie outside a shrunken vocabulary.
     return tuple(i for i in (ids if isinstance(ids, (list, tuple)) else (ids,)) if i < vocab)
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -5,7 +5,7 @@ A source is small and picklable; it imports nothing. Two sources that are equal 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from litecache.errors import ConfigError
@@ -24,6 +24,9 @@ class ModelSource:
         weights: "auto" loads them from `path`, "random" draws them (benchmarks, tests).
         seed: of random weights.
         revision: of a hub model; None = its default branch.
+        trust_remote_code: whether Python code in the model's folder may run.
+        fingerprint: what `model_fingerprint` must give where the weights are loaded; None = any.
+        label: what people call it, where `path` does not say; the same model may have several.
     """
 
     path: str | None = None
@@ -31,11 +34,16 @@ class ModelSource:
     weights: str = "auto"
     seed: int = 0
     revision: str | None = None
+    trust_remote_code: bool = False
+    fingerprint: str | None = None
+    label: str | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         """Check that the fields fit together."""
         if self.weights not in WEIGHTS:
             raise ConfigError("weights", self.weights, f"one of {', '.join(WEIGHTS)}")
+        if not isinstance(self.trust_remote_code, bool):
+            raise ConfigError("trust_remote_code", self.trust_remote_code, "True or False")
         if (self.path is None) == (self.config is None):
             raise ConfigError("path", self.path, "either a path or a config, and not both")
         if self.config is not None:
@@ -49,7 +57,7 @@ class ModelSource:
     @property
     def name(self) -> str:
         """For messages and logs."""
-        if self.path is not None:
-            return self.path
+        if self.label is not None or self.path is not None:
+            return self.label or str(self.path)
         assert self.config is not None
         return f"{self.config['model_type']} (random weights)"

@@ -26,7 +26,7 @@ def preload(source: ModelSource, *, cuda: bool) -> None:
         if cuda:
             torch.cuda.init()  # type: ignore[no-untyped-call]
         from litecache.engine.engine import Engine
-        from litecache.engine.model_loader import read_config
+        from litecache.engine.model_checks import read_config
 
         config = read_config(source)
         from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
