@@ -83,7 +83,7 @@ class MessageFuzz:
         self.tally = Tally()
         self._deltas: queue.SimpleQueue[list[tuple[str, TokenDelta]]] = queue.SimpleQueue()
         self.engine._sink = self._sink
-        self._loop = asyncio.new_event_loop()
+        self.loop = asyncio.new_event_loop()
         self._number = 0
         self._expected = self.ask()
 
@@ -142,8 +142,8 @@ class MessageFuzz:
         self.harness.check()
 
     def close(self) -> None:
-        self._loop.run_until_complete(self._loop.shutdown_default_executor())
-        self._loop.close()
+        self.loop.run_until_complete(self.loop.shutdown_default_executor())
+        self.loop.close()
         self.harness.close()
 
     # Messages
@@ -201,7 +201,7 @@ class MessageFuzz:
             await asyncio.gather(*waiting, return_exceptions=True)
             return [task.result() for task in done]
 
-        return self._loop.run_until_complete(bounded())
+        return self.loop.run_until_complete(bounded())
 
     def _client(self, rng: random.Random) -> Any:
         return self._maybe(rng, "client_id", "c", 0.05)
