@@ -1,20 +1,21 @@
 """Which shards hold which blocks, as the shards last reported it.
 
 The coordinator's only big state, and a soft one: wrong entries cost a miss, never a wrong block.
-Each key takes 16 bytes, its place in the index and one 64-bit set of shards (`KeyTable`).
+Each key takes its place in a `KeyDict` and a set of shards, one number for all keys that the same
+shards hold. Every call does bounded work: what a shard held is forgotten by giving it another bit,
+and its old bit leaves the sets a few thousand keys at a time, with the calls that follow.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-
-import numpy as np
+from itertools import islice
 
 from litecache.actors.naming import MEMBER_TIMEOUT_S
-from litecache.hashing import KEY_BYTES, BlockKey
-from litecache.storage.key_table import KeyTable
+from litecache.hashing import BlockKey
+from litecache.storage.key_dict import BATCH_KEYS, KeyDict, split_keys
 
 MAX_SHARDS = 64
 
@@ -24,9 +25,7 @@ def pack_keys(keys: Iterable[BlockKey]) -> bytes:
     return b"".join(keys)
 
 
-def unpack_keys(packed: bytes) -> list[BlockKey]:
-    """The inverse of `pack_keys`."""
-    return [packed[i : i + KEY_BYTES] for i in range(0, len(packed), KEY_BYTES)]
+unpack_keys = split_keys
 
 
 @dataclass
@@ -58,13 +57,20 @@ class LocationMap:
         member_timeout_s: float = MEMBER_TIMEOUT_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._table = KeyTable({"shards": "Q"})
+        self._holders = KeyDict()
+        self._sets: dict[int, int] = {}
+        self._next_bit = 0
+        self._free_bits: list[int] = []
+        # bits of shards that have gone: those to be taken out of the sets once the present round
+        # is over, those being taken out, and what is left of that round
+        self._gone = self._leaving = 0
+        self._round: Iterator[BlockKey] = iter(())
         self._shards: dict[str, _Shard] = {}
         self._member_timeout_s = member_timeout_s
         self._clock = clock
 
     def __len__(self) -> int:
-        return len(self._table)
+        return len(self._holders)
 
     def apply(
         self,
@@ -90,7 +96,8 @@ class LocationMap:
         if seq != shard.seq + 1:
             return False
         shard.node_id, shard.seq, shard.last_seen = node_id, seq, self._clock()
-        self._remove(shard.bit, removed)
+        self.forget()
+        self._take_out(1 << shard.bit, removed)
         self._add(shard.bit, added)
         return True
 
@@ -100,17 +107,36 @@ class LocationMap:
         Returns:
             False when there are `MAX_SHARDS` shards already: this one's blocks stay local.
         """
-        shard = self._shards.get(shard_id)
-        if shard is None:
-            self._drop_dead()
-            used = {other.bit for other in self._shards.values()}
-            bit = next((b for b in range(MAX_SHARDS) if b not in used), None)
-            if bit is None:
-                return False
+        self.forget()
+        known = self._shards.pop(shard_id, None)
+        if known is not None:
+            self._gone |= 1 << known.bit
         else:
-            bit = shard.bit
-            self._clear(bit)
+            self._drop_dead()
+        if len(self._shards) >= MAX_SHARDS:
+            return False
+        bit = self._free_bits.pop() if self._free_bits else self._new_bit()
         self._shards[shard_id] = _Shard(bit, node_id, epoch, seq, False, self._clock())
+        return True
+
+    def _new_bit(self) -> int:
+        self._next_bit += 1
+        return self._next_bit - 1
+
+    def forget(self, at_most: int = BATCH_KEYS) -> bool:
+        """Take bits of shards that have gone out of the sets of some keys; False = all is done."""
+        if not self._leaving:
+            if not self._gone:
+                return False
+            self._leaving, self._gone = self._gone, 0
+            self._round = (key for part in self._holders.dicts for key in list(part))
+        keys = list(islice(self._round, at_most))
+        self._take_out(self._leaving, keys)
+        if len(keys) < at_most:
+            bits = range(self._leaving.bit_length())
+            self._free_bits += [bit for bit in bits if self._leaving >> bit & 1]
+            self._leaving = 0
+            self._sets.clear()
         return True
 
     def add_keys(self, shard_id: str, epoch: int, keys: Sequence[BlockKey], last: bool) -> bool:
@@ -118,6 +144,7 @@ class LocationMap:
         shard = self._shards.get(shard_id)
         if shard is None or shard.epoch != epoch or shard.complete:
             return False
+        self.forget()
         self._add(shard.bit, keys)
         shard.complete, shard.last_seen = last, self._clock()
         return True
@@ -130,7 +157,7 @@ class LocationMap:
         wanted = sum(1 << bit for bit in bits)
         found: list[str | None] = []
         previous = -1
-        for holders in self._holders(keys):
+        for holders in self._holders.get_many(keys, 0):
             holders &= wanted
             if not holders:
                 found.append(None)
@@ -146,7 +173,7 @@ class LocationMap:
         masks: dict[str, int] = {}
         for _, shard in self._live():
             masks[shard.node_id] = masks.get(shard.node_id, 0) | 1 << shard.bit
-        holders = self._holders(keys)
+        holders = self._holders.get_many(keys, 0)
         lengths = {}
         for node_id, mask in masks.items():
             missing = (i for i, bits in enumerate(holders) if not bits & mask)
@@ -158,9 +185,13 @@ class LocationMap:
         shard = self._shards.get(shard_id)
         if shard is None:
             return set()
-        entries = self._table.entries()
-        held = self._table.column("shards")[entries].astype(np.uint64) >> np.uint64(shard.bit)
-        return {self._table.key_at(int(e)) for e in entries[(held & np.uint64(1)).astype(bool)]}
+        bit = shard.bit
+        return {
+            key
+            for part in self._holders.dicts
+            for key, holders in part.items()
+            if holders >> bit & 1
+        }
 
     def shards(self) -> dict[str, dict[str, object]]:
         """Shard id to node, epoch, sequence number, whether it is alive and fully known."""
@@ -182,14 +213,14 @@ class LocationMap:
 
     def check_integrity(self) -> None:
         """AssertionError unless every key has a holder and every holder is known."""
-        self._table.check_integrity()
-        known = sum(1 << shard.bit for shard in self._shards.values())
+        known = sum(1 << shard.bit for shard in self._shards.values()) | self._gone | self._leaving
         bits = [shard.bit for shard in self._shards.values()]
         assert len(set(bits)) == len(bits), "two shards share a bit"
-        for entry in self._table.entries():
-            holders = int(self._table.shards[int(entry)])  # type: ignore[attr-defined]
-            assert holders, "a key without a holder"
-            assert not holders & ~known, "an unknown holder"
+        assert not set(bits) & set(self._free_bits), "a shard's bit is free"
+        for part in self._holders.dicts:
+            for holders in part.values():
+                assert holders, "a key without a holder"
+                assert not holders & ~known, "an unknown holder"
 
     def _live(self) -> list[tuple[str, _Shard]]:
         oldest = self._clock() - self._member_timeout_s
@@ -198,33 +229,22 @@ class LocationMap:
     def _drop_dead(self) -> None:
         live = {name for name, _ in self._live()}
         for name in [name for name in self._shards if name not in live]:
-            self._clear(self._shards.pop(name).bit)
-
-    def _holders(self, keys: Sequence[BlockKey]) -> list[int]:
-        column = self._table.shards  # type: ignore[attr-defined]
-        return [int(column[e]) if e >= 0 else 0 for e in self._table.find_many(keys).tolist()]
+            self._gone |= 1 << self._shards.pop(name).bit
 
     def _add(self, bit: int, keys: Sequence[BlockKey]) -> None:
-        mask = 1 << bit
+        parts, sets, mine = self._holders.parts, self._sets, 1 << bit
         for key in keys:
-            entry = self._table.find(key)
-            if entry < 0:
-                entry = self._table.insert(key)
-            self._table.shards[entry] |= mask  # type: ignore[attr-defined]
+            part = parts[key[-1]]
+            holders = part.get(key, 0) | mine
+            part[key] = sets.setdefault(holders, holders)
 
-    def _remove(self, bit: int, keys: Iterable[BlockKey]) -> None:
-        keep = ~(1 << bit)
+    def _take_out(self, bits: int, keys: Iterable[BlockKey]) -> None:
+        parts, sets = self._holders.parts, self._sets
         for key in keys:
-            entry = self._table.find(key)
-            if entry < 0:
-                continue
-            holders = self._table.shards[entry] & keep  # type: ignore[attr-defined]
-            self._table.shards[entry] = holders  # type: ignore[attr-defined]
-            if not holders:
-                self._table.remove(key)
-
-    def _clear(self, bit: int) -> None:
-        entries = self._table.entries()
-        held = self._table.column("shards")[entries].astype(np.uint64) >> np.uint64(bit)
-        mine = entries[(held & np.uint64(1)).astype(bool)]
-        self._remove(bit, [self._table.key_at(int(entry)) for entry in mine])
+            part = parts[key[-1]]
+            holders = part.get(key, 0)
+            left = holders & ~bits
+            if left:
+                part[key] = sets.setdefault(left, left)
+            elif holders:
+                del part[key]

@@ -15,6 +15,7 @@ from typing import Protocol
 from litecache.actors.naming import REPORT_INTERVAL_S
 from litecache.errors import LiteCacheError
 from litecache.hashing import BlockKey
+from litecache.storage.key_dict import BATCH_KEYS
 from litecache.storage.protocol import Deltas
 from litecache.threads import start_service
 
@@ -22,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 # Changes are collected for this long: one message per burst of commits.
 _COLLECT_S = 0.05
-_KEYS_PER_MESSAGE = 1 << 18
+_KEYS_PER_MESSAGE = BATCH_KEYS
 
 
 class KeySource(Protocol):
@@ -103,6 +104,11 @@ class LocationReporter:
         Raises:
             LiteCacheError: the coordinator does not answer; the next report repairs it.
         """
+        while self._report_some():
+            pass
+
+    def _report_some(self) -> bool:
+        """Send one message of changes, or everything; whether there are more."""
         # A message whose answer was lost is sent again: a resync of a large shard is dear.
         deltas = self._unsent = self._unsent or self._store.drain_deltas()
         who = (self._shard_id, self._node_id, deltas.epoch)
@@ -110,7 +116,7 @@ class LocationReporter:
             *who, deltas.seq, deltas.added, deltas.removed
         ):
             self._unsent = None
-            return
+            return deltas.more
         # Keys that change from here on are in the next deltas, too; applying them twice is right.
         keys = self._store.keys()
         if not self._sink.begin_resync(*who, deltas.seq):
@@ -119,13 +125,14 @@ class LocationReporter:
                 self._shard_id,
             )
             self._unsent = None
-            return
+            return False
         for start in range(0, max(1, len(keys)), _KEYS_PER_MESSAGE):
             part = keys[start : start + _KEYS_PER_MESSAGE]
             last = start + _KEYS_PER_MESSAGE >= len(keys)
             if not self._sink.add_keys(self._shard_id, deltas.epoch, part, last):
-                return
+                return False
         self._unsent = None
+        return deltas.more
 
     def _run(self) -> None:
         while not self._stopped.is_set():

@@ -9,7 +9,6 @@ from __future__ import annotations
 from .arena_view import ArenaView
 from .client import LocalShardClient, ShardClient
 from .disk.inspect import inspect_store, verify_store
-from .key_table import KeyTable
 from .protocol import (
     PAGE_BYTES,
     PROTOCOL_VERSION,
@@ -43,7 +42,6 @@ __all__ = [
     "CommitStatus",
     "Deltas",
     "FlushReport",
-    "KeyTable",
     "LocalCacheService",
     "LocalShardClient",
     "PyLocalCacheService",

@@ -22,7 +22,7 @@ from ..errors import StorageFullError
 from ..hashing import BlockKey
 from ..machine_memory import available_memory_bytes
 from .arena_view import ENTRY_WORDS, pack_word, table_range
-from .key_table import KeyWords
+from .block_index import KeyWords
 from .protocol import PAGE_BYTES, PROTOCOL_VERSION, Attachment, SlotState
 from .shared_mapping import SharedMapping
 

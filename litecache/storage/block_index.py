@@ -1,23 +1,28 @@
-"""Which blocks a shard holds, in RAM, on disk or both: a `KeyTable` with typed columns.
+"""Which blocks a shard holds, in RAM, on disk or both: keys to entry numbers, and typed columns.
 
-About 75 bytes a block, with the eviction queues 93. Zero means none in every column, so places
-are stored plus one.
+Entries are dense numbers, given out again when a block is gone; eviction queues go by them too. A
+block takes about 150 bytes for its key, 50 for its columns, and 25 for its place in a queue. Zero
+means none in every column, so places are stored plus one. No insert moves many others: the keys
+are a `KeyDict`, and columns grow by at most 65,536 rows at a time.
 """
 
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterator, Sequence
+from itertools import compress
 
 import numpy as np
 import numpy.typing as npt
 
-from ..hashing import BlockKey
+from ..hashing import KEY_BYTES, BlockKey
 from .disk.records import FLAG_PINNED, RECORD, Records
-from .key_table import Entries, KeyTable, KeyWords
+from .key_dict import KeyDict, check_keys, split_keys
+
+Entries = npt.NDArray[np.int64]
+KeyWords = npt.NDArray[np.uint64]
 
 _COLUMNS = {
-    "parent_low": "Q",
-    "parent_high": "Q",
     "checksum": "Q",
     "put_seq": "q",
     "disk": "I",
@@ -31,15 +36,33 @@ _COLUMNS = {
     "flags": "B",
 }
 
-_MOST_HITS = 1 << 31
+MOST_HITS = 1 << 31
 """Far from the column's end, so that one batch cannot carry a counter over it."""
 
+_MOST_ROWS = 65_536
+_NO_KEY = b""
 
-class BlockIndex(KeyTable):
-    """Columns by entry number.
+
+def grown_by(rows: int, missing: int) -> int:
+    """By how many rows columns of `rows` grow when `missing` are wanted: never by very many."""
+    return max(missing, 256, min(rows // 8, _MOST_ROWS))
+
+
+def key_words(keys: Sequence[BlockKey]) -> KeyWords:
+    """Keys as uint64 `[n, 2]`, little-endian.
+
+    Raises:
+        ConfigError: a key is not 16 bytes.
+    """
+    check_keys(keys)
+    return np.frombuffer(b"".join(keys), dtype="<u8").reshape(-1, 2)
+
+
+class BlockIndex:
+    """Blocks by key and by entry number. Not thread-safe.
 
     Attributes:
-        parent_low, parent_high: words of the parent's key.
+        keys, parents: key of each entry and of the block before it; of a free entry empty.
         checksum: xxh3_64 of the bytes on disk.
         put_seq: journal sequence of the disk copy; durable once that is synced.
         disk: disk slot + 1.
@@ -49,10 +72,9 @@ class BlockIndex(KeyTable):
         hits: times it was staged.
         namespace: number of its name.
         flags: `FLAG_PINNED`.
+        high: entries ever given out.
     """
 
-    parent_low: array[int]
-    parent_high: array[int]
     checksum: array[int]
     put_seq: array[int]
     disk: array[int]
@@ -66,35 +88,98 @@ class BlockIndex(KeyTable):
     flags: array[int]
 
     def __init__(self) -> None:
-        super().__init__(_COLUMNS)
+        self.entry_of = KeyDict()
+        self.keys: list[BlockKey] = []
+        self.parents: list[BlockKey] = []
+        for name, code in _COLUMNS.items():
+            setattr(self, name, array(code))
+        self._columns: list[array[int]] = [getattr(self, name) for name in _COLUMNS]
+        self._free = array("i")
+
+    @property
+    def high(self) -> int:
+        """Entries ever given out."""
+        return len(self.keys)
+
+    def __len__(self) -> int:
+        return len(self.keys) - len(self._free)
+
+    def __contains__(self, key: BlockKey) -> bool:
+        return key in self.entry_of
+
+    def find(self, key: BlockKey) -> int:
+        """Entry of a key, or -1."""
+        return self.entry_of.get(key, -1)
+
+    def find_many(self, keys: Sequence[BlockKey]) -> list[int]:
+        """Entries of keys, -1 where missing.
+
+        Raises:
+            ConfigError: a key is not 16 bytes.
+        """
+        return self.entry_of.get_many(keys, -1)
+
+    def insert(self, key: BlockKey, parent: BlockKey = bytes(KEY_BYTES)) -> int:
+        """Add a key that is not there, and the key of the block before; its entry, all zero."""
+        check_keys((key, parent))
+        parts = self.entry_of.parts
+        before = parts[parent[-1]].get(parent, -1)
+        if before >= 0:
+            parent = self.keys[before]  # one object for both
+        if self._free:
+            entry = self._free.pop()
+            self.keys[entry], self.parents[entry] = key, parent
+        else:
+            entry = len(self.keys)
+            if entry == len(self.flags):
+                self._extend(grown_by(entry, 1))
+            self.keys.append(key)
+            self.parents.append(parent)
+        parts[key[-1]][key] = entry
+        return entry
+
+    def _extend(self, rows: int) -> None:
+        for column in self._columns:
+            column.frombytes(bytes(column.itemsize * rows))
+
+    def remove(self, entry: int) -> None:
+        """Take an entry out; its columns are zeroed."""
+        key = self.keys[entry]
+        del self.entry_of.parts[key[-1]][key]
+        self.keys[entry] = self.parents[entry] = _NO_KEY
+        for column in self._columns:
+            column[entry] = 0
+        self._free.append(entry)
+
+    def column(self, name: str) -> npt.NDArray[np.generic]:
+        """A column as a numpy view of all entries; drop it before the next insert."""
+        data: array[int] = getattr(self, name)
+        return np.frombuffer(data, dtype=data.typecode, count=self.high)
+
+    def key_at(self, entry: int) -> BlockKey:
+        """The key of an entry."""
+        return self.keys[entry]
 
     def parent_of(self, entry: int) -> BlockKey:
         """Key of the block before."""
-        low, high = self.parent_low[entry], self.parent_high[entry]
-        return low.to_bytes(8, "little") + high.to_bytes(8, "little")
+        return self.parents[entry]
 
-    def set_parent(self, entry: int, parent: BlockKey) -> None:
-        """Note the key of the block before."""
-        self.parent_low[entry] = int.from_bytes(parent[:8], "little")
-        self.parent_high[entry] = int.from_bytes(parent[8:16], "little")
+    def entries(self) -> Entries:
+        """Entry numbers of all blocks, ascending."""
+        live = np.ones(self.high, bool)
+        live[np.frombuffer(self._free, np.int32)] = False
+        return np.flatnonzero(live)
 
-    def parents_at(self, entries: Entries) -> KeyWords:
-        """Keys of the blocks before, uint64 `[n, 2]`."""
-        words = np.empty((len(entries), 2), np.uint64)
-        words[:, 0] = self.column("parent_low")[entries]
-        words[:, 1] = self.column("parent_high")[entries]
-        return words
+    def __iter__(self) -> Iterator[BlockKey]:
+        return iter(self.entry_of)
 
-    def note_hits(self, entries: Entries, now_s: int) -> None:
+    def note_hits(self, entries: Sequence[int], now_s: int) -> None:
         """Count one hit for each entry given; a counter near its end stays there."""
-        hits = self.column("hits")
-        # `add.at`, because an entry may be given more than once
-        np.add.at(hits, entries[hits[entries].astype(np.int64) < _MOST_HITS], 1)
-        self.column("used_s")[entries] = now_s
-
-    def fingerprint(self, entry: int) -> int:
-        """64 bits of the key."""
-        return self._keys[2 * entry]
+        hits, used = self.hits, self.used_s
+        for entry in entries:
+            if hits[entry] < MOST_HITS:
+                hits[entry] += 1
+            used[entry] = now_s
 
     def pinned(self, entry: int) -> bool:
         """Whether it must not be evicted."""
@@ -103,9 +188,9 @@ class BlockIndex(KeyTable):
     def records(self, entries: Entries) -> Records:
         """Fixed-width records of entries that are on disk, not yet sealed."""
         records = np.zeros(len(entries), RECORD)
-        records["key"] = self.words_at(entries)
-        records["parent"][:, 0] = self.column("parent_low")[entries]
-        records["parent"][:, 1] = self.column("parent_high")[entries]
+        numbers = entries.tolist()
+        records["key"] = key_words([self.keys[entry] for entry in numbers])
+        records["parent"] = key_words([self.parents[entry] for entry in numbers])
         records["slot"] = self.column("disk")[entries] - np.uint32(1)
         for name in ("checksum", "pages", "namespace", "created_s", "expires_s", "hits"):
             records[name] = self.column(name)[entries]
@@ -115,17 +200,33 @@ class BlockIndex(KeyTable):
 
     def load(self, records: Records) -> Entries:
         """Fill an empty index from records with distinct keys; their entries."""
-        entries = self.insert_words(np.ascontiguousarray(records["key"]))
-        n = len(entries)
-        self._fill("parent_low", records["parent"][:, 0], n)
-        self._fill("parent_high", records["parent"][:, 1], n)
-        self._fill("disk", records["slot"] + np.uint32(1), n)
+        assert not self.keys, "loading needs an empty index"
+        n = len(records)
+        self.keys = split_keys(records["key"].tobytes())
+        parts = self.entry_of.parts
+        for entry, key in enumerate(self.keys):
+            parts[key[-1]][key] = entry
+        parents = split_keys(records["parent"].tobytes())
+        before = self.find_many(parents)
+        shared: dict[BlockKey, BlockKey] = {}
+        self.parents = [
+            self.keys[at] if at >= 0 else shared.setdefault(parent, parent)
+            for at, parent in zip(before, parents, strict=True)
+        ]
+        self._extend(n)
+        np.frombuffer(self.disk, np.uint32)[:] = records["slot"] + np.uint32(1)
         for name in ("checksum", "pages", "namespace", "created_s", "expires_s", "hits"):
-            self._fill(name, records[name], n)
-        self._fill("used_s", records["used_s"], n)
-        self._fill("flags", records["flags"], n)
-        return entries
+            self.column(name)[:] = records[name]
+        self.column("used_s")[:] = records["used_s"]
+        self.column("flags")[:] = records["flags"]
+        return np.arange(n, dtype=np.int64)
 
-    def _fill(self, name: str, values: npt.NDArray[np.generic], n: int) -> None:
-        column: array[int] = getattr(self, name)
-        np.frombuffer(column, dtype=column.typecode)[:n] = values
+    def check_integrity(self) -> None:
+        """AssertionError unless keys, entries and free list agree."""
+        live = np.ones(self.high, bool)
+        live[np.frombuffer(self._free, np.int32)] = False
+        assert len(set(self._free)) == len(self._free), "an entry is free twice"
+        assert len(self.entry_of) == live.sum() == len(self), "counts differ"
+        for entry, key in compress(enumerate(self.keys), live.tolist()):
+            assert self.find(key) == entry, "a key is not found at its entry"
+        assert all(not self.keys[entry] for entry in self._free), "a free entry has a key"

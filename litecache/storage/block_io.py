@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import xxhash
 
 from ..metrics import Metrics
@@ -105,8 +104,7 @@ class BlockIo:
 
     def queue_reads(self, blocks: Sequence[RamBlock]) -> None:
         """Queue reads of blocks of one size in the order given; the lock is held."""
-        entries = np.array([block.entry for block in blocks], np.int64)
-        self._tiers.reads.extend(plan_reads(self._tiers.index, blocks, entries, self._threads))
+        self._tiers.reads.extend(plan_reads(self._tiers.index, blocks, self._threads))
 
     def kick(self) -> None:
         """There is work; the lock is held."""

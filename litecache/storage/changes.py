@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from itertools import compress, islice
+
 from ..hashing import BlockKey
+from .key_dict import BATCH_KEYS
 from .protocol import Deltas
 
 _MOST = 65_536
@@ -31,11 +34,12 @@ class Changes:
             self._lost = True
 
     def drain(self) -> Deltas:
-        """What has changed since the last call."""
+        """What has changed since the last call, or a part of it."""
         self._seq += 1
-        added = [key for key, came in self._came.items() if came]
-        removed = [key for key, came in self._came.items() if not came]
-        deltas = Deltas(self._epoch, self._seq, added, removed, self._lost)
-        self._came.clear()
+        keys = list(islice(self._came, BATCH_KEYS))
+        came = [self._came.pop(key) for key in keys]
+        added = list(compress(keys, came))
+        removed = [key for key, was_added in zip(keys, came, strict=True) if not was_added]
+        deltas = Deltas(self._epoch, self._seq, added, removed, self._lost, bool(self._came))
         self._lost = False
         return deltas

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from ..errors import ConfigError
 from ..hashing import KEY_BYTES
+from .key_dict import batches
 from .protocol import PAGE_BYTES, CommitItem, CommitStatus, SlotRef
 from .ram_tier import RamState
 from .shard_parts import ShardParts
@@ -60,12 +61,19 @@ class Filling:
         """See `ShardStore.commit`."""
         _check(items)
         statuses: list[CommitStatus] = []
-        keys = [item[2] for item in items]
+        for batch in batches(items):
+            statuses += self._commit(client_id, batch)
+        self._parts.io.drain()
+        return statuses
+
+    def _commit(self, client_id: int, items: Sequence[CommitItem]) -> list[CommitStatus]:
+        statuses: list[CommitStatus] = []
         parts, tiers = self._parts, self._tiers
         with parts.lock:
             client = parts.clients.get(client_id)
-            entries: list[int] = []
-            there = dict(zip(keys, tiers.find(keys), strict=True))
+            there = dict(zip((keys := [i[2] for i in items]), tiers.find(keys), strict=True))
+            # what is stored here and now is young anyway: its parents and old blocks were used
+            used: list[int] = []
             for slot, generation, key, parent, namespace in items:
                 held = tiers.ram.by_slot.get(slot)
                 reserved = held is not None and held.state is RamState.RESERVED and not held.dead
@@ -77,17 +85,17 @@ class Filling:
                 if known >= 0:
                     self._leases.abandon(block)
                     tiers.consider_again(known)
-                    entries.append(known)
+                    used.append(known)
                     statuses.append(CommitStatus.EXISTS)
                     continue
+                if parent not in there and (before := tiers.index.find(parent)) >= 0:
+                    used.append(before)
                 there[key] = tiers.publish(block, key, parent, namespace)
-                entries.append(there[key])
                 statuses.append(CommitStatus.STORED)
-            tiers.recency.note(entries, new=set(statuses) == {CommitStatus.STORED})
+            tiers.touch(used)
             if tiers.writes:
                 parts.io.kick()
             parts.changed.notify_all()
-        parts.io.drain()
         return statuses
 
 

@@ -52,8 +52,6 @@ def open_tiers(
             index=tiers.index,
             policy=eviction,
             on_evict=tiers.on_disk_evict,
-            before_evict=tiers.recency.before_eviction,
-            before_snapshot=tiers.recency.settle,
             quotas=quotas,
             direct=direct,
             retired_bytes=retired_bytes,

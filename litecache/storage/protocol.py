@@ -144,7 +144,8 @@ class Deltas(NamedTuple):
         epoch: the shard's epoch.
         seq: counts the calls; a gap means that one was lost and asks for a resync by `keys()`.
         added, removed: keys, disjoint, net effect only.
-        resync: there were too many changes to list; the lists are empty, read `keys()`.
+        resync: there were too many changes to list; what is in the lists is not all, read `keys()`.
+        more: the next call tells of more.
     """
 
     epoch: int
@@ -152,3 +153,4 @@ class Deltas(NamedTuple):
     added: list[BlockKey]
     removed: list[BlockKey]
     resync: bool = False
+    more: bool = False

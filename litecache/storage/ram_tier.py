@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from enum import IntEnum
 
-from ..hashing import KEY_BYTES, BlockKey
+from ..hashing import BlockKey
 from .arena import Arena
+from .block_index import BlockIndex, key_words
 from .eviction.queues import Queues
-from .key_table import KeyWords
 from .protocol import PAGE_BYTES, SlotState
 from .room import make_room
 from .segments import SegmentSpace
@@ -83,7 +83,10 @@ class RamTier:
         arena: the memory.
         policy: name of the eviction policy.
         on_evict: called with a block whose clean copy is given up.
-        before_evict: called before victims are chosen.
+        index: the shard's blocks.
+
+    Attributes:
+        blocks, by_slot: slots in use, by handle and by where they lie.
     """
 
     def __init__(
@@ -91,17 +94,18 @@ class RamTier:
         arena: Arena,
         policy: str,
         on_evict: Callable[[RamBlock], None],
-        before_evict: Callable[[], None],
+        index: BlockIndex,
     ) -> None:
         self.arena = arena
         self._on_evict = on_evict
-        self._before_evict = before_evict
+        self._index = index
         self.space = SegmentSpace(arena.segment_bytes, self._may_grow)
         self.grow_failed = False
-        self.queues = Queues(policy)
+        self.queues = Queues(policy, self)
         self.by_slot: dict[int, RamBlock] = {}
-        self._blocks: list[RamBlock | None] = []
+        self.blocks: dict[int, RamBlock] = {}
         self._free_handles: list[int] = []
+        self._handles = 0
         self._generation = 0
 
     def _may_grow(self, new_segments: int, new_slots: int) -> bool:
@@ -115,10 +119,20 @@ class RamTier:
 
     def at(self, handle: int) -> RamBlock:
         """The block with a handle."""
-        block = self._blocks[handle]
-        if block is None:
-            raise AssertionError(f"RAM handle {handle} is not in use")
-        return block
+        return self.blocks[handle]
+
+    def key_at(self, handle: int) -> BlockKey:
+        """Key of the block with a handle."""
+        return self.at(handle).key or b""
+
+    def parent_of(self, handle: int) -> BlockKey:
+        """Key of the block before the one with a handle."""
+        return self._index.parents[self.at(handle).entry]
+
+    def find(self, key: BlockKey) -> int:
+        """Handle of a key's block, or -1."""
+        entry = self._index.find(key)
+        return self._index.ram[entry] - 1 if entry >= 0 else -1
 
     def allocate(self, nbytes: int, n: int) -> list[RamBlock]:
         """Up to `n` slots, RESERVED, evicting clean ones; fewer when the rest is dirty or leased,
@@ -142,7 +156,6 @@ class RamTier:
             )
 
     def _make_room(self, pages: int, n: int) -> None:
-        self._before_evict()
         make_room(
             self.queues,
             self.space,
@@ -166,43 +179,38 @@ class RamTier:
         if self._free_handles:
             handle = self._free_handles.pop()
         else:
-            handle = len(self._blocks)
-            self._blocks.append(None)
+            handle = self._handles
+            self._handles += 1
         block = RamBlock(slot, nbytes, self._generation, handle)
-        self._blocks[handle] = block
+        self.blocks[handle] = block
         self.by_slot[slot] = block
         self.space.bind(slot, handle)
         return block
 
     def begin_loads(
-        self, blocks: Sequence[RamBlock], keys: KeyWords, entries: Sequence[int]
+        self, blocks: Sequence[RamBlock], keys: Sequence[BlockKey], entries: Sequence[int]
     ) -> None:
         """Slots of one size will receive blocks from disk.
 
         Args:
             blocks: fresh from `allocate`.
-            keys, entries: of what they receive; keys as uint64 `[n, 2]`.
+            keys, entries: of what they receive.
         """
-        raw = keys.tobytes()
-        for i, block in enumerate(blocks):
-            block.key = raw[KEY_BYTES * i : KEY_BYTES * (i + 1)]
-            block.entry, block.state = entries[i], RamState.LOADING
+        for block, key, entry in zip(blocks, keys, entries, strict=True):
+            block.key, block.entry, block.state = key, entry, RamState.LOADING
         slots, generations = _places(blocks)
-        self.arena.set_entries(slots, generations, SlotState.LOADING, keys, blocks[0].nbytes)
+        words = key_words(keys)
+        self.arena.set_entries(slots, generations, SlotState.LOADING, words, blocks[0].nbytes)
 
-    def finish_loads(self, blocks: Sequence[RamBlock], fingerprints: Sequence[int]) -> None:
-        """Blocks of one size have arrived whole: CLEAN from now on, the first of them the newest.
-
-        Args:
-            blocks: none of them dead.
-            fingerprints: 64 bits of each key.
-        """
+    def finish_loads(self, blocks: Sequence[RamBlock]) -> None:
+        """Blocks of one size, none of them dead, have arrived whole: CLEAN from now on."""
         set_state = self.arena.set_state
         for block in blocks:
             set_state(block.slot, block.generation, SlotState.READY)
             block.state = RamState.CLEAN
-        handles = [block.handle for block in reversed(blocks)]
-        self.queues.insert_all(handles, blocks[0].nbytes // PAGE_BYTES, 0, fingerprints[::-1])
+        pages = blocks[0].nbytes // PAGE_BYTES
+        for block in blocks:
+            self.queues.insert(block.handle, pages, 0)
 
     def fill(self, block: RamBlock, key: BlockKey, entry: int, state: RamState) -> None:
         """A client's bytes are complete."""
@@ -214,18 +222,12 @@ class RamTier:
     def settle(self, block: RamBlock) -> None:
         """The block is CLEAN from now on: readable, evictable when nobody leases it."""
         block.state = RamState.CLEAN
-        fingerprint = int.from_bytes((block.key or b"")[:8], "little")
-        self.queues.insert(block.handle, block.nbytes // PAGE_BYTES, 0, fingerprint)
+        self.queues.insert(block.handle, block.nbytes // PAGE_BYTES, 0)
 
     def redirty(self, block: RamBlock) -> None:
         """A clean block is to be written after all."""
         self.queues.remove(block.handle)
         block.state = RamState.DIRTY
-
-    def touch(self, handle: int) -> None:
-        """The block was used."""
-        if handle in self.queues:
-            self.queues.touch(handle)
 
     def kill(self, block: RamBlock, state: SlotState = SlotState.FREE) -> None:
         """The block's contents are void; the slot returns once nobody holds it.
@@ -252,7 +254,7 @@ class RamTier:
         # the next owner has another generation, so a late reader of this entry sees a miss
         self.arena.set_state(block.slot, block.generation, SlotState.FREE)
         del self.by_slot[block.slot]
-        self._blocks[block.handle] = None
+        del self.blocks[block.handle]
         self._free_handles.append(block.handle)
         self.space.free(block.slot)
 
@@ -266,7 +268,7 @@ class RamTier:
         self.space.check_integrity(used, set())
         queued = set(self.queues)
         for slot, block in self.by_slot.items():
-            assert self._blocks[block.handle] is block, "a handle is off"
+            assert self.blocks[block.handle] is block, "a handle is off"
             assert self.space.owner(slot) == block.handle, "a slot's owner is off"
             clean = block.state is RamState.CLEAN and not block.dead
             assert (block.handle in queued) == clean, f"slot {slot} is queued wrongly"
@@ -274,5 +276,5 @@ class RamTier:
             assert not (block.dead and not block.leases and not block.started), "a dead slot stayed"
             word = self.arena.word(slot)
             assert word >> 8 == block.generation, "the slot table has another generation"
-        assert len(queued) == len(self.queues), "a block is queued twice"
+        self.queues.check_integrity()
         assert len(queued) <= len(self.by_slot), "a freed block is still queued"

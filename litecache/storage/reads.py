@@ -9,7 +9,6 @@ import numpy as np
 
 from ..hashing import BlockKey
 from .block_index import BlockIndex
-from .key_table import Entries
 from .protocol import PAGE_BYTES
 from .ram_tier import RamBlock
 
@@ -23,14 +22,13 @@ class ReadRequest:
 
     Attributes:
         blocks: their RAM slots.
-        keys, fingerprints: of the blocks; a fingerprint is the key's first word.
+        keys: of the blocks.
         slots: of the disk.
         checksums: that the bytes must have.
     """
 
     blocks: list[RamBlock]
     keys: list[BlockKey]
-    fingerprints: list[int]
     slots: list[int]
     checksums: list[int]
 
@@ -47,7 +45,6 @@ class ReadRequest:
         return ReadRequest(
             [self.blocks[i] for i in alive],
             [self.keys[i] for i in alive],
-            [self.fingerprints[i] for i in alive],
             [self.slots[i] for i in alive],
             [self.checksums[i] for i in alive],
         )
@@ -58,22 +55,19 @@ def request_bytes(total: int, threads: int) -> int:
     return min(max(total // max(1, threads), MIN_REQUEST_BYTES), MAX_REQUEST_BYTES)
 
 
-def plan_reads(
-    index: BlockIndex, blocks: Sequence[RamBlock], entries: Entries, threads: int
-) -> list[ReadRequest]:
+def plan_reads(index: BlockIndex, blocks: Sequence[RamBlock], threads: int) -> list[ReadRequest]:
     """Requests for blocks of one size, in about the order given.
 
     Args:
         index: of the shard.
         blocks: LOADING, in the order in which they are wanted.
-        entries: theirs, int64 `[n]`.
         threads: that will read.
     """
     nbytes = blocks[0].nbytes
     at_most = max(1, request_bytes(nbytes * len(blocks), threads) // nbytes)
+    entries = np.array([block.entry for block in blocks], np.int64)
     slots = index.column("disk")[entries].astype(np.int64) - 1
-    checksums, words = index.column("checksum")[entries].tolist(), index.words_at(entries)
-    fingerprints = words[:, 0].tolist()
+    checksums = index.column("checksum")[entries].tolist()
     order = np.argsort(slots, kind="stable")
     gaps = (np.flatnonzero(np.diff(slots[order]) != nbytes // PAGE_BYTES) + 1).tolist()
     places, positions = slots.tolist(), order.tolist()
@@ -86,7 +80,6 @@ def plan_reads(
         ReadRequest(
             [blocks[i] for i in part],
             [blocks[i].key or b"" for i in part],
-            [fingerprints[i] for i in part],
             [places[i] for i in part],
             [checksums[i] for i in part],
         )

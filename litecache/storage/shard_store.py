@@ -18,6 +18,7 @@ from .disk.files import Files
 from .disk.retired import Retired, retired_folders
 from .fetching import Fetching
 from .filling import Filling
+from .key_dict import batches
 from .leases import Client
 from .opening import open_tiers
 from .protocol import (
@@ -172,10 +173,9 @@ class ShardStore:
             ConfigError: a key is not 16 bytes.
         """
         self._parts.check_open()
+        self.release(client_id, released)
         with self._lock:
             client = self._clients.get(client_id)
-            if released:
-                self._end_leases(client, released)
         return self._staging.stage(client, keys)
 
     def cancel(self, client_id: int, keys: Sequence[BlockKey]) -> list[bool]:
@@ -185,14 +185,18 @@ class ShardStore:
             Per key True when this ended one lease of the client on a LOADING slot whose read had
             not begun; False when nothing changed (then a lease, if any, still wants `release`).
         """
-        with self._lock:
-            client = self._clients.get(client_id)
-            return [self._staging.cancel(client, entry) for entry in self._tiers.find(keys)]
+        ended: list[bool] = []
+        for batch in batches(keys):
+            with self._lock:
+                client = self._clients.get(client_id)
+                ended += [self._staging.cancel(client, e) for e in self._tiers.find(batch)]
+        return ended
 
     def release(self, client_id: int, slots: Sequence[SlotRef]) -> None:
         """End one lease per slot given; one that is not held is ignored."""
-        with self._lock:
-            self._end_leases(self._clients.get(client_id), slots)
+        for batch in batches(slots):
+            with self._lock:
+                self._end_leases(self._clients.get(client_id), batch)
 
     def _end_leases(self, client: Client, slots: Sequence[SlotRef]) -> None:
         self._parts.leases.end_many(client, slots)
@@ -217,30 +221,42 @@ class ShardStore:
 
     def query(self, keys: Sequence[BlockKey], *, touch: bool = False) -> list[bool]:
         """Which keys the shard holds; no lease, recency changes only with `touch`."""
-        with self._lock:
-            entries = self._tiers.find(keys)
-            if touch:
-                self._tiers.recency.note([entry for entry in entries if entry >= 0])
-        return [entry >= 0 for entry in entries]
+        found: list[bool] = []
+        for batch in batches(keys):
+            with self._lock:
+                entries = self._tiers.find(batch)
+                if touch:
+                    self._tiers.touch([entry for entry in entries if entry >= 0])
+            found += [entry >= 0 for entry in entries]
+        return found
 
     def touch(self, keys: Sequence[BlockKey]) -> None:
-        """Refresh recency of a chain, given head first; missing keys are ignored."""
-        with self._lock:
-            self._tiers.recency.note([entry for entry in self._tiers.find(keys) if entry >= 0])
+        """Blocks were used elsewhere (a hit in a GPU's pool); missing keys are ignored.
+
+        The last block of a chain stands for all before it that this shard holds: they cannot leave
+        before it does. Under `lfu` and `s3fifo` only the blocks that are named count a use.
+        """
+        self.query(keys, touch=True)
 
     def durable(self, keys: Sequence[BlockKey]) -> list[bool]:
         """Which keys are on disk and covered by the fsync policy's promise."""
-        with self._lock:
-            disk = self._tiers.disk
-            if disk is None:
-                return [False] * len(keys)
-            return [e >= 0 and disk.is_durable(e) for e in self._tiers.find(keys)]
+        disk, safe = self._tiers.disk, []
+        if disk is None:
+            return [False] * len(keys)
+        for batch in batches(keys):
+            with self._lock:
+                safe += [e >= 0 and disk.is_durable(e) for e in self._tiers.find(batch)]
+        return safe
 
     def awaits_disk(self, keys: Sequence[BlockKey]) -> list[bool]:
         """Which keys are in RAM and still on their way to disk."""
-        with self._lock:
-            blocks = [self._tiers.block_of(e) if e >= 0 else None for e in self._tiers.find(keys)]
-            return [block is not None and bool(self._parts.io.pending([block])) for block in blocks]
+        awaited: list[bool] = []
+        tiers, pending = self._tiers, self._parts.io.pending
+        for batch in batches(keys):
+            with self._lock:
+                blocks = [tiers.block_of(e) if e >= 0 else None for e in tiers.find(batch)]
+                awaited += [block is not None and bool(pending([block])) for block in blocks]
+        return awaited
 
     def wait_for_change(self, timeout_s: float) -> None:
         """Sleep until a read or write ends, a lease is released, or the time is over."""
@@ -292,9 +308,12 @@ class ShardStore:
         return self._upkeep.set_pinned(keys, False)
 
     def keys(self) -> list[BlockKey]:
-        """All keys that the shard holds."""
-        with self._lock:
-            return self._tiers.index.keys()
+        """All keys that the shard holds; those that come or go meanwhile may be in it or not."""
+        keys: list[BlockKey] = []
+        for part in self._tiers.index.entry_of.dicts:
+            with self._lock:
+                keys += part
+        return keys
 
     def drain_deltas(self) -> Deltas:
         """What was added and removed since the last call."""

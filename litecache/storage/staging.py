@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 from ..errors import StorageError
 from ..hashing import BlockKey
+from .key_dict import batches
 from .leases import Client
 from .protocol import PAGE_BYTES, StageResult, StageStatus
-from .ram_tier import RamBlock, RamState
+from .ram_tier import RamState
 from .shard_parts import ShardParts
 
-_MISS = StageResult(StageStatus.MISS)
+_COUNTERS: tuple[tuple[StageStatus, str, dict[str, str]], ...] = (
+    (StageStatus.READY, "litecache_hits", {"tier": "ram"}),
+    (StageStatus.LOADING, "litecache_hits", {"tier": "disk"}),
+    (StageStatus.MISS, "litecache_misses", {"tier": "shard", "reason": "absent"}),
+    (StageStatus.BUSY, "litecache_misses", {"tier": "shard", "reason": "busy"}),
+)
+_MISS, _BUSY = StageResult(StageStatus.MISS), StageResult(StageStatus.BUSY)
+_READY, _LOADING = StageStatus.READY, StageStatus.LOADING
+# a NamedTuple's own constructor takes three times as long
+_staged = partial(tuple.__new__, StageResult)
 
 
 class Staging:
@@ -31,8 +42,15 @@ class Staging:
 
     def stage(self, client: Client, keys: Sequence[BlockKey]) -> list[StageResult]:
         """See `ShardStore.stage`."""
+        results: list[StageResult] = []
+        for batch in batches(keys):
+            results += self._stage(client, batch)
+        self._io.drain()
+        return results
+
+    def _stage(self, client: Client, keys: Sequence[BlockKey]) -> list[StageResult]:
         results = self._once(client, keys)
-        busy = [i for i, result in enumerate(results) if result[0] is StageStatus.BUSY]
+        busy = self._busy(results)
         space, grown = self._tiers.ram.space, -1
         while busy and space.grown != grown:
             # another client, or another block size, took the segment that was grown for these: ask
@@ -41,10 +59,15 @@ class Staging:
             again = self._once(client, [keys[i] for i in busy])
             for i, result in zip(busy, again, strict=True):
                 results[i] = result
-            busy = [i for i in busy if results[i].status is StageStatus.BUSY]
+            busy = self._busy(results)
         self._count(results)
-        self._io.drain()
         return results
+
+    @staticmethod
+    def _busy(results: list[StageResult]) -> list[int]:
+        if _BUSY not in results:
+            return []
+        return [i for i, result in enumerate(results) if result == _BUSY]
 
     def _once(self, client: Client, keys: Sequence[BlockKey]) -> list[StageResult]:
         tiers = self._tiers
@@ -74,21 +97,35 @@ class Staging:
     def _lease(self, client: Client, entries: list[int]) -> list[StageResult]:
         if client.gone:
             raise StorageError(f"client_id={client.client_id} has been detached")
-        tiers, give, block_of = self._tiers, self._leases.give, self._tiers.block_of
+        tiers, leases, staged = self._tiers, client.leases, _staged
+        handles, blocks, loading = tiers.index.ram, tiers.ram.blocks, RamState.LOADING
         results = [_MISS] * len(entries)
+        leased: list[int] = []
         loads: dict[int, list[int]] = {}
         for i, entry in enumerate(entries):
             if entry < 0:
                 continue
-            block = block_of(entry)
-            if block is None:
+            handle = handles[entry]
+            if not handle:
                 loads.setdefault(tiers.index.pages[entry], []).append(i)
                 continue
-            give(client, block)
-            results[i] = _leased(block)
-        for pages, wanted in loads.items():
-            self._begin_loads(client, pages, wanted, entries, results)
-        tiers.use([e for e, (_, slot, _) in zip(entries, results, strict=True) if slot >= 0])
+            # as `LeaseBook.give`, which is called once a block and not once for each of 64
+            block = blocks[handle - 1]
+            slot, generation = block.slot, block.generation
+            held = leases.get(slot)
+            if held is None:
+                leases[slot] = [generation, 1]
+            else:
+                held[1] += 1
+            block.leases += 1
+            status = _LOADING if block.state is loading else _READY
+            results[i] = staged((status, slot, generation))
+            leased.append(entry)
+        if loads:
+            for pages, wanted in loads.items():
+                self._begin_loads(client, pages, wanted, entries, results)
+            leased = [e for e, result in zip(entries, results, strict=True) if result[1] >= 0]
+        tiers.use(leased)
         if tiers.writes:
             self._io.kick()
         return results
@@ -113,23 +150,17 @@ class Staging:
         for i in wanted:
             block = blocks.get(entries[i])
             if block is None:
-                results[i] = StageResult(StageStatus.BUSY)
+                results[i] = _BUSY
                 continue
             self._leases.give(client, block)
             results[i] = StageResult(StageStatus.LOADING, block.slot, block.generation)
 
-    def _count(self, results: Iterable[StageResult]) -> None:
-        counts = [0, 0, 0, 0]
-        for result in results:
-            counts[result.status] += 1
-        for status, name, labels in (
-            (StageStatus.READY, "litecache_hits", {"tier": "ram"}),
-            (StageStatus.LOADING, "litecache_hits", {"tier": "disk"}),
-            (StageStatus.MISS, "litecache_misses", {"tier": "shard", "reason": "absent"}),
-            (StageStatus.BUSY, "litecache_misses", {"tier": "shard", "reason": "busy"}),
-        ):
-            if counts[status]:
-                self._metrics.inc(name, counts[status], **labels)
+    def _count(self, results: Sequence[StageResult]) -> None:
+        statuses = [result[0] for result in results]
+        for status, name, labels in _COUNTERS:
+            count = statuses.count(status)
+            if count:
+                self._metrics.inc(name, count, **labels)
 
     def cancel(self, client: Client, entry: int) -> bool:
         """Give up one read that has not begun, under the lock; whether a lease ended."""
@@ -141,8 +172,3 @@ class Staging:
         if not block.leases:
             self._tiers.cancel_load(block)
         return True
-
-
-def _leased(block: RamBlock) -> StageResult:
-    status = StageStatus.LOADING if block.state is RamState.LOADING else StageStatus.READY
-    return StageResult(status, block.slot, block.generation)

@@ -20,12 +20,10 @@ from .arena import Arena
 from .block_index import BlockIndex
 from .changes import Changes
 from .disk.tier import DiskTier
-from .eviction.queues import Queues
-from .key_table import Entries
+from .key_dict import BATCH_KEYS
 from .protocol import PAGE_BYTES, SlotState
 from .ram_tier import RamBlock, RamState, RamTier
 from .reads import ReadRequest
-from .recency import Recency
 from .write_queue import WriteQueue
 
 
@@ -40,7 +38,7 @@ class Tiers:
         metrics: where evictions and drops are counted.
 
     Attributes:
-        index, ram, disk, recency: see their classes; without a disk RAM is all there is.
+        index, ram, disk: see their classes; without a disk RAM is all there is.
         reads, writes: what `BlockIo` is to carry out.
         changes: which keys came and went.
         changed_on_disk: metadata of the disk tier changed by a read.
@@ -55,8 +53,7 @@ class Tiers:
         metrics: Metrics,
     ) -> None:
         self.index = BlockIndex()
-        self.recency = Recency(self.index, self._touch, self._queues)
-        self.ram = RamTier(arena, eviction, self._on_ram_evict, self.recency.before_eviction)
+        self.ram = RamTier(arena, eviction, self._on_ram_evict, self.index)
         self.disk: DiskTier | None = None
         self._admission = admission
         self._ttl_s = ttl_s
@@ -65,17 +62,17 @@ class Tiers:
         self.reads: deque[ReadRequest] = deque()
         self.changes = Changes(arena.epoch)
         self.changed_on_disk = False
+        # used while others, committed before that, were on their way into the disk's queues
+        self._early: dict[BlockKey, None] = {}
 
     def on_disk_evict(self, entry: int) -> None:
         """A disk copy was evicted; without one in RAM the key is gone."""
         self._metrics.inc("litecache_evictions", tier="disk")
-        self.recency.note_eviction(1)
         if not self.index.ram[entry]:
             self._forget(entry)
 
     def _on_ram_evict(self, block: RamBlock) -> None:
         self._metrics.inc("litecache_evictions", tier="ram")
-        self.recency.note_eviction(0)
         self.index.ram[block.entry] = 0
         if self.index.disk[block.entry]:
             self._metrics.inc("litecache_demotions")
@@ -84,7 +81,7 @@ class Tiers:
 
     def _forget(self, entry: int) -> None:
         key = self.index.key_at(entry)
-        self.index.remove(key)
+        self.index.remove(entry)
         self.changes.note(key, added=False)
 
     def find(self, keys: Sequence[BlockKey]) -> list[int]:
@@ -93,11 +90,11 @@ class Tiers:
         if self._ttl_s is not None:
             self._expire(found)
             found = self.index.find_many(keys)
-        return found.tolist()  # type: ignore[no-any-return]
+        return found
 
-    def _expire(self, entries: Entries) -> None:
+    def _expire(self, entries: Sequence[int]) -> None:
         now = int(time.time())
-        for entry in set(entries.tolist()):
+        for entry in set(entries):
             if entry >= 0 and 0 < self.index.expires_s[entry] <= now:
                 self._metrics.inc("litecache_evictions", tier="expired")
                 self.drop(entry)
@@ -107,26 +104,32 @@ class Tiers:
         handle = self.index.ram[entry]
         return self.ram.at(handle - 1) if handle else None
 
-    def _queues(self) -> list[Queues]:
-        return [self.ram.queues] + ([self.disk.queues] if self.disk is not None else [])
-
-    def _touch(self, entry: int) -> None:
-        handle = self.index.ram[entry] - 1
-        if handle >= 0:
-            self.ram.touch(handle)
-        if self.disk is not None and entry in self.disk.queues:
-            self.disk.queues.touch(entry)
-
     def use(self, entries: Sequence[int]) -> None:
         """Count a hit each, refresh recency, and let admission think again."""
-        if not entries:
-            return
-        numbers = np.array(entries, np.int64)
-        self.index.note_hits(numbers, int(time.time()))
+        self.index.note_hits(entries, int(time.time()))
         if self.disk is not None:
-            for entry in numbers[self.index.column("disk")[numbers] == 0].tolist():
-                self.consider_again(entry)
-        self.recency.note(entries)
+            on_disk = self.index.disk
+            for entry in entries:
+                if not on_disk[entry]:
+                    self.consider_again(entry)
+        self.touch(entries)
+
+    def touch(self, entries: Sequence[int]) -> None:
+        """Blocks were used, and with them all that they follow."""
+        index = self.index
+        keys, parents, ram = index.keys, index.parents, index.ram
+        followed = {parents[entry] for entry in entries}
+        for entry in entries:
+            # the queues keep what comes before a block for as long as the block itself
+            ends = keys[entry] not in followed
+            if ram[entry]:
+                self.ram.queues.use(ram[entry] - 1, ends=ends)
+            if self.disk is not None:
+                self.disk.queues.use(entry, ends=ends)
+                if ends and self.writes.under_way + len(self.writes):
+                    self._early.pop(keys[entry], None)
+                    if len(self._early) < BATCH_KEYS:
+                        self._early[keys[entry]] = None
 
     def consider_again(self, entry: int) -> None:
         """A block that is only in RAM was seen again: perhaps it is worth the disk now."""
@@ -153,9 +156,8 @@ class Tiers:
     def publish(self, block: RamBlock, key: BlockKey, parent: BlockKey, namespace: str) -> int:
         """A reserved slot holds a block that the shard does not have; its entry."""
         index = self.index
-        entry = index.insert(key)
+        entry = index.insert(key, parent)
         now = int(time.time())
-        index.set_parent(entry, parent)
         index.ram[entry] = block.handle + 1
         index.pages[entry] = block.nbytes // PAGE_BYTES
         index.created_s[entry] = index.used_s[entry] = now
@@ -175,7 +177,7 @@ class Tiers:
         """Free slots of one size will receive entries from disk."""
         assert self.disk is not None
         index, numbers = self.index, np.array(entries, np.int64)
-        self.ram.begin_loads(blocks, index.words_at(numbers), entries)
+        self.ram.begin_loads(blocks, [index.keys[entry] for entry in entries], entries)
         for entry, block in zip(entries, blocks, strict=True):
             index.ram[entry] = block.handle + 1
         self.disk.in_use.begin((index.column("disk")[numbers] - np.uint32(1)).tolist())
@@ -213,7 +215,7 @@ class Tiers:
                 self.drop(block.entry, SlotState.FAILED)
         if whole:
             blocks = [request.blocks[i] for i in whole]
-            self.ram.finish_loads(blocks, [request.fingerprints[i] for i in whole])
+            self.ram.finish_loads(blocks)
             self._metrics.inc("litecache_promotions", len(blocks))
             self.changed_on_disk |= self.disk.trust([block.entry for block in blocks])
 
@@ -232,13 +234,19 @@ class Tiers:
                 kept.append((block.entry, slot, checksum))
         if kept:
             self.disk.place(*zip(*kept, strict=True))
-        for block in reversed(blocks):
+        for block in blocks:
             if not block.dead and block.state is RamState.WRITING:
                 self.ram.settle(block)
+        self.writes.under_way -= len(blocks)
+        if not self.writes and not self.writes.under_way:
+            for key in self._early:
+                self.disk.queues.use(self.index.find(key), ends=True)
+            self._early.clear()
 
     def fail_write(self, block: RamBlock, reason: str, *, keep: bool = False) -> None:
         """A block that could not be written is dropped, and counted; or `keep` it in RAM."""
         self._metrics.inc("litecache_drops", reason=reason)
+        self.writes.under_way -= 1
         block.started = False
         if block.dead:
             self.ram.reap(block)
@@ -249,8 +257,6 @@ class Tiers:
 
     def drop(self, entry: int, state: SlotState = SlotState.FREE) -> None:
         """Remove a block from every tier; leased slots return when they are released."""
-        self.recency.note_eviction(0)
-        self.recency.note_eviction(1)
         block = self.block_of(entry)
         if block is not None:
             if block.state is RamState.LOADING and not block.started:
@@ -268,7 +274,6 @@ class Tiers:
         if block is None or block.state is RamState.LOADING:
             self.drop(entry)
         else:
-            self.recency.note_eviction(1)
             self.disk.remove(entry)
 
     def drop_ram_copy(self, entry: int) -> None:
@@ -276,11 +281,10 @@ class Tiers:
         block = self.block_of(entry)
         if block is None or block.state is not RamState.CLEAN or block.leases:
             return
-        self.recency.note_eviction(0)
+        self.ram.kill(block)
         self.index.ram[entry] = 0
         if not self.index.disk[entry]:
             self._forget(entry)
-        self.ram.kill(block)
 
     def check_integrity(self, writing_slots: set[int]) -> None:
         """AssertionError unless index, RAM and disk agree."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..hashing import BlockKey
+from .key_dict import BATCH_KEYS, batches
 from .shard_parts import ShardParts
 
 
@@ -25,11 +26,13 @@ class Upkeep:
 
     def delete(self, keys: Sequence[BlockKey]) -> list[bool]:
         """See `ShardStore.delete`."""
-        with self._changed:
-            dropped = [self._drop(key) for key in keys]
-            if any(dropped):
-                self._keeper.note_change()
-            self._changed.notify_all()
+        dropped: list[bool] = []
+        for batch in batches(keys):
+            with self._changed:
+                dropped += [self._drop(key) for key in batch]
+                if any(dropped):
+                    self._keeper.note_change()
+                self._changed.notify_all()
         self._keeper.flush_journal()
         return dropped
 
@@ -42,26 +45,32 @@ class Upkeep:
     def clear(self, tier: str) -> None:
         """See `ShardStore.clear`; what was dirty has been written."""
         tiers = self._tiers
-        with self._changed:
-            for entry in tiers.index.entries().tolist():
-                if tier == "all":
-                    tiers.drop(entry)
-                elif tier == "ram":
-                    tiers.drop_ram_copy(entry)
-                elif tiers.index.disk[entry]:
-                    tiers.drop_disk_copy(entry)
-            self._keeper.note_change()
-            self._changed.notify_all()
+        index = tiers.index
+        for start in range(0, index.high, BATCH_KEYS):
+            with self._changed:
+                for entry in range(start, min(start + BATCH_KEYS, index.high)):
+                    if not index.keys[entry]:
+                        continue
+                    if tier == "all":
+                        tiers.drop(entry)
+                    elif tier == "ram":
+                        tiers.drop_ram_copy(entry)
+                    elif index.disk[entry]:
+                        tiers.drop_disk_copy(entry)
+                self._keeper.note_change()
+                self._changed.notify_all()
         self._keeper.flush_journal()
 
     def set_pinned(self, keys: Sequence[BlockKey], pinned: bool) -> list[bool]:
         """See `ShardStore.pin`."""
-        tiers = self._tiers
-        with self._changed:
-            entries = tiers.find(keys)
-            for entry in entries:
-                if entry >= 0 and tiers.disk is not None:
-                    tiers.disk.set_pinned(entry, pinned)
-            self._keeper.note_change()
+        tiers, found = self._tiers, []
+        for batch in batches(keys):
+            with self._changed:
+                entries = tiers.find(batch)
+                for entry in entries:
+                    if entry >= 0 and tiers.disk is not None:
+                        tiers.disk.set_pinned(entry, pinned)
+                self._keeper.note_change()
+            found += [entry >= 0 for entry in entries]
         self._keeper.flush_journal()
-        return [entry >= 0 for entry in entries]
+        return found

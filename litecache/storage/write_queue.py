@@ -28,13 +28,14 @@ class WriteQueue:
 
     Attributes:
         nbytes: of all blocks in it.
+        under_way: blocks that were taken and have neither been written nor failed.
     """
 
     def __init__(self, index: BlockIndex, ram: RamTier) -> None:
         self._index = index
         self._ram = ram
         self._blocks: deque[RamBlock] = deque()
-        self.nbytes = 0
+        self.nbytes = self.under_way = 0
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -71,12 +72,14 @@ class WriteQueue:
             total += block.nbytes
         if not blocks:
             return None
+        self.under_way += len(blocks)
         return WriteBatch(
             blocks, blocks[0].nbytes // PAGE_BYTES, self._index.namespace[blocks[0].entry]
         )
 
     def put_back(self, blocks: Sequence[RamBlock]) -> None:
         """Blocks that found no disk slot come first again."""
+        self.under_way -= len(blocks)
         for block in reversed(blocks):
             block.started = False
             if self._ram.reap(block):

@@ -4,54 +4,16 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
 from pathlib import Path
 
-from hypothesis import given
-from hypothesis import strategies as st
-from storage_help import KIB, ROOT, fill, get, key_of, put
+from storage_help import KIB, fill, get, key_of
 
 from litecache.storage import LocalShardClient, ShardStore, SlotRef, SlotState
 from litecache.storage.arena import Arena
 from litecache.storage.arena_view import ArenaView, table_range
 from litecache.storage.block_index import BlockIndex
-from litecache.storage.tiers import Tiers
 
 NBYTES = 64 * KIB
-BLOCKS = 12
-
-
-def tails_one_by_one(tiers: Tiers, entries: Sequence[int]) -> list[bytes]:
-    """The pieces' last keys, oldest first, found by looking at one block after the other."""
-    index = tiers.index
-    tails: dict[bytes, None] = {}
-    for i, entry in enumerate(entries):
-        key = index.key_at(entry)
-        if i + 1 < len(entries) and index.parent_of(entries[i + 1]) == key:
-            continue
-        if i > 0 and index.parent_of(entries[i - 1]) == key:
-            continue
-        head = i
-        while head > 0 and index.parent_of(entries[head]) == index.key_at(entries[head - 1]):
-            head -= 1
-        tails.pop(index.parent_of(entries[head]), None)
-        tails.pop(key, None)
-        tails[key] = None
-    return list(tails)
-
-
-@given(st.lists(st.integers(0, BLOCKS - 1), max_size=BLOCKS), st.integers(1, BLOCKS))
-def test_touching_a_batch_notes_the_tails_of_its_pieces(order: list[int], chain: int) -> None:
-    with ShardStore(None, ram_bytes=2 << 20, io_threads=0) as store:
-        client = LocalShardClient(store)
-        for start in range(0, BLOCKS, chain):
-            put(client, [key_of(i) for i in range(start, min(start + chain, BLOCKS))], NBYTES, ROOT)
-        tiers = store._tiers
-        tiers.recency.settle()
-        entries = tiers.find([key_of(i) for i in order])
-        tiers.recency.note(entries)
-        assert list(tiers.recency.tails) == tails_one_by_one(tiers, entries)
-        client.close()
 
 
 def test_hits_of_a_key_that_is_given_twice_count_twice_and_never_wrap() -> None:

@@ -1,15 +1,14 @@
-"""Chains that grow piece by piece in a full store: tails leave first, at a bounded cost."""
+"""Chains that grow piece by piece in a full store: tails leave first."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from storage_help import key_of, put
 
 from litecache.storage import LocalShardClient, ShardStore
-from litecache.storage.recency import Recency
 
 NBYTES, ROOT = 4096, bytes(16)
 PIECE = 20
@@ -44,31 +43,6 @@ def filled(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Filled]:
         made = Filled(store)
         yield made
         made.client.close()
-
-
-@pytest.fixture
-def touches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    seen: list[int] = []
-    made: Callable[..., None] = Recency.__init__
-
-    def counting(self: Recency, index: object, touch: Callable[[int], None], *rest: object) -> None:
-        made(self, index, lambda entry: (seen.append(entry), touch(entry))[1], *rest)
-
-    monkeypatch.setattr(Recency, "__init__", counting)
-    return seen
-
-
-def test_a_chain_that_grows_is_not_walked_for_every_piece(
-    touches: list[int], filled: Filled
-) -> None:
-    chain: list[bytes] = []
-    filled.grow(chain, PIECE)
-    touches.clear()
-    for _ in range(40):
-        filled.grow(chain, PIECE)
-    # walked for each piece it would be 40 * 41 / 2 pieces of 20, and that for each tier
-    assert len(touches) < 5 * len(chain)
-    filled.store.check_integrity()
 
 
 def test_tails_leave_before_heads_however_the_chain_was_written(filled: Filled) -> None:

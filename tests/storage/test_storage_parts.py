@@ -14,14 +14,15 @@ from hypothesis import strategies as st
 from storage_help import key_of
 
 from litecache.errors import ConfigError, StorageFormatError
-from litecache.storage import KeyTable, eviction
+from litecache.storage import eviction
 from litecache.storage.block_index import BlockIndex
 from litecache.storage.disk import folder, journal, recovery, snapshot
 from litecache.storage.disk.files import Files
 from litecache.storage.disk.records import RECORD, seal, unseal
 from litecache.storage.disk.tier import DiskTier
-from litecache.storage.eviction import Links, get_policy, register
+from litecache.storage.eviction import get_policy, register
 from litecache.storage.eviction.lru import Lru
+from litecache.storage.eviction.queues import Queues
 from litecache.storage.segment_sizes import pick_segment_bytes
 from litecache.storage.segments import SegmentSpace
 
@@ -30,39 +31,43 @@ OPS = st.lists(st.tuples(st.booleans(), st.integers(0, 60)), max_size=200)
 
 @settings(max_examples=100, deadline=None)
 @given(OPS, st.booleans())
-def test_key_table_equals_a_dict(ops, clustered):
-    table, model = KeyTable({"value": "q"}), {}
-    # explicit keys need not be random: small integers must not make one long cluster
-    keys = [n.to_bytes(16, "big" if clustered else "little") for n in range(61)]
+def test_the_index_equals_a_dict(ops, big_endian):
+    index, model = BlockIndex(), {}
+    # explicit keys need not be random
+    keys = [n.to_bytes(16, "big" if big_endian else "little") for n in range(61)]
     for add, n in ops:
-        key = keys[n]
+        key, parent = keys[n], keys[n // 2]
         if add and key not in model:
-            entry = table.insert(key)
-            assert table.value[entry] == 0
-            table.value[entry] = model[key] = n + 1
+            entry = index.insert(key, parent)
+            assert index.hits[entry] == 0
+            index.hits[entry] = model[key] = n + 1
         elif not add and key in model:
-            table.remove(key)
+            index.remove(index.find(key))
             del model[key]
-    table.check_integrity()
-    assert set(table.keys()) == set(model)
-    found = table.find_many(keys)
-    for key, entry in zip(keys, found.tolist(), strict=True):
-        assert (entry >= 0) == (key in model) == (key in table)
+        index.check_integrity()
+        assert len(index) == len(model)
+    assert set(index) == set(model)
+    for key, entry in zip(keys, index.find_many(keys), strict=True):
+        assert (entry >= 0) == (key in model) == (key in index)
         if entry >= 0:
-            assert table.value[entry] == model[key]
+            assert index.hits[entry] == model[key]
+            assert index.key_at(entry) == key
+            assert index.parent_of(entry) == keys[(model[key] - 1) // 2]
 
 
-def test_key_table_grows_and_takes_many_at_once():
-    words = np.random.default_rng(0).integers(0, 2**64, (50_000, 2), np.uint64)
-    table = KeyTable()
-    table.insert_words(words)
-    table.check_integrity()
-    assert (table.find_words(words) == np.arange(50_000)).all()
-    for n in range(2000):
-        table.insert(key_of(n))
-    table.check_integrity()
-    with pytest.raises(ConfigError, match="16 bytes"):
-        table.find_many([b"short"])
+def test_the_index_takes_many_at_once_and_refuses_keys_of_another_length():
+    index = BlockIndex()
+    index.load(records_of(range(5000)))
+    assert index.find_many([key_of(n) for n in range(5000)]) == list(range(5000))
+    for n in range(5000, 7000):
+        index.insert(key_of(n), key_of(n - 1))
+    index.check_integrity()
+    for bad in (b"", b"short", bytes(17)):
+        with pytest.raises(ConfigError, match="16 bytes"):
+            index.find_many([key_of(0), bad])
+        with pytest.raises(ConfigError, match="16 bytes"):
+            index.insert(bad)
+    assert len(index) == 7000
 
 
 @settings(max_examples=100, deadline=None)
@@ -165,44 +170,168 @@ def test_segments_are_a_sixteenth_or_64_mib(total):
     assert size & (size - 1) == 0
 
 
+class World:
+    """Queues of one tier over handles whose keys and parents the test chooses."""
+
+    def __init__(self, name, parents=()):
+        self.parents = dict(parents)
+        self.queues = Queues(name, self)
+
+    def key_at(self, handle):
+        return handle.to_bytes(16, "little")
+
+    def parent_of(self, handle):
+        return self.key_at(self.parents.get(handle, 1 << 40))
+
+    def find(self, key):
+        handle = int.from_bytes(key, "little")
+        return handle if handle < 1 << 20 else -1
+
+    def insert(self, handle):
+        self.queues.insert(handle, 1, 0)
+
+    def evict(self, allowed=lambda handle: True):
+        return self.queues.evict(1, allowed)
+
+
 @pytest.mark.parametrize("name", ["lru", "lfu", "s3fifo"])
 @settings(max_examples=100, deadline=None)
-@given(ops=st.lists(st.tuples(st.sampled_from("itre"), st.integers(0, 20)), max_size=150))
-def test_a_policy_holds_exactly_what_was_put_in(name, ops):
-    policy, inside = get_policy(name)(Links()), set()
+@given(
+    ops=st.lists(st.tuples(st.sampled_from("iiutre"), st.integers(0, 20)), max_size=150),
+    parents=st.dictionaries(st.integers(0, 20), st.integers(0, 22)),
+)
+def test_queues_hold_exactly_what_was_put_in_and_evict_what_nothing_follows(name, ops, parents):
+    world, inside = World(name, parents), set()
     for op, handle in ops:
         if op == "i" and handle not in inside:
-            policy.insert(handle, handle)
+            world.insert(handle)
             inside.add(handle)
-        elif op == "t" and handle in inside:
-            policy.touch(handle)
+        elif op in "ut":
+            world.queues.use(handle, ends=op == "t")
         elif op == "r" and handle in inside:
-            policy.remove(handle)
+            world.queues.remove(handle)
             inside.remove(handle)
         elif op == "e":
-            victim = policy.evict(lambda h: h % 3 != 0)
+            victim = world.evict(lambda h: h % 3 != 0)
             allowed = {h for h in inside if h % 3}
-            assert (victim in allowed) if allowed else victim is None
+            followed = {parents[h] for h in inside if parents.get(h, h) != h}
+            if allowed - followed:
+                assert victim in allowed - followed
+            else:
+                assert (victim in allowed) if allowed else victim is None
             inside.discard(victim)
-        assert sorted(policy) == sorted(inside)
-        assert len(policy) == len(inside)
-        assert policy.peek() in inside or not inside
+        assert sorted(world.queues) == sorted(inside)
+        world.queues.check_integrity()
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.tuples(st.booleans(), st.integers(0, 12)), max_size=100),
+    st.dictionaries(st.integers(1, 12), st.integers(0, 11)),
+)
+def test_lru_evicts_the_block_that_was_not_used_for_longest_through_what_follows_it(ops, drawn):
+    parents = {child: parent for child, parent in drawn.items() if parent < child}
+    world, used = World("lru", parents), {}
+    for clock, (add, handle) in enumerate(ops):
+        if add and handle not in used:
+            world.insert(handle)
+            used[handle] = clock
+        elif handle in used:
+            world.queues.use(handle, ends=True)
+            used[handle] = clock
+        above = parents.get(handle)
+        while handle in used and above in used:  # a use of a block is one of all before it
+            used[above] = clock
+            above = parents.get(above)
+    followed = {parents.get(handle) for handle in used}
+    while used:
+        victim = world.evict()
+        assert victim not in followed
+        assert used[victim] == min(used.values())
+        del used[victim]
+        followed = {parents.get(handle) for handle in used}
+
+
+@pytest.mark.parametrize("name", ["lru", "lfu", "s3fifo"])
+def test_restored_queues_evict_as_those_that_were_filled(name):
+    parents = {n: n - 1 for n in range(1, 300) if n % 20}
+    filled, restored = World(name, parents), World(name, parents)
+    for n in range(300):
+        filled.insert(n)
+    keys = [filled.key_at(n) for n in range(300)]
+    column = np.ones(300, np.int64)
+    restored.queues.extend(
+        np.arange(300), column, 0 * column, keys, [filled.parent_of(n) for n in range(300)]
+    )
+    restored.queues.check_integrity()
+    order = [restored.evict() for _ in range(300)]
+    assert order == [filled.evict() for _ in range(300)]
+    assert order[:20] == list(range(19, -1, -1))
+
+
+class Steps:
+    """Counts how often the links of a tier are looked at."""
+
+    def __init__(self, links):
+        self.count = 0
+        for name in ("older", "newer", "mark"):
+            setattr(links, name, self._counted(getattr(links, name)))
+
+    def _counted(self, column):
+        outer = self
+
+        class Counted(type(column)):
+            def __getitem__(self, at):
+                outer.count += 1
+                return super().__getitem__(at)
+
+        return Counted(column.typecode, column)
+
+
+@pytest.mark.parametrize("name", ["lru", "lfu", "s3fifo"])
+@pytest.mark.parametrize("shape", ["single blocks", "one chain"])
+def test_an_eviction_takes_as_many_steps_at_ten_times_the_size(name, shape):
+    def steps(size):
+        world = World(name, {n: n - 1 for n in range(1, size)} if shape == "one chain" else {})
+        for n in range(size):
+            world.insert(n)
+        steps = Steps(world.queues._links)
+        for n in range(0, size, 3):
+            world.queues.use(n, ends=True)
+        for _ in range(size // 2):
+            world.evict()
+        return steps.count / size
+
+    assert 1 < steps(20_000) < 1.2 * steps(2_000)
+
+
+@pytest.mark.parametrize("name", ["lru", "lfu", "s3fifo"])
+def test_one_search_among_blocks_in_use_is_bounded_and_the_next_goes_on_behind_them(name):
+    def steps(size):
+        world = World(name)
+        for n in range(size):
+            world.insert(n)
+        steps = Steps(world.queues._links)
+        assert world.evict(lambda handle: False) is None
+        once = steps.count
+        while world.evict(lambda handle: handle == size - 1) is None:
+            assert steps.count < 100 * size
+        return once
+
+    assert 0 < steps(60_000) < 1.2 * steps(6_000)
 
 
 def trace(name: str, accesses: list[int], capacity: int) -> float:
-    policy, inside, hits = get_policy(name)(Links()), {}, 0
-    handles = list(range(capacity))
+    world, inside, hits = World(name), {}, 0
     for item in accesses:
         if item in inside:
             hits += 1
-            policy.touch(inside[item])
+            world.queues.use(item, ends=True)
             continue
-        if not handles:
-            victim = policy.evict(lambda handle: True)
-            gone = next(key for key, handle in inside.items() if handle == victim)
-            handles.append(inside.pop(gone))
-        inside[item] = handles.pop()
-        policy.insert(inside[item], item)
+        if len(inside) == capacity:
+            del inside[world.evict()]
+        inside[item] = True
+        world.insert(item)
     return hits / len(accesses)
 
 
@@ -219,16 +348,15 @@ def test_s3fifo_and_lfu_resist_a_scan_that_empties_lru():
 
 
 def test_lfu_forgets_what_was_popular_long_ago():
-    policy = get_policy("lfu")(Links())
+    world = World("lfu")
     for handle in range(4):
-        policy.insert(handle, handle)
+        world.insert(handle)
     for _ in range(15):
-        policy.touch(0)
+        world.queues.use(0, ends=True)
     for _ in range(400):
-        policy.touch(1)
-        policy.touch(2)
-        policy.touch(3)
-    assert policy.evict(lambda handle: True) == 0
+        for handle in (1, 2, 3):
+            world.queues.use(handle, ends=True)
+    assert world.evict() == 0
 
 
 def test_policies_register_by_name(monkeypatch):
@@ -319,8 +447,6 @@ def test_half_a_million_blocks_are_back_in_two_seconds_of_cpu(tmp_path, monkeypa
             index=BlockIndex(),
             policy="lru",
             on_evict=lambda entry: None,
-            before_evict=lambda: None,
-            before_snapshot=lambda: None,
             quotas={},
         )
 

@@ -12,8 +12,7 @@ from collections.abc import Callable
 import msgpack
 import numpy as np
 
-from ..block_index import BlockIndex
-from ..key_table import Entries
+from ..block_index import BlockIndex, Entries
 from . import journal as journal_file
 from . import snapshot
 from .files import Files

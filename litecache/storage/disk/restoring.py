@@ -64,7 +64,8 @@ def restore(
         entries,
         kept["pages"].astype(np.int64),
         kept["namespace"].astype(np.int64),
-        kept["key"][:, 0],
+        index.keys,
+        index.parents,
     )
     for entry in np.flatnonzero(kept["flags"] & FLAG_PINNED).tolist():
         queues.remove(entry)

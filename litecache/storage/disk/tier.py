@@ -16,9 +16,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from ..block_index import BlockIndex
+from ..block_index import BlockIndex, Entries
 from ..eviction.queues import Queues
-from ..key_table import Entries
 from ..quotas import Quotas
 from ..retry import Backoff, LogByRate
 from ..room import make_room
@@ -50,8 +49,6 @@ class DiskTier:
         index: the shard's blocks; filled from the folder.
         policy: name of the eviction policy.
         on_evict: called with the entry whose disk copy was given up, under the store's lock.
-        before_evict: called before victims are chosen.
-        before_snapshot: called before the order of all blocks is written down.
         quotas: namespace, or digest of a salt (`namespaces.py`), to the disk bytes it may take.
         direct: try O_DIRECT.
         retired_bytes: what retired shards (`retired.py`) take of the bound; may be set later.
@@ -73,8 +70,6 @@ class DiskTier:
         index: BlockIndex,
         policy: str,
         on_evict: Callable[[int], None],
-        before_evict: Callable[[], None],
-        before_snapshot: Callable[[], None],
         quotas: dict[str, int],
         direct: bool = True,
         retired_bytes: int = 0,
@@ -83,11 +78,9 @@ class DiskTier:
         self._say = LogByRate(logger, logging.WARNING)
         self._index = index
         self._on_evict = on_evict
-        self._before_evict = before_evict
-        self._before_snapshot = before_snapshot
         self.limit = storage_bytes
         self.retired_bytes = retired_bytes
-        self.queues = Queues(policy)
+        self.queues = Queues(policy, index)
         self.quotas = Quotas(quotas, self.queues)
         self.growth = Backoff()
         self.lost: str | None = None
@@ -166,7 +159,6 @@ class DiskTier:
         return slots
 
     def _evict_one(self, namespace: int, pages: int) -> bool:
-        self._before_evict()
         victim = self.queues.evict(pages, self._may_evict, namespace)
         if victim is None:
             return False
@@ -174,7 +166,6 @@ class DiskTier:
         return True
 
     def _make_room(self, pages: int, n: int) -> None:
-        self._before_evict()
         make_room(
             self.queues,
             self.space,
@@ -217,20 +208,16 @@ class DiskTier:
             index.checksum[entry] = checksum
             index.flags[entry] &= ~FLAG_DOUBTFUL
             self.space.bind(slot, entry)
-        # tail first, here and in the file, so that eviction takes tails first after a restart too
-        tail_first = list(reversed(entries))
-        for entry in tail_first:
+        for entry in entries:
             if not index.pinned(entry):
                 self._enqueue(entry)
-        seq = self.log.put(np.array(tail_first, np.int64))
+        seq = self.log.put(np.array(entries, np.int64))
         for entry in entries:
             index.put_seq[entry] = seq
 
     def _enqueue(self, entry: int) -> None:
         index = self._index
-        self.queues.insert(
-            entry, index.pages[entry], index.namespace[entry], index.fingerprint(entry)
-        )
+        self.queues.insert(entry, index.pages[entry], index.namespace[entry])
 
     def set_pinned(self, entry: int, pinned: bool) -> None:
         """Take an entry out of eviction, or put it back, and remember that on disk."""
@@ -277,7 +264,6 @@ class DiskTier:
 
     def begin_compaction(self) -> snapshot.Snapshot:
         """Under the store's lock: a copy of all that the new snapshot will hold."""
-        self._before_snapshot()
         return self.log.capture(self.on_disk())
 
     def grow(self, segments: range) -> bool:
@@ -342,5 +328,5 @@ class DiskTier:
             slot = index.disk[entry] - 1
             assert self.space.owner(slot) == entry, "a slot's owner is off"
             assert (entry in queued) != index.pinned(entry), "queue and pin disagree"
-        assert len(queued) == len(self.queues), "a block is queued twice"
+        self.queues.check_integrity()
         assert all(index.disk[entry] for entry in queued), "a queued block is not on disk"

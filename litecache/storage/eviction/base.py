@@ -1,18 +1,21 @@
 """What an eviction policy is: an order over small integers.
 
-A policy sees handles (entry numbers of a tier), never bytes. Handles of one policy never overlap
-with another's of the same tier, so all policies of a tier share one `Links`: doubly linked lists
-over two int32 arrays and a byte each, 9 bytes a handle. Not thread-safe.
+A policy sees handles (entry numbers of a tier), never bytes. A handle stands in one list of its
+tier at a time, so all lists of a tier share one `Links`: doubly linked over two int32 columns, and
+a byte for the policy. Not thread-safe.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
+
+from ...hashing import BlockKey
+from ..block_index import grown_by
 
 _NONE = -1
 
@@ -29,10 +32,10 @@ class Links:
         """Make room for `handle`."""
         missing = handle + 1 - len(self.older)
         if missing > 0:
-            extra = max(missing, 256, len(self.older) // 8)
-            self.older.frombytes(b"\xff" * (4 * extra))
-            self.newer.frombytes(b"\xff" * (4 * extra))
-            self.mark.frombytes(bytes(extra))
+            rows = grown_by(len(self.older), missing)
+            self.older.frombytes(bytes(4 * rows))
+            self.newer.frombytes(bytes(4 * rows))
+            self.mark.frombytes(bytes(rows))
 
 
 class Chain:
@@ -47,23 +50,37 @@ class Chain:
 
     def push(self, handle: int) -> None:
         """Add as the newest."""
-        links = self.links
-        links.ensure(handle)
-        links.older[handle], links.newer[handle] = self.newest, _NONE
+        older, newer = self.links.older, self.links.newer
+        older[handle], newer[handle] = self.newest, _NONE
         if self.newest == _NONE:
             self.oldest = handle
         else:
-            links.newer[self.newest] = handle
+            newer[self.newest] = handle
         self.newest = handle
         self.count += 1
+
+    def push_before(self, handle: int, other: int = _NONE) -> None:
+        """Add as the next older of `other`, which is in; without one as the oldest of all."""
+        older, newer = self.links.older, self.links.newer
+        after = self.oldest if other == _NONE else other
+        if after == _NONE:
+            return self.push(handle)
+        before = older[after]
+        older[handle], newer[handle] = before, after
+        older[after] = handle
+        if before == _NONE:
+            self.oldest = handle
+        else:
+            newer[before] = handle
+        self.count += 1
+        return None
 
     def extend(self, handles: npt.NDArray[np.int64]) -> None:
         """Add many as the newest, in order."""
         if not len(handles):
             return
-        links = self.links
-        links.ensure(int(handles.max()))
-        older, newer = np.frombuffer(links.older, np.int32), np.frombuffer(links.newer, np.int32)
+        older = np.frombuffer(self.links.older, np.int32)
+        newer = np.frombuffer(self.links.newer, np.int32)
         older[handles[1:]], newer[handles[:-1]] = handles[:-1], handles[1:]
         first, last = int(handles[0]), int(handles[-1])
         older[first], newer[last] = self.newest, _NONE
@@ -97,35 +114,62 @@ class Chain:
 
 
 class EvictionPolicy(ABC):
-    """Decides what leaves first.
+    """Decides what leaves first. Every method is O(1), amortised, and bounded in a single call.
+
+    `Queues` takes blocks out for as long as others that follow them are in, so a policy sees no
+    chains: `restore` brings such a block back.
 
     Args:
-        links: shared by the policies of one tier.
+        links: shared by the policies of one tier; it has room for every handle that is given.
     """
+
+    counts_uses = False
+    """Whether `count` does anything."""
 
     def __init__(self, links: Links) -> None:
         self.links = links
 
     @abstractmethod
-    def insert(self, handle: int, fingerprint: int) -> None:
-        """A handle enters; `fingerprint` is 64 bits of its key, the same when the key returns."""
+    def insert(self, handle: int, key: BlockKey) -> None:
+        """A newcomer enters."""
 
-    def extend(self, handles: npt.NDArray[np.int64], fingerprints: npt.NDArray[np.uint64]) -> None:
-        """Many handles enter, oldest first."""
-        for handle, fingerprint in zip(handles.tolist(), fingerprints.tolist(), strict=True):
-            self.insert(handle, fingerprint)
+    def extend(self, handles: npt.NDArray[np.int64], keys: list[BlockKey]) -> None:
+        """Many newcomers enter, oldest first; `keys` are those of all handles of the tier."""
+        for handle in handles.tolist():
+            self.insert(handle, keys[handle])
 
     @abstractmethod
     def touch(self, handle: int) -> None:
         """A handle that is in was used."""
 
     @abstractmethod
-    def remove(self, handle: int) -> None:
-        """A handle leaves for another reason than eviction."""
+    def count(self, handle: int) -> None:
+        """A handle that was taken out by `remove`, to be restored, was used meanwhile."""
 
     @abstractmethod
-    def evict(self, allowed: Callable[[int], bool]) -> int | None:
-        """Take out the first in the policy's order that may go; None when none may."""
+    def remove(self, handle: int) -> None:
+        """A handle leaves, or goes out until `restore`."""
+
+    @abstractmethod
+    def restore(self, handle: int, before: int) -> None:
+        """A handle that was removed is back, with the uses that it had.
+
+        Args:
+            handle: to go next, or
+            before: just before this one, if that is not -1; it is in.
+        """
+
+    @abstractmethod
+    def pop(self) -> int | None:
+        """Take out the first in the policy's order; None when empty."""
+
+    @abstractmethod
+    def put_back(self, handle: int) -> None:
+        """What was popped is in use and may not go now; others come first."""
+
+    @abstractmethod
+    def evicted(self, handle: int, key: BlockKey) -> None:
+        """What was popped has gone."""
 
     @abstractmethod
     def peek(self) -> int | None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
 
+from ...hashing import BlockKey
 from .base import Chain, EvictionPolicy, Links
 
 
@@ -17,11 +18,11 @@ class Lru(EvictionPolicy):
         super().__init__(links)
         self._chain = Chain(links)
 
-    def insert(self, handle: int, fingerprint: int) -> None:
+    def insert(self, handle: int, key: BlockKey) -> None:
         """Enter as the newest."""
         self._chain.push(handle)
 
-    def extend(self, handles: npt.NDArray[np.int64], fingerprints: npt.NDArray[np.uint64]) -> None:
+    def extend(self, handles: npt.NDArray[np.int64], keys: list[BlockKey]) -> None:
         """Many enter, oldest first."""
         self._chain.extend(handles)
 
@@ -31,17 +32,30 @@ class Lru(EvictionPolicy):
             self._chain.unlink(handle)
             self._chain.push(handle)
 
+    def count(self, handle: int) -> None:
+        """Nothing: what follows it was touched."""
+
     def remove(self, handle: int) -> None:
         """Leave."""
         self._chain.unlink(handle)
 
-    def evict(self, allowed: Callable[[int], bool]) -> int | None:
-        """The oldest that may go."""
-        for handle in self._chain:
-            if allowed(handle):
-                self._chain.unlink(handle)
-                return handle
-        return None
+    def restore(self, handle: int, before: int) -> None:
+        """Take the place before another, or be the oldest."""
+        self._chain.push_before(handle, before)
+
+    def pop(self) -> int | None:
+        """The oldest."""
+        handle = self.peek()
+        if handle is not None:
+            self._chain.unlink(handle)
+        return handle
+
+    def put_back(self, handle: int) -> None:
+        """Become the newest."""
+        self._chain.push(handle)
+
+    def evicted(self, handle: int, key: BlockKey) -> None:
+        """Nothing is remembered."""
 
     def peek(self) -> int | None:
         """The oldest."""

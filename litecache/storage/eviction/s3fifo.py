@@ -1,43 +1,49 @@
 """S3-FIFO: three queues (Yang et al., "FIFO queues are all you need for cache eviction", SOSP 23).
 
 A newcomer enters a small queue, a tenth of the whole. Used again before it reaches the end, it
-moves to the main queue; otherwise it leaves and only its fingerprint stays, in a ghost queue. A key
-that returns while its ghost lives enters the main queue at once. So one-time scans pass by.
+moves to the main queue; otherwise it leaves and only its key stays, in a ghost queue. A key that
+returns while its ghost lives enters the main queue at once. So one-time scans pass by.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import OrderedDict
+from collections.abc import Iterator
 
+from ...hashing import BlockKey
 from .base import Chain, EvictionPolicy, Links
 
 _SMALL_SHARE = 10
 _MAX_USES = 3
 _IN_MAIN = 0x80
 _GHOSTS = 100_000
+_MOST_MOVES = 1024
+"""Used blocks that one `pop` gives another round; then one leaves although it was used."""
 
 
 class S3Fifo(EvictionPolicy):
     """Scan-resistant; a use only counts up, nothing moves on a hit."""
 
+    counts_uses = True
+
     def __init__(self, links: Links) -> None:
         super().__init__(links)
         self._small = Chain(links)
         self._main = Chain(links)
-        self._ghosts: dict[int, None] = {}
-        self._fingerprints: dict[int, int] = {}
+        # a plain dict takes longer and longer to find its first key
+        self._ghosts: OrderedDict[BlockKey, None] = OrderedDict()
+        self._in_use = 0
 
-    def insert(self, handle: int, fingerprint: int) -> None:
+    def _chain_of(self, handle: int) -> Chain:
+        return self._main if self.links.mark[handle] & _IN_MAIN else self._small
+
+    def insert(self, handle: int, key: BlockKey) -> None:
         """Enter the small queue, or the main one when its ghost is there."""
-        self.links.ensure(handle)
-        if fingerprint in self._ghosts:
-            del self._ghosts[fingerprint]
-            self.links.mark[handle] = _IN_MAIN
-            self._main.push(handle)
-            return
-        self.links.mark[handle] = 0
-        self._fingerprints[handle] = fingerprint
-        self._small.push(handle)
+        known = key in self._ghosts
+        if known:
+            del self._ghosts[key]
+        self.links.mark[handle] = _IN_MAIN if known else 0
+        self._chain_of(handle).push(handle)
 
     def touch(self, handle: int) -> None:
         """Count one use, up to three."""
@@ -45,55 +51,56 @@ class S3Fifo(EvictionPolicy):
         if mark & ~_IN_MAIN < _MAX_USES:
             self.links.mark[handle] = mark + 1
 
+    count = touch
+
     def remove(self, handle: int) -> None:
         """Leave without a ghost."""
-        if self.links.mark[handle] & _IN_MAIN:
-            self._main.unlink(handle)
-        else:
-            self._small.unlink(handle)
-            del self._fingerprints[handle]
+        self._chain_of(handle).unlink(handle)
 
-    def evict(self, allowed: Callable[[int], bool]) -> int | None:
-        """From the small queue while it is over its share, else from the main one."""
-        small_first = self._small.count * _SMALL_SHARE >= len(self) or not self._main.count
-        order = (self._from_small, self._from_main)
-        for take in order if small_first else reversed(order):
-            victim = take(allowed)
-            if victim is not None:
-                return victim
-        return None
+    def restore(self, handle: int, before: int) -> None:
+        """Be the oldest of the queue in which it was."""
+        self._chain_of(handle).push_before(handle)
 
-    def _from_small(self, allowed: Callable[[int], bool]) -> int | None:
-        for handle in self._small:
-            if self.links.mark[handle]:
-                self._small.unlink(handle)
-                del self._fingerprints[handle]
-                self.links.mark[handle] = _IN_MAIN
-                self._main.push(handle)
-            elif allowed(handle):
-                self._small.unlink(handle)
-                self._remember(self._fingerprints.pop(handle))
-                return handle
-        return None
+    def pop(self) -> int | None:
+        """From the small queue while it is over its share, else from the main one.
 
-    def _remember(self, fingerprint: int) -> None:
-        self._ghosts[fingerprint] = None
-        while len(self._ghosts) > max(64, min(_GHOSTS, self._main.count)):
-            del self._ghosts[next(iter(self._ghosts))]
-
-    def _from_main(self, allowed: Callable[[int], bool]) -> int | None:
-        # each pass takes one use off what it skips, so the number of passes is bounded
-        for _ in range(_MAX_USES + 1):
-            for handle in list(self._main):
-                mark = self.links.mark[handle]
-                if mark & ~_IN_MAIN:
-                    self._main.unlink(handle)
-                    self.links.mark[handle] = mark - 1
-                    self._main.push(handle)
-                elif allowed(handle):
-                    self._main.unlink(handle)
+        By turns, as long as what comes is in use: else one queue could hide the other.
+        """
+        mark, small, main = self.links.mark, self._small, self._main
+        for _ in range(_MOST_MOVES):
+            over = (small.count * _SMALL_SHARE >= len(self)) ^ (self._in_use & 1)
+            if small.count and (over or not main.count):
+                handle = small.oldest
+                small.unlink(handle)
+                if not mark[handle]:
                     return handle
-        return None
+                mark[handle] = _IN_MAIN
+            elif main.count:
+                handle = main.oldest
+                main.unlink(handle)
+                if not mark[handle] & ~_IN_MAIN:
+                    return handle
+                mark[handle] -= 1
+            else:
+                return None
+            main.push(handle)
+        handle = main.oldest
+        main.unlink(handle)
+        return handle
+
+    def put_back(self, handle: int) -> None:
+        """Become the newest of the queue from which it came."""
+        self._in_use += 1
+        self._chain_of(handle).push(handle)
+
+    def evicted(self, handle: int, key: BlockKey) -> None:
+        """Remember what left without having been used."""
+        self._in_use = 0
+        if self.links.mark[handle] & _IN_MAIN:
+            return
+        self._ghosts[key] = None
+        for _ in range(min(2, len(self._ghosts) - max(64, min(_GHOSTS, self._main.count)))):
+            self._ghosts.popitem(last=False)
 
     def peek(self) -> int | None:
         """The oldest of the queue that would give way."""
