@@ -21,7 +21,7 @@ import numpy.typing as npt
 from ..errors import StorageFullError
 from ..hashing import BlockKey
 from ..machine_memory import available_memory_bytes
-from .arena_view import ENTRY_WORDS, pack_word, table_range
+from .arena_view import ENTRY_WORDS, arena_name, pack_word, table_range
 from .block_index import KeyWords
 from .protocol import PAGE_BYTES, PROTOCOL_VERSION, Attachment, SlotState
 from .shared_mapping import SharedMapping
@@ -94,7 +94,7 @@ class Arena:
     def _create(self, memfd: bool) -> int:
         if memfd:
             with contextlib.suppress(OSError):
-                return os.memfd_create(f"litecache-{self.epoch:x}", os.MFD_CLOEXEC)
+                return os.memfd_create(arena_name(self.epoch), os.MFD_CLOEXEC)
         sweep_shm()
         stat = os.statvfs(_SHM)
         if stat.f_bavail * stat.f_frsize < self.mapping_bytes:
@@ -109,6 +109,7 @@ class Arena:
 
     def attachment(self, client_id: int) -> Attachment:
         """What a client needs to map the arena."""
+        status = os.fstat(self._fd)
         return Attachment(
             version=PROTOCOL_VERSION,
             client_id=client_id,
@@ -120,6 +121,8 @@ class Arena:
             slot_table_offset=self.arena_bytes,
             mapping_bytes=self.mapping_bytes,
             segment_bytes=self.segment_bytes,
+            arena_device=status.st_dev,
+            arena_inode=status.st_ino,
         )
 
     def grow(self, segments: range) -> None:

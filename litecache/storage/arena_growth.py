@@ -39,8 +39,9 @@ class ArenaGrowth:
                 try:
                     self._ram.arena.grow(segments)
                 except OSError as error:
-                    logger.error("the arena cannot grow: %s", error)
-                    self._ram.grow_failed = True
+                    logger.error("the arena cannot grow, to be tried again later: %s", error)
+                    self._ram.growth.note(False)
                     return
+                self._ram.growth.note(True)
                 with self._lock:
                     space.grow(segments)

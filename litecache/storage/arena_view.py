@@ -44,6 +44,41 @@ def table_range(table_offset: int, start: int, nbytes: int) -> tuple[int, int]:
     return table_offset + first * PAGE_BYTES, (end - first) * PAGE_BYTES
 
 
+def arena_name(epoch: int) -> str:
+    """Name of a shard's memfd."""
+    return f"litecache-{epoch:x}"
+
+
+def _open_arena(attachment: Attachment) -> int:
+    """Open the file that an attachment names, and no other.
+
+    In another PID namespace, or after the shard has died, the process and descriptor may be
+    anybody's: the link has to tell this epoch's memfd before it is opened at all.
+    """
+    path = attachment.arena_path or f"/proc/{attachment.arena_pid}/fd/{attachment.arena_fd}"
+    try:
+        if attachment.arena_path is None:
+            link, expected = os.readlink(path), f"/memfd:{arena_name(attachment.epoch)} (deleted)"
+            if link != expected:
+                raise StorageError(
+                    f"arena {path} is {link[:200]!r} and not {expected!r}: the shard has died, or "
+                    "runs in another PID namespace"
+                )
+        follow = os.O_NOFOLLOW if attachment.arena_path is not None else 0
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK | follow)
+    except OSError as error:
+        raise StorageError(f"arena {path} cannot be opened: {error}") from error
+    status = os.fstat(fd)
+    if (status.st_dev, status.st_ino) == (attachment.arena_device, attachment.arena_inode):
+        if status.st_size >= attachment.mapping_bytes:
+            return fd
+        fault = f"is shorter than {attachment.mapping_bytes} bytes"
+    else:
+        fault = "is another file than the shard's"
+    os.close(fd)
+    raise StorageError(f"arena {path} {fault}")
+
+
 class ArenaView:
     """Maps the arena named by an attachment.
 
@@ -60,14 +95,8 @@ class ArenaView:
             raise StorageError(
                 f"shard speaks slot protocol {attachment.version}, this client {PROTOCOL_VERSION}"
             )
-        path = attachment.arena_path or f"/proc/{attachment.arena_pid}/fd/{attachment.arena_fd}"
+        fd = _open_arena(attachment)
         try:
-            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        except OSError as error:
-            raise StorageError(f"arena {path} cannot be opened: {error}") from error
-        try:
-            if os.fstat(fd).st_size < attachment.mapping_bytes:
-                raise StorageError(f"arena {path} is shorter than {attachment.mapping_bytes} bytes")
             mapping = SharedMapping(fd, attachment.mapping_bytes, attachment.arena_bytes)
         finally:
             os.close(fd)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from ..hashing import BlockKey
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 PAGE_BYTES = 4096
 
 
@@ -105,6 +105,7 @@ class Attachment(NamedTuple):
         slot_table_offset: where the slot table starts, one entry of 32 bytes per page.
         mapping_bytes: bytes to map.
         segment_bytes: unit in which memory is allocated; `cudaHostRegister` goes by it.
+        arena_device, arena_inode: of the mapping, so that no other file is taken for it.
         address: of the shard's socket (`SocketServer`); None where there is none.
     """
 
@@ -118,6 +119,8 @@ class Attachment(NamedTuple):
     slot_table_offset: int
     mapping_bytes: int
     segment_bytes: int
+    arena_device: int
+    arena_inode: int
     address: str | None = None
 
 

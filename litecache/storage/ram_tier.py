@@ -16,6 +16,7 @@ from .arena import Arena
 from .block_index import BlockIndex, key_words
 from .eviction.queues import Queues
 from .protocol import PAGE_BYTES, SlotState
+from .retry import Backoff
 from .room import make_room
 from .segments import SegmentSpace
 
@@ -87,6 +88,7 @@ class RamTier:
 
     Attributes:
         blocks, by_slot: slots in use, by handle and by where they lie.
+        growth: when the arena may grow again after there was no memory.
     """
 
     def __init__(
@@ -100,7 +102,7 @@ class RamTier:
         self._on_evict = on_evict
         self._index = index
         self.space = SegmentSpace(arena.segment_bytes, self._may_grow)
-        self.grow_failed = False
+        self.growth = Backoff()
         self.queues = Queues(policy, self)
         self.by_slot: dict[int, RamBlock] = {}
         self.blocks: dict[int, RamBlock] = {}
@@ -111,7 +113,7 @@ class RamTier:
     def _may_grow(self, new_segments: int, new_slots: int) -> bool:
         if not new_segments:
             return True
-        if self.grow_failed:
+        if not self.growth.due():
             return False
         return (self.space.grown + new_segments) * self.arena.segment_bytes <= (
             self.arena.arena_bytes

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import errno
 import gc
+import itertools
 import os
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from storage_help import ROOT, key_of
 
-from litecache.storage import LocalShardClient, ShardStore, shared_mapping
+from litecache.errors import StorageError
+from litecache.storage import CommitItem, LocalShardClient, ShardStore, shared_mapping
 from litecache.storage.arena import Arena
 from litecache.storage.arena_view import ArenaView
 from litecache.storage.shared_mapping import HUGE_PAGE_BYTES, SharedMapping
@@ -155,3 +159,72 @@ def test_what_cannot_be_mapped_is_an_error() -> None:
     with pytest.raises(OSError, match="cannot map"):
         SharedMapping(fd, 4096)
     os.close(fd)
+
+
+@pytest.mark.parametrize("foreign", ["another epoch", "a file", "the same name"])
+def test_another_file_behind_the_arena_s_descriptor_is_refused(
+    foreign: str, tmp_path: Path
+) -> None:
+    """In another PID namespace process and descriptor number may be anybody's."""
+    arena = Arena(MIB, 64 << 10, 7)
+    attachment = arena.attachment(1)
+    ArenaView(attachment).close()
+    if foreign == "a file":
+        fd = os.open(tmp_path / "f", os.O_RDWR | os.O_CREAT)
+    else:
+        fd = os.memfd_create("litecache-7" if foreign == "the same name" else "litecache-8")
+    os.truncate(fd, attachment.mapping_bytes)
+    with pytest.raises(StorageError, match=f"/fd/{fd} is .*(and not|another file)"):
+        ArenaView(attachment._replace(arena_fd=fd))
+    os.close(fd)
+    arena.close()
+
+
+def test_a_symlink_or_another_file_at_the_arena_s_path_is_refused(tmp_path: Path) -> None:
+    arena = Arena(MIB, 64 << 10, 7, use_memfd=False)
+    attachment = arena.attachment(1)
+    ArenaView(attachment).close()
+    (tmp_path / "link").symlink_to(arena.path or "")
+    (tmp_path / "other").write_bytes(bytes(attachment.mapping_bytes))
+    for name in ("link", "other"):
+        with pytest.raises(StorageError, match=name):
+            ArenaView(attachment._replace(arena_path=str(tmp_path / name)))
+    arena.close()
+
+
+def test_ram_grows_again_after_memory_was_short_for_a_while(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    short, real = [False], os.posix_fallocate
+
+    def fallocate(fd: int, start: int, nbytes: int) -> None:
+        if short[0]:
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+        real(fd, start, nbytes)
+
+    monkeypatch.setattr(os, "posix_fallocate", fallocate)
+    nbytes = 64 << 10
+    with ShardStore(None, ram_bytes=4 * MIB, io_threads=0) as store:
+        client = LocalShardClient(store)
+
+        def used_after(number: int) -> int:
+            for ref in client.reserve(nbytes, 1):
+                client.commit([CommitItem(*ref, key_of(number), ROOT)])
+            used = store.stats()["ram_bytes_used"]
+            assert isinstance(used, int)
+            return used
+
+        assert used_after(0) == nbytes
+        short[0] = True
+        held = max(used_after(number) for number in range(1, 40))
+        assert held < 4 * MIB // 2
+        assert store.query([key_of(39)]) == [True], "what RAM there is goes on"
+        short[0] = False
+        deadline = time.monotonic() + 60
+        for number in itertools.count(100):
+            if used_after(number) == 4 * MIB:
+                break
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        store.check_integrity()
+        client.close()
