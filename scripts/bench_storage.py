@@ -3,7 +3,7 @@
 `--dir D` (required): where the store and the raw file lie. Blocks go through the API of a real
 `StorageShard` actor in batches of 64 (`--in-process` measures a store of this process instead).
 Shard and limit alternate in turns of 256 MiB; the figure is the median of the paired ratios.
-`--index` measures the key index instead.
+`--index` measures the key index instead, `--against DIR` beside that of another checkout.
 
     python scripts/bench_storage.py --dir /var/tmp/bench --json out.json --plot out.png
 """
@@ -31,6 +31,7 @@ def arguments() -> Namespace:
     made = parser(__doc__ or "")
     made.add_argument("--dir", help="folder on the disk to measure")
     made.add_argument("--index", action="store_true", help="measure the key index instead")
+    made.add_argument("--against", type=Path, metavar="DIR", help="another checkout to compare")
     made.add_argument(
         "--in-process", action="store_true", help="measure without the actor and without Ray"
     )
@@ -66,7 +67,7 @@ def main() -> None:
     args = arguments()
     report = Report("Disk tier", args.json, {"through": "the client of this process"})
     if args.index:
-        bench_index(report, args.quick)
+        bench_index(report, args.quick, args.against)
         report.show()
         return
     if not args.in_process:

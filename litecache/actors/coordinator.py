@@ -7,6 +7,7 @@ engine, and it is never on the way of a token.
 
 from __future__ import annotations
 
+import gc
 import os
 import uuid
 from typing import Any
@@ -31,6 +32,8 @@ class Coordinator:
         self._epoch = uuid.uuid4().hex
         self._locations = LocationMap()
         self._router = Router()
+        gc.collect()
+        gc.freeze()  # millions of keys would be looked through again and again
 
     def __repr__(self) -> str:
         return f"Coordinator({self._group})"

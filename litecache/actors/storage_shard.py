@@ -9,6 +9,7 @@ transformers and never touches a GPU. Batches come and go as the packed messages
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import threading
@@ -82,6 +83,8 @@ class StorageShard:
         self._store = store
         self._reporter = self._make_reporter()
         self._exporter = MetricsExporter(self._metrics, {"group": self._group, "actor": self._name})
+        gc.collect()
+        gc.freeze()  # millions of keys would be looked through again and again
 
     def _make_reporter(self) -> LocationReporter:
         sink = CoordinatorClient(self._group)

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import random
+
 import hypothesis.strategies as st
 import pytest
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from litecache.actors.location_map import MAX_SHARDS, LocationMap, pack_keys, unpack_keys
+from litecache.storage.key_dict import BATCH_KEYS
 
 KEYS = [bytes([i]) * 16 for i in range(12)]
 # One number is drawn much faster than a set.
@@ -151,3 +154,54 @@ class LocationMachine(RuleBasedStateMachine):
 
 
 TestLocationMachine = pytest.mark.no_cover(LocationMachine.TestCase)
+
+
+def random_keys(count: int, seed: int) -> list[bytes]:
+    raw = random.Random(seed).randbytes(16 * count)
+    return [raw[at : at + 16] for at in range(0, len(raw), 16)]
+
+
+class CountedSteps(dict[bytes, int]):
+    """A part of the map that counts what is read from it."""
+
+    steps = 0
+
+    def get(self, key: bytes, default: int = 0) -> int:  # type: ignore[override]
+        CountedSteps.steps += 1
+        return super().get(key, default)
+
+
+def test_a_large_shard_is_forgotten_in_small_steps_with_the_calls_that_follow() -> None:
+    located = joined(("a", "n1"), ("b", "n2"))
+    keys = random_keys(60_000, 1)
+    for shard, mine in (("a", keys[:50_000]), ("b", keys[40_000:])):
+        assert located.begin_resync(shard, f"n-{shard}", 2, 0)
+        for start in range(0, len(mine), BATCH_KEYS):
+            part = mine[start : start + BATCH_KEYS]
+            assert located.add_keys(shard, 2, part, part[-1] is mine[-1])
+    parts = {id(part): CountedSteps(part) for part in located._holders.dicts}
+    located._holders.parts = [parts[id(part)] for part in located._holders.parts]
+    located._holders.dicts = list(parts.values())
+    CountedSteps.steps = 0
+    assert located.begin_resync("a", "n-a", 3, 0)
+    assert located.add_keys("a", 3, [], True)
+    assert CountedSteps.steps <= 2 * BATCH_KEYS, "forgetting took all its steps at once"
+    assert located.keys_of("a") == set()
+    assert set(located.locate(keys[:40_000])) == {None}
+    assert set(located.locate(keys[40_000:], exclude_node="n-a")) == {"b"}
+    for seq in range(1, 40):
+        CountedSteps.steps = 0
+        assert located.apply("a", "n-a", 3, seq, [keys[seq]], [])
+        assert CountedSteps.steps <= BATCH_KEYS + 1
+        located.check_integrity()
+    assert len(located) == 20_000 + 39, "what nobody holds any more was not forgotten"
+    assert located.keys_of("a") == set(keys[1:40])
+
+
+def test_bits_of_shards_that_restart_again_and_again_are_used_again() -> None:
+    located = joined(("a", "n1"))
+    for epoch in range(2, 300):
+        assert located.begin_resync("a", "n1", epoch, 0)
+        assert located.add_keys("a", epoch, KEYS[:3], True)
+    assert max(part.get(key, 0) for part in located._holders.dicts for key in part) < 1 << 8
+    located.check_integrity()
