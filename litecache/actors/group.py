@@ -140,7 +140,7 @@ class Group:
         spec = GroupSpec.from_description(group, description)
         deadline = time.monotonic() + timeout_s
         replicas = [_find(replica_name(group, i), deadline) for i in range(spec.replicas)]
-        info = wait_loaded(replicas, deadline)
+        info = wait_loaded(replicas, deadline, all_of_them=False)
         shards = {}
         for name in _shard_names(spec, replicas):
             with contextlib.suppress(ValueError):

@@ -17,7 +17,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from litecache.actors import storage_shard
-from litecache.actors.calls import result
+from litecache.actors.calls import ActorEndedError, result
 from litecache.actors.coordinator import Coordinator
 from litecache.actors.gpu_cache import GpuCache
 from litecache.actors.group_spec import GroupSpec
@@ -129,13 +129,24 @@ class GroupStart:
         return actor_class.options(**options)
 
 
-def wait_loaded(replicas: list[Any], deadline: float) -> Any:
-    """The `EngineInfo` of the replicas, once all have loaded the model."""
-    infos = result(
-        [replica.info.remote() for replica in replicas],
-        max(1.0, deadline - time.monotonic()),
-        "loading the model",
-    )
+def wait_loaded(replicas: list[Any], deadline: float, *, all_of_them: bool = True) -> Any:
+    """The `EngineInfo` of the replicas, once they have loaded the model.
+
+    Args:
+        replicas: their handles.
+        deadline: by the monotonic clock.
+        all_of_them: False passes over those that have left the group, while one is there.
+    """
+    infos = []
+    for asked in [replica.info.remote() for replica in replicas]:
+        try:
+            infos.append(result(asked, max(1.0, deadline - time.monotonic()), "loading the model"))
+        except ActorEndedError as error:
+            left = error
+            if all_of_them:
+                raise
+    if not infos:
+        raise left
     return infos[0]
 
 

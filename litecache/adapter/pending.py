@@ -33,6 +33,7 @@ class PendingRequest:
         streaming: somebody looks at each token as it comes.
         first_token_at: `time.perf_counter()` of the first token's arrival.
         finished_at: the same of the last one's.
+        tried: names of replicas that stopped answering while they had it.
 
     Args:
         request: what to do.
@@ -57,6 +58,7 @@ class PendingRequest:
         self.submitted_at = time.perf_counter()
         self.first_token_at: float | None = None
         self.finished_at: float | None = None
+        self.tried: set[str] = set()
         self._error: Exception | None = None
         self._attempt = 0
         self._pid = os.getpid()

@@ -12,7 +12,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from litecache.actors.answers import Answer
@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 GIVE_UP_S = 300.0
 # One that Ray calls ended gets a moment, too: a moved actor is announced late.
 _GIVE_UP_ENDED_S = 5.0
+# A replica that is silent for so long gives its requests to others, where there are any.
+_MOVE_S = 5.0
 _RETRY_S = 0.1
 _LOST = "lost"
 
@@ -42,12 +44,25 @@ class ReplicaPoller:
         client_id: names this driver.
         name: of the replica, for messages.
         give_up_s: how long an actor may be unreachable before its requests fail.
+        move: called with this poller when the replica does not answer: who takes its requests
+            with `give_up` goes on with them elsewhere.
+
+    Attributes:
+        name: see above.
+        silent_since: when the replica stopped answering; None while it answers, as far as known.
     """
 
     def __init__(
-        self, handle: Any, client_id: str, name: str, *, give_up_s: float = GIVE_UP_S
+        self,
+        handle: Any,
+        client_id: str,
+        name: str,
+        *,
+        give_up_s: float = GIVE_UP_S,
+        move: Callable[[ReplicaPoller], None] | None = None,
     ) -> None:
-        self._client_id, self._name = client_id, name
+        self.name, self._client_id, self._move = name, client_id, move
+        self.silent_since: float | None = None
         self._calls = ReplicaCalls(handle, name)
         self._give_up_s = give_up_s
         self._open: dict[str, PendingRequest] = {}
@@ -108,7 +123,7 @@ class ReplicaPoller:
         epoch = _LOST
         try:
             answer = self._calls.submit(self._client_id, requests)
-            epoch = answer.get(CALL_TIMEOUT_S, f"{self._name}: submit")
+            epoch = answer.get(CALL_TIMEOUT_S, f"{self.name}: submit")
         except UNREACHABLE as error:
             # The poll thread submits them again when the actor is back.
             logger.warning("%s", error)
@@ -155,10 +170,28 @@ class ReplicaPoller:
         if wire_ids:
             self._calls.abort(wire_ids)
 
+    def give_up(self, num_replicas: int) -> list[PendingRequest]:
+        """Let go of the requests that some other replica has not been tried with yet."""
+        with self._condition:
+            for pending in self._open.values():
+                pending.tried.add(self.name)
+            ids = [w for w, pending in self._open.items() if len(pending.tried) < num_replicas]
+            return [pending for pending in self._drop(ids) if pending.next_attempt()]
+
+    def _move_after(self, patience_s: float) -> float:
+        """The replica does nothing: let others go on after so long; how long it was silent."""
+        now = time.monotonic()
+        self.silent_since = self.silent_since or now
+        silent_s = now - self.silent_since
+        if self._move is not None and silent_s >= patience_s:
+            self._move(self)
+        return silent_s
+
     def _run(self) -> None:
-        failing_since: float | None = None
         while True:
-            if failing_since is None:
+            if not self._open:
+                self.silent_since = None  # what is not asked is not silent
+            if self.silent_since is None:
                 with contextlib.suppress(LiteCacheError):  # the poll will say it
                     self._calls.connect()
             with self._condition:
@@ -173,25 +206,27 @@ class ReplicaPoller:
                 reply = self._receive(ref)
                 self._mark(ids, reply.epoch or _LOST)
                 self._take(reply)
-                failing_since, self._unreachable = None, False
+                self._unreachable = False
+                if reply.epoch:
+                    self.silent_since = None
+                else:
+                    self._move_after(_MOVE_S)  # it is loading its model, which may take minutes
             except UNREACHABLE as error:
                 self._calls.disconnect()
                 self._mark(ids, _LOST)
                 self._unreachable = True
                 self._end_abandoned()
-                now = time.monotonic()
-                failing_since = failing_since or now
                 logger.info("%s", error)
                 ended = isinstance(error, ActorEndedError)
                 patience_s = min(self._give_up_s, _GIVE_UP_ENDED_S if ended else self._give_up_s)
-                if now - failing_since > patience_s:
+                if self._move_after(0.0 if ended else _MOVE_S) > patience_s:
                     self._fail(
                         list(self._open),
                         GroupUnavailableError(
-                            f"{self._name} has not answered for {patience_s:g} s: {error}"
+                            f"{self.name} has not answered for {patience_s:g} s: {error}"
                         ),
                     )
-                    failing_since = None
+                    self.silent_since = None
                 time.sleep(_RETRY_S)
             except LiteCacheError as error:
                 # With a submission: it was refused. Without: the model cannot be loaded again, or
@@ -199,8 +234,8 @@ class ReplicaPoller:
                 self._fail(ids or list(self._open), error)
             except Exception as error:
                 # Callers must not wait for ever, whatever it is.
-                logger.exception("%s: polling failed", self._name)
-                text = f"{self._name}: polling failed: {type(error).__name__}: {error}"
+                logger.exception("%s: polling failed", self.name)
+                text = f"{self.name}: polling failed: {type(error).__name__}: {error}"
                 self._fail(list(self._open), GroupUnavailableError(text))
         self._calls.disconnect()
 
@@ -214,7 +249,7 @@ class ReplicaPoller:
 
     def _receive(self, answer: Answer) -> PollReply:
         patience_s = 2 * POLL_HOLD_S + CALL_TIMEOUT_S
-        reply: PollReply = answer.get(patience_s, f"{self._name}: poll")
+        reply: PollReply = answer.get(patience_s, f"{self.name}: poll")
         return reply
 
     def _take(self, reply: PollReply) -> None:
@@ -257,7 +292,7 @@ class ReplicaPoller:
             return
         logger.warning(
             "%s restarted: submitting %d request(s) again, with the tokens so far",
-            self._name,
+            self.name,
             len(ids),
         )
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 
 from litecache.actors.group import Group
 from litecache.actors.naming import replica_name
@@ -29,8 +30,11 @@ class ReplicaSet:
 
     def __init__(self, group: Group, client_id: str) -> None:
         self._group = group
+        # While a request moves no poller has it, so an abort waits.
+        self._moving = threading.RLock()
+        move = self._move if len(group.replicas) > 1 else None
         self.pollers = [
-            ReplicaPoller(handle, client_id, replica_name(group.spec.group, index))
+            ReplicaPoller(handle, client_id, replica_name(group.spec.group, index), move=move)
             for index, handle in enumerate(group.replicas)
         ]
 
@@ -51,8 +55,23 @@ class ReplicaSet:
         """End a request; an unknown one is passed over, and so are all in a forked process."""
         if os.getpid() != self._group.connection.pid:
             return
-        for poller in self.pollers:
-            poller.abort(request_id)
+        with self._moving:
+            for poller in self.pollers:
+                poller.abort(request_id)
+
+    def _move(self, silent: ReplicaPoller) -> None:
+        """Go on elsewhere with the requests of a replica that does not answer."""
+        with self._moving:
+            for row in silent.give_up(len(self.pollers)):
+                others = [poller for poller in self.pollers if poller.name not in row.tried]
+                target = min(others, key=lambda p: (p.silent_since is not None, p.load))
+                logger.warning(
+                    "%s does not answer: %s goes on with its request", silent.name, target.name
+                )
+                try:
+                    target.submit([row])
+                except LiteCacheError as error:
+                    row.fail(error)
 
     def route(self, request: Request) -> int:
         """The coordinator's choice; without it the replica with the fewest open requests."""
@@ -65,7 +84,11 @@ class ReplicaSet:
         except LiteCacheError as error:
             logger.info("routed without the coordinator: %s", error)
             index = None
-        if index is None or index >= len(self.pollers):
-            loads = [poller.load for poller in self.pollers]
-            index = loads.index(min(loads))
+        if index is None or self._is_silent(index):
+            # of those that answer, if any does
+            order = range(len(self.pollers))
+            index = min(order, key=lambda i: (self._is_silent(i), self.pollers[i].load))
         return index
+
+    def _is_silent(self, index: int) -> bool:
+        return index >= len(self.pollers) or self.pollers[index].silent_since is not None

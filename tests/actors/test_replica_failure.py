@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from typing import Any
 
@@ -13,7 +14,10 @@ from litecache.actors.calls import ActorEndedError, result
 from litecache.actors.coordinator_client import CoordinatorClient
 from litecache.actors.gpu_cache import MAX_RESTARTS
 from litecache.actors.group import Group
+from litecache.adapter.pending import PendingRequest
+from litecache.adapter.replica_set import ReplicaSet
 from litecache.errors import LiteCacheError
+from litecache.types import Request, SamplingParams
 
 pytestmark = pytest.mark.slow
 
@@ -27,6 +31,17 @@ def break_engine(replica: Any) -> None:
         engine.abort(["nobody"])
 
     replica.__ray_call__.remote(broken)
+
+
+def slow_down(replica: Any) -> None:
+    """Let a step take so long that there is time to end it in the middle of a request."""
+
+    def slow(actor: Any) -> None:
+        runner = actor._loading.result()._runner
+        execute = runner.execute
+        runner.execute = lambda plan: (time.sleep(0.05), execute(plan))[1]
+
+    result(replica.__ray_call__.remote(slow), 30, "slowing down")
 
 
 def wait_for(replica: Any, pid: int) -> dict[str, Any]:
@@ -64,5 +79,38 @@ def test_an_engine_that_dies_is_replaced_until_that_has_not_helped(ray_local: No
         (said,) = (each["error"] for name, each in group.status().items() if ":gpu:" in name)
         assert "has left its group" in said
         assert coordinator.route([bytes(16)]) is None
+    finally:
+        group.stop(1.0)
+
+
+def test_what_a_replica_that_left_was_doing_goes_on_with_the_others(ray_local: None) -> None:
+    group = Group.start(dataclasses.replace(make_spec("leaving"), replicas=2))
+    try:
+        replicas = ReplicaSet(group, "c")
+        prompt = list(range(1, 20))
+        sampling = SamplingParams(max_new_tokens=60, temperature=1.0, seed=7)
+
+        def begin(name: str) -> PendingRequest:
+            pending = PendingRequest(Request(name, "c", prompt, sampling), streaming=True)
+            replicas.submit([pending])
+            return pending
+
+        expected = begin("undisturbed").wait()
+        for index, replica in enumerate(group.replicas):
+            slow_down(replica)
+            for number in range(MAX_RESTARTS):
+                group.coordinator.report_failure(index, f"failure {number}")
+        disturbed = begin("disturbed")
+        next(disturbed.stream())
+        (running,) = (i for i, poller in enumerate(replicas.pollers) if poller.load)
+        break_engine(group.replicas[running])
+        assert disturbed.wait() == expected
+        assert disturbed.tried == {replicas.pollers[running].name}
+        # what comes later avoids it, and joining finds the one that is left
+        assert begin("later").wait() == expected
+        joined = Group.attach("leaving", timeout_s=60)
+        assert joined.info == group.info
+        for poller in replicas.pollers:
+            poller.close()
     finally:
         group.stop(1.0)
