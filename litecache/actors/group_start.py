@@ -61,6 +61,8 @@ class GroupStart:
                 Coordinator, coordinator_name(spec.group), "coordinator", _COORDINATOR_OPTIONS
             ).remote(spec.group, spec.describe())
         except ValueError as error:
+            if coordinator_name(spec.group) not in actor_names(spec.group):
+                raise GroupError(f"the coordinator cannot be made: {error}") from error
             raise GroupError(f"a group {spec.group!r} is there already: join it") from error
         resources: dict[str, Any] = {"num_cpus": 1} if not spec.num_gpus else {}
         resources["num_gpus"] = spec.num_gpus

@@ -40,8 +40,29 @@ def check_actor_options(options: dict[str, dict[str, Any]] | None) -> dict[str, 
                 raise ConfigError(
                     f"actor_options[{kind!r}]", name, "options other than the actor's name and life"
                 )
+        _check_with_ray(kind, values)
         checked[kind] = dict(values)
     return checked
+
+
+class _Actor:
+    """For Ray to check options with; it is never started."""
+
+
+def _check_with_ray(kind: str, values: dict[str, Any]) -> None:
+    valid = "options of Ray actors"
+    try:
+        ray.remote(_Actor).options(**values)
+        if any(isinstance(value, int) and abs(value) >= 1 << 62 for value in values.values()):
+            valid += ", of at most 62 bits"
+            raise OverflowError
+        if values.get("max_concurrency") == 0:
+            valid += ", with a max_concurrency of at least 1"
+            raise ValueError
+    except Exception as error:  # whatever Ray makes of them
+        first = (str(error).strip().splitlines() or [""])[0]
+        valid += f" ({first})" if first else ""
+        raise ConfigError(f"actor_options[{kind!r}]", values, valid) from error
 
 
 def choose_num_gpus(config: CacheConfig, options: dict[str, dict[str, Any]]) -> float:

@@ -41,7 +41,13 @@ from litecache.adapter.results import ReuseReport
 from litecache.adapter.sources import resolve_model
 from litecache.adapter.stats import CacheStats
 from litecache.adapter.streaming import TextDecoder, TokenStream, feed_streamer
-from litecache.adapter.values import check_count, check_flag, check_number, check_text
+from litecache.adapter.values import (
+    check_count,
+    check_flag,
+    check_number,
+    check_text,
+    has_methods,
+)
 from litecache.config import CacheConfig
 from litecache.engine.model_checks import check_config, check_shape, choose_max_model_len
 from litecache.errors import ConfigError, LiteCacheError, outline
@@ -93,7 +99,10 @@ class KVCacheAdapter:
             if (name == "replicas" or count is not None) and check_count(name, count, 1) > 4096:
                 raise ConfigError(name, count, "an integer of at least 1 and at most 4096")
         check_flag("detached", detached)
-        if tokenizer is not None and not callable(getattr(tokenizer, "decode", None)):
+        if tokenizer is not None and not (
+            has_methods(tokenizer, "decode", "__call__")
+            or has_methods(tokenizer, "decode", "encode")
+        ):
             raise ConfigError("tokenizer", tokenizer, "a tokenizer of transformers, or None")
         if group is not None:
             check_group_name(group)
@@ -199,10 +208,8 @@ class KVCacheAdapter:
         self._check_open()
         given = one_input(inputs, kwargs.pop("input_ids", None))
         mask = kwargs.pop("attention_mask", None)
-        if streamer is not None:
-            for method in ("put", "end"):
-                if not callable(getattr(streamer, method, None)):
-                    raise ConfigError("streamer", streamer, "an object with put() and end()")
+        if streamer is not None and not has_methods(streamer, "put", "end"):
+            raise ConfigError("streamer", streamer, "an object with put() and end()")
         settings = translate(generation_config, kwargs, self.generation_config)
         if settings.logprobs is not None and not settings.return_dict:
             raise ConfigError("logprobs", settings.logprobs, "with return_dict_in_generate=True")

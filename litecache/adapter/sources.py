@@ -77,8 +77,8 @@ def resolve_model(model: Any, *, weights: str = "auto", seed: int = 0) -> Resolv
     """
     if weights not in WEIGHTS:
         raise ConfigError("weights", weights, f"one of {', '.join(WEIGHTS)}")
-    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
-        raise ConfigError("seed", seed, "an integer of at least 0")
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 1 << 63:
+        raise ConfigError("seed", seed, "an integer from 0 to 2**63 - 1")
     if isinstance(model, PretrainedConfig):
         if weights != "random":
             raise ConfigError("weights", weights, '"random", because a config has no weights')

@@ -17,6 +17,14 @@ def check_flag(name: str, value: Any) -> bool:
     return value
 
 
+def has_methods(value: Any, *names: str) -> bool:
+    """Whether an object can be called by all these names; one that raises when asked has none."""
+    try:
+        return all(callable(getattr(value, name, None)) for name in names)
+    except Exception:
+        return False
+
+
 def check_count(name: str, value: Any, low: int) -> int:
     """An integer of at least `low`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < low:

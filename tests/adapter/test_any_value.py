@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import warnings
 from collections.abc import Callable
@@ -64,7 +65,9 @@ FIELDS = sorted(
 )
 # Good values go on to run: what they come to must stay short.
 SHORT: dict[str, Any] = {"max_new_tokens": 2}
-PER_CALL = settings(suppress_health_check=list(HealthCheck))
+# As many examples as the profile has; FUZZ_EXAMPLES says how many for a longer search.
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", settings.default.max_examples))
+PER_CALL = settings(max_examples=EXAMPLES, suppress_health_check=list(HealthCheck))
 
 
 def ends_well(call: Callable[[], Any]) -> Any:
@@ -171,7 +174,8 @@ def good(name: str, value: Any) -> bool:
     if name == "group":
         return type(value) is str and re.fullmatch(r"[A-Za-z0-9._-]{1,64}", value) is not None
     if name in ("seed", "replicas", "num_threads"):
-        return type(value) is int and (0 if name == "seed" else 1) <= value <= 4096
+        low, high = (0, 2**63 - 1) if name == "seed" else (1, 4096)
+        return type(value) is int and low <= value <= high
     return name == "detached" and type(value) is bool
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,12 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"seed": -1}, ConfigError, r"seed=-1"),
         ({"weights": "auto"}, ConfigError, r"weights='auto'"),
         ({"actor_options": {"cpu": {}}}, ConfigError, r"actor_options='cpu'"),
+        ({"actor_options": {"gpu": {"num_cpus": math.nan}}}, ConfigError, r"\['gpu'\].*num_cpus"),
+        ({"actor_options": {"shard": {"no_such": 1}}}, ConfigError, r"\['shard'\].*no_such"),
+        ({"actor_options": {"gpu": {"num_gpus": "x"}}}, ConfigError, r"\['gpu'\].*num_gpus"),
+        ({"actor_options": {"shard": {"max_concurrency": 0}}}, ConfigError, r"\['shard'\]"),
+        ({"actor_options": {"shard": {"max_restarts": 2**70}}}, ConfigError, r"\['shard'\]"),
+        ({"actor_options": {"coordinator": {5: 5}}}, ConfigError, r"\['coordinator'\]"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_starts(
