@@ -26,7 +26,7 @@ from litecache.engine.kv_layout import KVLayout, KVPool
 from litecache.engine.model_loader import load_model
 from litecache.engine.model_runner import ModelRunner
 from litecache.engine.model_source import ModelSource
-from litecache.engine.step_plan import NewRow, RowStep, StepPlan, TableUpdate
+from litecache.engine.scheduling.step_plan import NewRow, RowStep, StepPlan, TableUpdate
 from litecache.types import SamplingParams
 
 DECODES = ((1, 512), (16, 512), (64, 1024))

@@ -68,7 +68,7 @@ def test_setup_refuses_an_unknown_mode() -> None:
         ("litecache", ("torch", "ray", "transformers", "triton")),
         ("litecache.storage", ("torch", "ray", "transformers", "triton")),
         ("litecache.config", ("torch", "ray", "transformers", "triton")),
-        ("litecache.engine.scheduler, litecache.kernels", ("ray",)),
+        ("litecache.engine.scheduling.scheduler, litecache.kernels", ("ray",)),
     ],
 )
 def test_importing_a_layer_does_not_load_what_it_must_not_need(

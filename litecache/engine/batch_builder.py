@@ -18,8 +18,8 @@ from litecache.engine.logit_rules import RuledSample
 from litecache.engine.random_numbers import position_keys
 from litecache.engine.row_tables import RowTables
 from litecache.engine.sampler import EVERY_TOKEN
+from litecache.engine.scheduling.step_plan import RowStep, StepPlan, TableUpdate
 from litecache.engine.step_buffers import STRUCK_TOKENS, Fields, StepBuffers, StepShape
-from litecache.engine.step_plan import RowStep, StepPlan, TableUpdate
 from litecache.errors import ConfigError
 
 Ints = npt.NDArray[np.int64]

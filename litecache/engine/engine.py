@@ -25,17 +25,17 @@ import torch
 from litecache.config import CacheConfig
 from litecache.engine.engine_info import EngineInfo
 from litecache.engine.kv_layout import KVLayout, KVPool
-from litecache.engine.lower_tiers import LowerTiers
 from litecache.engine.memory import choose_num_blocks, memory_for
 from litecache.engine.model_loader import LoadedModel, load_model
 from litecache.engine.model_runner import ModelRunner, StepHandle
 from litecache.engine.model_source import ModelSource
-from litecache.engine.prefix_cache import PrefixCache
 from litecache.engine.progress import progress_bar
 from litecache.engine.request_checks import check_real, check_text, check_texts
-from litecache.engine.schedule import Schedule
-from litecache.engine.scheduler import Scheduler
-from litecache.engine.shard_set import RemoteSource
+from litecache.engine.scheduling.orders import Schedule
+from litecache.engine.scheduling.prefix_cache import PrefixCache
+from litecache.engine.scheduling.scheduler import Scheduler
+from litecache.engine.transfer.lower_tiers import LowerTiers
+from litecache.engine.transfer.shard_set import RemoteSource
 from litecache.errors import ConfigError, LiteCacheError, RequestTimeout
 from litecache.metrics import Metrics
 from litecache.storage.client import ShardClient

@@ -24,8 +24,8 @@ from litecache.engine.logprobs import LogprobRows
 from litecache.engine.model_loader import LoadedModel
 from litecache.engine.row_tables import RowTables
 from litecache.engine.sampler import INVALID_TOKEN, SamplingBatch, sample
+from litecache.engine.scheduling.step_plan import BlockCopy, StepPlan, StepResult
 from litecache.engine.step_buffers import STRUCK_TOKENS, StepBuffers, StepShape
-from litecache.engine.step_plan import BlockCopy, StepPlan, StepResult
 from litecache.kernels import AttentionMetadata, copy_blocks
 from litecache.kernels.decode_copies import SCRATCH, DecodeCopies
 

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from litecache.config import CacheConfig, check_integer
-from litecache.engine.block_pool import BlockPool
 from litecache.engine.kv_layout import KVLayout, KVPool, KVSpec
+from litecache.engine.scheduling.block_pool import BlockPool
 from litecache.errors import CapacityError, ConfigError, KernelError, outline
 from litecache.kernels import TRASH_BLOCK, AttentionMetadata, copy_blocks, paged_attention, store_kv
 from litecache.kernels.checks import contents_checked

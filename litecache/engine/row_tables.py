@@ -15,8 +15,8 @@ import torch
 from litecache.engine.kv_layout import KVLayout
 from litecache.engine.logit_rules import RowRules
 from litecache.engine.random_numbers import stream_keys
+from litecache.engine.scheduling.step_plan import NewRow, TableUpdate
 from litecache.engine.step_buffers import STRUCK_TOKENS
-from litecache.engine.step_plan import NewRow, TableUpdate
 
 
 class RowTables:

@@ -18,7 +18,7 @@ from litecache.actors import shard_client
 from litecache.actors.calls import result
 from litecache.actors.shard_client import RayShardClient
 from litecache.actors.storage_shard import StorageShard
-from litecache.engine.shard_set import ShardSet
+from litecache.engine.transfer.shard_set import ShardSet
 from litecache.errors import StorageError, StorageLockedError
 from litecache.metrics import Metrics
 from litecache.storage import wire

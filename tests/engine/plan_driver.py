@@ -16,7 +16,7 @@ from litecache.engine.kv_layout import KVLayout, KVPool
 from litecache.engine.model_loader import LoadedModel, load_model
 from litecache.engine.model_runner import ModelRunner, StepHandle
 from litecache.engine.model_source import ModelSource
-from litecache.engine.step_plan import BlockCopy, NewRow, RowStep, StepPlan, TableUpdate
+from litecache.engine.scheduling.step_plan import BlockCopy, NewRow, RowStep, StepPlan, TableUpdate
 from litecache.types import SamplingParams
 
 VOCAB = 211

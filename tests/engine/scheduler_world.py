@@ -13,10 +13,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from litecache.engine.kv_layout import TRASH_BLOCK, KVLayout, KVSpec
-from litecache.engine.prefix_cache import PrefixCache
-from litecache.engine.schedule import LoadOrder, SaveOrder, Schedule, StageOrder
-from litecache.engine.scheduler import Scheduler
-from litecache.engine.step_plan import StepPlan, StepResult
+from litecache.engine.scheduling.orders import LoadOrder, SaveOrder, Schedule, StageOrder
+from litecache.engine.scheduling.prefix_cache import PrefixCache
+from litecache.engine.scheduling.scheduler import Scheduler
+from litecache.engine.scheduling.step_plan import StepPlan, StepResult
 from litecache.hashing import BlockKey, root_key
 from litecache.types import FinishReason, Request, SamplingParams
 

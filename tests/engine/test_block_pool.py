@@ -6,7 +6,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from litecache.engine.block_pool import BlockPool, BlockState
+from litecache.engine.scheduling.block_pool import BlockPool, BlockState
 from litecache.errors import CapacityError
 
 NUM_BLOCKS = 7

@@ -17,7 +17,7 @@ from litecache.config import CacheConfig
 from litecache.engine import memory
 from litecache.engine.engine import Engine
 from litecache.engine.kv_layout import KVLayout
-from litecache.engine.scheduler import Scheduler
+from litecache.engine.scheduling.scheduler import Scheduler
 from litecache.errors import CapacityError
 
 GIB = 1 << 30

@@ -12,10 +12,10 @@ from engine_harness import Harness, family_source
 from plan_driver import FAMILIES, random_prompt, stock_generate, tiny_model
 
 from litecache.config import CacheConfig
-from litecache.engine import loader
 from litecache.engine.engine import Engine
 from litecache.engine.model_runner import StepHandle
-from litecache.engine.step_plan import StepPlan
+from litecache.engine.scheduling.step_plan import StepPlan
+from litecache.engine.transfer import loader
 from litecache.errors import CapacityError, ConfigError
 from litecache.storage.arena_view import ArenaView
 from litecache.storage.client import LocalShardClient

@@ -14,7 +14,7 @@ import torch
 from engine_harness import Harness, family_source
 
 from litecache.engine.engine import Engine
-from litecache.engine.scheduler import Scheduler
+from litecache.engine.scheduling.scheduler import Scheduler
 from litecache.errors import ConfigError, LiteCacheError, RequestTimeout
 from litecache.types import FinishReason, Request, SamplingParams, TokenDelta
 

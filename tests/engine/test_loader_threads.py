@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 import torch
 
-from litecache.engine.block_copier import BlockCopier, PinnedArenas
-from litecache.engine.loader import LOAD_THREADS, Loader
-from litecache.engine.schedule import LoadOrder, StageOrder
-from litecache.engine.shard_set import ShardSet
+from litecache.engine.scheduling.orders import LoadOrder, StageOrder
+from litecache.engine.transfer.block_copier import BlockCopier, PinnedArenas
+from litecache.engine.transfer.loader import LOAD_THREADS, Loader
+from litecache.engine.transfer.shard_set import ShardSet
 from litecache.metrics import Metrics
 from litecache.storage.client import LocalShardClient
 from litecache.storage.protocol import CommitItem, SlotRef

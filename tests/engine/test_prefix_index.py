@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from litecache.engine.prefix_index import PrefixIndex
+from litecache.engine.scheduling.prefix_index import PrefixIndex
 from litecache.hashing import block_key, chain_keys, root_key
 
 SIZE = 4

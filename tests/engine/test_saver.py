@@ -10,7 +10,8 @@ import torch
 from engine_harness import Harness, family_source
 from plan_driver import random_prompt
 
-from litecache.engine import publisher, saver
+from litecache.engine.scheduling import publisher
+from litecache.engine.transfer import saver
 from litecache.storage.client import LocalShardClient
 from litecache.storage.protocol import SlotRef
 
@@ -114,7 +115,7 @@ def test_a_shard_that_gives_no_slots_is_waited_for_once_and_not_in_every_batch(
 def test_the_saver_goes_on_after_any_exception(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from litecache.engine.shard_set import ShardSet
+    from litecache.engine.transfer.shard_set import ShardSet
 
     def choose(self: ShardSet, run_key: bytes) -> None:
         raise ZeroDivisionError("planted")

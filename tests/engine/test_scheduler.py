@@ -16,12 +16,12 @@ from hypothesis.stateful import (
 )
 from scheduler_world import BLOCK_SIZE, WINDOW, World, expected_output
 
-from litecache.engine.block_pool import BlockPool
-from litecache.engine.plan_builder import PlanBuilder
-from litecache.engine.prefix_index import PartialMatch, PrefixIndex
-from litecache.engine.publisher import Publisher
-from litecache.engine.schedule import LoadOrder
-from litecache.engine.staging import Staging
+from litecache.engine.scheduling.block_pool import BlockPool
+from litecache.engine.scheduling.orders import LoadOrder
+from litecache.engine.scheduling.plan_builder import PlanBuilder
+from litecache.engine.scheduling.prefix_index import PartialMatch, PrefixIndex
+from litecache.engine.scheduling.publisher import Publisher
+from litecache.engine.scheduling.staging import Staging
 from litecache.types import FinishReason
 
 PROMPTS = st.builds(

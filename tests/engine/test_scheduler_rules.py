@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from scheduler_world import World, expected_output
 
-from litecache.engine.schedule import Schedule
-from litecache.engine.step_plan import StepPlan, TableUpdate
+from litecache.engine.scheduling.orders import Schedule
+from litecache.engine.scheduling.step_plan import StepPlan, TableUpdate
 from litecache.types import FinishReason
 
 PROMPT = (0, 1, 1, 0)

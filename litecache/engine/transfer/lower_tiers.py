@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from litecache.engine.block_copier import BlockCopier, PinnedArenas
 from litecache.engine.kv_layout import KVPool
-from litecache.engine.loader import Loader
-from litecache.engine.saver import Saver
-from litecache.engine.schedule import LoadOrder, SaveOrder, Schedule
-from litecache.engine.scheduler import Scheduler
-from litecache.engine.shard_set import RemoteSource, ShardSet
+from litecache.engine.scheduling.orders import LoadOrder, SaveOrder, Schedule
+from litecache.engine.scheduling.scheduler import Scheduler
+from litecache.engine.transfer.block_copier import BlockCopier, PinnedArenas
+from litecache.engine.transfer.loader import Loader
+from litecache.engine.transfer.saver import Saver
+from litecache.engine.transfer.shard_set import RemoteSource, ShardSet
 from litecache.metrics import Metrics
 from litecache.storage.client import ShardClient
 

@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from litecache.engine.block_pool import BlockPool
 from litecache.engine.kv_layout import TRASH_BLOCK, KVGroup
-from litecache.engine.prefix_index import PartialMatch, PrefixIndex, TokenArray
+from litecache.engine.scheduling.block_pool import BlockPool
+from litecache.engine.scheduling.prefix_index import PartialMatch, PrefixIndex, TokenArray
 from litecache.hashing import BlockKey, chain_keys
 
 BlockRef = tuple[int, int]

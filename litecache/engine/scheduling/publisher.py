@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from litecache.engine.kv_layout import TRASH_BLOCK
-from litecache.engine.prefix_cache import PrefixCache, PrefixMatch
-from litecache.engine.schedule import SaveOrder, Schedule
-from litecache.engine.sequence import Sequence
+from litecache.engine.scheduling.orders import SaveOrder, Schedule
+from litecache.engine.scheduling.prefix_cache import PrefixCache, PrefixMatch
+from litecache.engine.scheduling.sequence import Sequence
 
 RUN_BYTES = 16 << 20
 """Bytes of a chain that go to one shard together."""

@@ -10,14 +10,14 @@ import functools
 from collections.abc import Callable
 
 from litecache.engine.kv_layout import TRASH_BLOCK
-from litecache.engine.plan_builder import PlanBuilder
-from litecache.engine.prefix_cache import PrefixCache, PrefixMatch
-from litecache.engine.publisher import Publisher
-from litecache.engine.request_queues import RequestQueues
-from litecache.engine.schedule import Schedule
-from litecache.engine.sequence import Sequence, SequenceStatus
-from litecache.engine.staging import Staging
-from litecache.engine.step_plan import NewRow, TableUpdate
+from litecache.engine.scheduling.orders import Schedule
+from litecache.engine.scheduling.plan_builder import PlanBuilder
+from litecache.engine.scheduling.prefix_cache import PrefixCache, PrefixMatch
+from litecache.engine.scheduling.publisher import Publisher
+from litecache.engine.scheduling.request_queues import RequestQueues
+from litecache.engine.scheduling.sequence import Sequence, SequenceStatus
+from litecache.engine.scheduling.staging import Staging
+from litecache.engine.scheduling.step_plan import NewRow, TableUpdate
 from litecache.token_ids import TokenIds
 from litecache.types import Tier
 

@@ -7,10 +7,10 @@ finds its blocks in the pool. A failed copy is a miss and nothing else.
 
 from __future__ import annotations
 
-from litecache.engine.prefix_cache import BlockRef, PrefixCache
-from litecache.engine.publisher import Publisher
-from litecache.engine.schedule import LoadOrder, Schedule, StageOrder
-from litecache.engine.sequence import Sequence, SequenceStatus
+from litecache.engine.scheduling.orders import LoadOrder, Schedule, StageOrder
+from litecache.engine.scheduling.prefix_cache import BlockRef, PrefixCache
+from litecache.engine.scheduling.publisher import Publisher
+from litecache.engine.scheduling.sequence import Sequence, SequenceStatus
 from litecache.types import Tier
 
 MAX_STAGING = 8

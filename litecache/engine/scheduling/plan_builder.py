@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from litecache.engine.sequence import Sequence
-from litecache.engine.step_plan import BlockCopy, NewRow, RowStep, StepPlan, TableUpdate
+from litecache.engine.scheduling.sequence import Sequence
+from litecache.engine.scheduling.step_plan import BlockCopy, NewRow, RowStep, StepPlan, TableUpdate
 
 
 @dataclass

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from litecache.engine.prefix_cache import BlockRef
-from litecache.engine.step_plan import StepPlan
+from litecache.engine.scheduling.prefix_cache import BlockRef
+from litecache.engine.scheduling.step_plan import StepPlan
 from litecache.hashing import BlockKey
 from litecache.types import TokenDelta
 

@@ -17,16 +17,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 
-from litecache.engine.admission import Admission
 from litecache.engine.kv_layout import TRASH_BLOCK
-from litecache.engine.plan_builder import Launched, PlanBuilder
-from litecache.engine.prefix_cache import BlockRef, PrefixCache
-from litecache.engine.publisher import Publisher
-from litecache.engine.request_queues import RequestQueues
-from litecache.engine.schedule import LoadOrder, SaveOrder, Schedule
-from litecache.engine.sequence import Sequence, SequenceStatus
-from litecache.engine.staging import Staging
-from litecache.engine.step_plan import StepResult, TableUpdate
+from litecache.engine.scheduling.admission import Admission
+from litecache.engine.scheduling.orders import LoadOrder, SaveOrder, Schedule
+from litecache.engine.scheduling.plan_builder import Launched, PlanBuilder
+from litecache.engine.scheduling.prefix_cache import BlockRef, PrefixCache
+from litecache.engine.scheduling.publisher import Publisher
+from litecache.engine.scheduling.request_queues import RequestQueues
+from litecache.engine.scheduling.sequence import Sequence, SequenceStatus
+from litecache.engine.scheduling.staging import Staging
+from litecache.engine.scheduling.step_plan import StepResult, TableUpdate
 from litecache.errors import CapacityError
 from litecache.hashing import BlockKey
 from litecache.types import FinishReason, Request, TokenDelta, TokenLogprobs

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 
-from litecache.engine.sequence import Sequence, SequenceStatus
+from litecache.engine.scheduling.sequence import Sequence, SequenceStatus
 
 
 class RequestQueues:

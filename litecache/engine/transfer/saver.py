@@ -12,10 +12,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from litecache.engine.block_copier import BlockCopier
 from litecache.engine.kv_layout import KVPool
-from litecache.engine.schedule import SaveOrder
-from litecache.engine.shard_set import ShardSet
+from litecache.engine.scheduling.orders import SaveOrder
+from litecache.engine.transfer.block_copier import BlockCopier
+from litecache.engine.transfer.shard_set import ShardSet
 from litecache.errors import StorageError
 from litecache.hashing import BlockKey
 from litecache.metrics import Metrics

@@ -15,11 +15,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
-from litecache.engine.block_copier import BlockCopier
 from litecache.engine.kv_layout import KVPool
-from litecache.engine.prefix_cache import BlockRef
-from litecache.engine.schedule import LoadOrder, StageOrder
-from litecache.engine.shard_set import Lease, ShardSet
+from litecache.engine.scheduling.orders import LoadOrder, StageOrder
+from litecache.engine.scheduling.prefix_cache import BlockRef
+from litecache.engine.transfer.block_copier import BlockCopier
+from litecache.engine.transfer.shard_set import Lease, ShardSet
 from litecache.metrics import Metrics
 from litecache.storage.protocol import SlotState
 from litecache.types import Tier

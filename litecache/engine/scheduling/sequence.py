@@ -7,8 +7,8 @@ from collections.abc import Sequence as Seq
 
 import numpy as np
 
-from litecache.engine.prefix_cache import BlockRef, KeyChain
-from litecache.engine.prefix_index import TokenArray
+from litecache.engine.scheduling.prefix_cache import BlockRef, KeyChain
+from litecache.engine.scheduling.prefix_index import TokenArray
 from litecache.hashing import BlockKey
 from litecache.types import Request
 

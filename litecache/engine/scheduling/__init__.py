@@ -1,0 +1,1 @@
+"""What each step computes and which blocks it uses: the one owner of block references."""
