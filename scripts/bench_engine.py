@@ -56,7 +56,7 @@ class InProcess:
 
     def __init__(self, config: dict[str, Any], cache_config: CacheConfig) -> None:
         from litecache.engine.engine import Engine
-        from litecache.engine.model_source import ModelSource
+        from litecache.engine.loading.model_source import ModelSource
 
         source = ModelSource(config=config, weights="random")
         self._engine = Engine(source, cache_config, sink=self._receive)

@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from litecache import CacheConfig
 from litecache.engine.engine import Engine
-from litecache.engine.model_source import ModelSource
+from litecache.engine.loading.model_source import ModelSource
 from litecache.types import Request, SamplingParams, TokenDelta
 
 CONFIG: dict[str, Any] = {

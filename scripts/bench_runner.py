@@ -23,9 +23,9 @@ from bench_common import GEOMETRIES, Report, Row, parser, summarise
 
 from litecache import CacheConfig
 from litecache.engine.kv_layout import KVLayout, KVPool
-from litecache.engine.model_loader import load_model
-from litecache.engine.model_runner import ModelRunner
-from litecache.engine.model_source import ModelSource
+from litecache.engine.loading.model_loader import load_model
+from litecache.engine.loading.model_source import ModelSource
+from litecache.engine.running.model_runner import ModelRunner
 from litecache.engine.scheduling.step_plan import NewRow, RowStep, StepPlan, TableUpdate
 from litecache.types import SamplingParams
 
@@ -170,7 +170,7 @@ def product(n: int, k: int, gated: bool, tokens: int) -> tuple[float, float]:
     """µs of a streamed product, and of the library's without the gate."""
     from torch.nn import functional
 
-    from litecache.engine.passes.triton_linear import stream_linear
+    from litecache.engine.running.passes.triton_linear import stream_linear
 
     rows = 2 * n if gated else n
     count = max(2, min(24, int(6e8 / (rows * k * 2))))

@@ -69,8 +69,8 @@ def start(name: str, device: str, num_blocks: int | None, *, in_process: bool) -
     from transformers import AutoConfig
 
     from litecache import CacheConfig
-    from litecache.engine import model_loader
-    from litecache.engine.model_runner import ModelRunner
+    from litecache.engine.loading import model_loader
+    from litecache.engine.running.model_runner import ModelRunner
 
     _, config = geometry(name)
     fields = dict(config)

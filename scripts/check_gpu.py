@@ -28,8 +28,8 @@ from rich.table import Table
 from transformers import LlamaConfig
 
 from litecache import CacheConfig, KVCacheAdapter
-from litecache.engine.hf_attention import register
-from litecache.engine.model_loader import random_model
+from litecache.engine.loading.model_loader import random_model
+from litecache.engine.running.hf_attention import register
 from litecache.engine.transfer.block_copier import BlockCopier, PinnedArenas
 from litecache.storage.client import LocalShardClient
 from litecache.storage.shard_store import ShardStore

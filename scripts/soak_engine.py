@@ -33,9 +33,9 @@ from transformers import LlamaConfig, LogitsProcessor, LogitsProcessorList
 
 from litecache.config import CacheConfig
 from litecache.engine.engine import Engine
-from litecache.engine.hf_attention import register
-from litecache.engine.model_loader import random_model
-from litecache.engine.model_source import ModelSource
+from litecache.engine.loading.model_loader import random_model
+from litecache.engine.loading.model_source import ModelSource
+from litecache.engine.running.hf_attention import register
 from litecache.storage.client import LocalShardClient
 from litecache.storage.shard_store import ShardStore
 from litecache.types import FinishReason, Request, SamplingParams, TokenDelta

@@ -35,11 +35,16 @@ from rich.progress import track
 from rich.table import Table
 
 from litecache.config import CacheConfig
-from litecache.engine.hf_attention import register
-from litecache.engine.model_checks import check_config
-from litecache.engine.model_loader import admit
-from litecache.engine.probe import ProbePlan, paged_logits, record_specs, use_paged_attention
-from litecache.engine.twin import build_twin, lengths, shrink
+from litecache.engine.loading.model_checks import check_config
+from litecache.engine.loading.model_loader import admit
+from litecache.engine.loading.probe import (
+    ProbePlan,
+    paged_logits,
+    record_specs,
+    use_paged_attention,
+)
+from litecache.engine.loading.twin import build_twin, lengths, shrink
+from litecache.engine.running.hf_attention import register
 from litecache.errors import ModelNotSupportedError
 
 TOKENS = 150

@@ -16,8 +16,8 @@ from bench_common import Report, Row, parser
 from bench_runner import graph_us
 from torch.nn import functional
 
-from litecache.engine.passes.linear_tuning import StreamConfig
-from litecache.engine.passes.triton_linear import prepare, stream_linear
+from litecache.engine.running.passes.linear_tuning import StreamConfig
+from litecache.engine.running.passes.triton_linear import prepare, stream_linear
 
 PRODUCTS = (
     (6144, 4096, False), (4096, 4096, False), (14336, 4096, True), (4096, 14336, False),

@@ -37,7 +37,7 @@ from litecache.adapter.pending import PendingRequest
 from litecache.adapter.replica_set import ReplicaSet
 from litecache.config import CacheConfig
 from litecache.engine.engine import Engine
-from litecache.engine.model_source import ModelSource
+from litecache.engine.loading.model_source import ModelSource
 from litecache.errors import GroupError, GroupUnavailableError, LiteCacheError
 from litecache.hashing import BlockKey
 from litecache.metrics import Metrics

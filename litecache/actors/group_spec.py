@@ -11,7 +11,7 @@ from typing import Any
 import litecache
 from litecache.actors.naming import shard_name
 from litecache.config import CacheConfig
-from litecache.engine.model_source import ModelSource
+from litecache.engine.loading.model_source import ModelSource
 from litecache.errors import GroupMismatchError, shown
 
 VERSION = litecache.__version__

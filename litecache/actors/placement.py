@@ -11,7 +11,7 @@ import ray
 
 from litecache.actors.group_spec import GroupSpec
 from litecache.config import CacheConfig
-from litecache.engine.model_source import ModelSource
+from litecache.engine.loading.model_source import ModelSource
 from litecache.errors import CapacityError, ConfigError
 from litecache.machine_memory import memory_limit_bytes
 from litecache.storage.namespaces import salt_digest

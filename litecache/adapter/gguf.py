@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from litecache.engine.fingerprint import file_digest
+from litecache.engine.loading.fingerprint import file_digest
 from litecache.errors import ConfigError, LiteCacheError, ModelNotSupportedError
 from litecache.paths import models_folder
 

@@ -49,7 +49,7 @@ from litecache.adapter.values import (
     has_methods,
 )
 from litecache.config import CacheConfig
-from litecache.engine.model_checks import check_config, check_shape, choose_max_model_len
+from litecache.engine.loading.model_checks import check_config, check_shape, choose_max_model_len
 from litecache.errors import ConfigError, LiteCacheError, outline
 from litecache.token_ids import TokenIds
 

@@ -19,8 +19,8 @@ from torch import nn
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 
 from litecache.adapter.gguf import convert_gguf
-from litecache.engine.fingerprint import module_fingerprint
-from litecache.engine.model_source import WEIGHTS, ModelSource
+from litecache.engine.loading.fingerprint import module_fingerprint
+from litecache.engine.loading.model_source import WEIGHTS, ModelSource
 from litecache.errors import ConfigError, LiteCacheError
 from litecache.paths import models_folder
 

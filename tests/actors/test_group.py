@@ -20,7 +20,7 @@ from litecache.actors.metrics_export import MetricsExporter
 from litecache.actors.placement import check_actor_options, node_ranks, shard_options
 from litecache.actors.storage_shard import StorageShard
 from litecache.config import CacheConfig
-from litecache.engine.model_source import ModelSource
+from litecache.engine.loading.model_source import ModelSource
 from litecache.errors import (
     CapacityError,
     ConfigError,

@@ -13,7 +13,7 @@ from plan_driver import FAMILIES, VOCAB
 
 from litecache.config import CacheConfig
 from litecache.engine.engine import Engine
-from litecache.engine.model_source import ModelSource
+from litecache.engine.loading.model_source import ModelSource
 from litecache.storage.client import LocalShardClient
 from litecache.storage.shard_store import ShardStore
 from litecache.types import FinishReason, Request, SamplingParams, TokenDelta, TokenLogprobs

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from litecache.engine.passes.linear_tuning import StreamConfig
-from litecache.engine.passes.triton_linear import stream_linear
+from litecache.engine.running.passes.linear_tuning import StreamConfig
+from litecache.engine.running.passes.triton_linear import stream_linear
 
 torch.set_num_threads(1)
 

@@ -8,12 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from plan_driver import random_prompt
 
-from litecache.engine.batch_builder import BatchBuilder
-from litecache.engine.cuda_graphs import GraphCache, GraphKey
 from litecache.engine.kv_layout import KVLayout, KVSpec
-from litecache.engine.row_tables import RowTables
+from litecache.engine.running.batch_builder import BatchBuilder
+from litecache.engine.running.cuda_graphs import GraphCache, GraphKey
+from litecache.engine.running.row_tables import RowTables
+from litecache.engine.running.step_buffers import StepBuffers, StepShape
 from litecache.engine.scheduling.step_plan import NewRow, RowStep, StepPlan, TableUpdate
-from litecache.engine.step_buffers import StepBuffers, StepShape
 from litecache.types import SamplingParams
 
 ROWS, LENGTH, BLOCK = 8, 256, 16

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from litecache.config import CacheConfig
-from litecache.engine.fingerprint import model_fingerprint
-from litecache.engine.model_loader import LoadedModel, load_model
-from litecache.engine.model_source import ModelSource
+from litecache.engine.loading.fingerprint import model_fingerprint
+from litecache.engine.loading.model_loader import LoadedModel, load_model
+from litecache.engine.loading.model_source import ModelSource
 from litecache.errors import ConfigError
 
 CONFIG = CacheConfig(device="cpu", dtype="float32", max_model_len=64)

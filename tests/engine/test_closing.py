@@ -14,9 +14,9 @@ from plan_driver import random_prompt, tiny_model
 from torch import nn
 
 from litecache.config import CacheConfig
-from litecache.engine import memory
 from litecache.engine.engine import Engine
 from litecache.engine.kv_layout import KVLayout
+from litecache.engine.loading import memory
 from litecache.engine.scheduling.scheduler import Scheduler
 from litecache.errors import CapacityError
 

@@ -10,10 +10,10 @@ import torch
 from plan_driver import tiny_model
 
 from litecache.config import CacheConfig
-from litecache.engine import long_probe
-from litecache.engine.long_probe import TwinOutcome, twin_outcome
-from litecache.engine.model_loader import admit
-from litecache.engine.twin import TWIN_TOKENS, lengths, shrink
+from litecache.engine.loading import long_probe
+from litecache.engine.loading.long_probe import TwinOutcome, twin_outcome
+from litecache.engine.loading.model_loader import admit
+from litecache.engine.loading.twin import TWIN_TOKENS, lengths, shrink
 from litecache.errors import ModelNotSupportedError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
@@ -70,7 +70,7 @@ def test_layers_have_the_window_of_their_mask_and_no_other():
 
 def test_a_pass_that_is_wrong_far_out_is_left_out(monkeypatch):
     """The layers' own check sees few positions: without it, the twin alone must tell."""
-    from litecache.engine.passes import fused_layers
+    from litecache.engine.running.passes import fused_layers
 
     monkeypatch.setattr(fused_layers, "_TOLERANCE", {torch.float32: float("inf")})
     monkeypatch.setattr(long_probe, "_OUTCOMES", {})
@@ -164,7 +164,7 @@ def test_the_sweep_finds_what_is_wrong(monkeypatch):
 
 
 def _admit_unchecked(model, length):
-    from litecache.engine.probe import record_specs, use_paged_attention
+    from litecache.engine.loading.probe import record_specs, use_paged_attention
 
     use_paged_attention(model)
     return _without_windows(record_specs)(model, "float32", length), ()

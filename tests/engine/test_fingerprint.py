@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from litecache.engine import fingerprint
-from litecache.engine.fingerprint import (
+from litecache.engine.loading import fingerprint
+from litecache.engine.loading.fingerprint import (
     file_digest,
     model_fingerprint,
     module_fingerprint,

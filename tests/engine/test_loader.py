@@ -9,8 +9,8 @@ import torch
 from plan_driver import FAMILIES, tiny_model
 
 from litecache.config import CacheConfig
-from litecache.engine.model_loader import load_model
-from litecache.engine.model_source import ModelSource
+from litecache.engine.loading.model_loader import load_model
+from litecache.engine.loading.model_source import ModelSource
 from litecache.errors import ConfigError, ModelNotSupportedError
 
 LLAMA = {**FAMILIES["llama"], "model_type": "llama"}

@@ -26,7 +26,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from litecache.engine.logit_rules import RowRules, RuleBook, RuledSample
+from litecache.engine.running.logit_rules import RowRules, RuleBook, RuledSample
 from litecache.types import LogitRules, SamplingParams
 
 SMALL = 24

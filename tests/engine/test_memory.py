@@ -6,8 +6,8 @@ import pytest
 from plan_driver import tiny_model
 
 from litecache.config import CacheConfig
-from litecache.engine import memory
 from litecache.engine.kv_layout import KVLayout
+from litecache.engine.loading import memory
 from litecache.errors import CapacityError
 
 

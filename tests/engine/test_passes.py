@@ -10,12 +10,12 @@ import torch
 from plan_driver import FAMILIES, VOCAB, tiny_model
 
 from litecache.config import CacheConfig
-from litecache.engine import passes
-from litecache.engine.model_loader import load_model
-from litecache.engine.model_source import ModelSource
-from litecache.engine.passes.fused_layers import FusedDecoderLayer, fuse_layers
-from litecache.engine.passes.merged_projections import MergedProjection, merge_projections
-from litecache.engine.probe import paged_logits
+from litecache.engine.loading.model_loader import load_model
+from litecache.engine.loading.model_source import ModelSource
+from litecache.engine.loading.probe import paged_logits
+from litecache.engine.running import passes
+from litecache.engine.running.passes.fused_layers import FusedDecoderLayer, fuse_layers
+from litecache.engine.running.passes.merged_projections import MergedProjection, merge_projections
 from litecache.errors import ConfigError
 
 LLAMA = FAMILIES["llama"]

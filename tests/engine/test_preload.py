@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from litecache.engine.model_source import ModelSource
-from litecache.engine.preload import preload
+from litecache.engine.loading.model_source import ModelSource
+from litecache.engine.loading.preload import preload
 
 
 @pytest.mark.parametrize(
@@ -23,15 +23,15 @@ def test_nothing_is_refused_ahead_of_loading(source: ModelSource) -> None:
 def test_loading_finds_its_modules_imported() -> None:
     program = """
 import sys
-from litecache.engine.model_source import ModelSource
-from litecache.engine.preload import preload
+from litecache.engine.loading.model_source import ModelSource
+from litecache.engine.loading.preload import preload
 assert "torch" not in sys.modules
 source = ModelSource(config={"model_type": "llama", "num_hidden_layers": 1, "hidden_size": 32,
     "intermediate_size": 32, "num_attention_heads": 2, "vocab_size": 64}, weights="random")
 preload(source, cuda=False)
 before = set(sys.modules)
 from litecache.engine.engine import Engine
-from litecache.engine.model_loader import read_config
+from litecache.engine.loading.model_loader import read_config
 from transformers import AutoModelForCausalLM
 AutoModelForCausalLM.from_config(read_config(source))
 print(sorted(set(sys.modules) - before))

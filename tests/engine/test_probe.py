@@ -6,8 +6,8 @@ import pytest
 import torch
 from plan_driver import FAMILIES, tiny_model
 
-from litecache.engine import probe
 from litecache.engine.kv_layout import KVLayout
+from litecache.engine.loading import probe
 from litecache.errors import ModelNotSupportedError
 from litecache.kernels import reference
 

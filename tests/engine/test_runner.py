@@ -8,7 +8,7 @@ import pytest
 import torch
 from plan_driver import FAMILIES, GREEDY, PlanDriver, random_prompt, stock_generate, tiny_model
 
-from litecache.engine.cuda_graphs import GraphCache
+from litecache.engine.running.cuda_graphs import GraphCache
 from litecache.engine.scheduling.step_plan import StepPlan
 from litecache.errors import ConfigError
 from litecache.types import SamplingParams

@@ -8,8 +8,8 @@ import torch
 from plan_driver import GREEDY, PlanDriver, random_prompt, tiny_model
 from test_runner import *  # noqa: F403 - the same tests, with this module's device
 
-from litecache.engine.passes.layer_ops import TorchOps, TritonOps
-from litecache.engine.sampler import SamplingBatch, sample
+from litecache.engine.running.passes.layer_ops import TorchOps, TritonOps
+from litecache.engine.running.sampler import SamplingBatch, sample
 from litecache.types import SamplingParams
 
 pytestmark = pytest.mark.gpu
@@ -77,7 +77,7 @@ def test_triton_ops_equal_torch_ops(tokens, width, out):
 
 
 def test_the_kernel_draws_what_torch_draws():
-    from litecache.engine.passes.triton_sampler import sample_and_remember
+    from litecache.engine.running.passes.triton_sampler import sample_and_remember
 
     logits = torch.randn(64, 33_333, device="cuda") * 3
     logits[5, 33_332] = float("nan")

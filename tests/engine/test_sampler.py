@@ -16,9 +16,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from litecache.engine.batch_builder import _num_sorted
-from litecache.engine.random_numbers import draw_keys, exponentials, random_bits
-from litecache.engine.sampler import EVERY_TOKEN, INVALID_TOKEN, SamplingBatch, sample
+from litecache.engine.running.batch_builder import _num_sorted
+from litecache.engine.running.random_numbers import draw_keys, exponentials, random_bits
+from litecache.engine.running.sampler import EVERY_TOKEN, INVALID_TOKEN, SamplingBatch, sample
 
 
 def batch_of(rows, *, keys=None, masked=None):

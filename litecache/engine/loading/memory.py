@@ -14,10 +14,10 @@ from collections.abc import Iterator
 import torch
 
 from litecache.config import CacheConfig
-from litecache.engine.hf_attention import AttentionOptions, attention_context
 from litecache.engine.kv_layout import KVLayout
-from litecache.engine.model_loader import LoadedModel
-from litecache.engine.sampler import EVERY_TOKEN, SamplingBatch, sample
+from litecache.engine.loading.model_loader import LoadedModel
+from litecache.engine.running.hf_attention import AttentionOptions, attention_context
+from litecache.engine.running.sampler import EVERY_TOKEN, SamplingBatch, sample
 from litecache.errors import CapacityError
 from litecache.machine_memory import available_memory_bytes
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from litecache.engine.passes.merge import can_merge, merge
+from litecache.engine.running.passes.merge import can_merge, merge
 
 FAMILIES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names of projections that share an input, in the order in which models call them."""

@@ -17,16 +17,15 @@ from typing import Any
 import torch
 
 from litecache.config import CacheConfig
-from litecache.engine.fingerprint import (
+from litecache.engine.kv_layout import KVSpec
+from litecache.engine.loading.fingerprint import (
     combined_fingerprint,
     file_digest,
     model_fingerprint,
     random_fingerprint,
 )
-from litecache.engine.hf_attention import IMPLEMENTATION, register
-from litecache.engine.kv_layout import KVSpec
-from litecache.engine.long_probe import probe_model
-from litecache.engine.model_checks import (
+from litecache.engine.loading.long_probe import probe_model
+from litecache.engine.loading.model_checks import (
     check_config,
     check_shape,
     choose_max_model_len,
@@ -34,9 +33,10 @@ from litecache.engine.model_checks import (
     read_config,
     refusal,
 )
-from litecache.engine.model_source import ModelSource
-from litecache.engine.passes import apply_passes, chosen_passes
-from litecache.engine.probe import use_paged_attention
+from litecache.engine.loading.model_source import ModelSource
+from litecache.engine.loading.probe import use_paged_attention
+from litecache.engine.running.hf_attention import IMPLEMENTATION, register
+from litecache.engine.running.passes import apply_passes, chosen_passes
 from litecache.errors import ConfigError, ModelNotSupportedError
 
 logger = logging.getLogger(__name__)

@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 
-from litecache.engine.hf_attention import (
+from litecache.engine.kv_layout import KVLayout, KVPool, KVSpec
+from litecache.engine.loading.model_checks import refusal
+from litecache.engine.running.hf_attention import (
     IMPLEMENTATION,
     RECORDING,
     LayerCall,
@@ -23,8 +25,6 @@ from litecache.engine.hf_attention import (
     attention_context,
     register,
 )
-from litecache.engine.kv_layout import KVLayout, KVPool, KVSpec
-from litecache.engine.model_checks import refusal
 from litecache.kernels import AttentionMetadata
 
 PROBE_TOKENS = 24

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from litecache.engine.passes.linear_tuning import StreamConfig, stream_config
+from litecache.engine.running.passes.linear_tuning import StreamConfig, stream_config
 from litecache.kernels.triton_pdl import await_previous, fetch_to_l2, use_pdl
 
 _PARTIAL_ELEMENTS = 8 << 20

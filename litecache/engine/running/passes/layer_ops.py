@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch.nn import functional
 
-from litecache.engine.passes.linear_tuning import MAX_TOKENS
+from litecache.engine.running.passes.linear_tuning import MAX_TOKENS
 
 
 class LayerOps(Protocol):
@@ -79,7 +79,7 @@ class TritonOps:
     """Triton kernels, and the library for products of many tokens."""
 
     def __init__(self, device: torch.device) -> None:
-        from litecache.engine.passes import triton_elementwise, triton_linear
+        from litecache.engine.running.passes import triton_elementwise, triton_linear
 
         self._elementwise = triton_elementwise
         self._stream = triton_linear.stream_linear

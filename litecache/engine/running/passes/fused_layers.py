@@ -15,14 +15,14 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from litecache.engine.hf_attention import (
+from litecache.engine.running.hf_attention import (
     AttentionOptions,
     PagedContext,
     attention_context,
     current_context,
 )
-from litecache.engine.passes.layer_ops import TritonOps, choose_ops
-from litecache.engine.passes.merge import can_merge, merge
+from litecache.engine.running.passes.layer_ops import TritonOps, choose_ops
+from litecache.engine.running.passes.merge import can_merge, merge
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ class FusedDecoderLayer(nn.Module):
         queries_end = self._heads
         keys_end = queries_end + self._kv_heads
         if self._on_gpu and isinstance(context, PagedContext):
-            from litecache.engine.passes.triton_elementwise import rotate_and_store
+            from litecache.engine.running.passes.triton_elementwise import rotate_and_store
 
             k_cache, v_cache, metadata = context.layer(self._layer)
             rotate_and_store(

@@ -1,6 +1,6 @@
 """Greedy and sampling rows drawn in one pass over the logits, without a visit to the host.
 
-The same race as in `litecache.engine.sampler`, with the same integers. Each program takes a slice
+The same race as in `sampler.py`, with the same integers. Each program takes a slice
 of a row's vocabulary, a second kernel picks the winners. Rows with filters that need a sorted
 vocabulary take the torch path.
 """

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 
 from litecache.engine.kv_layout import KVLayout
-from litecache.engine.logit_rules import RowRules
-from litecache.engine.random_numbers import stream_keys
+from litecache.engine.running.logit_rules import RowRules
+from litecache.engine.running.random_numbers import stream_keys
+from litecache.engine.running.step_buffers import STRUCK_TOKENS
 from litecache.engine.scheduling.step_plan import NewRow, TableUpdate
-from litecache.engine.step_buffers import STRUCK_TOKENS
 
 
 class RowTables:

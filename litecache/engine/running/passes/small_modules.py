@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from litecache.engine.passes.layer_ops import TritonOps, choose_ops
+from litecache.engine.running.passes.layer_ops import TritonOps, choose_ops
 
 _TABLE_BYTES = 256 << 20
 _TOLERANCE = 1e-2

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from litecache.config import CacheConfig
-from litecache.engine.model_source import ModelSource
+from litecache.engine.loading.model_source import ModelSource
 from litecache.errors import ConfigError, ModelNotSupportedError
 
 _RECURRENT_LAYERS = re.compile(r"linear|mamba|recurrent|conv|hybrid|ssm|rwkv")

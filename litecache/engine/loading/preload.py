@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 
-from litecache.engine.model_source import ModelSource
+from litecache.engine.loading.model_source import ModelSource
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ def preload(source: ModelSource, *, cuda: bool) -> None:
         if cuda:
             torch.cuda.init()  # type: ignore[no-untyped-call]
         from litecache.engine.engine import Engine
-        from litecache.engine.model_checks import read_config
+        from litecache.engine.loading.model_checks import read_config
 
         config = read_config(source)
         from transformers import MODEL_FOR_CAUSAL_LM_MAPPING

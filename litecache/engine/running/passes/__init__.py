@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from litecache.engine.kv_layout import KVSpec
-from litecache.engine.passes.fused_layers import fuse_layers
-from litecache.engine.passes.merged_projections import merge_projections
-from litecache.engine.passes.small_modules import replace_small_modules
-from litecache.engine.probe import TOLERANCE, ProbePlan, paged_logits, relative_error
+from litecache.engine.loading.probe import TOLERANCE, ProbePlan, paged_logits, relative_error
+from litecache.engine.running.passes.fused_layers import fuse_layers
+from litecache.engine.running.passes.merged_projections import merge_projections
+from litecache.engine.running.passes.small_modules import replace_small_modules
 from litecache.errors import ConfigError
 
 logger = logging.getLogger(__name__)

@@ -12,14 +12,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from litecache.engine.cuda_graphs import GraphKey
 from litecache.engine.kv_layout import TRASH_BLOCK, KVLayout
-from litecache.engine.logit_rules import RuledSample
-from litecache.engine.random_numbers import position_keys
-from litecache.engine.row_tables import RowTables
-from litecache.engine.sampler import EVERY_TOKEN
+from litecache.engine.running.cuda_graphs import GraphKey
+from litecache.engine.running.logit_rules import RuledSample
+from litecache.engine.running.random_numbers import position_keys
+from litecache.engine.running.row_tables import RowTables
+from litecache.engine.running.sampler import EVERY_TOKEN
+from litecache.engine.running.step_buffers import STRUCK_TOKENS, Fields, StepBuffers, StepShape
 from litecache.engine.scheduling.step_plan import RowStep, StepPlan, TableUpdate
-from litecache.engine.step_buffers import STRUCK_TOKENS, Fields, StepBuffers, StepShape
 from litecache.errors import ConfigError
 
 Ints = npt.NDArray[np.int64]

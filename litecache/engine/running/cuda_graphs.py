@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from litecache.engine.step_buffers import StepShape
+from litecache.engine.running.step_buffers import StepShape
 
 if TYPE_CHECKING:
-    from litecache.engine.model_loader import LoadedModel
+    from litecache.engine.loading.model_loader import LoadedModel
 
 logger = logging.getLogger(__name__)
 

@@ -22,9 +22,8 @@ import torch
 import xxhash
 
 from litecache.engine.kv_layout import KVSpec
-from litecache.engine.model_checks import refusal
-from litecache.engine.passes import PASSES, apply_passes
-from litecache.engine.probe import (
+from litecache.engine.loading.model_checks import refusal
+from litecache.engine.loading.probe import (
     PROBE_TOKENS,
     ProbePlan,
     check_prefix,
@@ -33,7 +32,8 @@ from litecache.engine.probe import (
     use_paged_attention,
     verify_paged,
 )
-from litecache.engine.twin import TWIN_TOKENS, build_twin, lengths, shrink
+from litecache.engine.loading.twin import TWIN_TOKENS, build_twin, lengths, shrink
+from litecache.engine.running.passes import PASSES, apply_passes
 from litecache.errors import ModelNotSupportedError
 from litecache.paths import litecache_home
 
@@ -186,7 +186,7 @@ def _key(model_class: type, twin_fields: dict[str, Any]) -> str:
 def _own_code() -> str:
     """A digest of the code that a probe tries."""
     state = xxhash.xxh3_128()
-    package = Path(__file__).parents[1]
+    package = Path(__file__).parents[2]
     for folder in ("engine", "kernels"):
         for file in sorted((package / folder).rglob("*.py")):
             state.update(file.read_bytes())

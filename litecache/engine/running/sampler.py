@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from litecache.engine.random_numbers import exponentials
+from litecache.engine.running.random_numbers import exponentials
 
 INVALID_TOKEN = -1
 EVERY_TOKEN = 1 << 62

@@ -15,17 +15,17 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from litecache.engine.batch_builder import MAX_DELTAS, Batch, BatchBuilder
-from litecache.engine.cuda_graphs import GraphCache, GraphKey, StepGraph, longest_graph
-from litecache.engine.hf_attention import PagedContext, attention_context
 from litecache.engine.kv_layout import KVLayout, KVPool
-from litecache.engine.logit_rules import RuleBook
-from litecache.engine.logprobs import LogprobRows
-from litecache.engine.model_loader import LoadedModel
-from litecache.engine.row_tables import RowTables
-from litecache.engine.sampler import INVALID_TOKEN, SamplingBatch, sample
+from litecache.engine.loading.model_loader import LoadedModel
+from litecache.engine.running.batch_builder import MAX_DELTAS, Batch, BatchBuilder
+from litecache.engine.running.cuda_graphs import GraphCache, GraphKey, StepGraph, longest_graph
+from litecache.engine.running.hf_attention import PagedContext, attention_context
+from litecache.engine.running.logit_rules import RuleBook
+from litecache.engine.running.logprobs import LogprobRows
+from litecache.engine.running.row_tables import RowTables
+from litecache.engine.running.sampler import INVALID_TOKEN, SamplingBatch, sample
+from litecache.engine.running.step_buffers import STRUCK_TOKENS, StepBuffers, StepShape
 from litecache.engine.scheduling.step_plan import BlockCopy, StepPlan, StepResult
-from litecache.engine.step_buffers import STRUCK_TOKENS, StepBuffers, StepShape
 from litecache.kernels import AttentionMetadata, copy_blocks
 from litecache.kernels.decode_copies import SCRATCH, DecodeCopies
 
@@ -315,7 +315,7 @@ class ModelRunner:
         return tokens
 
     def _remember(self, logits: torch.Tensor, fields: dict[str, torch.Tensor]) -> torch.Tensor:
-        from litecache.engine.passes.triton_sampler import sample_and_remember
+        from litecache.engine.running.passes.triton_sampler import sample_and_remember
 
         return sample_and_remember(
             logits,
