@@ -64,7 +64,7 @@ class BlockIndex:
     Attributes:
         keys, parents: key of each entry and of the block before it; of a free entry empty.
         checksum: xxh3_64 of the bytes on disk.
-        put_seq: journal sequence of the disk copy; durable once that is synced.
+        put_seq: log's number of the disk copy; durable once that is synced.
         disk: disk slot + 1.
         ram: RAM handle + 1.
         pages: block bytes / 4096.

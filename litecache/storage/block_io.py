@@ -198,7 +198,7 @@ class BlockIo:
         assert disk is not None
         n = len(batch.blocks)
         with self._lock:
-            if disk.lost or disk.journal_full():
+            if disk.lost or disk.log_full():
                 return []
             slots = disk.allocate(batch.pages, n, batch.namespace)
             self.writing_slots.update(slots)
@@ -235,8 +235,8 @@ class BlockIo:
     def _shrink(self, segments: list[int]) -> None:
         disk = self._tiers.disk
         assert disk is not None
-        # as before overwriting: the slots' former owners leave the journal first
-        gone = self._keeper.flush_journal() and disk.shrink(segments)
+        # as before overwriting: the slots' former owners leave the log first
+        gone = self._keeper.flush_log() and disk.shrink(segments)
         with self._lock:
             if gone:
                 disk.space.retire(segments)
@@ -261,9 +261,9 @@ class BlockIo:
             checksum(transfer.memory, block.key or b"")
             for transfer, block in zip(transfers, blocks, strict=True)
         ]
-        # the slots' former owners must be gone from the journal before their bytes are
-        if not self._keeper.flush_journal() and not self._keeper.compact(if_due=True):
-            error = self._keeper.last_error or OSError(errno.EIO, "the journal cannot be written")
+        # the slots' former owners must be gone from the log before their bytes are
+        if not self._keeper.flush_log() and not self._keeper.compact(if_due=True):
+            error = self._keeper.last_error or OSError(errno.EIO, "the log cannot be written")
             self._finish(batch, slots, sums, [error] * len(slots))
             return True
         with self._writing:
@@ -317,7 +317,7 @@ class BlockIo:
             disk = self._tiers.disk
             assert disk is not None
             # slots that reads or other writes hold come back: wait for them, else give up
-            waits = not disk.lost and not disk.journal_full() and (disk.in_use or self._writers > 1)
+            waits = not disk.lost and not disk.log_full() and (disk.in_use or self._writers > 1)
             if progress or waits:
                 self._tiers.writes.put_back(blocks)
                 if not progress:

@@ -1,6 +1,6 @@
-"""Durability: carries the journal to its file, syncs, compacts, and says what is durable.
+"""Durability: carries the log to its file, syncs, compacts, and says what is durable.
 
-One thread sleeps until something was written and its interval is over, or the journal has outgrown
+One thread sleeps until something was written and its interval is over, or the log has outgrown
 its share. Nothing here holds the store's lock while a disk works.
 """
 
@@ -67,21 +67,21 @@ class Keeper:
         self._wake.notify()
 
     def after_write(self) -> None:
-        """Carry the journal to the file, and sync or compact if it is due."""
+        """Carry the log to its file, and sync or compact if it is due."""
         disk = self._tiers.disk
         assert disk is not None
-        self.flush_journal()
+        self.flush_log()
         if self._fsync == "always":
             self.sync()
         if self._thread is not None:
             with self._lock:
                 self._wake.notify()
 
-    def flush_journal(self) -> bool:
-        """Carry what changed to the journal file, so that it survives kill -9.
+    def flush_log(self) -> bool:
+        """Carry what changed to the log's file, so that it survives kill -9.
 
         Returns:
-            Whether the journal holds everything.
+            Whether the file holds everything.
         """
         disk = self._tiers.disk
         if disk is None:
@@ -89,21 +89,21 @@ class Keeper:
         with self._lock:
             seq = disk.log.begin_sync()
         try:
-            disk.log.journal.flush()
+            disk.log.flush()
         except OSError as error:
-            self._say("the journal cannot be written: %s", error)
+            self._say("the log cannot be written: %s", error)
             self.last_error = error
             return False
-        if self._fsync == "never" and not disk.log.journal.broken:
+        if self._fsync == "never" and not disk.log.broken:
             with self._lock:
                 disk.log.synced_seq = max(disk.log.synced_seq, seq)
-        return not disk.log.journal.broken
+        return not disk.log.broken
 
     def sync(self, *, force: bool = False) -> bool:
         """Make everything written so far durable; False when the disk refused.
 
         Args:
-            force: rewrite a broken journal now, although that has just failed.
+            force: rewrite a broken log now, although that has just failed.
         """
         disk = self._tiers.disk
         if disk is None:
@@ -115,7 +115,7 @@ class Keeper:
                 seq = disk.log.begin_sync()
                 before = disk.log.synced_seq
                 self._unsynced = False
-                if seq == before and not disk.log.journal.broken:
+                if seq == before and not disk.log.broken:
                     return True
             if not self._sync_slab(before):
                 return False
@@ -123,12 +123,12 @@ class Keeper:
                 seq = disk.log.mark_synced(seq)
             whole = False
             try:
-                disk.log.journal.flush()
-                if not disk.log.journal.broken:
-                    disk.log.journal.sync()
+                disk.log.flush()
+                if not disk.log.broken:
+                    disk.log.sync()
                     whole = True
             except OSError as error:
-                self._say("the journal cannot be synced: %s", error)
+                self._say("the log cannot be synced: %s", error)
             # one whose sync failed once may have lost pages: only a new one can be trusted
             due = force or self._compaction.due()
             if not whole and not (due and self._compact_locked()):
@@ -178,11 +178,11 @@ class Keeper:
                 self._metrics.inc("litecache_drops", reason="sync_error")
                 tiers.drop(entry)
             # their records must be gone for good before a later mark could vouch for them
-            disk.log.journal.broken = True
+            disk.log.broken = True
             self._changed.notify_all()
 
     def compact(self, *, if_due: bool = False) -> bool:
-        """Write a snapshot and start a new journal; False when the disk refused.
+        """Write a new log; False when the disk refused.
 
         Args:
             if_due: not again at once after a failure.
@@ -198,7 +198,7 @@ class Keeper:
             synced_seq = disk.log.synced_seq
             captured = disk.begin_compaction()
         try:
-            # the snapshot must not name a block whose bytes a power cut could still take
+            # the new log must not name a block whose bytes a power cut could still take
             if not self._sync_slab(synced_seq):
                 raise OSError(errno.EIO, "the slab cannot be synced")
             disk.log.compact(captured)

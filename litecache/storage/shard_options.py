@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 
 from ..config import CacheConfig
 from ..errors import ConfigError
-from .disk.tier import META_FIXED_BYTES, META_SLOT_BYTES
+from .disk.log import META_FIXED_BYTES, META_SLOT_BYTES
 from .protocol import PAGE_BYTES
 from .segment_sizes import pick_segment_bytes, region_size
 
 # of one namespace, of which the metadata keeps up to three copies
-_NAME_BYTES = 1024
+_NAME_BYTES = 1536
 FSYNC_POLICIES = ("always", "interval", "never")
 
 

@@ -83,7 +83,7 @@ class ShardParts:
         """End all threads and give everything back; once.
 
         Args:
-            compact: write a snapshot; what is dirty is not written out.
+            compact: write a new log; what is dirty is not written out.
         """
         with self.lock:
             if self.closed:

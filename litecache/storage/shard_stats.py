@@ -40,7 +40,7 @@ def shard_stats(tiers: Tiers, epoch: int, clients: int, metrics: Metrics) -> dic
     if disk is not None:
         result["disk_blocks"] = int((tiers.index.column("disk") != 0).sum())
         result["slab_bytes"] = disk.space.present * disk.space.segment_bytes
-        result["journal_bytes"] = disk.log.journal.bytes
+        result["journal_bytes"] = disk.log.bytes
         result["retired_bytes"] = disk.retired_bytes
         result["disk_lost"] = disk.lost or ""
         result["direct_io"] = disk.slab.direct

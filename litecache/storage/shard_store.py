@@ -336,7 +336,7 @@ class ShardStore:
         self._parts.check_integrity()
 
     def close(self, timeout_s: float = 30.0) -> None:
-        """Write out what is dirty, write a snapshot, and give everything back."""
+        """Write out what is dirty, write a new log, and give everything back."""
         if self._parts.closed:
             return
         self._retired.close()

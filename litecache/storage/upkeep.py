@@ -1,6 +1,6 @@
 """Removing and pinning: what is done to blocks by name, whatever the policies would do.
 
-A removal must hold after kill -9 too, so the journal goes to its file before a call returns.
+A removal must hold after kill -9 too, so the log goes to its file before a call returns.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Upkeep:
                 if any(dropped):
                     self._keeper.note_change()
                 self._changed.notify_all()
-        self._keeper.flush_journal()
+        self._keeper.flush_log()
         return dropped
 
     def _drop(self, key: BlockKey) -> bool:
@@ -59,7 +59,7 @@ class Upkeep:
                         tiers.drop_disk_copy(entry)
                 self._keeper.note_change()
                 self._changed.notify_all()
-        self._keeper.flush_journal()
+        self._keeper.flush_log()
 
     def set_pinned(self, keys: Sequence[BlockKey], pinned: bool) -> list[bool]:
         """See `ShardStore.pin`."""
@@ -72,5 +72,5 @@ class Upkeep:
                         tiers.disk.set_pinned(entry, pinned)
                 self._keeper.note_change()
             found += [entry >= 0 for entry in entries]
-        self._keeper.flush_journal()
+        self._keeper.flush_log()
         return found

@@ -226,7 +226,7 @@ def planted(bug: str):
 
             def lazy(self: FaultFiles, fd: int) -> None:
                 inode = self._open[fd]
-                lazy_names = ("snapshot.new", "journal.new")
+                lazy_names = ("log.new",)
                 if any(n in lazy_names and node is inode for n, node in self.names.items()):
                     return
                 real(self, fd)

@@ -1,7 +1,7 @@
 """A sound store whose files are mutated, one round after the other.
 
-Which blocks a mutation touches is known from the bytes that it changed: slab extents and, in
-snapshot and journal, the records (or the frame) around them. Blocks outside must still hit.
+Which blocks a mutation touches is known from the bytes that it changed: slab extents and, in the
+log, the records around them. Blocks outside must still hit.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from storage_help import KIB, MIB, bytes_of, fast_folder, fill, key_of
 
 from litecache.errors import LiteCacheError
 from litecache.storage import ShardStore
-from litecache.storage.disk import journal
-from litecache.storage.disk.records import RECORD_BYTES
+from litecache.storage.disk.records import DELETE, PUT, RECORD, RECORD_BYTES, of_kind, seal
 
 NBYTES = 4 * KIB
 OPTIONS = {"storage_bytes": 1 * MIB, "ram_bytes": 1 * MIB, "io_threads": 0}
@@ -46,31 +45,29 @@ class FuzzStore:
         self.folder = fast_folder()
         files = FaultFiles(random.Random(0))
         store = ShardStore(self.folder, files=files, **OPTIONS)
-        in_snapshot = fill(store, range(24), NBYTES)
+        self.keys = fill(store, range(24), NBYTES)
         store.flush()
         store._parts.keeper.compact()
-        in_journal = fill(store, range(24, 40), NBYTES, batch=4)
+        self.keys += fill(store, range(24, 40), NBYTES, batch=4)
         store.flush()
-        self.keys = in_snapshot + in_journal
         disk, index = store._tiers.disk, store._tiers.index
         assert disk is not None
         self.extent = {key: (index.disk[index.find(key)] - 1) * 4096 for key in self.keys}
-        self.sound = {
-            name: bytes(files.names[name].seen)
-            for name in ("superblock", "slab", "snapshot", "journal")
-        }
+        self.sound = {name: bytes(files.names[name].seen) for name in ("superblock", "slab", "log")}
         store.abandon()
-        self.in_snapshot, self.in_journal = in_snapshot, in_journal
 
     def close(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def round(self, draw: random.Random) -> Outcome:
         """One mutation; AssertionError for a crash of any other kind than a LiteCacheError."""
-        name = draw.choice(["slab", "slab", "snapshot", "snapshot", "journal", "journal"])
+        name = draw.choice(["slab", "log", "log"])
         before = self.sound[name]
-        after = mutate(before, draw)
-        touched = self.touched(name, before, after)
+        if name == "log" and not draw.randrange(8):
+            after, touched = self.forge(draw)
+        else:
+            after = mutate(before, draw)
+            touched = self.touched(name, before, after)
         files = FaultFiles(draw)
         for file, raw in {**self.sound, name: after}.items():
             inode = Inode()
@@ -104,28 +101,28 @@ class FuzzStore:
         if name == "slab":
             pages = set((np.array(changed, np.int64) // NBYTES).tolist())
             return {key for key, start in self.extent.items() if start // NBYTES in pages}
-        if name == "snapshot":
-            first = len(before) - len(self.in_snapshot) * RECORD_BYTES
-            if any(at < first for at in changed):
-                return set(self.keys)
-            return self.owners(before, [(at - first) // RECORD_BYTES * RECORD_BYTES + first
-                                        for at in changed], RECORD_BYTES)  # fmt: skip
-        return self.journal_owners(before, set(changed))
-
-    def owners(self, raw: bytes, starts: list[int], length: int) -> set[bytes]:
-        pieces = [raw[start : start + length] for start in set(starts)]
+        starts = {at // RECORD_BYTES * RECORD_BYTES for at in changed}
+        pieces = [before[start : start + RECORD_BYTES] for start in starts]
         return {key for key in self.keys for piece in pieces if key in piece}
 
-    def journal_owners(self, raw: bytes, changed: set[int]) -> set[bytes]:
-        if changed and min(changed) < 32:
-            return set(self.in_journal)
-        starts, at = [], 32
-        while at < len(raw):
-            size = int.from_bytes(raw[at + 4 : at + 8], "little") + 16
-            if any(at <= c < at + size for c in changed):
-                starts.append(raw[at : at + size])
-            at += size
-        return {key for key in self.keys for piece in starts if key in piece}
+    def forge(self, draw: random.Random) -> tuple[bytes, set[bytes]]:
+        """A log with a sound record that no store wrote, and the blocks that it names."""
+        log = self.sound["log"]
+        record = of_kind(draw.randrange(1, 7))
+        key = draw.choice([draw.choice(self.keys), draw.randbytes(16)])
+        record["key"] = np.frombuffer(key, "<u8")
+        record["slot"], record["pages"] = draw.randrange(48), 1
+        record["seq"] = draw.choice([draw.randrange(1 << 62), draw.randrange(1 << 62, 1 << 64)])
+        for field in ("checksum", "namespace", "created_s", "flags"):
+            width = RECORD[field].itemsize
+            record[field] = int.from_bytes(draw.randbytes(width), "little")
+        ours = int(np.frombuffer(log[:RECORD_BYTES], RECORD)["epoch"][0])
+        raw = seal(record, draw.choice([ours, draw.getrandbits(63)]))
+        touched = set()
+        if int(record["kind"][0]) in (PUT, DELETE):
+            start = int(record["slot"][0]) * 4096
+            touched = {k for k in self.keys if k == key or self.extent[k] == start}
+        return log + raw, touched
 
 
 def changed_range(before: bytes, after: bytes) -> list[int]:
@@ -145,7 +142,7 @@ def mutate(raw: bytes, draw: random.Random) -> bytes:
     """One of a dozen ways to spoil a file."""
     data = bytearray(raw)
     at = draw.randrange(len(data))
-    kind = draw.randrange(9)
+    kind = draw.randrange(8)
     if kind == 0:
         data[at] ^= 1 << draw.randrange(8)
     elif kind == 1:
@@ -164,16 +161,13 @@ def mutate(raw: bytes, draw: random.Random) -> bytes:
         data[at : at + 64] = draw.randbytes(len(data[at : at + 64]))
     elif kind == 6:
         data += draw.randbytes(draw.randrange(1, 5000))
-    elif kind == 7:
+    else:
         # a piece of the file over another: stale sectors
-        length = draw.choice([80, 512, 4096])
+        length = draw.choice([96, 512, 4096])
         other = draw.randrange(len(data))
         piece = data[other : other + length]
         data[at : at + len(piece)] = piece
         del data[max(len(raw), at) :]
-    else:
-        future = journal.frame(journal.Change(2**62, draw.randrange(1, 6), draw.randbytes(90)))
-        data += future
     return bytes(data)
 
 

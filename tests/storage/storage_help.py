@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from litecache.storage import CommitItem, CommitStatus, LocalShardClient, ShardStore, SlotRef
+from litecache.storage.disk.records import PUT, of_kind
 
 ROOT = b"\0" * 16
 KIB, MIB = 1 << 10, 1 << 20
@@ -78,3 +79,13 @@ def fill(store: ShardStore, numbers: Iterable[int], nbytes: int, batch: int = 8)
                 store.flush(10)
     client.close()
     return keys
+
+
+def puts(numbers, slot=0, seq=0):
+    """Records of blocks in neighbouring slots."""
+    rows = of_kind(PUT, len(numbers))
+    for i, n in enumerate(numbers):
+        rows[i]["key"] = np.frombuffer(key_of(n), "<u8")
+        rows[i]["slot"], rows[i]["pages"] = slot + i, 1
+    rows["seq"] = seq
+    return rows

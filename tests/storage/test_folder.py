@@ -93,7 +93,7 @@ def test_a_group_may_write_on_the_way_only_if_nobody_else_is_in_it(tmp_path, mon
     make(tmp_path / "given" / "shard").close()
 
 
-NAMES = ["superblock", "slab", "snapshot", "journal", "lock"]
+NAMES = ["superblock", "slab", "log", "lock"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -356,8 +356,7 @@ def test_a_lock_that_another_took_takes_the_disk_tier_out(tmp_path):
 def test_a_gigantic_sparse_file_costs_neither_memory_nor_the_store(tmp_path):
     with make(tmp_path) as store:
         keys = fill(store, range(10), NBYTES)
-    for name in ("journal", "snapshot"):
-        os.truncate(tmp_path / name, 6 << 30)
+    os.truncate(tmp_path / "log", 6 << 30)
     code = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))\n"
         "from litecache.storage import ShardStore\n"

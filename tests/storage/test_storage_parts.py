@@ -1,25 +1,18 @@
-"""Key table, segments, eviction policies, journal and snapshot against plain models."""
+"""Key table, segments and eviction policies against plain models."""
 
 from __future__ import annotations
 
-import os
 import random
-import time
 
 import numpy as np
 import pytest
-from fault_files import FaultFiles
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from storage_help import key_of
+from storage_help import key_of, puts
 
-from litecache.errors import ConfigError, StorageFormatError
+from litecache.errors import ConfigError
 from litecache.storage import eviction
 from litecache.storage.block_index import BlockIndex
-from litecache.storage.disk import folder, journal, recovery, snapshot
-from litecache.storage.disk.files import Files
-from litecache.storage.disk.records import RECORD, seal, unseal
-from litecache.storage.disk.tier import DiskTier
 from litecache.storage.eviction import get_policy, register
 from litecache.storage.eviction.lru import Lru
 from litecache.storage.eviction.queues import Queues
@@ -57,7 +50,7 @@ def test_the_index_equals_a_dict(ops, big_endian):
 
 def test_the_index_takes_many_at_once_and_refuses_keys_of_another_length():
     index = BlockIndex()
-    index.load(records_of(range(5000)))
+    index.load(puts(range(5000)))
     assert index.find_many([key_of(n) for n in range(5000)]) == list(range(5000))
     for n in range(5000, 7000):
         index.insert(key_of(n), key_of(n - 1))
@@ -365,100 +358,3 @@ def test_policies_register_by_name(monkeypatch):
     assert get_policy("mine") is Lru
     with pytest.raises(ConfigError, match="lfu, lru"):
         get_policy("none such")
-
-
-def records_of(numbers, slot=0):
-    records = np.zeros(len(numbers), RECORD)
-    for i, n in enumerate(numbers):
-        records[i]["key"] = np.frombuffer(key_of(n), "<u8")
-        records[i]["slot"], records[i]["pages"] = slot + i, 1
-    return records
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.integers(0, 79), st.integers(0, 7), st.integers(0, 4))
-def test_a_flipped_bit_costs_its_record_alone(at, bit, row):
-    raw = bytearray(seal(records_of(range(5))))
-    raw[row * 80 + at] ^= 1 << bit
-    sound = unseal(bytes(raw))
-    kept = [key.tobytes() for key in sound["key"]]
-    assert kept == [key_of(n) for n in range(5) if n != row]
-
-
-def test_journal_replay_applies_the_last_word():
-    files = FaultFiles(random.Random(0))
-    book = journal.Journal(files, "journal", 0, 0)
-    dead = key_of(1) + (1).to_bytes(4, "little")
-    book.append(journal.PUT, seal(records_of(range(3))))
-    book.append(journal.DEL, dead)
-    book.append(journal.PUT, seal(records_of([2], slot=9)))
-    book.append(journal.DEL, key_of(2) + (2).to_bytes(4, "little"))
-    book.append(journal.PUT, seal(records_of([5], slot=1)))
-    book.flush()
-    found = recovery.recover(files)
-    slots = {r["key"].tobytes(): int(r["slot"]) for r in found.records}
-    assert slots == {key_of(0): 0, key_of(2): 9, key_of(5): 1}
-    assert found.seq == 5
-
-
-def test_a_rewritten_journal_keeps_what_came_meanwhile():
-    files = FaultFiles(random.Random(0))
-    book = journal.Journal(files, "journal", 0, 0)
-    book.append(journal.PUT, seal(records_of([0])))
-    seq = book.begin_rewrite()
-    book.append(journal.PUT, seal(records_of([1], slot=1)))
-    book.flush()
-    book.append(journal.PUT, seal(records_of([2], slot=2)))
-    book.finish_rewrite(seq)
-    book.append(journal.PUT, seal(records_of([3], slot=3)))
-    book.flush()
-    changes, _ = journal.parse(files.read_all("journal", 1 << 20), "journal")
-    assert [change.seq for change in changes] == [2, 3, 4]
-
-
-def test_journals_and_snapshots_of_other_versions_are_refused(monkeypatch):
-    files = FaultFiles(random.Random(0))
-    snapshot.write(files, "snapshot", snapshot.Snapshot(3, ["a"], records_of(range(2)), 0))
-    head = journal.header_bytes(0)
-    monkeypatch.setattr(journal, "VERSION", 2)
-    with pytest.raises(StorageFormatError, match="version 1"):
-        journal.parse(head, "journal")
-    monkeypatch.setattr(snapshot, "VERSION", 2)
-    with pytest.raises(StorageFormatError, match="version 1"):
-        snapshot.read(files, "snapshot", 1 << 20)
-
-
-def test_half_a_million_blocks_are_back_in_two_seconds_of_cpu(tmp_path, monkeypatch):
-    count, segment = 500_000, 64 << 20
-    a_segment, pages = segment // (90 * 4096), segment // 4096
-    blocks = np.arange(count)
-    records = np.zeros(count, RECORD)
-    records["key"] = np.random.default_rng(0).integers(0, 2**64, (count, 2), np.uint64)
-    records["slot"] = blocks // a_segment * pages + blocks % a_segment * 90
-    records["pages"] = 90
-    # a sparse slab of 184 GB stands in for a real one
-    monkeypatch.setattr(folder, "disk_room_bytes", lambda path: 1 << 50)
-
-    def open_tier() -> DiskTier:
-        return DiskTier(
-            Files(),
-            str(tmp_path),
-            storage_bytes=1 << 40,
-            index=BlockIndex(),
-            policy="lru",
-            on_evict=lambda entry: None,
-            quotas={},
-        )
-
-    open_tier().close(clean=True)
-    files = Files()
-    files.folder, _ = folder.open_folder(str(tmp_path))
-    snapshot.write(files, "snapshot", snapshot.Snapshot(1, [""], records, 0))
-    os.close(files.folder)
-    os.truncate(tmp_path / "slab", (int(records["slot"].max()) // pages + 1) * segment)
-    begun = time.process_time()
-    tier = open_tier()
-    spent = time.process_time() - begun
-    assert len(tier.on_disk()) == count
-    tier.close(clean=True)
-    assert spent < 2

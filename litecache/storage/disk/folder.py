@@ -1,11 +1,11 @@
 """A shard's folder: who may reach it, its lock, its superblock.
 
-Files: `lock`, `superblock`, `slab`, `snapshot`, `journal`, all 0600 in a 0700 folder of the user's
-own. Every folder above it belongs to the user or to root, and no other may rename what is in it;
-the way down is walked by descriptors, so that nobody can swap a part of it. The folder itself is
-locked (flock), and a `lock` file beside it where a file system cannot lock folders: both end with
-the process, however that dies, and also keep two stores of one process apart. The superblock states
-the format and the segment size, nothing else.
+Files: `lock`, `superblock`, `slab`, `log`, all 0600 in a 0700 folder of the user's own. What is
+above it belongs to the user or to root, and no other may rename what is in it; the way down is
+walked by descriptors, so that nobody can swap a part of it. The folder itself is locked (flock),
+and a `lock` file beside it where a file system cannot lock folders: both end with the process,
+however that dies, and also keep two stores of one process apart. The superblock states the format
+and the segment size, nothing else.
 """
 
 from __future__ import annotations
@@ -33,11 +33,12 @@ from .files import Files, check_private
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_READABLE = (1, 2)
 _MAGIC = b"LCSLAB\r\n"
 _SUPERBLOCK = struct.Struct("<8sIIQ")
 SUPERBLOCK_BYTES = 4096
-FILE_NAMES = ("superblock", "slab", "snapshot", "journal")
+FILE_NAMES = ("superblock", "slab", "log", "log.new", "snapshot", "journal")
 
 
 def disk_room_bytes(path: str) -> int:
@@ -205,6 +206,7 @@ class Folder:
         segment_bytes: for a new store; an old one keeps its own (`segment_bytes` says which).
 
     Attributes:
+        version: of the format; `upgrade` makes the present one of an older one.
         intact: what the last owner wrote is all there: it closed cleanly, or the machine has run
             on since. Otherwise a power cut may have kept a write and lost its record.
 
@@ -233,7 +235,7 @@ class Folder:
                         f"storage_bytes={storage_bytes} is invalid: "
                         f"the disk of {path} has {room} bytes"
                     )
-            self.segment_bytes = self._open_superblock(segment_bytes)
+            self.version, self.segment_bytes = self._open_superblock(segment_bytes)
         except BaseException:
             self.discard()
             raise
@@ -324,17 +326,18 @@ class Folder:
         """Everything is synced and nothing will be written any more."""
         self._note("clean")
 
-    def _open_superblock(self, segment_bytes: int) -> int:
+    def _open_superblock(self, segment_bytes: int) -> tuple[int, int]:
         files = self._files
         if not files.exists("superblock"):
             others = [name for name in FILE_NAMES[1:] if files.exists(name)]
             if others:
                 raise StorageFormatError(f"{self.path} has {', '.join(others)} but no superblock")
-            self._write_superblock(segment_bytes)
-            return segment_bytes
+            self.write_superblock(segment_bytes)
+            return FORMAT_VERSION, segment_bytes
         return read_superblock(files, self.path)
 
-    def _write_superblock(self, segment_bytes: int) -> None:
+    def write_superblock(self, segment_bytes: int) -> None:
+        """Make this a folder of the present format, durably."""
         head = _SUPERBLOCK.pack(_MAGIC, FORMAT_VERSION, 0, segment_bytes)
         raw = (head + struct.pack("<Q", xxhash.xxh3_64_intdigest(head))).ljust(
             SUPERBLOCK_BYTES, b"\0"
@@ -366,31 +369,23 @@ class Folder:
         self.close()
 
 
-def read_superblock(files: Files, path: str) -> int:
-    """Segment size of the store in a folder.
+def read_superblock(files: Files, path: str) -> tuple[int, int]:
+    """Format version and segment size of the store in a folder.
 
     Raises:
         StorageFormatError: not a superblock, a damaged one, or one of another version.
     """
-    return parse_superblock(files.read_all("superblock", SUPERBLOCK_BYTES), f"{path}/superblock")
-
-
-def parse_superblock(raw: bytes, path: str) -> int:
-    """Segment size of a store.
-
-    Raises:
-        StorageFormatError: not a superblock, a damaged one, or one of another version.
-    """
+    path += "/superblock"
+    raw = files.read_all("superblock", SUPERBLOCK_BYTES)
     size = _SUPERBLOCK.size
     if len(raw) < size + 8 or not raw.startswith(_MAGIC):
         raise StorageFormatError(f"{path} is not a LiteCache superblock")
     if xxhash.xxh3_64_intdigest(raw[:size]) != int.from_bytes(raw[size : size + 8], "little"):
         raise StorageFormatError(f"{path} is damaged: its checksum does not match")
     _, version, _, segment_bytes = _SUPERBLOCK.unpack_from(raw)
-    if version != FORMAT_VERSION:
-        raise StorageFormatError(
-            f"{path} has format {version}, this version reads {FORMAT_VERSION}"
-        )
+    if version not in _READABLE:
+        known = " and ".join(map(str, _READABLE))
+        raise StorageFormatError(f"{path} has format {version}, this version reads {known}")
     if segment_bytes % 4096 or not 4096 <= segment_bytes <= 1 << 40:
         raise StorageFormatError(f"{path} states segments of {segment_bytes} bytes")
-    return int(segment_bytes)
+    return int(version), int(segment_bytes)

@@ -22,9 +22,9 @@ from ..reads import MAX_REQUEST_BYTES
 from ..scratch import scratch_memory
 from .files import Files
 from .folder import Folder, disk_used_bytes, open_folder, read_superblock
-from .records import FLAG_PINNED, Records
-from .recovery import Recovered, recover
+from .records import FLAG_PINNED, Records, Recovered
 from .slab import Slab, Transfer
+from .upgrade import recover_any
 
 _AGE_BOUNDS_S = (60, 3600, 86_400, 7 * 86_400, 30 * 86_400)
 _AGE_NAMES = ("1 minute", "1 hour", "1 day", "7 days", "30 days", "older")
@@ -162,8 +162,8 @@ def _metadata(folder: str) -> Iterator[Files]:
 
 def _inspect(folder: str) -> ShardReport:
     with _metadata(folder) as files:
-        segment_bytes = read_superblock(files, folder)
-        recovered = recover(files)
+        version, segment_bytes = read_superblock(files, folder)
+        recovered = recover_any(files, version)
     records = recovered.records
     now = int(time.time())
     sizes, counts = np.unique(records["pages"], return_counts=True)
@@ -179,7 +179,7 @@ def _inspect(folder: str) -> ShardReport:
             int(pages) * PAGE_BYTES: int(count) for pages, count in zip(sizes, counts, strict=True)
         },
         ages=_ages(records, now),
-        journal_changes=recovered.journal_changes,
+        journal_changes=recovered.changes,
         damaged_records=recovered.damaged,
         namespaces=_namespaces(recovered, now),
     )
@@ -234,7 +234,8 @@ def verify_store(
     total = 0
     for folder in folders:
         with _readable(folder), _metadata(folder) as files:
-            total += _bytes(recover(files).records)
+            version, _ = read_superblock(files, folder)
+            total += _bytes(recover_any(files, version).records)
     done = 0
     reports = []
     for folder in folders:
@@ -252,7 +253,7 @@ def _verify(path: str, report: VerifyReport) -> Iterator[int]:
     files = Files()
     folder = Folder(files, path, 0, 4096)
     try:
-        recovered = recover(files)
+        recovered = recover_any(files, folder.version)
         report.damaged_records = recovered.damaged
         records = np.sort(recovered.records, order="slot")
         if not files.exists("slab"):

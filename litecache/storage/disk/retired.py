@@ -27,8 +27,8 @@ from ..scratch import scratch_memory
 from .files import Files
 from .folder import FILE_NAMES, Folder, disk_used_bytes
 from .records import FLAG_PINNED, Records
-from .recovery import recover
 from .slab import Slab, Transfer
+from .upgrade import recover_any
 
 if TYPE_CHECKING:
     from ..shard_store import ShardStore
@@ -106,7 +106,7 @@ class Retired:
         while self._open and not self._stopped.is_set():
             folder, files = self._open[0]
             try:
-                if not self._empty(files):
+                if not self._empty(files, folder.version):
                     return
                 for name in (*FILE_NAMES, "lock"):
                     files.unlink(name)
@@ -124,9 +124,9 @@ class Retired:
             assert self._tiers.disk is not None
             self._tiers.disk.retired_bytes = self.nbytes()
 
-    def _empty(self, files: Files) -> bool:
+    def _empty(self, files: Files, version: int) -> bool:
         """Move all blocks; False when that has to wait for the next start."""
-        recovered = recover(files)
+        recovered = recover_any(files, version)
         records = np.sort(recovered.records, order="slot")[::-1]
         slab = Slab(files)
         client = LocalShardClient(self._store, "retired")

@@ -1,18 +1,19 @@
 """The disk tier: slab, space and log of one folder.
 
-It places blocks and makes room by eviction. Its `DiskLog` keeps the metadata on disk in step, its
+It places blocks and makes room by eviction. Its `Log` keeps the metadata on disk in step, its
 `Quotas` hold namespaces to their share, its `SlotUse` keeps slots in place while they are read.
 What changes its state runs under the store's lock and touches no file; what touches files
 (`write`, `read`, `grow`, `shrink`) runs outside it.
 
 Bounded bytes: every segment of the slab that exists counts in full, every slot in use counts
-`META_SLOT_BYTES` for two snapshots and a journal, and `META_FIXED_BYTES` for the rest.
+`META_SLOT_BYTES` for the log and a new one beside it, and `META_FIXED_BYTES` for the rest.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 
 import numpy as np
 
@@ -24,19 +25,14 @@ from ..room import make_room
 from ..segment_sizes import pick_segment_bytes
 from ..segments import SegmentSpace
 from ..slot_use import SlotUse
-from . import snapshot
-from .disk_log import DiskLog
 from .files import NO_SPACE, Files
 from .folder import Folder
-from .records import FLAG_DOUBTFUL, FLAG_PINNED, RECORD_BYTES
-from .recovery import Recovered, recover
-from .restoring import fit_slab, restore
+from .log import META_FIXED_BYTES, META_NAME_COPIES, META_SLOT_BYTES, Capture, Log
+from .records import FLAG_DOUBTFUL, FLAG_PINNED, Records, recover
 from .slab import Slab, Transfer
+from .upgrade import upgrade
 
 logger = logging.getLogger(__name__)
-
-META_FIXED_BYTES = 128 << 10
-META_SLOT_BYTES = 4 * RECORD_BYTES + 40
 
 
 class DiskTier:
@@ -85,61 +81,95 @@ class DiskTier:
         self.growth = Backoff()
         self.lost: str | None = None
         self.folder = Folder(files, path, storage_bytes, pick_segment_bytes(storage_bytes))
-        try:
+        with ExitStack() as opened:
+            opened.callback(self.folder.discard)
+            upgrade(files, self.folder)
             self.space = SegmentSpace(self.folder.segment_bytes, self._may_grow)
             self.space.may_shrink = True
             self.in_use = SlotUse(self.space)
             self.slab = Slab(files, direct=direct)
-            try:
-                recovered = recover(files)
-                self.log = DiskLog(files, index, recovered, self.quotas.note_name)
-                try:
-                    self._restore(recovered)
-                    self.log.keep_doubts()
-                    self._make_durable()
-                except BaseException:
-                    self.log.journal.close()
-                    raise
-            except BaseException:
-                self.slab.close()
-                raise
-        except BaseException:
-            self.folder.discard()
-            raise
-        self.damaged_records = recovered.damaged
+            opened.callback(self.slab.close)
+            recovered = recover(files)
+            self.log = Log(files, index, recovered, self.quotas.note_name)
+            opened.callback(self.log.close)
+            self.damaged_records = recovered.damaged
+            self._fit_slab()
+            self._restore(recovered.records)
+            self.log.keep_doubts()
+            self._make_durable()
+            opened.pop_all()
 
     def _may_grow(self, new_segments: int, new_slots: int) -> bool:
         if new_segments > 0 and not self.growth.due():
             return False
         slab = (self.space.present + new_segments) * self.space.segment_bytes
-        meta = META_SLOT_BYTES * (self.space.slots_assigned + new_slots) + 3 * self.log.name_bytes
+        meta = META_SLOT_BYTES * (self.space.slots_assigned + new_slots)
+        meta += META_NAME_COPIES * self.log.name_bytes
         return slab + meta + META_FIXED_BYTES <= self.limit - self.retired_bytes
 
     def _make_durable(self) -> None:
         # what was read back counts as durable from here on: make that true
         try:
-            self.log.journal.flush()
+            self.log.flush()
         except OSError as error:
             if error.errno not in NO_SPACE:
                 raise
             # the next sync writes it, or fails
             logger.warning("%s opens on a full disk: %s", self.folder.path, error)
         self.slab.sync()
-        self.log.journal.sync()
+        self.log.sync()
         self._files.sync_folder()
 
     def trouble(self) -> str | None:
         """What has become of the files under the live store; None: all are in their place."""
         trouble = self.folder.trouble()
-        if trouble is None and not (self.slab.in_place() and self.log.journal.in_place()):
-            trouble = "its slab or its journal was removed"
+        if trouble is None and not (self.slab.in_place() and self.log.in_place()):
+            trouble = "its slab or its log was removed"
         return trouble
 
-    def _restore(self, recovered: Recovered) -> None:
-        room = max(0, self.limit - self.retired_bytes - META_FIXED_BYTES)
-        fit_slab(self.slab, self.space, room // self.space.segment_bytes)
-        intact = self.folder.intact
-        restore(recovered.records, self.space, self._index, self.queues, intact=intact)
+    def _fit_slab(self) -> None:
+        """Make slab and space agree on whole segments, as many as the bound allows."""
+        slab, segment = self.slab, self.space.segment_bytes
+        size, room = slab.size(), max(0, self.limit - self.retired_bytes - META_FIXED_BYTES)
+        segments = min(-(-size // segment), room // segment)
+        if size > segments * segment:
+            slab.truncate(segments * segment)
+        elif size % segment:
+            try:
+                slab.grow(size, segments * segment - size)
+            except OSError as error:
+                if error.errno not in NO_SPACE:
+                    raise
+                # what lies in the part that is there is read all the same
+                logger.warning("the slab's last segment cannot be made whole: %s", error)
+        self.space.grow(range(segments))
+
+    def _restore(self, records: Records) -> None:
+        """Blocks of a store that was opened again enter space, index and queues, if they fit."""
+        fits = self.space.occupy(
+            records["slot"].astype(np.int64),
+            records["pages"].astype(np.int64),
+            np.arange(len(records)),
+        )
+        kept = records
+        if not fits.all():
+            # entry numbers are positions among the kept: say so to the space
+            logger.info("%d blocks do not fit the store any more", len(fits) - fits.sum())
+            kept = records[fits]
+            self.space.rebind(np.cumsum(fits) - 1)
+        if not self.folder.intact:
+            # any slot may have been given to another block whose record is lost
+            kept["flags"] |= FLAG_DOUBTFUL
+        entries = self._index.load(kept)
+        self.queues.extend(
+            entries,
+            kept["pages"].astype(np.int64),
+            kept["namespace"].astype(np.int64),
+            self._index.keys,
+            self._index.parents,
+        )
+        for entry in np.flatnonzero(kept["flags"] & FLAG_PINNED).tolist():
+            self.queues.remove(entry)
 
     def name_number(self, name: str) -> int:
         """Number of a namespace."""
@@ -201,7 +231,7 @@ class DiskTier:
         self.space.free(slot)
 
     def place(self, entries: Sequence[int], slots: Sequence[int], checksums: Sequence[int]) -> None:
-        """Blocks of a chain, head first, now lie in their slots: index, queue and journal."""
+        """Blocks of a chain, head first, now lie in their slots: index, queue and log."""
         index = self._index
         for entry, slot, checksum in zip(entries, slots, checksums, strict=True):
             index.disk[entry] = slot + 1
@@ -255,15 +285,15 @@ class DiskTier:
         return entries[np.argsort(self.queues.ticks(entries), kind="stable")]
 
     def wants_compaction(self) -> bool:
-        """Whether the journal has outgrown its share of the bound."""
+        """Whether the log should be written anew."""
         return not self.lost and self.log.wants_compaction(self.space.slots_assigned)
 
-    def journal_full(self) -> bool:
-        """Whether the journal may not grow at all any more (compaction keeps failing)."""
+    def log_full(self) -> bool:
+        """Whether the log may not grow at all any more (compaction keeps failing)."""
         return self.log.full(self.space.slots_assigned)
 
-    def begin_compaction(self) -> snapshot.Snapshot:
-        """Under the store's lock: a copy of all that the new snapshot will hold."""
+    def begin_compaction(self) -> Capture:
+        """Under the store's lock: a copy of all that the new log will begin with."""
         return self.log.capture(self.on_disk())
 
     def grow(self, segments: range) -> bool:
@@ -303,7 +333,7 @@ class DiskTier:
         """
         if clean:
             self.folder.note_clean()
-        self.log.journal.close()
+        self.log.close()
         self.slab.close()
         self.folder.close()
 
