@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 import numbers
 import os
 import re
@@ -18,7 +17,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from litecache.errors import ConfigError, outline, shown
+from litecache.checks import check_flag, check_integer, check_path, check_real, check_text, is_a
+from litecache.errors import ConfigError, shown
 
 DTYPES = ("float32", "float16", "bfloat16")
 FSYNC_POLICIES = ("always", "interval", "never")
@@ -28,101 +28,11 @@ ADMISSION_POLICIES = ("all", "reused", "none")
 _MOST = 2**31 - 1
 _MOST_BYTES = 2**60
 _MOST_SHARDS = 1024
-_LONGEST_PATH = 3800
-_LONGEST_NAME = 255
 
 _UNITS = {"": 1, "B": 1}
 for _power, _prefix in enumerate("KMGT", start=1):
     _UNITS[_prefix] = _UNITS[f"{_prefix}IB"] = 1024**_power
     _UNITS[f"{_prefix}B"] = 1000**_power
-
-
-def _is(value: object, *types: type) -> bool:
-    # not isinstance: that asks the value
-    return issubclass(type(value), types)
-
-
-def check_integer(name: str, value: Any, low: int, high: int, valid: str) -> int:
-    """A plain int from an integer of any kind, no bool, of at least `low` and at most `high`.
-
-    Raises:
-        ConfigError: none.
-    """
-    if not _is(value, numbers.Integral) or _is(value, bool) or not low <= int(value) <= high:
-        raise ConfigError(name, value, valid)
-    return int(value)
-
-
-def _number(name: str, value: Any, high: float, valid: str) -> float:
-    """A plain float above zero."""
-    if _is(value, numbers.Real) and not _is(value, bool):
-        try:
-            number = float(value)
-        except OverflowError:
-            number = math.inf
-        if 0 < number <= high and math.isfinite(number):
-            return number
-    raise ConfigError(name, value, valid)
-
-
-def check_seconds(name: str, value: Any) -> float:
-    """How long to wait, at most 1e6 s whatever is asked for.
-
-    Raises:
-        ConfigError: no number, NaN or below zero.
-    """
-    if _is(value, numbers.Real) and not _is(value, bool) and value >= 0:
-        return float(min(value, 1e6))
-    raise ConfigError(name, value, "seconds, zero or more")
-
-
-def check_list(name: str, value: Any) -> list[Any]:
-    """The items of a list, a tuple, an array or a tensor, at most 2**24.
-
-    Raises:
-        ConfigError: something without a length, or a longer one.
-    """
-    try:
-        items = list(value) if len(value) <= 1 << 24 else None
-    except Exception as error:  # whatever was passed is no list
-        raise ConfigError(name, outline(value), "a list") from error
-    if items is None:
-        raise ConfigError(name, outline(value), "at most 2**24 items")
-    return items
-
-
-def check_text(name: str, value: Any, valid: str = "a text") -> str:
-    """A plain str that can be encoded.
-
-    Raises:
-        ConfigError: another type, or a lone surrogate in it.
-    """
-    if _is(value, str):
-        text = str.__str__(value)
-        if not re.search("[\ud800-\udfff]", text):
-            return text
-        valid += " without lone surrogates"
-    raise ConfigError(name, value, valid)
-
-
-def check_path(name: str, value: Any, valid: str = "a path of a file system") -> str:
-    """A path, as text; it need not exist.
-
-    Raises:
-        ConfigError: another type, or no file system would take it.
-    """
-    if _is(value, os.PathLike):
-        try:
-            value = os.fspath(value)
-        except Exception as error:
-            raise ConfigError(name, value, valid) from error
-    path = check_text(name, value, valid)
-    names = path.encode().split(b"/")
-    if not path or "\0" in path or len(path.encode()) > _LONGEST_PATH:
-        raise ConfigError(name, path, f"{valid}: 1 to {_LONGEST_PATH} bytes, none of them zero")
-    if max(map(len, names)) > _LONGEST_NAME:
-        raise ConfigError(name, path, f"{valid}, no name in it longer than {_LONGEST_NAME} bytes")
-    return path
 
 
 def parse_size(value: int | float | str, name: str) -> int:
@@ -133,16 +43,16 @@ def parse_size(value: int | float | str, name: str) -> int:
     """
     valid = 'a positive number of bytes, at most 1 EiB, or a text such as "20GB" or "512MiB"'
     number: float = 0.0
-    if _is(value, str):
+    if is_a(value, str):
         text = check_text(name, value, valid)
         match = re.fullmatch(r"\s*([0-9]{1,30}(?:\.[0-9]{1,30})?)\s*([A-Za-z]{0,3})\s*", text)
         if match is not None and match[2].upper() in _UNITS:
             unit = _UNITS[match[2].upper()]
             number = float(match[1]) * unit if "." in match[1] else int(match[1]) * unit
-    elif _is(value, numbers.Integral) and not _is(value, bool):
+    elif is_a(value, numbers.Integral) and not is_a(value, bool):
         return check_integer(name, value, 1, _MOST_BYTES, valid)
-    elif _is(value, numbers.Real) and not _is(value, bool):
-        number = _number(name, value, _MOST_BYTES, valid)
+    elif is_a(value, numbers.Real) and not is_a(value, bool):
+        number = check_real(name, value, 0, _MOST_BYTES, valid, above=True)
     if not 1 <= number <= _MOST_BYTES:
         raise ConfigError(name, value, valid)
     return int(number)
@@ -169,21 +79,16 @@ def _block_size(name: str, value: Any) -> int:
 
 
 def _fraction(name: str, value: Any) -> float:
-    return _number(name, value, 1.0, "a number in (0, 1]")
+    return check_real(name, value, 0, 1, "a number in (0, 1]", above=True)
 
 
 def _seconds(name: str, value: Any) -> float:
-    return _number(name, value, 1e10, "seconds, more than zero, at most 1e10, or None")
+    valid = "seconds, more than zero, at most 1e10, or None"
+    return check_real(name, value, 0, 1e10, valid, above=True)
 
 
 def _size(name: str, value: Any) -> int:
     return parse_size(value, name)
-
-
-def _flag(name: str, value: Any) -> bool:
-    if not _is(value, bool):
-        raise ConfigError(name, value, "True or False")
-    return bool(value)
 
 
 def _one_of(choices: tuple[str, ...]) -> Check:
@@ -212,8 +117,8 @@ def _device(name: str, value: Any) -> str:
 
 def _folders(name: str, value: Any) -> tuple[str, ...] | None:
     """One folder as a text or a path, or several; none of them = no disk tier."""
-    several = _is(value, list, tuple)
-    given = tuple(value) if several else () if _is(value, str) and value == "" else (value,)
+    several = is_a(value, list, tuple)
+    given = tuple(value) if several else () if is_a(value, str) and value == "" else (value,)
     folders = []
     for each in given[:_MOST_SHARDS]:
         folder = check_path(name, each, "an absolute folder, or a list of such")
@@ -227,7 +132,7 @@ def _folders(name: str, value: Any) -> tuple[str, ...] | None:
 
 
 def _quotas(name: str, value: Any) -> dict[str, int]:
-    if not _is(value, dict):
+    if not is_a(value, dict):
         raise ConfigError(name, value, 'a dict of salts and sizes, as {"alice": "5GB"}')
     quotas = {}
     for salt, size in dict.items(value):
@@ -372,7 +277,7 @@ class CacheConfig:
     max_batch_tokens: int = _setting("max_batch_tokens", 2048, _count, int)
     max_prefill_tokens: int | None = _setting("max_prefill_tokens", None, _count, int, null=True)
     max_requests: int = _setting("max_requests", 256, _count, int)
-    deterministic: bool = _setting("deterministic", False, _flag, _parse_bool)
+    deterministic: bool = _setting("deterministic", False, check_flag, _parse_bool)
     cache_salt: str = _setting("cache_salt", "", check_text)
 
     def __post_init__(self) -> None:

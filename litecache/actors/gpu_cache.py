@@ -34,7 +34,8 @@ from litecache.actors.replica_calls import ReplicaMethod, answering
 from litecache.actors.router import FAILURE_WINDOW_S
 from litecache.actors.shard_client import RayShardClient
 from litecache.actors.shard_watch import ShardWatch
-from litecache.engine.request_checks import check_integer, check_real, check_text
+from litecache.checks import check_integer, check_real
+from litecache.engine.request_checks import check_text
 from litecache.errors import ConfigError, GroupError, GroupUnavailableError, LiteCacheError, shorten
 from litecache.metrics import Metrics
 from litecache.sockets.async_server import AsyncSocketServer, Handler

@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
+from litecache.checks import check_path
 from litecache.cli.options import AsJson, print_json
-from litecache.config import check_path
 
 Folder = Annotated[str, typer.Argument(help="a storage_dir, or one shard's folder in it")]
 

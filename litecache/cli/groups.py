@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from litecache.actors.naming import check_group_name
+from litecache.checks import check_integer, check_seconds
 from litecache.cli.options import (
     Address,
     AsJson,
@@ -24,7 +25,6 @@ from litecache.cli.options import (
     parse_settings,
     print_json,
 )
-from litecache.config import check_integer, check_seconds
 from litecache.errors import ConfigError, outline
 
 _MOST = 1024

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
+from litecache.checks import check_path
 from litecache.cli.options import Address, AsJson, check_address, connect, print_json
-from litecache.config import check_path
 from litecache.errors import ConfigError
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from litecache.config import check_path
+from litecache.checks import check_path
 from litecache.errors import ConfigError
 
 Model = Annotated[str, typer.Argument(help="a hub name, a folder or a .gguf file")]

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from litecache.checks import check_real
 from litecache.config import CacheConfig
 from litecache.engine.engine_info import EngineInfo
 from litecache.engine.kv_layout import KVLayout, KVPool
@@ -29,7 +30,7 @@ from litecache.engine.loading.memory import choose_num_blocks, memory_for
 from litecache.engine.loading.model_loader import LoadedModel, load_model
 from litecache.engine.loading.model_source import ModelSource
 from litecache.engine.progress import progress_bar
-from litecache.engine.request_checks import check_real, check_text, check_texts
+from litecache.engine.request_checks import check_text, check_texts
 from litecache.engine.running.model_runner import ModelRunner, StepHandle
 from litecache.engine.scheduling.orders import Schedule
 from litecache.engine.scheduling.prefix_cache import PrefixCache

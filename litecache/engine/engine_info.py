@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
+from litecache.checks import check_integer, check_real
 from litecache.engine.kv_layout import LAYOUT_VERSION
-from litecache.engine.request_checks import check_integer, check_real, check_sampling, check_text
+from litecache.engine.request_checks import check_sampling, check_text
 from litecache.errors import CapacityError, ConfigError
 from litecache.hashing import BlockKey, root_key
 from litecache.token_ids import TokenIds

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from litecache.config import CacheConfig, check_integer
+from litecache.checks import check_integer
+from litecache.config import CacheConfig
 from litecache.engine.kv_layout import KVLayout, KVPool, KVSpec
 from litecache.engine.scheduling.block_pool import BlockPool
 from litecache.errors import CapacityError, ConfigError, KernelError, outline

@@ -10,35 +10,13 @@ import numbers
 from collections.abc import Sequence
 from typing import Any
 
+from litecache.checks import FLOAT32_MAX, INT64_MAX, check_integer, check_real
 from litecache.errors import ConfigError
 from litecache.types import LogitRules, SamplingParams
 
-INT64_MAX = 2**63 - 1
-FLOAT32_MAX = 3.4028234e38
 MAX_TEXT = 4096
 MAX_RULE_TOKENS = 1 << 22
 """Of all biased and forbidden sequences of a request, each as long as the longest."""
-
-
-def check_integer(name: str, value: Any, low: int, high: int = INT64_MAX) -> None:
-    """Refuse what is no integer from `low` to `high`; a bool is none."""
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, numbers.Integral)
-        or (not low <= int(value) <= high)
-    ):
-        limit = f"of at least {low}" if high == INT64_MAX else f"from {low} to {high}"
-        raise ConfigError(name, value, f"an integer {limit}")
-
-
-def check_real(
-    name: str, value: Any, low: float, high: float = FLOAT32_MAX, *, above: bool = False
-) -> None:
-    """Refuse what is no number from `low` (or above it) to `high`; NaN and a bool are none."""
-    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not real or not (low < value if above else low <= value) or not value <= high:
-        limit = f"above {low:g}" if above else f"from {low:g}"
-        raise ConfigError(name, value, f"a number {limit}, at most {high:g}")
 
 
 def check_text(name: str, value: Any, *, empty: bool = False) -> None:

@@ -16,7 +16,8 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ...config import check_integer, check_list, check_path, check_seconds, parse_size
+from ...checks import check_integer, check_list, check_path, check_seconds
+from ...config import parse_size
 from ...errors import ConfigError, StorageError, StorageLockedError
 from ...hashing import BlockKey
 from ..shard_options import check_holds, smallest_ram_bytes, smallest_storage_bytes

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from ...config import check_integer, check_list
+from ...checks import check_integer, check_list
 from ...errors import ConfigError, outline
 from ...hashing import BlockKey, block_key, root_key
 from .local_cache_service import MODES, LocalCacheService, as_key, one_of

@@ -14,7 +14,7 @@ from enum import IntEnum
 import numpy as np
 import numpy.typing as npt
 
-from ...config import check_seconds
+from ...checks import check_seconds
 from ...hashing import BlockKey
 
 
