@@ -1,4 +1,4 @@
-"""Clients of a shard and what they hold; the end of a client is proven by its pidfd.
+"""Clients of a shard and the leases that they hold; the end of a client is proven by its pidfd.
 
 A stalled client may still have a copy in flight, so no clock ever ends a lease: `detach`, or the
 kernel's word that the process is gone. One thread sleeps in `poll` on the pidfds of all clients and
@@ -12,10 +12,11 @@ import logging
 import os
 import select
 import threading
-from collections.abc import Callable
+from collections.abc import Iterable
 
 from ..errors import StorageError
 from ..threads import start_service
+from .ram_tier import RamBlock, RamState, RamTier
 
 logger = logging.getLogger(__name__)
 
@@ -39,23 +40,25 @@ class Client:
         self.leases: dict[int, list[int]] = {}
 
 
-class Clients:
-    """All attached clients and the thread that watches them.
+class Leases:
+    """All attached clients, who of them holds which slot how often, and the thread that watches.
+
+    A block's own count is the sum over all clients. `give`, `get` and what ends leases are called
+    under the store's lock.
 
     Args:
-        lock: the store's lock; it guards the client map.
+        ram: the slots.
+        changed: condition on the store's lock, notified when leases ended.
         first_id: client ids count from here, so that those of another epoch are unknown.
-        on_gone: called with a client that ended or detached, under the lock.
+
+    Attributes:
+        own: the store itself, while it copies a block.
     """
 
-    def __init__(
-        self,
-        lock: threading.Lock,
-        first_id: int,
-        on_gone: Callable[[Client], None],
-    ) -> None:
-        self._lock = lock
-        self._on_gone = on_gone
+    def __init__(self, ram: RamTier, changed: threading.Condition, first_id: int) -> None:
+        self._ram = ram
+        self._lock = self._changed = changed
+        self.own = Client(0, 0, -1)
         self._next_id = first_id
         self._clients: dict[int, Client] = {}
         self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -94,9 +97,51 @@ class Clients:
             )
         return client
 
-    def all(self) -> list[Client]:
-        """All clients; the lock is held."""
-        return list(self._clients.values())
+    def __len__(self) -> int:
+        return len(self._clients)
+
+    def give(self, client: Client, block: RamBlock) -> None:
+        """One more lease."""
+        held = client.leases.get(block.slot)
+        if held is None:
+            client.leases[block.slot] = [block.generation, 1]
+        else:
+            held[1] += 1
+        block.leases += 1
+
+    def end_many(self, client: Client, slots: Iterable[tuple[int, int]]) -> None:
+        """One lease less on each slot; those that the client does not hold are ignored."""
+        for slot, generation in slots:
+            block = self.end(client, slot, generation)
+            # most blocks just stay where they are
+            if block is not None and (block.dead or block.state is RamState.RESERVED):
+                self.abandon(block)
+        self._changed.notify_all()
+
+    def end(self, client: Client, slot: int, generation: int) -> RamBlock | None:
+        """One lease less; the block, or None when the client holds no such lease."""
+        held = client.leases.get(slot)
+        if held is None or held[0] != generation:
+            return None
+        held[1] -= 1
+        if not held[1]:
+            del client.leases[slot]
+        block = self._ram.by_slot[slot]
+        block.leases -= 1
+        return block
+
+    def abandon(self, block: RamBlock) -> None:
+        """After a lease ended: a slot that was never committed, or is dead, goes back."""
+        if block.state is RamState.RESERVED and not block.dead and not block.leases:
+            block.dead = True
+        self._ram.reap(block)
+
+    def _end_all(self, client: Client) -> None:
+        for slot, (_, count) in list(client.leases.items()):
+            block = self._ram.by_slot[slot]
+            block.leases -= count
+            self.abandon(block)
+        client.leases.clear()
 
     def detach(self, client_id: int) -> None:
         """End a client and its leases; an unknown id is ignored."""
@@ -108,7 +153,8 @@ class Clients:
         client = self._clients.pop(client_id, None)
         if client is not None:
             client.gone = True
-            self._on_gone(client)
+            self._end_all(client)
+            self._changed.notify_all()
             os.close(client.pidfd)
 
     def _wake(self) -> None:
@@ -150,3 +196,16 @@ class Clients:
             self._thread.join()
         os.close(self._wake_read)
         os.close(self._wake_write)
+
+    def check_integrity(self) -> None:
+        """AssertionError unless clients and slots agree."""
+        leases: dict[int, int] = {}
+        for client in (*self._clients.values(), self.own):
+            for slot, (generation, count) in client.leases.items():
+                block = self._ram.by_slot[slot]
+                assert block.generation == generation, "a lease outlived its slot"
+                leases[slot] = leases.get(slot, 0) + count
+        for slot, block in self._ram.by_slot.items():
+            assert block.leases == leases.get(slot, 0), f"leases of slot {slot} differ"
+            reserved = block.state is RamState.RESERVED
+            assert not reserved or block.leases, "a reserved slot leaked"

@@ -1,155 +1,60 @@
-"""One shard: blocks in shared memory and on disk, for any number of client processes.
+"""What clients do with a shard's blocks: the slot protocol (`protocol.py`), batched, thread-safe.
 
-The methods are the slot protocol (`protocol.py`), thread-safe, batched; all return at once except
-`flush`, `fetch`, `wait`, `clear` and `close`. State and I/O live in `ShardParts`, under one lock
-that nobody holds during I/O; here stands what each method promises and who keeps the promise.
+All methods return at once except `flush`, `fetch`, `wait`, `clear` and `close`. At most
+`BATCH_KEYS` keys are worked on under one hold of the lock.
 """
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
 
-from ..errors import ConfigError
-from ..hashing import BlockKey
-from ..metrics import Metrics
-from .block_io import OnWritten
-from .disk.files import Files
-from .disk.retired import Retired, retired_folders
-from .fetching import Fetching
-from .filling import Filling
-from .key_dict import batches
+from ..errors import ConfigError, StorageError
+from ..hashing import KEY_BYTES, BlockKey
+from .block_io import fault
+from .disk.slab import Transfer
+from .key_dict import BATCH_KEYS, batches
 from .leases import Client
-from .opening import open_tiers
 from .protocol import (
-    Attachment,
+    PAGE_BYTES,
     CommitItem,
     CommitStatus,
     Deltas,
-    FlushReport,
     SlotRef,
     StageResult,
+    StageStatus,
 )
-from .shard_options import validate_options
-from .shard_parts import ShardParts
-from .shard_stats import set_gauges, shard_stats
-from .staging import Staging
-from .upkeep import Upkeep
-from .waiting import Waiting
+from .ram_tier import LOADED, RamBlock, RamState
+from .reads import MAX_REQUEST_BYTES
+from .scratch import scratch_memory
+from .shard_base import ShardBase
+
+MAX_FETCH_BYTES = 64 << 20
+"""Of one answer of `fetch`; a block larger than this still goes, alone."""
+_MAX_NAMESPACE = 200
+_COUNTERS: tuple[tuple[StageStatus, str, dict[str, str]], ...] = (
+    (StageStatus.READY, "litecache_hits", {"tier": "ram"}),
+    (StageStatus.LOADING, "litecache_hits", {"tier": "disk"}),
+    (StageStatus.MISS, "litecache_misses", {"tier": "shard", "reason": "absent"}),
+    (StageStatus.BUSY, "litecache_misses", {"tier": "shard", "reason": "busy"}),
+)
+_MISS, _BUSY = StageResult(StageStatus.MISS), StageResult(StageStatus.BUSY)
+_READY, _LOADING = StageStatus.READY, StageStatus.LOADING
+# a NamedTuple's own constructor takes three times as long
+_staged = partial(tuple.__new__, StageResult)
 
 
-class ShardStore:
-    """Holds blocks of any size that is a multiple of 4096 bytes.
+class _OnDisk(NamedTuple):
+    position: int
+    key: BlockKey
+    slot: int
+    nbytes: int
+    checksum: int
 
-    Args:
-        directory: absolute folder of the disk tier, or None for RAM alone (then nothing is ever
-            durable and what RAM evicts is gone).
-        storage_bytes: bound on all files together.
-        ram_bytes: bound on the arena.
-        fsync: `always` (each write batch is synced before it counts as durable; a power cut loses
-            nothing that was reported), `interval` (the same guarantee, reported up to
-            `fsync_interval_s` later) or `never` (durable means handed to the kernel: it survives
-            kill -9, a power cut may lose it; synced by `flush` and `close` only).
-        fsync_interval_s: see `fsync`.
-        eviction: `lru`, `lfu`, `s3fifo` or a registered name.
-        admission: `all`, `reused` or `none`: which blocks are written to disk.
-        ttl_s: a block older than this is a miss.
-        quotas: namespace, or digest of a salt (`namespaces.py`), to the disk bytes it may take.
-        io_threads: threads that read and write; 0 does all I/O on the callers' threads.
-        metrics: where to count; None makes an own set.
-        shards: how many shards share the folder above `directory`, named `shard-<i>`; those of
-            higher numbers are of an earlier setting and are taken in (`retired.py`). 0: not looked.
-        accepts_writes: False refuses `reserve` (an empty answer), for old shards kept readable.
-        files: the file system, for fault injection.
-        direct: try O_DIRECT.
-        use_memfd: False forces a `/dev/shm` file.
-        on_written: told by an I/O thread which keys reached the disk (None), or why they did not
-            and were dropped: `disk_full`, `io_error`, `no_room`.
 
-    Raises:
-        ConfigError: a field is invalid.
-        StorageFullError: too little disk for `storage_bytes` or memory for `ram_bytes`.
-        StorageLockedError: another live store holds the folder.
-        StorageFormatError: the folder is of another format.
-    """
-
-    def __init__(
-        self,
-        directory: str | None,
-        *,
-        storage_bytes: int = 0,
-        ram_bytes: int,
-        fsync: str = "interval",
-        fsync_interval_s: float = 1.0,
-        eviction: str = "lru",
-        admission: str = "all",
-        ttl_s: float | None = None,
-        quotas: dict[str, int] | None = None,
-        io_threads: int = 4,
-        metrics: Metrics | None = None,
-        shards: int = 0,
-        accepts_writes: bool = True,
-        files: Files | None = None,
-        direct: bool = True,
-        use_memfd: bool = True,
-        on_written: OnWritten | None = None,
-    ) -> None:
-        validate_options(directory, storage_bytes, ram_bytes, fsync, io_threads, ttl_s)
-        self.metrics = metrics or Metrics()
-        self.epoch = secrets.randbits(62)
-        self.directory = directory
-        old = retired_folders(directory, shards) if directory and shards else []
-        self._retired = Retired(old, storage_bytes // 2)
-        try:
-            self._tiers = open_tiers(
-                directory,
-                storage_bytes=storage_bytes,
-                ram_bytes=ram_bytes,
-                epoch=self.epoch,
-                eviction=eviction,
-                admission=admission,
-                ttl_s=ttl_s,
-                quotas=quotas or {},
-                metrics=self.metrics,
-                files=files or Files(),
-                direct=direct,
-                use_memfd=use_memfd,
-                retired_bytes=self._retired.nbytes(),
-            )
-        except BaseException:
-            self._retired.close()
-            raise
-        self._arena = self._tiers.ram.arena
-        self._parts = ShardParts(
-            self._tiers,
-            self.epoch,
-            io_threads=io_threads,
-            fsync=fsync,
-            fsync_interval_s=fsync_interval_s,
-            metrics=self.metrics,
-            on_written=on_written,
-        )
-        self._lock = self._parts.lock
-        self._clients = self._parts.clients
-        self._staging = Staging(self._parts)
-        self._filling = Filling(self._parts, accepts_writes=accepts_writes)
-        self._waiting = Waiting(self._parts)
-        self._fetching = Fetching(self._parts)
-        self._upkeep = Upkeep(self._parts)
-        self._retired.begin(self, self._tiers, self._lock)
-
-    def attach(self, client_pid: int) -> Attachment:
-        """Register a client process.
-
-        Raises:
-            StorageError: the process does not live on this machine, or the store is closed.
-        """
-        self._parts.check_open()
-        return self._arena.attachment(self._clients.attach(client_pid))
-
-    def detach(self, client_id: int) -> None:
-        """End a client and all its leases; an unknown one is ignored."""
-        self._clients.detach(client_id)
+class ShardStore(ShardBase):
+    """One shard, for any number of client processes; `ShardBase` tells its arguments."""
 
     def stage(
         self,
@@ -172,11 +77,122 @@ class ShardStore:
             StorageError: unknown client.
             ConfigError: a key is not 16 bytes.
         """
-        self._parts.check_open()
+        self._check_open()
         self.release(client_id, released)
+        results: list[StageResult] = []
+        for batch in batches(keys):
+            results += self._stage(client_id, batch)
+        self._io.drain()
+        return results
+
+    def _stage(self, client_id: int, keys: Sequence[BlockKey]) -> list[StageResult]:
+        results = self._stage_once(client_id, keys)
+        busy = _busy(results)
+        space, grown = self._tiers.ram.space, -1
+        while busy and space.grown != grown:
+            # another client, or another block size, took the segment that was grown for these: ask
+            # again for as long as the arena grows, now that growth and eviction see their need
+            grown = space.grown
+            again = self._stage_once(client_id, [keys[i] for i in busy])
+            for i, result in zip(busy, again, strict=True):
+                results[i] = result
+            busy = _busy(results)
+        self._count(results)
+        return results
+
+    def _stage_once(self, client_id: int, keys: Sequence[BlockKey]) -> list[StageResult]:
+        tiers = self._tiers
         with self._lock:
-            client = self._clients.get(client_id)
-        return self._staging.stage(client, keys)
+            client = self._leases.get(client_id)
+            entries = tiers.find(keys)
+            wanting = self._wanting(entries)
+            if not wanting:
+                return self._lease(client, entries)
+        for pages, count in wanting.items():
+            self._grow_for(pages, count)
+        with self._lock:
+            return self._lease(client, tiers.find(keys))
+
+    def _wanting(self, entries: Iterable[int]) -> dict[int, int]:
+        """Block sizes in pages for whose loads the arena should grow, with the slots they need."""
+        index, space = self._tiers.index, self._tiers.ram.space
+        needs: dict[int, int] = {}
+        for entry in entries:
+            if entry >= 0 and not index.ram[entry]:
+                needs[index.pages[entry]] = needs.get(index.pages[entry], 0) + 1
+        return {
+            pages: count
+            for pages, count in needs.items()
+            if space.available(pages) < count and space.growth(pages) is not None
+        }
+
+    def _lease(self, client: Client, entries: list[int]) -> list[StageResult]:
+        if client.gone:
+            raise StorageError(f"client_id={client.client_id} has been detached")
+        tiers, leases, staged = self._tiers, client.leases, _staged
+        handles, blocks, loading = tiers.index.ram, tiers.ram.blocks, RamState.LOADING
+        results = [_MISS] * len(entries)
+        leased: list[int] = []
+        loads: dict[int, list[int]] = {}
+        for i, entry in enumerate(entries):
+            if entry < 0:
+                continue
+            handle = handles[entry]
+            if not handle:
+                loads.setdefault(tiers.index.pages[entry], []).append(i)
+                continue
+            # as `Leases.give`, which is called once a block and not once for each of 64
+            block = blocks[handle - 1]
+            slot, generation = block.slot, block.generation
+            held = leases.get(slot)
+            if held is None:
+                leases[slot] = [generation, 1]
+            else:
+                held[1] += 1
+            block.leases += 1
+            status = _LOADING if block.state is loading else _READY
+            results[i] = staged((status, slot, generation))
+            leased.append(entry)
+        if loads:
+            for pages, wanted in loads.items():
+                self._begin_loads(client, pages, wanted, entries, results)
+            leased = [e for e, result in zip(entries, results, strict=True) if result[1] >= 0]
+        tiers.use(leased)
+        if tiers.writes:
+            self._io.kick()
+        return results
+
+    def _begin_loads(
+        self,
+        client: Client,
+        pages: int,
+        wanted: list[int],
+        entries: list[int],
+        results: list[StageResult],
+    ) -> None:
+        tiers = self._tiers
+        distinct = list(dict.fromkeys(entries[i] for i in wanted))
+        free = tiers.ram.allocate(pages * PAGE_BYTES, len(distinct))
+        # making room may have dropped nothing that is on disk, so all entries still stand
+        blocks = dict(zip(distinct, free, strict=False))
+        if blocks:
+            tiers.begin_loads(list(blocks), free)
+            self._io.queue_reads(free)
+            self._io.kick()
+        for i in wanted:
+            block = blocks.get(entries[i])
+            if block is None:
+                results[i] = _BUSY
+                continue
+            self._leases.give(client, block)
+            results[i] = StageResult(StageStatus.LOADING, block.slot, block.generation)
+
+    def _count(self, results: Sequence[StageResult]) -> None:
+        statuses = [result[0] for result in results]
+        for status, name, labels in _COUNTERS:
+            count = statuses.count(status)
+            if count:
+                self.metrics.inc(name, count, **labels)
 
     def cancel(self, client_id: int, keys: Sequence[BlockKey]) -> list[bool]:
         """Give up reads that have not begun.
@@ -188,19 +204,25 @@ class ShardStore:
         ended: list[bool] = []
         for batch in batches(keys):
             with self._lock:
-                client = self._clients.get(client_id)
-                ended += [self._staging.cancel(client, e) for e in self._tiers.find(batch)]
+                client = self._leases.get(client_id)
+                ended += [self._cancel(client, e) for e in self._tiers.find(batch)]
         return ended
+
+    def _cancel(self, client: Client, entry: int) -> bool:
+        block = self._tiers.block_of(entry) if entry >= 0 else None
+        if block is None or block.state is not RamState.LOADING or block.started:
+            return False
+        if self._leases.end(client, block.slot, block.generation) is None:
+            return False
+        if not block.leases:
+            self._tiers.cancel_load(block)
+        return True
 
     def release(self, client_id: int, slots: Sequence[SlotRef]) -> None:
         """End one lease per slot given; one that is not held is ignored."""
         for batch in batches(slots):
             with self._lock:
-                self._end_leases(self._clients.get(client_id), batch)
-
-    def _end_leases(self, client: Client, slots: Sequence[SlotRef]) -> None:
-        self._parts.leases.end_many(client, slots)
-        self._parts.changed.notify_all()
+                self._leases.end_many(self._leases.get(client_id), batch)
 
     def reserve(self, client_id: int, block_bytes: int, n: int) -> list[SlotRef]:
         """Lease up to `n` slots to fill; fewer or none when RAM is dirty or leased. Never waits.
@@ -208,7 +230,31 @@ class ShardStore:
         Raises:
             ConfigError: `block_bytes` is not a positive multiple of 4096, or `n` is negative.
         """
-        return self._filling.reserve(client_id, block_bytes, n)
+        if block_bytes <= 0 or block_bytes % PAGE_BYTES:
+            raise ConfigError("block_bytes", block_bytes, f"a positive multiple of {PAGE_BYTES}")
+        most = self._arena.arena_bytes
+        if block_bytes > most:
+            # before anything is evicted for it in vain
+            raise ConfigError(
+                "block_bytes", block_bytes, f"at most the {most:,} bytes of the arena"
+            )
+        if n < 0:
+            raise ConfigError("n", n, "zero or more")
+        n = min(n, most // block_bytes)
+        self._check_open()
+        if self._accepts_writes and n:
+            self._grow_for(block_bytes // PAGE_BYTES, n)
+        with self._lock:
+            client = self._leases.get(client_id)
+            if not self._accepts_writes or self._closed:
+                return []
+            blocks = self._tiers.ram.allocate(block_bytes, n)
+            self._tiers.ram.show_reserved(blocks)
+            for block in blocks:
+                self._leases.give(client, block)
+        if len(blocks) < n:
+            self.metrics.inc("litecache_drops", n - len(blocks), reason="no_slot")
+        return [SlotRef(block.slot, block.generation) for block in blocks]
 
     def commit(self, client_id: int, items: Sequence[CommitItem]) -> list[CommitStatus]:
         """Publish filled slots; their leases end and their bytes must not change any more.
@@ -217,7 +263,44 @@ class ShardStore:
             Per item STORED; EXISTS (the key was there already, the slot went back); or STALE (the
             client does not hold that slot under that generation, nothing changed).
         """
-        return self._filling.commit(client_id, items)
+        _check(items)
+        statuses: list[CommitStatus] = []
+        for batch in batches(items):
+            statuses += self._commit(client_id, batch)
+        self._io.drain()
+        return statuses
+
+    def _commit(self, client_id: int, items: Sequence[CommitItem]) -> list[CommitStatus]:
+        statuses: list[CommitStatus] = []
+        tiers = self._tiers
+        with self._lock:
+            client = self._leases.get(client_id)
+            there = dict(zip((keys := [i[2] for i in items]), tiers.find(keys), strict=True))
+            # what is stored here and now is young anyway: its parents and old blocks were used
+            used: list[int] = []
+            for slot, generation, key, parent, namespace in items:
+                held = tiers.ram.by_slot.get(slot)
+                reserved = held is not None and held.state is RamState.RESERVED and not held.dead
+                block = self._leases.end(client, slot, generation) if reserved else None
+                if block is None:
+                    statuses.append(CommitStatus.STALE)
+                    continue
+                known = there[key]
+                if known >= 0:
+                    self._leases.abandon(block)
+                    tiers.consider_again(known)
+                    used.append(known)
+                    statuses.append(CommitStatus.EXISTS)
+                    continue
+                if parent not in there and (before := tiers.index.find(parent)) >= 0:
+                    used.append(before)
+                there[key] = tiers.publish(block, key, parent, namespace)
+                statuses.append(CommitStatus.STORED)
+            tiers.touch(used)
+            if tiers.writes:
+                self._io.kick()
+            self._changed.notify_all()
+        return statuses
 
     def query(self, keys: Sequence[BlockKey], *, touch: bool = False) -> list[bool]:
         """Which keys the shard holds; no lease, recency changes only with `touch`."""
@@ -251,39 +334,104 @@ class ShardStore:
     def awaits_disk(self, keys: Sequence[BlockKey]) -> list[bool]:
         """Which keys are in RAM and still on their way to disk."""
         awaited: list[bool] = []
-        tiers, pending = self._tiers, self._parts.io.pending
+        tiers, pending = self._tiers, self._io.pending
         for batch in batches(keys):
             with self._lock:
                 blocks = [tiers.block_of(e) if e >= 0 else None for e in tiers.find(batch)]
                 awaited += [block is not None and bool(pending([block])) for block in blocks]
         return awaited
 
-    def wait_for_change(self, timeout_s: float) -> None:
-        """Sleep until a read or write ends, a lease is released, or the time is over."""
-        self._waiting.for_change(timeout_s)
-
-    def wait(self, slots: Sequence[SlotRef], timeout_s: float = 30.0) -> list[bool]:
-        """Block until leased slots have stopped loading.
-
-        Returns:
-            Per slot whether it holds its block under that generation.
-        """
-        return self._waiting.for_reads(slots, timeout_s)
-
-    def flush(self, timeout_s: float = 30.0) -> FlushReport:
-        """Write and sync all that was committed before the call."""
-        return self._waiting.for_writes(timeout_s)
-
     def fetch(self, keys: Sequence[BlockKey]) -> list[tuple[BlockKey, bytes | None]]:
         """Copies of blocks, for another node; those on disk are read without taking a RAM slot.
 
         One answer holds at most 64 MiB (or one block); what does not fit is None, as a miss.
         """
-        return self._fetching.fetch(keys)
+        found: list[bytes | None] = [None] * len(keys)
+        in_ram, on_disk = self._hold(keys)
+        for position, block in in_ram:
+            found[position] = bytes(self._arena.buffer(block.slot, block.nbytes))
+        with self._lock:
+            for _, block in in_ram:
+                if self._leases.end(self._leases.own, block.slot, block.generation) is not None:
+                    self._leases.abandon(block)
+        for batch in _requests(on_disk):
+            for wanted, data in zip(batch, self._read(batch), strict=True):
+                found[wanted.position] = data
+        return list(zip(keys, found, strict=True))
+
+    def _hold(self, keys: Sequence[BlockKey]) -> tuple[list[tuple[int, RamBlock]], list[_OnDisk]]:
+        """Lease what is in RAM and keep what is on disk where it is, up to the bound."""
+        tiers = self._tiers
+        in_ram: list[tuple[int, RamBlock]] = []
+        on_disk: list[_OnDisk] = []
+        total = 0
+        with self._lock:
+            for position, entry in enumerate(tiers.find(keys)):
+                if entry < 0:
+                    continue
+                nbytes = tiers.index.pages[entry] * PAGE_BYTES
+                if total and total + nbytes > MAX_FETCH_BYTES:
+                    self.metrics.inc("litecache_drops", reason="fetch_too_large")
+                    continue
+                block = tiers.block_of(entry)
+                if block is not None and block.state in LOADED:
+                    self._leases.give(self._leases.own, block)
+                    in_ram.append((position, block))
+                elif tiers.disk is not None and tiers.index.disk[entry]:
+                    slot = tiers.index.disk[entry] - 1
+                    tiers.disk.in_use.begin([slot])
+                    checksum = tiers.index.checksum[entry]
+                    on_disk.append(_OnDisk(position, keys[position], slot, nbytes, checksum))
+                else:
+                    continue
+                total += nbytes
+        return in_ram, on_disk
+
+    def _read(self, batch: Sequence[_OnDisk]) -> list[bytes | None]:
+        disk = self._tiers.disk
+        assert disk is not None
+        with scratch_memory(sum(wanted.nbytes for wanted in batch)) as memory:
+            pieces, start = [], 0
+            for wanted in batch:
+                pieces.append(memory[start : start + wanted.nbytes])
+                start += wanted.nbytes
+            errors = disk.read([Transfer(w.slot, p) for w, p in zip(batch, pieces, strict=True)])
+            reasons = [
+                fault(piece, wanted.key, wanted.checksum, error)
+                for wanted, piece, error in zip(batch, pieces, errors, strict=True)
+            ]
+            blocks = [
+                bytes(piece) if reason is None else None
+                for piece, reason in zip(pieces, reasons, strict=True)
+            ]
+            for piece in pieces:
+                piece.release()
+        with self._lock:
+            disk.in_use.end([wanted.slot for wanted in batch])
+            for wanted, reason in zip(batch, reasons, strict=True):
+                if reason is None:
+                    continue
+                self.metrics.inc("litecache_misses", tier="disk", reason=reason)
+                entry = self._tiers.index.find(wanted.key)
+                if entry >= 0 and self._tiers.index.disk[entry] == wanted.slot + 1:
+                    self._tiers.drop_disk_copy(entry)
+                    self._keeper.note_change()
+        return blocks
 
     def delete(self, keys: Sequence[BlockKey]) -> list[bool]:
-        """Drop blocks from every tier; which of them were there."""
-        return self._upkeep.delete(keys)
+        """Drop blocks from every tier, over kill -9 too; which of them were there."""
+        dropped: list[bool] = []
+        for batch in batches(keys):
+            with self._changed:
+                for key in batch:
+                    entry = self._tiers.index.find(key)
+                    if entry >= 0:
+                        self._tiers.drop(entry)
+                    dropped.append(entry >= 0)
+                self._keeper.note_change()
+                self._changed.notify_all()
+        self._keeper.flush_log()
+        return dropped
 
     def clear(self, tier: str = "all", timeout_s: float = 60.0) -> None:
         """Empty a tier.
@@ -297,15 +445,43 @@ class ShardStore:
             raise ConfigError("tier", tier, "ram, disk or all")
         if tier == "ram" and self._tiers.disk is not None:
             self.flush(timeout_s)
-        self._upkeep.clear(tier)
+        tiers = self._tiers
+        index = tiers.index
+        for start in range(0, index.high, BATCH_KEYS):
+            with self._changed:
+                for entry in range(start, min(start + BATCH_KEYS, index.high)):
+                    if not index.keys[entry]:
+                        continue
+                    if tier == "all":
+                        tiers.drop(entry)
+                    elif tier == "ram":
+                        tiers.drop_ram_copy(entry)
+                    elif index.disk[entry]:
+                        tiers.drop_disk_copy(entry)
+                self._keeper.note_change()
+                self._changed.notify_all()
+        self._keeper.flush_log()
 
     def pin(self, keys: Sequence[BlockKey]) -> list[bool]:
         """Keep blocks from being evicted from disk until `unpin`, over restarts too."""
-        return self._upkeep.set_pinned(keys, True)
+        return self._set_pinned(keys, True)
 
     def unpin(self, keys: Sequence[BlockKey]) -> list[bool]:
         """Let blocks be evicted again."""
-        return self._upkeep.set_pinned(keys, False)
+        return self._set_pinned(keys, False)
+
+    def _set_pinned(self, keys: Sequence[BlockKey], pinned: bool) -> list[bool]:
+        tiers, found = self._tiers, []
+        for batch in batches(keys):
+            with self._changed:
+                entries = tiers.find(batch)
+                for entry in entries:
+                    if entry >= 0 and tiers.disk is not None:
+                        tiers.disk.set_pinned(entry, pinned)
+                self._keeper.note_change()
+            found += [entry >= 0 for entry in entries]
+        self._keeper.flush_log()
+        return found
 
     def keys(self) -> list[BlockKey]:
         """All keys that the shard holds; those that come or go meanwhile may be in it or not."""
@@ -323,34 +499,27 @@ class ShardStore:
     def __len__(self) -> int:
         return len(self._tiers.index)
 
-    def stats(self) -> dict[str, object]:
-        """Counts and bytes, msgpack-able; also sets the gauges."""
-        with self._lock:
-            clients = len(self._clients.all())
-            result = shard_stats(self._tiers, self.epoch, clients, self.metrics)
-        set_gauges(self.metrics, result)
-        return result
 
-    def check_integrity(self) -> None:
-        """AssertionError unless index, tiers, queues and leases agree."""
-        self._parts.check_integrity()
+def _busy(results: Sequence[StageResult]) -> list[int]:
+    return [i for i, result in enumerate(results) if result == _BUSY] if _BUSY in results else []
 
-    def close(self, timeout_s: float = 30.0) -> None:
-        """Write out what is dirty, write a new log, and give everything back."""
-        if self._parts.closed:
-            return
-        self._retired.close()
-        if self._tiers.disk is not None:
-            self.flush(timeout_s)
-        self.abandon(compact=True)
 
-    def abandon(self, *, compact: bool = False) -> None:
-        """Stop without writing out what is dirty."""
-        self._retired.close()
-        self._parts.close(compact=compact)
+def _check(items: Sequence[CommitItem]) -> None:
+    for item in items:
+        if len(item[2]) != KEY_BYTES or len(item[3]) != KEY_BYTES:
+            raise ConfigError("key", item[2:4], f"{KEY_BYTES} bytes each for key and parent")
+        if len(item[4]) > _MAX_NAMESPACE:
+            raise ConfigError("namespace", item[4], f"at most {_MAX_NAMESPACE} characters")
 
-    def __enter__(self) -> ShardStore:
-        return self
 
-    def __exit__(self, *exc: object) -> None:
-        self.close()
+def _requests(wanted: Sequence[_OnDisk]) -> Iterator[list[_OnDisk]]:
+    batch: list[_OnDisk] = []
+    held = 0
+    for each in sorted(wanted, key=lambda w: w.slot):
+        if batch and held + each.nbytes > MAX_REQUEST_BYTES:
+            yield batch
+            batch, held = [], 0
+        batch.append(each)
+        held += each.nbytes
+    if batch:
+        yield batch

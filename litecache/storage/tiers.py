@@ -126,7 +126,7 @@ class Tiers:
                 self.ram.queues.use(ram[entry] - 1, ends=ends)
             if self.disk is not None:
                 self.disk.queues.use(entry, ends=ends)
-                if ends and self.writes.under_way + len(self.writes):
+                if ends and not self.writes.idle:
                     self._early.pop(keys[entry], None)
                     if len(self._early) < BATCH_KEYS:
                         self._early[keys[entry]] = None
@@ -237,8 +237,8 @@ class Tiers:
         for block in blocks:
             if not block.dead and block.state is RamState.WRITING:
                 self.ram.settle(block)
-        self.writes.under_way -= len(blocks)
-        if not self.writes and not self.writes.under_way:
+        self.writes.done(blocks)
+        if self.writes.idle:
             for key in self._early:
                 self.disk.queues.use(self.index.find(key), ends=True)
             self._early.clear()
@@ -246,7 +246,7 @@ class Tiers:
     def fail_write(self, block: RamBlock, reason: str, *, keep: bool = False) -> None:
         """A block that could not be written is dropped, and counted; or `keep` it in RAM."""
         self._metrics.inc("litecache_drops", reason=reason)
-        self.writes.under_way -= 1
+        self.writes.done([block])
         block.started = False
         if block.dead:
             self.ram.reap(block)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from .block_index import BlockIndex
@@ -28,14 +28,14 @@ class WriteQueue:
 
     Attributes:
         nbytes: of all blocks in it.
-        under_way: blocks that were taken and have neither been written nor failed.
     """
 
     def __init__(self, index: BlockIndex, ram: RamTier) -> None:
         self._index = index
         self._ram = ram
         self._blocks: deque[RamBlock] = deque()
-        self.nbytes = self.under_way = 0
+        self._under_way: set[RamBlock] = set()
+        self.nbytes = 0
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -72,14 +72,27 @@ class WriteQueue:
             total += block.nbytes
         if not blocks:
             return None
-        self.under_way += len(blocks)
+        self._under_way.update(blocks)
         return WriteBatch(
             blocks, blocks[0].nbytes // PAGE_BYTES, self._index.namespace[blocks[0].entry]
         )
 
+    def done(self, blocks: Iterable[RamBlock]) -> None:
+        """Blocks that were taken have been written, or have failed."""
+        self._under_way.difference_update(blocks)
+
+    def unfinished(self) -> list[RamBlock]:
+        """All that is queued or being written."""
+        return [*self._under_way, *(block for block in self._blocks if not block.dead)]
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is on its way to disk."""
+        return not self._blocks and not self._under_way
+
     def put_back(self, blocks: Sequence[RamBlock]) -> None:
         """Blocks that found no disk slot come first again."""
-        self.under_way -= len(blocks)
+        self.done(blocks)
         for block in reversed(blocks):
             block.started = False
             if self._ram.reap(block):

@@ -147,7 +147,7 @@ class World:
         elif action == 1:
             self.store.clear("ram")
         elif action == 2:
-            self.store._parts.keeper.compact()
+            self.store._keeper.compact()
         elif action == 3 and self.sha:
             self.store.delete(self.draw.sample(list(self.sha), 1))
         else:
@@ -220,7 +220,7 @@ def planted(bug: str):
         if bug == "checksum skipped":
             skip = lambda memory, key, expected, error: "io_error" if error else None  # noqa: E731
             stack.enter_context(mock.patch.object(block_io, "fault", skip))
-            stack.enter_context(mock.patch("litecache.storage.fetching.fault", skip))
+            stack.enter_context(mock.patch("litecache.storage.shard_store.fault", skip))
         elif bug == "rename before fsync":
             real = FaultFiles.sync
 

@@ -420,14 +420,14 @@ def test_a_fetch_is_one_bounded_message_of_merged_reads(tmp_path, monkeypatch):
             return real(fd, buffers, offset)
 
         monkeypatch.setattr(store._tiers.disk.slab._files, "read", read)
-        monkeypatch.setattr("litecache.storage.fetching.MAX_REQUEST_BYTES", 16 * NBYTES)
+        monkeypatch.setattr("litecache.storage.shard_store.MAX_REQUEST_BYTES", 16 * NBYTES)
         wanted = [keys[3], *keys, key_of(99)]
         assert [data == bytes_of(key, NBYTES) for key, data in store.fetch(wanted)] == (
             [True] * 41 + [False]
         )
         assert len(reads) <= 5, "neighbours are read together"
         assert max(reads) <= 16 * NBYTES
-        monkeypatch.setattr("litecache.storage.fetching.MAX_FETCH_BYTES", 10 * NBYTES)
+        monkeypatch.setattr("litecache.storage.shard_store.MAX_FETCH_BYTES", 10 * NBYTES)
         answer = store.fetch(keys)
         assert [data is not None for _, data in answer] == [True] * 10 + [False] * 30
         assert store.metrics.value("litecache_drops", reason="fetch_too_large") == 30
@@ -667,8 +667,8 @@ def test_a_client_that_detaches_during_stage_gets_no_lease(tmp_path):
         put(LocalShardClient(store), [key_of(0)], NBYTES)
     with make(tmp_path) as store:
         client = LocalShardClient(store)
-        ensure = store._parts.growth.ensure
-        store._parts.growth.ensure = lambda pages, n: (client.close(), ensure(pages, n))
+        ensure = store._grow_for
+        store._grow_for = lambda pages, n: (client.close(), ensure(pages, n))
         with pytest.raises(StorageError, match="detached"):
             client.stage([key_of(0)])
         assert store.stats()["leases"] == 0
