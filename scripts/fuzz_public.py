@@ -216,12 +216,15 @@ class Service(Entry):
             values[name] = self.any_value()
         here = os.getcwd()
         work = Path(tempfile.mkdtemp(dir=self.folder))
-        os.chdir(work)  # some values are relative paths
+        deep = work / "a" / "b"  # some values are relative paths, one is ../..
+        deep.mkdir(parents=True)
+        os.chdir(deep)
         try:
             LocalCacheService(**values).close()
         except LiteCacheError:
             left = [path for path in (work, self.folder / "new") if path.exists()]
             found = [str(path) for each in left for path in each.rglob("*")]
+            found = [path for path in found if path not in (str(deep), str(deep.parent))]
             if found or len(left) > 1:
                 raise AssertionError(f"left behind: {found or left}") from None
             raise

@@ -20,7 +20,7 @@ from storage_help import KIB, MIB, bytes_of, fill, key_of, puts
 from litecache.errors import StorageFormatError, StorageFullError
 from litecache.storage import ShardStore
 from litecache.storage.block_index import BlockIndex
-from litecache.storage.disk import folder, log, records
+from litecache.storage.disk import folder, log, records, upgrade
 from litecache.storage.disk.files import Files
 from litecache.storage.disk.inspect import inspect_store, verify_store
 from litecache.storage.disk.log import Capture, Log, write_new
@@ -382,3 +382,7 @@ def test_a_damaged_store_of_format_1_is_never_misread(old_store, tmp_path):
             assert all(data in (None, bytes_of(key, 4 * KIB)) for key, data in found)
             assert sum(data is not None for _, data in found) >= 3
             store.check_integrity()
+
+
+def test_an_empty_list_of_blocks_of_format_1_is_read_as_none() -> None:
+    assert len(upgrade._puts(b"", 7)) == 0

@@ -132,7 +132,7 @@ def _snapshot(raw: bytes) -> tuple[Records, int, int]:
 
 def _puts(raw: bytes, seq: int) -> Records:
     old = np.frombuffer(raw[: len(raw) // _OLD_RECORD.itemsize * _OLD_RECORD.itemsize], _OLD_RECORD)
-    words = old.view("<u8").reshape(len(old), -1)
+    words = old.view("<u8").reshape(len(old), _OLD_RECORD.itemsize // 8)
     mixed = np.full(len(old), _SEED)
     for column in range(words.shape[1] - 1):
         mixed ^= words[:, column]
