@@ -69,7 +69,7 @@ class CacheShard(StorageShard):
     def _make_reporter(self) -> Any:
         return _NoReporter()
 
-    def fates(self, keys: Sequence[BlockKey]) -> list[str]:
+    def outcomes(self, keys: Sequence[BlockKey]) -> list[str]:
         """What became of committed blocks.
 
         Returns:

@@ -1,42 +1,49 @@
 """`RayEngine`: the storage engine of `LocalCacheService` on shard actors.
 
 `LocalCacheService(..., engine="ray")` finds it by its entry point, as it would find one of a third
-party. Control goes by actor calls, a batch per shard and call; a block's bytes are copied once,
-between the tensor and the shard's arena, which both processes map. A shard that dies is started
-again by Ray; until then its blocks are misses, and writes that it had not finished are Aborted.
+party. Both processes map a shard's arena. A shard that dies is started again by Ray and attached
+anew; until then its blocks are misses, and writes that it had not finished are Aborted.
 """
 
 from __future__ import annotations
 
+import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import ray
 
-from litecache.actors.cache_fates import CALL_TIMEOUT_S, LOST, POLL_S, AttachedShard, Fates
-from litecache.actors.cache_shard import start_shards, stop_shards
-from litecache.actors.calls import result
+from litecache.actors.cache_shard import ABSENT, PENDING, STORED, start_shards, stop_shards
+from litecache.actors.calls import ActorEndedError, result
 from litecache.actors.cluster import open_ray
 from litecache.actors.shard_client import RayShardClient
+from litecache.errors import LiteCacheError
 from litecache.hashing import BlockKey
 from litecache.metrics import Metrics
-from litecache.storage.protocol import CommitItem, CommitStatus, SlotRef, SlotState, StageStatus
-from litecache.storage.service import EngineOptions, Get, Put, StorageEngine
+from litecache.storage.client import ShardClient
+from litecache.storage.protocol import SlotRef, SlotState
+from litecache.storage.service import EngineOptions
+from litecache.storage.service.engine import LOST, Shard, ShardEngine
+from litecache.threads import start_service
 
-_NAMESPACE = "local-cache-service"
-_LOAD_TIMEOUT_S = 60.0
+logger = logging.getLogger(__name__)
+
+# throughput matters here, not latency: a slow answer is better than a block given up
+_CALL_TIMEOUT_S = 30.0
+_POLL_S = (0.002, 0.05)
+_REATTACH_S = 0.5
+
+Tell = Callable[[Sequence[tuple[BlockKey, str | None]]], None]
 
 
-class RayEngine(StorageEngine):
-    """Shard actors on this node, chosen by key; joins the Ray that is up, or starts a local one."""
+class RayEngine(ShardEngine):
+    """Shard actors on this node; joins the Ray that is up, or starts a local one."""
 
-    keeps_folders = True
-
-    def __init__(self, options: EngineOptions) -> None:
+    def _open(self, options: EngineOptions) -> None:
         open_ray()
-        self.metrics = Metrics()
-        self._block_bytes = options.block_bytes
         name = f"cache-service-{os.path.basename(options.path)}"
         per_shard = [
             {
@@ -47,178 +54,171 @@ class RayEngine(StorageEngine):
             }
             for index in range(options.shards)
         ]
-        handles = start_shards(name, per_shard)
-        self._shards = [
-            AttachedShard(handle, f"{name}:{index}", self.metrics)
-            for index, handle in enumerate(handles)
-        ]
-        self._fates = Fates(self._shards, options.on_written)
+        self._handles = start_shards(name, per_shard)
+        self._watch = WriteWatch(self._handles, options.on_written)
+        for index, handle in enumerate(self._handles):
+            shard = _RayShard(handle, f"{name}:{index}", index, self._watch, self.metrics)
+            self._shards.append(shard)
 
     def shard_pids(self) -> list[int]:
         """Process ids of the shard actors."""
-        return [int(result(shard.handle.info.remote())["pid"]) for shard in self._shards]
-
-    def _by_shard(self, keys: Sequence[BlockKey]) -> dict[int, list[int]]:
-        groups: dict[int, list[int]] = {}
-        for i, key in enumerate(keys):
-            shard = int.from_bytes(key, "little") % len(self._shards)
-            groups.setdefault(shard, []).append(i)
-        return groups
-
-    def contains(self, keys: Sequence[BlockKey]) -> list[bool]:
-        """See `StorageEngine.contains`."""
-        found = [False] * len(keys)
-        for shard, positions in self._by_shard(keys).items():
-            client = self._shards[shard].client()
-            if client is None:
-                continue
-            there = client.query([keys[i] for i in positions])
-            present = [i for i, hit in zip(positions, there, strict=True) if hit]
-            client.touch([keys[i] for i in present])
-            for i in present:
-                found[i] = True
-        return found
-
-    def put(self, items: Sequence[Put], stop: Callable[[], bool], wait_s: float) -> list[str]:
-        """See `StorageEngine.put`; `shard_lost` when its shard is gone."""
-        deadline = time.monotonic() + wait_s
-        outcome = [LOST] * len(items)
-        for shard, positions in self._by_shard([item.key for item in items]).items():
-            client = self._shards[shard].client()
-            if client is None:
-                continue
-            left = []
-            there = client.query([items[i].key for i in positions])
-            for i, present in zip(positions, there, strict=True):
-                if present:
-                    outcome[i] = "pending" if self._fates.watches(items[i].key) else "exists"
-                else:
-                    left.append(i)
-            delay = POLL_S[0]
-            while left:
-                taken = self._put_some(client, shard, items, left, outcome)
-                left = left[taken:]
-                if taken or not left:
-                    delay = POLL_S[0]
-                    continue
-                if client.lost or stop() or time.monotonic() > deadline:
-                    reason = LOST if client.lost else "stopped" if stop() else "dropped"
-                    for i in left:
-                        outcome[i] = reason
-                    break
-                # room comes when a write ends in the other process: nothing to wait on here
-                time.sleep(delay)
-                delay = min(2 * delay, POLL_S[1])
-        return outcome
-
-    def _put_some(
-        self,
-        client: RayShardClient,
-        shard: int,
-        items: Sequence[Put],
-        wanted: Sequence[int],
-        outcome: list[str],
-    ) -> int:
-        """Fill and commit as many as there are slots; how many of `wanted` are settled."""
-        refs = client.reserve(self._block_bytes, len(wanted))
-        filled: list[tuple[int, CommitItem, bool]] = []
-        unfilled: list[SlotRef] = []
-        for i, ref in zip(wanted, refs, strict=False):
-            item = items[i]
-            if item.fill(client.arena.buffer(ref.slot, self._block_bytes)):
-                fresh = self._fates.watch(item.key)
-                commit = CommitItem(*ref, item.key, item.parent, _NAMESPACE)
-                filled.append((i, commit, fresh))
-            else:
-                outcome[i] = "stopped"
-                unfilled.append(ref)
-        client.release(unfilled)
-        statuses = client.commit([commit for _, commit, _ in filled]) if filled else []
-        stored = [
-            commit.key
-            for (_, commit, _), status in zip(filled, statuses, strict=True)
-            if status is CommitStatus.STORED
-        ]
-        for (i, commit, fresh), status in zip(filled, statuses, strict=True):
-            if status is CommitStatus.STORED or (status is CommitStatus.EXISTS and not fresh):
-                outcome[i] = "pending"
-            else:
-                outcome[i] = "exists" if status is CommitStatus.EXISTS else LOST
-                if fresh:
-                    self._fates.forget(commit.key)
-        self._fates.ask_for(stored, shard)
-        return len(refs)
-
-    def get(self, items: Sequence[Get], stop: Callable[[], bool], wait_s: float) -> list[str]:
-        """See `StorageEngine.get`."""
-        deadline = time.monotonic() + wait_s
-        outcome = ["miss"] * len(items)
-        for shard, positions in self._by_shard([item.key for item in items]).items():
-            client = self._shards[shard].client()
-            left = positions if client is not None else []
-            delay = POLL_S[0]
-            while client is not None and left:
-                left = self._get_some(client, items, left, outcome)
-                if left and (stop() or time.monotonic() > deadline):
-                    for i in left:
-                        outcome[i] = "stopped" if stop() else "busy"
-                    break
-                if left:
-                    time.sleep(delay)
-                    delay = min(2 * delay, POLL_S[1])
-        return outcome
-
-    def _get_some(
-        self,
-        client: RayShardClient,
-        items: Sequence[Get],
-        wanted: list[int],
-        outcome: list[str],
-    ) -> list[int]:
-        """One attempt; the positions that found no free slot."""
-        results = client.stage([items[i].key for i in wanted])
-        busy: list[int] = []
-        leased: list[SlotRef] = []
-        try:
-            for i, staged in zip(wanted, results, strict=True):
-                if staged.slot >= 0:
-                    leased.append(SlotRef(staged.slot, staged.generation))
-                if staged.status is StageStatus.BUSY:
-                    busy.append(i)
-            for i, staged in zip(wanted, results, strict=True):
-                ref = SlotRef(staged.slot, staged.generation)
-                if ref.slot < 0 or not _loaded(client, ref):
-                    continue
-                took = items[i].take(client.arena.buffer(ref.slot, self._block_bytes))
-                outcome[i] = "hit" if took and client.arena.holds(*ref) else "miss"
-        finally:
-            client.release(leased)
-        return busy
-
-    def flush(self, timeout_s: float) -> bool:
-        """See `StorageEngine.flush`."""
-        clients = [shard.client() for shard in self._shards]
-        done = [client is not None and client.flush(timeout_s).complete for client in clients]
-        return all(done)
+        return [int(result(handle.info.remote())["pid"]) for handle in self._handles]
 
     def close(self) -> None:
         """Write out, sync, and end the actors."""
-        self._fates.close()
-        for shard in self._shards:
-            shard.close()
+        if self._shards:
+            self._watch.close()
+        super().close()
+        handles, self._handles = getattr(self, "_handles", []), []
         if ray.is_initialized():
-            stop_shards([shard.handle for shard in self._shards], CALL_TIMEOUT_S)
-        self._shards = []
+            stop_shards(handles, _CALL_TIMEOUT_S)
 
 
-def _loaded(client: RayShardClient, ref: SlotRef) -> bool:
-    """Wait until a leased slot holds its block; False when it will not."""
-    deadline = time.monotonic() + _LOAD_TIMEOUT_S
-    delay = 0.0002
-    while client.arena.state(*ref) is SlotState.LOADING:
-        if client.lost or time.monotonic() > deadline:
-            return False
-        # completion shows in shared memory, where nothing can be awaited
-        time.sleep(delay)
-        delay = min(2 * delay, 0.002)
-    return client.arena.holds(*ref)
+class _RayShard(Shard):
+    """One actor and this process's client of its present life."""
+
+    def __init__(
+        self, handle: Any, name: str, index: int, watch: WriteWatch, metrics: Metrics
+    ) -> None:
+        self._handle, self._name, self._index = handle, name, index
+        self._watch, self._metrics = watch, metrics
+        self._lock = threading.Lock()
+        self._retry_at = 0.0
+        self._client: RayShardClient | None = None
+
+    def client(self) -> RayShardClient | None:
+        with self._lock:
+            # a lost client is dropped, not closed: other threads may still copy from its mapping
+            if self._client is not None and not self._client.lost:
+                return self._client
+            if time.monotonic() < self._retry_at:
+                return None
+            try:
+                self._client = RayShardClient(
+                    self._handle, self._name, timeout_s=_CALL_TIMEOUT_S, metrics=self._metrics
+                )
+            except LiteCacheError as error:
+                logger.info("%s is not there: %s", self._name, error)
+                self._client = None
+                self._retry_at = time.monotonic() + _REATTACH_S
+            return self._client
+
+    def awaits(self, key: BlockKey) -> bool:
+        return self._watch.watches(key)
+
+    def announce(self, keys: Sequence[BlockKey]) -> list[BlockKey]:
+        return self._watch.announce(keys)
+
+    def committed(self, keys: Sequence[BlockKey], lost: Sequence[BlockKey]) -> None:
+        self._watch.committed(self._index, keys, lost)
+
+    def wait_for_room(self, tries: int) -> None:
+        # room comes when a write ends in the other process: nothing to wait on here
+        time.sleep(min(_POLL_S[0] * 2 ** min(tries, 10), _POLL_S[1]))
+
+    def wait_loaded(self, client: ShardClient, ref: SlotRef, timeout_s: float) -> bool:
+        deadline = time.monotonic() + timeout_s
+        delay = 0.0002
+        while client.arena.state(*ref) is SlotState.LOADING:
+            if client.lost or time.monotonic() > deadline:
+                return False
+            # completion shows in shared memory, where nothing can be awaited
+            time.sleep(delay)
+            delay = min(2 * delay, 0.002)
+        return client.arena.holds(*ref)
+
+    def close(self) -> None:
+        if self._client is not None:
+            self._client.close()
+
+
+class WriteWatch:
+    """Asks shards what became of committed blocks, from a thread that sleeps when none are open.
+
+    Args:
+        handles: the actors.
+        tell: hears which blocks reached the disk (None), or why they did not.
+    """
+
+    def __init__(self, handles: Sequence[Any], tell: Tell) -> None:
+        self._handles, self._tell = handles, tell
+        self._work = threading.Condition()
+        # key -> its shard; None while it is about to be committed
+        self._open: dict[BlockKey, int | None] = {}
+        self._absent: set[BlockKey] = set()
+        self._closing = False
+        self._thread = start_service(self._run, "block-outcomes")
+
+    def announce(self, keys: Sequence[BlockKey]) -> list[BlockKey]:
+        """Blocks are about to be committed; those of them that no other task has announced."""
+        with self._work:
+            fresh = [key for key in dict.fromkeys(keys) if key not in self._open]
+            self._open.update(dict.fromkeys(fresh))
+            return fresh
+
+    def committed(self, shard: int, keys: Sequence[BlockKey], lost: Sequence[BlockKey]) -> None:
+        """Tell what becomes of `keys`; `lost` were announced and not taken after all."""
+        with self._work:
+            for key in lost:
+                self._open.pop(key, None)
+            self._open.update(dict.fromkeys(keys, shard))
+            self._work.notify()
+
+    def watches(self, key: BlockKey) -> bool:
+        """Whether a block is on its way."""
+        with self._work:
+            return key in self._open
+
+    def close(self) -> None:
+        """End the thread; what is open stays untold."""
+        with self._work:
+            self._closing = True
+            self._work.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        delay = _POLL_S[0]
+        while True:
+            with self._work:
+                while not self._closing and not (by_shard := self._questions()):
+                    self._work.wait()
+                if self._closing:
+                    return
+            told = [each for shard, keys in by_shard.items() for each in self._ask(shard, keys)]
+            with self._work:
+                for key, _ in told:
+                    self._open.pop(key, None)
+            if told:
+                self._tell(told)
+            delay = _POLL_S[0] if told else min(2 * delay, _POLL_S[1])
+            with self._work:
+                if not self._closing:
+                    self._work.wait(delay)
+
+    def _questions(self) -> dict[int, list[BlockKey]]:
+        by_shard: dict[int, list[BlockKey]] = {}
+        for key, shard in self._open.items():
+            if shard is not None:
+                by_shard.setdefault(shard, []).append(key)
+        return by_shard
+
+    def _ask(self, shard: int, keys: list[BlockKey]) -> list[tuple[BlockKey, str | None]]:
+        try:
+            call = self._handles[shard].outcomes.remote(keys)
+            found: list[str] = result(call, _CALL_TIMEOUT_S, "asking what became of blocks")
+        except ActorEndedError:
+            return [(key, LOST) for key in keys]
+        except LiteCacheError as error:
+            logger.info("shard %d does not say what became of blocks: %s", shard, error)
+            return []
+        told: list[tuple[BlockKey, str | None]] = []
+        for key, outcome in zip(keys, found, strict=True):
+            if outcome == ABSENT and key not in self._absent:
+                # perhaps it is just about to be noted: ask once more
+                self._absent.add(key)
+                continue
+            self._absent.discard(key)
+            if outcome != PENDING:
+                reason = LOST if outcome == ABSENT else outcome
+                told.append((key, None if outcome == STORED else reason))
+        return told

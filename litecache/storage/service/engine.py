@@ -17,13 +17,15 @@ from typing import ClassVar, NamedTuple
 from ...errors import ConfigError, shown
 from ...hashing import BlockKey
 from ...metrics import Metrics
-from ..client import LocalShardClient
+from ..client import LocalShardClient, ShardClient
 from ..protocol import CommitItem, CommitStatus, SlotRef, StageStatus
 from ..shard_store import ShardStore
 
 ENTRY_POINT_GROUP = "litecache.storage_engines"
+LOST = "shard_lost"
 _NAMESPACE = "local-cache-service"
 _RETRY_S = 0.5
+_LOAD_TIMEOUT_S = 60.0
 
 
 class Put(NamedTuple):
@@ -114,122 +116,237 @@ class StorageEngine(ABC):
         """Give everything back."""
 
 
-class LocalEngine(StorageEngine):
-    """Shard stores in this process, chosen by key."""
+class Shard(ABC):
+    """One shard of a `ShardEngine`, local or remote."""
+
+    @abstractmethod
+    def client(self) -> ShardClient | None:
+        """Attached to the shard as it lives now; None while it does not answer."""
+
+    @abstractmethod
+    def awaits(self, key: BlockKey) -> bool:
+        """Whether a committed block is on its way to the disk: `on_written` will tell."""
+
+    @abstractmethod
+    def wait_for_room(self, tries: int) -> None:
+        """Sleep until a slot may have become free, or a while: longer the more tries there were."""
+
+    @abstractmethod
+    def wait_loaded(self, client: ShardClient, ref: SlotRef, timeout_s: float) -> bool:
+        """Wait until a leased slot holds its block; False when it will not."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Write out and end."""
+
+    def announce(self, keys: Sequence[BlockKey]) -> list[BlockKey]:
+        """These are about to be committed; those of them that no other task has announced."""
+        return []
+
+    def committed(self, keys: Sequence[BlockKey], lost: Sequence[BlockKey]) -> None:
+        """`keys` were taken; `lost` were announced first by this task, and were not."""
+        return
+
+
+class ShardEngine(StorageEngine):
+    """Shards, chosen by key. A shard that does not answer costs misses, and writes to it are lost.
+
+    Control goes a batch per shard and call; a block's bytes are copied once, between the caller's
+    memory and the shard's arena.
+    """
 
     keeps_folders = True
 
     def __init__(self, options: EngineOptions) -> None:
         self.metrics = Metrics()
         self._block_bytes = options.block_bytes
-        self._on_written = options.on_written
-        self.stores: list[ShardStore] = []
-        self._clients: list[LocalShardClient] = []
+        self._shards: list[Shard] = []
         try:
-            for shard in range(options.shards):
-                store = ShardStore(
-                    f"{options.path}_{shard}",
-                    storage_bytes=options.storage_bytes // options.shards,
-                    ram_bytes=options.ram_bytes // options.shards,
-                    io_threads=options.io_threads,
-                    metrics=self.metrics,
-                    on_written=options.on_written,
-                )
-                self.stores.append(store)
-                self._clients.append(LocalShardClient(store, str(shard)))
+            self._open(options)
         except BaseException:
             self.close()
             raise
 
-    def _shard(self, key: BlockKey) -> int:
-        return int.from_bytes(key, "little") % len(self.stores)
+    @abstractmethod
+    def _open(self, options: EngineOptions) -> None:
+        """Fill `self._shards`."""
+
+    def _by_shard(self, keys: Sequence[BlockKey]) -> list[tuple[Shard, ShardClient, list[int]]]:
+        """Shards that answer, each with the positions of its keys."""
+        groups: dict[int, list[int]] = {}
+        for i, key in enumerate(keys):
+            groups.setdefault(int.from_bytes(key, "little") % len(self._shards), []).append(i)
+        found = []
+        for number, positions in groups.items():
+            shard = self._shards[number]
+            if (client := shard.client()) is not None:
+                found.append((shard, client, positions))
+        return found
 
     def contains(self, keys: Sequence[BlockKey]) -> list[bool]:
         """See `StorageEngine.contains`."""
-        return [self.stores[self._shard(key)].query([key], touch=True)[0] for key in keys]
+        found = [False] * len(keys)
+        for _, client, positions in self._by_shard(keys):
+            there = client.query([keys[i] for i in positions])
+            present = [i for i, hit in zip(positions, there, strict=True) if hit]
+            client.touch([keys[i] for i in present])
+            for i in present:
+                found[i] = True
+        return found
 
     def put(self, items: Sequence[Put], stop: Callable[[], bool], wait_s: float) -> list[str]:
-        """See `StorageEngine.put`."""
+        """See `StorageEngine.put`; `shard_lost` when its shard is gone."""
         deadline = time.monotonic() + wait_s
-        return [self._put(item, stop, deadline) for item in items]
+        outcome = [LOST] * len(items)
+        for shard, client, positions in self._by_shard([item.key for item in items]):
+            there = client.query([items[i].key for i in positions])
+            for i, present in zip(positions, there, strict=True):
+                if present:
+                    outcome[i] = _present(shard, items[i].key)
+            left = [i for i, present in zip(positions, there, strict=True) if not present]
+            tries = 0
+            while left:
+                refs = client.reserve(self._block_bytes, len(left))
+                self._fill(shard, client, [(i, items[i]) for i in left], refs, outcome)
+                left = left[len(refs) :]
+                tries = 0 if refs else tries + 1
+                if left and (client.lost or stop() or time.monotonic() > deadline):
+                    reason = LOST if client.lost else "stopped" if stop() else "dropped"
+                    for i in left:
+                        outcome[i] = reason
+                    break
+                if left and not refs:
+                    shard.wait_for_room(tries)
+        return outcome
 
-    def _put(self, item: Put, stop: Callable[[], bool], deadline: float) -> str:
-        shard = self._shard(item.key)
-        store, client = self.stores[shard], self._clients[shard]
-        if store.query([item.key])[0]:
-            return self._present(store, item.key)
-        while not (refs := client.reserve(self._block_bytes, 1)):
-            if stop():
-                return "stopped"
-            if time.monotonic() > deadline:
-                return "dropped"
-            store.wait_for_change(_RETRY_S)
-        ref = refs[0]
-        if not item.fill(client.arena.buffer(ref.slot, self._block_bytes)):
-            client.release([ref])
-            return "stopped"
-        (status,) = client.commit([CommitItem(*ref, item.key, item.parent, _NAMESPACE)])
-        if status is CommitStatus.STORED:
-            return "pending"
-        return self._present(store, item.key)
-
-    @staticmethod
-    def _present(store: ShardStore, key: BlockKey) -> str:
-        # another task may be writing it: its fate is then this one's
-        return "pending" if store.awaits_disk([key])[0] else "exists"
+    def _fill(
+        self,
+        shard: Shard,
+        client: ShardClient,
+        wanted: Sequence[tuple[int, Put]],
+        refs: Sequence[SlotRef],
+        outcome: list[str],
+    ) -> None:
+        """Fill and commit as many as there are slots."""
+        filled: list[tuple[int, CommitItem]] = []
+        unfilled: list[SlotRef] = []
+        for (i, item), ref in zip(wanted, refs, strict=False):
+            if item.fill(client.arena.buffer(ref.slot, self._block_bytes)):
+                filled.append((i, CommitItem(*ref, item.key, item.parent, _NAMESPACE)))
+            else:
+                outcome[i] = "stopped"
+                unfilled.append(ref)
+        client.release(unfilled)
+        if not filled:
+            return
+        commits = [commit for _, commit in filled]
+        fresh = shard.announce([commit.key for commit in commits])
+        statuses = client.commit(commits)
+        pairs = zip(commits, statuses, strict=True)
+        stored = {commit.key: None for commit, status in pairs if status is CommitStatus.STORED}
+        shard.committed(list(stored), [key for key in fresh if key not in stored])
+        for (i, commit), status in zip(filled, statuses, strict=True):
+            if status is CommitStatus.EXISTS:
+                outcome[i] = _present(shard, commit.key)
+            else:
+                outcome[i] = "pending" if status is CommitStatus.STORED else LOST
 
     def get(self, items: Sequence[Get], stop: Callable[[], bool], wait_s: float) -> list[str]:
         """See `StorageEngine.get`."""
         deadline = time.monotonic() + wait_s
         outcome = ["miss"] * len(items)
-        by_shard: dict[int, list[int]] = {}
-        for i, item in enumerate(items):
-            by_shard.setdefault(self._shard(item.key), []).append(i)
-        for shard, wanted in by_shard.items():
-            left = wanted
-            while left:
-                left = self._get(shard, items, left, outcome)
-                if left and (stop() or time.monotonic() > deadline):
+        for shard, client, positions in self._by_shard([item.key for item in items]):
+            left, tries = positions, 0
+            while left := self._take(shard, client, items, left, outcome):
+                if stop() or time.monotonic() > deadline:
                     for i in left:
                         outcome[i] = "stopped" if stop() else "busy"
                     break
-                if left:
-                    self.stores[shard].wait_for_change(_RETRY_S)
+                tries += 1
+                shard.wait_for_room(tries)
         return outcome
 
-    def _get(
-        self, shard: int, items: Sequence[Get], wanted: list[int], outcome: list[str]
+    def _take(
+        self,
+        shard: Shard,
+        client: ShardClient,
+        items: Sequence[Get],
+        wanted: Sequence[int],
+        outcome: list[str],
     ) -> list[int]:
         """One attempt; the positions that found no free slot."""
-        client = self._clients[shard]
         results = client.stage([items[i].key for i in wanted])
-        busy: list[int] = []
-        for i, result in zip(wanted, results, strict=True):
-            if result.status is StageStatus.BUSY:
-                busy.append(i)
-            if result.slot < 0:
-                continue
-            ref = SlotRef(result.slot, result.generation)
-            try:
-                if client.wait([ref], 60.0)[0]:
-                    took = items[i].take(client.arena.buffer(ref.slot, self._block_bytes))
-                    outcome[i] = "hit" if took else "miss"
-            finally:
-                client.release([ref])
-        return busy
+        leased = [SlotRef(r.slot, r.generation) for r in results if r.slot >= 0]
+        try:
+            for i, result in zip(wanted, results, strict=True):
+                ref = SlotRef(result.slot, result.generation)
+                if ref.slot < 0 or not shard.wait_loaded(client, ref, _LOAD_TIMEOUT_S):
+                    continue
+                took = items[i].take(client.arena.buffer(ref.slot, self._block_bytes))
+                outcome[i] = "hit" if took and client.arena.holds(*ref) else "miss"
+        finally:
+            client.release(leased)
+        pairs = zip(wanted, results, strict=True)
+        return [i for i, result in pairs if result.status is StageStatus.BUSY]
 
     def flush(self, timeout_s: float) -> bool:
         """See `StorageEngine.flush`."""
-        reports = [store.flush(timeout_s) for store in self.stores]
-        return all(report.complete for report in reports)
+        clients = [shard.client() for shard in self._shards]
+        done = [client is not None and client.flush(timeout_s).complete for client in clients]
+        return all(done)
 
     def close(self) -> None:
-        """Write out, sync and close all shards."""
-        for client in self._clients:
-            client.close()
-        for store in self.stores:
-            store.close()
-        self._clients, self.stores = [], []
+        """Write out, sync and end all shards."""
+        for shard in self._shards:
+            shard.close()
+        self._shards = []
+
+
+def _present(shard: Shard, key: BlockKey) -> str:
+    # another task may be writing it: its fate is then this one's
+    return "pending" if shard.awaits(key) else "exists"
+
+
+class _LocalShard(Shard):
+    """A store of this process."""
+
+    def __init__(self, store: ShardStore, name: str) -> None:
+        self.store = store
+        self._client = LocalShardClient(store, name)
+
+    def client(self) -> ShardClient:
+        return self._client
+
+    def awaits(self, key: BlockKey) -> bool:
+        return self.store.awaits_disk([key])[0]
+
+    def wait_for_room(self, tries: int) -> None:
+        self.store.wait_for_change(_RETRY_S)
+
+    def wait_loaded(self, client: ShardClient, ref: SlotRef, timeout_s: float) -> bool:
+        return self._client.wait([ref], timeout_s)[0]
+
+    def close(self) -> None:
+        self._client.close()
+        self.store.close()
+
+
+class LocalEngine(ShardEngine):
+    """Shard stores in this process."""
+
+    def _open(self, options: EngineOptions) -> None:
+        self.stores: list[ShardStore] = []
+        for shard in range(options.shards):
+            store = ShardStore(
+                f"{options.path}_{shard}",
+                storage_bytes=options.storage_bytes // options.shards,
+                ram_bytes=options.ram_bytes // options.shards,
+                io_threads=options.io_threads,
+                metrics=self.metrics,
+                on_written=options.on_written,
+            )
+            self.stores.append(store)
+            self._shards.append(_LocalShard(store, str(shard)))
 
 
 class MemoryEngine(StorageEngine):
