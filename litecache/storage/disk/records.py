@@ -15,6 +15,7 @@ never yields a wrong block.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -163,7 +164,8 @@ def recover(files: Files, name: str = "log") -> Recovered:
             if files.read(fd, [raw], start * RECORD_BYTES) != raw.nbytes:
                 raise OSError(5, f"{name} cannot be read to its end")
             good = np.flatnonzero(is_sound(chunk))
-            rows[kept : kept + len(good)] = chunk[good]
+            if kept < start or len(good) < n:
+                rows[kept : kept + len(good)] = chunk[good]
             kept += len(good)
             end = start + int(good[-1]) + 1 if len(good) else end
     finally:
@@ -182,7 +184,7 @@ def recover(files: Files, name: str = "log") -> Recovered:
         epochs, counts = np.unique(first["epoch"] if headed else rows["epoch"], return_counts=True)
         epoch = int(epochs[np.argmax(counts)])
         mine = rows["epoch"] == epoch
-        rows = rows if mine.all() else rows[mine]
+        rows = _only(rows, mine)
     found = replay(rows, synced, base)
     return found._replace(end=end * RECORD_BYTES, epoch=epoch, damaged=damaged)
 
@@ -210,38 +212,46 @@ def replay(rows: Records, synced: int, base: int = 0) -> Recovered:
     if np.any(seqs[1:] < seqs[:-1]):
         # by number, not by place: a stale sector may repeat a later record before earlier ones
         rows = rows[np.argsort(seqs, kind="stable")]
-    kinds = rows["kind"]
+    kinds = np.ascontiguousarray(rows["kind"])
     marks = rows[kinds == SYNC]
     # a mark vouches for nothing that came after it
     synced = max(synced, int(np.minimum(marks["checksum"], marks["seq"]).max(initial=0)))
     seq = int(rows["seq"].max(initial=0))
     names = _names(rows[kinds == NAME])
-    changes = rows[(kinds == PUT) | (kinds == DELETE)]
-    keys = changes["key"]
-    last = _last_of_each(keys[:, 0], keys[:, 1]) & _last_of_each(changes["slot"])
-    last &= changes["kind"] == PUT
-    count = int(np.count_nonzero(changes["seq"] > base))
-    records = changes if last.all() else changes[last]
+    rows = _only(rows, (kinds == PUT) | (kinds == DELETE))
+    count = int(np.count_nonzero(rows["seq"] > base))
+    last = rows["kind"] == PUT
+    last[_overwritten(rows, ("key", "slot"))] = False
+    records = _only(rows, last)
     records["flags"] |= np.where(records["seq"] > synced, FLAG_DOUBTFUL, 0).astype(np.uint8)
     return Recovered(records, names, seq, 0, 0, count, 0)
 
 
-def _last_of_each(
-    values: npt.NDArray[np.generic], more: npt.NDArray[np.generic] | None = None
-) -> npt.NDArray[np.bool_]:
-    """Which rows are the last with their value (or pair of values)."""
-    order = np.argsort(values, kind="stable")
-    found = values[order]
-    same = found[1:] == found[:-1]
-    if more is not None and np.any(same):
-        others = more[order]
-        if np.any(same & (others[1:] != others[:-1])):
-            order = np.lexsort((more, values))
-            found, others = values[order], more[order]
-        same = (found[1:] == found[:-1]) & (others[1:] == others[:-1])
-    last = np.ones(len(values), bool)
-    last[order[:-1][same]] = False
-    return last
+def _only(rows: Records, wanted: npt.NDArray[np.bool_]) -> Records:
+    """Some of the rows, moved together where they lie: there may be no memory for another copy."""
+    kept = int(np.argmin(wanted)) if len(wanted) and not wanted.all() else len(rows)
+    for start in range(kept, len(rows), CHUNK_RECORDS):
+        chunk = rows[start : start + CHUNK_RECORDS][wanted[start : start + CHUNK_RECORDS]]
+        rows[kept : kept + len(chunk)] = chunk
+        kept += len(chunk)
+    return rows[:kept]
+
+
+def _overwritten(rows: Records, fields: Sequence[str]) -> npt.NDArray[np.int64]:
+    """Positions of rows that a later row of the same key, or of the same slot, replaces."""
+    found = []
+    for field in fields:
+        words = rows[field].reshape(len(rows), 2 if field == "key" else 1)
+        # few rows share a value: sort them all for the values alone, then those few for their order
+        values = np.sort(words[:, 0])
+        twice = np.unique(values[1:][values[1:] == values[:-1]])
+        if len(twice):
+            at = np.searchsorted(twice, words[:, 0]).clip(max=len(twice) - 1)
+            some = np.flatnonzero(twice[at] == words[:, 0])
+            order = some[np.lexsort(words[some].T)]
+            same = np.all(words[order[1:]] == words[order[:-1]], axis=1)
+            found.append(order[:-1][same])
+    return np.concatenate([np.zeros(0, np.int64), *found])
 
 
 def _names(rows: Records) -> list[str]:
