@@ -225,7 +225,7 @@ class Log:
                 batch, self._buffer, self._buffered = self._buffer, [], 0
             if self.broken or not batch:
                 return
-            raw = seal(np.concatenate(batch), self._epoch)
+            raw = seal(batch[0] if len(batch) == 1 else np.concatenate(batch), self._epoch)
             try:
                 self._files.write(self._fd, [memoryview(raw)], self.bytes)
             except OSError:
