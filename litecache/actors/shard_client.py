@@ -22,7 +22,7 @@ from litecache.hashing import BlockKey
 from litecache.metrics import Metrics
 from litecache.sockets.channel import SocketChannel
 from litecache.storage import wire
-from litecache.storage.arena_view import ArenaView
+from litecache.storage.arena.view import ArenaView
 from litecache.storage.protocol import (
     CommitItem,
     CommitStatus,

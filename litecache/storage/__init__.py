@@ -6,7 +6,7 @@ transformers.
 
 from __future__ import annotations
 
-from .arena_view import ArenaView
+from .arena.view import ArenaView
 from .client import LocalShardClient, ShardClient
 from .disk.inspect import inspect_store, verify_store
 from .protocol import (

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator, Sequence
-from itertools import compress
+from itertools import compress, islice
 
 import numpy as np
 import numpy.typing as npt
 
 from ..hashing import KEY_BYTES, BlockKey
 from .disk.records import FLAG_PINNED, RECORD, Records
-from .key_dict import KeyDict, check_keys, split_keys
+from .key_dict import BATCH_KEYS, KeyDict, check_keys, split_keys
+from .protocol import Deltas
 
 Entries = npt.NDArray[np.int64]
 KeyWords = npt.NDArray[np.uint64]
@@ -230,3 +231,42 @@ class BlockIndex:
         for entry, key in compress(enumerate(self.keys), live.tolist()):
             assert self.find(key) == entry, "a key is not found at its entry"
         assert all(not self.keys[entry] for entry in self._free), "a free entry has a key"
+
+
+_MOST_CHANGES = 65_536
+
+
+class Changes:
+    """Which keys came and went since they were last asked for, for those who track a shard.
+
+    Net changes: a key that came and went is none. Bounded, and says when it forgot some.
+
+    Args:
+        epoch: of the shard.
+    """
+
+    def __init__(self, epoch: int) -> None:
+        self._epoch = epoch
+        self._seq = 0
+        self._came: dict[BlockKey, bool] = {}
+        self._lost = False
+
+    def note(self, key: BlockKey, *, added: bool) -> None:
+        """The shard has a key now, or has it no more."""
+        if self._came.pop(key, added) != added:
+            return
+        self._came[key] = added
+        if len(self._came) > _MOST_CHANGES:
+            self._came.clear()
+            self._lost = True
+
+    def drain(self) -> Deltas:
+        """What has changed since the last call, or a part of it."""
+        self._seq += 1
+        keys = list(islice(self._came, BATCH_KEYS))
+        came = [self._came.pop(key) for key in keys]
+        added = list(compress(keys, came))
+        removed = [key for key, was_added in zip(keys, came, strict=True) if not was_added]
+        deltas = Deltas(self._epoch, self._seq, added, removed, self._lost, bool(self._came))
+        self._lost = False
+        return deltas

@@ -19,12 +19,11 @@ from ..metrics import Metrics
 from ..threads import start_service
 from .disk.files import NO_SPACE
 from .disk.slab import Transfer
+from .io_queues import ReadRequest, WriteBatch, plan_reads, request_bytes
 from .keeper import Keeper
 from .ram_tier import RamBlock, RamState
-from .reads import ReadRequest, plan_reads, request_bytes
 from .retry import LogByRate
 from .tiers import Tiers
-from .write_queue import WriteBatch
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from ..hashing import BlockKey
-from .arena_view import ArenaView
+from .arena.view import ArenaView
 from .protocol import CommitItem, CommitStatus, FlushReport, SlotRef, StageResult
 
 if TYPE_CHECKING:

@@ -1,4 +1,6 @@
-"""Names under which blocks are stored, for reports and quotas; they are no part of a block's key.
+"""Names under which blocks are stored, for reports, and bounds on what some of them take of a disk.
+
+They are no part of a block's key.
 
 Blocks of a salt with a quota get a namespace of their own. It names the salt by a digest, because a
 salt may be a secret and names are written to disk. All other blocks go by the model's label alone,
@@ -8,7 +10,10 @@ so that a new salt for each user does not fill the table of names.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+
+from .eviction.queues import Queues
+from .protocol import PAGE_BYTES
 
 _MARK = " salt-"
 
@@ -32,3 +37,50 @@ def namespace_of(label: str, salt: str, with_quota: Collection[str]) -> str:
 def quota_of(namespace: str, quotas: Mapping[str, int]) -> int | None:
     """Bytes that a namespace may take on disk: by its own name, or by its salt's digest."""
     return quotas.get(namespace, quotas.get(namespace.rpartition(_MARK)[2]))
+
+
+class Quotas:
+    """Holds namespaces to their quotas; under the store's lock.
+
+    Args:
+        limits: namespace, or digest of a salt (`namespaces.py`), to the bytes it may take.
+        queues: of the disk tier; they know what each namespace holds, and are told its quota.
+    """
+
+    def __init__(self, limits: Mapping[str, int], queues: Queues) -> None:
+        self._limits = limits
+        self._queues = queues
+        self._unplaced: dict[int, int] = {}
+
+    def note_name(self, number: int, name: str) -> None:
+        """A namespace has got its number."""
+        limit = quota_of(name, self._limits)
+        if limit is not None:
+            self._queues.quota_pages[number] = limit // PAGE_BYTES
+
+    def room_for(self, namespace: int, pages: int, n: int, evict: Callable[[], bool]) -> int:
+        """How many of `n` blocks a namespace may add, after its oldest have made room.
+
+        Args:
+            namespace: its number.
+            pages: size of a block.
+            n: blocks wanted.
+            evict: lets the namespace's oldest block of that size go; False when none may.
+        """
+        quota = self._queues.quota_pages.get(namespace)
+        if quota is None:
+            return n
+        free = quota - self._unplaced.get(namespace, 0)
+        n = min(n, max(0, free // pages))
+        while self._queues.held_pages(namespace) + n * pages > free:
+            if not evict():
+                return max(0, (free - self._queues.held_pages(namespace)) // pages)
+        return n
+
+    def begin_writes(self, namespace: int, pages: int) -> None:
+        """Slots were allocated; their blocks are not in the queues yet."""
+        self._unplaced[namespace] = self._unplaced.get(namespace, 0) + pages
+
+    def end_writes(self, namespace: int, pages: int) -> None:
+        """Slots that were allocated have been placed or freed."""
+        self._unplaced[namespace] -= pages

@@ -12,12 +12,11 @@ from collections.abc import Callable, Sequence
 from enum import IntEnum
 
 from ..hashing import BlockKey
-from .arena import Arena
+from .arena.arena import Arena
 from .block_index import BlockIndex, key_words
-from .eviction.queues import Queues
+from .eviction.queues import Queues, make_room
 from .protocol import PAGE_BYTES, SlotState
 from .retry import Backoff
-from .room import make_room
 from .segments import SegmentSpace
 
 

@@ -2,7 +2,8 @@
 
 Both tiers use it: the arena over shared memory, the slab over a file. A segment belongs to one
 block size from its first slot to its last; an empty one returns to the pool. A block larger than a
-segment takes a run of segments as one region. Slots are named by page (`PAGE_BYTES`). Not
+segment takes a run of segments as one region; regions start at multiples of their segments, so a
+slot's region is known without being written down. Slots are named by page (`PAGE_BYTES`). Not
 thread-safe: the store's lock guards it.
 
 Slots are given out in ascending runs as long as the free space allows, so that neighbours of a
@@ -11,17 +12,236 @@ chain are neighbours on the disk.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import heapq
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from .protocol import PAGE_BYTES
-from .region import Region
-from .segment_pool import SegmentPool
-from .segment_sizes import RegionSize, region_size
 
 _CANDIDATES = 64
+_LARGEST_SEGMENT_BYTES = 64 << 20
+_LARGEST_REGION_PAGES = (64 << 20) // PAGE_BYTES
+_WASTE = 0.125
+
+
+def pick_segment_bytes(total_bytes: int) -> int:
+    """Segment size for a tier: 64 MiB, or a sixteenth of a small tier, a power of two."""
+    size = _LARGEST_SEGMENT_BYTES
+    while size > 64 << 10 and size * 16 > total_bytes:
+        size //= 2
+    return size
+
+
+class RegionSize(NamedTuple):
+    """Segments of a region, and the slots that they are cut into."""
+
+    segments: int
+    slots: int
+
+
+def region_size(segment_pages: int, block_pages: int) -> RegionSize:
+    """Size of the regions of a block size: the fewest segments that waste little of their end."""
+    smallest = -(-block_pages // segment_pages)
+    largest = max(smallest, _LARGEST_REGION_PAGES // segment_pages)
+    for count in range(smallest, min(largest, smallest + 16) + 1):
+        slots, wasted = divmod(count * segment_pages, block_pages)
+        if wasted <= _WASTE * count * segment_pages:
+            return RegionSize(count, slots)
+    return RegionSize(smallest, smallest * segment_pages // block_pages)
+
+
+class Region:
+    """One segment (or run of segments) in use.
+
+    Args:
+        base: its first page.
+        segments: how many it takes.
+        segment_pages: pages of each.
+        block_pages: pages of a slot.
+    """
+
+    __slots__ = ("base", "block_pages", "free", "free_count", "owners", "segments", "slots")
+
+    def __init__(self, base: int, segments: int, segment_pages: int, block_pages: int) -> None:
+        self.base = base
+        self.segments = segments
+        self.block_pages = block_pages
+        self.slots = segments * segment_pages // block_pages
+        self.free = (1 << self.slots) - 1
+        self.free_count = self.slots
+        self.owners = array("i", [-1]) * self.slots
+
+    def longest_run(self, at_most: int) -> tuple[int, int]:
+        """`(first, length)` of a free run, as long as there is up to `at_most`."""
+        starts, length = self.free, 1
+        while length < at_most:
+            # doubling: starts of runs of 2L are starts of L that have a start of L, L further on
+            step = min(length, at_most - length)
+            longer = starts & (starts >> step)
+            if not longer:
+                break
+            starts, length = longer, length + step
+        while length < at_most:
+            longer = starts & (self.free >> length)
+            if not longer:
+                break
+            starts, length = longer, length + 1
+        return (starts & -starts).bit_length() - 1, length
+
+    def take(self, first: int, length: int) -> list[int]:
+        """Mark a run as used; its slots as pages."""
+        self.free &= ~(((1 << length) - 1) << first)
+        self.free_count -= length
+        step = self.block_pages
+        return list(range(self.base + first * step, self.base + (first + length) * step, step))
+
+    def occupy(
+        self,
+        slots: npt.NDArray[np.int64],
+        block_pages: npt.NDArray[np.int64],
+        handles: npt.NDArray[np.int64],
+    ) -> npt.NDArray[np.bool_]:
+        """Mark slots as used while a store is read back.
+
+        Args:
+            slots, block_pages, handles: int64 `[n]`, the best last.
+
+        Returns:
+            bool `[n]`: which lie on free slots of this region; of several for one the last.
+        """
+        index, odd = np.divmod(slots - self.base, self.block_pages)
+        fits = (block_pages == self.block_pages) & (odd == 0) & (index >= 0) & (index < self.slots)
+        _, last = np.unique(index[::-1], return_index=True)
+        unique = np.zeros(len(slots), bool)
+        unique[len(slots) - 1 - last] = True
+        fits &= unique
+        raw = self.free.to_bytes(-(-self.slots // 8), "little")
+        free = np.unpackbits(np.frombuffer(raw, np.uint8), bitorder="little").astype(bool)
+        fits[fits] = free[index[fits]]
+        wanted = np.zeros(self.slots, bool)
+        wanted[index[fits]] = True
+        mask = int.from_bytes(np.packbits(wanted, bitorder="little").tobytes(), "little")
+        self.free &= ~mask
+        self.free_count -= mask.bit_count()
+        np.frombuffer(self.owners, np.int32)[index[fits]] = handles[fits]
+        accepted: npt.NDArray[np.bool_] = fits
+        return accepted
+
+    def used(self) -> Iterator[int]:
+        """Slots in use, as pages."""
+        taken = ~self.free & ((1 << self.slots) - 1)
+        while taken:
+            low = taken & -taken
+            yield self.base + (low.bit_length() - 1) * self.block_pages
+            taken ^= low
+
+
+class SegmentPool:
+    """Which segments of a tier exist, and which of them belong to no region.
+
+    A segment is spare, taken (by a region), leaving (its owner is emptying it), or retired: it
+    holds no bytes until it is made again.
+
+    Attributes:
+        grown: segments from here on have never been made.
+    """
+
+    def __init__(self) -> None:
+        self.grown = 0
+        self._spare: set[int] = set()
+        self._lowest: list[int] = []  # a heap of all that are spare, and of some that were
+        self._leaving: set[int] = set()
+        self._retired: set[int] = set()
+
+    @property
+    def present(self) -> int:
+        """Segments that hold bytes."""
+        return self.grown - len(self._retired)
+
+    @property
+    def spare(self) -> int:
+        """Segments that can be taken."""
+        return len(self._spare)
+
+    def spare_run(self, count: int) -> range | None:
+        """The first run of `count` spare segments."""
+        if count == 1:
+            while self._lowest and self._lowest[0] not in self._spare:
+                heapq.heappop(self._lowest)
+            return range(self._lowest[0], self._lowest[0] + 1) if self._lowest else None
+        for first in sorted(segment for segment in self._spare if segment % count == 0):
+            if self._spare.issuperset(range(first, first + count)):
+                return range(first, first + count)
+        return None
+
+    def take(self, run: range) -> bool:
+        """A region begins in a run; False, and nothing changes, unless all of it is spare."""
+        if not self._spare.issuperset(run):
+            return False
+        self._spare.difference_update(run)
+        return True
+
+    def give_back(self, run: range) -> None:
+        """The region in a run is empty."""
+        self._add_spare(run)
+
+    def _add_spare(self, segments: Iterable[int]) -> None:
+        for segment in segments:
+            self._spare.add(segment)
+            heapq.heappush(self._lowest, segment)
+
+    def next_run(self, count: int) -> range:
+        """The run to make next, retired segments before new ones; some of it may be spare."""
+        usable = self._spare | self._retired
+        for first in sorted({segment // count * count for segment in self._retired}):
+            if usable.issuperset(range(first, first + count)):
+                return range(first, first + count)
+        first = self.grown // count * count
+        if not self._spare.issuperset(range(first, self.grown)):
+            first += count
+        return range(self.grown, first + count)
+
+    def missing(self, run: range) -> int:
+        """How many of a run hold no bytes."""
+        return sum(segment >= self.grown or segment in self._retired for segment in run)
+
+    def grow(self, run: range) -> None:
+        """The segments of a run exist now."""
+        self._add_spare(s for s in run if s >= self.grown or s in self._retired)
+        self._retired.difference_update(run)
+        self.grown = max(self.grown, run.stop)
+
+    def begin_leaving(self, n: int, but: range) -> list[int]:
+        """The last `n` spare segments outside a run are to be emptied; nobody's until then."""
+        leaving = sorted(self._spare.difference(but))[-n:]
+        self._spare.difference_update(leaving)
+        self._leaving.update(leaving)
+        return leaving
+
+    def retire(self, segments: Iterable[int]) -> None:
+        """Segments that were leaving hold no bytes any more."""
+        self._leaving.difference_update(segments)
+        self._retired.update(segments)
+
+    def keep(self, segments: Iterable[int]) -> None:
+        """Segments that were leaving could not be emptied."""
+        self._leaving.difference_update(segments)
+        self._add_spare(segments)
+
+    def check_integrity(self, taken: int) -> None:
+        """AssertionError unless each segment is in one state.
+
+        Args:
+            taken: segments of all regions.
+        """
+        idle = len(self._spare) + len(self._retired) + len(self._leaving)
+        assert idle + taken == self.grown, "segments were lost"
+        assert not self._spare & (self._retired | self._leaving), "a segment is in two states"
 
 
 class SegmentSpace:
@@ -43,6 +263,7 @@ class SegmentSpace:
         self._regions: dict[int, Region] = {}
         self._partial: dict[int, dict[int, Region]] = {}
         self._used: dict[int, int] = {}
+        self._free: Counter[int] = Counter()
 
     def allocate(self, block_pages: int, n: int) -> list[int]:
         """Up to `n` slots in runs, from what exists; fewer when there is no room."""
@@ -59,6 +280,7 @@ class SegmentSpace:
             if not region.free_count:
                 del self._partial[block_pages][region.base]
         self._used[block_pages] = self._used.get(block_pages, 0) + len(slots)
+        self._free[block_pages] -= len(slots)
         return slots
 
     def _best(self, block_pages: int, n: int) -> tuple[Region | None, int]:
@@ -88,6 +310,7 @@ class SegmentSpace:
         for segment in run:
             self._regions[segment] = region
         self.slots_assigned += region.slots
+        self._free[block_pages] += region.slots
         self._partial.setdefault(block_pages, {})[region.base] = region
         return region
 
@@ -160,6 +383,7 @@ class SegmentSpace:
         region.free |= bit
         region.free_count += 1
         self._used[region.block_pages] -= 1
+        self._free[region.block_pages] += 1
         region.owners[(slot - region.base) // region.block_pages] = -1
         self._partial.setdefault(region.block_pages, {})[region.base] = region
         if region.free_count == region.slots:
@@ -173,6 +397,7 @@ class SegmentSpace:
             del self._regions[segment]
         self._pool.give_back(run)
         self.slots_assigned -= region.slots
+        self._free[region.block_pages] -= region.slots
 
     def occupy(
         self,
@@ -217,6 +442,7 @@ class SegmentSpace:
                 return none
         fits = region.occupy(slots, block_pages, handles)
         self._used[pages] = self._used.get(pages, 0) + int(fits.sum())
+        self._free[pages] -= int(fits.sum())
         if not region.free_count:
             self._partial[pages].pop(region.base, None)
         elif region.free_count == region.slots:
@@ -255,7 +481,7 @@ class SegmentSpace:
 
         Those behind a surplus that must be retired first count too.
         """
-        held = sum(region.free_count for region in self._partial.get(block_pages, {}).values())
+        held = self._free[block_pages]
         surplus = self._surplus(block_pages)
         if surplus is None:
             return held
@@ -302,3 +528,52 @@ class SegmentSpace:
         self._pool.check_integrity(len(self._regions))
         for pages, count in self._used.items():
             assert count == sum(p == pages for p in mine.values()), "used counter is off"
+        for pages, count in self._free.items():
+            free = sum(region.free_count for region in self._partial.get(pages, {}).values())
+            assert count == free, "free counter is off"
+
+
+class SlotUse:
+    """Counts the readers of each slot; under the store's lock.
+
+    Args:
+        space: takes back slots that nobody reads any more.
+
+    Attributes:
+        given_up: slots without a block that wait for their last reader.
+    """
+
+    def __init__(self, space: SegmentSpace) -> None:
+        self._space = space
+        self._readers: dict[int, int] = {}
+        self.given_up: set[int] = set()
+
+    def __contains__(self, slot: int) -> bool:
+        return slot in self._readers
+
+    def __len__(self) -> int:
+        return len(self._readers)
+
+    def begin(self, slots: Iterable[int]) -> None:
+        """Reads of slots begin: they keep their contents until `end`."""
+        readers = self._readers
+        for slot in slots:
+            readers[slot] = readers.get(slot, 0) + 1
+
+    def end(self, slots: Iterable[int]) -> None:
+        """Reads of slots ended."""
+        readers = self._readers
+        for slot in slots:
+            left = readers.pop(slot) - 1
+            if left:
+                readers[slot] = left
+            elif slot in self.given_up:
+                self.given_up.remove(slot)
+                self._space.free(slot)
+
+    def give_up(self, slot: int) -> None:
+        """The slot has no block any more: free it, now or when its last reader ends."""
+        if slot in self._readers:
+            self.given_up.add(slot)
+        else:
+            self._space.free(slot)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, cast
 from ..errors import StorageError, StorageFullError
 from ..metrics import Metrics
 from .admission import get_admission
-from .arena import Arena
+from .arena.arena import Arena
 from .block_io import BlockIo, OnWritten
 from .disk.files import NO_SPACE, Files
 from .disk.retired import Retired, retired_folders
@@ -28,7 +28,7 @@ from .keeper import Keeper
 from .leases import Leases
 from .protocol import Attachment, FlushReport, SlotRef
 from .ram_tier import LOADED, RamState
-from .segment_sizes import pick_segment_bytes
+from .segments import pick_segment_bytes
 from .shard_options import validate_options
 from .tiers import Tiers
 

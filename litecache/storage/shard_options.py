@@ -8,7 +8,7 @@ from ..config import CacheConfig
 from ..errors import ConfigError
 from .disk.log import META_FIXED_BYTES, META_SLOT_BYTES
 from .protocol import PAGE_BYTES
-from .segment_sizes import pick_segment_bytes, region_size
+from .segments import pick_segment_bytes, region_size
 
 # of one namespace, of which the metadata keeps up to three copies
 _NAME_BYTES = 1536

@@ -13,7 +13,8 @@ from typing import NamedTuple
 from ..errors import ConfigError, StorageError
 from ..hashing import KEY_BYTES, BlockKey
 from .block_io import fault
-from .disk.slab import Transfer
+from .disk.slab import Transfer, scratch_memory
+from .io_queues import MAX_REQUEST_BYTES
 from .key_dict import BATCH_KEYS, batches
 from .leases import Client
 from .protocol import (
@@ -26,8 +27,6 @@ from .protocol import (
     StageStatus,
 )
 from .ram_tier import LOADED, RamBlock, RamState
-from .reads import MAX_REQUEST_BYTES
-from .scratch import scratch_memory
 from .shard_base import ShardBase
 
 MAX_FETCH_BYTES = 64 << 20

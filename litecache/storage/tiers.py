@@ -16,15 +16,13 @@ import numpy as np
 from ..hashing import BlockKey
 from ..metrics import Metrics
 from .admission import Admission
-from .arena import Arena
-from .block_index import BlockIndex
-from .changes import Changes
+from .arena.arena import Arena
+from .block_index import BlockIndex, Changes
 from .disk.tier import DiskTier
+from .io_queues import ReadRequest, WriteQueue
 from .key_dict import BATCH_KEYS
 from .protocol import PAGE_BYTES, SlotState
 from .ram_tier import RamBlock, RamState, RamTier
-from .reads import ReadRequest
-from .write_queue import WriteQueue
 
 
 class Tiers:

@@ -22,7 +22,7 @@ from litecache.engine.transfer.shard_set import ShardSet
 from litecache.errors import StorageError, StorageLockedError
 from litecache.metrics import Metrics
 from litecache.storage import wire
-from litecache.storage.arena_view import pack_word
+from litecache.storage.arena.view import pack_word
 from litecache.storage.protocol import (
     CommitItem,
     CommitStatus,

@@ -17,7 +17,7 @@ from litecache.engine.running.model_runner import StepHandle
 from litecache.engine.scheduling.step_plan import StepPlan
 from litecache.engine.transfer import loader
 from litecache.errors import CapacityError, ConfigError
-from litecache.storage.arena_view import ArenaView
+from litecache.storage.arena.view import ArenaView
 from litecache.storage.client import LocalShardClient
 from litecache.storage.disk.inspect import inspect_store
 from litecache.storage.namespaces import salt_digest

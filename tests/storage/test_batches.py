@@ -9,8 +9,8 @@ from pathlib import Path
 from storage_help import KIB, fill, get, key_of
 
 from litecache.storage import LocalShardClient, ShardStore, SlotRef, SlotState
-from litecache.storage.arena import Arena
-from litecache.storage.arena_view import ArenaView, table_range
+from litecache.storage.arena.arena import Arena
+from litecache.storage.arena.view import ArenaView, table_range
 from litecache.storage.block_index import BlockIndex
 
 NBYTES = 64 * KIB

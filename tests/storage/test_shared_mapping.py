@@ -14,10 +14,11 @@ import pytest
 from storage_help import ROOT, key_of
 
 from litecache.errors import StorageError
-from litecache.storage import CommitItem, LocalShardClient, ShardStore, shared_mapping
-from litecache.storage.arena import Arena
-from litecache.storage.arena_view import ArenaView
-from litecache.storage.shared_mapping import HUGE_PAGE_BYTES, SharedMapping
+from litecache.storage import CommitItem, LocalShardClient, ShardStore
+from litecache.storage.arena import mapping as shared_mapping
+from litecache.storage.arena.arena import Arena
+from litecache.storage.arena.mapping import HUGE_PAGE_BYTES, SharedMapping
+from litecache.storage.arena.view import ArenaView
 
 MIB = 1 << 20
 

@@ -16,8 +16,7 @@ from litecache.storage.block_index import BlockIndex
 from litecache.storage.eviction import get_policy, register
 from litecache.storage.eviction.lru import Lru
 from litecache.storage.eviction.queues import Queues
-from litecache.storage.segment_sizes import pick_segment_bytes
-from litecache.storage.segments import SegmentSpace
+from litecache.storage.segments import SegmentSpace, pick_segment_bytes
 
 OPS = st.lists(st.tuples(st.booleans(), st.integers(0, 60)), max_size=200)
 

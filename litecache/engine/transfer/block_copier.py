@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from litecache.kernels.batch_copy import copy_batch
-from litecache.storage.arena_view import ArenaView
+from litecache.storage.arena.view import ArenaView
 from litecache.storage.protocol import PAGE_BYTES
 
 logger = logging.getLogger(__name__)

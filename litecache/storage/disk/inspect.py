@@ -17,13 +17,12 @@ import numpy as np
 
 from ...errors import ConfigError, StorageError, StorageFormatError
 from ..block_io import fault
+from ..io_queues import MAX_REQUEST_BYTES
 from ..protocol import PAGE_BYTES
-from ..reads import MAX_REQUEST_BYTES
-from ..scratch import scratch_memory
 from .files import Files
 from .folder import Folder, disk_used_bytes, open_folder, read_superblock
 from .records import FLAG_PINNED, Records, Recovered
-from .slab import Slab, Transfer
+from .slab import Slab, Transfer, scratch_memory
 from .upgrade import recover_any
 
 _AGE_BOUNDS_S = (60, 3600, 86_400, 7 * 86_400, 30 * 86_400)

@@ -21,13 +21,12 @@ from ...errors import LiteCacheError, StorageLockedError
 from ...threads import start_job
 from ..block_io import fault
 from ..client import LocalShardClient
+from ..io_queues import MAX_REQUEST_BYTES
 from ..protocol import PAGE_BYTES, CommitItem, SlotRef
-from ..reads import MAX_REQUEST_BYTES
-from ..scratch import scratch_memory
 from .files import Files
 from .folder import FILE_NAMES, Folder, disk_used_bytes
 from .records import FLAG_PINNED, Records
-from .slab import Slab, Transfer
+from .slab import Slab, Transfer, scratch_memory
 from .upgrade import recover_any
 
 if TYPE_CHECKING:

@@ -7,7 +7,9 @@ the page cache does not grow.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import mmap
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from ..protocol import PAGE_BYTES
@@ -123,3 +125,14 @@ class Slab:
     def close(self) -> None:
         """Close the file."""
         self._files.close(self._fd)
+
+
+@contextmanager
+def scratch_memory(nbytes: int) -> Iterator[memoryview]:
+    """Zeroed, page-aligned memory that goes away afterwards."""
+    with mmap.mmap(-1, nbytes) as mapping:
+        memory = memoryview(mapping)
+        try:
+            yield memory
+        finally:
+            memory.release()

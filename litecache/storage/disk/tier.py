@@ -18,13 +18,10 @@ from contextlib import ExitStack
 import numpy as np
 
 from ..block_index import BlockIndex, Entries
-from ..eviction.queues import Queues
-from ..quotas import Quotas
+from ..eviction.queues import Queues, make_room
+from ..namespaces import Quotas
 from ..retry import Backoff, LogByRate
-from ..room import make_room
-from ..segment_sizes import pick_segment_bytes
-from ..segments import SegmentSpace
-from ..slot_use import SlotUse
+from ..segments import SegmentSpace, SlotUse, pick_segment_bytes
 from .files import NO_SPACE, Files
 from .folder import Folder
 from .log import META_FIXED_BYTES, META_NAME_COPIES, META_SLOT_BYTES, Capture, Log

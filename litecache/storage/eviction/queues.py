@@ -24,6 +24,7 @@ import numpy.typing as npt
 from ...hashing import BlockKey
 from ..block_index import grown_by
 from ..key_dict import BATCH_KEYS
+from ..segments import SegmentSpace
 from . import get_policy
 from .base import Chain, EvictionPolicy, Links
 
@@ -354,3 +355,49 @@ class Queues:
             assert self._followers[handle] == followers[handle], "followers are off"
             assert followers[handle] or not self._held[handle], "held, and nothing follows"
         assert orphans == self._orphans, "orphans are off"
+
+
+def make_room(
+    queues: Queues,
+    space: SegmentSpace,
+    pages: int,
+    n: int,
+    *,
+    slot_of: Callable[[int], int],
+    allowed: Callable[[int], bool],
+    give_up: Callable[[int], None],
+) -> None:
+    """Let the oldest leave first, whatever their size.
+
+    Slots are given back one by one among blocks of the size that needs them. Where the oldest
+    block of all has another size, the segments in which it lies are emptied for that.
+    It ends when `n` slots of a block size are free, or a region of it can be assigned, or what
+    is left is in use.
+
+    Args:
+        queues, space: of the tier.
+        pages: block size.
+        n: slots wanted.
+        slot_of: where a handle lies.
+        allowed: whether a handle may go now.
+        give_up: called with each handle that left the queues.
+    """
+    stuck = False
+    while n > 0:
+        # asked anew for each victim: behind one old block of this size may come one of another
+        other = None if stuck else queues.oldest_elsewhere(pages)
+        if other is None or not space.worth_emptying(slot_of(other), pages):
+            victim = queues.evict(pages, allowed)
+            if victim is None:
+                return
+            give_up(victim)
+            n -= 1
+            continue
+        for handle in space.in_the_way(slot_of(other), pages):
+            if handle in queues and allowed(handle):
+                queues.remove(handle)
+                give_up(handle)
+        if space.allocatable(pages):
+            return
+        # one emptied segment may not be enough: another must go to make room for metadata
+        stuck = other in queues or not space.over_bound(pages)

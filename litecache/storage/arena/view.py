@@ -20,10 +20,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import StorageError
-from ..hashing import BlockKey
-from .protocol import PAGE_BYTES, PROTOCOL_VERSION, Attachment, SlotRef, SlotState
-from .shared_mapping import SharedMapping
+from ...errors import StorageError
+from ...hashing import BlockKey
+from ..protocol import PAGE_BYTES, PROTOCOL_VERSION, Attachment, SlotRef, SlotState
+from .mapping import SharedMapping
 
 ENTRY_BYTES = 32
 ENTRY_WORDS = ENTRY_BYTES // 8

@@ -18,13 +18,13 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import StorageFullError
-from ..hashing import BlockKey
-from ..machine_memory import available_memory_bytes
-from .arena_view import ENTRY_WORDS, arena_name, pack_word, table_range
-from .block_index import KeyWords
-from .protocol import PAGE_BYTES, PROTOCOL_VERSION, Attachment, SlotState
-from .shared_mapping import SharedMapping
+from ...errors import StorageFullError
+from ...hashing import BlockKey
+from ...machine_memory import available_memory_bytes
+from ..block_index import KeyWords
+from ..protocol import PAGE_BYTES, PROTOCOL_VERSION, Attachment, SlotState
+from .mapping import SharedMapping
+from .view import ENTRY_WORDS, arena_name, pack_word, table_range
 
 logger = logging.getLogger(__name__)
 
