@@ -65,6 +65,34 @@ class LayerExtent:
 
 
 @dataclass(frozen=True)
+class WindowPolicy:
+    """Which blocks of a sequence a group still needs: all of them, or those a window touches.
+
+    Attributes:
+        window: tokens that a query sees, itself included; None = all.
+        block_size: tokens per block.
+    """
+
+    window: int | None
+    block_size: int
+
+    @property
+    def slides(self) -> bool:
+        """Whether it leaves blocks behind."""
+        return self.window is not None
+
+    def first_needed(self, num_blocks: int) -> int:
+        """Index of the first block that a reused prefix of so many full blocks needs."""
+        if self.window is None:
+            return 0
+        return max(0, num_blocks - -(-self.window // self.block_size) - 1)
+
+    def left_behind(self, num_computed: int) -> int:
+        """How many leading blocks no position from `num_computed` on sees."""
+        return 0 if self.window is None else max(0, (num_computed - self.window) // self.block_size)
+
+
+@dataclass(frozen=True)
 class KVGroup:
     """Layers of equal shape and attention window, which share block tables and blocks.
 
@@ -85,11 +113,9 @@ class KVGroup:
     block_bytes: int
 
     @property
-    def window_blocks(self) -> int | None:
-        """Blocks that a query's window can touch, None = all."""
-        if self.spec.window is None:
-            return None
-        return -(-self.spec.window // self.block_size) + 1
+    def policy(self) -> WindowPolicy:
+        """Which blocks of a sequence the group needs."""
+        return WindowPolicy(self.spec.window, self.block_size)
 
 
 @dataclass(frozen=True)

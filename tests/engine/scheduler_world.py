@@ -79,6 +79,7 @@ class World:
     stages: list[StageOrder] = field(default_factory=list)
     loads: list[LoadOrder] = field(default_factory=list)
     saves: list[SaveOrder] = field(default_factory=list)
+    landed: dict[int, set[tuple[int, int]]] = field(default_factory=dict)
     leases: set[int] = field(default_factory=set)
     now: float = 0.0
     computed_tokens: int = 0
@@ -124,7 +125,7 @@ class World:
         self.stages += out.stages
         self.loads += out.loads
         self.saves += out.saves
-        for ticket in out.discards:
+        for ticket in out.discards + out.cancels:
             self.leases.discard(ticket)
         for _, delta in out.deltas:
             assert delta.request_id not in self.finished, "a delta after the end"
@@ -150,19 +151,33 @@ class World:
             self.leases.discard(order.ticket)
         self.take(self.scheduler.on_staged(order.ticket, found))
 
+    def land_part(self, position: int, count: int) -> None:
+        """The first copies of a load have landed; others of it are still under way."""
+        order = self.loads[position]
+        landed = self.landed.setdefault(id(order), set())
+        part = [ref for ref in order.blocks if ref not in landed][:count]
+        self._copy_in(order, part)
+        landed.update(part)
+        self.scheduler.on_loaded(order, part, ended=False)
+
     def answer_load(self, position: int, works: Callable[[int], bool]) -> None:
         order = self.loads.pop(position)
         self.leases.discard(order.ticket)
-        done = set()
-        for number, ((group, index), block) in enumerate(order.blocks.items()):
+        landed = self.landed.pop(id(order), set())
+        left = [ref for ref in order.blocks if ref not in landed]
+        done = [ref for number, ref in enumerate(left) if works(number)]
+        self._copy_in(order, done)
+        for group, index in set(left) - set(done):
             # A failed copy may leave anything behind.
-            content: list[tuple[int, ...]] = [()] * BLOCK_SIZE
-            if works(number):
-                done.add((group, index))
-                content = self.stored[self._key_of(order, group, index)]
+            for offset in range(BLOCK_SIZE):
+                self.blocks[group, order.blocks[group, index], offset] = ()
+        self.scheduler.on_loaded(order, done, ended=True)
+
+    def _copy_in(self, order: LoadOrder, refs: list[tuple[int, int]]) -> None:
+        for group, index in refs:
+            content = self.stored[self._key_of(order, group, index)]
             for offset, prefix in enumerate(content):
-                self.blocks[group, block, offset] = prefix
-        self.scheduler.on_loaded(order, done)
+                self.blocks[group, order.blocks[group, index], offset] = prefix
 
     def answer_save(self, position: int, works: bool) -> None:
         order = self.saves.pop(position)
@@ -256,7 +271,7 @@ class World:
                 )
 
     def _key_of(self, order: LoadOrder, group: int, index: int) -> BlockKey:
-        active = self.scheduler._staging._active.get(order.ticket)
+        active = self.scheduler._tiers._active.get(order.ticket)
         if active is None:
             return next(iter(self.stored))
         return active.chain.keys[group][index]

@@ -70,31 +70,6 @@ class BlockPoolMachine(RuleBasedStateMachine):
             self.keys[block] = self.next_key.to_bytes(16, "little")
             self.pool.publish(block, self.keys[block])
 
-    @rule(pick=st.integers(0, 30))
-    def copy_on_write(self, pick: int) -> None:
-        held = sorted(self.refs)
-        if not held:
-            return
-        block = held[pick % len(held)]
-        shared = self.refs[block] > 1 or block in self.keys
-        if shared and len(self.refs) == NUM_BLOCKS:
-            with pytest.raises(CapacityError):
-                self.pool.copy_on_write(block)
-            return
-        if not shared:
-            assert self.pool.copy_on_write(block) == block
-            return
-        free = NUM_BLOCKS - len(self.refs) - len(self.idle)
-        if not free:
-            del self.keys[self.idle.pop(0)]
-        copy = self.pool.copy_on_write(block)
-        assert copy != block
-        self.refs[copy] = 1
-        self.refs[block] -= 1
-        if not self.refs[block]:
-            del self.refs[block]
-            self.idle.append(block)
-
     @rule()
     def evict_idle(self) -> None:
         assert self.pool.evict_idle() == len(self.idle)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from litecache.engine.scheduling.orders import LoadOrder, StageOrder
-from litecache.engine.transfer.block_copier import BlockCopier, PinnedArenas
+from litecache.engine.transfer.block_copier import BlockCopier, PinnedArenas, SameBytes
 from litecache.engine.transfer.loader import LOAD_THREADS, Loader
 from litecache.engine.transfer.shard_set import ShardSet
 from litecache.metrics import Metrics
@@ -45,8 +45,9 @@ def test_a_lookup_does_not_wait_behind_slow_loads() -> None:
             ShardSet([client], None, Metrics()),
             lambda: BlockCopier(torch.device("cpu"), lambda: None, PinnedArenas()),
             staged=lambda ticket, _: staged.put(ticket),
-            loaded=lambda order, _: loaded.put(order.ticket),
+            loaded=lambda order, done, ended: loaded.put(order.ticket),
             metrics=Metrics(),
+            codec=SameBytes(),
         )
         for ticket, key in enumerate(KEYS[:LOAD_THREADS]):
             loader.stage(StageOrder(ticket, {(0, 0): key}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
@@ -19,9 +20,10 @@ from scheduler_world import BLOCK_SIZE, WINDOW, World, expected_output
 from litecache.engine.scheduling.block_pool import BlockPool
 from litecache.engine.scheduling.orders import LoadOrder
 from litecache.engine.scheduling.plan_builder import PlanBuilder
+from litecache.engine.scheduling.prefix_cache import MISSING, PENDING
 from litecache.engine.scheduling.prefix_index import PartialMatch, PrefixIndex
-from litecache.engine.scheduling.publisher import Publisher
-from litecache.engine.scheduling.staging import Staging
+from litecache.engine.scheduling.sequence import KeyChain
+from litecache.engine.scheduling.tier_orders import TierOrders
 from litecache.types import FinishReason
 
 PROMPTS = st.builds(
@@ -81,12 +83,20 @@ class SchedulerMachine(RuleBasedStateMachine):
         if self.world.loads:
             self.world.answer_load(pick % len(self.world.loads), lambda number: number != fail)
 
-    @rule(fail=st.integers(0, 6))
-    def stage_and_load(self, fail: int) -> None:
+    @rule(pick=st.integers(0, 9), count=st.integers(1, 3))
+    def lands(self, pick: int, count: int) -> None:
+        if self.world.loads:
+            self.world.land_part(pick % len(self.world.loads), count)
+
+    @rule(fail=st.integers(0, 6), part=st.integers(0, 3))
+    def stage_and_load(self, fail: int, part: int) -> None:
         """The usual order of things, which random rules hit rarely."""
         while self.world.stages:
             self.world.answer_stage(0, lambda key: True)
         self.step(1)
+        if self.world.loads and part:
+            self.world.land_part(0, part)
+            self.step(1)
         while self.world.loads:
             self.world.answer_load(0, lambda number: number != fail)
         self.step(1)
@@ -163,12 +173,12 @@ def _match_one_token_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _publish_before_computed(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = Publisher.publish_computed
+    original = TierOrders.publish_computed
 
-    def publish(self: Publisher, seq: object, end: int, out: object) -> None:
+    def publish(self: TierOrders, seq: object, end: int, out: object) -> None:
         original(self, seq, end + BLOCK_SIZE, out)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Publisher, "publish_computed", publish)
+    monkeypatch.setattr(TierOrders, "publish_computed", publish)
 
 
 def _skip_copy_on_write(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,12 +186,14 @@ def _skip_copy_on_write(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _trust_failed_loads(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = Staging.on_loaded
+    original = TierOrders.on_loaded
 
-    def on_loaded(self: Staging, order: LoadOrder, loaded: set[tuple[int, int]]) -> None:
-        original(self, order, set(order.blocks))
+    def on_loaded(self: TierOrders, order: LoadOrder, loaded: object, *, ended: bool) -> None:
+        seq = self._active.get(order.ticket)
+        claimed = [ref for ref in order.blocks if seq is not None and ref in seq.loading]
+        original(self, order, claimed if ended else loaded, ended=ended)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Staging, "on_loaded", on_loaded)
+    monkeypatch.setattr(TierOrders, "on_loaded", on_loaded)
 
 
 @pytest.mark.no_cover
@@ -284,6 +296,99 @@ def test_blocks_evicted_from_the_pool_come_back_from_the_lower_tier() -> None:
     world.run_until_idle()
     assert world.reused[again] == {"ram": 32}
     world.check_outputs()
+
+
+def test_blocks_of_a_load_are_of_use_to_others_as_they_land() -> None:
+    """Another request starts from the landed half, while the rest is still being copied."""
+    world = World(num_blocks=40, max_requests=4)
+    prompt = (0, 1, 1, 0) * 8 + (1,)
+    world.submit(prompt, 1)
+    world.run_until_idle()
+    world.scheduler.cache.evict_idle()
+    first = world.submit(prompt, 1)
+    world.step()
+    world.answer_stage(0, lambda key: True)
+    world.step()
+    (order,) = world.loads
+    assert len(order.blocks) == 4
+    world.land_part(0, 2)
+    world.check()
+    short = world.submit(prompt[:16], 1)
+    assert world.step()
+    assert world.reused.get(short) is None
+    world.finish_step()
+    assert world.reused[short] == {"gpu": 16}
+    assert first not in world.finished
+    world.run_until_idle()
+    assert world.reused[first] == {"ram": 32}
+    world.check_outputs()
+
+
+def test_a_load_that_is_given_up_is_cancelled_and_keeps_only_what_has_landed() -> None:
+    world = World(num_blocks=40)
+    prompt = (0, 1, 1, 0) * 8 + (1,)
+    world.submit(prompt, 1)
+    world.run_until_idle()
+    world.scheduler.cache.evict_idle()
+    late = world.submit(prompt, 1)
+    world.step()
+    world.answer_stage(0, lambda key: True)
+    world.step()
+    world.land_part(0, 1)
+    out = world.scheduler.abort([late])
+    assert out.cancels == [order.ticket for order in world.loads]
+    world.take(out)
+    stats = world.scheduler.cache.stats()
+    assert (stats["loading"], stats["idle"]) == (3, 1)
+    world.check()
+    world.answer_load(0, lambda number: False)
+    stats = world.scheduler.cache.stats()
+    assert (stats["loading"], stats["idle"]) == (0, 1)
+
+
+def test_a_load_may_be_followed_by_another_of_the_same_request() -> None:
+    """The seam for loads that grow: the request waits until the last of them has ended."""
+    world = World(num_blocks=40)
+    prompt = (0, 1, 1, 0) * 8 + (1,)
+    world.submit(prompt, 1)
+    world.run_until_idle()
+    world.scheduler.cache.evict_idle()
+    late = world.submit(prompt, 1)
+    world.step()
+    world.answer_stage(0, lambda key: True)
+    world.step()
+    (order,) = world.loads
+    refs = list(order.blocks.items())
+    tail, head = dict(refs[2:]), dict(refs[:2])
+    world.loads[:] = [LoadOrder(order.ticket, tail, more=True), LoadOrder(order.ticket, head)]
+    world.answer_load(0, lambda number: True)
+    world.check()
+    assert not world.step(), "it started before its head was there"
+    world.answer_load(0, lambda number: True)
+    world.run_until_idle()
+    assert world.reused[late] == {"ram": 32}
+    world.check_outputs()
+
+
+def test_a_look_at_a_prefix_tells_of_each_block_whether_it_is_there_coming_or_missing() -> None:
+    world = World(num_blocks=40)
+    prompt = (0, 1, 1, 0) * 8 + (1,)
+    world.submit(prompt, 1)
+    world.run_until_idle()
+    cache = world.scheduler.cache
+    chain = KeyChain(world.roots(""), BLOCK_SIZE)
+    chain.extend(np.array(prompt, dtype=np.int64))
+    (blocks,) = cache.look(chain)
+    assert min(blocks) > 0
+    assert len(set(blocks)) == 4
+    index = cache.indexes[0]
+    for position in (1, 2):
+        cache.pools[0].acquire([blocks[position]])
+    cache.evict_idle()
+    index.set_pending(chain.keys[0][3], "somebody")
+    assert cache.look(chain) == [[MISSING, blocks[1], blocks[2], PENDING]]
+    index.clear_pending(chain.keys[0], "somebody")
+    cache.pools[0].release(blocks[1:3])
 
 
 def test_sliding_window_gives_back_what_it_has_left_behind() -> None:

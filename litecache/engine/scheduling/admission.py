@@ -13,11 +13,9 @@ from litecache.engine.kv_layout import TRASH_BLOCK
 from litecache.engine.scheduling.orders import Schedule
 from litecache.engine.scheduling.plan_builder import PlanBuilder
 from litecache.engine.scheduling.prefix_cache import PrefixCache, PrefixMatch
-from litecache.engine.scheduling.publisher import Publisher
-from litecache.engine.scheduling.request_queues import RequestQueues
-from litecache.engine.scheduling.sequence import Sequence, SequenceStatus
-from litecache.engine.scheduling.staging import Staging
+from litecache.engine.scheduling.sequence import RequestQueues, Sequence, SequenceStatus
 from litecache.engine.scheduling.step_plan import NewRow, TableUpdate
+from litecache.engine.scheduling.tier_orders import TierOrders
 from litecache.token_ids import TokenIds
 from litecache.types import Tier
 
@@ -28,25 +26,13 @@ class Admission:
     Args:
         cache: pools and indexes.
         queues: who waits and who runs.
-        staging: lookups and loads of the lower tiers.
-        publisher: saves blocks on their second sight.
-        lower_tiers: whether blocks can be staged.
+        tiers: what is ordered of the lower tiers.
     """
 
-    def __init__(
-        self,
-        cache: PrefixCache,
-        queues: RequestQueues,
-        staging: Staging,
-        publisher: Publisher,
-        *,
-        lower_tiers: bool,
-    ) -> None:
+    def __init__(self, cache: PrefixCache, queues: RequestQueues, tiers: TierOrders) -> None:
         self._cache = cache
         self._queues = queues
-        self._staging = staging
-        self._publisher = publisher
-        self._lower_tiers = lower_tiers
+        self._tiers = tiers
 
     def admit(self, plan: PlanBuilder, out: Schedule, alone: Sequence | None) -> None:
         """Stage, load and start waiting requests in order; one that does not fit holds the rest."""
@@ -61,15 +47,15 @@ class Admission:
                 continue
             blocked = blocked or plan.budget <= 0 or not self._queues.has_row
             asks = self._asks(seq, blocked)
-            if blocked and not (asks and self._staging.has_room):
-                if not (self._lower_tiers and self._staging.has_room):
+            if blocked and not (asks and self._tiers.has_room):
+                if not self._tiers.has_room:
                     return
                 continue
             match = self._cache.match(seq.chain, seq.tokens)
             if match.pending_owner not in (None, seq.id):
                 continue
             # No place to ask now: those who have one go first, or nobody ever gives one back.
-            if asks and (not self._staging.has_room or self._staging.stage(seq, out)):
+            if asks and (not self._tiers.has_room or self._tiers.stage(seq, out)):
                 continue
             if blocked:
                 continue
@@ -81,7 +67,7 @@ class Admission:
 
     def _asks(self, seq: Sequence, blocked: bool) -> bool:
         """Whether the lower tiers may hold blocks that the pool lacks."""
-        if not self._lower_tiers or seq.looked_up:
+        if not self._tiers.exist or seq.looked_up:
             return False
         # What the pool held when it was asked may be evicted while the request waits, above all
         # the blocks of a preempted one: it asks again when its turn comes.
@@ -94,43 +80,27 @@ class Admission:
         return act() or (not self._queues.running and self._drop_held(seq) and act())
 
     def _load(self, seq: Sequence, out: Schedule) -> bool:
-        return not seq.staged or self._staging.load(seq, out)
+        return not seq.staged or self._tiers.load(seq, out)
 
     def _start(self, seq: Sequence, match: PrefixMatch, plan: PlanBuilder, out: Schedule) -> bool:
         """Give a waiting request its row and blocks; False when they do not fit now."""
-        pools = self._cache.pools
-        wanted = -(-seq.num_tokens // self._cache.block_size) - match.num_blocks
-        kept = [
-            [b for b in blocks if b != TRASH_BLOCK] + [p.block for p in match.partials[g : g + 1]]
-            for g, blocks in enumerate(match.blocks)
-        ]
-        for pool, blocks in zip(pools, kept, strict=True):
-            pool.acquire(blocks)
         # Each running request will want a block soon: leave it one, or preemptions begin at once.
-        if any(wanted + len(self._queues.running) > pool.num_available for pool in pools):
-            for pool, blocks in zip(pools, kept, strict=True):
-                pool.release(blocks)
+        firsts = self._cache.start(seq, match, spare=len(self._queues.running))
+        if firsts is None:
             return False
         self._queues.start(seq)
         tokens = TokenIds(seq.tokens)
         plan.new_rows.append(NewRow(seq.row, tokens, seq.num_prompt, seq.request.sampling))
-        for group, pool in enumerate(pools):
-            fresh = pool.allocate(wanted)
-            seq.tables[group] = match.blocks[group] + fresh
-            plan.tables.append(TableUpdate(seq.row, group, 0, tuple(seq.tables[group])))
+        for group, table in enumerate(seq.tables):
+            plan.tables.append(TableUpdate(seq.row, group, 0, tuple(table)))
             if match.partials:
-                plan.copy_block(group, match.partials[group].block, fresh[0])
-            pool.release(seq.held[group])
-            seq.held[group] = []
-            for key in seq.chain.keys[group][match.num_blocks :]:
-                self._cache.indexes[group].set_pending(key, seq.id)
+                plan.copy_block(group, match.partials[group].block, firsts[group])
         seq.num_published = match.num_blocks
         seq.cached = match.num_tokens == seq.num_tokens
         seq.num_computed = match.num_tokens - seq.cached
         if seq.reused is None:
             seq.reused = self._reuse_by_tier(seq, match)
-        self._publisher.save_on_sight(seq, match, out)
-        self._publisher.touch(seq, match, out)
+        self._tiers.on_hit(seq, match, out)
         if seq.num_todo == 1:
             plan.add_step(seq, 1)
         else:
@@ -156,11 +126,10 @@ class Admission:
 
     def _drop_held(self, keep: Sequence) -> bool:
         """Nothing runs and `keep` does not fit: others' loaded blocks become evictable."""
-        dropped = False
-        for seq in self._queues.waiting:
-            if seq is not keep and seq.status is SequenceStatus.WAITING and any(seq.held):
-                for group, pool in enumerate(self._cache.pools):
-                    pool.release(seq.held[group])
-                    seq.held[group] = []
-                dropped = True
-        return dropped
+        others = [
+            seq
+            for seq in self._queues.waiting
+            if seq is not keep and seq.status is SequenceStatus.WAITING
+        ]
+        released = [self._cache.release_held(seq) for seq in others]
+        return any(released)

@@ -103,22 +103,6 @@ class BlockPool:
         self._loading.discard(block)
         self._keys[block] = key
 
-    def copy_on_write(self, block: int) -> int:
-        """A block that the one caller may write to, in exchange for its reference to `block`.
-
-        Returns:
-            `block` itself when it is private to the caller, else a new block to which the
-            caller must copy the bytes.
-
-        Raises:
-            CapacityError: no block is available; nothing changed.
-        """
-        if self._refs[block] == 1 and self._keys[block] is None:
-            return block
-        (copy,) = self.allocate(1)
-        self.release([block])
-        return copy
-
     def ref_count(self, block: int) -> int:
         """References to a block."""
         return self._refs[block]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from litecache.engine.scheduling.prefix_cache import BlockRef
+from litecache.engine.scheduling.sequence import BlockRef
 from litecache.engine.scheduling.step_plan import StepPlan
 from litecache.hashing import BlockKey
 from litecache.types import TokenDelta
@@ -19,10 +19,14 @@ class StageOrder(NamedTuple):
 
 
 class LoadOrder(NamedTuple):
-    """Copy staged blocks into the pool: (group, index) -> block; other leases end."""
+    """Copy staged blocks into the pool: (group, index) -> block, in this order.
+
+    The ticket's other leases end with it, unless `more` loads follow.
+    """
 
     ticket: int
     blocks: dict[BlockRef, int]
+    more: bool = False
 
 
 class SaveOrder(NamedTuple):
@@ -44,15 +48,16 @@ class SaveOrder(NamedTuple):
 class Schedule:
     """Everything one call of the scheduler decided.
 
-    Tickets name a request's dealings with the lower tiers; `discards` are tickets whose leases
-    are no longer wanted; `touches` are stored blocks that a request found in the pool, of which
-    the shards have heard nothing, tails first.
+    Tickets name a request's dealings with the lower tiers. `discards`: leases that no load has
+    taken end. `cancels`: loads end early. `touches`: stored blocks that a request found in the
+    pool, of which the shards have heard nothing, tails first.
     """
 
     plan: StepPlan | None = None
     stages: list[StageOrder] = field(default_factory=list)
     loads: list[LoadOrder] = field(default_factory=list)
     discards: list[int] = field(default_factory=list)
+    cancels: list[int] = field(default_factory=list)
     saves: list[SaveOrder] = field(default_factory=list)
     touches: list[BlockKey] = field(default_factory=list)
     deltas: list[tuple[str, TokenDelta]] = field(default_factory=list)

@@ -21,12 +21,15 @@ from litecache.engine.kv_layout import TRASH_BLOCK
 from litecache.engine.scheduling.admission import Admission
 from litecache.engine.scheduling.orders import LoadOrder, SaveOrder, Schedule
 from litecache.engine.scheduling.plan_builder import Launched, PlanBuilder
-from litecache.engine.scheduling.prefix_cache import BlockRef, PrefixCache
-from litecache.engine.scheduling.publisher import Publisher
-from litecache.engine.scheduling.request_queues import RequestQueues
-from litecache.engine.scheduling.sequence import Sequence, SequenceStatus
-from litecache.engine.scheduling.staging import Staging
+from litecache.engine.scheduling.prefix_cache import PrefixCache
+from litecache.engine.scheduling.sequence import (
+    BlockRef,
+    RequestQueues,
+    Sequence,
+    SequenceStatus,
+)
 from litecache.engine.scheduling.step_plan import StepResult, TableUpdate
+from litecache.engine.scheduling.tier_orders import TierOrders
 from litecache.errors import CapacityError
 from litecache.hashing import BlockKey
 from litecache.types import FinishReason, Request, TokenDelta, TokenLogprobs
@@ -63,9 +66,8 @@ class Scheduler:
         self.cache = cache
         self.preemptions = 0
         self._roots = roots
-        self._windowed = any(group.spec.window is not None for group in cache.groups)
-        self._publisher = Publisher(cache, admission if lower_tiers else "none")
-        self._staging = Staging(cache, self._publisher)
+        self._windowed = any(group.policy.slides for group in cache.groups)
+        self._tiers = TierOrders(cache, lower_tiers=lower_tiers, admission=admission)
         self._max_batch_tokens = max_batch_tokens
         self._max_prefill_tokens = max_prefill_tokens or max_batch_tokens
         self._chunk_grid = max(1, max_batch_tokens // 2) if deterministic else None
@@ -74,9 +76,7 @@ class Scheduler:
         self._early_aborts: dict[str, None] = {}
         self._suspects: dict[str, Sequence] = {}
         self._queues = RequestQueues(max_requests)
-        self._admission = Admission(
-            cache, self._queues, self._staging, self._publisher, lower_tiers=lower_tiers
-        )
+        self._admission = Admission(cache, self._queues, self._tiers)
         self._launched: dict[int, Launched] = {}
         self._arrivals = 0
         self._step = 0
@@ -116,15 +116,15 @@ class Scheduler:
 
     def on_staged(self, ticket: int, found: dict[BlockRef, str]) -> Schedule:
         """The lower tiers hold these blocks (-> tier) and have leased their slots."""
-        return self._staging.on_staged(ticket, found)
+        return self._tiers.on_staged(ticket, found)
 
-    def on_loaded(self, order: LoadOrder, loaded: set[BlockRef]) -> None:
-        """The copies of an order ended; its blocks that are not in `loaded` are misses."""
-        self._staging.on_loaded(order, loaded)
+    def on_loaded(self, order: LoadOrder, loaded: Iterable[BlockRef], *, ended: bool) -> None:
+        """Copies of a load have landed; once it has ended, what did not land is a miss."""
+        self._tiers.on_loaded(order, loaded, ended=ended)
 
     def on_saved(self, orders: Iterable[SaveOrder], dropped: Iterable[SaveOrder] = ()) -> None:
         """Copies of save orders ended; dropped ones may be saved on a later sight."""
-        self._publisher.on_saved(orders, dropped)
+        self._tiers.on_saved(orders, dropped)
 
     def on_result(self, result: StepResult, now: float) -> Schedule:
         """A launched step is done."""
@@ -154,7 +154,7 @@ class Scheduler:
             if token is not None:
                 seq.append(token)
             if life == seq.life and seq.status is SequenceStatus.RUNNING:
-                self._publisher.publish_computed(seq, step.start + step.num_tokens, out)
+                self._tiers.publish_computed(seq, step.start + step.num_tokens, out)
             if token is not None:
                 self._emit(seq, token, logprobs.get(place) if logprobs else None, now, out)
         return out
@@ -243,7 +243,8 @@ class Scheduler:
         for group, pool in enumerate(self.cache.pools):
             refs = [0] * (pool.num_blocks + 1)
             for seq in self._sequences.values():
-                for block in seq.tables[group] + seq.held[group]:
+                loading = [b for (g, _), b in seq.loading.items() if g == group]
+                for block in seq.tables[group] + seq.held[group] + loading:
                     refs[block] += 1
             for launched in self._launched.values():
                 for held_group, block in launched.copied_from:
@@ -258,13 +259,14 @@ class Scheduler:
 
     def _grow(self, seq: Sequence, plan: PlanBuilder) -> bool:
         """Make room for the next token, preempting the youngest; False if `seq` had to give way."""
-        if self._windowed:
-            self._trim_windows(seq, plan)
+        for group, first, end in self.cache.trim(seq) if self._windowed else ():
+            gone = (TRASH_BLOCK,) * (end - first)
+            plan.tables.append(TableUpdate(seq.row, group, first, gone))
         index = seq.num_computed // self.cache.block_size
         for group, table in enumerate(seq.tables):
             while index >= len(table):
                 try:
-                    table.extend(self.cache.pools[group].allocate(1))
+                    block = self.cache.grow(seq, group)
                 except CapacityError:
                     victim = self._queues.running[-1]
                     plan.forget_row(victim.row)
@@ -272,29 +274,12 @@ class Scheduler:
                     if victim is seq:
                         return False
                 else:
-                    plan.tables.append(TableUpdate(seq.row, group, index, (table[index],)))
+                    plan.tables.append(TableUpdate(seq.row, group, index, (block,)))
         return True
-
-    def _trim_windows(self, seq: Sequence, plan: PlanBuilder) -> None:
-        """Free the published blocks that a sliding window has left behind."""
-        for group in self.cache.groups:
-            if group.spec.window is None:
-                continue
-            table = seq.tables[group.index]
-            behind = (seq.num_computed - group.spec.window) // self.cache.block_size
-            end = min(behind, seq.num_published)
-            first = max(end, 0)
-            while first > 0 and table[first - 1] != TRASH_BLOCK:
-                first -= 1
-            if first < end:
-                self.cache.pools[group.index].release(table[first:end])
-                gone = (TRASH_BLOCK,) * (end - first)
-                table[first:end] = gone
-                plan.tables.append(TableUpdate(seq.row, group.index, first, gone))
 
     def _preempt(self, seq: Sequence) -> None:
         self.preemptions += 1
-        self._drop_blocks(seq)
+        self.cache.drop(seq)
         self._queues.preempt(seq)
         seq.life += 1
         seq.looked_up = seq.cached = False
@@ -340,8 +325,8 @@ class Scheduler:
     def _end(self, seq: Sequence, out: Schedule) -> None:
         """Take a request out of its queue and give back all it holds."""
         self._queues.remove(seq)
-        self._staging.drop(seq, out)
-        self._drop_blocks(seq)
+        self._tiers.drop(seq, out)
+        self.cache.drop(seq)
         seq.status = SequenceStatus.FINISHED
         del self._sequences[seq.id]
         self._timed.pop(seq.id, None)
@@ -352,14 +337,3 @@ class Scheduler:
         for group, block in launched.copied_from:
             self.cache.pools[group].release([block])
         return launched
-
-    def _drop_blocks(self, seq: Sequence) -> None:
-        for group, pool in enumerate(self.cache.pools):
-            pool.release(seq.tables[group])
-            pool.release(seq.held[group])
-            seq.tables[group], seq.held[group] = [], []
-        self._clear_pending(seq)
-
-    def _clear_pending(self, seq: Sequence) -> None:
-        for index, keys in zip(self.cache.indexes, seq.chain.keys, strict=True):
-            index.clear_pending(keys, seq.id)

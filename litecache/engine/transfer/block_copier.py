@@ -10,11 +10,12 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
+from litecache.engine.kv_layout import KVGroup
 from litecache.kernels.batch_copy import copy_batch
 from litecache.storage.arena.view import ArenaView
 from litecache.storage.protocol import PAGE_BYTES
@@ -24,6 +25,41 @@ logger = logging.getLogger(__name__)
 
 def _cudart() -> Any:
     return torch.cuda.cudart()  # type: ignore[no-untyped-call]
+
+
+Pairs = Sequence[tuple[torch.Tensor, torch.Tensor]]
+
+
+class Codec(Protocol):
+    """Between a block's bytes in the pool and its bytes in RAM and on disk."""
+
+    def tier_bytes(self, group: KVGroup) -> int:
+        """Bytes of a block of a group in the lower tiers."""
+        ...
+
+    def save(self, copier: BlockCopier, pairs: Pairs) -> None:
+        """Start to write blocks of one group's pool into slots: (pool, slot)."""
+        ...
+
+    def load(self, copier: BlockCopier, pairs: Pairs) -> None:
+        """The inverse: (slot, pool)."""
+        ...
+
+
+class SameBytes:
+    """The codec of tiers that hold what the pool holds."""
+
+    def tier_bytes(self, group: KVGroup) -> int:
+        """As many."""
+        return group.block_bytes
+
+    def save(self, copier: BlockCopier, pairs: Pairs) -> None:
+        """A plain copy."""
+        copier.copy(pairs)
+
+    def load(self, copier: BlockCopier, pairs: Pairs) -> None:
+        """A plain copy."""
+        copier.copy(pairs)
 
 
 class PinnedArenas:
@@ -96,7 +132,7 @@ class BlockCopier:
         if self._stream is not None and compute is not None:
             self._stream.wait_stream(compute)
 
-    def copy(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    def copy(self, pairs: Pairs) -> None:
         """Start copies (source, target) between host and pool; all uint8 `[block_bytes]`."""
         if self._stream is None:
             for source, target in pairs:
@@ -110,7 +146,7 @@ class BlockCopier:
             for source, target in pairs:
                 target.copy_(source, non_blocking=True)
 
-    def _copy_at_once(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> bool:
+    def _copy_at_once(self, pairs: Pairs) -> bool:
         if len({source.numel() for source, _ in pairs}) != 1:
             return False
         if not all(side.is_cuda or side.is_pinned() for pair in pairs for side in pair):
@@ -129,7 +165,19 @@ class BlockCopier:
             views.append(torch.from_numpy(arena.block(slot, block_bytes)))
         return views
 
+    def mark(self) -> Callable[[], bool]:
+        """Asks whether all copies started so far are done."""
+        if self._stream is None:
+            return _done
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(self._stream)
+        return event.query
+
     def synchronize(self) -> None:
         """Wait until all copies started here are done."""
         if self._stream is not None:
             self._stream.synchronize()
+
+
+def _done() -> bool:
+    return True

@@ -1,8 +1,9 @@
 """Finds blocks in the lower tiers and copies them into the pool.
 
-A lookup leases slots under the request's ticket; a load copies the wanted ones as their reads
-complete and gives every lease back. Before a block counts as loaded, its slot's generation is
-read again: changed means miss. A failure of any kind is a miss with a counted reason.
+A lookup leases slots under the request's ticket; loads copy the wanted ones as their reads
+complete, tell what has landed as it lands, and give every lease back. Before a block counts as
+loaded, its slot's generation is read again: changed means miss. A failure of any kind is a miss
+with a counted reason. A load that is cancelled copies nothing that it has not begun.
 """
 
 from __future__ import annotations
@@ -10,15 +11,16 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
 from litecache.engine.kv_layout import KVPool
 from litecache.engine.scheduling.orders import LoadOrder, StageOrder
-from litecache.engine.scheduling.prefix_cache import BlockRef
-from litecache.engine.transfer.block_copier import BlockCopier
+from litecache.engine.scheduling.sequence import BlockRef
+from litecache.engine.transfer.block_copier import BlockCopier, Codec
 from litecache.engine.transfer.shard_set import Lease, ShardSet
 from litecache.metrics import Metrics
 from litecache.storage.protocol import SlotState
@@ -41,7 +43,8 @@ class Loader:
         shards: who is asked.
         make_copier: a copier for the calling thread.
         staged: called with (ticket, found blocks -> tier).
-        loaded: called with (order, blocks that hold their bytes now).
+        loaded: called with (order, blocks that hold their bytes now, whether the load has ended).
+        codec: between the bytes of pool and tiers.
         metrics: counts bytes, misses and latencies.
     """
 
@@ -52,8 +55,9 @@ class Loader:
         make_copier: Callable[[], BlockCopier],
         *,
         staged: Callable[[int, dict[BlockRef, str]], None],
-        loaded: Callable[[LoadOrder, set[BlockRef]], None],
+        loaded: Callable[[LoadOrder, Iterable[BlockRef], bool], None],
         metrics: Metrics,
+        codec: Codec,
     ) -> None:
         self._pools = pools
         self._shards = shards
@@ -62,7 +66,9 @@ class Loader:
         self._staged = staged
         self._loaded = loaded
         self._metrics = metrics
+        self._codec = codec
         self._leases: dict[int, dict[BlockRef, Lease]] = {}
+        self._cancelled: dict[int, threading.Event] = {}
         # a lookup takes a call, a load the time of its disk: none waits behind the other kind
         self._lookups = ThreadPoolExecutor(LOOKUP_THREADS, thread_name_prefix="litecache-lookup")
         self._loads = ThreadPoolExecutor(LOAD_THREADS, thread_name_prefix="litecache-load")
@@ -74,7 +80,18 @@ class Loader:
     def load(self, order: LoadOrder) -> None:
         """Copy staged blocks into the pool; answers through `loaded`."""
         leases = self._leases.pop(order.ticket, {})
-        self._loads.submit(self._load, order, leases).add_done_callback(_note_fault)
+        wanted = {ref: leases.pop(ref) for ref in order.blocks if ref in leases}
+        if order.more:
+            self._leases[order.ticket], leases = leases, {}
+        cancelled = self._cancelled.setdefault(order.ticket, threading.Event())
+        load = self._loads.submit(self._load, order, wanted, list(leases.values()), cancelled)
+        load.add_done_callback(_note_fault)
+
+    def cancel(self, ticket: int) -> None:
+        """Let the loads of a ticket end early: nobody wants what they have not begun to copy."""
+        if ticket in self._cancelled:
+            self._cancelled[ticket].set()
+        self.discard(ticket)
 
     def discard(self, ticket: int) -> None:
         """Give back the leases of a lookup nobody wants any more."""
@@ -104,81 +121,124 @@ class Loader:
         self._leases[order.ticket] = found
         self._staged(order.ticket, {ref: lease.tier.value for ref, lease in found.items()})
 
-    def _load(self, order: LoadOrder, leases: dict[BlockRef, Lease]) -> None:
+    def _load(
+        self,
+        order: LoadOrder,
+        wanted: dict[BlockRef, Lease],
+        others: list[Lease],
+        cancelled: threading.Event,
+    ) -> None:
         started = time.perf_counter()
-        done: set[BlockRef] = set()
         try:
-            self._shards.give_back([le for ref, le in leases.items() if ref not in order.blocks])
-            wanted = {ref: leases[ref] for ref in order.blocks if ref in leases}
-            done = self._load_local(order, wanted) | self._load_remote(order, wanted)
+            self._shards.give_back(others)
+            self._load_local(order, wanted, cancelled)
+            self._load_remote(order, wanted, cancelled)
         except Exception:
             # Blocks that were not confirmed are misses; the request recomputes them.
             logger.exception("loading %d blocks failed", len(order.blocks))
             self._metrics.inc("litecache_misses", tier="shard", reason="error")
         elapsed = time.perf_counter() - started
         self._metrics.observe("litecache_io_seconds", elapsed, direction="load")
-        self._loaded(order, done)
+        if not order.more:
+            self._cancelled.pop(order.ticket, None)
+        self._loaded(order, (), True)
 
-    def _load_local(self, order: LoadOrder, wanted: dict[BlockRef, Lease]) -> set[BlockRef]:
+    def _load_local(
+        self, order: LoadOrder, wanted: dict[BlockRef, Lease], cancelled: threading.Event
+    ) -> None:
+        """Copy what becomes ready; each part that was copied together lands together."""
         copier = self._copier()
         copier.begin_load()
-        local = {ref: lease for ref, lease in wanted.items() if lease.slot is not None}
-        waiting = list(local.items())
-        copied: list[tuple[BlockRef, Lease]] = []
+        waiting = [(ref, lease) for ref, lease in wanted.items() if lease.slot is not None]
+        copying: deque[tuple[Callable[[], bool], list[tuple[BlockRef, Lease]]]] = deque()
         deadline = time.monotonic() + LOAD_TIMEOUT_S
         pause_s = 0.0002
-        while waiting:
-            still: list[tuple[BlockRef, Lease]] = []
-            ready: list[tuple[BlockRef, Lease]] = []
-            for ref, lease in waiting:
-                assert lease.shard is not None
-                assert lease.slot is not None
-                state = lease.shard.arena.state(lease.slot.slot, lease.slot.generation)
-                if state is SlotState.READY:
-                    ready.append((ref, lease))
-                elif state is SlotState.LOADING and not lease.shard.lost:
-                    still.append((ref, lease))
-                else:
-                    self._miss(lease, "failed")
-            self._copy_in(copier, order, ready)
-            copied += ready
-            if still and time.monotonic() > deadline:
-                for _, lease in still:
-                    self._miss(lease, "timeout")
-                break
-            if len(still) == len(waiting):
-                # Progress shows in shared memory only; there is nothing to block on.
-                time.sleep(pause_s)
-                pause_s = min(pause_s * 2, 0.002)
-            waiting = still
-        copier.synchronize()
-        done = {ref for ref, lease in copied if self._confirm(lease)}
-        self._shards.give_back(list(local.values()))
+        try:
+            while waiting or copying:
+                if cancelled.is_set() or (waiting and time.monotonic() > deadline):
+                    for _, lease in waiting:
+                        self._miss(lease, "cancelled" if cancelled.is_set() else "timeout")
+                    self._shards.give_back([lease for _, lease in waiting])
+                    waiting = []
+                ready, gone, still = self._sorted(waiting)
+                self._shards.give_back([lease for _, lease in gone])
+                waiting = still + ready
+                if ready:
+                    self._copy_in(copier, order, ready)
+                    copying.append((copier.mark(), ready))
+                    waiting = still
+                landed = False
+                while copying and (copying[0][0]() or not waiting):
+                    if not waiting and not copying[0][0]():
+                        copier.synchronize()
+                    self._land(order, copying[0][1])
+                    copying.popleft()
+                    landed = True
+                if waiting and not (ready or gone or landed):
+                    # Progress shows in shared memory only; there is nothing to block on.
+                    time.sleep(pause_s)
+                    pause_s = min(pause_s * 2, 0.002)
+        except BaseException:
+            copier.synchronize()
+            left = [lease for _, part in copying for _, lease in part]
+            self._shards.give_back([lease for _, lease in waiting] + left)
+            raise
+
+    def _sorted(
+        self, waiting: list[tuple[BlockRef, Lease]]
+    ) -> tuple[list[tuple[BlockRef, Lease]], ...]:
+        """Of these, what can be copied, what is a miss, and what is still being read."""
+        ready: list[tuple[BlockRef, Lease]] = []
+        gone: list[tuple[BlockRef, Lease]] = []
+        still: list[tuple[BlockRef, Lease]] = []
+        for ref, lease in waiting:
+            assert lease.shard is not None
+            assert lease.slot is not None
+            state = lease.shard.arena.state(lease.slot.slot, lease.slot.generation)
+            if state is SlotState.READY:
+                ready.append((ref, lease))
+            elif state is SlotState.LOADING and not lease.shard.lost:
+                still.append((ref, lease))
+            else:
+                self._miss(lease, "failed")
+                gone.append((ref, lease))
+        return ready, gone, still
+
+    def _land(self, order: LoadOrder, part: list[tuple[BlockRef, Lease]]) -> None:
+        """The copies of a part are done: what is confirmed holds its bytes."""
+        done = [ref for ref, lease in part if self._confirm(lease)]
+        self._shards.give_back([lease for _, lease in part])
         total = sum(self._pools[group].group.block_bytes for group, _ in done)
         self._metrics.inc("litecache_copied_bytes", total, direction="load")
-        return done
+        if done:
+            self._loaded(order, done, False)
 
-    def _load_remote(self, order: LoadOrder, wanted: dict[BlockRef, Lease]) -> set[BlockRef]:
-        done: set[BlockRef] = set()
+    def _load_remote(
+        self, order: LoadOrder, wanted: dict[BlockRef, Lease], cancelled: threading.Event
+    ) -> None:
         copier = self._copier()
         for shard_id in {le.shard_id for le in wanted.values() if le.tier is Tier.REMOTE}:
             refs = [ref for ref, le in wanted.items() if le.shard_id == shard_id]
-            size = max(self._pools[group].group.block_bytes for group, _ in refs)
+            size = max(self._tier_bytes(group) for group, _ in refs)
             count = max(1, FETCH_BYTES // size)
             for start in range(0, len(refs), count):
+                if cancelled.is_set():
+                    return
                 part = refs[start : start + count]
                 blocks = self._shards.fetch([wanted[ref] for ref in part])
+                done: list[BlockRef] = []
                 for ref, data in zip(part, blocks, strict=True):
-                    target = self._pools[ref[0]].buffer[order.blocks[ref]]
-                    if data is None or len(data) != target.numel():
+                    if data is None or len(data) != self._tier_bytes(ref[0]):
                         self._miss(wanted[ref], "absent" if data is None else "size")
                         continue
                     source = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-                    copier.copy([(source, target)])
+                    target = self._pools[ref[0]].buffer[order.blocks[ref]]
+                    self._codec.load(copier, [(source, target)])
                     self._metrics.inc("litecache_remote_blocks", shard=shard_id)
-                    done.add(ref)
+                    done.append(ref)
                 copier.synchronize()
-        return done
+                if done:
+                    self._loaded(order, done, False)
 
     def _copy_in(
         self, copier: BlockCopier, order: LoadOrder, ready: list[tuple[BlockRef, Lease]]
@@ -187,11 +247,15 @@ class Loader:
         for ref, lease in ready:
             assert lease.shard is not None
             assert lease.slot is not None
-            pool = self._pools[ref[0]]
-            (view,) = copier.slots(lease.shard.arena, [lease.slot.slot], pool.group.block_bytes)
-            pairs.setdefault(ref[0], []).append((view, pool.buffer[order.blocks[ref]]))
+            size = self._tier_bytes(ref[0])
+            (view,) = copier.slots(lease.shard.arena, [lease.slot.slot], size)
+            target = self._pools[ref[0]].buffer[order.blocks[ref]]
+            pairs.setdefault(ref[0], []).append((view, target))
         for group in pairs.values():
-            copier.copy(group)
+            self._codec.load(copier, group)
+
+    def _tier_bytes(self, group: int) -> int:
+        return self._codec.tier_bytes(self._pools[group].group)
 
     def _confirm(self, lease: Lease) -> bool:
         assert lease.shard is not None

@@ -7,7 +7,7 @@ they report comes back as messages for the engine's thread.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,8 @@ import torch
 from litecache.engine.kv_layout import KVPool
 from litecache.engine.scheduling.orders import LoadOrder, SaveOrder, Schedule
 from litecache.engine.scheduling.scheduler import Scheduler
-from litecache.engine.transfer.block_copier import BlockCopier, PinnedArenas
+from litecache.engine.scheduling.sequence import BlockRef
+from litecache.engine.transfer.block_copier import BlockCopier, PinnedArenas, SameBytes
 from litecache.engine.transfer.loader import Loader
 from litecache.engine.transfer.saver import Saver
 from litecache.engine.transfer.shard_set import RemoteSource, ShardSet
@@ -58,22 +59,27 @@ class LowerTiers:
     ) -> None:
         self._shards = ShardSet(shards, remote, metrics)
         self._pinned = PinnedArenas()
+        codec = SameBytes()
 
         def copier() -> BlockCopier:
             return BlockCopier(device, compute_stream, self._pinned)
 
-        def staged(ticket: int, found: dict[tuple[int, int], str]) -> None:
+        def staged(ticket: int, found: dict[BlockRef, str]) -> None:
             post(lambda: carry_out(scheduler.on_staged(ticket, found)))
 
-        def loaded(order: LoadOrder, done: set[tuple[int, int]]) -> None:
-            post(lambda: scheduler.on_loaded(order, done))
+        def loaded(order: LoadOrder, done: Iterable[BlockRef], ended: bool) -> None:
+            post(lambda: scheduler.on_loaded(order, done, ended=ended))
 
         def saved(orders: list[SaveOrder], dropped: list[SaveOrder]) -> None:
             post(lambda: scheduler.on_saved(orders, dropped))
 
         self._scheduler = scheduler
         self._loader = Loader(
-            pools, self._shards, copier, staged=staged, loaded=loaded, metrics=metrics
+            *(pools, self._shards, copier),
+            staged=staged,
+            loaded=loaded,
+            metrics=metrics,
+            codec=codec,
         )
         self._saver = Saver(
             pools,
@@ -83,6 +89,7 @@ class LowerTiers:
             max_queued=max(64, scheduler.cache.pools[0].num_blocks // MAX_QUEUED_SAVES_SHARE),
             done=saved,
             metrics=metrics,
+            codec=codec,
         )
 
     def carry_out(self, schedule: Schedule) -> None:
@@ -93,6 +100,8 @@ class LowerTiers:
             self._loader.load(load)
         for ticket in schedule.discards:
             self._loader.discard(ticket)
+        for ticket in schedule.cancels:
+            self._loader.cancel(ticket)
         if schedule.touches:
             self._saver.touch(schedule.touches)
         if schedule.saves:

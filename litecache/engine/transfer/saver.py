@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 
 from litecache.engine.kv_layout import KVPool
 from litecache.engine.scheduling.orders import SaveOrder
-from litecache.engine.transfer.block_copier import BlockCopier
+from litecache.engine.transfer.block_copier import BlockCopier, Codec
 from litecache.engine.transfer.shard_set import ShardSet
 from litecache.errors import StorageError
 from litecache.hashing import BlockKey
@@ -45,6 +45,7 @@ class Saver:
         max_queued: orders that may wait; more are dropped.
         done: called with (saved or already stored orders, dropped orders), from this thread.
         metrics: counts bytes and drops.
+        codec: between the bytes of pool and tiers.
     """
 
     def __init__(
@@ -57,7 +58,9 @@ class Saver:
         max_queued: int,
         done: Callable[[list[SaveOrder], list[SaveOrder]], None],
         metrics: Metrics,
+        codec: Codec,
     ) -> None:
+        self._codec = codec
         self._pools = pools
         self._shards = shards
         self._copier = copier
@@ -169,7 +172,7 @@ class Saver:
         if not new:
             return []
         pool = self._pools[group]
-        block_bytes = pool.group.block_bytes
+        block_bytes = self._codec.tier_bytes(pool.group)
         dropped: list[SaveOrder] = []
         while new:
             slots = self._reserve(shard, block_bytes, len(new))
@@ -178,7 +181,7 @@ class Saver:
                 break
             views = self._copier.slots(shard.arena, [slot.slot for slot in slots], block_bytes)
             blocks = (pool.buffer[order.block] for order in new)
-            self._copier.copy(list(zip(blocks, views, strict=False)))
+            self._codec.save(self._copier, list(zip(blocks, views, strict=False)))
             self._copier.synchronize()
             items = [
                 CommitItem(*slot, order.key, order.parent, self._namespace_of(order.salt))
