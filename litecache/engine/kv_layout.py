@@ -7,6 +7,7 @@ and padded to 256 bytes; the whole is padded to 4096 bytes, the unit of direct d
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -112,7 +113,7 @@ class KVGroup:
     extents: tuple[LayerExtent, ...]
     block_bytes: int
 
-    @property
+    @functools.cached_property
     def policy(self) -> WindowPolicy:
         """Which blocks of a sequence the group needs."""
         return WindowPolicy(self.spec.window, self.block_size)
