@@ -43,6 +43,8 @@ GROUP = "chaos"
 HUNG_S = 120.0
 STORAGE_BYTES = 16 * MIB
 KINDS = ("gpu", "shard", "coordinator", "client")
+# a client takes ten seconds and more to be one
+WEIGHTS = (3, 3, 2, 1)
 PROMPTS = 24
 
 
@@ -218,6 +220,9 @@ class Chaos:
         self.plan.write_text(json.dumps(document))
         for _ in range(self.options.clients):
             self.add_client()
+        deadline = time.monotonic() + HUNG_S
+        while self.counts["joined"] < self.options.clients and time.monotonic() < deadline:
+            time.sleep(0.2)
 
     def add_client(self) -> None:
         number, self.next_client = self.next_client, self.next_client + 1
@@ -272,7 +277,7 @@ class Chaos:
         if self.mounted and rng.random() < 0.12:
             self.fill_disk(rng.uniform(1, 6))
             return "disk full"
-        kind = rng.choice(KINDS)
+        (kind,) = rng.choices(KINDS, WEIGHTS)
         pids = self.pids(kind)
         if not pids:
             return "nobody there"

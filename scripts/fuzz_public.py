@@ -238,7 +238,7 @@ class Service(Entry):
         if rng.random() < 0.3:
             return self.construct()
         core = rng.random() < 0.4
-        target: Any = self.py._service if core else self.py
+        target: Any = super(PyLocalCacheService, self.py) if core else self.py
         keys: list[Any] = [rng.randrange(2**60) for _ in range(2)]
         pages = rng.choices(range(128), k=70)
         calls: dict[str, list[Any]] = {

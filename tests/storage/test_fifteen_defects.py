@@ -21,12 +21,12 @@ from litecache.storage.disk import files as files_module
 
 
 def slab_of(cache) -> str:
-    (store,) = cache._service._core.engine.stores
+    (store,) = cache._core.engine.stores
     return f"{store.directory}/slab"
 
 
 def store_of(cache):
-    return cache._service._core.engine.stores[0]
+    return cache._core.engine.stores[0]
 
 
 @pytest.mark.parametrize(("mode", "copy"), [("w", "gather"), ("r", "scatter")])

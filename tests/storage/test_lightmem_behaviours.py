@@ -454,7 +454,7 @@ def test_42_a_write_of_what_exists_is_finished_and_says_so(cache):
 def test_42_a_write_that_gets_no_slot_is_finished_and_says_dropped(cache, monkeypatch):
     monkeypatch.setattr(workers, "_WAIT_FOR_ROOM_S", 0.05)
     clients = []
-    for store in cache._service._core.engine.stores:
+    for store in cache._core.engine.stores:
         clients.append(LocalShardClient(store))
         while clients[-1].reserve(cache._block_size, 8):
             pass

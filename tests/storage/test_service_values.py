@@ -159,7 +159,7 @@ def test_any_arguments_of_the_methods_give_a_result_or_an_error_and_the_service_
     calls = CORE_CALLS if core else CALLS
     method = data.draw(st.sampled_from(sorted(calls)))
     values = [data.draw(PLAUSIBLE | ANYTHING) for _ in range(calls[method])]
-    target: Any = cache._service if core else cache
+    target: Any = super(PyLocalCacheService, cache) if core else cache
     outcome = good_or_refused(lambda: getattr(target, method)(*values))
     if isinstance(outcome, PyTask | Task):
         good_or_refused(lambda: outcome.wait(data.draw(st.just(30.0) | ANYTHING)))

@@ -20,11 +20,11 @@ from ...checks import check_integer, check_list, check_path, check_seconds
 from ...config import parse_size
 from ...errors import ConfigError, StorageError, StorageLockedError
 from ...hashing import BlockKey
+from ...machine_memory import available_memory_bytes
 from ..shard_options import check_holds, smallest_ram_bytes, smallest_storage_bytes
 from .engine import EngineOptions, StorageEngine, get_engine
 from .geometry import note_geometry, set_aside_others
-from .pages import BlockLayout, page_numbers, split, tensor_rows
-from .sizing import default_ram_bytes, pages_per_block
+from .pages import BlockLayout, page_numbers, pages_per_block, split, tensor_rows
 from .task import Task, TaskBlock
 from .workers import Workers
 
@@ -95,7 +95,7 @@ class LocalCacheService:
                 f"{layout.block_bytes} bytes" if most else f"none: storage_size is under {least}",
             )  # fmt: skip
         if ram_bytes is None:
-            ram_bytes = default_ram_bytes(layout.block_bytes, storage_size, num_of_shard)
+            ram_bytes = _default_ram_bytes(layout.block_bytes, storage_size, num_of_shard)
         ram_bytes = parse_size(ram_bytes, "ram_bytes")
         check_holds("ram_bytes", ram_bytes, num_of_shard, [layout.block_bytes], smallest_ram_bytes)
         self._core = Workers(layout)
@@ -221,6 +221,14 @@ class LocalCacheService:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _default_ram_bytes(block_bytes: int, storage_size: int, shards: int) -> int:
+    """Shared memory over all shards: some blocks each, at most a quarter of what is free."""
+    per_shard = max(16 * block_bytes, (256 << 20) // shards)
+    room = min(available_memory_bytes() // 4, storage_size // 2)
+    bound = max(4 * block_bytes, room // shards)
+    return max(1 << 20, min(per_shard, bound)) * shards
 
 
 def one_of(name: str, value: Any, choices: Mapping[str, str]) -> str:

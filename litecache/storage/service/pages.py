@@ -7,6 +7,7 @@ how many rows it holds: a reader that wants more rows than were written gets a m
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -19,6 +20,9 @@ from ..protocol import PAGE_BYTES
 
 _TRAILER_MAGIC = b"LCROWS\x00\x01"
 _TRAILER_BYTES = 16
+
+MAX_BLOCK_VARIABLE = "LIGHTMEM_MAX_BLOCK_SIZE_MB"
+_MAX_PAGES = 64
 
 Rows = npt.NDArray[np.uint8]
 
@@ -87,6 +91,22 @@ def page_numbers(indices: Any, rows: int, name: str = "page_indices") -> npt.NDA
         bad = pages[(pages < 0) | (pages >= rows)][0]
         raise ConfigError(name, int(bad), f"0 to {rows - 1}")
     return pages
+
+
+def pages_per_block(page_bytes: int) -> int:
+    """Pages in a block: as many as fit `LIGHTMEM_MAX_BLOCK_SIZE_MB` (64 MiB), from 1 to 64.
+
+    Raises:
+        ConfigError: the variable is no positive number.
+    """
+    text = os.environ.get(MAX_BLOCK_VARIABLE, "64")
+    try:
+        limit = int(text)
+    except ValueError:
+        limit = 0
+    if limit <= 0:
+        raise ConfigError(MAX_BLOCK_VARIABLE, text, "a positive whole number of MiB")
+    return max(1, min(_MAX_PAGES, limit * 2**20 // page_bytes))
 
 
 class BlockLayout:

@@ -19,43 +19,13 @@ from ...errors import ConfigError, outline
 from ...hashing import BlockKey, block_key, root_key
 from .local_cache_service import MODES, LocalCacheService, as_key, one_of
 from .pages import integers, tensor_rows
-from .task import Task, TaskState
+from .task import Task
+
+PyTask = Task
 
 
-class PyTask:
-    """A task of `PyLocalCacheService`."""
-
-    def __init__(self, task: Task) -> None:
-        self._task = task
-
-    def ready(self) -> bool:
-        """All blocks are Finished or Aborted, for good."""
-        return self._task.ready()
-
-    def wait(self, timeout_s: float | None = None) -> bool:
-        """Sleep until ready."""
-        return self._task.wait(timeout_s)
-
-    def data_safe(self) -> bool:
-        """The pages may be reused."""
-        return self._task.data_safe()
-
-    def state(self) -> list[TaskState]:
-        """One state per block."""
-        return self._task.state()
-
-    def results(self) -> list[str]:
-        """One result per block, in words."""
-        return self._task.results()
-
-    @property
-    def page_already_list(self) -> list[int]:
-        """Pages whose blocks were stored before this write."""
-        return self._task.get_page_already_list()
-
-
-class PyLocalCacheService:
-    """A `LocalCacheService` by token lists; it runs at once.
+class PyLocalCacheService(LocalCacheService):
+    """A `LocalCacheService` that is asked by token lists; it runs at once.
 
     Args:
         kvcache_tensor: 2-D contiguous CPU uint8 tensor `[pages, page bytes]`.
@@ -79,12 +49,12 @@ class PyLocalCacheService:
         tensor_rows(kvcache_tensor)
         if str(kvcache_tensor.dtype).rpartition(".")[2] != "uint8":
             raise ConfigError("kvcache_tensor", outline(kvcache_tensor), "a tensor of uint8")
-        self._service = LocalCacheService(file, storage_size, num_shard, kvcache_tensor, num_worker)
-        self._block_size = self._service.block_size()
-        self._page_size = self._service.page_size()
+        super().__init__(file, storage_size, num_shard, kvcache_tensor, num_worker)
+        # callers of the older form read these
+        self._block_size, self._page_size = self.block_size(), self.page_size()
         self._n = self._block_size // self._page_size
         self._root = root_key({"page_bytes": self._page_size, "pages_per_block": self._n})
-        self._service.run()
+        self.run()
 
     def hash(self, tokens: Sequence[int]) -> list[str]:
         """xxh3_128 of each block's tokens as uint64, in hex; not the keys used inside."""
@@ -112,13 +82,13 @@ class PyLocalCacheService:
             return [as_key(value) for value in check_list("hash_128s", hash_128s)]
         return self._keys(tokens)
 
-    def query(
+    def query(  # type: ignore[override]
         self, tokens: Sequence[int] | None = None, *, hash_128s: Sequence[int] | None = None
     ) -> list[bool]:
         """Which blocks are stored; a block counts only with everything before it equal."""
-        return self._service.query_many(self._keys_of(tokens, hash_128s))
+        return self.query_many(self._keys_of(tokens, hash_128s))
 
-    def create(
+    def create(  # type: ignore[override]
         self,
         tokens: Sequence[int] | None = None,
         kv_page_indexer: Any = (),
@@ -147,26 +117,7 @@ class PyLocalCacheService:
         last = len(keys) * self._n
         start_pos = check_integer("start_pos", start_pos, 0, last, f"0 to {last}")
         first = start_pos // self._n
-        task = self._service.create(mode, keys[first:], pages[first * self._n :])
-        return PyTask(task)
-
-    def abort(self, task: PyTask) -> None:
-        """End a task now and for good."""
-        if not issubclass(type(task), PyTask):
-            raise ConfigError("task", task, "a task of this service")
-        self._service.abort(task._task)
-
-    def active_threads(self, mode: str) -> int:
-        """Tasks of a mode that are not ready."""
-        return self._service.active_threads(mode)
-
-    def flush(self, timeout_s: float = 60.0) -> bool:
-        """Make all finished writes durable."""
-        return self._service.flush(timeout_s)
-
-    def close(self) -> None:
-        """Give the prefix up."""
-        self._service.close()
+        return super().create(mode, keys[first:], pages[first * self._n :])
 
 
 def _words(tokens: Sequence[int] | None) -> npt.NDArray[np.uint64]:

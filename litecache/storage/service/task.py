@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from enum import IntEnum
 
 import numpy as np
@@ -31,6 +32,7 @@ PyState = TaskState
 _FINAL = (TaskState.Finished, TaskState.Aborted)
 
 
+@dataclass(slots=True, eq=False)
 class TaskBlock:
     """One block of a task.
 
@@ -43,15 +45,12 @@ class TaskBlock:
             `aborted`, `disk_full`, `io_error`.
     """
 
-    __slots__ = ("copied", "key", "pages", "parent", "result", "state")
-
-    def __init__(self, key: BlockKey, parent: BlockKey, pages: npt.NDArray[np.int64]) -> None:
-        self.key = key
-        self.parent = parent
-        self.pages = pages
-        self.state = TaskState.Initial
-        self.copied = False
-        self.result = ""
+    key: BlockKey
+    parent: BlockKey
+    pages: npt.NDArray[np.int64]
+    state: TaskState = TaskState.Initial
+    copied: bool = False
+    result: str = ""
 
 
 class Task:
@@ -77,20 +76,13 @@ class Task:
         self._on_done = on_done
         self._open = len(self.blocks)
         self._aborted = False
-        self._told = False
         self._touching = 0
         self._lock = threading.Lock()
         self._untouched = threading.Condition(self._lock)
         self._done = threading.Event()
         if not self.blocks:
-            self._finish()
-
-    def _finish(self) -> None:
-        with self._lock:
-            first, self._told = not self._told, True
-        self._done.set()
-        if first:
-            self._on_done()
+            self._done.set()
+            on_done()
 
     def ready(self) -> bool:
         """All blocks are Finished or Aborted; once true, always true."""
@@ -117,9 +109,14 @@ class Task:
         with self._lock:
             return [block.result for block in self.blocks]
 
-    def get_page_already_list(self) -> list[int]:
+    @property
+    def page_already_list(self) -> list[int]:
         """Pages of blocks that were in the store when the task was created."""
         return list(self._already)
+
+    def get_page_already_list(self) -> list[int]:
+        """`page_already_list`."""
+        return self.page_already_list
 
     def aborted(self) -> bool:
         """`abort` was called before it was ready."""
@@ -155,8 +152,10 @@ class Task:
             block.state, block.result = state, result
             self._open -= 1
             last = self._open == 0
+            if last:
+                self._done.set()
         if last:
-            self._finish()
+            self._on_done()
 
     def abort(self) -> None:
         """Make everything final now; no access to the pages happens after this returns."""
@@ -167,8 +166,11 @@ class Task:
             for block in self.blocks:
                 if block.state not in _FINAL:
                     block.state, block.result = TaskState.Aborted, "aborted"
-                    self._open -= 1
+            self._open = 0
             # copies under way are milliseconds long; after them nobody touches the pages again
             while self._touching:
                 self._untouched.wait()
-        self._finish()
+            last = not self._done.is_set()  # another thread may abort, too, and has waited as well
+            self._done.set()
+        if last:
+            self._on_done()
