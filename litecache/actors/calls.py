@@ -6,7 +6,6 @@ is gone or late becomes `GroupUnavailableError` or `RequestTimeout`. No call sta
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -67,9 +66,6 @@ def gather(
 ) -> dict[str, Any]:
     """What several actors answer, under one deadline.
 
-    An actor may take all its time for its work while it is alive: it is asked whether it is, too,
-    and one that does not say so within CALL_TIMEOUT_S is given up.
-
     Args:
         handles: the actors by name.
         call: begins the call of one of them.
@@ -80,28 +76,33 @@ def gather(
         By name the answer, or the LiteCacheError that took its place.
     """
     answers: dict[str, Any] = {}
-    waiting = {name: call(handle) for name, handle in handles.items()}
-    deadline = time.monotonic() + timeout_s
-    while waiting:
-        ready = {name: handles[name].__ray_ready__.remote() for name in waiting}
-        done = _done(waiting.values(), min(CALL_TIMEOUT_S, deadline - time.monotonic()))
-        alive = _done(ready.values(), 0.0) if time.monotonic() < deadline else set()
-        for name, ref in list(waiting.items()):
-            if ref in done:
-                try:
-                    answers[name] = result(waiting.pop(name), None, f"{name}: {what}")
-                except LiteCacheError as error:
-                    answers[name] = error
-            elif ready[name] not in alive:
-                del waiting[name]
-                answers[name] = RequestTimeout(f"{name}: {what}: no answer")
+    refs = {name: call(handle) for name, handle in handles.items()}
+    done = _done(refs.values(), timeout_s)
+    for name, ref in refs.items():
+        try:
+            answers[name] = result(ref, None if ref in done else 0.0, f"{name}: {what}")
+        except RequestTimeout:
+            answers[name] = RequestTimeout(f"{name}: {what}: no answer in {timeout_s:g} s")
+        except LiteCacheError as error:
+            answers[name] = error
     return answers
+
+
+def silent_among(handles: Mapping[str, Any]) -> set[str]:
+    """Names of the actors that do not say within CALL_TIMEOUT_S that they are alive.
+
+    They say so at once whatever else they do, so that nobody has to wait for their work to know.
+    Where none says so the machine is slow, and they get longer.
+    """
+    refs = {name: handle.__ray_ready__.remote() for name, handle in handles.items()}
+    alive = _done(refs.values(), CALL_TIMEOUT_S) or _done(refs.values(), 4 * CALL_TIMEOUT_S)
+    return {name for name, ref in refs.items() if ref not in alive}
 
 
 def _done(refs: Iterable[Any], timeout_s: float) -> set[Any]:
     refs = list(refs)
     try:
-        return set(_wait(refs, num_returns=len(refs), timeout=max(0.0, timeout_s))[0])
+        return set(_wait(refs, num_returns=len(refs), timeout=timeout_s)[0]) if refs else set()
     except RayError as error:
         raise GroupError(f"waiting failed in Ray: {_first_line(error)}") from error
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import ray
 
-from litecache.actors.calls import UNREACHABLE, ActorEndedError, gather, result
+from litecache.actors.calls import UNREACHABLE, ActorEndedError, gather, result, silent_among
 from litecache.actors.cluster import RayConnection
 from litecache.actors.coordinator_client import CoordinatorClient
 from litecache.actors.group_spec import GroupSpec, check_same
@@ -155,14 +155,13 @@ class Group:
             `{"complete": bool, "written": n, "pending": n, "failed": n, "unavailable": names}`
             over all replicas.
         """
-        self.connection.check()
-        silent = _silent(self.shards)
-        # Replicas wait for their shards.
-        timeout_s = min(timeout_s, CALL_TIMEOUT_S) if silent else timeout_s
-        reports, unavailable = self._ask(
-            self._replicas_by_name(), lambda r: r.flush.remote(timeout_s), timeout_s + 5, "flush"
+        silent = self._silent()
+        if silent & self.shards.keys():  # replicas wait for their shards
+            timeout_s = min(timeout_s, CALL_TIMEOUT_S)
+        reports, missed = self._ask(
+            self._replicas, lambda r: r.flush.remote(timeout_s), timeout_s + 5, "flush", silent
         )
-        unavailable += silent
+        unavailable = sorted({*missed, *silent} - {coordinator_name(self.spec.group)})
         complete = not unavailable and all(r["complete"] for r in reports)
         total: dict[str, Any] = {"complete": complete, "unavailable": unavailable}
         for name in ("written", "pending", "failed"):
@@ -175,16 +174,14 @@ class Group:
         Raises:
             GroupUnavailableError: names the actors that did not answer; the others have done it.
         """
-        missed: list[str] = []
+        silent, missed = self._silent(), set[str]()
+        calls: list[tuple[dict[str, Any], Callable[[Any], Any]]] = []
         if tier in ("gpu", "all"):
-            replicas = self._replicas_by_name()
-            missed += self._ask(replicas, lambda r: r.clear_pool.remote(), STOP_TIMEOUT_S, "clear")[
-                1
-            ]
+            calls.append((self._replicas, lambda r: r.clear_pool.remote()))
         if tier != "gpu":
-            missed += self._ask(
-                self.shards, lambda s: s.clear.remote(tier), STOP_TIMEOUT_S, "clear"
-            )[1]
+            calls.append((self.shards, lambda s: s.clear.remote(tier)))
+        for handles, call in calls:
+            missed |= self._ask(handles, call, STOP_TIMEOUT_S, "clear", silent)[1]
         _refuse_missed("clear", missed)
 
     def set_pinned(self, keys: Sequence[BlockKey], pinned: bool) -> list[bool]:
@@ -193,10 +190,12 @@ class Group:
         Raises:
             GroupUnavailableError: names the shards that did not answer; the others have done it.
         """
+        what = "pin" if pinned else "unpin"
         answers, missed = self._ask(
-            self.shards, lambda s: s.set_pinned.remote(keys, pinned), STOP_TIMEOUT_S, "pin"
+            *(self.shards, lambda s: s.set_pinned.remote(keys, pinned), STOP_TIMEOUT_S, what),
+            self._silent(),
         )
-        _refuse_missed("pin" if pinned else "unpin", missed)
+        _refuse_missed(what, missed)
         return [any(held) for held in zip(*answers, strict=True)] or [False] * len(keys)
 
     def stop(self, timeout_s: float = STOP_TIMEOUT_S) -> dict[str, Any]:
@@ -206,53 +205,54 @@ class Group:
             The flush reports of replicas and shards that still answered, by actor name.
         """
         self.connection.check()
-        return _stop(self.spec.group, self._replicas_by_name(), self.shards, timeout_s)
+        return _stop(self.spec.group, self._replicas, self.shards, timeout_s)
 
     def status(self) -> dict[str, Any]:
         """What each actor says of itself; one that does not answer in 2 s has an "error"."""
         self.connection.check()
-        handles = {
-            **self._replicas_by_name(),
-            **self.shards,
-            coordinator_name(self.spec.group): self.coordinator_handle,
-        }
-        answers = gather(handles, lambda h: h.stats.remote(), CALL_TIMEOUT_S, "stats")
+        answers = gather(self._actors, lambda h: h.stats.remote(), CALL_TIMEOUT_S, "stats")
         return {
             name: {"error": str(answer)} if isinstance(answer, LiteCacheError) else answer
             for name, answer in answers.items()
         }
 
-    def _replicas_by_name(self) -> dict[str, Any]:
+    @property
+    def _replicas(self) -> dict[str, Any]:
         return {replica_name(self.spec.group, i): r for i, r in enumerate(self.replicas)}
 
-    def _ask(
-        self, handles: dict[str, Any], call: Callable[[Any], Any], timeout_s: float, what: str
-    ) -> tuple[list[Any], list[str]]:
-        """Answers, and the names of those that do not answer now; any other error is raised."""
+    @property
+    def _actors(self) -> dict[str, Any]:
+        coordinator = {coordinator_name(self.spec.group): self.coordinator_handle}
+        return {**self._replicas, **self.shards, **coordinator}
+
+    def _silent(self) -> set[str]:
         self.connection.check()
-        answers = gather(handles, call, timeout_s, what)
-        missed = sorted(
-            name
-            for name, answer in answers.items()
-            if isinstance(answer, UNREACHABLE) and not isinstance(answer, ActorEndedError)
-        )
-        given = [answer for name, answer in answers.items() if name not in missed]
-        for answer in given:
-            if isinstance(answer, LiteCacheError):
+        return silent_among(self._actors)
+
+    def _ask(
+        self,
+        handles: dict[str, Any],
+        call: Callable[[Any], Any],
+        timeout_s: float,
+        what: str,
+        silent: set[str],
+    ) -> tuple[list[Any], set[str]]:
+        """Answers, and the names of those that do not answer now; any other error is raised."""
+        asked = {name: handle for name, handle in handles.items() if name not in silent}
+        answers = gather(asked, call, timeout_s, what)
+        missed = silent & handles.keys()
+        for name, answer in answers.items():
+            if isinstance(answer, UNREACHABLE) and not isinstance(answer, ActorEndedError):
+                missed.add(name)
+            elif isinstance(answer, LiteCacheError):
                 raise answer
-        return given, missed
+        return [answer for name, answer in answers.items() if name not in missed], missed
 
 
-def _silent(handles: dict[str, Any]) -> list[str]:
-    """Names of the actors that do not even say that they are alive."""
-    answers = gather(handles, lambda h: h.__ray_ready__.remote(), CALL_TIMEOUT_S, "is it alive")
-    return sorted(name for name, answer in answers.items() if isinstance(answer, LiteCacheError))
-
-
-def _refuse_missed(what: str, missed: list[str]) -> None:
+def _refuse_missed(what: str, missed: set[str]) -> None:
     if missed:
         raise GroupUnavailableError(
-            f"{what}: no answer from {', '.join(missed)}; done by the others, call it again"
+            f"{what}: no answer from {', '.join(sorted(missed))}; done by the others, call it again"
         )
 
 
@@ -300,7 +300,7 @@ def _stop(
     group: str, replicas: dict[str, Any], shards: dict[str, Any], timeout_s: float
 ) -> dict[str, Any]:
     reports: dict[str, Any] = {}
-    silent = _silent({**replicas, **shards})
+    silent = silent_among({**replicas, **shards})
     timeout_s = min(timeout_s, CALL_TIMEOUT_S) if silent else timeout_s
     # Replicas first: their flush commits blocks that the shards then write out.
     for handles in (replicas, shards):
