@@ -2,31 +2,27 @@
 
 The order is HF's: keyword arguments, then the given `GenerationConfig`, then the model's own, then
 the library's defaults. Lengths count as in HF, where the padded width of the input is the prompt's
-length. What the engine loop cannot do is refused here, before anything leaves the driver.
+length. What the engine loop does not do is refused by name before anything leaves the driver: a
+setting that is silently ignored would return tokens that the caller did not ask for.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import GenerationConfig
 
-from litecache.adapter.logit_settings import OWN_ARGUMENTS, logit_rules
-from litecache.adapter.refusals import refuse_arguments, refuse_settings
-from litecache.adapter.values import (
-    check_count,
-    check_flag,
-    check_number,
-    check_text,
-    check_token_ids,
-)
-from litecache.errors import ConfigError, shown
-from litecache.types import LogitRules, SamplingParams
+from litecache.adapter.prompts import as_list
+from litecache.checks import FLOAT32_MAX, check_flag, check_integer, check_real, check_text
+from litecache.errors import ConfigError, outline, shown
+from litecache.types import SamplingParams
 
 _DEFAULTS: dict[str, Any] = {
     "min_length": 0,
@@ -38,9 +34,80 @@ _DEFAULTS: dict[str, Any] = {
     "return_dict_in_generate": False,
 }
 _DEFAULT_MAX_NEW_TOKENS = 20
-# Of what is counted or waited for; more of it makes no difference and may not fit elsewhere.
-_MOST = 1 << 30
-_SAMPLING_ONLY = ("temperature", "top_p", "top_k", "min_p")
+_SAMPLING_ONLY = {"temperature": 1.0, "top_p": 1.0, "top_k": None, "min_p": None}
+_MOST_PAD_ID = 2**31 - 1
+
+OWN_ARGUMENTS = (
+    "frequency_penalty",
+    "logit_bias",
+    "logprobs",
+    "presence_penalty",
+    "stop_token_ids",
+)
+"""Arguments of `generate` that transformers does not have, with the meaning they have elsewhere."""
+
+_OFF = (None, False)
+
+NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
+    "assistant_early_exit": (None,),
+    "cache_implementation": (None, "dynamic", "hybrid"),
+    "compile_config": (None,),
+    "constraints": (None,),
+    "diversity_penalty": (None, 0.0),
+    "dola_layers": (None,),
+    "encoder_no_repeat_ngram_size": (None, 0),
+    "encoder_repetition_penalty": (None, 1.0),
+    "exponential_decay_length_penalty": (None,),
+    "force_words_ids": (None,),
+    "forced_bos_token_id": (None,),
+    "forced_eos_token_id": (None,),
+    "guidance_scale": (None, 1.0),
+    "low_memory": _OFF,
+    "num_beam_groups": (None, 1),
+    "num_beams": (None, 1),
+    "output_attentions": _OFF,
+    "output_hidden_states": _OFF,
+    "output_logits": _OFF,
+    "output_scores": _OFF,
+    "penalty_alpha": (None, 0.0),
+    "prefill_chunk_size": (None,),
+    "prompt_lookup_num_tokens": (None,),
+    "remove_invalid_values": _OFF,
+    "renormalize_logits": _OFF,
+    "speculation_type": (None,),
+    "token_healing": _OFF,
+    "use_cache": (None, True),
+    "use_mtp": _OFF,
+    "watermarking_config": (None,),
+}
+"""Fields of GenerationConfig, and the values at which they change nothing; others are refused."""
+
+NEUTRAL_WHEN_SAMPLING: dict[str, tuple[Any, ...]] = {
+    "epsilon_cutoff": (None, 0.0),
+    "eta_cutoff": (None, 0.0),
+    "top_h": (None,),
+    "typical_p": (None, 1.0),
+}
+"""The same, for settings that only matter while sampling."""
+
+_UNSUPPORTED_ARGUMENTS = (
+    "assistant_model",
+    "assistant_tokenizer",
+    "cache_position",
+    "continuous_batching_config",
+    "custom_generate",
+    "encoder_outputs",
+    "inputs_embeds",
+    "logits_processor",
+    "negative_prompt_attention_mask",
+    "negative_prompt_ids",
+    "past_key_values",
+    "position_ids",
+    "prefix_allowed_tokens_fn",
+    "stopping_criteria",
+    "synced_gpus",
+    "token_type_ids",
+)
 
 
 @dataclass(frozen=True)
@@ -48,40 +115,30 @@ class GenerationSettings:
     """One call's settings, checked.
 
     Attributes:
+        sampling: of every sequence, but for lengths, seed and index.
         do_sample: draw instead of taking the likeliest token.
-        temperature, top_k, top_p, min_p: as in `SamplingParams`; neutral when not sampling.
-        max_new_tokens, max_length: the bound that applies; the other one is None.
-        default_length: neither was given: 20 new tokens, at most the model's positions.
-        min_new_tokens, min_length: the bound that applies; the other one is None or 0.
-        eos_token_ids: any of these ends a sequence.
+        max_new_tokens, max_length: the bound that applies is the first that is not None; with
+            neither, 20 new tokens, at most the model's positions.
+        min_new_tokens, min_length: the same.
         pad_token_id: fills shorter rows; the first end token where there is none.
         mask_pad_token: without an attention mask this token of the input is taken for padding.
         num_return_sequences: samples per prompt.
         return_dict: return a `ModelOutput`.
         max_time_s: bound on the time of a sequence.
-        rules: what changes logits before a token is drawn.
-        logprobs: as in `SamplingParams`.
         stop_strings: texts that end a sequence as soon as one is complete.
     """
 
+    sampling: SamplingParams
     do_sample: bool
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
     max_new_tokens: int | None
     max_length: int | None
-    default_length: bool
     min_new_tokens: int | None
     min_length: int
-    eos_token_ids: tuple[int, ...]
     pad_token_id: int | None
     mask_pad_token: int | None
     num_return_sequences: int
     return_dict: bool
     max_time_s: float | None
-    rules: LogitRules
-    logprobs: int | None
     stop_strings: tuple[str, ...]
 
     def check_padding(self, rows: int) -> None:
@@ -90,7 +147,7 @@ class GenerationSettings:
         Raises:
             ConfigError: there is no pad token, and the rows may end one by one.
         """
-        ends = self.eos_token_ids or self.stop_strings
+        ends = self.sampling.eos_token_ids or self.stop_strings
         if rows > 1 and self.pad_token_id is None and ends:
             valid = "a token id to fill the rows with that end before others, as in transformers"
             raise ConfigError("pad_token_id", None, valid)
@@ -109,48 +166,33 @@ class GenerationSettings:
         Raises:
             ConfigError: the input is as long as `max_length` or longer.
         """
-        if self.max_new_tokens is not None:
-            max_new = self.max_new_tokens
-        elif self.default_length:
-            limit = prompt_width + _DEFAULT_MAX_NEW_TOKENS
-            max_new = min(limit, max_positions or limit) - prompt_width
-        else:
-            assert self.max_length is not None
-            max_new = self.max_length - prompt_width
-        if max_new < 1:
-            raise ConfigError(
-                "max_length",
-                prompt_width + max_new,
-                f"more than the {prompt_width} tokens of the input; or set max_new_tokens",
-            )
-        if self.min_new_tokens is not None:
-            min_new = self.min_new_tokens
-        else:
+        max_new = self.max_new_tokens
+        if max_new is None:
+            max_length = self.max_length
+            if max_length is None:
+                max_length = prompt_width + _DEFAULT_MAX_NEW_TOKENS
+                max_length = min(max_length, max_positions or max_length)
+            max_new = max_length - prompt_width
+            if max_new < 1:
+                valid = f"more than the {prompt_width} tokens of the input; or set max_new_tokens"
+                raise ConfigError("max_length", max_length, valid)
+        min_new = self.min_new_tokens
+        if min_new is None:
             min_new = max(0, self.min_length - prompt_width)
-        return SamplingParams(
+        return dataclasses.replace(
+            self.sampling,
             max_new_tokens=max_new,
             min_new_tokens=min(min_new, max_new),
-            temperature=self.temperature if self.do_sample else 0.0,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            min_p=self.min_p,
             seed=seed,
             sample_index=sample_index,
-            eos_token_ids=self.eos_token_ids,
-            logprobs=self.logprobs,
-            **vars(self.rules),
         )
 
 
 def draw_seed(seed: int | None, *, sampling: bool) -> int:
     """The call's seed: given, or one int64 of torch's default generator; 0 when not sampling."""
     if seed is not None:
-        if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
-            raise ConfigError("seed", seed, "an integer from 0 to 2**63 - 1")
-        return seed
-    if not sampling:
-        return 0
-    return int(torch.randint(0, 2**63 - 1, (), dtype=torch.int64))
+        return check_integer("seed", seed, 0, valid="an integer from 0 to 2**63 - 1")
+    return int(torch.randint(0, 2**63 - 1, (), dtype=torch.int64)) if sampling else 0
 
 
 def translate(
@@ -170,59 +212,48 @@ def translate(
     others = {name: value for name, value in overrides.items() if name not in OWN_ARGUMENTS}
     config, rest = _merge(given, others, defaults)
     refuse_arguments(rest)
+    fields = {**_own_fields(config), **own}
+
+    def integer(name: str, low: int, default: int | None = None, **limits: Any) -> Any:
+        value = fields.get(name)
+        return default if value is None else check_integer(name, value, low, **limits)
+
     do_sample = check_flag("do_sample", config.do_sample)
-    refuse_settings(_own_fields(config), sampling=do_sample)
+    _refuse_settings(fields, sampling=do_sample)
     if not do_sample:
         _warn_ignored(given, overrides)
-    samples = check_count("num_return_sequences", config.num_return_sequences, 1)
+    samples = integer("num_return_sequences", 1)
     if samples > 1 and not do_sample:
         raise ConfigError("num_return_sequences", samples, "1, unless do_sample=True")
-    max_new, max_length = config.max_new_tokens, config.max_length
-    min_new = config.min_new_tokens
-    eos = check_token_ids("eos_token_id", config.eos_token_id)
-    pad = (
-        None if config.pad_token_id is None else check_count("pad_token_id", config.pad_token_id, 0)
-    )
-    if pad is not None and pad > _MOST:
-        raise ConfigError("pad_token_id", pad, f"at most {_MOST}")
+    eos = _token_ids("eos_token_id", fields)
+    pad = integer("pad_token_id", 0, high=_MOST_PAD_ID)
+    filters: dict[str, Any] = {}
+    if do_sample:
+        filters["temperature"] = check_real("temperature", config.temperature, 0, above=True)
+        filters["top_k"] = integer("top_k", 0, 0)
+        filters["top_p"] = check_real("top_p", config.top_p, 0, 1)
+        filters["min_p"] = check_real("min_p", _or(config.min_p, 0), 0, 1)
     max_time = config.max_time
-    logprobs = own.get("logprobs")
-    if max_time is not None:
-        max_time = min(check_number("max_time", max_time, 0.0, math.inf, open_low=True), _MOST)
     return GenerationSettings(
+        sampling=SamplingParams(
+            max_new_tokens=1,
+            eos_token_ids=eos + _token_ids("stop_token_ids", fields),
+            logprobs=integer("logprobs", 0),
+            **filters,
+            **_logit_rules(fields, eos),
+        ),
         do_sample=do_sample,
-        temperature=check_number("temperature", config.temperature, 0.0, math.inf, open_low=True)
-        if do_sample
-        else 0.0,
-        top_k=min(check_count("top_k", _or_zero(config.top_k), 0), _MOST) if do_sample else 0,
-        top_p=check_number("top_p", config.top_p, 0.0, 1.0) if do_sample else 1.0,
-        min_p=check_number("min_p", _or_zero(config.min_p), 0.0, 1.0) if do_sample else 0.0,
-        max_new_tokens=None if max_new is None else check_count("max_new_tokens", max_new, 1),
-        max_length=None if max_length is None else check_count("max_length", max_length, 1),
-        default_length=max_new is None and max_length is None,
-        min_new_tokens=None if min_new is None else check_count("min_new_tokens", min_new, 0),
-        min_length=check_count("min_length", config.min_length, 0),
-        eos_token_ids=eos + check_token_ids("stop_token_ids", own.get("stop_token_ids")),
+        max_new_tokens=integer("max_new_tokens", 1),
+        max_length=integer("max_length", 1),
+        min_new_tokens=integer("min_new_tokens", 0),
+        min_length=integer("min_length", 0),
         pad_token_id=pad if pad is not None else (eos[0] if eos else None),
         mask_pad_token=pad if pad not in eos else None,
         num_return_sequences=samples,
         return_dict=check_flag("return_dict_in_generate", config.return_dict_in_generate),
-        max_time_s=max_time,
-        rules=logit_rules(vars(config), own, eos),
-        logprobs=None if logprobs is None else check_count("logprobs", logprobs, 0),
+        max_time_s=None if max_time is None else check_real("max_time", max_time, 0, above=True),
         stop_strings=_texts("stop_strings", config.stop_strings),
     )
-
-
-def _or_zero(value: Any) -> Any:
-    return 0 if value is None else value
-
-
-def _texts(name: str, value: Any) -> tuple[str, ...]:
-    values = [value] if isinstance(value, str) else [] if value is None else value
-    if not isinstance(values, (list, tuple)) or not all(isinstance(v, str) and v for v in values):
-        raise ConfigError(name, value, "a text or a list of texts, none of them empty")
-    return tuple(check_text(name, text) for text in values)
 
 
 def _own_fields(config: GenerationConfig) -> dict[str, Any]:
@@ -237,32 +268,161 @@ def _merge(
         raise ConfigError("generation_config", given, "a transformers.GenerationConfig or None")
     # Fields are set, what they hold is not changed: no deep copy, which takes longer than the rest.
     config = copy.copy(given) if given is not None else GenerationConfig()
-    for source in (_own_fields(defaults), _DEFAULTS):
-        for name, value in source.items():
-            if value is not None and getattr(config, name, None) is None:
-                setattr(config, name, value)
     rest: dict[str, Any] = {}
-    for name, value in overrides.items():
-        if not name.startswith("_") and name in vars(config):
-            setattr(config, name, value)
-        else:
-            rest[name] = value
     # None as an argument means "not given" for a setting that must have a value.
-    for name, value in _DEFAULTS.items():
-        if getattr(config, name, None) is None:
-            setattr(config, name, value)
+    for source, missing_only in (
+        (_own_fields(defaults), True),
+        (_DEFAULTS, True),
+        (overrides, False),
+        (_DEFAULTS, True),
+    ):
+        for name, value in source.items():
+            if missing_only:
+                if value is not None and getattr(config, name, None) is None:
+                    setattr(config, name, value)
+            elif not name.startswith("_") and name in vars(config):
+                setattr(config, name, value)
+            else:
+                rest[name] = value
     return config, rest
 
 
 def _warn_ignored(given: GenerationConfig | None, overrides: dict[str, Any]) -> None:
     """Only for what the caller set: models' own configs carry sampling settings for later."""
     ignored = []
-    for name in _SAMPLING_ONLY:
+    for name, neutral in _SAMPLING_ONLY.items():
         value = overrides.get(name, getattr(given, name, None))
-        neutral = {"temperature": 1.0, "top_p": 1.0}.get(name)
         if value is not None and not (isinstance(value, (int, float)) and value == neutral):
             ignored.append(f"{name}={shown(value)}")
     if ignored:
         warnings.warn(
             f"{', '.join(ignored)} has no effect without do_sample=True", UserWarning, stacklevel=4
         )
+
+
+def _refuse_settings(settings: Mapping[str, Any], *, sampling: bool) -> None:
+    """Refuse fields that the engine loop does not honour, unless they change nothing."""
+    tables = (NEUTRAL_VALUES, NEUTRAL_WHEN_SAMPLING) if sampling else (NEUTRAL_VALUES,)
+    for table in tables:
+        for name, neutral in table.items():
+            value = settings.get(name)
+            if not any(value is n or (_comparable(value, n) and value == n) for n in neutral):
+                valid = " or ".join(repr(n) for n in neutral)
+                raise ConfigError(name, value, f"{valid}; LiteCache's engine loop has no other yet")
+
+
+def _comparable(value: Any, neutral: Any) -> bool:
+    """A tensor is not, and 1 == True is a count for a switch."""
+    plain = isinstance(value, (int, float, str))
+    return plain and isinstance(value, bool) == isinstance(neutral, bool)
+
+
+def refuse_arguments(arguments: Mapping[str, Any]) -> None:
+    """Refuse arguments that are neither settings nor inputs, unless they change nothing."""
+    for name, value in arguments.items():
+        if _changes_nothing(value):
+            continue
+        if name in _UNSUPPORTED_ARGUMENTS:
+            raise ConfigError(
+                f"generate({name}=...) is not supported by the engine loop yet: leave it out"
+            )
+        # it may be a prompt under a wrong name
+        valid = "an argument of generate or a field of GenerationConfig"
+        raise ConfigError(name, outline(value), valid)
+
+
+def _changes_nothing(value: Any) -> bool:
+    """None, False, an empty list, or a tensor of zeros (token types of a plain text)."""
+    if value is None or value is False:
+        return True
+    try:
+        if hasattr(value, "any") and hasattr(value, "shape"):
+            return not bool(value.any())
+        return hasattr(value, "__len__") and len(value) == 0
+    except Exception:  # a tensor without numbers, an object of the caller's
+        return False
+
+
+def _logit_rules(fields: Mapping[str, Any], eos_token_ids: Sequence[int]) -> dict[str, Any]:
+    """The fields of `LogitRules`.
+
+    As in transformers, a bad word that is an end token alone is left out.
+    """
+    words = _sequences("bad_words_ids", fields.get("bad_words_ids"))
+    penalty = _or(fields.get("repetition_penalty"), 1.0)
+    return {
+        "sequence_bias": (*_sequence_bias(fields), *_logit_bias(fields)),
+        "bad_words_ids": tuple(w for w in words if len(w) > 1 or w[0] not in eos_token_ids),
+        "suppress_tokens": _token_ids("suppress_tokens", fields),
+        "begin_suppress_tokens": _token_ids("begin_suppress_tokens", fields),
+        "repetition_penalty": check_real("repetition_penalty", penalty, 0, above=True),
+        **{
+            name: check_real(name, _or(fields.get(name), 0), -FLOAT32_MAX)
+            for name in ("presence_penalty", "frequency_penalty")
+        },
+        "no_repeat_ngram_size": check_integer(
+            "no_repeat_ngram_size", _or(fields.get("no_repeat_ngram_size"), 0), 0
+        ),
+    }
+
+
+def _sequence_bias(fields: Mapping[str, Any]) -> list[tuple[tuple[int, ...], float]]:
+    """A dict from tuples of ids to biases, or a list of [ids, bias], as transformers takes both."""
+    value = fields.get("sequence_bias")
+    if value is None:
+        return []
+    pairs = list(value.items()) if isinstance(value, dict) else value
+    fits = isinstance(pairs, (list, tuple)) and pairs
+    if not fits or not all(isinstance(p, (list, tuple)) and len(p) == 2 for p in pairs):
+        valid = "{(ids...): bias} or [[ids, bias], ...], not empty"
+        raise ConfigError("sequence_bias", value, valid)
+    sequences = _sequences("sequence_bias", [ids for ids, _ in pairs])
+    # Of two biases for the same ids the later one counts, as in transformers.
+    biases = [_bias("sequence_bias", bias) for _, bias in pairs]
+    return list(dict(zip(sequences, biases, strict=True)).items())
+
+
+def _logit_bias(fields: Mapping[str, Any]) -> list[tuple[tuple[int, ...], float]]:
+    value = _or(fields.get("logit_bias"), {})
+    if not isinstance(value, Mapping):
+        raise ConfigError("logit_bias", value, "{token id: bias}")
+    return [
+        ((check_integer("logit_bias", token, 0),), _bias("logit_bias", bias))
+        for token, bias in value.items()
+    ]
+
+
+def _bias(name: str, value: Any) -> float:
+    if isinstance(value, float) and value == -math.inf:
+        return value
+    return check_real(name, value, -FLOAT32_MAX, valid="a finite number or -inf as bias")
+
+
+def _sequences(name: str, value: Any) -> list[tuple[int, ...]]:
+    if value is None:
+        return []
+    value = as_list(name, value)
+    if not isinstance(value, (list, tuple)) or not value:
+        raise ConfigError(name, value, "lists of token ids, at least one")
+    for ids in value:
+        if not isinstance(ids, (list, tuple)) or not ids:
+            raise ConfigError(name, ids, "a list of at least one token id")
+    return [tuple(check_integer(name, token, 0) for token in ids) for ids in value]
+
+
+def _token_ids(name: str, fields: Mapping[str, Any]) -> tuple[int, ...]:
+    """One token id, or several in a list, a tuple or a tensor; None = none."""
+    value = as_list(name, _or(fields.get(name), ()))
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return tuple(check_integer(name, token, 0) for token in values)
+
+
+def _texts(name: str, value: Any) -> tuple[str, ...]:
+    values = [value] if isinstance(value, str) else _or(value, ())
+    if not isinstance(values, (list, tuple)) or not all(isinstance(v, str) and v for v in values):
+        raise ConfigError(name, value, "a text or a list of texts, none of them empty")
+    return tuple(check_text(name, text) for text in values)
+
+
+def _or(value: Any, default: Any) -> Any:
+    return default if value is None else value

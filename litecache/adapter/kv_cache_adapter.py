@@ -41,13 +41,7 @@ from litecache.adapter.results import ReuseReport
 from litecache.adapter.sources import resolve_model
 from litecache.adapter.stats import CacheStats
 from litecache.adapter.streaming import TextDecoder, TokenStream, feed_streamer
-from litecache.adapter.values import (
-    check_count,
-    check_flag,
-    check_number,
-    check_text,
-    has_methods,
-)
+from litecache.checks import check_flag, check_integer, check_seconds, check_text
 from litecache.config import CacheConfig
 from litecache.engine.loading.model_checks import check_config, check_shape, choose_max_model_len
 from litecache.errors import ConfigError, LiteCacheError, outline
@@ -96,12 +90,12 @@ class KVCacheAdapter:
         if cache_config is not None and not isinstance(cache_config, CacheConfig):
             raise ConfigError("cache_config", cache_config, "a litecache.CacheConfig or None")
         for name, count in (("replicas", replicas), ("num_threads", num_threads)):
-            if (name == "replicas" or count is not None) and check_count(name, count, 1) > 4096:
-                raise ConfigError(name, count, "an integer of at least 1 and at most 4096")
+            if name == "replicas" or count is not None:
+                check_integer(name, count, 1, 4096)
         check_flag("detached", detached)
         if tokenizer is not None and not (
-            has_methods(tokenizer, "decode", "__call__")
-            or has_methods(tokenizer, "decode", "encode")
+            _has_methods(tokenizer, "decode", "__call__")
+            or _has_methods(tokenizer, "decode", "encode")
         ):
             raise ConfigError("tokenizer", tokenizer, "a tokenizer of transformers, or None")
         if group is not None:
@@ -208,11 +202,13 @@ class KVCacheAdapter:
         self._check_open()
         given = one_input(inputs, kwargs.pop("input_ids", None))
         mask = kwargs.pop("attention_mask", None)
-        if streamer is not None and not has_methods(streamer, "put", "end"):
+        if streamer is not None and not _has_methods(streamer, "put", "end"):
             raise ConfigError("streamer", streamer, "an object with put() and end()")
         settings = translate(generation_config, kwargs, self.generation_config)
-        if settings.logprobs is not None and not settings.return_dict:
-            raise ConfigError("logprobs", settings.logprobs, "with return_dict_in_generate=True")
+        if settings.sampling.logprobs is not None and not settings.return_dict:
+            raise ConfigError(
+                "logprobs", settings.sampling.logprobs, "with return_dict_in_generate=True"
+            )
         input_ids = check_input_ids(given)
         prompts = split_rows(input_ids, mask, settings.mask_pad_token)
         samples = settings.num_return_sequences
@@ -283,8 +279,8 @@ class KVCacheAdapter:
                 "generation_config", what, f"one GenerationConfig, or a list of {count}"
             )
         for each in settings:
-            if each.logprobs is not None:
-                raise ConfigError("logprobs", each.logprobs, "None in generate_batch")
+            if each.sampling.logprobs is not None:
+                raise ConfigError("logprobs", each.sampling.logprobs, "None in generate_batch")
         return settings
 
     def stream(
@@ -345,8 +341,7 @@ class KVCacheAdapter:
 
     def flush(self, timeout_s: float = 30.0) -> dict[str, Any]:
         """Save everything that is cached; see `Group.flush`."""
-        check_number("timeout_s", timeout_s, 0, 1e6)
-        return self._group.flush(timeout_s)
+        return self._group.flush(check_seconds("timeout_s", timeout_s))
 
     def clear(self, tier: str = "all") -> None:
         """Drop cached blocks of a tier: "gpu", "ram", "disk" or "all".
@@ -455,3 +450,11 @@ class KVCacheAdapter:
         )
         self._replicas.submit(rows)
         return rows
+
+
+def _has_methods(value: Any, *names: str) -> bool:
+    """Whether an object can be called by all these names; one that raises when asked has none."""
+    try:
+        return all(callable(getattr(value, name, None)) for name in names)
+    except Exception:
+        return False

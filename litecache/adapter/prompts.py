@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from litecache.adapter.values import as_list
 from litecache.errors import CapacityError, ConfigError, outline
 from litecache.token_ids import TokenIds
 
@@ -184,3 +183,16 @@ def append_rows(
     for index, row in enumerate(new_tokens):
         added[index, : len(row)] = torch.tensor(row[:width], dtype=torch.int64)
     return torch.cat([input_ids, added.to(input_ids.device, input_ids.dtype)], dim=1)
+
+
+def as_list(name: str, value: Any, most: int = 1 << 20) -> Any:
+    """A tensor's numbers, at most so many, as (nested) lists; what is no tensor stays as it is."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    valid = f"a dense tensor of at most {most:,} numbers"
+    try:
+        if value.numel() <= most:
+            return value.tolist()
+    except Exception as error:  # meta, sparse, nested, fake...
+        raise ConfigError(name, outline(value), valid) from error
+    raise ConfigError(name, outline(value), valid)

@@ -7,8 +7,13 @@ import pytest
 import torch
 from transformers import GenerationConfig, LogitsProcessorList
 
-from litecache.adapter.generation import GenerationSettings, draw_seed, translate
-from litecache.adapter.refusals import NEUTRAL_VALUES, NEUTRAL_WHEN_SAMPLING
+from litecache.adapter.generation import (
+    NEUTRAL_VALUES,
+    NEUTRAL_WHEN_SAMPLING,
+    GenerationSettings,
+    draw_seed,
+    translate,
+)
 from litecache.errors import ConfigError
 from litecache.types import SamplingParams
 
@@ -26,14 +31,22 @@ def params(width: int, limit: int | None = None, **overrides: Any) -> SamplingPa
 def test_arguments_go_before_the_given_config_before_the_model_before_the_defaults() -> None:
     model = GenerationConfig(temperature=0.3, top_p=0.4, top_k=7, do_sample=True)
     given = GenerationConfig(temperature=0.5, top_p=0.6)
-    merged = translate(given, {"temperature": 0.9}, model)
-    assert (merged.temperature, merged.top_p, merged.top_k) == (0.9, 0.6, 7)
+    merged = translate(given, {"temperature": 0.9}, model).sampling
+    assert (merged.temperature, merged.top_p, merged.top_k) == (
+        0.9,
+        0.6,
+        7,
+    )
     assert merged.min_p == 0.0
 
 
 def test_sampling_without_settings_uses_hugging_faces_top_k_of_50() -> None:
-    merged = settings(do_sample=True)
-    assert (merged.temperature, merged.top_k, merged.top_p) == (1.0, 50, 1.0)
+    merged = settings(do_sample=True).sampling
+    assert (merged.temperature, merged.top_k, merged.top_p) == (
+        1.0,
+        50,
+        1.0,
+    )
 
 
 def test_greedy_settings_are_neutral() -> None:
@@ -77,7 +90,7 @@ def test_a_prompt_as_long_as_max_length_is_refused() -> None:
     ("eos", "expected"), [(5, (5,)), ([5, 6], (5, 6)), (torch.tensor([7]), (7,))]
 )
 def test_end_tokens_may_be_one_or_several(eos: Any, expected: tuple[int, ...]) -> None:
-    assert settings(eos_token_id=eos).eos_token_ids == expected
+    assert settings(eos_token_id=eos).sampling.eos_token_ids == expected
 
 
 def test_the_pad_token_falls_back_to_the_first_end_token() -> None:

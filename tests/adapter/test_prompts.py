@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 
+from litecache.adapter.generation import refuse_arguments
 from litecache.adapter.prompts import append_rows, check_input_ids, check_prompt, split_rows
-from litecache.adapter.refusals import refuse_arguments
 from litecache.errors import ConfigError
 
 
