@@ -34,7 +34,7 @@ from litecache.actors.ray_engine import RayEngine
 from litecache.actors.shard_calls import ShardCalls
 from litecache.actors.shard_watch import ShardWatch
 from litecache.adapter.pending import PendingRequest
-from litecache.adapter.replica_set import ReplicaSet
+from litecache.adapter.replicas import ReplicaSet
 from litecache.config import CacheConfig
 from litecache.engine.engine import Engine
 from litecache.engine.loading.model_source import ModelSource

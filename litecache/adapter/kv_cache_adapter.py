@@ -7,6 +7,8 @@ share one poll per replica.
 
 from __future__ import annotations
 
+import itertools
+import os
 import uuid
 import weakref
 from collections.abc import Sequence
@@ -17,14 +19,12 @@ from transformers import GenerationConfig
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from litecache.actors.cluster import open_ray, refuse_inherited_ray
-from litecache.actors.group import Group
+from litecache.actors.group import Group, exists
 from litecache.actors.group_spec import GroupSpec
 from litecache.actors.naming import DEFAULT_GROUP, check_group_name
 from litecache.actors.placement import check_actor_options, choose_num_gpus
-from litecache.adapter.generation import GenerationSettings, translate
-from litecache.adapter.membership import join_or_start, leave
-from litecache.adapter.pending import AbortOnExit, PendingRequest
-from litecache.adapter.pinning import set_pinned
+from litecache.adapter.generation import GenerationSettings, draw_seed, translate
+from litecache.adapter.pending import PendingRequest, ReuseReport, StopStrings, aborting
 from litecache.adapter.prompts import (
     append_rows,
     check_input_ids,
@@ -35,17 +35,17 @@ from litecache.adapter.prompts import (
     one_row,
     split_rows,
 )
-from litecache.adapter.replica_set import ReplicaSet
-from litecache.adapter.request_maker import RequestMaker
-from litecache.adapter.results import ReuseReport
+from litecache.adapter.replicas import ReplicaSet
 from litecache.adapter.sources import resolve_model
 from litecache.adapter.stats import CacheStats
 from litecache.adapter.streaming import TextDecoder, TokenStream, feed_streamer
 from litecache.checks import check_flag, check_integer, check_seconds, check_text
 from litecache.config import CacheConfig
 from litecache.engine.loading.model_checks import check_config, check_shape, choose_max_model_len
-from litecache.errors import ConfigError, LiteCacheError, outline
+from litecache.errors import ConfigError, GroupError, LiteCacheError, outline
+from litecache.hashing import chain_keys
 from litecache.token_ids import TokenIds
+from litecache.types import Request
 
 TIERS = ("gpu", "ram", "disk", "all")
 
@@ -116,16 +116,17 @@ class KVCacheAdapter:
             num_threads,
             choose_num_gpus(config, options),
         )
-        self._group, started = join_or_start(
+        self._group, started = _join_or_start(
             spec, joinable is not None, cache_config is None, detached, options
         )
         self._tokenizer = tokenizer
-        client_id = uuid.uuid4().hex[:12]
-        self._requests = RequestMaker(client_id, self.info, self._model.max_positions)
-        self._replicas = ReplicaSet(self._group, client_id)
+        self._client_id = uuid.uuid4().hex[:12]
+        self._numbers = itertools.count(1)
+        self._last_stop: tuple[Any, tuple[str, ...], StopStrings] | None = None
+        self._replicas = ReplicaSet(self._group, self._client_id)
         # Runs on close, on garbage collection and at exit, once, and before Ray's own exit hook.
         self._finalizer = weakref.finalize(
-            self, leave, self._group, self._replicas.pollers, started and not detached
+            self, _leave, self._group, self._replicas, started and not detached
         )
 
     @property
@@ -163,7 +164,7 @@ class KVCacheAdapter:
                 if path is None:
                     raise OSError("a bare config has no tokenizer")
                 self._tokenizer = AutoTokenizer.from_pretrained(path)
-            except (OSError, ValueError, KeyError) as error:
+            except Exception as error:  # whatever lies in the folder
                 raise ConfigError("tokenizer", None, f"given for this model ({error})") from error
         return self._tokenizer
 
@@ -218,7 +219,7 @@ class KVCacheAdapter:
             *(prompts, widths, [settings] * len(prompts), cache_salt, seed, tokenizer),
             streaming=streamer is not None,
         )
-        with AbortOnExit(self._replicas.abort, rows):
+        with aborting(rows, self._replicas.abort):
             if streamer is not None:
                 expanded = input_ids.repeat_interleave(samples, dim=0)
                 feed_streamer(streamer, expanded, rows, settings.pad_token_id)
@@ -262,7 +263,7 @@ class KVCacheAdapter:
             return []
         widths = [len(prompt) for prompt in checked]
         rows = self._start(checked, widths, settings, cache_salt, seed, tokenizer)
-        with AbortOnExit(self._replicas.abort, rows):
+        with aborting(rows, self._replicas.abort):
             return [list(row.wait()) for row in rows]
 
     def _settings_of_each(
@@ -377,8 +378,14 @@ class KVCacheAdapter:
         return self._set_pinned(prompt, cache_salt, False)
 
     def _set_pinned(self, prompt: Any, cache_salt: str | None, pinned: bool) -> int:
+        """Tokens of the leading blocks that some shard holds in every KV group."""
         tokens, salt = self._prefix(prompt, cache_salt)
-        return set_pinned(self._group, self.info, tokens, salt, pinned)
+        size = self.info.block_size
+        chains = [chain_keys(root, tokens.array, size) for root in self.info.roots(salt)]
+        keys = [key for chain in chains for key in chain]
+        held = dict(zip(keys, self._group.set_pinned(keys, pinned), strict=True))
+        in_all = (all(held[key] for key in block) for block in zip(*chains, strict=True))
+        return int(size) * sum(1 for _ in itertools.takewhile(bool, in_all))
 
     def _prefix(self, prompt: Any, cache_salt: str | None) -> tuple[TokenIds, str]:
         return check_prompt(prompt, 0, self.info.max_model_len), self._salt(cache_salt)
@@ -437,19 +444,85 @@ class KVCacheAdapter:
         *,
         streaming: bool = False,
     ) -> list[PendingRequest]:
-        """Check all requests, then submit them, all or none."""
+        """Check all requests, then submit them, all or none; samples of a prompt in a row.
+
+        Args:
+            prompts: token ids.
+            widths: tokens of each as HF counts them, padding included.
+            settings: of each prompt.
+            cache_salt, seed, tokenizer: as in `generate`.
+            streaming: somebody looks at each token as it comes.
+        """
         samples = sum(each.num_return_sequences for each in settings)
         check_sequences("num_return_sequences", samples)
         salt = self._salt(cache_salt)
-        rows = self._requests.make(
-            *(prompts, widths, settings),
-            cache_salt=salt,
-            seed=seed,
-            tokenizer=lambda: self.tokenizer if tokenizer is None else tokenizer,
-            streaming=streaming,
-        )
+        drawn = draw_seed(seed, sampling=any(each.do_sample for each in settings))
+        limit = self._model.max_positions
+        rows: list[PendingRequest] = []
+        for prompt, width, each in zip(prompts, widths, settings, strict=True):
+            stop = self._stop_strings(tokenizer, each.stop_strings) if each.stop_strings else None
+            for _ in range(each.num_return_sequences):
+                sampling = each.sampling_params(
+                    width, max_positions=limit, seed=drawn, sample_index=len(rows)
+                )
+                request = Request(
+                    f"{self._client_id}-{next(self._numbers)}",
+                    self._client_id,
+                    prompt,
+                    sampling,
+                    cache_salt=salt,
+                    max_time_s=each.max_time_s,
+                )
+                self.info.check(request)
+                rows.append(PendingRequest(request, streaming=streaming, stop=stop))
         self._replicas.submit(rows)
         return rows
+
+    def _stop_strings(self, given: Any, texts: tuple[str, ...]) -> StopStrings:
+        """Kept from call to call: transformers looks at the whole vocabulary to prepare one."""
+        tokenizer = self.tokenizer if given is None else given
+        kept = self._last_stop
+        if kept is None or kept[0] is not tokenizer or kept[1] != texts:
+            kept = self._last_stop = (tokenizer, texts, StopStrings(tokenizer, texts))
+        return kept[2]
+
+
+def _join_or_start(
+    spec: GroupSpec,
+    joinable: bool,
+    any_config: bool,
+    detached: bool,
+    options: dict[str, dict[str, Any]],
+) -> tuple[Group, bool]:
+    """The group, and whether it was started here."""
+    expected = spec.describe()
+    if any_config:
+        expected["config"] = None
+    if not joinable or not exists(spec.group):
+        try:
+            return Group.start(spec, detached=detached, actor_options=options), True
+        except GroupError:
+            # Another driver may have started it in the meantime: then this one joins.
+            if not joinable or not exists(spec.group):
+                raise
+    return Group.attach(spec.group, expected), False
+
+
+def _leave(group: Group, replicas: ReplicaSet, owned: bool) -> None:
+    """Abort what is open; stop the group where it was this adapter's own.
+
+    Nothing happens in a process forked from the adapter's.
+    """
+    if os.getpid() != group.connection.pid:
+        return
+    for poller in replicas.pollers:
+        poller.close()
+    if owned:
+        try:
+            group.connection.check()
+        except GroupError:
+            return  # without its Ray the group is gone
+        group.stop()
 
 
 def _has_methods(value: Any, *names: str) -> bool:

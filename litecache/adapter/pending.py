@@ -6,16 +6,21 @@ request again after its actor died: the prompt and every token received.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import StopStringCriteria
 
 import litecache.errors
 from litecache.actors.cluster import check_process
-from litecache.adapter.stop_strings import StopStrings
-from litecache.errors import GroupUnavailableError, LiteCacheError, RequestAborted
+from litecache.errors import ConfigError, GroupUnavailableError, LiteCacheError, RequestAborted
 from litecache.types import FinishReason, Request, TokenDelta, TokenLogprobs
 
 
@@ -197,22 +202,87 @@ def remote_error(kind: str | None, text: str | None) -> Exception:
     return GroupUnavailableError(f"{kind}: {text}")
 
 
-class AbortOnExit:
-    """Aborts requests when their caller stops waiting for them: an error, or ctrl-C.
+@contextlib.contextmanager
+def aborting(rows: Sequence[PendingRequest], abort: Callable[[str], None]) -> Iterator[None]:
+    """Abort what has not ended when the caller stops waiting: an error, or ctrl-C."""
+    try:
+        yield
+    except BaseException:
+        for row in rows:
+            if not row.done:
+                abort(row.request_id)
+        raise
+
+
+class StopStrings:
+    """Looks for the end of a sequence.
 
     Args:
-        abort: called with the id of each request that has not ended.
-        rows: the requests.
+        tokenizer: the model's.
+        texts: any of these ends a sequence; the token that completes it is the last one.
+
+    Raises:
+        ConfigError: no token of the tokenizer can ever complete one of them.
     """
 
-    def __init__(self, abort: Callable[[str], None], rows: list[PendingRequest]) -> None:
-        self._abort, self._rows = abort, rows
+    def __init__(self, tokenizer: Any, texts: Sequence[str]) -> None:
+        try:
+            self._criterion = StopStringCriteria(tokenizer, list(texts))
+        except Exception as error:  # whatever it makes of the tokenizer or the texts
+            valid = f"texts that the tokenizer can spell ({type(error).__name__}: {error})"
+            raise ConfigError("stop_strings", list(texts), valid) from error
+        first = self._criterion.max_valid_positions * len(texts)
+        ends = self._criterion.embedding_vec[:, first:-1] > 0
+        self._can_end: list[bool] = ends.any(dim=1).tolist()
 
-    def __enter__(self) -> None:
-        pass
+    def last_of(self, tokens: Sequence[int]) -> list[int]:
+        """The end of a sequence, as far as `first_end` looks back."""
+        return list(tokens[-self._criterion.maximum_token_len :])
 
-    def __exit__(self, kind: object, *exception: object) -> None:
-        if kind is not None:
-            for row in self._rows:
-                if not row.done:
-                    self._abort(row.request_id)
+    def first_end(self, before: Sequence[int], tokens: Sequence[int]) -> int | None:
+        """How many of `tokens` belong to the sequence, None when none of them ends it.
+
+        Args:
+            before: the tokens in front of them, prompt included; `last_of` them is enough.
+            tokens: the new ones.
+        """
+        width = self._criterion.maximum_token_len
+        seen = self.last_of(before)
+        for count, token in enumerate(tokens, 1):
+            seen.append(token)
+            if token < len(self._can_end) and self._can_end[token]:
+                window = torch.tensor([seen[-width:]])
+                if bool(self._criterion(window, None)[0]):
+                    return count
+        return None
+
+
+@dataclass(frozen=True)
+class ReuseReport:
+    """What each row of a result reused: `.litecache` of a returned dict.
+
+    Attributes:
+        reused_tokens: per row, prompt tokens by tier that were not computed.
+        ttft_s: per row, seconds from submission to the first token's arrival here.
+        total_s: per row, seconds from submission to the last token's arrival.
+        logprobs: per row and new token, with `logprobs=k`; else empty rows.
+    """
+
+    reused_tokens: tuple[dict[str, int], ...]
+    ttft_s: tuple[float | None, ...]
+    total_s: tuple[float | None, ...]
+    logprobs: tuple[tuple[TokenLogprobs, ...], ...]
+
+    @classmethod
+    def of(cls, rows: Sequence[PendingRequest]) -> ReuseReport:
+        """The report of finished requests."""
+
+        def since_submission(row: PendingRequest, moment: float | None) -> float | None:
+            return None if moment is None else moment - row.submitted_at
+
+        return cls(
+            tuple(row.reused_tokens for row in rows),
+            tuple(since_submission(row, row.first_token_at) for row in rows),
+            tuple(since_submission(row, row.finished_at) for row in rows),
+            tuple(tuple(row.logprobs) for row in rows),
+        )

@@ -15,7 +15,7 @@ from litecache.actors.coordinator_client import CoordinatorClient
 from litecache.actors.gpu_cache import MAX_RESTARTS
 from litecache.actors.group import Group
 from litecache.adapter.pending import PendingRequest
-from litecache.adapter.replica_set import ReplicaSet
+from litecache.adapter.replicas import ReplicaSet
 from litecache.errors import LiteCacheError
 from litecache.types import Request, SamplingParams
 

@@ -11,8 +11,7 @@ from letter_tokenizer import letter_tokenizer
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, StopStringCriteria
 
 from litecache.adapter import KVCacheAdapter
-from litecache.adapter.pending import PendingRequest
-from litecache.adapter.stop_strings import StopStrings
+from litecache.adapter.pending import PendingRequest, StopStrings
 from litecache.errors import ConfigError
 from litecache.types import FinishReason, Request, SamplingParams, TokenDelta, TokenLogprobs
 

@@ -1,15 +1,17 @@
-"""The driver's one connection to a replica: submits requests and polls for their tokens.
+"""The replicas of a group as one driver sees them: requests go out, tokens come in.
 
-A thread keeps one long poll in flight while any request is open, and sleeps otherwise. When a
-reply carries another epoch than a request was submitted under (the actor restarted, or gave this
-driver up while it was suspended), the request is submitted again with its tokens so far. Random
-numbers depend on positions alone, so the caller sees the same tokens as without the failure.
+Each replica has one poller: a thread keeps one long poll in flight while any request is open, and
+sleeps otherwise. When a reply carries another epoch than a request was submitted under (the actor
+restarted, or gave this driver up while it was suspended), the request is submitted again with its
+tokens so far. Random numbers depend on positions alone, so the caller sees the same tokens as
+without the failure.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -17,10 +19,18 @@ from typing import Any
 
 from litecache.actors.answers import Answer
 from litecache.actors.calls import UNREACHABLE, ActorEndedError
-from litecache.actors.naming import BATCH_GAP_S, CALL_TIMEOUT_S, POLL_HOLD_S, STREAM_GAP_S
+from litecache.actors.group import Group
+from litecache.actors.naming import (
+    BATCH_GAP_S,
+    CALL_TIMEOUT_S,
+    POLL_HOLD_S,
+    STREAM_GAP_S,
+    replica_name,
+)
 from litecache.actors.replica_calls import ReplicaCalls
 from litecache.adapter.pending import PendingRequest
 from litecache.errors import GroupUnavailableError, LiteCacheError
+from litecache.hashing import chain_keys
 from litecache.threads import start_service
 from litecache.types import PollReply, Request
 
@@ -73,7 +83,6 @@ class ReplicaPoller:
         # A poll that was sent along with a submission, and the ids that it submits.
         self._first_poll: tuple[Answer, list[str]] | None = None
         self._polling = False
-        self._unreachable = False
         self._thread = start_service(self._run, "poll")
 
     @property
@@ -143,7 +152,7 @@ class ReplicaPoller:
             for wire_id in wire_ids:
                 self._open[wire_id].abandoned = True
         self._stop_computing(wire_ids)
-        if self._unreachable:
+        if self.silent_since is not None:
             self._end_abandoned()
 
     def _end_abandoned(self) -> None:
@@ -182,6 +191,7 @@ class ReplicaPoller:
         """The replica does nothing: let others go on after so long; how long it was silent."""
         now = time.monotonic()
         self.silent_since = self.silent_since or now
+        self._end_abandoned()
         silent_s = now - self.silent_since
         if self._move is not None and silent_s >= patience_s:
             self._move(self)
@@ -206,7 +216,6 @@ class ReplicaPoller:
                 reply = self._receive(ref)
                 self._mark(ids, reply.epoch or _LOST)
                 self._take(reply)
-                self._unreachable = False
                 if reply.epoch:
                     self.silent_since = None
                 else:
@@ -214,8 +223,6 @@ class ReplicaPoller:
             except UNREACHABLE as error:
                 self._calls.disconnect()
                 self._mark(ids, _LOST)
-                self._unreachable = True
-                self._end_abandoned()
                 logger.info("%s", error)
                 ended = isinstance(error, ActorEndedError)
                 patience_s = min(self._give_up_s, _GIVE_UP_ENDED_S if ended else self._give_up_s)
@@ -254,7 +261,6 @@ class ReplicaPoller:
 
     def _take(self, reply: PollReply) -> None:
         if not reply.epoch:
-            self._end_abandoned()
             return  # the actor is loading its model
         if reply.epoch != self._epoch:
             self._epoch, self._ack = reply.epoch, 0
@@ -317,3 +323,80 @@ class ReplicaPoller:
     def _fail(self, wire_ids: Sequence[str], error: Exception) -> None:
         for pending in self._drop(wire_ids):
             pending.fail(error)
+
+
+class ReplicaSet:
+    """Pollers of all replicas.
+
+    Args:
+        group: the actors.
+        client_id: names this driver.
+
+    Attributes:
+        pollers: one per replica, in the group's order.
+    """
+
+    def __init__(self, group: Group, client_id: str) -> None:
+        self._group = group
+        # While a request moves no poller has it, so an abort waits.
+        self._moving = threading.RLock()
+        move = self._move if len(group.replicas) > 1 else None
+        self.pollers = [
+            ReplicaPoller(handle, client_id, replica_name(group.spec.group, index), move=move)
+            for index, handle in enumerate(group.replicas)
+        ]
+
+    def submit(self, rows: list[PendingRequest]) -> None:
+        """Start requests, all or none, each on the replica that holds most of its prefix."""
+        by_replica: dict[int, list[PendingRequest]] = {}
+        for row in rows:
+            by_replica.setdefault(self.route(row.request), []).append(row)
+        try:
+            for index, group in by_replica.items():
+                self.pollers[index].submit(group)
+        except BaseException:
+            for row in rows:
+                self.abort(row.request_id)
+            raise
+
+    def abort(self, request_id: str) -> None:
+        """End a request; an unknown one is passed over, and so are all in a forked process."""
+        if os.getpid() != self._group.connection.pid:
+            return
+        with self._moving:
+            for poller in self.pollers:
+                poller.abort(request_id)
+
+    def _move(self, silent: ReplicaPoller) -> None:
+        """Go on elsewhere with the requests of a replica that does not answer."""
+        with self._moving:
+            for row in silent.give_up(len(self.pollers)):
+                others = [poller for poller in self.pollers if poller.name not in row.tried]
+                target = min(others, key=lambda p: (p.silent_since is not None, p.load))
+                logger.warning(
+                    "%s does not answer: %s goes on with its request", silent.name, target.name
+                )
+                try:
+                    target.submit([row])
+                except LiteCacheError as error:
+                    row.fail(error)
+
+    def route(self, request: Request) -> int:
+        """The coordinator's choice; without it the replica with the fewest open requests."""
+        if len(self.pollers) == 1:
+            return 0
+        info = self._group.info
+        keys = chain_keys(info.roots(request.cache_salt)[0], request.prompt.array, info.block_size)
+        try:
+            index = self._group.coordinator.route(keys)
+        except LiteCacheError as error:
+            logger.info("routed without the coordinator: %s", error)
+            index = None
+        if index is None or self._is_silent(index):
+            # of those that answer, if any does
+            order = range(len(self.pollers))
+            index = min(order, key=lambda i: (self._is_silent(i), self.pollers[i].load))
+        return index
+
+    def _is_silent(self, index: int) -> bool:
+        return index >= len(self.pollers) or self.pollers[index].silent_since is not None
