@@ -34,6 +34,7 @@ class PendingRequest:
         reused_tokens: prompt tokens by tier that were not computed, from the first submission.
         ttft_s: seconds from submission to the first token, as the engine measured them.
         finish_reason: None while it goes on.
+        epoch: of the replica's record that holds this attempt; None = not known yet.
         abandoned: an abort was asked for: it ends, whatever becomes of its replica.
         streaming: somebody looks at each token as it comes.
         first_token_at: `time.perf_counter()` of the first token's arrival.
@@ -59,6 +60,7 @@ class PendingRequest:
         self.reused_tokens: dict[str, int] = {}
         self.ttft_s: float | None = None
         self.finish_reason: FinishReason | None = None
+        self.epoch: str | None = None
         self.abandoned = False
         self.submitted_at = time.perf_counter()
         self.first_token_at: float | None = None
@@ -96,10 +98,11 @@ class PendingRequest:
     def next_attempt(self) -> bool:
         """Prepare another submission; False when there is nothing left to do."""
         self._attempt += 1
+        self.epoch = None
+        sampling = self.request.sampling
         if self.abandoned:
             self.abort()
-        sampling = self.request.sampling
-        if self.tokens and self.tokens[-1] in sampling.eos_token_ids:
+        elif self.tokens and self.tokens[-1] in sampling.eos_token_ids:
             self._finish(FinishReason.STOP)
         elif len(self.tokens) >= sampling.max_new_tokens:
             self._finish(FinishReason.LENGTH)
@@ -119,11 +122,11 @@ class PendingRequest:
                 self.reused_tokens = dict(delta.reused_tokens)
             if delta.ttft_s is not None and self.ttft_s is None:
                 self.ttft_s = delta.ttft_s
-            if delta.finish_reason is not None:
-                if delta.finish_reason is FinishReason.ERROR:
-                    self._error = remote_error(delta.error_type, delta.error)
-                elif delta.finish_reason is FinishReason.ABORT:
-                    self._error = RequestAborted(f"request {self.request_id} was aborted")
+            if delta.finish_reason is FinishReason.ERROR:
+                self.fail(remote_error(delta.error_type, delta.error))
+            elif delta.finish_reason is FinishReason.ABORT:
+                self.abort()
+            elif delta.finish_reason is not None:
                 self._finish(delta.finish_reason)
             self._condition.notify_all()
 
@@ -144,14 +147,18 @@ class PendingRequest:
 
     def abort(self) -> None:
         """End it for its caller, who is told so."""
-        self.feed(TokenDelta(self.wire_id, finish_reason=FinishReason.ABORT))
+        error = RequestAborted(f"request {self.request_id} was aborted")
+        self._finish(FinishReason.ABORT, error)
 
     def fail(self, error: Exception) -> None:
         """End it with an error."""
+        self._finish(FinishReason.ERROR, error)
+
+    def _finish(self, reason: FinishReason, error: Exception | None = None) -> None:
         with self._condition:
             if not self.done:
-                self._error = error
-                self._finish(FinishReason.ERROR)
+                self._error, self.finished_at = error, time.perf_counter()
+                self.finish_reason = reason
             self._condition.notify_all()
 
     def wait(self) -> list[int]:
@@ -186,12 +193,6 @@ class PendingRequest:
                 break
         if self._error is not None:
             raise self._error
-
-    def _finish(self, reason: FinishReason) -> None:
-        with self._condition:
-            self.finish_reason = reason
-            self.finished_at = time.perf_counter()
-            self._condition.notify_all()
 
 
 def remote_error(kind: str | None, text: str | None) -> Exception:

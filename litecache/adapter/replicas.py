@@ -76,7 +76,6 @@ class ReplicaPoller:
         self._calls = ReplicaCalls(handle, name)
         self._give_up_s = give_up_s
         self._open: dict[str, PendingRequest] = {}
-        self._submitted: dict[str, str | None] = {}
         self._condition = threading.Condition(threading.RLock())
         self._closed = False
         self._epoch, self._ack = "", 0
@@ -119,9 +118,7 @@ class ReplicaPoller:
         """From here on an abort finds them."""
         if self._closed:
             raise GroupUnavailableError("the adapter was closed")
-        for request in pending:
-            self._open[request.wire_id] = request
-            self._submitted[request.wire_id] = None
+        self._open |= {request.wire_id: request for request in pending}
         return [request.wire_id for request in pending]
 
     def _send(self, ids: Sequence[str]) -> None:
@@ -285,11 +282,7 @@ class ReplicaPoller:
 
     def _resubmit(self, epoch: str) -> None:
         with self._condition:
-            stale = [
-                wire_id
-                for wire_id, submitted in self._submitted.items()
-                if submitted is not None and submitted != epoch
-            ]
+            stale = [w for w, p in self._open.items() if p.epoch not in (None, epoch)]
             again = [request for request in self._drop(stale) if request.next_attempt()]
             ids = self._register(again)
         # Where only the answer was lost, the earlier attempt runs: nobody waits for it now.
@@ -310,14 +303,11 @@ class ReplicaPoller:
     def _mark(self, wire_ids: Sequence[str], epoch: str) -> None:
         """Note under which epoch requests were submitted; `_LOST`: perhaps not at all."""
         with self._condition:
-            for wire_id in wire_ids:
-                if wire_id in self._submitted:
-                    self._submitted[wire_id] = epoch
+            for wire_id in self._open.keys() & wire_ids:
+                self._open[wire_id].epoch = epoch
 
     def _drop(self, wire_ids: Sequence[str]) -> list[PendingRequest]:
         with self._condition:
-            for wire_id in wire_ids:
-                self._submitted.pop(wire_id, None)
             return [self._open.pop(wire_id) for wire_id in wire_ids if wire_id in self._open]
 
     def _fail(self, wire_ids: Sequence[str], error: Exception) -> None:
