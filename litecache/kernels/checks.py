@@ -37,6 +37,8 @@ def _index(name: str, tensor: torch.Tensor, dtype: torch.dtype, device: torch.de
         raise KernelError(f"{name}.dtype", tensor.dtype, f"{dtype}")
     if tensor.device != device:
         raise KernelError(f"{name}.device", tensor.device, f"the pool's device {device}")
+    if tensor.ndim == 1 and tensor.numel() > 1 and tensor.stride(0) != 1:
+        raise KernelError(f"{name}.stride()", tensor.stride(), "contiguous")
 
 
 def check_caches(

@@ -64,6 +64,8 @@ def test_attention_names_the_bad_argument(name: str, change: Any) -> None:
         ("context_lens", torch.ones(2, dtype=torch.int32)),
         ("cu_seqlens_q", torch.zeros(3, dtype=torch.int32)),
         ("context_lens", torch.ones(3)),
+        ("context_lens", torch.ones(6, dtype=torch.int32)[::2]),
+        ("cu_seqlens_q", torch.ones(8, dtype=torch.int32)[::2]),
     ],
 )
 def test_attention_names_the_bad_field_of_the_metadata(field: str, value: Any) -> None:

@@ -73,7 +73,7 @@ class Workers:
             outcomes = self.engine.put(puts, stop, _WAIT_FOR_ROOM_S)
         for block, outcome in zip(mine, outcomes, strict=True):
             if outcome != "pending":
-                self._forget(task, block)
+                self._forget(block)
                 finished = outcome in _FINISHED
                 state = TaskState.Finished if finished else TaskState.Aborted
                 task.complete(block, state, outcome)
@@ -94,7 +94,7 @@ class Workers:
 
         return take
 
-    def _forget(self, task: Task, block: TaskBlock) -> None:
+    def _forget(self, block: TaskBlock) -> None:
         with self.lock:
             entries = self.waiting.get(block.key, [])
             entries[:] = [entry for entry in entries if entry[1] is not block]
