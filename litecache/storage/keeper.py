@@ -194,22 +194,21 @@ class Keeper:
     def _compact_locked(self) -> bool:
         disk = self._tiers.disk
         assert disk is not None
-        with self._lock:
-            synced_seq = disk.log.synced_seq
-            captured = disk.begin_compaction()
-        try:
-            # the new log must not name a block whose bytes a power cut could still take
+        synced_seq = disk.log.synced_seq
+
+        def sync_slab() -> None:
             if not self._sync_slab(synced_seq):
                 raise OSError(errno.EIO, "the slab cannot be synced")
-            disk.log.compact(captured)
+
+        try:
+            seq = disk.compact(self._lock, sync_slab)
         except OSError as error:
             self._say("compaction failed: %s", error)
-            disk.log.abandon_compaction()
             self.last_error = error
             return self._compaction.note(False)
         self._compaction.note(True)
         with self._lock:
-            disk.log.synced_seq = max(disk.log.synced_seq, captured.seq)
+            disk.log.synced_seq = max(disk.log.synced_seq, seq)
             self._changed.notify_all()
         return True
 

@@ -23,7 +23,7 @@ from litecache.storage.block_index import BlockIndex
 from litecache.storage.disk import folder, log, records, upgrade
 from litecache.storage.disk.files import Files
 from litecache.storage.disk.inspect import inspect_store, verify_store
-from litecache.storage.disk.log import Capture, Log, write_new
+from litecache.storage.disk.log import Log, write_new
 from litecache.storage.disk.records import (
     DELETE,
     FLAG_DOUBTFUL,
@@ -138,22 +138,29 @@ def test_a_log_written_anew_keeps_what_came_meanwhile_and_the_names():
     first = place(index, range(3))
     book.put(first)
     book.flush()
-    captured = book.capture(first)
+    seq = book.begin_compaction()
     book.put(place(index, [3]))
     book.removed(int(first[0]), 0)
     book.flush()
     book.put(place(index, [4]))
-    book.compact(captured)
+
+    def blocks():
+        yield index.records(first)
+        # told as they are by now: what came meanwhile has a higher number
+        yield index.records(place(index, [6]))
+        book.put(np.array([index.find(key_of(6))]))
+
+    book.compact(seq, blocks(), lambda: None)
     book.put(place(index, [5]))
     book.flush()
     before = book.bytes
     assert files.size(book._fd) == before
     found = recover(files)
-    assert slots(found.records) == {key_of(n): n for n in range(1, 6)}
+    assert slots(found.records) == {key_of(n): n for n in range(1, 7)}
     assert found.names[number] == long
     assert (found.seq, found.end, found.damaged) == (book.seq, before, 0)
-    doubtful = [int(s) for s in found.records[found.records["flags"] > 0]["slot"]]
-    assert doubtful == [3, 4, 5], "what came after the captured sync is not vouched for"
+    doubtful = sorted(int(s) for s in found.records[found.records["flags"] > 0]["slot"])
+    assert doubtful == [3, 4, 5, 6], "what came after the captured sync is not vouched for"
 
 
 def test_a_compaction_that_fails_leaves_the_old_log_in_force(monkeypatch):
@@ -161,7 +168,7 @@ def test_a_compaction_that_fails_leaves_the_old_log_in_force(monkeypatch):
     book = open_log(files, index)
     book.put(place(index, range(3)))
     for call in ("write", "sync", "rename"):
-        captured = book.capture(np.arange(3))
+        seq = book.begin_compaction()
         book.put(place(index, [len(index)]))
 
         def refuse(*args):
@@ -170,8 +177,7 @@ def test_a_compaction_that_fails_leaves_the_old_log_in_force(monkeypatch):
         with monkeypatch.context() as sick:
             sick.setattr(files, call, refuse)
             with pytest.raises(OSError, match="sick"):
-                book.compact(captured)
-        book.abandon_compaction()
+                book.compact(seq, [index.records(np.arange(3))], lambda: None)
         assert not files.exists("log.new")
     book.flush()
     assert slots(recover(files).records) == {key_of(n): n for n in range(6)}
@@ -263,7 +269,7 @@ def test_half_a_million_blocks_are_back_in_two_seconds_of_cpu(tmp_path, monkeypa
     open_tier(tmp_path).close(clean=True)
     files = Files()
     files.folder, _ = folder.open_folder(str(tmp_path))
-    fd, _ = write_new(files, Capture(1, [""], rows), 5)
+    fd, _ = write_new(files, 1, [""], [rows], 5)
     files.close(fd)
     files.rename("log.new", "log")
     os.close(files.folder)

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import secrets
 import threading
-from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -45,30 +45,30 @@ META_NAME_COPIES = 3
 _FREE_BYTES = 32 << 10
 
 
-class Capture(NamedTuple):
-    """All that a new file will begin with: names, and blocks on disk, oldest use first."""
-
-    seq: int
-    names: list[str]
-    records: Records
-
-
-def write_new(files: Files, captured: Capture, epoch: int) -> tuple[int, int]:
+def write_new(
+    files: Files, seq: int, names: Sequence[str], blocks: Iterable[Records], epoch: int
+) -> tuple[int, int]:
     """Write and sync `log.new`; its descriptor and length. The caller renames it, or unlinks it.
+
+    Args:
+        files: the file system.
+        seq: the number that it stands for.
+        names: of namespaces, by number.
+        blocks: where they lie, oldest use first, in pieces.
+        epoch: of the file.
 
     Raises:
         OSError: the disk refused; nothing is left.
     """
-    named = [name_records(number, name) for number, name in enumerate(captured.names)]
-    first = np.concatenate([head(captured.seq, captured.seq), *named])
-    captured.records["seq"], captured.records["kind"] = captured.seq, PUT
+    named = [name_records(number, name) for number, name in enumerate(names)]
+    first = np.concatenate([head(seq, seq), *named])
     files.unlink("log.new")
     fd = files.open("log.new", create=True)
     try:
         end = files.write(fd, [memoryview(seal(first, epoch))], 0)
-        for start in range(0, len(captured.records), CHUNK_RECORDS):
-            raw = seal(captured.records[start : start + CHUNK_RECORDS], epoch)
-            end += files.write(fd, [memoryview(raw)], end)
+        for records in blocks:
+            records["seq"], records["kind"] = seq, PUT
+            end += files.write(fd, [memoryview(seal(records, epoch))], end)
         files.sync(fd)
     except BaseException:
         files.close(fd)
@@ -263,61 +263,68 @@ class Log:
         mark = self._append(record)
         return mark if mark == seq + 1 else seq
 
-    def capture(self, entries: Entries) -> Capture:
-        """Begin a compaction, under the store's lock.
+    def begin_compaction(self) -> int:
+        """From now on, under the store's lock, changes are kept for the new file too.
 
-        Args:
-            entries: all with a disk copy, oldest use first.
+        Returns:
+            The number that `compact` begins with. The blocks that it is given may be told as they
+            were at any instant since: what has changed meanwhile has a higher number.
         """
         self._append_removed()
-        records = self._index.records(entries)
         with self._buffer_lock:
             self.compacting = True
-            return Capture(self.seq, list(self.names), records)
+            return self.seq
 
-    def compact(self, captured: Capture) -> None:
+    def compact(self, seq: int, blocks: Iterable[Records], sync_slab: Callable[[], None]) -> None:
         """Write the new file and let it take the old one's place.
+
+        Args:
+            seq: as `begin_compaction` gave it.
+            blocks: all with a disk copy, oldest use first, in pieces.
+            sync_slab: called before the new file counts, since a power cut must not take the bytes
+                of a block that it names.
 
         Raises:
             OSError: the disk refused; the old file stays in force, or the log is `broken`.
         """
-        epoch = secrets.randbits(63)
-        fd, end = write_new(self._files, captured, epoch)
-        with self._lock:
-            with self._buffer_lock:
-                # what waits in the buffer is in the new file already, or in the tail
-                tail, waiting = self._tail, self._buffer
-                self._buffer, self._buffered = [], 0
-                self._end_compaction()
-            try:
-                mark = of_kind(SYNC)
-                mark["checksum"] = mark["seq"] = captured.seq
-                raw = seal(np.concatenate([mark, *tail]), epoch)
-                self._files.write(fd, [memoryview(raw)], end)
-                self._files.sync(fd)
-                self._files.rename("log.new", "log")
-            except OSError:
+        fd, epoch = -1, secrets.randbits(63)
+        try:
+            fd, end = write_new(self._files, seq, list(self.names), blocks, epoch)
+            sync_slab()
+            with self._lock:
+                self._succeed(fd, end, seq, epoch)
+        except BaseException:
+            if fd not in (-1, self._fd):
                 self._files.close(fd)
                 self._files.unlink("log.new")
-                with self._buffer_lock:
-                    self._buffer = waiting + self._buffer
-                    self._buffered += sum(records.nbytes for records in waiting)
-                raise
-            self._files.close(self._fd)
-            self._fd, self.bytes, self._epoch = fd, end + len(raw), epoch
-            # until the folder is synced a power cut may bring the old file back
-            self.broken = True
-            self._files.sync_folder()
-            self.broken = False
+            raise
+        finally:
+            with self._buffer_lock:
+                self.compacting, self._tail, self._tailed = False, [], 0
 
-    def abandon_compaction(self) -> None:
-        """What was captured will not be written."""
+    def _succeed(self, fd: int, end: int, seq: int, epoch: int) -> None:
         with self._buffer_lock:
-            self._end_compaction()
-
-    def _end_compaction(self) -> None:
-        self.compacting = False
-        self._tail, self._tailed = [], 0
+            # what waits in the buffer is in the new file already, or in the tail
+            tail, waiting = self._tail, self._buffer
+            self._buffer, self._buffered, self.compacting = [], 0, False
+        try:
+            mark = of_kind(SYNC)
+            mark["checksum"] = mark["seq"] = seq
+            raw = seal(np.concatenate([mark, *tail]), epoch)
+            self._files.write(fd, [memoryview(raw)], end)
+            self._files.sync(fd)
+            self._files.rename("log.new", "log")
+        except OSError:
+            with self._buffer_lock:
+                self._buffer = waiting + self._buffer
+                self._buffered += sum(records.nbytes for records in waiting)
+            raise
+        self._files.close(self._fd)
+        self._fd, self.bytes, self._epoch = fd, end + len(raw), epoch
+        # until the folder is synced a power cut may bring the old file back
+        self.broken = True
+        self._files.sync_folder()
+        self.broken = False
 
     def in_place(self) -> bool:
         """Whether the file still has its name."""

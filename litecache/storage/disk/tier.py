@@ -12,19 +12,21 @@ Bounded bytes: every segment of the slab that exists counts in full, every slot 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 
 import numpy as np
 
 from ..block_index import BlockIndex, Entries
 from ..eviction.queues import Queues, make_room
+from ..key_dict import BATCH_KEYS
 from ..namespaces import Quotas
 from ..retry import Backoff, LogByRate
 from ..segments import SegmentSpace, SlotUse, pick_segment_bytes
 from .files import NO_SPACE, Files
 from .folder import Folder
-from .log import META_FIXED_BYTES, META_NAME_COPIES, META_SLOT_BYTES, Capture, Log
+from .log import META_FIXED_BYTES, META_NAME_COPIES, META_SLOT_BYTES, Log
 from .records import FLAG_DOUBTFUL, FLAG_PINNED, Records, recover
 from .slab import Slab, Transfer
 from .upgrade import upgrade
@@ -289,9 +291,27 @@ class DiskTier:
         """Whether the log may not grow at all any more (compaction keeps failing)."""
         return self.log.full(self.space.slots_assigned)
 
-    def begin_compaction(self) -> Capture:
-        """Under the store's lock: a copy of all that the new log will begin with."""
-        return self.log.capture(self.on_disk())
+    def compact(self, lock: threading.Lock, sync_slab: Callable[[], None]) -> int:
+        """Write the log anew, never holding the store's `lock` for long; the number it covers.
+
+        Raises:
+            OSError: the disk refused.
+        """
+        with lock:
+            seq = self.log.begin_compaction()
+            entries = np.flatnonzero(self._index.column("disk"))
+            ticks = self.queues.ticks(entries)
+        order = entries[np.argsort(ticks, kind="stable")]
+
+        def blocks() -> Iterator[Records]:
+            for start in range(0, len(order), BATCH_KEYS):
+                with lock:
+                    batch = order[start : start + BATCH_KEYS]
+                    records = self._index.records(batch[self._index.column("disk")[batch] != 0])
+                yield records
+
+        self.log.compact(seq, blocks(), sync_slab)
+        return seq
 
     def grow(self, segments: range) -> bool:
         """Reserve disk space for segments; False when the disk has none."""

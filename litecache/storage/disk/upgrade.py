@@ -19,7 +19,7 @@ import xxhash
 from ...errors import StorageFormatError, StorageFullError
 from .files import NO_SPACE, Files
 from .folder import Folder
-from .log import Capture, write_new
+from .log import write_new
 from .records import (
     DELETE,
     MAX_NAMES,
@@ -73,8 +73,7 @@ def upgrade(files: Files, folder: Folder) -> None:
     if folder.version == 1:
         found = _recover_old(files)
         try:
-            captured = Capture(found.seq, found.names, found.records.copy())
-            fd, _ = write_new(files, captured, secrets.randbits(63))
+            fd, _ = write_new(files, found.seq, found.names, [found.records], secrets.randbits(63))
             files.close(fd)
             files.rename("log.new", "log")
             files.sync_folder()
