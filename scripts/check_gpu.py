@@ -182,7 +182,7 @@ def copy_rates(device: str) -> dict[str, float]:
         "torch_pinned_save_gb_s": rate([(pool[i], host[i]) for i in order]),
         "torch_pinned_load_gb_s": rate([(host[i], pool[i]) for i in order]),
     }
-    pinned.forget(client.arena)
+    pinned.close()
     del views
     client.close()
     store.close()

@@ -181,6 +181,15 @@ class PlanDriver:
         return self.runner.execute(self.plan(counts, cached))
 
     def decode(self, row: int, count: int) -> list[int]:
-        """So many more tokens of one row, each step started before the last one's result."""
-        handles = [self.step({row: 1}) for _ in range(count)]
-        return [handle.result().tokens[0] for handle in handles]
+        """So many more tokens of one row, each step started before the last one's result.
+
+        A result is read before a third step starts: its place on the host is used again.
+        """
+        tokens: list[int] = []
+        under_way: StepHandle | None = None
+        for _ in range(count):
+            handle = self.step({row: 1})
+            if under_way is not None:
+                tokens += under_way.result().tokens
+            under_way = handle
+        return tokens if under_way is None else [*tokens, *under_way.result().tokens]
