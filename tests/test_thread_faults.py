@@ -9,10 +9,11 @@ from __future__ import annotations
 import ast
 import asyncio
 import contextlib
+import os
 import queue
+import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ray
 
 import litecache
 from litecache import threads
@@ -31,8 +33,9 @@ from litecache.actors.location_map import LocationMap
 from litecache.actors.location_reporter import LocationReporter
 from litecache.actors.metrics_export import MetricsExporter
 from litecache.actors.ray_engine import RayEngine
-from litecache.actors.shard_calls import ShardCalls
+from litecache.actors.shard_client import RayShardClient
 from litecache.actors.shard_watch import ShardWatch
+from litecache.actors.storage_shard import StorageShard
 from litecache.adapter.pending import PendingRequest
 from litecache.adapter.replicas import ReplicaSet
 from litecache.config import CacheConfig
@@ -45,7 +48,7 @@ from litecache.sockets.channel import SocketChannel
 from litecache.sockets.server import SocketServer
 from litecache.storage import LocalCacheService
 from litecache.storage.client import LocalShardClient
-from litecache.storage.protocol import CommitItem, ShardMethod
+from litecache.storage.protocol import CommitItem
 from litecache.storage.shard_store import ShardStore
 from litecache.types import Request, SamplingParams
 
@@ -186,28 +189,25 @@ def test_a_lost_shard_is_attached_again_all_the_same(faults: dict[str, int]) -> 
     assert "shard-watch" in faults
 
 
+@pytest.mark.slow
 def test_a_client_whose_late_calls_cannot_be_settled_is_lost_and_attached_anew(
-    faults: dict[str, int],
+    ray_local: None, faults: dict[str, int]
 ) -> None:
-    go_on = threading.Event()
-
-    def slow(message: bytes) -> bytes:
-        go_on.wait(60)
-        return message
-
-    server = SocketServer(f"late-{time.monotonic_ns()}", {ShardMethod.QUERY: slow})
-    SocketChannel(server.address).close()  # takes the faults of the server
-    until(lambda: "connection" in faults)
-    lost: list[bool] = []
-    calls = ShardCalls(None, "s", 0.05, Metrics(), lambda: lost.append(True))
-    calls.channel = SocketChannel(server.address)
-    asked = calls.ask(ShardMethod.QUERY, b"x", decode=bytes, failed=b"")
-    assert asked.result() == b""
-    until(lambda: lost == [True])
-    assert calls.lost
-    go_on.set()
-    calls.close()
-    server.close()
+    options = {"directory": None, "ram_bytes": 4 << 20}
+    shard = ray.remote(concurrency_groups={"bulk": 1})(StorageShard).options(num_cpus=0)
+    handle = shard.remote("late", 0, options)
+    lost: queue.Queue[RayShardClient] = queue.Queue()
+    client = RayShardClient(handle, "s", timeout_s=0.05, on_lost=lost.put)
+    pid = ray.get(handle.info.remote())["pid"]
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        assert client.query(KEYS) == [False] * 4
+        assert lost.get(timeout=60) is client
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert client.lost
+    assert RayShardClient(handle, "s").query(KEYS) == [False] * 4
+    ray.kill(handle)
     assert "late-shard-calls" in faults
 
 

@@ -26,11 +26,11 @@ import ray
 from litecache.actors.calls import ActorEndedError, was_restarted
 from litecache.actors.coordinator_client import CoordinatorClient
 from litecache.actors.group_spec import GroupSpec
+from litecache.actors.messages import ReplicaMethod, answering
 from litecache.actors.metrics_export import MetricsExporter
 from litecache.actors.naming import NAMESPACE, REPORT_INTERVAL_S, replica_name
 from litecache.actors.outbox import Outbox
 from litecache.actors.remote_source import CoordinatedSource
-from litecache.actors.replica_calls import ReplicaMethod, answering
 from litecache.actors.router import FAILURE_WINDOW_S
 from litecache.actors.shard_client import RayShardClient
 from litecache.actors.shard_watch import ShardWatch
@@ -39,6 +39,7 @@ from litecache.engine.request_checks import check_text
 from litecache.errors import ConfigError, GroupError, GroupUnavailableError, LiteCacheError, shorten
 from litecache.metrics import Metrics
 from litecache.sockets.async_server import AsyncSocketServer, Handler
+from litecache.sockets.frames import handler_of
 from litecache.storage.client import ShardClient
 from litecache.threads import fault_counts, start_job, start_service
 from litecache.types import PollReply, Request, TokenDelta
@@ -77,6 +78,10 @@ class GpuCache:
         )
         self._loading: concurrent.futures.Future[Engine] = concurrent.futures.Future()
         self._begun = threading.Lock()
+        self._methods: dict[int, Handler] = {
+            ReplicaMethod.SUBMIT: answering(ReplicaMethod.SUBMIT, self.submit),
+            ReplicaMethod.POLL: answering(ReplicaMethod.POLL, self.poll),
+        }
         self._loop: asyncio.AbstractEventLoop | None = None
         self._outbox: Outbox | None = None
         self._door: AsyncSocketServer | None = None
@@ -108,16 +113,16 @@ class GpuCache:
     async def _open_door(self) -> str | None:
         """The address of the socket for drivers of this machine; None where there can be none."""
         if self._door is None:
-            methods: dict[int, Handler] = {
-                ReplicaMethod.SUBMIT: answering(ReplicaMethod.SUBMIT, self.submit),
-                ReplicaMethod.POLL: answering(ReplicaMethod.POLL, self.poll),
-            }
-            self._door = AsyncSocketServer(self._epoch, methods)
+            self._door = AsyncSocketServer(self._epoch, self._methods)
             try:
                 await self._door.start()
             except OSError as error:
                 logger.warning("%s has no socket: drivers call the actor: %s", self._name, error)
         return self._door.address or None
+
+    async def call(self, code: int, message: bytes) -> bytes:
+        """What the socket answers, for drivers that cannot reach it."""
+        return await handler_of(self._methods, code)(message)
 
     async def begin(self) -> None:
         """Attach to the shards of the node and load the model, in the background."""

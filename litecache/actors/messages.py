@@ -9,7 +9,8 @@ does not read as a message is refused where it arrives, and changes nothing.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from enum import IntEnum
 from typing import Any, TypeVar
 
 import msgpack
@@ -34,6 +35,26 @@ _COLUMNS = (
 )
 _MOST_ITEMS = 1 << 24
 _FINISH_REASONS = {reason.value: reason for reason in FinishReason}
+
+
+class ReplicaMethod(IntEnum):
+    """Numbers of a replica's methods."""
+
+    SUBMIT = 1
+    POLL = 2
+
+
+def answering(
+    method: ReplicaMethod, actor: Callable[..., Awaitable[Any]]
+) -> Callable[[bytes], Awaitable[bytes]]:
+    """A coroutine method of a replica as a handler of messages."""
+    pack: Callable[[Any], bytes] = pack_value if method is ReplicaMethod.SUBMIT else pack_reply
+
+    async def answer(message: bytes) -> bytes:
+        arguments, requests = unpack_call(message)
+        return pack(await actor(*arguments, requests))
+
+    return answer
 
 
 def pack_call(*arguments: Any, requests: Sequence[Request] = ()) -> bytes:

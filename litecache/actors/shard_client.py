@@ -1,26 +1,30 @@
 """A shard of the same node, as the engine's transfer threads use it.
 
-Control goes through the shard's socket, or by calls of its actor where no socket can be reached,
-with a deadline, each batch as one packed message; bytes go by the shared arena. A call that fails
-is a miss, never an error (`ShardCalls`). `stage_async` keeps several batches under way, which
-hides the round trip of a call behind the copies of the batches before it. A client belongs to one
-life of the shard: when that ends it stays silent, `on_lost` is called once, and whoever watches
-makes a new client with the new arena.
+Short calls are packed messages through a `Stub`, with a deadline; bytes go by the shared arena. A
+call that fails is a miss, never an error. `stage_async` keeps several batches under way, which
+hides the round trip of a call behind the copies of the batches before it.
+
+A call that is late may still take effect on the shard: until its answer is known nothing more is
+asked, and what it turns out to have given is returned. A client belongs to one life of the shard:
+when that ends it stays silent, `on_lost` is called once, and whoever watches makes a new client
+with the new arena.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import threading
+from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from litecache.actors.calls import result
 from litecache.actors.naming import CALL_TIMEOUT_S
-from litecache.actors.shard_calls import Call, ShardCalls
+from litecache.actors.stub import Answer, Stub
+from litecache.errors import GroupUnavailableError, LiteCacheError, RequestTimeout
 from litecache.hashing import BlockKey
 from litecache.metrics import Metrics
-from litecache.sockets.channel import SocketChannel
 from litecache.storage import wire
 from litecache.storage.arena.view import ArenaView
 from litecache.storage.protocol import (
@@ -32,11 +36,45 @@ from litecache.storage.protocol import (
     StageResult,
     StageStatus,
 )
+from litecache.threads import start_job
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 _ATTACH_TIMEOUT_S = 30.0
 _MISS = StageResult(StageStatus.MISS)
+
+
+class Call(Generic[T]):
+    """One call under way; its result is taken once, or it is abandoned.
+
+    Args:
+        client: who asks.
+        name: of the method, for messages.
+        answer: None: the shard was not asked.
+        failed: the result when the call cannot be made, fails or is late.
+        undo: returns what an answer gave that nobody takes any more.
+    """
+
+    def __init__(
+        self,
+        client: RayShardClient,
+        name: str,
+        answer: Answer[T] | None,
+        failed: T,
+        undo: Callable[[T], None] | None = None,
+    ) -> None:
+        self._client, self.name, self.answer = client, name, answer
+        self.failed, self.undo = failed, undo
+
+    def result(self, timeout_s: float | None = None) -> T:
+        """Wait for the answer; `failed` when there is none within the client's deadline."""
+        return self._client.wait_for(self, timeout_s)
+
+    def abandon(self) -> None:
+        """The answer is not wanted any more: what it gives is returned when it comes."""
+        if self.answer is not None:
+            self._client.settle_later(self)
 
 
 class RayShardClient:
@@ -45,9 +83,12 @@ class RayShardClient:
     Args:
         handle: the actor.
         shard_id: names the shard.
-        timeout_s: deadline of every call.
+        timeout_s: deadline of a call, from the moment its answer is waited for.
         metrics: counts failed calls as misses with a reason.
         on_lost: called once, from any thread, when the actor's process is gone.
+
+    Attributes:
+        arena: the slots of the shard's present life.
 
     Raises:
         LiteCacheError: the shard does not answer, or refuses.
@@ -62,35 +103,27 @@ class RayShardClient:
         metrics: Metrics | None = None,
         on_lost: Callable[[RayShardClient], None] | None = None,
     ) -> None:
-        self._handle, self._shard_id = handle, shard_id
-        self._calls = ShardCalls(
-            handle,
-            shard_id,
-            timeout_s,
-            metrics or Metrics(),
-            lambda: on_lost(self) if on_lost is not None else None,
-        )
-        attachment = result(
-            handle.attach.remote(os.getpid()), _ATTACH_TIMEOUT_S, f"{shard_id}: attach"
-        )
+        self._handle, self.shard_id, self.timeout_s = handle, shard_id, timeout_s
+        self._metrics = metrics or Metrics()
+        self._on_lost = on_lost
+        self._lock = threading.Lock()
+        self._late: deque[Call[Any]] = deque()
+        self._settling = self._lost = False
+        self._stub = Stub(handle, shard_id)
+        attach = handle.attach.remote(os.getpid())
+        attachment = result(attach, _ATTACH_TIMEOUT_S, f"{shard_id}: attach")
         self._client_id = attachment.client_id
-        self._calls.channel = _connected(attachment.address, shard_id)
-        self._arena = ArenaView(attachment)
-
-    @property
-    def shard_id(self) -> str:
-        """Names the shard."""
-        return self._shard_id
-
-    @property
-    def arena(self) -> ArenaView:
-        """The slots of the shard's present life."""
-        return self._arena
+        self._stub.connect(attachment.address)
+        self.arena = ArenaView(attachment)
 
     @property
     def lost(self) -> bool:
-        """The shard's process is gone."""
-        return self._calls.lost
+        """The shard's process is gone, or this is closed."""
+        channel = self._stub.channel
+        if not self._lost and channel is not None and channel.hung_up:
+            logger.warning("%s has closed its socket", self.shard_id)
+            self._lose()
+        return self._lost
 
     def stage(self, keys: Sequence[BlockKey]) -> list[StageResult]:
         """See `ShardStore.stage`."""
@@ -104,14 +137,10 @@ class RayShardClient:
         Raises:
             ConfigError: a key is not 16 bytes.
         """
-        call = self._calls.ask(
-            ShardMethod.STAGE,
-            wire.pack_stage(self._client_id, keys, released),
-            decode=wire.unpack_staged,
-            failed=[_MISS] * len(keys),
-            undo=self._undo_stage,
-        )
-        if not call.sent:
+        message = wire.pack_stage(self._client_id, keys, released)
+        failed, undo = [_MISS] * len(keys), self._undo_stage
+        call = self._ask(ShardMethod.STAGE, message, wire.unpack_staged, failed, undo)
+        if call.answer is None:
             self.release(released)
         return call
 
@@ -120,7 +149,7 @@ class RayShardClient:
 
     def wait(self, slots: Sequence[SlotRef], timeout_s: float = 30.0) -> list[bool]:
         """Sleep until leased slots have stopped loading; see `ArenaView.wait`."""
-        return self._arena.wait(slots, timeout_s, lambda: self._calls.lost)
+        return self.arena.wait(slots, timeout_s, lambda: self.lost)
 
     def cancel(self, keys: Sequence[BlockKey]) -> list[bool]:
         """See `ShardStore.cancel`."""
@@ -128,28 +157,20 @@ class RayShardClient:
 
     def release(self, slots: Sequence[SlotRef]) -> None:
         """See `ShardStore.release`; does not wait for the answer."""
-        if slots:
-            self._calls.tell(ShardMethod.RELEASE, wire.pack_slots(slots, self._client_id))
+        if slots and not self._lost:
+            self._stub.tell(ShardMethod.RELEASE, wire.pack_slots(slots, self._client_id))
 
     def reserve(self, block_bytes: int, n: int) -> list[SlotRef]:
         """See `ShardStore.reserve`."""
-        nothing: list[SlotRef] = []
-        return self._calls.ask(
-            ShardMethod.RESERVE,
-            wire.pack_reserve(self._client_id, block_bytes, n),
-            decode=wire.unpack_slots,
-            failed=nothing,
-            undo=self.release,
-        ).result()
+        message, nothing = wire.pack_reserve(self._client_id, block_bytes, n), list[SlotRef]()
+        call = self._ask(ShardMethod.RESERVE, message, wire.unpack_slots, nothing, self.release)
+        return call.result()
 
     def commit(self, items: Sequence[CommitItem]) -> list[CommitStatus]:
         """See `ShardStore.commit`; when the answer is late the blocks count as not stored."""
-        return self._calls.ask(
-            ShardMethod.COMMIT,
-            wire.pack_commits(items, self._client_id),
-            decode=wire.unpack_statuses,
-            failed=[CommitStatus.STALE] * len(items),
-        ).result()
+        message, failed = wire.pack_commits(items, self._client_id), [CommitStatus.STALE]
+        call = self._ask(ShardMethod.COMMIT, message, wire.unpack_statuses, failed * len(items))
+        return call.result()
 
     def query(self, keys: Sequence[BlockKey]) -> list[bool]:
         """See `ShardStore.query`."""
@@ -157,8 +178,8 @@ class RayShardClient:
 
     def touch(self, keys: Sequence[BlockKey]) -> None:
         """See `ShardStore.touch`; does not wait for the answer."""
-        if keys:
-            self._calls.tell(ShardMethod.TOUCH, wire.pack_keys(keys))
+        if keys and not self._lost:
+            self._stub.tell(ShardMethod.TOUCH, wire.pack_keys(keys))
 
     def durable(self, keys: Sequence[BlockKey]) -> list[bool]:
         """See `ShardStore.durable`."""
@@ -166,36 +187,113 @@ class RayShardClient:
 
     def flush(self, timeout_s: float) -> FlushReport:
         """See `ShardStore.flush`."""
-
-        def same(report: FlushReport) -> FlushReport:
-            return report
-
-        failed = FlushReport(0, 0, 0, False)
-        call = self._calls.ask_actor("flush", (timeout_s,), decode=same, failed=failed)
-        return call.result(timeout_s + self._calls.timeout_s)
+        answer: Answer[FlushReport] | None = None
+        if self._may_ask():
+            answer = Answer(self._handle.flush.remote(timeout_s), None, lambda report: report)
+        call = Call(self, f"{self.shard_id}: flush", answer, FlushReport(0, 0, 0, False))
+        return call.result(timeout_s + self.timeout_s)
 
     def close(self) -> None:
         """Detach, which ends all leases, and unmap the arena."""
-        if not self._calls.lost:
+        if not self.lost:
             self._handle.detach.remote(self._client_id)
-        self._calls.close()
-        self._arena.close()
+        self._lost = True
+        self._stub.disconnect()
+        self.arena.close()
 
     def _flags(self, method: ShardMethod, keys: Sequence[BlockKey]) -> list[bool]:
-        return self._calls.ask(
-            method,
-            wire.pack_keys(keys, self._client_id),
-            decode=wire.unpack_flags,
-            failed=[False] * len(keys),
-        ).result()
+        message, failed = wire.pack_keys(keys, self._client_id), [False] * len(keys)
+        return self._ask(method, message, wire.unpack_flags, failed).result()
 
+    def _ask(
+        self,
+        method: ShardMethod,
+        message: bytes,
+        decode: Callable[[Any], T],
+        failed: T,
+        undo: Callable[[T], None] | None = None,
+    ) -> Call[T]:
+        answer: Answer[T] | None = None
+        if self._may_ask():
+            try:
+                answer = self._stub.ask(method, message, decode)
+            except GroupUnavailableError as error:
+                self._note_lost(error)
+        name = f"{self.shard_id}: {method.name.lower()}"
+        return Call(self, name, answer, failed, undo)
 
-def _connected(address: str | None, shard_id: str) -> SocketChannel | None:
-    """The shard's socket; None where it has none or this process cannot reach it."""
-    if address is None:
-        return None
-    try:
-        return SocketChannel(address)
-    except OSError as error:
-        logger.info("%s is called through Ray, its socket cannot be reached: %s", shard_id, error)
-        return None
+    def _may_ask(self) -> bool:
+        if self._lost or self._late:
+            self._count("shard_unavailable")
+            self._start_settling()
+            return False
+        return True
+
+    def wait_for(self, call: Call[T], timeout_s: float | None) -> T:
+        """See `Call.result`."""
+        if call.answer is None:
+            return call.failed
+        try:
+            # while an earlier call is late, only an answer that is there already counts
+            patience_s = 0.0 if self._late else timeout_s or self.timeout_s
+            return call.answer.get(patience_s, call.name, again=True)
+        except RequestTimeout as error:
+            logger.warning("%s; its blocks count as misses until it answers", error)
+            self._count("shard_timeout")
+            self.settle_later(call)
+        except GroupUnavailableError as error:
+            self._note_lost(error)
+        except LiteCacheError as error:
+            logger.warning("%s", error)
+            self._count("shard_error")
+        return call.failed
+
+    def settle_later(self, call: Call[Any]) -> None:
+        """Nobody waits for this call any more: undo it once it is answered."""
+        with self._lock:
+            self._late.append(call)
+        self._start_settling()
+
+    def _start_settling(self) -> None:
+        with self._lock:
+            if self._settling or not self._late:
+                return
+            try:
+                start_job(self._settle, "late-shard-calls", lambda _: self._lose())
+                self._settling = True
+            except RuntimeError as error:
+                # no room for a thread: the next call tries again
+                logger.warning("%s: late calls wait: %s", self.shard_id, error)
+
+    def _settle(self) -> None:
+        while True:
+            with self._lock:
+                if not self._late:
+                    self._settling = False
+                    return
+                call = self._late[0]
+                assert call.answer is not None
+            try:
+                answer = call.answer.get(None, call.name, again=True)
+                if call.undo is not None:
+                    call.undo(answer)
+            except GroupUnavailableError:
+                self._lose()
+            except LiteCacheError as error:
+                logger.warning("%s", error)
+            with self._lock:
+                self._late.popleft()
+
+    def _note_lost(self, error: GroupUnavailableError) -> None:
+        logger.warning("%s", error)
+        self._count("shard_lost")
+        self._lose()
+
+    def _lose(self) -> None:
+        with self._lock:
+            first, self._lost = not self._lost, True
+        if first and self._on_lost is not None:
+            self._on_lost(self)
+
+    def _count(self, reason: str) -> None:
+        self._metrics.inc("litecache_misses", tier="shard", reason=reason)

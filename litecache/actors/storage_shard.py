@@ -14,7 +14,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
@@ -26,6 +26,7 @@ from litecache.actors.naming import shard_name
 from litecache.errors import LiteCacheError, StorageFullError, StorageLockedError
 from litecache.hashing import BlockKey
 from litecache.metrics import Metrics
+from litecache.sockets.frames import handler_of
 from litecache.sockets.server import Handler, SocketServer
 from litecache.storage import wire
 from litecache.storage.protocol import Attachment, FlushReport, ShardMethod
@@ -79,6 +80,7 @@ class StorageShard:
             self._retry.note(False)
             return
         self._failure = None
+        self._methods = packed_methods(store, lambda: self._reporter.notify())
         self._door = self._open_door(store.epoch)
         self._store = store
         self._reporter = self._make_reporter()
@@ -91,19 +93,9 @@ class StorageShard:
         return LocationReporter(self._open_store, sink, self._shard_id, self._node_id)
 
     def _open_door(self, epoch: int) -> SocketServer | None:
-        """Where clients of this machine are served without Ray; without it they call the actor."""
-        methods: dict[int, Handler] = {
-            ShardMethod.STAGE: self.stage,
-            ShardMethod.CANCEL: self.cancel,
-            ShardMethod.RELEASE: self.release,
-            ShardMethod.RESERVE: self.reserve,
-            ShardMethod.COMMIT: self.commit,
-            ShardMethod.QUERY: self.query,
-            ShardMethod.TOUCH: self.touch,
-            ShardMethod.DURABLE: self.durable,
-        }
+        """Where clients of this machine are served without Ray; without it they use `call`."""
         try:
-            return SocketServer(f"{epoch:x}", methods)
+            return SocketServer(f"{epoch:x}", self._methods)
         except OSError as error:
             logger.warning("%s has no socket, its clients call the actor: %s", self._name, error)
             return None
@@ -142,45 +134,10 @@ class StorageShard:
         """See `ShardStore.detach`."""
         self._open_store.detach(client_id)
 
-    def stage(self, message: bytes) -> bytes:
-        """See `ShardStore.stage`."""
-        keys, released = wire.unpack_stage(message)
-        return wire.pack_staged(self._open_store.stage(wire.client_of(message), keys, released))
-
-    def cancel(self, message: bytes) -> bytes:
-        """See `ShardStore.cancel`."""
-        keys = wire.unpack_keys(message)
-        return wire.pack_flags(self._open_store.cancel(wire.client_of(message), keys))
-
-    def release(self, message: bytes) -> None:
-        """See `ShardStore.release`."""
-        slots = wire.unpack_slots(message)
-        self._open_store.release(wire.client_of(message), slots)
-
-    def reserve(self, message: bytes) -> bytes:
-        """See `ShardStore.reserve`."""
-        block_bytes, n = wire.unpack_reserve(message)
-        slots = self._open_store.reserve(wire.client_of(message), block_bytes, n)
-        return wire.pack_slots(slots)
-
-    def commit(self, message: bytes) -> bytes:
-        """See `ShardStore.commit`; the coordinator is told soon."""
-        items = wire.unpack_commits(message)
-        statuses = self._open_store.commit(wire.client_of(message), items)
-        self._reporter.notify()
-        return wire.pack_statuses(statuses)
-
-    def query(self, keys: bytes) -> bytes:
-        """See `ShardStore.query`."""
-        return wire.pack_flags(self._open_store.query(wire.unpack_keys(keys)))
-
-    def touch(self, keys: bytes) -> None:
-        """See `ShardStore.touch`."""
-        self._open_store.touch(wire.unpack_keys(keys))
-
-    def durable(self, keys: bytes) -> bytes:
-        """See `ShardStore.durable`."""
-        return wire.pack_flags(self._open_store.durable(wire.unpack_keys(keys)))
+    def call(self, code: int, message: bytes) -> bytes:
+        """What the socket answers, for clients that cannot reach it."""
+        self._open_store  # noqa: B018 - raises what keeps it from being open
+        return handler_of(self._methods, code)(message) or b""
 
     @ray.method(concurrency_group="bulk")
     def flush(self, timeout_s: float) -> FlushReport:
@@ -230,6 +187,48 @@ class StorageShard:
         self._store = None
         store.close()
         return report
+
+
+def packed_methods(store: ShardStore, changed: Callable[[], None]) -> dict[int, Handler]:
+    """The short methods of a store as handlers of packed messages.
+
+    Args:
+        store: does what is asked; each message carries the id of its client.
+        changed: called when keys have been added.
+    """
+
+    def stage(message: bytes) -> bytes:
+        keys, released = wire.unpack_stage(message)
+        return wire.pack_staged(store.stage(wire.client_of(message), keys, released))
+
+    def cancel(message: bytes) -> bytes:
+        keys = wire.unpack_keys(message)
+        return wire.pack_flags(store.cancel(wire.client_of(message), keys))
+
+    def release(message: bytes) -> None:
+        slots = wire.unpack_slots(message)
+        store.release(wire.client_of(message), slots)
+
+    def reserve(message: bytes) -> bytes:
+        block_bytes, n = wire.unpack_reserve(message)
+        return wire.pack_slots(store.reserve(wire.client_of(message), block_bytes, n))
+
+    def commit(message: bytes) -> bytes:
+        items = wire.unpack_commits(message)
+        statuses = store.commit(wire.client_of(message), items)
+        changed()
+        return wire.pack_statuses(statuses)
+
+    return {
+        ShardMethod.STAGE: stage,
+        ShardMethod.CANCEL: cancel,
+        ShardMethod.RELEASE: release,
+        ShardMethod.RESERVE: reserve,
+        ShardMethod.COMMIT: commit,
+        ShardMethod.QUERY: lambda message: wire.pack_flags(store.query(wire.unpack_keys(message))),
+        ShardMethod.TOUCH: lambda message: store.touch(wire.unpack_keys(message)),
+        ShardMethod.DURABLE: lambda m: wire.pack_flags(store.durable(wire.unpack_keys(m))),
+    }
 
 
 def _open(options: dict[str, Any], metrics: Metrics, lock_patience_s: float) -> ShardStore:

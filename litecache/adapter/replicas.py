@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from litecache.actors.answers import Answer
 from litecache.actors.calls import UNREACHABLE, ActorEndedError
 from litecache.actors.group import Group
 from litecache.actors.naming import (
@@ -27,7 +26,8 @@ from litecache.actors.naming import (
     STREAM_GAP_S,
     replica_name,
 )
-from litecache.actors.replica_calls import ReplicaCalls
+from litecache.actors.replica_stub import ReplicaStub
+from litecache.actors.stub import Answer
 from litecache.adapter.pending import PendingRequest
 from litecache.errors import GroupUnavailableError, LiteCacheError
 from litecache.hashing import chain_keys
@@ -73,14 +73,14 @@ class ReplicaPoller:
     ) -> None:
         self.name, self._client_id, self._move = name, client_id, move
         self.silent_since: float | None = None
-        self._calls = ReplicaCalls(handle, name)
+        self._replica = ReplicaStub(handle, name)
         self._give_up_s = give_up_s
         self._open: dict[str, PendingRequest] = {}
         self._condition = threading.Condition(threading.RLock())
         self._closed = False
         self._epoch, self._ack = "", 0
         # A poll that was sent along with a submission, and the ids that it submits.
-        self._first_poll: tuple[Answer, list[str]] | None = None
+        self._first_poll: tuple[Answer[PollReply], list[str]] | None = None
         self._polling = False
         self._thread = start_service(self._run, "poll")
 
@@ -128,7 +128,7 @@ class ReplicaPoller:
             requests = [self._open[w].wire_request() for w in ids if w in self._open]
         epoch = _LOST
         try:
-            answer = self._calls.submit(self._client_id, requests)
+            answer = self._replica.submit(self._client_id, requests)
             epoch = answer.get(CALL_TIMEOUT_S, f"{self.name}: submit")
         except UNREACHABLE as error:
             # The poll thread submits them again when the actor is back.
@@ -169,12 +169,12 @@ class ReplicaPoller:
         for pending in left:
             pending.fail(GroupUnavailableError("the adapter was closed"))
         if threading.current_thread() is not self._thread:
-            self._calls.disconnect()  # ends a poll that a stopped replica would hold
+            self._replica.disconnect()  # ends a poll that a stopped replica would hold
             self._thread.join(CALL_TIMEOUT_S)
 
     def _stop_computing(self, wire_ids: Sequence[str]) -> None:
         if wire_ids:
-            self._calls.abort(wire_ids)
+            self._replica.abort(wire_ids)
 
     def give_up(self, num_replicas: int) -> list[PendingRequest]:
         """Let go of the requests that some other replica has not been tried with yet."""
@@ -200,7 +200,7 @@ class ReplicaPoller:
                 self.silent_since = None  # what is not asked is not silent
             if self.silent_since is None:
                 with contextlib.suppress(LiteCacheError):  # the poll will say it
-                    self._calls.connect()
+                    self._replica.find_socket()
             with self._condition:
                 self._polling = bool(self._open)
                 self._condition.wait_for(lambda: self._closed or self._polling)
@@ -209,8 +209,8 @@ class ReplicaPoller:
                 first, self._first_poll = self._first_poll, None
             ids: list[str] = []
             try:
-                ref, ids = first if first is not None else (self._send_poll(()), [])
-                reply = self._receive(ref)
+                answer, ids = first if first is not None else (self._send_poll(()), [])
+                reply = answer.get(2 * POLL_HOLD_S + CALL_TIMEOUT_S, f"{self.name}: poll")
                 self._mark(ids, reply.epoch or _LOST)
                 self._take(reply)
                 if reply.epoch:
@@ -218,7 +218,7 @@ class ReplicaPoller:
                 else:
                     self._move_after(_MOVE_S)  # it is loading its model, which may take minutes
             except UNREACHABLE as error:
-                self._calls.disconnect()
+                self._replica.disconnect()
                 self._mark(ids, _LOST)
                 logger.info("%s", error)
                 ended = isinstance(error, ActorEndedError)
@@ -241,20 +241,15 @@ class ReplicaPoller:
                 logger.exception("%s: polling failed", self.name)
                 text = f"{self.name}: polling failed: {type(error).__name__}: {error}"
                 self._fail(list(self._open), GroupUnavailableError(text))
-        self._calls.disconnect()
+        self._replica.disconnect()
 
-    def _send_poll(self, requests: Sequence[Request]) -> Answer:
+    def _send_poll(self, requests: Sequence[Request]) -> Answer[PollReply]:
         with self._condition:
             streaming = any(pending.streaming for pending in self._open.values())
         gap_s = STREAM_GAP_S if streaming else BATCH_GAP_S
-        return self._calls.poll(
-            self._client_id, self._epoch, self._ack, POLL_HOLD_S, gap_s, requests
+        return self._replica.poll(
+            self._client_id, self._epoch, self._ack, POLL_HOLD_S, gap_s, requests=requests
         )
-
-    def _receive(self, answer: Answer) -> PollReply:
-        patience_s = 2 * POLL_HOLD_S + CALL_TIMEOUT_S
-        reply: PollReply = answer.get(patience_s, f"{self.name}: poll")
-        return reply
 
     def _take(self, reply: PollReply) -> None:
         if not reply.epoch:

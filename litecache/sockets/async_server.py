@@ -13,6 +13,7 @@ from .frames import (
     RECEIVE_BYTES,
     Intake,
     Outcome,
+    handler_of,
     pack_error,
     pack_frame,
 )
@@ -82,11 +83,8 @@ class AsyncSocketServer:
     async def _answer(
         self, writer: asyncio.StreamWriter, number: int, code: int, message: bytes
     ) -> None:
-        handler = self._methods.get(code)
         try:
-            if handler is None:
-                raise StorageError(f"there is no call {code}")
-            outcome, answer = Outcome.DONE, await handler(message)
+            outcome, answer = Outcome.DONE, await handler_of(self._methods, code)(message)
         except Exception as error:
             if not isinstance(error, LiteCacheError):
                 logger.exception("call %d failed", code)

@@ -9,12 +9,15 @@ from __future__ import annotations
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from enum import IntEnum
+from typing import TypeVar
 
 import msgpack
 
 from ..errors import GroupError, LiteCacheError, StorageError, describe, restore
+
+T = TypeVar("T")
 
 NO_ANSWER = 0
 RECEIVE_BYTES = 1 << 18
@@ -63,6 +66,17 @@ def unpack_error(message: bytes, what: str) -> LiteCacheError:
     except Exception:  # what msgpack raises has no root
         return GroupError(f"{what} failed, and its error cannot be read")
     return restore(names, field if names else f"{what} failed: {field}", value, valid)
+
+
+def handler_of(methods: Mapping[int, T], code: int) -> T:
+    """What answers the calls of a number.
+
+    Raises:
+        StorageError: nothing does.
+    """
+    if code not in methods:
+        raise StorageError(f"there is no call {code}")
+    return methods[code]
 
 
 def take_frames(buffer: bytearray) -> Iterator[tuple[int, int, bytes]]:

@@ -22,6 +22,7 @@ from .frames import (
     IncomingFrames,
     Intake,
     Outcome,
+    handler_of,
     pack_error,
     pack_frame,
 )
@@ -124,11 +125,8 @@ class SocketServer:
         connection.close()
 
     def _answer(self, code: int, message: bytes) -> tuple[Outcome, bytes]:
-        handler = self._methods.get(code)
-        if handler is None:
-            return Outcome.ERROR, pack_error(StorageError(f"there is no call {code}"))
         try:
-            return Outcome.DONE, handler(message) or b""
+            return Outcome.DONE, handler_of(self._methods, code)(message) or b""
         except Exception as error:
             # a defect must cost one call, not the connection: the client would think the actor gone
             if not isinstance(error, LiteCacheError):

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import ray
 
-from litecache.actors import shard_client
 from litecache.actors.calls import result
 from litecache.actors.shard_client import RayShardClient
 from litecache.actors.storage_shard import StorageShard
 from litecache.engine.transfer.shard_set import ShardSet
+from litecache.actors.stub import Stub
 from litecache.errors import StorageError, StorageLockedError
 from litecache.metrics import Metrics
 from litecache.storage import wire
@@ -26,6 +26,7 @@ from litecache.storage.arena.view import pack_word
 from litecache.storage.protocol import (
     CommitItem,
     CommitStatus,
+    ShardMethod,
     SlotRef,
     SlotState,
     StageResult,
@@ -59,7 +60,7 @@ def actor(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 @pytest.fixture(params=["socket", "actor"])
 def transport(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "actor":
-        monkeypatch.setattr(shard_client, "_connected", lambda address, shard_id: None)
+        monkeypatch.setattr(Stub, "connect", lambda stub, address: None)
     return str(request.param)
 
 
@@ -114,7 +115,7 @@ def test_blocks_go_in_and_come_out_through_the_shared_arena(
     shard: Any, connect: Connect, transport: str
 ) -> None:
     client = connect()
-    assert (client._calls.channel is not None) == (transport == "socket")
+    assert (client._stub.channel is not None) == (transport == "socket")
     assert client.query(KEYS) == [False] * 3
     put(client, KEYS)
     assert client.query(KEYS) == [True] * 3
@@ -163,7 +164,7 @@ def test_leases_of_an_answer_that_comes_too_late_are_returned(
     client = connect()
     put(client, KEYS)
     pid = result(shard.info.remote(), 10)["pid"]
-    client._calls.timeout_s = 0.3
+    client.timeout_s = 0.3
     os.kill(pid, signal.SIGSTOP)
     try:
         assert [r.status for r in client.stage(KEYS)] == [StageStatus.MISS] * 3
@@ -186,7 +187,7 @@ def test_a_wait_for_a_shard_that_is_killed_ends_and_says_so(
     client = RayShardClient(handle, "s", on_lost=lost.put)
     (slot,) = client.reserve(BLOCK, 1)
     # as if a read were under way: the state that nobody will change any more
-    client._arena._words[slot.slot * 4] = pack_word(slot.generation, SlotState.LOADING)
+    client.arena._words[slot.slot * 4] = pack_word(slot.generation, SlotState.LOADING)
     os.kill(result(handle.info.remote(), 10)["pid"], signal.SIGKILL)
     started = time.monotonic()
     assert client.wait([slot], timeout_s=20) == [False]
@@ -241,7 +242,7 @@ def test_leases_that_cannot_ride_with_a_stage_are_returned_alone(
     put(client, KEYS)
     held = [slot_of(result) for result in client.stage(KEYS)]
     pid = result(shard.info.remote(), 10)["pid"]
-    client._calls.timeout_s = 0.3
+    client.timeout_s = 0.3
     os.kill(pid, signal.SIGSTOP)
     try:
         assert client.stage(KEYS[:1])[0].status is StageStatus.MISS
@@ -312,9 +313,9 @@ def test_messages_of_another_version_are_refused_and_change_nothing(
     old = wire.pack_stage(client._client_id, KEYS, [])
     monkeypatch.undo()
     with pytest.raises(StorageError, match="slot protocol 1 cannot be read: this side speaks 3"):
-        result(shard.stage.remote(old), 10)
+        result(shard.call.remote(ShardMethod.STAGE, old), 10)
     with pytest.raises(StorageError, match="a list is no packed message"):
-        result(shard.query.remote(KEYS), 10)
+        result(shard.call.remote(ShardMethod.QUERY, KEYS), 10)
     assert leases(shard) == 0
     assert client.query(KEYS) == [True] * 3
 

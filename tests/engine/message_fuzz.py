@@ -27,8 +27,7 @@ from engine_harness import Harness, family_source
 from plan_driver import VOCAB
 
 from litecache.actors.gpu_cache import GpuCache
-from litecache.actors.messages import pack_call
-from litecache.actors.replica_calls import ReplicaMethod, answering
+from litecache.actors.messages import ReplicaMethod, answering, pack_call
 from litecache.errors import LiteCacheError
 from litecache.token_ids import TokenIds
 from litecache.types import MESSAGE_VERSION, FinishReason, Request, SamplingParams, TokenDelta
