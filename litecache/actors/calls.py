@@ -32,7 +32,11 @@ _wait = getattr(ray.wait, "__wrapped__", ray.wait)
 
 
 class ActorEndedError(GroupUnavailableError):
-    """The actor is dead and Ray will not restart it, or it has left its group."""
+    """The actor is dead and Ray will not restart it."""
+
+
+class ReplicaLeftError(ActorEndedError):
+    """The replica has left its group because restarts did not help: it holds nothing any more."""
 
 
 def result(ref: Any, timeout_s: float | None = CALL_TIMEOUT_S, what: str = "a call") -> Any:

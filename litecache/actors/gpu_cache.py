@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
-from litecache.actors.calls import ActorEndedError, was_restarted
+from litecache.actors.calls import ReplicaLeftError, was_restarted
 from litecache.actors.coordinator_client import CoordinatorClient
 from litecache.actors.group_spec import GroupSpec
 from litecache.actors.messages import ReplicaMethod, answering
@@ -304,7 +304,7 @@ class GpuCache:
         """Leave the group rather than start once more, when that has not helped.
 
         Raises:
-            ActorEndedError: with the reason; every later call gets it.
+            ReplicaLeftError: with the reason; every later call gets it.
         """
         try:
             failures = self._coordinator.failures(self._index)
@@ -312,7 +312,7 @@ class GpuCache:
             logger.warning("%s: it is not known how often it failed: %s", self._name, error)
             return
         if len(failures) > MAX_RESTARTS:
-            raise ActorEndedError(
+            raise ReplicaLeftError(
                 f"{self._name} has left its group: its process ended itself {len(failures)} times "
                 f"within {FAILURE_WINDOW_S:g} s, at last because of {failures[-1]}"
             )

@@ -14,7 +14,14 @@ from typing import Any
 
 import ray
 
-from litecache.actors.calls import UNREACHABLE, ActorEndedError, gather, result, silent_among
+from litecache.actors.calls import (
+    UNREACHABLE,
+    ActorEndedError,
+    ReplicaLeftError,
+    gather,
+    result,
+    silent_among,
+)
 from litecache.actors.cluster import RayConnection
 from litecache.actors.coordinator_client import CoordinatorClient
 from litecache.actors.group_spec import GroupSpec, check_same
@@ -244,9 +251,9 @@ class Group:
         for name, answer in answers.items():
             if isinstance(answer, UNREACHABLE) and not isinstance(answer, ActorEndedError):
                 missed.add(name)
-            elif isinstance(answer, LiteCacheError):
+            elif isinstance(answer, LiteCacheError) and not isinstance(answer, ReplicaLeftError):
                 raise answer
-        return [answer for name, answer in answers.items() if name not in missed], missed
+        return [a for a in answers.values() if not isinstance(a, LiteCacheError)], missed
 
 
 def _refuse_missed(what: str, missed: set[str]) -> None:

@@ -108,6 +108,7 @@ def test_what_a_replica_that_left_was_doing_goes_on_with_the_others(ray_local: N
         assert disturbed.tried == {replicas.pollers[running].name}
         # what comes later avoids it, and joining finds the one that is left
         assert begin("later").wait() == expected
+        assert group.flush(30.0)["complete"]
         joined = Group.attach("leaving", timeout_s=60)
         assert joined.info == group.info
         for poller in replicas.pollers:
