@@ -157,13 +157,8 @@ def test_reports_and_exports_go_on(faults: dict[str, int]) -> None:
     with ShardStore(None, ram_bytes=4 << 20) as store:
         client, located = LocalShardClient(store), LocationMap()
 
-        class Sink:
-            report_shard = staticmethod(located.apply)
-            begin_resync = staticmethod(located.begin_resync)
-            add_keys = staticmethod(located.add_keys)
-
         put(client, KEYS)
-        reporter = LocationReporter(store, Sink(), "s", "n", 0.01)
+        reporter = LocationReporter(store, located.report, "s", "n", 0.01)
         until(lambda: located.keys_of("s") == set(KEYS))
         reporter.close()
         client.close()

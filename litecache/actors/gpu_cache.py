@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from litecache.actors.calls import ReplicaLeftError, was_restarted
-from litecache.actors.coordinator_client import CoordinatorClient
+from litecache.actors.coordinator import CoordinatorClient
 from litecache.actors.group_spec import GroupSpec
 from litecache.actors.messages import ReplicaMethod, answering
 from litecache.actors.metrics_export import MetricsExporter
@@ -307,7 +307,7 @@ class GpuCache:
             ReplicaLeftError: with the reason; every later call gets it.
         """
         try:
-            failures = self._coordinator.failures(self._index)
+            failures = self._coordinator.call("failures", self._index)
         except LiteCacheError as error:
             logger.warning("%s: it is not known how often it failed: %s", self._name, error)
             return
@@ -368,9 +368,8 @@ class GpuCache:
     def _report(self) -> None:
         load = self._outbox.live_requests if self._outbox is not None else 0
         try:
-            self._remote.remote_shards = self._coordinator.report_replica(
-                self._index, self._node_id, load
-            )
+            report = self._index, self._node_id, load
+            self._remote.remote_shards = self._coordinator.call("report_replica", *report)
         except LiteCacheError as error:
             # What it said last stands: the other nodes' shards are still there.
             logger.info("%s: not reported: %s", self._name, error)
@@ -380,7 +379,7 @@ class GpuCache:
         logger.critical("%s: its process ends: %s", self._name, error)
         with contextlib.suppress(Exception):  # it ends whether anybody hears why or not
             reason = shorten(f"{type(error).__name__}: {error}")
-            self._coordinator.report_failure(self._index, reason)
+            self._coordinator.call("report_failure", self._index, reason)
         logging.shutdown()
         os._exit(1)
 

@@ -23,7 +23,7 @@ from litecache.actors.calls import (
     silent_among,
 )
 from litecache.actors.cluster import RayConnection
-from litecache.actors.coordinator_client import CoordinatorClient
+from litecache.actors.coordinator import CoordinatorClient
 from litecache.actors.group_spec import GroupSpec, check_same
 from litecache.actors.group_start import (
     PLACE_TIMEOUT_S,
@@ -141,7 +141,7 @@ class Group:
         check_group_name(group)
         if not exists(group):
             raise GroupUnavailableError(f"there is no group {group!r} to join")
-        description = CoordinatorClient(group).describe(timeout_s=PLACE_TIMEOUT_S)
+        description = CoordinatorClient(group).call("describe", timeout_s=PLACE_TIMEOUT_S)
         if expected is not None:
             check_same(group, description, expected)
         spec = GroupSpec.from_description(group, description)

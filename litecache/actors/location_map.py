@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any, NamedTuple
 
 from litecache.actors.naming import MEMBER_TIMEOUT_S
 from litecache.hashing import BlockKey
@@ -26,6 +27,38 @@ def pack_keys(keys: Iterable[BlockKey]) -> bytes:
 
 
 unpack_keys = split_keys
+
+
+class LocationReport(NamedTuple):
+    """What a shard says of its keys, and that it is alive.
+
+    Attributes:
+        shard_id, node_id, epoch: who and where it is, and in which life.
+        seq: of this message; each follows the last, and a resync says which one it follows.
+        added, removed: changes of its keys; with a resync all of its keys, in parts.
+        part: of a resync, from 0; -1: only what has changed.
+        last: the last part of a resync.
+    """
+
+    shard_id: str
+    node_id: str
+    epoch: int
+    seq: int
+    added: Sequence[BlockKey]
+    removed: Sequence[BlockKey] = ()
+    part: int = -1
+    last: bool = False
+
+    def packed(self) -> tuple[Any, ...]:
+        """With keys as byte strings, as it travels."""
+        return self._replace(added=pack_keys(self.added), removed=pack_keys(self.removed))  # type: ignore[arg-type]
+
+    @classmethod
+    def unpacked(cls, *fields: Any) -> LocationReport:
+        """The inverse of `packed`."""
+        report = cls(*fields)
+        added, removed = unpack_keys(fields[4]), unpack_keys(fields[5])
+        return report._replace(added=added, removed=removed)
 
 
 @dataclass
@@ -71,6 +104,20 @@ class LocationMap:
 
     def __len__(self) -> int:
         return len(self._holders)
+
+    def report(self, report: LocationReport) -> bool:
+        """Take one message of a shard.
+
+        Returns:
+            False when changes do not follow what is known: the shard has to send all its keys; or
+            when a resync is not taken, because there are too many shards (part 0) or because
+            another one has overtaken it.
+        """
+        if report.part < 0:
+            return self.apply(*report[:6])
+        if report.part == 0 and not self.begin_resync(*report[:4]):
+            return False
+        return self.add_keys(report.shard_id, report.epoch, report.added, report.last)
 
     def apply(
         self,

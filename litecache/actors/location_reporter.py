@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable
 
+from litecache.actors.location_map import LocationReport
 from litecache.actors.naming import REPORT_INTERVAL_S
 from litecache.errors import LiteCacheError
-from litecache.hashing import BlockKey
 from litecache.storage.key_dict import BATCH_KEYS
 from litecache.storage.protocol import Deltas
+from litecache.storage.shard_store import ShardStore
 from litecache.threads import start_service
 
 logger = logging.getLogger(__name__)
@@ -26,61 +26,25 @@ _COLLECT_S = 0.05
 _KEYS_PER_MESSAGE = BATCH_KEYS
 
 
-class KeySource(Protocol):
-    """The part of a `ShardStore` that is reported."""
-
-    def drain_deltas(self) -> Deltas:
-        """Changes since the last call."""
-        ...
-
-    def keys(self) -> list[BlockKey]:
-        """All keys."""
-        ...
-
-
-class LocationSink(Protocol):
-    """The part of the coordinator that is told."""
-
-    def report_shard(
-        self,
-        shard_id: str,
-        node_id: str,
-        epoch: int,
-        seq: int,
-        added: Sequence[BlockKey],
-        removed: Sequence[BlockKey],
-    ) -> bool:
-        """Apply deltas; False asks for a resync."""
-        ...
-
-    def begin_resync(self, shard_id: str, node_id: str, epoch: int, seq: int) -> bool:
-        """Forget the shard's keys; False = not wanted."""
-        ...
-
-    def add_keys(self, shard_id: str, epoch: int, keys: Sequence[BlockKey], last: bool) -> bool:
-        """A part of all keys; False = overtaken."""
-        ...
-
-
 class LocationReporter:
     """Reports one shard from a thread of its own.
 
     Args:
         store: what to report.
-        sink: whom to tell.
+        send: tells the coordinator; see `LocationMap.report`.
         shard_id, node_id: who and where the shard is.
         interval_s: heartbeat.
     """
 
     def __init__(
         self,
-        store: KeySource,
-        sink: LocationSink,
+        store: ShardStore,
+        send: Callable[[LocationReport], bool],
         shard_id: str,
         node_id: str,
         interval_s: float = REPORT_INTERVAL_S,
     ) -> None:
-        self._store, self._sink = store, sink
+        self._store, self._send = store, send
         self._shard_id, self._node_id = shard_id, node_id
         self._interval_s = interval_s
         self._unsent: Deltas | None = None
@@ -111,26 +75,24 @@ class LocationReporter:
         """Send one message of changes, or everything; whether there are more."""
         # A message whose answer was lost is sent again: a resync of a large shard is dear.
         deltas = self._unsent = self._unsent or self._store.drain_deltas()
-        who = (self._shard_id, self._node_id, deltas.epoch)
-        if not deltas.resync and self._sink.report_shard(
-            *who, deltas.seq, deltas.added, deltas.removed
-        ):
+        report = LocationReport(self._shard_id, self._node_id, *deltas[:4])
+        if not deltas.resync and self._send(report):
             self._unsent = None
             return deltas.more
         # Keys that change from here on are in the next deltas, too; applying them twice is right.
         keys = self._store.keys()
-        if not self._sink.begin_resync(*who, deltas.seq):
-            logger.warning(
-                "%s: the coordinator follows no more shards; other nodes cannot use its blocks",
-                self._shard_id,
-            )
-            self._unsent = None
-            return False
-        for start in range(0, max(1, len(keys)), _KEYS_PER_MESSAGE):
-            part = keys[start : start + _KEYS_PER_MESSAGE]
+        for part, start in enumerate(range(0, max(1, len(keys)), _KEYS_PER_MESSAGE)):
+            some = keys[start : start + _KEYS_PER_MESSAGE]
             last = start + _KEYS_PER_MESSAGE >= len(keys)
-            if not self._sink.add_keys(self._shard_id, deltas.epoch, part, last):
-                return False
+            if self._send(report._replace(added=some, removed=(), part=part, last=last)):
+                continue
+            if part == 0:
+                logger.warning(
+                    "%s: the coordinator follows no more shards; other nodes cannot use its blocks",
+                    self._shard_id,
+                )
+                self._unsent = None
+            return False
         self._unsent = None
         return deltas.more
 

@@ -13,7 +13,7 @@ from typing import Any
 import ray
 
 from litecache.actors.calls import result
-from litecache.actors.coordinator_client import CoordinatorClient
+from litecache.actors.coordinator import CoordinatorClient
 from litecache.actors.naming import NAMESPACE
 from litecache.errors import GroupUnavailableError, LiteCacheError
 from litecache.hashing import BlockKey

@@ -19,7 +19,7 @@ from typing import Any
 
 import ray
 
-from litecache.actors.coordinator_client import CoordinatorClient
+from litecache.actors.coordinator import CoordinatorClient
 from litecache.actors.location_reporter import LocationReporter
 from litecache.actors.metrics_export import MetricsExporter
 from litecache.actors.naming import shard_name
@@ -89,8 +89,8 @@ class StorageShard:
         gc.freeze()  # millions of keys would be looked through again and again
 
     def _make_reporter(self) -> LocationReporter:
-        sink = CoordinatorClient(self._group)
-        return LocationReporter(self._open_store, sink, self._shard_id, self._node_id)
+        send = CoordinatorClient(self._group).report_shard
+        return LocationReporter(self._open_store, send, self._shard_id, self._node_id)
 
     def _open_door(self, epoch: int) -> SocketServer | None:
         """Where clients of this machine are served without Ray; without it they use `call`."""

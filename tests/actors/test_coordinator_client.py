@@ -9,8 +9,7 @@ import time
 import pytest
 import ray
 
-from litecache.actors.coordinator import Coordinator
-from litecache.actors.coordinator_client import CoordinatorClient
+from litecache.actors.coordinator import Coordinator, CoordinatorClient
 from litecache.actors.naming import NAMESPACE, coordinator_name
 from litecache.errors import GroupUnavailableError, LiteCacheError, RequestTimeout
 
@@ -22,7 +21,7 @@ def test_a_hung_coordinator_costs_one_deadline_for_any_number_of_rows(ray_local:
     options = {"name": name, "namespace": NAMESPACE, "num_cpus": 0}
     handle = ray.remote(Coordinator).options(**options).remote("hung", {})
     driver, replica = CoordinatorClient("hung", 2.0), CoordinatorClient("hung", 2.0)
-    replica.report_replica(0, "node", 0)
+    replica.call("report_replica", 0, "node", 0)
     assert driver.route(KEYS) == 0
     pid = ray.get(handle.info.remote())["pid"]
     os.kill(pid, signal.SIGSTOP)
@@ -38,14 +37,14 @@ def test_a_hung_coordinator_costs_one_deadline_for_any_number_of_rows(ray_local:
                 replica.locate(KEYS, "node")
         assert time.monotonic() - began < 30
         with pytest.raises(RequestTimeout):
-            replica.report_replica(0, "node", 0)
+            replica.call("report_replica", 0, "node", 0)
     finally:
         os.kill(pid, signal.SIGCONT)
     # a report that gets through says that it is back
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
         try:
-            replica.report_replica(0, "node", 0)
+            replica.call("report_replica", 0, "node", 0)
             break
         except LiteCacheError:
             continue

@@ -1,11 +1,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import pytest
 
-from litecache.actors.location_map import LocationMap
+from litecache.actors.location_map import LocationMap, LocationReport
 from litecache.actors.location_reporter import LocationReporter
 from litecache.errors import GroupUnavailableError
 from litecache.storage.client import LocalShardClient
@@ -27,30 +27,12 @@ class FlakyMap:
     def restart(self) -> None:
         self.located = LocationMap()
 
-    def report_shard(
-        self,
-        shard_id: str,
-        node_id: str,
-        epoch: int,
-        seq: int,
-        added: Sequence[bytes],
-        removed: Sequence[bytes],
-    ) -> bool:
+    def report(self, report: LocationReport) -> bool:
         self._reach()
-        applied = self.located.apply(shard_id, node_id, epoch, seq, added, removed)
+        self.resyncs += report.part == 0
+        taken = self.located.report(LocationReport.unpacked(*report.packed()))
         self._tell()
-        return applied
-
-    def begin_resync(self, shard_id: str, node_id: str, epoch: int, seq: int) -> bool:
-        self._reach()
-        self.resyncs += 1
-        return self.located.begin_resync(shard_id, node_id, epoch, seq)
-
-    def add_keys(self, shard_id: str, epoch: int, keys: Sequence[bytes], last: bool) -> bool:
-        self._reach()
-        applied = self.located.add_keys(shard_id, epoch, keys, last)
-        self._tell()
-        return applied
+        return taken
 
     def wait_for(self, keys: set[bytes]) -> None:
         with self.changed:
@@ -85,7 +67,7 @@ def put(store: ShardStore, *numbers: int) -> set[bytes]:
 def test_the_map_follows_a_shard(store: ShardStore) -> None:
     sink = FlakyMap()
     keys = put(store, 1, 2)
-    reporter = LocationReporter(store, sink, "s", "n", interval_s=60)
+    reporter = LocationReporter(store, sink.report, "s", "n", interval_s=60)
     try:
         sink.wait_for(keys)
         keys |= put(store, 3)
@@ -102,7 +84,7 @@ def test_the_map_follows_a_shard(store: ShardStore) -> None:
 def test_a_restarted_coordinator_is_filled_again(store: ShardStore) -> None:
     sink = FlakyMap()
     keys = put(store, 1, 2)
-    reporter = LocationReporter(store, sink, "s", "n", interval_s=0.02)
+    reporter = LocationReporter(store, sink.report, "s", "n", interval_s=0.02)
     try:
         sink.wait_for(keys)
         sink.restart()
@@ -114,7 +96,7 @@ def test_a_restarted_coordinator_is_filled_again(store: ShardStore) -> None:
 def test_changes_while_the_coordinator_is_out_of_reach_are_not_lost(store: ShardStore) -> None:
     sink = FlakyMap()
     keys = put(store, 1)
-    reporter = LocationReporter(store, sink, "s", "n", interval_s=0.02)
+    reporter = LocationReporter(store, sink.report, "s", "n", interval_s=0.02)
     try:
         sink.wait_for(keys)
         sink.out_of_reach = True

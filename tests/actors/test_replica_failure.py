@@ -11,7 +11,7 @@ import ray
 from test_group import make_spec
 
 from litecache.actors.calls import ActorEndedError, result
-from litecache.actors.coordinator_client import CoordinatorClient
+from litecache.actors.coordinator import CoordinatorClient
 from litecache.actors.gpu_cache import MAX_RESTARTS
 from litecache.actors.group import Group
 from litecache.adapter.pending import PendingRequest
@@ -68,10 +68,10 @@ def test_an_engine_that_dies_is_replaced_until_that_has_not_helped(ray_local: No
         first = ray.get(replica.where.remote())
         break_engine(replica)
         second = wait_for(replica, first["pid"])
-        (reason,) = coordinator.failures(0)
+        (reason,) = coordinator.call("failures", 0)
         assert reason.startswith("AttributeError: 'NoneType' object has no attribute")
         for number in range(MAX_RESTARTS - 1):
-            coordinator.report_failure(0, f"failure {number}")
+            coordinator.call("report_failure", 0, f"failure {number}")
         break_engine(replica)
         with pytest.raises(ActorEndedError, match=r"has left its group: .* 4 times .* 'NoneType'"):
             wait_for(replica, second["pid"])
@@ -99,7 +99,7 @@ def test_what_a_replica_that_left_was_doing_goes_on_with_the_others(ray_local: N
         for index, replica in enumerate(group.replicas):
             slow_down(replica)
             for number in range(MAX_RESTARTS):
-                group.coordinator.report_failure(index, f"failure {number}")
+                group.coordinator.call("report_failure", index, f"failure {number}")
         disturbed = begin("disturbed")
         next(disturbed.stream())
         (running,) = (i for i, poller in enumerate(replicas.pollers) if poller.load)

@@ -84,7 +84,7 @@ def test_a_replica_that_fails_again_and_again_leaves_the_group_with_the_reason(
     with KVCacheAdapter(tiny_llama, cache_config=config, num_threads=1) as llm:
         check_the_stream_goes_on(llm, end_the_thread, seed=3)
         for number in (1, 2):
-            llm.group.coordinator.report_failure(0, f"earlier {number}")
+            llm.group.coordinator.call("report_failure", 0, f"earlier {number}")
         stream = llm.stream(input_ids=prompt(50, 4), as_tokens=True, **SETTINGS)
         next(stream)
         result(llm.group.replicas[0].__ray_call__.remote(end_the_thread), 30)
