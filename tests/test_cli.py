@@ -21,7 +21,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from litecache.actors.group_start import actor_names
+from litecache.actors.group import actor_names
 from litecache.adapter.doctor import group_findings
 from litecache.adapter.stats import CacheStats
 from litecache.cli import app, main

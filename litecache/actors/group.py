@@ -1,19 +1,24 @@
 """A group of actors: started as a whole or not at all, joined, stopped, looked at.
 
-Whoever creates the coordinator starts the rest (`group_start.py`), everyone else joins after
-comparing settings. Whatever fails in a start, nothing that was started stays.
+The coordinator's name is the group's lock: whoever creates that actor starts the rest, everyone
+else joins after comparing settings. Order of a start: coordinator, replicas (which only then have a
+node), the shards of those nodes, and last the models, so that everything that can be refused
+quickly is refused before the slow part. Whatever fails in a start, nothing that was started stays.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from litecache.actors import storage_shard
 from litecache.actors.calls import (
     UNREACHABLE,
     ActorEndedError,
@@ -23,15 +28,16 @@ from litecache.actors.calls import (
     silent_among,
 )
 from litecache.actors.cluster import RayConnection
-from litecache.actors.coordinator import CoordinatorClient
-from litecache.actors.group_spec import GroupSpec, check_same
-from litecache.actors.group_start import (
-    PLACE_TIMEOUT_S,
-    STOP_TIMEOUT_S,
-    GroupStart,
-    actor_names,
-    end_actors,
-    wait_loaded,
+from litecache.actors.coordinator import Coordinator, CoordinatorClient
+from litecache.actors.gpu_cache import GpuCache
+from litecache.actors.group_spec import (
+    GroupSpec,
+    check_actor_options,
+    check_memory,
+    check_same,
+    check_shares,
+    node_ranks,
+    shard_options,
 )
 from litecache.actors.naming import (
     CALL_TIMEOUT_S,
@@ -39,20 +45,24 @@ from litecache.actors.naming import (
     check_group_name,
     coordinator_name,
     replica_name,
+    shard_name,
 )
-from litecache.actors.placement import (
-    check_actor_options,
-    check_memory,
-    check_shares,
-)
-from litecache.errors import GroupUnavailableError, LiteCacheError
+from litecache.actors.storage_shard import StorageShard
+from litecache.errors import GroupError, GroupUnavailableError, LiteCacheError, RequestTimeout
 from litecache.hashing import BlockKey
 
 logger = logging.getLogger(__name__)
 
 LOAD_TIMEOUT_S = 900.0
+PLACE_TIMEOUT_S = 60.0
+STOP_TIMEOUT_S = 30.0
 # The engine answers between two steps, and a long prefill on a CPU is one step of seconds.
 STATUS_TIMEOUT_S = 15.0
+
+_COORDINATOR_OPTIONS: dict[str, Any] = {"num_cpus": 0}
+_SHARD_OPTIONS: dict[str, Any] = {"num_cpus": 0, "max_concurrency": 8}
+# Ray takes these with the class only, not with `.options`.
+_CLASS_OPTIONS: dict[type, dict[str, Any]] = {StorageShard: {"concurrency_groups": {"bulk": 4}}}
 
 
 class Group:
@@ -68,21 +78,14 @@ class Group:
         info: `EngineInfo` of the model.
     """
 
-    def __init__(
-        self,
-        spec: GroupSpec,
-        coordinator_handle: Any,
-        replicas: list[Any],
-        shards: dict[str, Any],
-        info: Any,
-    ) -> None:
+    def __init__(self, spec: GroupSpec) -> None:
         self.spec = spec
         self.connection = RayConnection.current()
-        self.coordinator_handle = coordinator_handle
         self.coordinator = CoordinatorClient(spec.group)
-        self.replicas = replicas
-        self.shards = shards
-        self.info = info
+        self.coordinator_handle: Any = None
+        self.replicas: list[Any] = []
+        self.shards: dict[str, Any] = {}
+        self.info: Any = None
 
     @classmethod
     def start(
@@ -109,15 +112,84 @@ class Group:
         options = check_actor_options(actor_options)
         check_shares(spec)
         check_memory(spec)
-        starter = GroupStart(spec, detached, options)
+        group = cls(spec)
+        lifetime = "detached" if detached else None
+        common = {"namespace": NAMESPACE, "max_restarts": -1, "lifetime": lifetime}
+        create = functools.partial(_create, common, options)
         try:
-            starter.place()
-            starter.start_shards()
-            info = starter.load(load_timeout_s)
+            group._start_shards(group._place(create), create)
+            begun = [replica.begin.remote() for replica in group.replicas]
+            result(begun, PLACE_TIMEOUT_S, "beginning to load")
+            group.info = wait_loaded(group.replicas, time.monotonic() + load_timeout_s)
         except BaseException:
-            starter.undo()
+            group._undo()
             raise
-        return cls(spec, starter.coordinator, starter.replicas, starter.shards, info)
+        return group
+
+    def _place(self, create: Callable[..., Any]) -> list[str]:
+        """Create the coordinator and the replicas; the nodes that they are on."""
+        spec = self.spec
+        try:
+            self.coordinator_handle = create(
+                Coordinator, coordinator_name(spec.group), "coordinator", _COORDINATOR_OPTIONS
+            ).remote(spec.group, spec.describe())
+        except ValueError as error:
+            if coordinator_name(spec.group) not in actor_names(spec.group):
+                raise GroupError(f"the coordinator cannot be made: {error}") from error
+            raise GroupError(f"a group {spec.group!r} is there already: join it") from error
+        resources: dict[str, Any] = {"num_cpus": 1} if not spec.num_gpus else {}
+        resources["num_gpus"] = spec.num_gpus
+        for index in range(spec.replicas):
+            if spec.replicas > 1:
+                resources["scheduling_strategy"] = "SPREAD"
+            name = replica_name(spec.group, index)
+            self.replicas.append(create(GpuCache, name, "gpu", resources).remote(spec, index))
+        try:
+            places = result(
+                [replica.where.remote() for replica in self.replicas],
+                PLACE_TIMEOUT_S,
+                f"placing {spec.replicas} GpuCache actor(s)",
+            )
+        except RequestTimeout as error:
+            free = {k: v for k, v in ray.available_resources().items() if k in ("CPU", "GPU")}
+            raise GroupUnavailableError(
+                f"{error}: each needs {resources}, free in the cluster: {free}"
+            ) from error
+        return sorted({place["node_id"] for place in places})
+
+    def _start_shards(self, nodes: list[str], create: Callable[..., Any]) -> None:
+        """Create the shards of these nodes and wait until their stores are open."""
+        spec = self.spec
+        ranks = node_ranks(nodes)
+        for node_id in nodes:
+            affinity = NodeAffinitySchedulingStrategy(node_id, soft=False)
+            for index, store_options in enumerate(
+                shard_options(spec, ranks[node_id], 1 + max(ranks.values()))
+            ):
+                name = shard_name(spec.group, node_id, index)
+                options = {**_SHARD_OPTIONS, "scheduling_strategy": affinity}
+                self.shards[name] = create(StorageShard, name, "shard", options).remote(
+                    spec.group, index, store_options, storage_shard.LOCK_PATIENCE_S
+                )
+        result(
+            [shard.info.remote() for shard in self.shards.values()],
+            PLACE_TIMEOUT_S,
+            "starting the shards",
+        )
+
+    def _undo(self) -> None:
+        """End whatever was created."""
+        if self.coordinator_handle is None:
+            return
+        # Closed rather than killed: a dying process would keep its folder locked for a moment.
+        closing = [shard.stop.remote(0.0) for shard in self.shards.values()]
+        for ref in closing:
+            with contextlib.suppress(LiteCacheError):
+                result(ref, STOP_TIMEOUT_S, "closing a shard")
+        try:
+            end_actors(self.spec.group, [*self.replicas, *self.shards.values()])
+        except LiteCacheError as error:
+            logger.warning("%s", error)
 
     @classmethod
     def attach(
@@ -144,16 +216,16 @@ class Group:
         description = CoordinatorClient(group).call("describe", timeout_s=PLACE_TIMEOUT_S)
         if expected is not None:
             check_same(group, description, expected)
-        spec = GroupSpec.from_description(group, description)
+        joined = cls(GroupSpec.from_description(group, description))
         deadline = time.monotonic() + timeout_s
-        replicas = [_find(replica_name(group, i), deadline) for i in range(spec.replicas)]
-        info = wait_loaded(replicas, deadline, all_of_them=False)
-        shards = {}
-        for name in _shard_names(spec, replicas):
+        names = [replica_name(group, index) for index in range(joined.spec.replicas)]
+        joined.replicas = [_find(name, deadline) for name in names]
+        joined.info = wait_loaded(joined.replicas, deadline, all_of_them=False)
+        for name in _shard_names(joined.spec, joined.replicas):
             with contextlib.suppress(ValueError):
-                shards[name] = ray.get_actor(name, NAMESPACE)
-        coordinator = _find(coordinator_name(group), deadline)
-        return cls(spec, coordinator, replicas, shards, info)
+                joined.shards[name] = ray.get_actor(name, NAMESPACE)
+        joined.coordinator_handle = _find(coordinator_name(group), deadline)
+        return joined
 
     def flush(self, timeout_s: float = STOP_TIMEOUT_S) -> dict[str, Any]:
         """Save what is only in pools and make the shards write out what is dirty.
@@ -341,3 +413,73 @@ def _shard_names(spec: GroupSpec, replicas: list[Any]) -> list[str]:
         raise GroupUnavailableError(f"group {spec.group!r} does not answer: {error}") from error
     nodes = sorted({place["node_id"] for place in places})
     return [name for node_id in nodes for name in spec.shard_names(node_id)]
+
+
+def _create(
+    common: dict[str, Any],
+    chosen: dict[str, dict[str, Any]],
+    kind: type,
+    name: str,
+    options_of: str,
+    defaults: dict[str, Any],
+) -> Any:
+    """A class of actors with its options: those of the user go before `defaults`."""
+    options = {**common, **defaults, **chosen.get(options_of, {}), "name": name}
+    class_options = _CLASS_OPTIONS.get(kind)
+    actor_class = ray.remote(**class_options)(kind) if class_options else ray.remote(kind)
+    return actor_class.options(**options)
+
+
+def wait_loaded(replicas: list[Any], deadline: float, *, all_of_them: bool = True) -> Any:
+    """The `EngineInfo` of the replicas, once they have loaded the model.
+
+    Args:
+        replicas: their handles.
+        deadline: by the monotonic clock.
+        all_of_them: False passes over those that have left the group, while one is there.
+    """
+    infos = []
+    for asked in [replica.info.remote() for replica in replicas]:
+        try:
+            infos.append(result(asked, max(1.0, deadline - time.monotonic()), "loading the model"))
+        except ActorEndedError as error:
+            left = error
+            if all_of_them:
+                raise
+    if not infos:
+        raise left
+    return infos[0]
+
+
+def end_actors(group: str, handles: list[Any], silent: Collection[str] = ()) -> None:
+    """Kill actors of a group, the coordinator last, and wait until their names are free.
+
+    Args:
+        group: its name.
+        handles: all but the coordinator.
+        silent: names of actors that answer nothing. Ray ends a stopped process when it runs on,
+            or by itself after a while: they are not waited for.
+
+    Raises:
+        GroupError: another actor is still there after the deadline.
+    """
+    for handle in handles:
+        ray.kill(handle, no_restart=True)
+    with contextlib.suppress(ValueError):
+        ray.kill(ray.get_actor(coordinator_name(group), NAMESPACE), no_restart=True)
+    deadline = time.monotonic() + STOP_TIMEOUT_S
+    while left := set(actor_names(group)).difference(silent):
+        if time.monotonic() > deadline:
+            raise GroupError(f"still there after {STOP_TIMEOUT_S:g} s: {', '.join(sorted(left))}")
+        time.sleep(0.02)
+
+
+def actor_names(group: str) -> list[str]:
+    """Names of the group's actors that are alive or starting."""
+    named = ray.util.list_named_actors(all_namespaces=True)
+    prefix = f"litecache:{group}:"
+    return sorted(
+        actor["name"]
+        for actor in named
+        if actor["namespace"] == NAMESPACE and actor["name"].startswith(prefix)
+    )

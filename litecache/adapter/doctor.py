@@ -98,7 +98,7 @@ def _devices() -> Iterator[Finding]:
 
 
 def _memory() -> Iterator[Finding]:
-    from litecache.actors.placement import MEMORY_SHARE
+    from litecache.actors.group_spec import MEMORY_SHARE
     from litecache.machine_memory import memory_limit_bytes
 
     limit = memory_limit_bytes()

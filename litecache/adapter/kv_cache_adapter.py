@@ -20,9 +20,8 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 from litecache.actors.cluster import open_ray, refuse_inherited_ray
 from litecache.actors.group import Group, exists
-from litecache.actors.group_spec import GroupSpec
+from litecache.actors.group_spec import GroupSpec, check_actor_options, choose_num_gpus
 from litecache.actors.naming import DEFAULT_GROUP, check_group_name
-from litecache.actors.placement import check_actor_options, choose_num_gpus
 from litecache.adapter.generation import GenerationSettings, draw_seed, translate
 from litecache.adapter.pending import PendingRequest, ReuseReport, StopStrings, aborting
 from litecache.adapter.prompts import (

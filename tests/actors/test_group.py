@@ -12,12 +12,17 @@ from typing import Any
 import pytest
 import ray
 
-from litecache.actors import group_start, storage_shard
-from litecache.actors.group import Group, exists, list_groups
-from litecache.actors.group_spec import GroupSpec, digest
-from litecache.actors.group_start import actor_names
+from litecache.actors import group as group_module
+from litecache.actors import storage_shard
+from litecache.actors.group import Group, actor_names, exists, list_groups
+from litecache.actors.group_spec import (
+    GroupSpec,
+    check_actor_options,
+    digest,
+    node_ranks,
+    shard_options,
+)
 from litecache.actors.metrics_export import MetricsExporter
-from litecache.actors.placement import check_actor_options, node_ranks, shard_options
 from litecache.actors.storage_shard import StorageShard
 from litecache.config import CacheConfig
 from litecache.engine.loading.model_source import ModelSource
@@ -247,7 +252,7 @@ def test_too_much_memory_is_refused_before_anything_starts(ray_local: None) -> N
 def test_a_place_that_does_not_exist_is_told_with_what_is_free(
     ray_local: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(group_start, "PLACE_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(group_module, "PLACE_TIMEOUT_S", 0.5)
     with pytest.raises(GroupUnavailableError, match=r"num_cpus.*free in the cluster.*CPU"):
         Group.start(make_spec("refused"), actor_options={"gpu": {"num_cpus": 1000}})
     assert actor_names("refused") == []

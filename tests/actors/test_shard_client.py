@@ -17,8 +17,8 @@ import ray
 from litecache.actors.calls import result
 from litecache.actors.shard_client import RayShardClient
 from litecache.actors.storage_shard import StorageShard
-from litecache.engine.transfer.shard_set import ShardSet
 from litecache.actors.stub import Stub
+from litecache.engine.transfer.shard_set import ShardSet
 from litecache.errors import StorageError, StorageLockedError
 from litecache.metrics import Metrics
 from litecache.storage import wire
