@@ -26,15 +26,14 @@ import ray
 import litecache
 from litecache import threads
 from litecache.actors import gpu_cache
+from litecache.actors.attached_shards import AttachedShards
 from litecache.actors.gpu_cache import GpuCache
 from litecache.actors.group import Group
 from litecache.actors.group_spec import GroupSpec
-from litecache.actors.location_map import LocationMap
-from litecache.actors.location_reporter import LocationReporter
+from litecache.actors.locations import LocationMap, LocationReporter
 from litecache.actors.metrics_export import MetricsExporter
 from litecache.actors.ray_engine import RayEngine
 from litecache.actors.shard_client import RayShardClient
-from litecache.actors.shard_watch import ShardWatch
 from litecache.actors.storage_shard import StorageShard
 from litecache.adapter.pending import PendingRequest
 from litecache.adapter.replicas import ReplicaSet
@@ -142,6 +141,22 @@ def test_a_store_goes_on(faults: dict[str, int], tmp_path: Path) -> None:
     assert {"io-", "keeper", "reaper"} <= faults.keys()
 
 
+def test_a_shard_of_an_earlier_setting_waits_for_the_next_start(
+    faults: dict[str, int], tmp_path: Path
+) -> None:
+    sizes = {"storage_bytes": 16 << 20, "ram_bytes": 4 << 20}
+    with ShardStore(str(tmp_path / "shard-1"), **sizes) as store:
+        client = LocalShardClient(store)
+        put(client, KEYS)
+        assert store.flush(60.0).complete
+        client.close()
+    with ShardStore(str(tmp_path / "shard-0"), shards=1, **sizes) as store:
+        until(lambda: "retired" in faults)
+    with ShardStore(str(tmp_path / "shard-0"), shards=1, **sizes) as store:
+        until(lambda: not (tmp_path / "shard-1").exists())
+        assert all(store.query(KEYS))
+
+
 def test_a_cache_service_goes_on(faults: dict[str, int], tmp_path: Path) -> None:
     kv = np.random.default_rng(0).integers(0, 256, (128, 4096), dtype=np.uint8)
     cache = LocalCacheService(str(tmp_path / "c"), 64 << 20, 1, kv, 2)
@@ -175,7 +190,7 @@ def test_a_lost_shard_is_attached_again_all_the_same(faults: dict[str, int]) -> 
             lost.append(on_lost)
             return LocalShardClient(store, name)
 
-        watch = ShardWatch(["a"], connect)
+        watch = AttachedShards(["a"], connect)
         changes: queue.Queue[list[Any]] = queue.Queue()
         watch.watch(changes.put)
         lost[0]()

@@ -22,7 +22,7 @@ from typing import Any
 import ray
 
 from litecache.actors.calls import UNREACHABLE, result
-from litecache.actors.location_map import LocationMap, LocationReport, pack_keys, unpack_keys
+from litecache.actors.locations import LocationMap, LocationReport, pack_keys, unpack_keys
 from litecache.actors.naming import CALL_TIMEOUT_S, NAMESPACE, coordinator_name
 from litecache.actors.router import Router
 from litecache.errors import GroupUnavailableError

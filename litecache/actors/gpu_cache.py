@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
+from litecache.actors.attached_shards import AttachedShards
 from litecache.actors.calls import ReplicaLeftError, was_restarted
 from litecache.actors.coordinator import CoordinatorClient
 from litecache.actors.group_spec import GroupSpec
@@ -33,7 +34,6 @@ from litecache.actors.outbox import Outbox
 from litecache.actors.remote_source import CoordinatedSource
 from litecache.actors.router import FAILURE_WINDOW_S
 from litecache.actors.shard_client import RayShardClient
-from litecache.actors.shard_watch import ShardWatch
 from litecache.checks import check_integer, check_real
 from litecache.engine.request_checks import check_text
 from litecache.errors import ConfigError, GroupError, GroupUnavailableError, LiteCacheError, shorten
@@ -85,7 +85,7 @@ class GpuCache:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._outbox: Outbox | None = None
         self._door: AsyncSocketServer | None = None
-        self._shards: ShardWatch | None = None
+        self._shards: AttachedShards | None = None
         self._stopped = threading.Event()
         # The engine's thread and the event loop take turns: with Python's 5 ms between them, a
         # step would wait that long behind a driver's message.
@@ -327,7 +327,7 @@ class GpuCache:
             config = dataclasses.replace(config, device="cuda")
         if not spec.num_gpus and config.device is None:
             config = dataclasses.replace(config, device="cpu")
-        self._shards = ShardWatch(spec.shard_names(self._node_id), self._connect)
+        self._shards = AttachedShards(spec.shard_names(self._node_id), self._connect)
         engine = Engine(
             spec.source,
             config,

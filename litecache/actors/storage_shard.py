@@ -20,7 +20,7 @@ from typing import Any
 import ray
 
 from litecache.actors.coordinator import CoordinatorClient
-from litecache.actors.location_reporter import LocationReporter
+from litecache.actors.locations import LocationReporter
 from litecache.actors.metrics_export import MetricsExporter
 from litecache.actors.naming import shard_name
 from litecache.errors import LiteCacheError, StorageFullError, StorageLockedError

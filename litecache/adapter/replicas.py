@@ -26,8 +26,7 @@ from litecache.actors.naming import (
     STREAM_GAP_S,
     replica_name,
 )
-from litecache.actors.replica_stub import ReplicaStub
-from litecache.actors.stub import Answer
+from litecache.actors.stub import Answer, ReplicaStub
 from litecache.adapter.pending import PendingRequest
 from litecache.errors import GroupUnavailableError, LiteCacheError
 from litecache.hashing import chain_keys

@@ -154,7 +154,7 @@ def _grow_shard(sizes: Sequence[int]) -> None:
 
 
 def _grow_coordinator(sizes: Sequence[int]) -> None:
-    from litecache.actors.location_map import LocationMap
+    from litecache.actors.locations import LocationMap
 
     located = LocationMap()
     located.begin_resync("a", "n", 1, 0)

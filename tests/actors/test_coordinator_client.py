@@ -20,10 +20,10 @@ def test_a_hung_coordinator_costs_one_deadline_for_any_number_of_rows(ray_local:
     name = coordinator_name("hung")
     options = {"name": name, "namespace": NAMESPACE, "num_cpus": 0}
     handle = ray.remote(Coordinator).options(**options).remote("hung", {})
+    pid = ray.get(handle.info.remote())["pid"]
     driver, replica = CoordinatorClient("hung", 2.0), CoordinatorClient("hung", 2.0)
     replica.call("report_replica", 0, "node", 0)
     assert driver.route(KEYS) == 0
-    pid = ray.get(handle.info.remote())["pid"]
     os.kill(pid, signal.SIGSTOP)
     try:
         began = time.monotonic()

@@ -6,7 +6,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from litecache.actors.location_map import MAX_SHARDS, LocationMap, pack_keys, unpack_keys
+from litecache.actors.locations import MAX_SHARDS, LocationMap, pack_keys, unpack_keys
 from litecache.storage.key_dict import BATCH_KEYS
 
 KEYS = [bytes([i]) * 16 for i in range(12)]

@@ -5,8 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from litecache.actors.location_map import LocationMap, LocationReport
-from litecache.actors.location_reporter import LocationReporter
+from litecache.actors.locations import LocationMap, LocationReport, LocationReporter
 from litecache.errors import GroupUnavailableError
 from litecache.storage.client import LocalShardClient
 from litecache.storage.protocol import CommitItem

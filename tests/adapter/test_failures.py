@@ -150,16 +150,15 @@ def test_a_driver_that_was_suspended_and_given_up_gets_the_same_tokens(
     ids = prompt(46, seed=7)
     expected = list(llm.stream(input_ids=ids, as_tokens=True, max_new_tokens=300, **SETTINGS))
     (poller,) = llm._replicas.pollers
-    receive, suspended = poller._receive, []
+    take, suspended = poller._take, []
 
-    def sleep_once(ref: Any) -> PollReply:
-        reply = receive(ref)
+    def sleep_once(reply: PollReply) -> None:
         if len(poller._open) == 1 and not suspended:
             suspended.append(True)
             time.sleep(HEARTBEAT_TIMEOUT_S + 2)
-        return reply
+        take(reply)
 
-    monkeypatch.setattr(poller, "_receive", sleep_once)
+    monkeypatch.setattr(poller, "_take", sleep_once)
     stream = llm.stream(input_ids=ids, as_tokens=True, max_new_tokens=300, **SETTINGS)
     assert list(stream) == expected
     assert suspended

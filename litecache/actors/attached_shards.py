@@ -1,7 +1,7 @@
-"""The shards of a replica's node, kept attached.
+"""Shards of this node, kept attached.
 
-Attaches to all at the start; when one is lost it is attached again as soon as it is back, and the
-engine is given the new list. A shard that never comes costs misses, nothing else.
+Attaches to all at the start; when one is lost it is attached again as soon as it is back. A
+shard that never comes costs misses, nothing else.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Connect(Protocol):
         ...
 
 
-class ShardWatch:
+class AttachedShards:
     """Clients by name, re-attached by a thread that sleeps while all are there.
 
     Args:
@@ -53,8 +53,15 @@ class ShardWatch:
         with self._condition:
             return [self._clients[name] for name in self._names if name in self._clients]
 
-    def watch(self, changed: Callable[[list[ShardClient]], None]) -> None:
-        """From now on call `changed` with the clients whenever one has come back."""
+    def client(self, name: str) -> ShardClient | None:
+        """One shard, if it is attached now. A lost client is dropped, not closed: other threads
+        may still copy from its mapping.
+        """
+        client = self._clients.get(name)
+        return None if client is None or client.lost else client
+
+    def watch(self, changed: Callable[[list[ShardClient]], None] | None = None) -> None:
+        """From now on attach again what is lost, and call `changed` with the clients then."""
         self._changed = changed
         self._thread = start_service(self._watch, "shard-watch")
 

@@ -4,21 +4,37 @@ The coordinator's only big state, and a soft one: wrong entries cost a miss, nev
 Each key takes its place in a `KeyDict` and a set of shards, one number for all keys that the same
 shards hold. Every call does bounded work: what a shard held is forgotten by giving it another bit,
 and its old bit leaves the sets a few thousand keys at a time, with the calls that follow.
+
+A shard reports from a thread that sleeps until keys change or the next heartbeat is due. Messages
+carry its epoch and a sequence number; when the coordinator does not know what came before (it
+restarted, a message was lost) everything is sent again. Without a coordinator nothing else stops.
 """
 
 from __future__ import annotations
 
+import logging
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from litecache.actors.naming import MEMBER_TIMEOUT_S
+from litecache.actors.naming import MEMBER_TIMEOUT_S, REPORT_INTERVAL_S
+from litecache.errors import LiteCacheError
 from litecache.hashing import BlockKey
 from litecache.storage.key_dict import BATCH_KEYS, KeyDict, split_keys
+from litecache.storage.protocol import Deltas
+from litecache.threads import start_service
+
+if TYPE_CHECKING:
+    from litecache.storage.shard_store import ShardStore
 
 MAX_SHARDS = 64
+# Changes are collected for this long: one message per burst of commits.
+_COLLECT_S = 0.05
+
+logger = logging.getLogger(__name__)
 
 
 def pack_keys(keys: Iterable[BlockKey]) -> bytes:
@@ -295,3 +311,84 @@ class LocationMap:
                 part[key] = sets.setdefault(left, left)
             elif holders:
                 del part[key]
+
+
+class LocationReporter:
+    """Reports one shard from a thread of its own.
+
+    Args:
+        store: what to report.
+        send: tells the coordinator; see `LocationMap.report`.
+        shard_id, node_id: who and where the shard is.
+        interval_s: heartbeat.
+    """
+
+    def __init__(
+        self,
+        store: ShardStore,
+        send: Callable[[LocationReport], bool],
+        shard_id: str,
+        node_id: str,
+        interval_s: float = REPORT_INTERVAL_S,
+    ) -> None:
+        self._store, self._send = store, send
+        self._shard_id, self._node_id = shard_id, node_id
+        self._interval_s = interval_s
+        self._unsent: Deltas | None = None
+        self._changed = threading.Event()
+        self._stopped = threading.Event()
+        self._thread = start_service(self._run, "location-report")
+
+    def notify(self) -> None:
+        """Keys may have changed: report soon."""
+        self._changed.set()
+
+    def close(self) -> None:
+        """Stop the thread."""
+        self._stopped.set()
+        self._changed.set()
+        self._thread.join()
+
+    def report(self) -> None:
+        """Send what changed, or everything where the coordinator asks for it.
+
+        Raises:
+            LiteCacheError: the coordinator does not answer; the next report repairs it.
+        """
+        while self._report_some():
+            pass
+
+    def _report_some(self) -> bool:
+        """Send one message of changes, or everything; whether there are more."""
+        # A message whose answer was lost is sent again: a resync of a large shard is dear.
+        deltas = self._unsent = self._unsent or self._store.drain_deltas()
+        report = LocationReport(self._shard_id, self._node_id, *deltas[:4])
+        if not deltas.resync and self._send(report):
+            self._unsent = None
+            return deltas.more
+        # Keys that change from here on are in the next deltas, too; applying them twice is right.
+        keys = self._store.keys()
+        for part, start in enumerate(range(0, max(1, len(keys)), BATCH_KEYS)):
+            some = keys[start : start + BATCH_KEYS]
+            last = start + BATCH_KEYS >= len(keys)
+            if self._send(report._replace(added=some, removed=(), part=part, last=last)):
+                continue
+            if part == 0:
+                logger.warning(
+                    "%s: the coordinator follows no more shards; other nodes cannot use its blocks",
+                    self._shard_id,
+                )
+                self._unsent = None
+            return False
+        self._unsent = None
+        return deltas.more
+
+    def _run(self) -> None:
+        while not self._stopped.is_set():
+            try:
+                self.report()
+            except LiteCacheError as error:
+                logger.info("%s: not reported: %s", self._shard_id, error)
+            if self._changed.wait(self._interval_s):
+                self._stopped.wait(_COLLECT_S)
+                self._changed.clear()

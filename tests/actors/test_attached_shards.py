@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from litecache.actors.shard_watch import ShardWatch
+from litecache.actors.attached_shards import AttachedShards
 from litecache.errors import GroupUnavailableError
 from litecache.storage.client import LocalShardClient, ShardClient
 from litecache.storage.shard_store import ShardStore
@@ -37,7 +37,7 @@ def names(clients: list[ShardClient]) -> list[str]:
 
 
 def test_a_shard_that_was_lost_is_attached_again(shards: Shards) -> None:
-    watch = ShardWatch(["a", "b"], shards.connect)
+    watch = AttachedShards(["a", "b"], shards.connect)
     changes: queue.Queue[list[ShardClient]] = queue.Queue()
     watch.watch(changes.put)
     try:
@@ -54,7 +54,7 @@ def test_a_shard_that_was_lost_is_attached_again(shards: Shards) -> None:
 
 def test_a_shard_that_is_missing_at_the_start_joins_when_it_comes(shards: Shards) -> None:
     shards.gone.add("b")
-    watch = ShardWatch(["a", "b"], shards.connect)
+    watch = AttachedShards(["a", "b"], shards.connect)
     changes: queue.Queue[list[ShardClient]] = queue.Queue()
     watch.watch(changes.put)
     try:
