@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import OrderedDict
 
 from ..errors import ConfigError
 from ..hashing import BlockKey
@@ -50,7 +51,8 @@ class AdmitReused(Admission):
     """Write on second sight, while the first is among the last 200,000."""
 
     def __init__(self) -> None:
-        self._seen: dict[bytes, None] = {}
+        # a plain dict would take longer and longer to find its first key
+        self._seen: OrderedDict[BlockKey, None] = OrderedDict()
 
     def first(self, key: BlockKey) -> bool:
         """Yes when it was seen before it left RAM."""
@@ -59,7 +61,7 @@ class AdmitReused(Admission):
             return True
         self._seen[key] = None
         if len(self._seen) > _REMEMBERED:
-            del self._seen[next(iter(self._seen))]
+            self._seen.popitem(last=False)
         return False
 
     def again(self, key: BlockKey) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from storage_help import key_of, puts
 
 from litecache.errors import ConfigError
-from litecache.storage import eviction
+from litecache.storage import admission, eviction
 from litecache.storage.block_index import BlockIndex
 from litecache.storage.eviction import get_policy, register
 from litecache.storage.eviction.lru import Lru
@@ -357,3 +358,18 @@ def test_policies_register_by_name(monkeypatch):
     assert get_policy("mine") is Lru
     with pytest.raises(ConfigError, match="lfu, lru"):
         get_policy("none such")
+
+
+def test_remembering_what_was_seen_once_costs_the_same_when_much_is_remembered(monkeypatch):
+    def seconds(remembered):
+        monkeypatch.setattr(admission, "_REMEMBERED", remembered)
+        policy = admission.get_admission("reused")
+        keys = [n.to_bytes(16, "little") for n in range(remembered + 30_000)]
+        begun = 0.0
+        for n, key in enumerate(keys):
+            if n == remembered:
+                begun = time.thread_time()
+            assert not policy.first(key)
+        return time.thread_time() - begun
+
+    assert min(seconds(60_000) for _ in range(2)) < 8 * seconds(100)
