@@ -125,6 +125,23 @@ def _items(texts: Iterator[str], brackets: str, depth: int) -> str:
     return f"{brackets[0]}{', '.join(parts)}{brackets[1]}"
 
 
+def first_line(error: BaseException) -> str:
+    """What somebody else's exception says, on one line; its class where it says nothing."""
+    try:
+        lines = str(error).split("\n")
+    except Exception:  # an exception can be broken like any value
+        lines = []
+    said = next((line.strip() for line in lines if line.strip()), None)
+    return shorten(said) if said else type(error).__name__
+
+
+def told(error: BaseException) -> str:
+    """An exception on one line, with its class unless it is one of ours."""
+    if isinstance(error, LiteCacheError):
+        return str(error)
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
 class LiteCacheError(Exception):
     """Root of all errors raised by LiteCache.
 
@@ -224,7 +241,7 @@ def describe(error: BaseException) -> tuple[list[str], str, str | None, str | No
         is no LiteCacheError has no names, and a field that says what it was.
     """
     if not isinstance(error, LiteCacheError):
-        return [], _printable(f"{type(error).__name__}: {error}"), None, None
+        return [], _printable(told(error)), None, None
     names = [kind.__name__ for kind in type(error).__mro__ if issubclass(kind, LiteCacheError)]
     return names, error.field, error.value, error.valid
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import litecache.errors
-from litecache.errors import ConfigError, LiteCacheError, outline, shorten, shown
+from litecache.errors import ConfigError, LiteCacheError, first_line, outline, shorten, shown, told
 
 ERRORS = [
     each
@@ -144,3 +144,16 @@ def test_an_outline_of_any_value_is_short(number: int) -> None:
 
 def test_a_tensor_is_told_by_its_shape() -> None:
     assert outline(torch.zeros(2, 3)) == shown(torch.zeros(2, 3)) == "<Tensor torch.float32 [2, 3]>"
+
+
+def test_a_foreign_exception_is_told_on_one_short_line() -> None:
+    class BrokenError(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError
+
+    assert told(ValueError("a\nb")) == "ValueError: a"
+    assert told(ValueError("\n\n b \n")) == "ValueError: b"
+    assert told(KeyError()) == "KeyError: KeyError"
+    assert first_line(BrokenError()) == "BrokenError"
+    assert len(first_line(ValueError("x" * 10**6))) == 200
+    assert told(ConfigError("a", 1, "2")) == "a=1 is invalid: 2"

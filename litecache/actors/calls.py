@@ -20,7 +20,14 @@ from ray.exceptions import (
 )
 
 from litecache.actors.naming import CALL_TIMEOUT_S
-from litecache.errors import GroupError, GroupUnavailableError, LiteCacheError, RequestTimeout
+from litecache.errors import (
+    GroupError,
+    GroupUnavailableError,
+    LiteCacheError,
+    RequestTimeout,
+    first_line,
+    told,
+)
 
 # What a call can end with when the other side is dead, restarting, unreachable or slow.
 UNREACHABLE = (GroupUnavailableError, RequestTimeout)
@@ -58,11 +65,11 @@ def result(ref: Any, timeout_s: float | None = CALL_TIMEOUT_S, what: str = "a ca
     except RayTaskError as error:
         raise local_error(error, what) from error
     except ActorDiedError as error:
-        raise ActorEndedError(f"{what}: the actor has ended ({_first_line(error)})") from error
+        raise ActorEndedError(f"{what}: the actor has ended ({first_line(error)})") from error
     except RayActorError as error:
-        raise GroupUnavailableError(f"{what}: the actor is gone ({_first_line(error)})") from error
+        raise GroupUnavailableError(f"{what}: the actor is gone ({first_line(error)})") from error
     except RayError as error:
-        raise GroupError(f"{what} failed in Ray: {_first_line(error)}") from error
+        raise GroupError(f"{what} failed in Ray: {first_line(error)}") from error
 
 
 def gather(
@@ -108,7 +115,7 @@ def _done(refs: Iterable[Any], timeout_s: float) -> set[Any]:
     try:
         return set(_wait(refs, num_returns=len(refs), timeout=timeout_s)[0]) if refs else set()
     except RayError as error:
-        raise GroupError(f"waiting failed in Ray: {_first_line(error)}") from error
+        raise GroupError(f"waiting failed in Ray: {first_line(error)}") from error
 
 
 def was_restarted() -> bool:
@@ -121,14 +128,9 @@ def was_restarted() -> bool:
 
 def local_error(error: RayTaskError, what: str) -> Exception:
     """What the actor raised; anything that is no LiteCacheError is told as a GroupError."""
-    cause = getattr(error, "cause", None)
+    cause: Any = getattr(error, "cause", None)
     if isinstance(cause, LiteCacheError):
         return cause
     if isinstance(cause, RayActorError):
         return GroupUnavailableError(f"{what}: an actor behind it is gone")
-    return GroupError(f"{what} failed: {type(cause).__name__}: {cause}")
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return GroupError(f"{what} failed: {told(cause)}")

@@ -15,7 +15,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from litecache.errors import GroupError, GroupUnavailableError
+from litecache.errors import GroupError, GroupUnavailableError, first_line
 
 ANSWER_TIMEOUT_S = 5.0
 # What an HTTP/2 client says first: the preface and empty settings. A server answers with its own.
@@ -114,10 +114,9 @@ def open_ray(address: str | None = None, **options: Any) -> None:
     try:
         ray.init(address, log_to_driver=False, **options)
     except (OSError, ValueError, RuntimeError, RayError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise GroupUnavailableError(
-            f"no Ray cluster to join ({first}): start one with `ray start --head`, and export the "
-            "same RAY_AUTH_MODE and token for both"
+            f"no Ray cluster to join ({first_line(error)}): start one with `ray start --head`, "
+            "and export the same RAY_AUTH_MODE and token for both"
         ) from error
 
 

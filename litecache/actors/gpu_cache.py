@@ -36,7 +36,14 @@ from litecache.actors.router import FAILURE_WINDOW_S
 from litecache.actors.shard_client import RayShardClient
 from litecache.checks import check_integer, check_real
 from litecache.engine.request_checks import check_text
-from litecache.errors import ConfigError, GroupError, GroupUnavailableError, LiteCacheError, shorten
+from litecache.errors import (
+    ConfigError,
+    GroupError,
+    GroupUnavailableError,
+    LiteCacheError,
+    shorten,
+    told,
+)
 from litecache.metrics import Metrics
 from litecache.sockets.async_server import AsyncSocketServer, Handler
 from litecache.sockets.frames import handler_of
@@ -297,8 +304,7 @@ class GpuCache:
         if self._restarted:
             # what broke the last process broke this one's start: once more, or leave
             self._end_process(error)
-        text = f"{self._name}: {type(error).__name__}: {error}"
-        self._loading.set_exception(GroupError(text))
+        self._loading.set_exception(GroupError(f"{self._name}: {told(error)}"))
 
     def _check_failures(self) -> None:
         """Leave the group rather than start once more, when that has not helped.
@@ -378,8 +384,7 @@ class GpuCache:
         """Nothing here can go on: Ray makes a new process, and clients submit to that."""
         logger.critical("%s: its process ends: %s", self._name, error)
         with contextlib.suppress(Exception):  # it ends whether anybody hears why or not
-            reason = shorten(f"{type(error).__name__}: {error}")
-            self._coordinator.call("report_failure", self._index, reason)
+            self._coordinator.call("report_failure", self._index, shorten(told(error)))
         logging.shutdown()
         os._exit(1)
 

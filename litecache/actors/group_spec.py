@@ -20,7 +20,7 @@ import litecache
 from litecache.actors.naming import shard_name
 from litecache.config import CacheConfig
 from litecache.engine.loading.model_source import ModelSource
-from litecache.errors import CapacityError, ConfigError, GroupMismatchError, shown
+from litecache.errors import CapacityError, ConfigError, GroupMismatchError, first_line, shown
 from litecache.machine_memory import memory_limit_bytes
 from litecache.storage.namespaces import salt_digest
 
@@ -160,8 +160,7 @@ def _check_with_ray(kind: str, values: dict[str, Any]) -> None:
             valid += ", with a max_concurrency of at least 1"
             raise ValueError
     except Exception as error:  # whatever Ray makes of them
-        first = (str(error).strip().splitlines() or [""])[0]
-        valid += f" ({first})" if first else ""
+        valid += f" ({first_line(error)})"
         raise ConfigError(f"actor_options[{kind!r}]", values, valid) from error
 
 

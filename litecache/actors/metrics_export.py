@@ -12,6 +12,7 @@ import logging
 import threading
 from typing import Any
 
+from litecache.errors import told
 from litecache.metrics import Labels, Metrics
 from litecache.threads import start_service
 
@@ -64,8 +65,7 @@ class MetricsExporter:
                     # series alone; it is said once and tried again with the next export.
                     if name not in self._refused:
                         self._refused.add(name)
-                        text = f"{type(error).__name__}: {error}"
-                        logger.warning("%s is not exported: %s", name, text)
+                        logger.warning("%s is not exported: %s", name, told(error))
                     continue
                 self._exported[key] = value
                 changed += 1

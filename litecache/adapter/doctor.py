@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from litecache.adapter.stats import CacheStats
-from litecache.errors import LiteCacheError
+from litecache.errors import LiteCacheError, told
 from litecache.paths import litecache_home
 from litecache.storage.disk.folder import check_folder
 
@@ -65,7 +65,7 @@ def examine(storage_dir: str | None = None) -> list[Finding]:
             findings.extend(check())
         except Exception as error:  # a doctor reports, whatever it meets
             name = getattr(check, "__name__", "check").strip("_")
-            findings.append(Finding(name, "bad", f"{type(error).__name__}: {error}"))
+            findings.append(Finding(name, "bad", told(error)))
     return findings
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from litecache.engine.loading.fingerprint import file_digest
-from litecache.errors import ConfigError, LiteCacheError, ModelNotSupportedError
+from litecache.errors import ConfigError, LiteCacheError, ModelNotSupportedError, told
 from litecache.paths import models_folder
 
 logger = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ def _convert(source: Path, folder: Path, progress: bool) -> None:
                 dtype="float32",
             )
         except Exception as error:  # transformers raises whatever its parsers trip over
-            reason = f"a GGUF file that transformers can read ({type(error).__name__}: {error})"
+            reason = f"a GGUF file that transformers can read ({told(error)})"
             raise ModelNotSupportedError("model", str(source), reason) from error
         advance(_TENSORS_UNTIL, "writing the weights")
         model.save_pretrained(folder)

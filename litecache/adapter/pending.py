@@ -20,7 +20,13 @@ from transformers import StopStringCriteria
 
 import litecache.errors
 from litecache.actors.cluster import check_process
-from litecache.errors import ConfigError, GroupUnavailableError, LiteCacheError, RequestAborted
+from litecache.errors import (
+    ConfigError,
+    GroupUnavailableError,
+    LiteCacheError,
+    RequestAborted,
+    told,
+)
 from litecache.types import FinishReason, Request, TokenDelta, TokenLogprobs
 
 
@@ -230,7 +236,7 @@ class StopStrings:
         try:
             self._criterion = StopStringCriteria(tokenizer, list(texts))
         except Exception as error:  # whatever it makes of the tokenizer or the texts
-            valid = f"texts that the tokenizer can spell ({type(error).__name__}: {error})"
+            valid = f"texts that the tokenizer can spell ({told(error)})"
             raise ConfigError("stop_strings", list(texts), valid) from error
         first = self._criterion.max_valid_positions * len(texts)
         ends = self._criterion.embedding_vec[:, first:-1] > 0

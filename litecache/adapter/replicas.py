@@ -28,7 +28,7 @@ from litecache.actors.naming import (
 )
 from litecache.actors.stub import Answer, ReplicaStub
 from litecache.adapter.pending import PendingRequest
-from litecache.errors import GroupUnavailableError, LiteCacheError
+from litecache.errors import GroupUnavailableError, LiteCacheError, told
 from litecache.hashing import chain_keys
 from litecache.threads import start_service
 from litecache.types import PollReply, Request
@@ -238,7 +238,7 @@ class ReplicaPoller:
             except Exception as error:
                 # Callers must not wait for ever, whatever it is.
                 logger.exception("%s: polling failed", self.name)
-                text = f"{self.name}: polling failed: {type(error).__name__}: {error}"
+                text = f"{self.name}: polling failed: {told(error)}"
                 self._fail(list(self._open), GroupUnavailableError(text))
         self._replica.disconnect()
 

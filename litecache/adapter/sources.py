@@ -21,7 +21,7 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 from litecache.adapter.gguf import convert_gguf
 from litecache.engine.loading.fingerprint import module_fingerprint
 from litecache.engine.loading.model_source import WEIGHTS, ModelSource
-from litecache.errors import ConfigError, LiteCacheError
+from litecache.errors import ConfigError, LiteCacheError, first_line, told
 from litecache.paths import models_folder
 
 logger = logging.getLogger(__name__)
@@ -105,14 +105,12 @@ def _resolve_path(name: str, weights: str, seed: int) -> ResolvedModel:
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise ConfigError("model", name, f"{valid} ({first})") from error
+        raise ConfigError("model", name, f"{valid} ({first_line(error)})") from error
     try:
         generation_config = GenerationConfig.from_pretrained(path)
     except Exception as error:  # there is none, or anything may stand in it
         if not isinstance(error, OSError) or os.path.exists(f"{path}/generation_config.json"):
-            first = (str(error).strip().splitlines() or [""])[0]
-            valid = f"a generation config ({type(error).__name__}: {first})"
+            valid = f"a generation config ({told(error)})"
             raise ConfigError("generation_config.json", name, valid) from error
         generation_config = GenerationConfig.from_model_config(config)
     source = ModelSource(path=path, weights=weights, seed=seed if weights == "random" else 0)

@@ -18,7 +18,7 @@ import typer
 from litecache.cli.folders import inspect, verify
 from litecache.cli.groups import down, generate, status, up
 from litecache.cli.machine import doctor, tune
-from litecache.errors import LiteCacheError
+from litecache.errors import LiteCacheError, told
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def main() -> None:
     except Exception as error:
         # of typer, whose classes are those of click or its own: a command used wrongly
         usage: Any = getattr(error, "format_message", None)
-        text = f"{type(error).__name__}: {error}" if usage is None else _usage(usage())
+        text = told(error) if usage is None else _usage(usage())
         logger.debug("%s", text, exc_info=usage is None)
         status = _fail(str(LiteCacheError(text)))
     raise SystemExit(status or 0)

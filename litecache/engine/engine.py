@@ -37,7 +37,7 @@ from litecache.engine.scheduling.prefix_cache import PrefixCache
 from litecache.engine.scheduling.scheduler import Scheduler
 from litecache.engine.transfer.lower_tiers import LowerTiers
 from litecache.engine.transfer.shard_set import RemoteSource
-from litecache.errors import ConfigError, LiteCacheError, RequestTimeout
+from litecache.errors import ConfigError, LiteCacheError, RequestTimeout, first_line, told
 from litecache.metrics import Metrics
 from litecache.storage.client import ShardClient
 from litecache.storage.namespaces import namespace_of
@@ -361,7 +361,7 @@ class Engine:
         logger.warning("step %d failed: %s", step, error, exc_info=not out_of_memory)
         if out_of_memory:
             torch.cuda.empty_cache()
-        message = f"step {step} failed: {type(error).__name__}: {error}"
+        message = f"step {step} failed: {told(error)}"
         self._carry_out(self._scheduler.undo_step(step, message, out_of_memory=out_of_memory))
 
     def _take_messages(self, *, wait: bool) -> None:
@@ -388,10 +388,7 @@ class Engine:
     def _fail(self, client_id: str, request_id: str, error: BaseException) -> None:
         """End a request that no schedule knows any more."""
         kind = type(error).__name__ if isinstance(error, LiteCacheError) else "LiteCacheError"
-        text = (
-            str(error) if isinstance(error, LiteCacheError) else f"{type(error).__name__}: {error}"
-        )
-        delta = TokenDelta(request_id, (), FinishReason.ERROR, text, kind)
+        delta = TokenDelta(request_id, (), FinishReason.ERROR, told(error), kind)
         self._carry_out(Schedule(deltas=[(client_id, delta)]))
 
     def _carry_out(self, schedule: Schedule) -> None:
@@ -453,8 +450,7 @@ def check_device(device: torch.device, error: BaseException) -> None:
     except torch.OutOfMemoryError:
         pass
     except RuntimeError as broken:
-        first = (str(broken).strip().splitlines() or [type(broken).__name__])[0]
-        raise LiteCacheError(f"{device} has failed: {first}") from error
+        raise LiteCacheError(f"{device} has failed: {first_line(broken)}") from error
 
 
 def _describe(

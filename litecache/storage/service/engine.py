@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
 from typing import ClassVar, NamedTuple
 
-from ...errors import ConfigError, shown
+from ...errors import ConfigError, shown, told
 from ...hashing import BlockKey
 from ...metrics import Metrics
 from ..client import LocalShardClient, ShardClient
@@ -421,7 +421,7 @@ def get_engine(name: str | type[StorageEngine]) -> type[StorageEngine]:
     try:
         found = registered[name].load()
     except Exception as error:  # a third party's module
-        raise ConfigError("engine", name, f"{valid}; loading it failed: {error}") from error
+        raise ConfigError("engine", name, f"{valid}; loading it failed: {told(error)}") from error
     if not (isinstance(found, type) and issubclass(found, StorageEngine)):
         raise ConfigError("engine", name, f"a StorageEngine, but {shown(found)} is registered")
     return found

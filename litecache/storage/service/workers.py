@@ -8,6 +8,7 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 
+from ...errors import told
 from ...hashing import BlockKey
 from ...threads import start_service
 from .engine import Get, Put, StorageEngine
@@ -55,7 +56,7 @@ class Workers:
                 # whatever went wrong concerns these blocks alone; the worker lives on
                 logger.exception("blocks of a task failed")
                 for block in blocks:
-                    task.complete(block, TaskState.Aborted, f"error: {error}")
+                    task.complete(block, TaskState.Aborted, f"error: {told(error)}")
 
     def _do(self, task: Task, blocks: list[TaskBlock]) -> None:
         mine = [block for block in blocks if task.begin(block)]
