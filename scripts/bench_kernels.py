@@ -33,7 +33,6 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from litecache.kernels import AttentionMetadata, store_kv
-from litecache.kernels.moves import move_blocks
 from litecache.kernels.triton_store import copy_rows
 from litecache.kernels.tuning import prefill_config
 
@@ -222,7 +221,6 @@ def bench_moves(report: Report) -> None:
                 "whole": partial(whole[1].copy_, whole[0], non_blocking=True),
                 "copy engine": partial(by_copy_engine, *lists),
                 "kernel": partial(copy_rows, lists[0], lists[1], *tensors),
-                "move_blocks": partial(move_blocks, *lists),
             }
             rates = {
                 way: count * block_bytes / summarise(event_ms(work, 5, 1)).median / 1e6

@@ -149,18 +149,6 @@ class KVLayout:
         return cls(block_size, groups)
 
     @property
-    def bytes_per_token(self) -> int:
-        """KV bytes of one token over all layers, without padding."""
-        return sum(
-            len(group.layers)
-            * (
-                group.spec.kv_heads * (group.spec.k_dim + group.spec.v_dim) * group.spec.itemsize
-                + group.spec.scale_bytes // self.block_size
-            )
-            for group in self.groups
-        )
-
-    @property
     def block_bytes(self) -> int:
         """Bytes of one block of every group together."""
         return sum(group.block_bytes for group in self.groups)

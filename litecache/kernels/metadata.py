@@ -69,13 +69,6 @@ class AttentionMetadata:
                 return index
         return len(self.query_lens)
 
-    @property
-    def has_prefix(self) -> bool:
-        """Whether some sequence sees tokens that are not of this step (True when unknown)."""
-        if self.query_lens is None or self.context_lens_host is None:
-            return True
-        return self.query_lens != self.context_lens_host
-
     @classmethod
     def build(
         cls,

@@ -262,7 +262,6 @@ class SegmentSpace:
         self._pool = SegmentPool()
         self._regions: dict[int, Region] = {}
         self._partial: dict[int, dict[int, Region]] = {}
-        self._used: dict[int, int] = {}
         self._free: Counter[int] = Counter()
 
     def allocate(self, block_pages: int, n: int) -> list[int]:
@@ -279,7 +278,6 @@ class SegmentSpace:
             slots += region.take(*region.longest_run(n - len(slots)))
             if not region.free_count:
                 del self._partial[block_pages][region.base]
-        self._used[block_pages] = self._used.get(block_pages, 0) + len(slots)
         self._free[block_pages] -= len(slots)
         return slots
 
@@ -382,7 +380,6 @@ class SegmentSpace:
             raise AssertionError(f"slot {slot} freed twice")
         region.free |= bit
         region.free_count += 1
-        self._used[region.block_pages] -= 1
         self._free[region.block_pages] += 1
         region.owners[(slot - region.base) // region.block_pages] = -1
         self._partial.setdefault(region.block_pages, {})[region.base] = region
@@ -441,7 +438,6 @@ class SegmentSpace:
             if region is None:
                 return none
         fits = region.occupy(slots, block_pages, handles)
-        self._used[pages] = self._used.get(pages, 0) + int(fits.sum())
         self._free[pages] -= int(fits.sum())
         if not region.free_count:
             self._partial[pages].pop(region.base, None)
@@ -505,10 +501,6 @@ class SegmentSpace:
         spare = self._pool.spare_run(self._region_size(block_pages).segments) is not None
         return self.may_shrink and spare and self._surplus(block_pages) is None
 
-    def used_slots(self, block_pages: int) -> int:
-        """Slots in use of one block size."""
-        return self._used.get(block_pages, 0)
-
     def check_integrity(self, used: dict[int, int], extra: set[int]) -> None:
         """Compare with what the owner knows; AssertionError if they differ.
 
@@ -526,8 +518,6 @@ class SegmentSpace:
         assert set(mine) == {*used, *extra}, f"slots differ: {set(mine) ^ {*used, *extra}}"
         assert all(mine[slot] == pages for slot, pages in used.items()), "block sizes differ"
         self._pool.check_integrity(len(self._regions))
-        for pages, count in self._used.items():
-            assert count == sum(p == pages for p in mine.values()), "used counter is off"
         for pages, count in self._free.items():
             free = sum(region.free_count for region in self._partial.get(pages, {}).values())
             assert count == free, "free counter is off"

@@ -17,7 +17,12 @@ from transformers import (
 )
 
 from litecache.engine.running.batch_builder import _num_sorted
-from litecache.engine.running.random_numbers import draw_keys, exponentials, random_bits
+from litecache.engine.running.random_numbers import (
+    exponentials,
+    position_keys,
+    random_bits,
+    stream_keys,
+)
 from litecache.engine.running.sampler import EVERY_TOKEN, INVALID_TOKEN, SamplingBatch, sample
 
 
@@ -47,6 +52,10 @@ def warped(logits, temperature, top_k, top_p, min_p):
     if min_p:
         scores = MinPLogitsWarper(min_p)(None, scores)
     return scores[0].softmax(dim=-1)
+
+
+def draw_keys(seed, sample_index, position, **purpose):
+    return position_keys(stream_keys(seed, sample_index, **purpose), position)
 
 
 def keys_for(count, seed=3):

@@ -20,7 +20,6 @@ from litecache.kernels import (
     reference,
     store_kv,
 )
-from litecache.kernels.moves import move_blocks
 from litecache.kernels.quantise import dequantise
 
 pytestmark = [
@@ -234,15 +233,3 @@ def test_copy_moves_whole_blocks() -> None:
     expected[dst] = pool[src]
     copy_blocks(pool, src, dst)
     assert torch.equal(pool, expected)
-
-
-@pytest.mark.parametrize("block_bytes", [368640, 1 << 21])
-def test_blocks_move_to_pinned_memory_and_back(block_bytes: int) -> None:
-    pool = torch.randint(0, 256, (40, block_bytes), dtype=torch.uint8, device="cuda")
-    before = pool.clone()
-    slots = torch.empty(16, block_bytes, dtype=torch.uint8, pin_memory=True)
-    blocks, rows = [3, 4, 39, 17], [0, 1, 9, 5]
-    move_blocks(pool, slots, blocks, rows)
-    pool[blocks] = 0
-    move_blocks(slots, pool, rows, blocks)
-    assert torch.equal(pool, before)

@@ -31,23 +31,6 @@ def _mix(word: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     return mixed
 
 
-def draw_keys(
-    seed: npt.NDArray[np.int64],
-    sample_index: npt.NDArray[np.int64],
-    position: npt.NDArray[np.int64],
-    purpose: int = PURPOSE_TOKEN,
-) -> npt.NDArray[np.int64]:
-    """One key per draw, all arguments `[n]`.
-
-    Args:
-        seed: of the request.
-        sample_index: which of several samples of one call.
-        position: of the token that is drawn.
-        purpose: what the number is for.
-    """
-    return position_keys(stream_keys(seed, sample_index, purpose), position)
-
-
 def stream_keys(
     seed: npt.NDArray[np.int64],
     sample_index: npt.NDArray[np.int64],
