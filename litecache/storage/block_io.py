@@ -13,12 +13,10 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-import xxhash
-
 from ..metrics import Metrics
 from ..threads import start_service
 from .disk.files import NO_SPACE
-from .disk.slab import Transfer
+from .disk.slab import Transfer, checksum, fault
 from .io_queues import ReadRequest, WriteBatch, plan_reads, request_bytes
 from .keeper import Keeper
 from .ram_tier import RamBlock, RamState
@@ -31,25 +29,9 @@ _READS = _WRITES = 2
 _READ_BYTES = 8 << 20
 """So many requests, or such small ones, keep a disk busy."""
 
-_say_read, _say_write, _say_damage = (LogByRate(logger, logging.WARNING) for _ in range(3))
+_say_write = LogByRate(logger, logging.WARNING)
 
 OnWritten = Callable[[Sequence[tuple[bytes, str | None]]], None]
-
-
-def checksum(memory: memoryview, key: bytes) -> int:
-    """xxh3_64 of a block's bytes, seeded with its key, so that it also binds the two together."""
-    return int(xxhash.xxh3_64_intdigest(memory, seed=int.from_bytes(key[:8], "little")))
-
-
-def fault(memory: memoryview, key: bytes, expected: int, error: OSError | None) -> str | None:
-    """Why bytes read from disk are not the block's: `io_error`, `corrupt`, or None."""
-    if error is not None:
-        _say_read("block %s cannot be read: %s", key.hex(), error)
-        return "io_error"
-    if checksum(memory, key) != expected:
-        _say_damage("block %s is damaged on disk: dropped", key.hex())
-        return "corrupt"
-    return None
 
 
 class BlockIo:
@@ -168,7 +150,7 @@ class BlockIo:
         begun = time.perf_counter()
         memories = [tiers.ram.arena.buffer(b.slot, b.nbytes) for b in request.blocks]
         try:
-            errors = disk.read(list(map(Transfer, request.slots, memories)))
+            errors = disk.slab.read(list(map(Transfer, request.slots, memories)))
         finally:
             with self._lock:
                 self._reading -= 1
@@ -267,7 +249,7 @@ class BlockIo:
             return True
         with self._writing:
             begun = time.perf_counter()
-            errors = disk.write(transfers)
+            errors = disk.slab.write(transfers)
         self._account("write", sum(len(t.memory) for t in transfers), begun)
         self._finish(batch, slots, sums, errors)
         self._keeper.after_write()
@@ -293,7 +275,7 @@ class BlockIo:
             for i, error in enumerate(errors):
                 if error is not None:
                     _say_write("a block cannot be written: %s", error)
-                    disk.free(slots[i])
+                    disk.space.free(slots[i])
                     self.failed_writes += 1
                     reason = "disk_full" if error.errno in NO_SPACE else "io_error"
                     reason = "folder_lost" if disk.lost else reason

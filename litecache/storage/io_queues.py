@@ -11,11 +11,11 @@ import numpy as np
 
 from ..hashing import BlockKey
 from .block_index import BlockIndex
+from .disk.slab import MAX_REQUEST_BYTES
 from .protocol import PAGE_BYTES
 from .ram_tier import RamBlock, RamState, RamTier
 
 MIN_REQUEST_BYTES = 4 << 20
-MAX_REQUEST_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)

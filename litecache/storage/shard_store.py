@@ -6,15 +6,12 @@ All methods return at once except `flush`, `fetch`, `wait`, `clear` and `close`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import NamedTuple
 
 from ..errors import ConfigError, StorageError
 from ..hashing import KEY_BYTES, BlockKey
-from .block_io import fault
-from .disk.slab import Transfer, scratch_memory
-from .io_queues import MAX_REQUEST_BYTES
+from .disk.slab import Stored, read_blocks, requests
 from .key_dict import BATCH_KEYS, batches
 from .leases import Client
 from .protocol import (
@@ -42,14 +39,7 @@ _MISS, _BUSY = StageResult(StageStatus.MISS), StageResult(StageStatus.BUSY)
 _READY, _LOADING = StageStatus.READY, StageStatus.LOADING
 # a NamedTuple's own constructor takes three times as long
 _staged = partial(tuple.__new__, StageResult)
-
-
-class _OnDisk(NamedTuple):
-    position: int
-    key: BlockKey
-    slot: int
-    nbytes: int
-    checksum: int
+_OnDisk = tuple[int, Stored]
 
 
 class ShardStore(ShardBase):
@@ -353,9 +343,11 @@ class ShardStore(ShardBase):
             for _, block in in_ram:
                 if self._leases.end(self._leases.own, block.slot, block.generation) is not None:
                     self._leases.abandon(block)
-        for batch in _requests(on_disk):
-            for wanted, data in zip(batch, self._read(batch), strict=True):
-                found[wanted.position] = data
+        on_disk.sort(key=lambda wanted: wanted[1].slot)
+        positions = iter([position for position, _ in on_disk])
+        for batch in requests(block for _, block in on_disk):
+            for data in self._read(batch):
+                found[next(positions)] = data
         return list(zip(keys, found, strict=True))
 
     def _hold(self, keys: Sequence[BlockKey]) -> tuple[list[tuple[int, RamBlock]], list[_OnDisk]]:
@@ -380,31 +372,18 @@ class ShardStore(ShardBase):
                     slot = tiers.index.disk[entry] - 1
                     tiers.disk.in_use.begin([slot])
                     checksum = tiers.index.checksum[entry]
-                    on_disk.append(_OnDisk(position, keys[position], slot, nbytes, checksum))
+                    on_disk.append((position, Stored(keys[position], slot, nbytes, checksum)))
                 else:
                     continue
                 total += nbytes
         return in_ram, on_disk
 
-    def _read(self, batch: Sequence[_OnDisk]) -> list[bytes | None]:
+    def _read(self, batch: Sequence[Stored]) -> list[bytes | None]:
         disk = self._tiers.disk
         assert disk is not None
-        with scratch_memory(sum(wanted.nbytes for wanted in batch)) as memory:
-            pieces, start = [], 0
-            for wanted in batch:
-                pieces.append(memory[start : start + wanted.nbytes])
-                start += wanted.nbytes
-            errors = disk.read([Transfer(w.slot, p) for w, p in zip(batch, pieces, strict=True)])
-            reasons = [
-                fault(piece, wanted.key, wanted.checksum, error)
-                for wanted, piece, error in zip(batch, pieces, errors, strict=True)
-            ]
-            blocks = [
-                bytes(piece) if reason is None else None
-                for piece, reason in zip(pieces, reasons, strict=True)
-            ]
-            for piece in pieces:
-                piece.release()
+        with read_blocks(disk.slab, batch) as found:
+            reasons = [reason for _, reason in found]
+            blocks = [bytes(piece) if reason is None else None for piece, reason in found]
         with self._lock:
             disk.in_use.end([wanted.slot for wanted in batch])
             for wanted, reason in zip(batch, reasons, strict=True):
@@ -509,16 +488,3 @@ def _check(items: Sequence[CommitItem]) -> None:
             raise ConfigError("key", item[2:4], f"{KEY_BYTES} bytes each for key and parent")
         if len(item[4]) > _MAX_NAMESPACE:
             raise ConfigError("namespace", item[4], f"at most {_MAX_NAMESPACE} characters")
-
-
-def _requests(wanted: Sequence[_OnDisk]) -> Iterator[list[_OnDisk]]:
-    batch: list[_OnDisk] = []
-    held = 0
-    for each in sorted(wanted, key=lambda w: w.slot):
-        if batch and held + each.nbytes > MAX_REQUEST_BYTES:
-            yield batch
-            batch, held = [], 0
-        batch.append(each)
-        held += each.nbytes
-    if batch:
-        yield batch

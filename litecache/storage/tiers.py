@@ -226,7 +226,7 @@ class Tiers:
         for block, slot, checksum in zip(blocks, slots, checksums, strict=True):
             block.started = False
             if block.dead:
-                self.disk.free(slot)
+                self.disk.space.free(slot)
                 self.ram.reap(block)
             else:
                 kept.append((block.entry, slot, checksum))

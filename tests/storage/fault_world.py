@@ -220,7 +220,7 @@ def planted(bug: str):
         if bug == "checksum skipped":
             skip = lambda memory, key, expected, error: "io_error" if error else None  # noqa: E731
             stack.enter_context(mock.patch.object(block_io, "fault", skip))
-            stack.enter_context(mock.patch("litecache.storage.shard_store.fault", skip))
+            stack.enter_context(mock.patch("litecache.storage.disk.slab.fault", skip))
         elif bug == "rename before fsync":
             real = FaultFiles.sync
 

@@ -453,10 +453,10 @@ def test_taking_in_goes_on_after_a_kill(tmp_path):
         keys = fill(store, range(100), NBYTES)
     code = (
         "import os\nfrom litecache.storage import ShardStore\n"
-        "from litecache.storage.disk import retired\n"
+        "from litecache.storage.disk import retired, slab\n"
         "real = retired.Retired._give_room\n"
         "def deadly(self):\n    os.kill(os.getpid(), 9)\n"
-        "retired.Retired._give_room = deadly\nretired.MAX_REQUEST_BYTES = 1 << 20\n"
+        "retired.Retired._give_room = deadly\nslab.MAX_REQUEST_BYTES = 1 << 20\n"
         f"store = ShardStore({str(tmp_path / 'shard-0')!r}, storage_bytes=16 << 20, "
         "ram_bytes=4 << 20, shards=1)\n"
         "import time; time.sleep(60)\n"

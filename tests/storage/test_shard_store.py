@@ -145,9 +145,9 @@ def test_cancel_drops_reads_that_have_not_begun(tmp_path):
         store.clear("ram")
         client = LocalShardClient(store)
         gate = threading.Event()
-        disk = store._tiers.disk
-        read = disk.read
-        disk.read = lambda transfers: (gate.wait(10), read(transfers))[1]
+        slab = store._tiers.disk.slab
+        read = slab.read
+        slab.read = lambda transfers: (gate.wait(10), read(transfers))[1]
         results = [client.stage([key])[0] for key in keys]
         cancelled = client.cancel(keys)
         gate.set()
@@ -420,7 +420,7 @@ def test_a_fetch_is_one_bounded_message_of_merged_reads(tmp_path, monkeypatch):
             return real(fd, buffers, offset)
 
         monkeypatch.setattr(store._tiers.disk.slab._files, "read", read)
-        monkeypatch.setattr("litecache.storage.shard_store.MAX_REQUEST_BYTES", 16 * NBYTES)
+        monkeypatch.setattr("litecache.storage.disk.slab.MAX_REQUEST_BYTES", 16 * NBYTES)
         wanted = [keys[3], *keys, key_of(99)]
         assert [data == bytes_of(key, NBYTES) for key, data in store.fetch(wanted)] == (
             [True] * 41 + [False]

@@ -16,13 +16,11 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 
 from ...errors import ConfigError, StorageError, StorageFormatError
-from ..block_io import fault
-from ..io_queues import MAX_REQUEST_BYTES
 from ..protocol import PAGE_BYTES
 from .files import Files
 from .folder import Folder, disk_used_bytes, open_folder, read_superblock
 from .records import FLAG_PINNED, Records, Recovered
-from .slab import Slab, Transfer, scratch_memory
+from .slab import Slab, read_blocks, requests, stored
 from .upgrade import recover_any
 
 _AGE_BOUNDS_S = (60, 3600, 86_400, 7 * 86_400, 30 * 86_400)
@@ -259,44 +257,22 @@ def _verify(path: str, report: VerifyReport) -> Iterator[int]:
             raise StorageFormatError(f"{path} has no slab")
         slab = Slab(files)
         try:
-            start = 0
-            while start < len(records):
-                batch = _batch(records, start)
-                yield _check(slab, batch, report)
-                start += len(batch)
+            # a forged record may claim any size: believe at most what the slab has
+            outside = records["pages"].astype(np.int64) * PAGE_BYTES > slab.size()
+            for block in stored(records[outside]):
+                report.bad.append((block.key.hex(), "outside the slab"))
+                report.checked += 1
+                yield block.nbytes
+            for batch in requests(stored(records[~outside])):
+                with read_blocks(slab, batch) as found:
+                    for block, (_, reason) in zip(batch, found, strict=True):
+                        if reason is not None:
+                            report.bad.append((block.key.hex(), reason))
+                nbytes = sum(block.nbytes for block in batch)
+                report.checked += len(batch)
+                report.bytes += nbytes
+                yield nbytes
         finally:
             slab.close()
     finally:
         folder.close()
-
-
-def _batch(records: Records, start: int) -> Records:
-    sizes = np.cumsum(records["pages"][start : start + 1024].astype(np.int64)) * PAGE_BYTES
-    count = max(1, int(np.searchsorted(sizes, MAX_REQUEST_BYTES, side="right")))
-    batch: Records = records[start : start + count]
-    return batch
-
-
-def _check(slab: Slab, batch: Records, report: VerifyReport) -> int:
-    sizes = (batch["pages"].astype(np.int64) * PAGE_BYTES).tolist()
-    # a forged record may claim any size: believe at most what the slab has
-    if max(sizes) > max(slab.size(), 1):
-        report.bad += [(key.tobytes().hex(), "outside the slab") for key in batch["key"]]
-        report.checked += len(batch)
-        return sum(sizes)
-    with scratch_memory(max(sum(sizes), PAGE_BYTES)) as memory:
-        ends = np.cumsum(sizes).tolist()
-        pieces = [memory[end - size : end] for end, size in zip(ends, sizes, strict=True)]
-        slots = batch["slot"].tolist()
-        transfers = [Transfer(s, piece) for s, piece in zip(slots, pieces, strict=True)]
-        errors = slab.read(transfers)
-        for row, piece, error in zip(batch, pieces, errors, strict=True):
-            key = row["key"].tobytes()
-            reason = fault(piece, key, int(row["checksum"]), error)
-            if reason is not None:
-                report.bad.append((key.hex(), reason))
-        for piece in pieces:
-            piece.release()
-    report.checked += len(batch)
-    report.bytes += sum(sizes)
-    return sum(sizes)

@@ -91,8 +91,9 @@ class Recovered(NamedTuple):
     damaged: int
 
 
-def _mix(records: Records) -> npt.NDArray[np.uint64]:
-    words = records.view("<u8").reshape(len(records), RECORD_BYTES // 8)
+def mix(records: Records) -> npt.NDArray[np.uint64]:
+    """The check of each record: a multiply-xorshift mix over all words but the last."""
+    words = records.view("<u8").reshape(len(records), records.itemsize // 8)
     mixed = np.full(len(records), _SEED)
     for column in range(words.shape[1] - 1):
         mixed ^= words[:, column]
@@ -104,13 +105,13 @@ def _mix(records: Records) -> npt.NDArray[np.uint64]:
 def seal(records: Records, epoch: int) -> bytes:
     """Set each record's epoch and check; the bytes to write."""
     records["epoch"] = epoch
-    records["mix"] = _mix(records)
+    records["mix"] = mix(records)
     return records.tobytes()
 
 
 def is_sound(records: Records) -> npt.NDArray[np.bool_]:
     """Which records are as they were sealed."""
-    sound: npt.NDArray[np.bool_] = _mix(records) == records["mix"]
+    sound: npt.NDArray[np.bool_] = mix(records) == records["mix"]
     return sound
 
 

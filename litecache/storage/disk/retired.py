@@ -12,21 +12,18 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ...errors import LiteCacheError, StorageLockedError
 from ...threads import start_job
-from ..block_io import fault
 from ..client import LocalShardClient
-from ..io_queues import MAX_REQUEST_BYTES
 from ..protocol import PAGE_BYTES, CommitItem, SlotRef
 from .files import Files
 from .folder import FILE_NAMES, Folder, disk_used_bytes
-from .records import FLAG_PINNED, Records
-from .slab import Slab, Transfer, scratch_memory
+from .records import FLAG_PINNED
+from .slab import Slab, read_blocks, requests, stored
 from .upgrade import recover_any
 
 if TYPE_CHECKING:
@@ -130,39 +127,29 @@ class Retired:
         slab = Slab(files)
         client = LocalShardClient(self._store, "retired")
         try:
-            for batch in _batches(records):
-                # a forged record may claim any size: believe at most what the slab has
-                ends = batch["slot"].astype(np.int64) + batch["pages"]
-                inside = batch[ends * PAGE_BYTES <= slab.size()]
-                if not len(inside):
-                    continue
-                self._move(client, slab, inside, recovered.names)
+            # a forged record may claim any place: believe at most what the slab has
+            ends = (records["slot"].astype(np.int64) + records["pages"]) * PAGE_BYTES
+            records, at = records[ends <= slab.size()], 0
+            for batch in requests(stored(records)):
+                with read_blocks(slab, batch) as found:
+                    for row, (data, reason) in zip(records[at:], found, strict=False):
+                        if reason is None:
+                            self._store_one(client, row, data, recovered.names)
+                at += len(batch)
                 if self._stopped.is_set() or self._store.flush(30).pending:
                     return False
-                slab.truncate(min(slab.size(), int(inside["slot"][-1]) * PAGE_BYTES))
+                slab.truncate(min(slab.size(), batch[-1].slot * PAGE_BYTES))
                 self._give_room()
         finally:
             client.close()
             slab.close()
         return True
 
-    def _move(self, client: LocalShardClient, slab: Slab, batch: Records, names: list[str]) -> None:
-        sizes = (batch["pages"].astype(np.int64) * PAGE_BYTES).tolist()
-        with scratch_memory(max(sum(sizes), PAGE_BYTES)) as memory:
-            ends = np.cumsum(sizes).tolist()
-            pieces = [memory[end - size : end] for end, size in zip(ends, sizes, strict=True)]
-            errors = slab.read(list(map(Transfer, batch["slot"].tolist(), pieces)))
-            for record, piece, error in zip(batch, pieces, errors, strict=True):
-                key = record["key"].tobytes()
-                if fault(piece, key, int(record["checksum"]), error) is None:
-                    number = int(record["namespace"])
-                    name = names[number] if number < len(names) else ""
-                    self._store_one(client, record, piece, name)
-                piece.release()
-
     def _store_one(
-        self, client: LocalShardClient, record: np.void, data: memoryview, name: str
+        self, client: LocalShardClient, record: np.void, data: memoryview, names: list[str]
     ) -> None:
+        number = int(record["namespace"])
+        name = names[number] if number < len(names) else ""
         key, parent = record["key"].tobytes(), record["parent"].tobytes()
         refs: list[SlotRef] = []
         while not refs and not self._stopped.is_set():
@@ -179,12 +166,3 @@ class Retired:
                 index.expires_s[entry] = int(record["expires_s"])
         if int(record["flags"]) & FLAG_PINNED:
             self._store.pin([key])
-
-
-def _batches(records: Records) -> Iterator[Records]:
-    start = 0
-    while start < len(records):
-        sizes = np.cumsum(records["pages"][start : start + 1024].astype(np.int64)) * PAGE_BYTES
-        count = max(1, int(np.searchsorted(sizes, MAX_REQUEST_BYTES, side="right")))
-        yield records[start : start + count]
-        start += count

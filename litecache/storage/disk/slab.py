@@ -7,13 +7,26 @@ the page cache does not grow.
 
 from __future__ import annotations
 
+import logging
 import mmap
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
+import xxhash
+
+from ...hashing import BlockKey
+from ..key_dict import split_keys
 from ..protocol import PAGE_BYTES
+from ..retry import LogByRate
 from .files import IOV_MAX, Files
+from .records import Records
+
+logger = logging.getLogger(__name__)
+
+MAX_REQUEST_BYTES = 16 << 20
+
+_say_read, _say_damage = (LogByRate(logger, logging.WARNING) for _ in range(2))
 
 Call = Callable[[int, Sequence[memoryview], int], int]
 
@@ -23,6 +36,15 @@ class Transfer(NamedTuple):
 
     slot: int
     memory: memoryview
+
+
+class Stored(NamedTuple):
+    """One block on the slab: where it is, and what its bytes must give."""
+
+    key: BlockKey
+    slot: int
+    nbytes: int
+    checksum: int
 
 
 def merge(transfers: Sequence[Transfer]) -> list[list[int]]:
@@ -127,12 +149,56 @@ class Slab:
         self._files.close(self._fd)
 
 
+def checksum(memory: memoryview, key: bytes) -> int:
+    """xxh3_64 of a block's bytes, seeded with its key, so that it also binds the two together."""
+    return int(xxhash.xxh3_64_intdigest(memory, seed=int.from_bytes(key[:8], "little")))
+
+
+def fault(memory: memoryview, key: bytes, expected: int, error: OSError | None) -> str | None:
+    """Why bytes read from disk are not the block's: `io_error`, `corrupt`, or None."""
+    if error is not None:
+        _say_read("block %s cannot be read: %s", key.hex(), error)
+        return "io_error"
+    if checksum(memory, key) != expected:
+        _say_damage("block %s is damaged on disk: dropped", key.hex())
+        return "corrupt"
+    return None
+
+
+def stored(records: Records) -> list[Stored]:
+    """What the log says of blocks."""
+    keys, sizes = split_keys(records["key"].tobytes()), records["pages"].tolist()
+    nbytes = [pages * PAGE_BYTES for pages in sizes]
+    return list(map(Stored, keys, records["slot"].tolist(), nbytes, records["checksum"].tolist()))
+
+
+def requests(blocks: Iterable[Stored]) -> Iterator[list[Stored]]:
+    """Blocks in the order given, cut into pieces of at most `MAX_REQUEST_BYTES`, or one block."""
+    piece: list[Stored] = []
+    held = 0
+    for block in blocks:
+        if piece and held + block.nbytes > MAX_REQUEST_BYTES:
+            yield piece
+            piece, held = [], 0
+        piece.append(block)
+        held += block.nbytes
+    if piece:
+        yield piece
+
+
 @contextmanager
-def scratch_memory(nbytes: int) -> Iterator[memoryview]:
-    """Zeroed, page-aligned memory that goes away afterwards."""
-    with mmap.mmap(-1, nbytes) as mapping:
-        memory = memoryview(mapping)
-        try:
-            yield memory
-        finally:
-            memory.release()
+def read_blocks(
+    slab: Slab, blocks: Sequence[Stored]
+) -> Iterator[list[tuple[memoryview, str | None]]]:
+    """Bytes of blocks in memory that goes away afterwards, each with what is wrong with it."""
+    total = sum(block.nbytes for block in blocks)
+    with mmap.mmap(-1, total) as mapping, memoryview(mapping) as memory, ExitStack() as views:
+        pieces, start = [], 0
+        for block in blocks:
+            pieces.append(views.enter_context(memory[start : start + block.nbytes]))
+            start += block.nbytes
+        errors = slab.read(list(map(Transfer, [block.slot for block in blocks], pieces)))
+        yield [
+            (piece, fault(piece, block.key, block.checksum, error))
+            for block, piece, error in zip(blocks, pieces, errors, strict=True)
+        ]

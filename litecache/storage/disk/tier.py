@@ -28,7 +28,7 @@ from .files import NO_SPACE, Files
 from .folder import Folder
 from .log import META_FIXED_BYTES, META_NAME_COPIES, META_SLOT_BYTES, Log
 from .records import FLAG_DOUBTFUL, FLAG_PINNED, Records, recover
-from .slab import Slab, Transfer
+from .slab import Slab
 from .upgrade import upgrade
 
 logger = logging.getLogger(__name__)
@@ -225,10 +225,6 @@ class DiskTier:
             self.queues.remove(entry)
         self._release_slot(entry)
 
-    def free(self, slot: int) -> None:
-        """Return a slot that was allocated and never placed."""
-        self.space.free(slot)
-
     def place(self, entries: Sequence[int], slots: Sequence[int], checksums: Sequence[int]) -> None:
         """Blocks of a chain, head first, now lie in their slots: index, queue and log."""
         index = self._index
@@ -333,14 +329,6 @@ class DiskTier:
             logger.info("the slab of %s cannot shrink: %s", self.folder.path, error)
             return False
         return True
-
-    def read(self, transfers: Sequence[Transfer]) -> list[OSError | None]:
-        """Read blocks; per block None or why it failed."""
-        return self.slab.read(transfers)
-
-    def write(self, transfers: Sequence[Transfer]) -> list[OSError | None]:
-        """Write blocks; per block None or why it failed."""
-        return self.slab.write(transfers)
 
     def close(self, *, clean: bool) -> None:
         """Close all files and give the lock up.

@@ -28,6 +28,7 @@ from .records import (
     SYNC,
     Records,
     Recovered,
+    mix,
     most_bytes,
     name_records,
     of_kind,
@@ -50,8 +51,6 @@ _JOURNAL = struct.Struct("<8sIIQQ")
 _FRAME = struct.Struct("<4sIQ")
 _FRAME_MAGIC = b"\xf1LJ\x0a"
 _MAX_PAYLOAD_BYTES = 4 << 20
-_PRIMES = np.array([0x9FB21C651E98DF25, 0xD6E8FEB86659FD93], np.uint64)
-_SEED = np.uint64(0x6C69746563616368)
 
 
 def recover_any(files: Files, version: int) -> Recovered:
@@ -131,13 +130,7 @@ def _snapshot(raw: bytes) -> tuple[Records, int, int]:
 
 def _puts(raw: bytes, seq: int) -> Records:
     old = np.frombuffer(raw[: len(raw) // _OLD_RECORD.itemsize * _OLD_RECORD.itemsize], _OLD_RECORD)
-    words = old.view("<u8").reshape(len(old), _OLD_RECORD.itemsize // 8)
-    mixed = np.full(len(old), _SEED)
-    for column in range(words.shape[1] - 1):
-        mixed ^= words[:, column]
-        mixed *= _PRIMES[column % 2]
-        mixed ^= mixed >> np.uint64(32)
-    old = old[mixed == old["mix"]]
+    old = old[mix(old) == old["mix"]]
     records = of_kind(PUT, len(old))
     for name in _COPIED:
         records[name] = old[name]
