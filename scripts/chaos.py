@@ -41,11 +41,13 @@ from rich.progress import Progress
 MIB = 1 << 20
 GROUP = "chaos"
 HUNG_S = 120.0
-STORAGE_BYTES = 16 * MIB
+# what is asked for does not fit the pools, the RAM tier or the disk tier: all of them evict
+RAM_BYTES = 3 * MIB
+STORAGE_BYTES = 4 * MIB
 KINDS = ("gpu", "shard", "coordinator", "client")
 # a client takes ten seconds and more to be one
 WEIGHTS = (3, 3, 2, 1)
-PROMPTS = 24
+PROMPTS = 48
 
 
 def tiny_model() -> Any:
@@ -184,7 +186,7 @@ class Chaos:
 
         self.store.mkdir(mode=0o700)
         if os.geteuid() == 0:
-            size = f"size={3 * STORAGE_BYTES}"
+            size = f"size={2 * STORAGE_BYTES}"
             mount = ["mount", "-t", "tmpfs", "-o", size + ",mode=700", "chaos", str(self.store)]
             self.mounted = subprocess.run(mount, capture_output=True).returncode == 0
         token = self.folder / "token"
@@ -199,7 +201,7 @@ class Chaos:
         )  # fmt: skip
         self.address = context.address_info["address"]
         config = CacheConfig(
-            num_blocks=128, dtype="float32", ram_bytes=16 * MIB, storage_dir=str(self.store),
+            num_blocks=96, dtype="float32", ram_bytes=RAM_BYTES, storage_dir=str(self.store),
             storage_bytes=STORAGE_BYTES, storage_shards=2, max_requests=16,
         )  # fmt: skip
         self.llm = join(
