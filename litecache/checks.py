@@ -36,6 +36,8 @@ def check_integer(
     name: str, value: Any, low: int, high: int = INT64_MAX, valid: str | None = None
 ) -> int:
     """A plain int from an integer of any kind, no bool, of at least `low` and at most `high`."""
+    if type(value) is int and low <= value <= high:
+        return value
     if not is_a(value, numbers.Integral) or is_a(value, bool) or not low <= int(value) <= high:
         limit = f"from {low} to {high}"
         if high == INT64_MAX:

@@ -128,13 +128,14 @@ class PendingRequest:
                 self.reused_tokens = dict(delta.reused_tokens)
             if delta.ttft_s is not None and self.ttft_s is None:
                 self.ttft_s = delta.ttft_s
-            if delta.finish_reason is FinishReason.ERROR:
+            if delta.finish_reason is None:
+                self._condition.notify_all()
+            elif delta.finish_reason is FinishReason.ERROR:
                 self.fail(remote_error(delta.error_type, delta.error))
             elif delta.finish_reason is FinishReason.ABORT:
                 self.abort()
-            elif delta.finish_reason is not None:
+            else:
                 self._finish(delta.finish_reason)
-            self._condition.notify_all()
 
     def _cut(self, delta: TokenDelta) -> TokenDelta:
         """End it at the token that completes a stop string; later ones were drawn for nothing."""

@@ -101,6 +101,7 @@ def test_an_adapter_that_is_pickled_or_copied_says_how_to_share_a_group(
             attempt(llm)
 
 
+@pytest.mark.slow
 def test_a_request_aborted_while_its_replica_restarts_is_not_submitted_again(
     llm: KVCacheAdapter,
 ) -> None:
@@ -119,6 +120,7 @@ def test_a_request_aborted_while_its_replica_restarts_is_not_submitted_again(
     assert sum(outcomes.values()) == 1
 
 
+@pytest.mark.slow
 def test_what_a_stopped_shard_knows_is_reported_as_unavailable_within_seconds(
     llm: KVCacheAdapter,
 ) -> None:
@@ -152,7 +154,7 @@ def test_a_stopped_replica_is_reported_as_unavailable_within_seconds(llm: KVCach
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["gpu", "shard", "coordinator"])
+@pytest.mark.parametrize("kind", ["gpu", "shard"])
 def test_an_adapter_closes_within_seconds_though_one_of_its_actors_is_stopped(
     ray_local: None, kind: str
 ) -> None:
