@@ -237,10 +237,10 @@ class Keeper:
     def _maintain(self, *, force_sync: bool) -> None:
         disk = self._tiers.disk
         assert disk is not None
-        if force_sync or self._fsync == "always":
-            self.sync()
+        synced = self.sync() if force_sync or self._fsync == "always" else True
         with self._lock:
-            self._unsynced = self._unsynced and not force_sync
+            # what changed during the sync waits for the next one, and so does a sync that failed
+            self._unsynced |= not synced and not disk.lost
             wanted = disk.wants_compaction()
         if wanted:
             self.compact(if_due=True)

@@ -19,7 +19,7 @@ from litecache.errors import ConfigError, LiteCacheError, StorageError, StorageL
 from litecache.storage import LocalShardClient, ShardStore, block_io, keeper
 from litecache.storage.disk import folder
 from litecache.storage.disk.files import Files
-from litecache.storage.disk.inspect import inspect_store
+from litecache.storage.disk.inspect import inspect_store, verify_store
 
 NBYTES = 64 * KIB
 STRANGER = 54_321
@@ -466,3 +466,46 @@ def test_taking_in_goes_on_after_a_kill(tmp_path):
     with make(tmp_path / "shard-0", shards=1) as store:
         wait_until(lambda: not (tmp_path / "shard-1").exists(), store)
         assert all_right(store, keys)
+
+
+# --- what the interval promises
+
+
+@pytest.mark.parametrize("trouble", ["a write meanwhile", "a failing sync"])
+def test_what_is_written_becomes_durable_within_the_interval_without_another_write(
+    tmp_path, trouble
+):
+    keys = [key_of(n) for n in range(2)]
+    with make(tmp_path, fsync_interval_s=0.05) as store:
+        client, slab = LocalShardClient(store), store._tiers.disk.slab
+        real, meanwhile = slab.sync, [keys[1]]
+
+        def sync():
+            if trouble == "a failing sync" and meanwhile:
+                meanwhile.pop()
+                raise OSError(errno.EIO, "sick")
+            real()
+            if meanwhile:
+                put(client, [meanwhile.pop()], NBYTES)
+                while any(store.awaits_disk(keys)):
+                    store.wait_for_change(0.05)
+
+        slab.sync = sync
+        if trouble == "a failing sync":
+            # distrusted blocks are dropped: what must recover is the log
+            put(client, keys[:1], NBYTES)
+            wait_until(lambda: not meanwhile, store)
+            put(client, keys, NBYTES)
+        else:
+            put(client, keys[:1], NBYTES)
+        wait_until(lambda: all(store.durable(keys)), store)
+        client.close()
+
+
+def test_verify_leaves_a_store_that_was_closed_cleanly_so(tmp_path):
+    with make(tmp_path / "shard-0") as store:
+        fill(store, range(3), NBYTES)
+    before = (tmp_path / "shard-0" / "lock").read_bytes().split()[1]
+    assert before == b"clean"
+    assert verify_store(str(tmp_path))[0].ok
+    assert (tmp_path / "shard-0" / "lock").read_bytes().split()[1] == before

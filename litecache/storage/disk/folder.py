@@ -206,6 +206,7 @@ class Folder:
         segment_bytes: for a new store; an old one keeps its own (`segment_bytes` says which).
 
     Attributes:
+        clean: the last owner closed it with everything synced.
         version: of the format; `upgrade` makes the present one of an older one.
         intact: what the last owner wrote is all there: it closed cleanly, or the machine has run
             on since. Otherwise a power cut may have kept a write and lost its record.
@@ -251,7 +252,8 @@ class Folder:
         before = os.pread(self._lock_fd, 128, 0).decode(errors="replace").split()
         boot = self._files.boot_id()
         fresh = not self._files.exists("superblock")
-        self.intact = fresh or before[1:] in (["clean"], [boot])
+        self.clean = before[1:] == ["clean"]
+        self.intact = fresh or self.clean or before[1:] == [boot]
         self._note(boot)
 
     def _take_lock_file(self) -> None:

@@ -275,4 +275,6 @@ def _verify(path: str, report: VerifyReport) -> Iterator[int]:
         finally:
             slab.close()
     finally:
+        if folder.clean:
+            folder.note_clean()  # nothing was written meanwhile
         folder.close()

@@ -136,7 +136,9 @@ class Retired:
                         if reason is None:
                             self._store_one(client, row, data, recovered.names)
                 at += len(batch)
-                if self._stopped.is_set() or self._store.flush(30).pending:
+                while not self._stopped.is_set() and self._store.flush(1).pending:
+                    pass
+                if self._stopped.is_set():
                     return False
                 slab.truncate(min(slab.size(), batch[-1].slot * PAGE_BYTES))
                 self._give_room()
@@ -154,7 +156,7 @@ class Retired:
         refs: list[SlotRef] = []
         while not refs and not self._stopped.is_set():
             refs = client.reserve(len(data), 1)
-            if not refs and not self._store.flush(5).complete:
+            if not refs and self._store.flush(1).failed:
                 return
         for ref in refs:
             client.arena.buffer(ref.slot, len(data))[:] = data
