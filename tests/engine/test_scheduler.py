@@ -20,8 +20,7 @@ from scheduler_world import BLOCK_SIZE, WINDOW, World, expected_output
 from litecache.engine.scheduling.block_pool import BlockPool
 from litecache.engine.scheduling.orders import LoadOrder
 from litecache.engine.scheduling.plan_builder import PlanBuilder
-from litecache.engine.scheduling.prefix_cache import MISSING, PENDING
-from litecache.engine.scheduling.prefix_index import PartialMatch, PrefixIndex
+from litecache.engine.scheduling.prefix_index import MISSING, PENDING, PartialMatch, PrefixIndex
 from litecache.engine.scheduling.sequence import KeyChain
 from litecache.engine.scheduling.tier_orders import TierOrders
 from litecache.types import FinishReason

@@ -19,9 +19,6 @@ from litecache.engine.scheduling.prefix_index import PartialMatch, PrefixIndex, 
 from litecache.engine.scheduling.sequence import BlockRef, KeyChain, Sequence
 from litecache.hashing import BlockKey
 
-MISSING, PENDING = -1, -2
-"""In place of a block: the pool does not hold it; somebody computes or loads it."""
-
 
 class PrefixMatch(NamedTuple):
     """What the pools hold of a sequence.
@@ -91,15 +88,7 @@ class PrefixCache:
 
     def look(self, chain: KeyChain) -> list[list[int]]:
         """Per group, where each full block of a sequence is: its block, `PENDING` or `MISSING`."""
-        return [
-            [
-                block
-                if (block := index.block(key)) is not None
-                else (MISSING if index.pending_owner(key) is None else PENDING)
-                for key in keys
-            ]
-            for keys, index in zip(chain.keys, self.indexes, strict=True)
-        ]
+        return [index.look(keys) for keys, index in zip(chain.keys, self.indexes, strict=True)]
 
     def match(self, chain: KeyChain, tokens: TokenArray) -> PrefixMatch:
         """Find what the pools hold of a sequence; takes no references.

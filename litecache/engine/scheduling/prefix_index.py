@@ -20,6 +20,9 @@ from litecache.hashing import BlockKey
 
 TokenArray = npt.NDArray[np.int64]
 
+MISSING, PENDING = -1, -2
+"""In place of a block: the pool does not hold it; somebody computes or loads it."""
+
 
 _Child = tuple[bytes, BlockKey]
 
@@ -63,6 +66,14 @@ class PrefixIndex:
         """The block that holds `key`'s tokens, if any."""
         entry = self._entries.get(key)
         return None if entry is None else entry.block
+
+    def look(self, keys: Sequence[BlockKey]) -> list[int]:
+        """Per key its block, or `PENDING` or `MISSING`."""
+        entries, pending = self._entries, self._pending
+        return [
+            entries[key].block if key in entries else PENDING if key in pending else MISSING
+            for key in keys
+        ]
 
     def published_keys(self) -> list[BlockKey]:
         """All published keys."""

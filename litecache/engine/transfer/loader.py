@@ -129,9 +129,10 @@ class Loader:
         cancelled: threading.Event,
     ) -> None:
         started = time.perf_counter()
+        last: list[BlockRef] = []
         try:
             self._shards.give_back(others)
-            self._load_local(order, wanted, cancelled)
+            last = self._load_local(order, wanted, cancelled)
             self._load_remote(order, wanted, cancelled)
         except Exception:
             # Blocks that were not confirmed are misses; the request recomputes them.
@@ -141,18 +142,23 @@ class Loader:
         self._metrics.observe("litecache_io_seconds", elapsed, direction="load")
         if not order.more:
             self._cancelled.pop(order.ticket, None)
-        self._loaded(order, (), True)
+        self._loaded(order, last, True)
 
     def _load_local(
         self, order: LoadOrder, wanted: dict[BlockRef, Lease], cancelled: threading.Event
-    ) -> None:
-        """Copy what becomes ready; each part that was copied together lands together."""
+    ) -> list[BlockRef]:
+        """Copy what becomes ready; each part that was copied together lands together.
+
+        Returns:
+            The part that landed last, which has not been told.
+        """
         copier = self._copier()
         copier.begin_load()
         waiting = [(ref, lease) for ref, lease in wanted.items() if lease.slot is not None]
         copying: deque[tuple[Callable[[], bool], list[tuple[BlockRef, Lease]]]] = deque()
         deadline = time.monotonic() + LOAD_TIMEOUT_S
         pause_s = 0.0002
+        done: list[BlockRef] = []
         try:
             while waiting or copying:
                 if cancelled.is_set() or (waiting and time.monotonic() > deadline):
@@ -171,9 +177,14 @@ class Loader:
                 while copying and (copying[0][0]() or not waiting):
                     if not waiting and not copying[0][0]():
                         copier.synchronize()
-                    self._land(order, copying[0][1])
+                    if done:
+                        self._loaded(order, done, False)
+                    done = self._landed(copying[0][1])
                     copying.popleft()
                     landed = True
+                if done and waiting:
+                    self._loaded(order, done, False)
+                    done = []
                 if waiting and not (ready or gone or landed):
                     # Progress shows in shared memory only; there is nothing to block on.
                     time.sleep(pause_s)
@@ -183,6 +194,7 @@ class Loader:
             left = [lease for _, part in copying for _, lease in part]
             self._shards.give_back([lease for _, lease in waiting] + left)
             raise
+        return done
 
     def _sorted(
         self, waiting: list[tuple[BlockRef, Lease]]
@@ -204,14 +216,13 @@ class Loader:
                 gone.append((ref, lease))
         return ready, gone, still
 
-    def _land(self, order: LoadOrder, part: list[tuple[BlockRef, Lease]]) -> None:
-        """The copies of a part are done: what is confirmed holds its bytes."""
+    def _landed(self, part: list[tuple[BlockRef, Lease]]) -> list[BlockRef]:
+        """The copies of a part are done; returns what is confirmed to hold its bytes."""
         done = [ref for ref, lease in part if self._confirm(lease)]
         self._shards.give_back([lease for _, lease in part])
         total = sum(self._pools[group].group.block_bytes for group, _ in done)
         self._metrics.inc("litecache_copied_bytes", total, direction="load")
-        if done:
-            self._loaded(order, done, False)
+        return done
 
     def _load_remote(
         self, order: LoadOrder, wanted: dict[BlockRef, Lease], cancelled: threading.Event
