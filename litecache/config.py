@@ -25,7 +25,6 @@ FSYNC_POLICIES = ("always", "interval", "never")
 EVICTION_POLICIES = ("lfu", "lru", "s3fifo")
 ADMISSION_POLICIES = ("all", "reused", "none")
 
-_MOST = 2**31 - 1
 _MOST_BYTES = 2**60
 _MOST_SHARDS = 1024
 
@@ -62,12 +61,12 @@ def parse_size(value: int | float | str, name: str) -> int:
 Check = Callable[[str, Any], Any]
 
 
-def _count(name: str, value: Any) -> int:
-    return check_integer(name, value, 1, _MOST, "a positive integer below 2**31")
+def _integer(high: int, valid: str) -> Check:
+    return lambda name, value: check_integer(name, value, 1, high, valid)
 
 
-def _shape(name: str, value: Any) -> int:
-    return check_integer(name, value, 1, 1 << 14, "a positive integer, at most 16,384")
+def _positive(high: float, valid: str) -> Check:
+    return lambda name, value: check_real(name, value, 0, high, valid, above=True)
 
 
 def _block_size(name: str, value: Any) -> int:
@@ -78,17 +77,14 @@ def _block_size(name: str, value: Any) -> int:
     return size
 
 
-def _fraction(name: str, value: Any) -> float:
-    return check_real(name, value, 0, 1, "a number in (0, 1]", above=True)
-
-
-def _seconds(name: str, value: Any) -> float:
-    valid = "seconds, more than zero, at most 1e10, or None"
-    return check_real(name, value, 0, 1e10, valid, above=True)
-
-
 def _size(name: str, value: Any) -> int:
     return parse_size(value, name)
+
+
+_count = _integer(2**31 - 1, "a positive integer below 2**31")
+_shape = _integer(1 << 14, "a positive integer, at most 16,384")
+_fraction = _positive(1, "a number in (0, 1]")
+_seconds = _positive(1e10, "seconds, more than zero, at most 1e10, or None")
 
 
 def _one_of(choices: tuple[str, ...]) -> Check:

@@ -179,3 +179,15 @@ def test_a_closed_service_refuses_by_name(tmp_path: Path) -> None:
     for call in (lambda: made.query(1), lambda: made.create("read", [1], [0]), made.flush):
         with pytest.raises(StorageError, match="closed"):
             call()  # type: ignore[no-untyped-call]
+
+
+def test_blocks_whose_write_fails_are_aborted_and_forgotten(tmp_path: Path) -> None:
+    class Refusing(MemoryEngine):
+        def put(self, *arguments: Any) -> list[str]:
+            raise OSError("no\nway")
+
+    with LocalCacheService(**(arguments(tmp_path) | {"engine": Refusing})) as made:
+        task = made.create("write", [1], [0])
+        assert task.wait(30)
+        assert task.results() == ["error: OSError: no"]
+        assert made._core.waiting == {}

@@ -56,6 +56,7 @@ class Workers:
                 # whatever went wrong concerns these blocks alone; the worker lives on
                 logger.exception("blocks of a task failed")
                 for block in blocks:
+                    self._forget(block)
                     task.complete(block, TaskState.Aborted, f"error: {told(error)}")
 
     def _do(self, task: Task, blocks: list[TaskBlock]) -> None:
