@@ -12,6 +12,7 @@ chain are neighbours on the disk.
 
 from __future__ import annotations
 
+import functools
 import heapq
 from array import array
 from collections import Counter
@@ -44,6 +45,7 @@ class RegionSize(NamedTuple):
     slots: int
 
 
+@functools.lru_cache(maxsize=256)
 def region_size(segment_pages: int, block_pages: int) -> RegionSize:
     """Size of the regions of a block size: the fewest segments that waste little of their end."""
     smallest = -(-block_pages // segment_pages)

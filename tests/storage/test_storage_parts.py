@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from storage_help import key_of, puts
 
 from litecache.errors import ConfigError
-from litecache.storage import admission, eviction
+from litecache.storage import admission
 from litecache.storage.block_index import BlockIndex
-from litecache.storage.eviction import get_policy, register
-from litecache.storage.eviction.lru import Lru
+from litecache.storage.eviction import get_policy, policies, register
+from litecache.storage.eviction.policies import Lru
 from litecache.storage.eviction.queues import Queues
 from litecache.storage.segments import SegmentSpace, pick_segment_bytes
 
@@ -353,7 +353,7 @@ def test_lfu_forgets_what_was_popular_long_ago():
 
 
 def test_policies_register_by_name(monkeypatch):
-    monkeypatch.setattr(eviction, "_POLICIES", dict(eviction._POLICIES))
+    monkeypatch.setattr(policies, "_POLICIES", dict(policies._POLICIES))
     register("mine", Lru)
     assert get_policy("mine") is Lru
     with pytest.raises(ConfigError, match="lfu, lru"):

@@ -25,8 +25,7 @@ from ...hashing import BlockKey
 from ..block_index import grown_by
 from ..key_dict import BATCH_KEYS
 from ..segments import SegmentSpace
-from . import get_policy
-from .base import Chain, EvictionPolicy, Links
+from .policies import Chain, EvictionPolicy, Links, get_policy
 
 _MOST_LOOKS = 1024
 """Blocks in use that one search for a victim passes by; they go to the end of the line."""
