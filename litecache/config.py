@@ -246,6 +246,8 @@ class CacheConfig:
         max_requests: requests that run at once.
         deterministic: fix the chunk grid, so that results do not depend on the load.
         cache_salt: requests share cached blocks only with requests of the same salt.
+        models_bytes: bound of `$LITECACHE_HOME/models`, where this driver writes modules and
+            converted GGUF files: the oldest unused go first, one in use never.
     """
 
     block_size: int = _setting("block_size", 16, _block_size, int)
@@ -275,6 +277,7 @@ class CacheConfig:
     max_requests: int = _setting("max_requests", 256, _count, int)
     deterministic: bool = _setting("deterministic", False, check_flag, _parse_bool)
     cache_salt: str = _setting("cache_salt", "", check_text)
+    models_bytes: int = _setting("models_bytes", "100GB", _size)
 
     def __post_init__(self) -> None:
         """Check every field and make its value a plain one, then what fields ask of each other."""

@@ -1,15 +1,30 @@
 """Where LiteCache keeps what it can make again: converted models, fingerprints, compiled code.
 
 One folder, `$LITECACHE_HOME` or `~/.cache/litecache`; deleting it costs time, never data. The KV
-itself lives in `CacheConfig.storage_dir`, not here.
+itself lives in `CacheConfig.storage_dir`, not here. Model folders in it are complete from the
+moment they can be seen, held by a lock while a process uses them, and removed oldest unused first.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import json
 import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
-from litecache.errors import ConfigError
+from litecache.errors import ConfigError, LiteCacheError, StorageFullError
+
+_UNFINISHED = "."
+_NAME_FILE = "litecache.json"
+# A folder that somebody has just made may not be locked yet.
+_UNLOCKED_S = 60.0
 
 
 def litecache_home() -> Path:
@@ -30,3 +45,192 @@ def litecache_home() -> Path:
 def models_folder() -> Path:
     """Where converted and handed-over models lie, one folder per fingerprint."""
     return litecache_home() / "models"
+
+
+class ModelHold:
+    """Keeps a model's folder from being removed, until `release` or the end of the process."""
+
+    def __init__(self, descriptor: int | None) -> None:
+        self._descriptor = descriptor
+
+    def release(self) -> None:
+        """Let go; once more does nothing."""
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            os.close(descriptor)
+
+    __del__ = release
+
+    def __enter__(self) -> ModelHold:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.release()
+
+
+def hold_model(path: str | Path | None) -> ModelHold | None:
+    """Hold a folder of `models_folder` and note that it is used now.
+
+    Returns:
+        None when there is no such folder; for any other path a hold on nothing.
+    """
+    if path is None or Path(path).parent != models_folder():
+        return ModelHold(None)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        return None
+    hold = ModelHold(descriptor)
+    fcntl.flock(descriptor, fcntl.LOCK_SH)
+    try:
+        # It may have been removed before the lock was there.
+        if os.stat(path).st_ino != os.fstat(descriptor).st_ino:
+            return None
+        with suppress(OSError):  # of another user
+            os.utime(descriptor)
+    except OSError:
+        return None
+    return hold
+
+
+def find_or_make_model(
+    name: str, make: Callable[[Path], None], *, label: str, most_bytes: int | None = None
+) -> tuple[Path, ModelHold]:
+    """A folder of `models_folder`, made if it is not there, and held.
+
+    Args:
+        name: of the folder; tells its contents.
+        make: writes into the empty folder that it is given.
+        label: what people call the model.
+        most_bytes: of all folders when one is added; others are removed for it. None = no bound.
+
+    Raises:
+        LiteCacheError: the folder cannot be written.
+    """
+    target = models_folder() / name
+    made = False
+    while (hold := hold_model(target)) is None:
+        with _errors_of(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            scratch = Path(tempfile.mkdtemp(prefix=f"{_UNFINISHED}making-", dir=target.parent))
+        try:
+            with hold_model(scratch) or ModelHold(None):
+                make(scratch)
+                with _errors_of(target):
+                    _publish(scratch, target, label)
+            made = True
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    if made and most_bytes is not None:
+        prune_models(most_bytes)
+    return target, hold
+
+
+def _publish(scratch: Path, target: Path, label: str) -> None:
+    """Make a finished folder visible under its name; whoever made it first wins."""
+    (scratch / _NAME_FILE).write_text(json.dumps({"name": label}))
+    for file in scratch.iterdir():
+        if file.is_file():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+    scratch.chmod(0o755)
+    try:
+        scratch.rename(target)
+    except OSError:
+        if not target.is_dir():
+            raise
+
+
+@contextmanager
+def _errors_of(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        kind = StorageFullError if error.errno in (errno.ENOSPC, errno.EDQUOT) else LiteCacheError
+        raise kind(f"cannot write {folder}: {error.strerror}") from error
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """A folder of `models_folder`.
+
+    Attributes:
+        path: of the folder.
+        name: what people call the model.
+        bytes: of its files.
+        used_s: when it was last used, in seconds of the system's clock.
+        in_use: some process holds it.
+    """
+
+    path: Path
+    name: str
+    bytes: int
+    used_s: float
+    in_use: bool
+
+
+def list_models() -> list[StoredModel]:
+    """The folders of `models_folder`, oldest use first; unfinished ones as well."""
+    found = []
+    with suppress(OSError):
+        for folder in models_folder().iterdir():
+            with suppress(OSError):  # it may just be going
+                name = folder.name
+                with suppress(OSError, ValueError, KeyError, TypeError):
+                    name = str(json.loads((folder / _NAME_FILE).read_text())["name"])
+                size = sum(f.lstat().st_size for f in folder.rglob("*") if not f.is_dir())
+                used = folder.stat().st_mtime
+                found.append(StoredModel(folder, name, size, used, _in_use(folder)))
+    return sorted(found, key=lambda model: model.used_s)
+
+
+def prune_models(most_bytes: int) -> list[StoredModel]:
+    """Remove folders that nobody uses, oldest use first, until the rest is within a bound.
+
+    What a process left unfinished goes in any case.
+
+    Returns:
+        What was removed.
+    """
+    models = list_models()
+    total = sum(model.bytes for model in models)
+    removed = []
+    for model in sorted(models, key=lambda model: not model.path.name.startswith(_UNFINISHED)):
+        unfinished = model.path.name.startswith(_UNFINISHED)
+        if not unfinished and total <= most_bytes:
+            break
+        if unfinished and time.time() - model.used_s < _UNLOCKED_S:
+            continue
+        if _remove(model.path):
+            total -= model.bytes
+            removed.append(model)
+    return removed
+
+
+def _in_use(folder: Path) -> bool:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def _remove(folder: Path) -> bool:
+    """Remove a folder, unless somebody holds it; whoever comes later finds it gone as a whole."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        going = folder.with_name(f"{_UNFINISHED}going-{os.getpid()}-{folder.name.lstrip('.')}")
+        folder.rename(going)
+        shutil.rmtree(going, ignore_errors=True)
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True

@@ -45,6 +45,7 @@ from litecache.errors import (
     told,
 )
 from litecache.metrics import Metrics
+from litecache.paths import hold_model
 from litecache.sockets.async_server import AsyncSocketServer, Handler
 from litecache.sockets.frames import handler_of
 from litecache.storage.client import ShardClient
@@ -75,6 +76,7 @@ class GpuCache:
         os.environ["RAY_WARN_BLOCKING_GET_INSIDE_ASYNC"] = "0"
         context = ray.get_runtime_context()
         self._spec, self._index = spec, index
+        self._model = hold_model(spec.source.path)
         self._node_id = context.get_node_id()
         self._name = replica_name(spec.group, index)
         self._epoch = uuid.uuid4().hex[:12]

@@ -169,7 +169,8 @@ class Group:
                 name = shard_name(spec.group, node_id, index)
                 options = {**_SHARD_OPTIONS, "scheduling_strategy": affinity}
                 self.shards[name] = create(StorageShard, name, "shard", options).remote(
-                    spec.group, index, store_options, storage_shard.LOCK_PATIENCE_S
+                    *(spec.group, index, store_options, storage_shard.LOCK_PATIENCE_S),
+                    model=spec.source.path,
                 )
         result(
             [shard.info.remote() for shard in self.shards.values()],

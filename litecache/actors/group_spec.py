@@ -86,10 +86,12 @@ def digest(description: dict[str, Any]) -> str:
 
 
 def _comparable(description: dict[str, Any]) -> dict[str, Any]:
+    # A label is no property of the model, and each driver bounds what it writes itself.
+    source, config = description["source"].items(), description["config"].items()
     return {
         "version": description["version"],
-        **{f"model.{name}": value for name, value in description["source"].items()},
-        **description["config"],
+        **{f"model.{name}": value for name, value in source if name != "label"},
+        **{name: value for name, value in config if name != "models_bytes"},
     }
 
 

@@ -26,6 +26,7 @@ from litecache.actors.naming import shard_name
 from litecache.errors import LiteCacheError, StorageFullError, StorageLockedError
 from litecache.hashing import BlockKey
 from litecache.metrics import Metrics
+from litecache.paths import hold_model
 from litecache.sockets.frames import handler_of
 from litecache.sockets.server import Handler, SocketServer
 from litecache.storage import wire
@@ -48,6 +49,7 @@ class StorageShard:
         index: of the shard on its node.
         options: arguments of `ShardStore`.
         lock_patience_s: how long to wait for a folder that another process has locked.
+        model: path of the group's model: held, also while its replica restarts.
     """
 
     def __init__(
@@ -56,9 +58,11 @@ class StorageShard:
         index: int,
         options: dict[str, Any],
         lock_patience_s: float = LOCK_PATIENCE_S,
+        model: str | None = None,
     ) -> None:
         context = ray.get_runtime_context()
         self._group = group
+        self._model = hold_model(model)
         self._node_id = context.get_node_id()
         self._shard_id = f"{self._node_id[:8]}:{index}"
         self._name = shard_name(group, self._node_id, index)

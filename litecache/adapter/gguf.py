@@ -2,25 +2,22 @@
 
 Parsing and dequantising a GGUF file takes half a minute at each load; the converted folder loads in
 a second and gives bitwise the same float32 weights. Folders lie in `$LITECACHE_HOME/models`, named
-by the digest of the GGUF file's bytes. A folder appears by one rename when it is complete, so an
-interrupted or concurrent conversion never leaves half a model behind.
+by the digest of the GGUF file's bytes.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import logging
-import os
-import shutil
-import tempfile
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from litecache.engine.loading.fingerprint import file_digest
-from litecache.errors import ConfigError, LiteCacheError, ModelNotSupportedError, told
-from litecache.paths import models_folder
+from litecache.errors import ConfigError, ModelNotSupportedError, told
+from litecache.paths import ModelHold, find_or_make_model
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +50,7 @@ def convert_gguf(path: str | Path, *, progress: bool = True) -> Path:
 
     Args:
         path: a file that ends in .gguf; quantised weights become float32.
-        progress: show a progress bar on stderr when a conversion is needed.
+        progress: show a progress bar on stderr, where that is a terminal and there is work to do.
 
     Returns:
         A folder for `from_pretrained`, the same for the same bytes.
@@ -63,73 +60,66 @@ def convert_gguf(path: str | Path, *, progress: bool = True) -> Path:
         ModelNotSupportedError: transformers cannot read the file.
         LiteCacheError: the folder cannot be written.
     """
+    folder, hold = held_conversion(path, progress=progress)
+    hold.release()
+    return folder
+
+
+def held_conversion(
+    path: str | Path, *, progress: bool = True, most_bytes: int | None = None
+) -> tuple[Path, ModelHold]:
+    """As `convert_gguf`, with a hold on the folder; `most_bytes` as in `find_or_make_model`."""
     source = Path(path)
     if source.suffix != ".gguf" or not source.is_file():
         raise ConfigError("model", str(path), "a file that exists and ends in .gguf")
-    target = models_folder() / f"gguf-{file_digest(source)}-v{_CONVERSION_VERSION}"
-    if target.is_dir():
-        return target
-    for module in ("gguf", "accelerate"):
-        if importlib.util.find_spec(module) is None:
-            raise ConfigError("model", str(path), f'readable only with pip install "{module}"')
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=".converting-", dir=target.parent))
-    except OSError as error:
-        raise LiteCacheError(f"cannot write {target.parent}: {error.strerror}") from error
-    try:
-        _convert(source, scratch, progress)
-        _publish(scratch, target)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    logger.info("converted %s to %s", source, target)
-    return target
+
+    def make(folder: Path) -> None:
+        for module in ("gguf", "accelerate"):
+            if importlib.util.find_spec(module) is None:
+                raise ConfigError("model", str(path), f'readable only with pip install "{module}"')
+        _convert(source, folder, progress and sys.stderr.isatty())
+        logger.info("converted %s", source)
+
+    name = f"gguf-{file_digest(source)}-v{_CONVERSION_VERSION}"
+    return find_or_make_model(name, make, label=source.name, most_bytes=most_bytes)
 
 
 def _convert(source: Path, folder: Path, progress: bool) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+    from litecache.engine.loading.model_checks import check_complete
+
     with _progress_bar(source.name, progress) as advance, _own_tensor_bar(advance):
         advance(0, "reading")
         try:
-            model = AutoModelForCausalLM.from_pretrained(
+            model, report = AutoModelForCausalLM.from_pretrained(
                 source.parent,
                 gguf_file=source.name,
                 quantization_config=GgufConfig(dequantize=True),
                 dtype="float32",
+                trust_remote_code=False,
+                output_loading_info=True,
             )
         except Exception as error:  # transformers raises whatever its parsers trip over
             reason = f"a GGUF file that transformers can read ({told(error)})"
             raise ModelNotSupportedError("model", str(source), reason) from error
+        check_complete(str(source), report)
         advance(_TENSORS_UNTIL, "writing the weights")
         model.save_pretrained(folder)
         advance(_WRITTEN, "converting the tokenizer")
-        AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(
+            source.parent, gguf_file=source.name, trust_remote_code=False
+        )
+        tokenizer.save_pretrained(folder)
         advance(100, "converted")
-
-
-def _publish(scratch: Path, target: Path) -> None:
-    """Make the finished folder visible under its name; whoever converted first wins."""
-    for file in scratch.iterdir():
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
-    scratch.chmod(0o755)
-    try:
-        scratch.rename(target)
-    except OSError:
-        if not target.is_dir():
-            raise
 
 
 @contextmanager
 def _progress_bar(name: str, shown: bool) -> Iterator[Advance]:
-    """A bar from 0 to 100 on stderr, and transformers' own bars switched off meanwhile."""
+    """A bar from 0 to 100 on stderr, in place of transformers' own."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-    from transformers.utils import logging as hf_logging
 
-    hf_bars = hf_logging.is_progress_bar_enabled()
-    hf_logging.disable_progress_bar()
     bar = Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -138,16 +128,26 @@ def _progress_bar(name: str, shown: bool) -> Iterator[Advance]:
         console=Console(stderr=True),
         disable=not shown,
     )
+    with without_bars(), bar:
+        task = bar.add_task(name, total=100)
+
+        def advance(percent: float, stage: str) -> None:
+            bar.update(task, completed=percent, description=f"{name}: {stage}")
+
+        yield advance
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Transformers' progress bars switched off meanwhile."""
+    from transformers.utils import logging as hf_logging
+
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
     try:
-        with bar:
-            task = bar.add_task(name, total=100)
-
-            def advance(percent: float, stage: str) -> None:
-                bar.update(task, completed=percent, description=f"{name}: {stage}")
-
-            yield advance
+        yield
     finally:
-        if hf_bars:
+        if shown:
             hf_logging.enable_progress_bar()
 
 

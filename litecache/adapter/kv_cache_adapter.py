@@ -43,6 +43,7 @@ from litecache.config import CacheConfig
 from litecache.engine.loading.model_checks import check_config, check_shape, choose_max_model_len
 from litecache.errors import ConfigError, GroupError, LiteCacheError, outline
 from litecache.hashing import chain_keys
+from litecache.paths import ModelHold
 from litecache.token_ids import TokenIds
 from litecache.types import Request
 
@@ -65,6 +66,7 @@ class KVCacheAdapter:
         seed: of random weights.
         replicas: number of `GpuCache` actors of a group started here.
         num_threads: torch's threads in each replica on a CPU; None = the machine's cores.
+        trust_remote_code: let Python code that comes with the model run, here and in the actors.
 
     Raises:
         LiteCacheError: something is refused; nothing that was started stays behind.
@@ -83,6 +85,7 @@ class KVCacheAdapter:
         seed: int = 0,
         replicas: int = 1,
         num_threads: int | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
         refuse_inherited_ray()
         options = check_actor_options(actor_options)
@@ -92,6 +95,7 @@ class KVCacheAdapter:
             if name == "replicas" or count is not None:
                 check_integer(name, count, 1, 4096)
         check_flag("detached", detached)
+        check_flag("trust_remote_code", trust_remote_code)
         if tokenizer is not None and not (
             _has_methods(tokenizer, "decode", "__call__")
             or _has_methods(tokenizer, "decode", "encode")
@@ -99,8 +103,14 @@ class KVCacheAdapter:
             raise ConfigError("tokenizer", tokenizer, "a tokenizer of transformers, or None")
         if group is not None:
             check_group_name(group)
-        self._model = resolve_model(model, weights=weights, seed=seed)
         config = cache_config or CacheConfig()
+        self._model = resolve_model(
+            model,
+            weights=weights,
+            seed=seed,
+            trust_remote_code=trust_remote_code,
+            models_bytes=config.models_bytes,
+        )
         # The actors check all of this, too; here it costs no process.
         check_config(self._model.config, config)
         check_shape(self._model.config, config)
@@ -124,8 +134,9 @@ class KVCacheAdapter:
         self._last_stop: tuple[Any, tuple[str, ...], StopStrings] | None = None
         self._replicas = ReplicaSet(self._group, self._client_id)
         # Runs on close, on garbage collection and at exit, once, and before Ray's own exit hook.
+        owned = started and not detached
         self._finalizer = weakref.finalize(
-            self, _leave, self._group, self._replicas, started and not detached
+            self, _leave, self._group, self._replicas, owned, self._model.hold
         )
 
     @property
@@ -158,11 +169,15 @@ class KVCacheAdapter:
         if self._tokenizer is None:
             from transformers import AutoTokenizer
 
-            path = self._model.source.path
+            source = self._model.source
             try:
-                if path is None:
+                if source.path is None:
                     raise OSError("a bare config has no tokenizer")
-                self._tokenizer = AutoTokenizer.from_pretrained(path)
+                self._tokenizer = AutoTokenizer.from_pretrained(
+                    source.path,
+                    revision=source.revision,
+                    trust_remote_code=source.trust_remote_code,
+                )
             except Exception as error:  # whatever lies in the folder
                 raise ConfigError("tokenizer", None, f"given for this model ({error})") from error
         return self._tokenizer
@@ -507,8 +522,8 @@ def _join_or_start(
     return Group.attach(spec.group, expected), False
 
 
-def _leave(group: Group, replicas: ReplicaSet, owned: bool) -> None:
-    """Abort what is open; stop the group where it was this adapter's own.
+def _leave(group: Group, replicas: ReplicaSet, owned: bool, model: ModelHold) -> None:
+    """Abort what is open, stop the group where it was this adapter's own, let go of the model.
 
     Nothing happens in a process forked from the adapter's.
     """
@@ -516,6 +531,8 @@ def _leave(group: Group, replicas: ReplicaSet, owned: bool) -> None:
         return
     for poller in replicas.pollers:
         poller.close()
+    # The actors hold it themselves, as long as they live.
+    model.release()
     if owned:
         try:
             group.connection.check()

@@ -7,22 +7,25 @@ of its config and weights, so that an actor that restarts can load it without th
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import os
-import shutil
-import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoConfig, GenerationConfig, PretrainedConfig
+from transformers import GenerationConfig, PretrainedConfig
+from transformers.utils import cached_file
 
-from litecache.adapter.gguf import convert_gguf
-from litecache.engine.loading.fingerprint import module_fingerprint
-from litecache.engine.loading.model_source import WEIGHTS, ModelSource
-from litecache.errors import ConfigError, LiteCacheError, first_line, told
-from litecache.paths import models_folder
+from litecache.adapter.gguf import held_conversion, without_bars
+from litecache.adapter.module_checks import check_module
+from litecache.engine.loading.fingerprint import file_digest, model_fingerprint, module_fingerprint
+from litecache.engine.loading.model_checks import read_config
+from litecache.engine.loading.model_source import BUFFERS_FILE, WEIGHTS, ModelSource
+from litecache.errors import ConfigError, LiteCacheError, told
+from litecache.paths import ModelHold, find_or_make_model, hold_model, models_folder
 
 logger = logging.getLogger(__name__)
 
@@ -38,11 +41,13 @@ class ResolvedModel:
         source: what the actors load.
         config: the model's configuration.
         generation_config: its defaults for `generate`.
+        hold: on what was written for it.
     """
 
     source: ModelSource
     config: PretrainedConfig
     generation_config: GenerationConfig
+    hold: ModelHold = field(default_factory=lambda: ModelHold(None))
 
     def __post_init__(self) -> None:
         # Defaults of a family may lie outside a shrunken vocabulary, where nothing is ever drawn.
@@ -63,7 +68,14 @@ class ResolvedModel:
         return limit if isinstance(limit, int) else None
 
 
-def resolve_model(model: Any, *, weights: str = "auto", seed: int = 0) -> ResolvedModel:
+def resolve_model(
+    model: Any,
+    *,
+    weights: str = "auto",
+    seed: int = 0,
+    trust_remote_code: bool = False,
+    models_bytes: int | None = None,
+) -> ResolvedModel:
     """Find out what to load; reads configuration files only (a GGUF file is converted once).
 
     Args:
@@ -71,6 +83,8 @@ def resolve_model(model: Any, *, weights: str = "auto", seed: int = 0) -> Resolv
             a `PretrainedConfig` (with `weights="random"`).
         weights: "auto" or "random".
         seed: of random weights.
+        trust_remote_code: let Python code that comes with the model run, here and in the actors.
+        models_bytes: bound of what is written to `$LITECACHE_HOME/models`; None = no bound.
 
     Raises:
         ConfigError: there is no such model, or weights do not fit to it.
@@ -87,25 +101,34 @@ def resolve_model(model: Any, *, weights: str = "auto", seed: int = 0) -> Resolv
     if isinstance(model, nn.Module):
         if weights != "auto":
             raise ConfigError("weights", weights, '"auto", because the module brings its own')
-        return _resolve_module(model)
+        model = check_module(model, trust_remote_code=trust_remote_code)
+        return _resolve_module(model, models_bytes)
     if isinstance(model, (str, os.PathLike)) and os.fspath(model):
-        return _resolve_path(os.fspath(model), weights, seed)
+        return _resolve_path(
+            os.fspath(model),
+            models_bytes,
+            weights=weights,
+            seed=seed if weights == "random" else 0,
+            trust_remote_code=trust_remote_code,
+        )
     raise ConfigError("model", model, "a name, a path, an nn.Module or a PretrainedConfig")
 
 
-def _resolve_path(name: str, weights: str, seed: int) -> ResolvedModel:
+def _resolve_path(name: str, most_bytes: int | None, **loading: Any) -> ResolvedModel:
     path = os.path.expanduser(name)
+    label, hold = None, None
     if path.endswith(".gguf"):
-        path = str(convert_gguf(path))
+        label = os.path.basename(path)
+        folder, hold = held_conversion(path, most_bytes=most_bytes)
+        path = str(folder)
     elif os.path.isdir(path):
         path = os.path.abspath(path)
     elif os.path.exists(path) or path.startswith((".", "/")) or path.count("/") > 1:
         raise ConfigError("model", name, "a folder with a saved model, or a file ending in .gguf")
-    valid = "a folder with a saved model, a .gguf file, or a model of the Hugging Face hub"
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError("model", name, f"{valid} ({first_line(error)})") from error
+    source = ModelSource(path=path, label=label, **loading)
+    config = read_config(source)
+    # What the actors load must be what is here now: names and paths may come to mean other weights.
+    source = _held_to_now(source)
     try:
         generation_config = GenerationConfig.from_pretrained(path)
     except Exception as error:  # there is none, or anything may stand in it
@@ -113,47 +136,57 @@ def _resolve_path(name: str, weights: str, seed: int) -> ResolvedModel:
             valid = f"a generation config ({told(error)})"
             raise ConfigError("generation_config.json", name, valid) from error
         generation_config = GenerationConfig.from_model_config(config)
-    source = ModelSource(path=path, weights=weights, seed=seed if weights == "random" else 0)
-    return ResolvedModel(source, config, generation_config)
+    hold = hold or hold_model(path) or ModelHold(None)
+    return ResolvedModel(source, config, generation_config, hold)
 
 
-def _resolve_module(module: nn.Module) -> ResolvedModel:
-    config = getattr(module, "config", None)
-    if not isinstance(config, PretrainedConfig) or not hasattr(module, "save_pretrained"):
-        raise ConfigError("model", type(module).__name__, "a transformers model with a config")
-    folder = save_module(module)
+def _held_to_now(source: ModelSource) -> ModelSource:
+    """With the fingerprint of a folder, or the commit of a hub model that its name means."""
+    path = str(source.path)
+    if not os.path.isdir(path):
+        snapshot = Path(str(cached_file(path, "config.json"))).parent
+        known = snapshot.parent.name == "snapshots"
+        return replace(source, revision=snapshot.name) if known else source
+    if source.weights == "random" or Path(path).parent == models_folder():
+        return source  # nothing to read, or named by its contents
+    trusted = source.trust_remote_code
+    return replace(source, fingerprint=model_fingerprint(Path(path), trust_remote_code=trusted))
+
+
+def _resolve_module(module: Any, most_bytes: int | None) -> ResolvedModel:
+    folder, hold = _save_module(module, most_bytes)
     generation_config = getattr(module, "generation_config", None)
     if generation_config is None:
-        generation_config = GenerationConfig.from_model_config(config)
-    return ResolvedModel(ModelSource(path=str(folder)), config, generation_config)
+        generation_config = GenerationConfig.from_model_config(module.config)
+    remote = type(module).__module__.startswith("transformers_modules.")
+    source = ModelSource(path=str(folder), label=_label(module), trust_remote_code=remote)
+    return ResolvedModel(source, module.config, generation_config, hold)
 
 
-def save_module(module: Any) -> Path:
-    """Write a module to the cache folder as safetensors, or find it there.
+def _label(module: Any) -> str:
+    """The name that a module was loaded by, or its class's."""
+    name = str(getattr(module, "name_or_path", "") or "")
+    return name if name and Path(name).parent != models_folder() else type(module).__name__
 
-    Returns:
-        A folder for `from_pretrained`, complete: it appears by one rename.
 
-    Raises:
-        LiteCacheError: the folder cannot be written.
-    """
+def _save_module(module: Any, most_bytes: int | None) -> tuple[Path, ModelHold]:
+    """Write a module to the cache folder as safetensors, or find it there."""
     config = {k: v for k, v in module.config.to_dict().items() if k not in _SET_BY_SAVING}
-    target = models_folder() / module_fingerprint(module, config)
-    if target.is_dir():
-        return target
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=".saving-", dir=target.parent))
-    except OSError as error:
-        raise LiteCacheError(f"cannot write {target.parent}: {error.strerror}") from error
-    try:
-        module.save_pretrained(scratch)
-        scratch.chmod(0o755)
-        scratch.rename(target)
-    except OSError as error:
-        if not target.is_dir():  # else another process was faster
-            raise LiteCacheError(f"cannot write {target}: {error.strerror}") from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    logger.info("wrote the model to %s", target)
-    return target
+    kinds = {type(part) for part in module.modules()}
+    own = {inspect.getfile(k) for k in kinds if k.__module__.startswith("transformers_modules.")}
+    if own:
+        config["code"] = sorted(file_digest(Path(file)) for file in own)
+
+    def make(folder: Path) -> None:
+        with without_bars():
+            try:
+                module.save_pretrained(folder)
+            except OSError as error:
+                raise LiteCacheError(f"cannot write {folder}: {error.strerror}") from error
+        saved = module.state_dict().keys()
+        others = {k: v.detach().cpu() for k, v in module.named_buffers() if k not in saved}
+        save_file({k: v.contiguous().clone() for k, v in others.items()}, folder / BUFFERS_FILE)
+        logger.info("wrote the model to %s", folder)
+
+    name = module_fingerprint(module, config)
+    return find_or_make_model(name, make, label=_label(module), most_bytes=most_bytes)

@@ -1,5 +1,5 @@
 """The command line: `litecache up`, `down`, `status`, `generate`, `inspect`, `verify`, `tune`,
-`doctor`.
+`doctor`, `models`.
 
 Every command takes `--json` for machines; errors are one line on stderr and exit with 2 (1 is a
 finding of `verify` or `doctor`). Commands import what they need when they run, so that
@@ -17,7 +17,7 @@ import typer
 
 from litecache.cli.folders import inspect, verify
 from litecache.cli.groups import down, generate, status, up
-from litecache.cli.machine import doctor, tune
+from litecache.cli.machine import doctor, models, tune
 from litecache.errors import LiteCacheError, told
 
 logger = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
 )
-for command in (up, down, status, generate, inspect, verify, tune, doctor):
+for command in (up, down, status, generate, inspect, verify, tune, doctor, models):
     app.command()(command)
 
 

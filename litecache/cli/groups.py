@@ -19,6 +19,7 @@ from litecache.cli.options import (
     GroupName,
     Model,
     Settings,
+    TrustRemoteCode,
     check_address,
     check_model,
     connect,
@@ -36,6 +37,7 @@ def up(
     settings: Settings = None,
     replicas: Annotated[int, typer.Option(help="number of GpuCache actors")] = 1,
     num_threads: Annotated[int | None, typer.Option(help="torch's threads on a CPU")] = None,
+    trust_remote_code: TrustRemoteCode = False,
     address: Address = None,
     as_json: AsJson = False,
 ) -> None:
@@ -55,6 +57,7 @@ def up(
         detached=True,
         replicas=replicas,
         num_threads=num_threads,
+        trust_remote_code=trust_remote_code,
     )
     info, actors = adapter.info, sorted(adapter.group.status())
     adapter.close()
@@ -121,6 +124,7 @@ def generate(
     temperature: Annotated[float | None, typer.Option(help="sample at this temperature")] = None,
     seed: Annotated[int | None, typer.Option(help="of sampling")] = None,
     chat: Annotated[bool, typer.Option(help="apply the tokenizer's chat template")] = False,
+    trust_remote_code: TrustRemoteCode = False,
     address: Address = None,
     as_json: AsJson = False,
 ) -> None:
@@ -143,7 +147,12 @@ def generate(
         connect(address)
     from litecache.adapter import KVCacheAdapter
 
-    with KVCacheAdapter(model, cache_config=config if settings else None, group=group) as adapter:
+    with KVCacheAdapter(
+        model,
+        cache_config=config if settings else None,
+        group=group,
+        trust_remote_code=trust_remote_code,
+    ) as adapter:
         given: Any = text
         if chat:
             message = [{"role": "user", "content": text}]

@@ -1,4 +1,4 @@
-"""Commands about this machine: `tune` and `doctor`."""
+"""Commands about this machine: `tune`, `doctor` and `models`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import typer
 
 from litecache.checks import check_path
 from litecache.cli.options import Address, AsJson, check_address, connect, print_json
+from litecache.config import parse_size
 from litecache.errors import ConfigError
 
 
@@ -52,3 +53,34 @@ def doctor(
             typer.echo(f"{finding.status:5} {finding.name:{width}}  {finding.detail}")
     if any(finding.status == "bad" for finding in findings):
         raise typer.Exit(1)
+
+
+def models(
+    prune: Annotated[bool, typer.Option("--prune", help="remove those that nobody uses")] = False,
+    keep: Annotated[str, typer.Option(help="with --prune: bytes that may stay, as 20GB")] = "0",
+    as_json: AsJson = False,
+) -> None:
+    """Show the models that were written to $LITECACHE_HOME/models, or remove the unused ones."""
+    import dataclasses
+    from datetime import datetime
+
+    from litecache.paths import list_models, prune_models
+
+    most_bytes = 0 if keep == "0" else parse_size(keep, "--keep")
+    if most_bytes and not prune:
+        raise ConfigError("--keep", keep, "given with --prune")
+    removed = prune_models(most_bytes) if prune else []
+    left = list_models()
+    if as_json:
+        found = {"models": left, "removed": removed}
+        print_json({k: [dataclasses.asdict(m) for m in v] for k, v in found.items()})
+        return
+    for model in left:
+        used = datetime.fromtimestamp(model.used_s).isoformat(" ", "minutes")
+        state = "in use" if model.in_use else f"last used {used}"
+        typer.echo(f"{model.name}: {model.bytes / 1e6:,.1f} MB, {state} ({model.path})")
+    if prune:
+        size = sum(model.bytes for model in removed) / 1e6
+        typer.echo(f"removed {len(removed)} of {len(removed) + len(left)} models, {size:,.1f} MB")
+    elif not left:
+        typer.echo("no models")

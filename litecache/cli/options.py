@@ -16,6 +16,9 @@ Model = Annotated[str, typer.Argument(help="a hub name, a folder or a .gguf file
 GroupName = Annotated[str, typer.Option(help="name of the group of actors")]
 Address = Annotated[str | None, typer.Option(help="Ray's address; default RAY_ADDRESS or auto")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option(help="let Python code that comes with the model run")
+]
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", help="a field of CacheConfig, as in --set ram_bytes=4GB; repeatable"),

@@ -10,6 +10,7 @@ from litecache.engine.kv_layout import LAYOUT_VERSION
 from litecache.engine.request_checks import check_sampling, check_text
 from litecache.errors import CapacityError, ConfigError
 from litecache.hashing import BlockKey, root_key
+from litecache.storage.namespaces import label_of
 from litecache.token_ids import TokenIds
 from litecache.types import MESSAGE_VERSION, Request
 
@@ -60,7 +61,8 @@ class EngineInfo:
     @property
     def label(self) -> str:
         """Readable name of what the blocks belong to."""
-        return f"{self.model}@{self.fingerprint[:12]}/{self.kv_dtype}/{self.block_size}"
+        details = f"@{self.fingerprint[:12]}/{self.kv_dtype}/{self.block_size}"
+        return label_of(self.model, details)
 
     def roots(self, cache_salt: str) -> tuple[BlockKey, ...]:
         """Root key of every KV group: all that changes KV bytes goes into it."""

@@ -15,7 +15,24 @@ from collections.abc import Callable, Collection, Mapping
 from .eviction.queues import Queues
 from .protocol import PAGE_BYTES
 
+LONGEST_NAMESPACE = 200
 _MARK = " salt-"
+_LONGEST_LABEL = 160
+_LONGEST_MODEL = 96
+
+
+def label_of(model: str, details: str) -> str:
+    """A readable name of a model, short and plain enough for a namespace, also with a salt's mark.
+
+    Args:
+        model: its name or path, any text; of a long one the end is kept, after a digest of it all.
+        details: what tells it from others of that name.
+    """
+    plain = "".join(c if c.isprintable() else "?" for c in model)
+    if len(plain) > _LONGEST_MODEL or plain != model:
+        digest = hashlib.blake2b(model.encode("utf-8", "surrogatepass"), digest_size=6)
+        plain = f"{digest.hexdigest()}...{plain[-_LONGEST_MODEL + 15 :]}"
+    return f"{plain}{details}"[:_LONGEST_LABEL]
 
 
 def salt_digest(salt: str) -> str:

@@ -14,6 +14,7 @@ from ..hashing import KEY_BYTES, BlockKey
 from .disk.slab import Stored, read_blocks, requests
 from .key_dict import BATCH_KEYS, batches
 from .leases import Client
+from .namespaces import LONGEST_NAMESPACE
 from .protocol import (
     PAGE_BYTES,
     CommitItem,
@@ -28,7 +29,6 @@ from .shard_base import ShardBase
 
 MAX_FETCH_BYTES = 64 << 20
 """Of one answer of `fetch`; a block larger than this still goes, alone."""
-_MAX_NAMESPACE = 200
 _COUNTERS: tuple[tuple[StageStatus, str, dict[str, str]], ...] = (
     (StageStatus.READY, "litecache_hits", {"tier": "ram"}),
     (StageStatus.LOADING, "litecache_hits", {"tier": "disk"}),
@@ -486,5 +486,5 @@ def _check(items: Sequence[CommitItem]) -> None:
     for item in items:
         if len(item[2]) != KEY_BYTES or len(item[3]) != KEY_BYTES:
             raise ConfigError("key", item[2:4], f"{KEY_BYTES} bytes each for key and parent")
-        if len(item[4]) > _MAX_NAMESPACE:
-            raise ConfigError("namespace", item[4], f"at most {_MAX_NAMESPACE} characters")
+        if len(item[4]) > LONGEST_NAMESPACE:
+            raise ConfigError("namespace", item[4], f"at most {LONGEST_NAMESPACE} characters")

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import ray
-from transformers import FalconConfig, LlamaConfig
+from transformers import FalconConfig, LlamaConfig, LlamaForCausalLM
 
 from litecache.adapter import KVCacheAdapter
 from litecache.config import CacheConfig
-from litecache.errors import ConfigError, ModelNotSupportedError
+from litecache.engine.loading.fingerprint import model_fingerprint
+from litecache.errors import ConfigError, GroupMismatchError, ModelNotSupportedError
 
 LLAMA = LlamaConfig(
     vocab_size=64,
@@ -43,6 +44,7 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"replicas": 0}, ConfigError, r"replicas=0"),
         ({"num_threads": 1.5}, ConfigError, r"num_threads=1.5"),
         ({"seed": -1}, ConfigError, r"seed=-1"),
+        ({"trust_remote_code": "yes"}, ConfigError, r"trust_remote_code='yes'"),
         ({"weights": "auto"}, ConfigError, r"weights='auto'"),
         ({"actor_options": {"cpu": {}}}, ConfigError, r"actor_options='cpu'"),
         ({"actor_options": {"gpu": {"num_cpus": math.nan}}}, ConfigError, r"\['gpu'\].*num_cpus"),
@@ -92,3 +94,21 @@ def test_a_model_that_only_the_probe_can_judge_leaves_no_actor(ray_local: None) 
         )
     named = ray.util.list_named_actors(all_namespaces=True)
     assert not [actor for actor in named if ":falcon:" in actor["name"]]
+
+
+@pytest.mark.slow
+def test_a_group_whose_model_was_trained_on_is_not_joined(ray_local: None, tmp_path: Path) -> None:
+    LlamaForCausalLM(LLAMA).save_pretrained(tmp_path)
+    config = CacheConfig(num_blocks=8, dtype="float32", ram_bytes="4MB")
+    with KVCacheAdapter(tmp_path, group="trained", cache_config=config, num_threads=1) as first:
+        theirs = first.info.fingerprint
+        with KVCacheAdapter(tmp_path, group="trained") as second:
+            assert second.info == first.info
+        LlamaForCausalLM(LLAMA).save_pretrained(tmp_path)
+        with pytest.raises(GroupMismatchError) as mismatch:
+            KVCacheAdapter(tmp_path, group="trained")
+        with pytest.raises(GroupMismatchError, match="trust_remote_code is False, not True"):
+            KVCacheAdapter(tmp_path, group="trained", trust_remote_code=True)
+        assert first.generate_batch([[1, 2, 3]], max_new_tokens=2)
+    assert theirs in str(mismatch.value)
+    assert model_fingerprint(tmp_path) in str(mismatch.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from pathlib import Path
@@ -20,7 +21,7 @@ from litecache.errors import CapacityError, ConfigError
 from litecache.storage.arena.view import ArenaView
 from litecache.storage.client import LocalShardClient
 from litecache.storage.disk.inspect import inspect_store
-from litecache.storage.namespaces import salt_digest
+from litecache.storage.namespaces import label_of, namespace_of, salt_digest
 from litecache.storage.protocol import SlotState
 from litecache.types import FinishReason, Request, SamplingParams
 
@@ -144,6 +145,30 @@ def test_blocks_of_a_salt_with_a_quota_are_stored_under_its_own_name(tmp_path: P
     (report,) = inspect_store(str(tmp_path / "s"))
     blocks = {name.name: name.blocks for name in report.namespaces}
     assert blocks == {label: 4, f"{label} salt-{salt_digest('alice')}": 2}
+
+
+@pytest.mark.parametrize(
+    "name", ["long-" * 40, "ünï/" + "深" * 60, "\udcff\udcfe", "line\n\t"], ids=ascii
+)
+def test_blocks_of_a_model_of_any_name_are_saved(tmp_path: Path, name: str) -> None:
+    prompt = random_prompt(40, seed=3)
+    source = dataclasses.replace(family_source("llama"), label=name)
+    for reused in ({}, {"disk": 32}):
+        with Harness(source, folders=[tmp_path / "s"]) as harness:
+            harness.run([prompt], 1)
+            assert harness.reused == [reused]
+            assert harness.engine.flush()["complete"]
+
+
+def test_labels_tell_long_names_apart_and_leave_room_for_a_salt() -> None:
+    paths = [f"/{first}/{'folder/' * 60}model" for first in "ab"]
+    labels = [label_of(path, "@fp/bfloat16/16") for path in (*paths, "plain", "\0", "?")]
+    assert len(set(labels)) == 5
+    assert labels[2] == "plain@fp/bfloat16/16"
+    assert labels[0].endswith("folder/model@fp/bfloat16/16")
+    named = [namespace_of(label, "alice", {"alice"}) for label in labels]
+    assert max(map(len, named)) <= 200
+    assert all(name.isprintable() and name.encode() for name in named)
 
 
 def test_another_salt_shares_nothing(tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ def model_fingerprint(folder: Path, *, trust_remote_code: bool = False) -> str:
 
 
 def module_fingerprint(module: nn.Module, config: Mapping[str, Any]) -> str:
-    """The fingerprint of a model in memory, over its config and every tensor of its state.
+    """The fingerprint of a model in memory, over its config, its state and all its buffers.
 
     Args:
         module: parameters and buffers on any device, of any dtype.
@@ -115,7 +115,7 @@ def module_fingerprint(module: nn.Module, config: Mapping[str, Any]) -> str:
     import torch
 
     digests = {}
-    for name, tensor in sorted(module.state_dict().items()):
+    for name, tensor in sorted({**dict(module.named_buffers()), **module.state_dict()}.items()):
         raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
         digests[name] = f"{tensor.dtype}{list(tensor.shape)}{xxhash.xxh3_128_hexdigest(raw)}"
     return combined_fingerprint(config, digests)

@@ -5,6 +5,7 @@ The rest is found by the probe (probe.py). Each refusal names the model type and
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -12,7 +13,9 @@ from typing import Any
 
 from litecache.config import CacheConfig
 from litecache.engine.loading.model_source import ModelSource
-from litecache.errors import ConfigError, ModelNotSupportedError
+from litecache.errors import ConfigError, ModelNotSupportedError, first_line
+
+logger = logging.getLogger(__name__)
 
 _RECURRENT_LAYERS = re.compile(r"linear|mamba|recurrent|conv|hybrid|ssm|rwkv")
 _RECURRENT_FIELDS = ("ssm_cfg", "mamba_d_state", "mamba_expand", "state_size", "conv_L_cache")
@@ -118,7 +121,44 @@ def read_config(source: ModelSource) -> Any:
             source.path, revision=source.revision, trust_remote_code=source.trust_remote_code
         )
     except Exception as error:  # transformers raises whatever a damaged file makes it trip over
-        raise ConfigError("model", source.path, f"{valid} ({first_line(error)})") from error
+        raise ConfigError("model", source.path, f"{valid} ({loading_reason(error)})") from error
+
+
+def check_complete(name: str, report: Mapping[str, Any]) -> None:
+    """Refuse a model of which transformers would have drawn some weights at random.
+
+    Tensors of the checkpoint that the model has no use for are only logged: it computes without.
+
+    Args:
+        name: of the model.
+        report: what `from_pretrained` tells with `output_loading_info`.
+
+    Raises:
+        ConfigError: names up to ten tensors, and how many are missing or of another shape.
+    """
+    missing, unused = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+    other = [
+        f"{key} is {list(there)}, not {list(here)}"
+        for key, there, here in sorted(report["mismatched_keys"])
+    ]
+    if unused:
+        logger.warning("%s: %d unused: %s", name, len(unused), _some(unused))
+    faults = [
+        f"{len(names)} {what}: {_some(names)}"
+        for what, names in (
+            ("missing", missing),
+            ("of another shape than the config's", other),
+            ("unreadable", list(report.get("error_msgs", ()))),
+        )
+        if names
+    ]
+    if faults:
+        valid = "a checkpoint that holds every tensor of the model"
+        raise ConfigError("model", name, f"{valid}; {'; '.join(faults)}")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
 
 
 def head_dim(text_config: Any) -> int | None:
@@ -158,9 +198,8 @@ def _rope_types(text_config: Any) -> Iterator[tuple[str, int]]:
             yield str(entry["rope_type"]), entry.get("original_max_position_embeddings") or 0
 
 
-def first_line(error: Exception) -> str:
-    """What an error of another library says, in one line."""
+def loading_reason(error: Exception) -> str:
+    """Why transformers does not load a model, on one line."""
     if "`trust_remote_code=True`" in str(error):
         return "code of its own runs only with trust_remote_code=True"
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return first_line(error)

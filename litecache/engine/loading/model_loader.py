@@ -9,12 +9,12 @@ from __future__ import annotations
 import inspect
 import logging
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from litecache.config import CacheConfig
 from litecache.engine.kv_layout import KVSpec
@@ -26,14 +26,15 @@ from litecache.engine.loading.fingerprint import (
 )
 from litecache.engine.loading.long_probe import probe_model
 from litecache.engine.loading.model_checks import (
+    check_complete,
     check_config,
     check_shape,
     choose_max_model_len,
-    first_line,
+    loading_reason,
     read_config,
     refusal,
 )
-from litecache.engine.loading.model_source import ModelSource
+from litecache.engine.loading.model_source import BUFFERS_FILE, ModelSource
 from litecache.engine.loading.probe import use_paged_attention
 from litecache.engine.running.hf_attention import IMPLEMENTATION, register
 from litecache.engine.running.passes import apply_passes, chosen_passes
@@ -204,47 +205,15 @@ def _pretrained_model(
     except (KeyError, ValueError) as error:
         raise _not_a_decoder(hf_config, error) from error
     except Exception as error:  # safetensors raises a class of its own for damaged files
-        valid = f"a model whose weights can be read ({first_line(error)})"
+        valid = f"a model whose weights can be read ({loading_reason(error)})"
         raise ConfigError("model", source.path, valid) from error
     check_complete(source.name, report)
-    return model.to(device)
-
-
-def check_complete(name: str, report: Mapping[str, Any]) -> None:
-    """Refuse a model of which transformers would have drawn some weights at random.
-
-    Tensors of the checkpoint that the model has no use for are only logged: it computes without.
-
-    Args:
-        name: of the model.
-        report: what `from_pretrained` tells with `output_loading_info`.
-
-    Raises:
-        ConfigError: names up to ten tensors, and how many are missing or of another shape.
-    """
-    missing, unused = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
-    other = [
-        f"{key} is {list(there)}, not {list(here)}"
-        for key, there, here in sorted(report["mismatched_keys"])
-    ]
-    if unused:
-        logger.warning("%s: %d unused: %s", name, len(unused), _some(unused))
-    faults = [
-        f"{len(names)} {what}: {_some(names)}"
-        for what, names in (
-            ("missing", missing),
-            ("of another shape than the config's", other),
-            ("unreadable", list(report.get("error_msgs", ()))),
-        )
-        if names
-    ]
-    if faults:
-        valid = "a checkpoint that holds every tensor of the model"
-        raise ConfigError("model", name, f"{valid}; {'; '.join(faults)}")
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+    model.to(device)
+    if os.path.exists(buffers := os.path.join(str(source.path), BUFFERS_FILE)):
+        for name, tensor in load_file(buffers, device=str(device)).items():
+            owner, _, own_name = name.rpartition(".")
+            model.get_submodule(owner).register_buffer(own_name, tensor, persistent=False)
+    return model
 
 
 def _check_adapter(source: ModelSource) -> None:
@@ -279,7 +248,9 @@ def _fingerprint(source: ModelSource, model: Any) -> str:
 def _not_a_decoder(hf_config: Any, error: Exception) -> ModelNotSupportedError:
     if IMPLEMENTATION in str(error):
         return refusal(hf_config, "it has attention code of its own")
-    return refusal(hf_config, f"it does not load as a causal language model: {first_line(error)}")
+    return refusal(
+        hf_config, f"it does not load as a causal language model: {loading_reason(error)}"
+    )
 
 
 def _local_folder(source: ModelSource) -> Path:

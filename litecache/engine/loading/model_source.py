@@ -11,6 +11,8 @@ from typing import Any
 from litecache.errors import ConfigError
 
 WEIGHTS = ("auto", "random")
+# Beside the weights of a module that was handed over: its buffers that no checkpoint holds.
+BUFFERS_FILE = "litecache-buffers.safetensors"
 
 
 @dataclass(frozen=True)
