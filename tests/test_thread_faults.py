@@ -138,7 +138,7 @@ def test_a_store_goes_on(faults: dict[str, int], tmp_path: Path) -> None:
         other.wait()
         until(lambda: store.stats()["clients"] == 1)
         client.close()
-    assert {"io-", "keeper", "reaper"} <= faults.keys()
+    assert {"io-", "durability", "reaper"} <= faults.keys()
 
 
 def test_a_shard_of_an_earlier_setting_waits_for_the_next_start(

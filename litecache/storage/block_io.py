@@ -17,8 +17,8 @@ from ..metrics import Metrics
 from ..threads import start_service
 from .disk.files import NO_SPACE
 from .disk.slab import Transfer, checksum, fault
+from .durability import Durability
 from .io_queues import ReadRequest, WriteBatch, plan_reads, request_bytes
-from .keeper import Keeper
 from .ram_tier import RamBlock, RamState
 from .retry import LogByRate
 from .tiers import Tiers
@@ -42,7 +42,7 @@ class BlockIo:
         lock: the store's lock.
         changed: notified when a read or write ended.
         threads: number of I/O threads.
-        keeper: told of every write.
+        durability: told of every write.
         metrics: where bytes and latencies are counted.
         on_written: told, without the lock, which keys reached the disk (None) or why not.
     """
@@ -54,7 +54,7 @@ class BlockIo:
         changed: threading.Condition,
         *,
         threads: int,
-        keeper: Keeper,
+        durability: Durability,
         metrics: Metrics,
         on_written: OnWritten | None = None,
     ) -> None:
@@ -63,7 +63,7 @@ class BlockIo:
         self._lock = lock
         self._changed = changed
         self._work = threading.Condition(lock)
-        self._keeper = keeper
+        self._durability = durability
         self._metrics = metrics
         self._threads = threads
         self._writers = 0
@@ -96,7 +96,7 @@ class BlockIo:
         if not self._threads and self._tiers.disk is not None:
             while self._step(wait=False):
                 pass
-            self._keeper.catch_up()
+            self._durability.catch_up()
 
     def _run(self) -> None:
         while self._step(wait=True):
@@ -163,7 +163,7 @@ class BlockIo:
             tiers.finish_loads(request, reasons)
             if tiers.changed_on_disk:
                 tiers.changed_on_disk = False
-                self._keeper.note_change()
+                self._durability.note_change()
             self._changed.notify_all()
             if tiers.writes and not tiers.reads:
                 self._work.notify()
@@ -217,7 +217,7 @@ class BlockIo:
         disk = self._tiers.disk
         assert disk is not None
         # as before overwriting: the slots' former owners leave the log first
-        gone = self._keeper.flush_log() and disk.shrink(segments)
+        gone = self._durability.flush_log() and disk.shrink(segments)
         with self._lock:
             if gone:
                 disk.space.retire(segments)
@@ -243,8 +243,8 @@ class BlockIo:
             for transfer, block in zip(transfers, blocks, strict=True)
         ]
         # the slots' former owners must be gone from the log before their bytes are
-        if not self._keeper.flush_log() and not self._keeper.compact(if_due=True):
-            error = self._keeper.last_error or OSError(errno.EIO, "the log cannot be written")
+        if not self._durability.flush_log() and not self._durability.compact(if_due=True):
+            error = self._durability.last_error or OSError(errno.EIO, "the log cannot be written")
             self._finish(batch, slots, sums, [error] * len(slots))
             return True
         with self._writing:
@@ -252,7 +252,7 @@ class BlockIo:
             errors = disk.slab.write(transfers)
         self._account("write", sum(len(t.memory) for t in transfers), begun)
         self._finish(batch, slots, sums, errors)
-        self._keeper.after_write()
+        self._durability.after_write()
         return True
 
     def _finish(
@@ -285,7 +285,7 @@ class BlockIo:
                 [blocks[i] for i in good], [slots[i] for i in good], [sums[i] for i in good]
             )
             disk.quotas.end_writes(batch.namespace, batch.pages * len(slots))
-            self._keeper.note_change()
+            self._durability.note_change()
             self._changed.notify_all()
         self._tell(told)
 

@@ -1,7 +1,7 @@
 """A shard as a whole: opened, with its threads and clients, waited for, told of, closed.
 
-All state lies in `Tiers`, under one lock that nobody holds during I/O; `BlockIo` and `Keeper` work
-in threads of their own. `ShardStore` adds what clients do with blocks.
+All state lies in `Tiers`, under one lock that nobody holds during I/O; `BlockIo` and `Durability`
+work in threads of their own. `ShardStore` adds what clients do with blocks.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from .block_io import BlockIo, OnWritten
 from .disk.files import NO_SPACE, Files
 from .disk.retired import Retired, retired_folders
 from .disk.tier import DiskTier
+from .durability import Durability
 from .eviction import get_policy
-from .keeper import Keeper
 from .leases import Leases
 from .protocol import Attachment, FlushReport, SlotRef
 from .ram_tier import LOADED, RamState
@@ -134,7 +134,7 @@ class ShardBase:
         self._growing = threading.Lock()
         self._closed = False
         self._leases = Leases(self._tiers.ram, self._changed, self.epoch)
-        self._keeper = Keeper(
+        self._durability = Durability(
             self._tiers,
             self._lock,
             self._changed,
@@ -148,7 +148,7 @@ class ShardBase:
             self._lock,
             self._changed,
             threads=io_threads,
-            keeper=self._keeper,
+            durability=self._durability,
             metrics=self.metrics,
             on_written=on_written,
         )
@@ -244,13 +244,13 @@ class ShardBase:
                 pending = self._io.pending(pending)
             pending = self._io.pending(pending)
             failed = self._failures() - failed
-        synced = self._keeper.sync(force=True)
+        synced = self._durability.sync(force=True)
         written = len(mine) - len(pending) - failed
         complete = synced and not pending and not failed
         return FlushReport(max(0, written) if synced else 0, len(pending), failed, complete)
 
     def _failures(self) -> int:
-        return self._io.failed_writes + self._keeper.lost_writes
+        return self._io.failed_writes + self._durability.lost_writes
 
     def stats(self) -> dict[str, object]:
         """Counts and bytes, msgpack-able; also sets the gauges.
@@ -320,10 +320,10 @@ class ShardBase:
             self._closed = True
             self._changed.notify_all()
         self._io.close()
-        self._keeper.close()
+        self._durability.close()
         self._leases.close()
         if self._tiers.disk is not None:
-            clean = compact and self._keeper.compact()
+            clean = compact and self._durability.compact()
             self._tiers.disk.close(clean=clean)
         self._arena.close()
 

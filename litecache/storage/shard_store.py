@@ -393,7 +393,7 @@ class ShardStore(ShardBase):
                 entry = self._tiers.index.find(wanted.key)
                 if entry >= 0 and self._tiers.index.disk[entry] == wanted.slot + 1:
                     self._tiers.drop_disk_copy(entry)
-                    self._keeper.note_change()
+                    self._durability.note_change()
         return blocks
 
     def delete(self, keys: Sequence[BlockKey]) -> list[bool]:
@@ -406,9 +406,9 @@ class ShardStore(ShardBase):
                     if entry >= 0:
                         self._tiers.drop(entry)
                     dropped.append(entry >= 0)
-                self._keeper.note_change()
+                self._durability.note_change()
                 self._changed.notify_all()
-        self._keeper.flush_log()
+        self._durability.flush_log()
         return dropped
 
     def clear(self, tier: str = "all", timeout_s: float = 60.0) -> None:
@@ -436,9 +436,9 @@ class ShardStore(ShardBase):
                         tiers.drop_ram_copy(entry)
                     elif index.disk[entry]:
                         tiers.drop_disk_copy(entry)
-                self._keeper.note_change()
+                self._durability.note_change()
                 self._changed.notify_all()
-        self._keeper.flush_log()
+        self._durability.flush_log()
 
     def pin(self, keys: Sequence[BlockKey]) -> list[bool]:
         """Keep blocks from being evicted from disk until `unpin`, over restarts too."""
@@ -456,9 +456,9 @@ class ShardStore(ShardBase):
                 for entry in entries:
                     if entry >= 0 and tiers.disk is not None:
                         tiers.disk.set_pinned(entry, pinned)
-                self._keeper.note_change()
+                self._durability.note_change()
             found += [entry >= 0 for entry in entries]
-        self._keeper.flush_log()
+        self._durability.flush_log()
         return found
 
     def keys(self) -> list[BlockKey]:

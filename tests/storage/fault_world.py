@@ -147,7 +147,7 @@ class World:
         elif action == 1:
             self.store.clear("ram")
         elif action == 2:
-            self.store._keeper.compact()
+            self.store._durability.compact()
         elif action == 3 and self.sha:
             self.store.delete(self.draw.sample(list(self.sha), 1))
         else:

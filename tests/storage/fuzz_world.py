@@ -47,7 +47,7 @@ class FuzzStore:
         store = ShardStore(self.folder, files=files, **OPTIONS)
         self.keys = fill(store, range(24), NBYTES)
         store.flush()
-        store._keeper.compact()
+        store._durability.compact()
         self.keys += fill(store, range(24, 40), NBYTES, batch=4)
         store.flush()
         disk, index = store._tiers.disk, store._tiers.index

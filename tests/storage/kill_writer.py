@@ -60,7 +60,7 @@ def main(folder: str, first: int, fsync: str, nbytes: int, operation: str, count
     while True:
         batches += 1
         if not batches % COMPACT_EVERY:
-            store._keeper.compact()
+            store._durability.compact()
         refs = client.reserve(nbytes, 8)
         if not refs:
             store.flush(10)

@@ -16,7 +16,7 @@ import pytest
 from storage_help import KIB, MIB, bytes_of, fill, get, key_of, put
 
 from litecache.errors import ConfigError, LiteCacheError, StorageError, StorageLockedError
-from litecache.storage import LocalShardClient, ShardStore, block_io, keeper
+from litecache.storage import LocalShardClient, ShardStore, block_io, durability
 from litecache.storage.disk import folder
 from litecache.storage.disk.files import Files
 from litecache.storage.disk.inspect import inspect_store, verify_store
@@ -234,14 +234,14 @@ def test_a_failing_disk_logs_little_and_does_not_compact_for_every_batch(
     with make(tmp_path, files=files, io_threads=0) as store:
         fill(store, range(4), NBYTES)
         compactions = 0
-        real = keeper.Keeper._compact_locked
+        real = durability.Durability._compact_locked
 
         def counted(self):
             nonlocal compactions
             compactions += 1
             return real(self)
 
-        monkeypatch.setattr(keeper.Keeper, "_compact_locked", counted)
+        monkeypatch.setattr(durability.Durability, "_compact_locked", counted)
         now[0] += 100  # whatever earlier tests have logged
         files.error = errno.EIO
         client = LocalShardClient(store)

@@ -19,7 +19,7 @@ from .tiers import Tiers
 logger = logging.getLogger(__name__)
 
 
-class Keeper:
+class Durability:
     """Keeps the disk tier's metadata on disk.
 
     Args:
@@ -59,7 +59,7 @@ class Keeper:
         self.last_error: OSError | None = None
         self._thread: threading.Thread | None = None
         if tiers.disk is not None and threaded:
-            self._thread = start_service(self._run, "keeper")
+            self._thread = start_service(self._run, "durability")
 
     def note_change(self) -> None:
         """Metadata changed without a write; the lock is held."""
