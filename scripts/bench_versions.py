@@ -157,6 +157,8 @@ def _serve() -> None:
 
     assert litecache.__file__.startswith(args["checkout"]), litecache.__file__
     for name, sample in _CASES[args["set"]](args):
+        if args["only"] and not name.startswith(tuple(args["only"])):
+            continue
         print(json.dumps(name), file=out)
         while sys.stdin.readline().strip() == "again":
             print(json.dumps(sample()), file=out)
@@ -268,6 +270,7 @@ def main() -> int:
     made = parser(__doc__ or "")
     made.add_argument("--old", type=Path, required=True, help="checkout to compare with")
     made.add_argument("--set", nargs="+", choices=SETS, default=["cpu"])
+    made.add_argument("--only", nargs="+", default=[], help="names of cases, or their beginnings")
     made.add_argument("--pairs", type=int, default=11)
     made.add_argument("--at-least", type=float, default=0.0, help="lowest upper end allowed")
     made.add_argument("--geometry", default="llama-3.1-8b")

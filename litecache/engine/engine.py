@@ -14,6 +14,7 @@ import queue
 import threading
 import time
 import traceback
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent import futures
@@ -51,6 +52,7 @@ Sink = Callable[[list[tuple[str, TokenDelta]]], None]
 T = TypeVar("T")
 
 CALL_TIMEOUT_S = 30.0
+_open_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 LONGEST_WAIT_S = 3600.0
 """Of an idle engine, whatever the deadlines of its requests."""
 
@@ -86,6 +88,7 @@ class Engine:
         metrics: Metrics | None = None,
         on_death: Callable[[BaseException], None] | None = None,
     ) -> None:
+        _open_engines.add(self)
         self.metrics = metrics or Metrics()
         self._sink = sink
         self._on_death = on_death
@@ -295,7 +298,11 @@ class Engine:
             traceback.clear_frames(self._failure.__traceback__)
         del self._runner, self._pools, self._scheduler
         gc.collect()  # a model's modules are linked in circles
+        _open_engines.discard(self)
         if self._device.type == "cuda":
+            if not _open_engines:
+                # 32 MiB a stream that a product ran on; graphs of another engine may hold theirs.
+                torch._C._cuda_clearCublasWorkspaces()
             torch.cuda.empty_cache()
 
     # The engine's thread
