@@ -45,6 +45,10 @@ _ATTACH_TIMEOUT_S = 30.0
 _MISS = StageResult(StageStatus.MISS)
 
 
+def _unpack_reserved(message: bytes) -> list[SlotRef]:
+    return wire.unpack_slots(message)[1]
+
+
 class Call(Generic[T]):
     """One call under way; its result is taken once, or it is abandoned.
 
@@ -163,7 +167,7 @@ class RayShardClient:
     def reserve(self, block_bytes: int, n: int) -> list[SlotRef]:
         """See `ShardStore.reserve`."""
         message, nothing = wire.pack_reserve(self._client_id, block_bytes, n), list[SlotRef]()
-        call = self._ask(ShardMethod.RESERVE, message, wire.unpack_slots, nothing, self.release)
+        call = self._ask(ShardMethod.RESERVE, message, _unpack_reserved, nothing, self.release)
         return call.result()
 
     def commit(self, items: Sequence[CommitItem]) -> list[CommitStatus]:

@@ -202,26 +202,30 @@ def packed_methods(store: ShardStore, changed: Callable[[], None]) -> dict[int, 
     """
 
     def stage(message: bytes) -> bytes:
-        keys, released = wire.unpack_stage(message)
-        return wire.pack_staged(store.stage(wire.client_of(message), keys, released))
+        return wire.pack_staged(store.stage(*wire.unpack_stage(message)))
 
     def cancel(message: bytes) -> bytes:
-        keys = wire.unpack_keys(message)
-        return wire.pack_flags(store.cancel(wire.client_of(message), keys))
+        return wire.pack_flags(store.cancel(*wire.unpack_keys(message)))
 
     def release(message: bytes) -> None:
-        slots = wire.unpack_slots(message)
-        store.release(wire.client_of(message), slots)
+        store.release(*wire.unpack_slots(message))
 
     def reserve(message: bytes) -> bytes:
-        block_bytes, n = wire.unpack_reserve(message)
-        return wire.pack_slots(store.reserve(wire.client_of(message), block_bytes, n))
+        return wire.pack_slots(store.reserve(*wire.unpack_reserve(message)))
 
     def commit(message: bytes) -> bytes:
-        items = wire.unpack_commits(message)
-        statuses = store.commit(wire.client_of(message), items)
+        statuses = store.commit(*wire.unpack_commits(message))
         changed()
         return wire.pack_statuses(statuses)
+
+    def query(message: bytes) -> bytes:
+        return wire.pack_flags(store.query(wire.unpack_keys(message)[1]))
+
+    def touch(message: bytes) -> None:
+        store.touch(wire.unpack_keys(message)[1])
+
+    def durable(message: bytes) -> bytes:
+        return wire.pack_flags(store.durable(wire.unpack_keys(message)[1]))
 
     return {
         ShardMethod.STAGE: stage,
@@ -229,9 +233,9 @@ def packed_methods(store: ShardStore, changed: Callable[[], None]) -> dict[int, 
         ShardMethod.RELEASE: release,
         ShardMethod.RESERVE: reserve,
         ShardMethod.COMMIT: commit,
-        ShardMethod.QUERY: lambda message: wire.pack_flags(store.query(wire.unpack_keys(message))),
-        ShardMethod.TOUCH: lambda message: store.touch(wire.unpack_keys(message)),
-        ShardMethod.DURABLE: lambda m: wire.pack_flags(store.durable(wire.unpack_keys(m))),
+        ShardMethod.QUERY: query,
+        ShardMethod.TOUCH: touch,
+        ShardMethod.DURABLE: durable,
     }
 
 

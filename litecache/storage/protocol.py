@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from ..hashing import BlockKey
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 PAGE_BYTES = 4096
 
 

@@ -1,10 +1,11 @@
-"""The slot protocol as bytes: one packed message for a whole batch.
+"""The slot protocol as bytes: one packed message for a whole batch, in msgpack.
 
-Pickling 64 keys and 64 small tuples costs more than the copy of a small block; here they are one
-`bytes` object each way. A message is a header (protocol version, kind, count, client id) and
-fixed-width little-endian fields. Requests carry the client's id, because each further argument of
-an actor call costs as much as the whole message. What does not parse, or was written by another
-version, is a StorageError and changes nothing.
+A message is a tuple: protocol version, kind, the client's id (0 where nobody needs it), and
+columns. A column is a byte string: keys joined, numbers as little-endian int64, which take less
+time than lists of them and are of one type.
+Requests carry the client's id, because each further argument of an actor call costs as much as the
+whole message. What does not parse, or was written by another version, is a StorageError and changes
+nothing; what cannot be carried is a ConfigError before it leaves.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ from collections.abc import Sequence
 from enum import IntEnum
 from functools import partial
 from itertools import chain
+from typing import Any
 
 import msgpack
 
 from ..errors import ConfigError, StorageError
 from ..hashing import KEY_BYTES, BlockKey
+from .key_dict import split_keys
 from .protocol import (
     PROTOCOL_VERSION,
     CommitItem,
@@ -28,15 +31,13 @@ from .protocol import (
     StageStatus,
 )
 
-_HEADER = struct.Struct("<HHIq")
-_ITEM = struct.Struct(f"<qq{KEY_BYTES}s{KEY_BYTES}sI")
-_RESERVE = struct.Struct("<qq")
+_MOST_ITEMS = 1 << 22
 _STATUSES = {status.value: status for status in StageStatus}
+_COMMIT_STATUSES = {status.value: status for status in CommitStatus}
 # a NamedTuple's own constructor takes three times as long
 _staged = partial(tuple.__new__, StageResult)
 _slot_ref = partial(tuple.__new__, SlotRef)
-_SLOT_BYTES = 16
-_STAGED_BYTES = 24
+_commit_item = partial(tuple.__new__, CommitItem)
 
 
 class Kind(IntEnum):
@@ -52,42 +53,37 @@ class Kind(IntEnum):
     RESERVE = 8
 
 
-def _pack(kind: Kind, count: int, body: bytes, client_id: int = 0) -> bytes:
-    return _HEADER.pack(PROTOCOL_VERSION, kind, count, client_id) + body
+def _pack(kind: Kind, client_id: int, *columns: Any) -> bytes:
+    try:
+        packed: bytes = msgpack.packb((PROTOCOL_VERSION, int(kind), client_id, *columns))
+        return packed
+    except (TypeError, ValueError, OverflowError) as error:
+        valid = "integers of 64 bits and whole Unicode text, Python's own"
+        raise ConfigError(kind.name.lower(), type(error).__name__, valid) from error
 
 
-def client_of(message: bytes) -> int:
-    """The client that sent a request; call it after unpacking, which checks the message."""
-    client_id: int = _HEADER.unpack_from(message)[3]
-    return client_id
-
-
-def _unpack(message: bytes, kind: Kind, item_bytes: int, *, tail: int = 0) -> memoryview:
-    """The body of a message that holds `count` items of `item_bytes` each, checked.
-
-    Args:
-        message: as it came.
-        kind: what it must be.
-        item_bytes: width of an item.
-        tail: items of so many bytes may follow them.
-    """
-    if not isinstance(message, bytes) or len(message) < _HEADER.size:
-        raise StorageError(f"a {type(message).__name__} is no packed message of the slot protocol")
-    version, found, count, _ = _HEADER.unpack_from(message)
+def _unpack(message: bytes, kind: Kind, *types: type) -> tuple[int, list[Any]]:
+    """The client's id and the columns of a message, which must be of these types."""
+    try:
+        version, found, client_id, *columns = msgpack.unpackb(
+            message, use_list=False, max_array_len=_MOST_ITEMS, max_map_len=0, max_ext_len=0
+        )
+    except Exception as error:  # msgpack's errors have no common root
+        what = type(message).__name__
+        raise StorageError(f"a {what} is no packed message of the slot protocol") from error
     if version != PROTOCOL_VERSION:
         raise StorageError(
             f"a message of slot protocol {version} cannot be read: this side speaks "
             f"{PROTOCOL_VERSION}"
         )
-    body = memoryview(message)[_HEADER.size :]
-    rest = len(body) - count * item_bytes
-    whole = rest >= 0 and rest % tail == 0 if tail else rest == 0
-    if found != kind or not whole:
-        raise StorageError(
-            f"a message of kind {found} with {count} items in {len(body)} bytes is no "
-            f"{kind.name} message"
-        )
-    return body
+    if found != kind or type(client_id) is not int or tuple(map(type, columns)) != types:
+        raise StorageError(f"a message of kind {found} is no {kind.name} message")
+    return client_id, columns
+
+
+def _check(kind: Kind, whole: bool) -> None:
+    if not whole:
+        raise StorageError(f"the columns of what should be a message of {kind.name} are damaged")
 
 
 def _join(keys: Sequence[BlockKey]) -> bytes:
@@ -97,16 +93,29 @@ def _join(keys: Sequence[BlockKey]) -> bytes:
     return b"".join(keys)
 
 
-def _split(joined: bytes) -> list[BlockKey]:
-    return [joined[at : at + KEY_BYTES] for at in range(0, len(joined), KEY_BYTES)]
+def _split(kind: Kind, joined: bytes) -> list[BlockKey]:
+    _check(kind, len(joined) % KEY_BYTES == 0)
+    return split_keys(joined)
 
 
-def _slot_bytes(slots: Sequence[SlotRef]) -> bytes:
-    return struct.pack(f"<{2 * len(slots)}q", *chain.from_iterable(slots))
+def _int64s(numbers: Sequence[int]) -> bytes:
+    try:
+        return struct.pack(f"<{len(numbers)}q", *numbers)
+    except struct.error as error:
+        raise ConfigError("slots", type(numbers).__name__, "integers of 64 bits") from error
 
 
-def _slots(body: memoryview) -> list[SlotRef]:
-    fields = iter(struct.unpack(f"<{len(body) // 8}q", body))
+def _numbers(kind: Kind, column: bytes, columns: int = 1) -> tuple[int, ...]:
+    _check(kind, len(column) % (8 * columns) == 0)
+    return struct.unpack(f"<{len(column) // 8}q", column)
+
+
+def _pack_slots(slots: Sequence[SlotRef]) -> bytes:
+    return _int64s(tuple(chain.from_iterable(slots)))
+
+
+def _slots(kind: Kind, column: bytes) -> list[SlotRef]:
+    fields = iter(_numbers(kind, column, 2))
     return list(map(_slot_ref, zip(fields, fields, strict=True)))
 
 
@@ -116,33 +125,35 @@ def pack_keys(keys: Sequence[BlockKey], client_id: int = 0) -> bytes:
     Raises:
         ConfigError: a key is not 16 bytes.
     """
-    return _pack(Kind.KEYS, len(keys), _join(keys), client_id)
+    return _pack(Kind.KEYS, client_id, _join(keys))
 
 
-def unpack_keys(message: bytes) -> list[BlockKey]:
-    """Inverse of `pack_keys`."""
-    return _split(bytes(_unpack(message, Kind.KEYS, KEY_BYTES)))
+def unpack_keys(message: bytes) -> tuple[int, list[BlockKey]]:
+    """Inverse of `pack_keys`: `(client_id, keys)`."""
+    client_id, (joined,) = _unpack(message, Kind.KEYS, bytes)
+    return client_id, _split(Kind.KEYS, joined)
 
 
 def pack_slots(slots: Sequence[SlotRef], client_id: int = 0) -> bytes:
     """Slots with their generations."""
-    return _pack(Kind.SLOTS, len(slots), _slot_bytes(slots), client_id)
+    return _pack(Kind.SLOTS, client_id, _pack_slots(slots))
 
 
-def unpack_slots(message: bytes) -> list[SlotRef]:
-    """Inverse of `pack_slots`."""
-    return _slots(_unpack(message, Kind.SLOTS, _SLOT_BYTES))
+def unpack_slots(message: bytes) -> tuple[int, list[SlotRef]]:
+    """Inverse of `pack_slots`: `(client_id, slots)`."""
+    client_id, (column,) = _unpack(message, Kind.SLOTS, bytes)
+    return client_id, _slots(Kind.SLOTS, column)
 
 
 def pack_reserve(client_id: int, block_bytes: int, n: int) -> bytes:
     """A request for slots."""
-    return _pack(Kind.RESERVE, 1, _RESERVE.pack(block_bytes, n), client_id)
+    return _pack(Kind.RESERVE, client_id, block_bytes, n)
 
 
-def unpack_reserve(message: bytes) -> tuple[int, int]:
-    """Inverse of `pack_reserve`: `(block_bytes, n)`."""
-    block_bytes, n = _RESERVE.unpack(_unpack(message, Kind.RESERVE, _RESERVE.size))
-    return block_bytes, n
+def unpack_reserve(message: bytes) -> tuple[int, int, int]:
+    """Inverse of `pack_reserve`: `(client_id, block_bytes, n)`."""
+    client_id, (block_bytes, n) = _unpack(message, Kind.RESERVE, int, int)
+    return client_id, block_bytes, n
 
 
 def pack_stage(client_id: int, keys: Sequence[BlockKey], released: Sequence[SlotRef]) -> bytes:
@@ -151,27 +162,26 @@ def pack_stage(client_id: int, keys: Sequence[BlockKey], released: Sequence[Slot
     Raises:
         ConfigError: a key is not 16 bytes.
     """
-    return _pack(Kind.STAGE, len(keys), _join(keys) + _slot_bytes(released), client_id)
+    return _pack(Kind.STAGE, client_id, _join(keys), _pack_slots(released))
 
 
-def unpack_stage(message: bytes) -> tuple[list[BlockKey], list[SlotRef]]:
-    """Inverse of `pack_stage`: `(keys, released)`."""
-    body = _unpack(message, Kind.STAGE, KEY_BYTES, tail=_SLOT_BYTES)
-    end = _HEADER.unpack_from(message)[2] * KEY_BYTES
-    return _split(bytes(body[:end])), _slots(body[end:])
+def unpack_stage(message: bytes) -> tuple[int, list[BlockKey], list[SlotRef]]:
+    """Inverse of `pack_stage`: `(client_id, keys, released)`."""
+    client_id, (joined, slots) = _unpack(message, Kind.STAGE, bytes, bytes)
+    return client_id, _split(Kind.STAGE, joined), _slots(Kind.STAGE, slots)
 
 
 def pack_staged(results: Sequence[StageResult]) -> bytes:
     """Answers of `stage`: statuses, slots, generations, int64 `[3, n]`."""
-    columns = chain.from_iterable(zip(*results, strict=True))
-    return _pack(Kind.STAGED, len(results), struct.pack(f"<{3 * len(results)}q", *columns))
+    columns = tuple(chain.from_iterable(zip(*results, strict=True)))
+    return _pack(Kind.STAGED, 0, _int64s(columns))
 
 
 def unpack_staged(message: bytes) -> list[StageResult]:
     """Inverse of `pack_staged`."""
-    body = _unpack(message, Kind.STAGED, _STAGED_BYTES)
-    count = len(body) // _STAGED_BYTES
-    fields = struct.unpack(f"<{3 * count}q", body)
+    _, (column,) = _unpack(message, Kind.STAGED, bytes)
+    fields = _numbers(Kind.STAGED, column, 3)
+    count = len(fields) // 3
     unknown = set(fields[:count]).difference(_STATUSES)
     if unknown:
         raise StorageError(f"a STAGED message holds the unknown statuses {sorted(unknown)}")
@@ -181,60 +191,52 @@ def unpack_staged(message: bytes) -> list[StageResult]:
 
 
 def pack_commits(items: Sequence[CommitItem], client_id: int = 0) -> bytes:
-    """Items of `commit`; namespaces follow the items, each once.
+    """Items of `commit`; each namespace stands once, and per item its number.
 
     Raises:
         ConfigError: a key or a parent is not 16 bytes.
     """
-    names = {item[4]: 0 for item in items}
-    for number, name in enumerate(names):
-        names[name] = number
-    parts: list[bytes] = []
-    for slot, generation, key, parent, namespace in items:
-        if len(key) != KEY_BYTES or len(parent) != KEY_BYTES:
-            raise ConfigError("key", (key, parent), "16 bytes each for key and parent")
-        parts.append(_ITEM.pack(slot, generation, key, parent, names[namespace]))
-    parts.append(msgpack.packb(list(names)))
-    return _pack(Kind.COMMITS, len(items), b"".join(parts), client_id)
+    slots, generations, keys, parents, namespaces = zip(*items, strict=True) if items else [()] * 5
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(namespaces))}
+    per_item = map(numbers.__getitem__, namespaces)
+    column = _int64s((*slots, *generations, *per_item))
+    return _pack(Kind.COMMITS, client_id, column, _join(keys), _join(parents), list(numbers))
 
 
-def unpack_commits(message: bytes) -> list[CommitItem]:
-    """Inverse of `pack_commits`."""
-    body = _unpack(message, Kind.COMMITS, _ITEM.size, tail=1)
-    count: int = _HEADER.unpack_from(message)[2]
-    end = count * _ITEM.size
-    try:
-        names = msgpack.unpackb(body[end:])
-        items = [
-            CommitItem(slot, generation, key, parent, names[number])
-            for slot, generation, key, parent, number in _ITEM.iter_unpack(body[:end])
-        ]
-        well_formed = all(isinstance(name, str) for name in names)
-    except (ValueError, TypeError, IndexError, KeyError, msgpack.UnpackException) as error:
-        raise StorageError(f"the names of a COMMITS message are damaged: {error}") from error
-    if not well_formed:
-        raise StorageError("the names of a COMMITS message are no strings")
-    return items
+def unpack_commits(message: bytes) -> tuple[int, list[CommitItem]]:
+    """Inverse of `pack_commits`: `(client_id, items)`."""
+    client_id, columns = _unpack(message, Kind.COMMITS, bytes, bytes, bytes, tuple)
+    fields, keys, parents, names = columns
+    count = len(fields) // 24
+    _check(Kind.COMMITS, len(keys) == len(parents) == KEY_BYTES * count)
+    numbers = _numbers(Kind.COMMITS, fields, 3)
+    of_items = numbers[2 * count :]
+    _check(Kind.COMMITS, set(map(type, names)) <= {str})
+    _check(Kind.COMMITS, set(of_items) <= set(range(len(names))))
+    found = map(names.__getitem__, of_items)
+    rest = split_keys(keys), split_keys(parents), found
+    items = zip(numbers[:count], numbers[count : 2 * count], *rest, strict=True)
+    return client_id, list(map(_commit_item, items))
 
 
 def pack_statuses(statuses: Sequence[CommitStatus]) -> bytes:
     """Answers of `commit`."""
-    return _pack(Kind.STATUSES, len(statuses), bytes(statuses))
+    return _pack(Kind.STATUSES, 0, bytes(statuses))
 
 
 def unpack_statuses(message: bytes) -> list[CommitStatus]:
     """Inverse of `pack_statuses`."""
-    try:
-        return list(map(CommitStatus, _unpack(message, Kind.STATUSES, 1)))
-    except ValueError as error:
-        raise StorageError(f"a STATUSES message holds an unknown status: {error}") from error
+    _, (statuses,) = _unpack(message, Kind.STATUSES, bytes)
+    _check(Kind.STATUSES, _COMMIT_STATUSES.keys() >= set(statuses))
+    return list(map(_COMMIT_STATUSES.__getitem__, statuses))
 
 
 def pack_flags(flags: Sequence[bool]) -> bytes:
     """Answers of `query`, `durable` and `cancel`."""
-    return _pack(Kind.FLAGS, len(flags), bytes(flags))
+    return _pack(Kind.FLAGS, 0, bytes(flags))
 
 
 def unpack_flags(message: bytes) -> list[bool]:
     """Inverse of `pack_flags`."""
-    return list(map(bool, _unpack(message, Kind.FLAGS, 1)))
+    _, (flags,) = _unpack(message, Kind.FLAGS, bytes)
+    return list(map(bool, flags))

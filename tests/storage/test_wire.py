@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable
 from typing import Any
 
+import msgpack
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -24,9 +25,16 @@ from litecache.storage.protocol import (
 KEYS = st.binary(min_size=16, max_size=16)
 NUMBERS = st.integers(-1, 2**62)
 REFS = st.builds(SlotRef, NUMBERS, NUMBERS)
+
+
+def second(unpack: Callable[[bytes], tuple[int, list[Any]]]) -> Callable[[bytes], list[Any]]:
+    """A request without its client."""
+    return lambda message: unpack(message)[1]
+
+
 MESSAGES: dict[str, tuple[Callable[[Any], bytes], Callable[[bytes], Any], Any]] = {
-    "keys": (wire.pack_keys, wire.unpack_keys, KEYS),
-    "slots": (wire.pack_slots, wire.unpack_slots, REFS),
+    "keys": (wire.pack_keys, second(wire.unpack_keys), KEYS),
+    "slots": (wire.pack_slots, second(wire.unpack_slots), REFS),
     "staged": (
         wire.pack_staged,
         wire.unpack_staged,
@@ -34,7 +42,7 @@ MESSAGES: dict[str, tuple[Callable[[Any], bytes], Callable[[bytes], Any], Any]] 
     ),
     "commits": (
         wire.pack_commits,
-        wire.unpack_commits,
+        second(wire.unpack_commits),
         st.builds(CommitItem, NUMBERS, NUMBERS, KEYS, KEYS, st.text(max_size=9)),
     ),
     "statuses": (wire.pack_statuses, wire.unpack_statuses, st.sampled_from(CommitStatus)),
@@ -67,7 +75,8 @@ def test_what_is_packed_comes_out_again(name: str) -> None:
 def test_another_version_is_refused(name: str) -> None:
     pack, unpack, _ = MESSAGES[name]
     message = pack(SAMPLES[name])
-    other = struct.pack("<H", PROTOCOL_VERSION + 1) + message[2:]
+    _, *rest = msgpack.unpackb(message, use_list=False)
+    other = msgpack.packb((PROTOCOL_VERSION + 1, *rest))
     with pytest.raises(StorageError, match=f"slot protocol {PROTOCOL_VERSION + 1} cannot be read"):
         unpack(other)
 
@@ -104,13 +113,13 @@ def test_a_stage_carries_its_client_its_keys_and_the_leases_that_end(
     client_id: int, keys: list[bytes], released: list[SlotRef]
 ) -> None:
     message = wire.pack_stage(client_id, keys, released)
-    assert wire.unpack_stage(message) == (keys, released)
-    assert wire.client_of(message) == client_id
+    assert wire.unpack_stage(message) == (client_id, keys, released)
     for other in (message[:-1], message + b"x", message[:5], wire.pack_keys(keys, client_id)):
         with pytest.raises(StorageError):
             wire.unpack_stage(other)
-    for request in (wire.pack_keys(keys, client_id), wire.pack_slots(released, client_id)):
-        assert wire.client_of(request) == client_id
+    assert wire.unpack_keys(wire.pack_keys(keys, client_id)) == (client_id, keys)
+    assert wire.unpack_slots(wire.pack_slots(released, client_id)) == (client_id, released)
+    assert wire.unpack_reserve(wire.pack_reserve(client_id, 4096, 7)) == (client_id, 4096, 7)
 
 
 def test_a_key_of_another_length_is_refused_before_the_call_leaves() -> None:
@@ -118,3 +127,21 @@ def test_a_key_of_another_length_is_refused_before_the_call_leaves() -> None:
         wire.pack_keys([b"a" * 16, b"short"])
     with pytest.raises(ConfigError, match="16 bytes"):
         wire.pack_commits([CommitItem(1, 2, b"a" * 16, b"short")])
+
+
+@pytest.mark.parametrize(
+    "pack",
+    [
+        lambda: wire.pack_slots([SlotRef(1, 2**63)]),
+        lambda: wire.pack_slots([SlotRef(1, "2")]),  # type: ignore[arg-type]
+        lambda: wire.pack_slots([SlotRef(1, 2.0)]),  # type: ignore[arg-type]
+        lambda: wire.pack_reserve(1, 2**64, 1),
+        lambda: wire.pack_reserve(1, np.int64(4096), 1),  # type: ignore[arg-type]
+        lambda: wire.pack_commits([CommitItem(1, 2, b"a" * 16, b"b" * 16, "\udcff")]),
+    ],
+)
+def test_what_cannot_be_carried_is_refused_before_the_call_leaves(
+    pack: Callable[[], bytes],
+) -> None:
+    with pytest.raises(ConfigError, match="integers of 64 bits"):
+        pack()
