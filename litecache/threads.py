@@ -9,6 +9,7 @@ new one. Every fault is logged with its traceback and counted (`fault_counts`).
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 import time
 from collections import Counter
@@ -41,6 +42,8 @@ def start_service(run: Callable[[], None], name: str) -> threading.Thread:
             try:
                 return run()
             except BaseException as error:
+                if sys.is_finalizing():
+                    return  # what it uses is going away under it
                 _note(name, error, f"it goes on in {pause_s:g} s")
             if time.monotonic() - began > _RECOVERED_S:
                 pause_s = _PAUSE_S[0]
