@@ -78,7 +78,7 @@ def shrink(fields: Mapping[str, Any], keep: frozenset[str] = frozenset()) -> dic
     for name, value in fields.items():
         if name in _LABELS:
             continue
-        out[name] = _shrink_field(name, value, fields, keep, chosen, layers or 0, original)
+        out[name] = _shrink_field(name, value, keep, chosen, layers or 0, original)
     _fit(out, fields)
     return out
 
@@ -114,7 +114,6 @@ def _lower(table: tuple[tuple[str, int], ...], name: str, value: int) -> int | N
 def _shrink_field(
     name: str,
     value: Any,
-    fields: Mapping[str, Any],
     keep: frozenset[str],
     chosen: list[int],
     layers: int,
