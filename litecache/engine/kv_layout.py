@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import torch
 
 from litecache.errors import ConfigError
+from litecache.kernels import TRASH_BLOCK as TRASH_BLOCK
 
 LAYOUT_VERSION = 1
 EXTENT_ALIGNMENT = 256
 BLOCK_ALIGNMENT = 4096
-TRASH_BLOCK = 0
 
 
 def _align(size: int, alignment: int) -> int:

@@ -85,7 +85,7 @@ def test_host_copies_may_be_missing() -> None:
 
 
 def test_long_chunks_are_cut_so_that_masks_stay_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("litecache.kernels.reference_plan._MASK_ELEMENTS", 100)
+    monkeypatch.setattr("litecache.kernels.reference._MASK_ELEMENTS", 100)
     for case in (Case((20,), (41,)), Case((20,), (41,), softcap=3.0)):
         batch = make_batch(case)
         out = paged_attention(
