@@ -2,6 +2,8 @@
 
 No thread of its own: whoever waits for an answer receives for all, until its own has come, and
 sends what the socket did not take at once; it is woken for that. So sending waits for no answer.
+A process forked from the client's has no part in the connection: two would take each other's
+answers.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import select
 import socket
 import threading
 import time
+import weakref
 
 from ..errors import GroupUnavailableError, RequestTimeout, StorageError
 from .frames import NO_ANSWER, RECEIVE_BYTES, Outcome, pack_frame, take_frames, unpack_error
@@ -53,6 +56,15 @@ class SocketChannel:
         self._wake = io.FileIO(os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC), "r+")
         self._number = NO_ANSWER
         self._ended = False
+        _channels.add(self)
+
+    def let_go(self) -> None:
+        """In a forked child the connection, which is the parent's, has ended."""
+        self._lock = threading.Lock()  # a thread of the parent may have held the other one
+        self._arrived = threading.Condition(self._lock)
+        self._receiving, self._ended = False, True
+        self._socket.close()
+        self._wake.close()
 
     def call(self, method: int, message: bytes) -> int:
         """Send a request; the number by which `answer` knows it.
@@ -201,6 +213,17 @@ class SocketChannel:
             self._arrived.wait_for(lambda: not self._receiving)
             self._socket.close()
             self._wake.close()
+
+
+_channels: weakref.WeakSet[SocketChannel] = weakref.WeakSet()
+
+
+def _let_all_go() -> None:
+    for channel in list(_channels):
+        channel.let_go()
+
+
+os.register_at_fork(after_in_child=_let_all_go)
 
 
 def _left(deadline: float | None) -> float | None:

@@ -499,3 +499,24 @@ def test_frames_come_out_whole_however_they_arrive() -> None:
         assert not buffer
     with pytest.raises(StorageError, match="is longer than"):
         pack_frame(1, 1, bytes((64 << 20) + 1))
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_cannot_call_on_its_parents_connection(server: SocketServer) -> None:
+    channel = SocketChannel(server.address)
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            told = str(channel.call(REVERSE, b"child"))
+        except GroupUnavailableError:
+            told = "refused"
+        channel.close()
+        os.write(writing, told.encode())
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as pipe:
+        assert pipe.read() == b"refused"
+    os.waitpid(child, 0)
+    assert channel.answer(channel.call(REVERSE, b"parent"), 10) == b"tnerap"
+    channel.close()
