@@ -52,7 +52,12 @@ def answering(
 
     async def answer(message: bytes) -> bytes:
         arguments, requests = unpack_call(message)
-        return pack(await actor(*arguments, requests))
+        try:
+            call = actor(*arguments, requests)
+        except TypeError:  # of binding the arguments: a coroutine method has run nothing yet
+            what = f"{len(arguments)} arguments"
+            raise ConfigError("message", what, f"those of {method.name.lower()}") from None
+        return pack(await call)
 
     return answer
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import contextlib
 import pickle
 from pathlib import Path
@@ -15,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import litecache
+from litecache.actors import messages
 from litecache.actors.messages import (
     pack_call,
     pack_reply,
@@ -165,3 +167,15 @@ def test_nothing_of_the_product_reads_a_pickle() -> None:
             names = [alias.name for alias in getattr(node, "names", []) if hasattr(alias, "name")]
             names.append(getattr(node, "module", None) or "")
             assert not {"pickle", "cloudpickle", "marshal", "shelve"} & set(names), path
+
+
+@pytest.mark.parametrize("arguments", [(), ("c", "more"), ("c", "", 0)])
+def test_a_call_with_other_arguments_than_its_methods_is_refused(arguments: tuple) -> None:
+    async def submit(client_id: str, requests: object) -> str:
+        return client_id
+
+    answer = messages.answering(messages.ReplicaMethod.SUBMIT, submit)
+    with pytest.raises(ConfigError, match=rf"message=.*{len(arguments)} arguments.*of submit"):
+        asyncio.run(answer(messages.pack_call(*arguments)))
+    said = asyncio.run(answer(messages.pack_call("c")))
+    assert messages.unpack_value(said) == "c"
