@@ -39,6 +39,7 @@ from litecache.errors import (
     StorageLockedError,
 )
 from litecache.metrics import Metrics
+from litecache.storage import CommitItem, LocalShardClient
 from litecache.storage.disk import folder as storage_folder
 from litecache.storage.namespaces import salt_digest
 from litecache.storage.shard_store import ShardStore
@@ -220,6 +221,30 @@ def test_a_shard_without_room_at_its_start_opens_once_there_is(
             assert time.monotonic() < deadline
             time.sleep(0.05)
     assert shard.stop(5).complete
+
+
+@pytest.mark.slow
+def test_a_group_with_fewer_shards_takes_in_those_of_before(
+    ray_local: None, tmp_path: Path
+) -> None:
+    keys = [bytes([number]) * 16 for number in range(8)]
+    with ShardStore(str(tmp_path / "shard-1"), storage_bytes=32 << 20, ram_bytes=1 << 20) as store:
+        client = LocalShardClient(store)
+        refs = client.reserve(4096, len(keys))
+        client.commit(
+            [CommitItem(*ref, key, bytes(16), "x") for ref, key in zip(refs, keys, strict=True)]
+        )
+        client.close()
+    group = Group.start(make_spec("fewer", tmp_path, storage_shards=1))
+    try:
+        deadline = time.monotonic() + 60
+        while (tmp_path / "shard-1").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        (shard,) = group.shards.values()
+        assert ray.get(shard.keys.remote(), timeout=30) == b"".join(keys)
+    finally:
+        group.stop()
 
 
 def _open_soon(folder: Path) -> None:
