@@ -346,8 +346,10 @@ def test_a_lock_that_another_took_takes_the_disk_tier_out(tmp_path):
         with open(tmp_path / "lock", "w") as other:
             os.fchmod(other.fileno(), 0o600)
             fcntl.flock(other, fcntl.LOCK_EX)
+            before = len(os.listdir("/proc/self/fd"))
             assert not store.flush().complete
             assert "lock" in store.stats()["disk_lost"]
+            assert len(os.listdir("/proc/self/fd")) == before
 
 
 # --- what its files may hold

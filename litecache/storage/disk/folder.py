@@ -267,10 +267,10 @@ class Folder:
         try:
             check_private(fd, "lock", os.geteuid())
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise self._held_by_another() from None
-        except BaseException:
+        except BaseException as error:
             os.close(fd)
+            if isinstance(error, BlockingIOError):
+                raise self._held_by_another() from None
             raise
         if self._lock_fd >= 0:
             os.close(self._lock_fd)
