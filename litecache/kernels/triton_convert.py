@@ -6,8 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from litecache.kernels.convert import BlockForm
-from litecache.kernels.quantise import LARGEST_CODE
+from litecache.kernels.quantise import LARGEST_CODE, BlockForm
 
 _ROWS = 32
 
@@ -55,7 +54,7 @@ def convert(
     src: torch.Tensor,
     dst: torch.Tensor,
 ) -> None:
-    """Rewrites blocks; see `litecache.kernels.convert.convert_blocks`."""
+    """Rewrites blocks; see `litecache.kernels.quantise.convert_blocks`."""
     quantise = target_form.quantised
     sides = ((source, source_form, src), (target, target_form, dst))
     (wide, wide_form, wide_blocks), (codes, code_form, code_blocks) = (

@@ -9,7 +9,7 @@ import torch
 
 from litecache.engine.kv_layout import KVLayout, KVSpec
 from litecache.errors import KernelError
-from litecache.kernels.convert import BlockForm, convert_blocks
+from litecache.kernels.quantise import BlockForm, convert_blocks
 
 LAYERS, HEADS, SIZE, DIM = 3, 2, 8, 24
 

@@ -20,8 +20,7 @@ from litecache.kernels import (
     triton_convert,
     triton_decode,
 )
-from litecache.kernels.convert import BlockForm, convert_reference
-from litecache.kernels.quantise import dequantise, quantise
+from litecache.kernels.quantise import BlockForm, convert_reference, dequantise, quantise
 from litecache.kernels.triton_gather import gather, merge_two
 from litecache.kernels.triton_plan import (
     _MOST_PIECES,

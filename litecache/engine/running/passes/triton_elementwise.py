@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from litecache.kernels.triton_pdl import await_previous, use_pdl
+from litecache.kernels.triton_common import await_previous, use_pdl
 
 
 @triton.jit

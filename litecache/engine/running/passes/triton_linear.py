@@ -5,7 +5,7 @@ the weights. A program owns some rows of the weight matrix, or a part of them (t
 last adds up the parts), and walks along them with several tiles in flight. One token is multiplied
 and summed in registers; more tokens go through the tensor cores as the narrow side of the product.
 Epilogues add a bias or the residual, or apply `silu(gate) * up`. The first weights are asked for
-while the kernel before still runs (`litecache.kernels.triton_pdl`).
+while the kernel before still runs (`litecache.kernels.triton_common`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from litecache.engine.running.passes.linear_tuning import StreamConfig, stream_config
-from litecache.kernels.triton_pdl import await_previous, fetch_to_l2, use_pdl
+from litecache.kernels.triton_common import await_previous, fetch_to_l2, use_pdl
 
 _PARTIAL_ELEMENTS = 8 << 20
 _COUNTERS = 1 << 14
