@@ -78,16 +78,18 @@ def hold_model(path: str | Path | None) -> ModelHold | None:
         return ModelHold(None)
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError:  # there, but of another user: whoever loads it will tell
+        return ModelHold(None)
     hold = ModelHold(descriptor)
-    fcntl.flock(descriptor, fcntl.LOCK_SH)
+    with suppress(OSError):  # a file system without locks; a folder of another user
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        os.utime(descriptor)
     try:
         # It may have been removed before the lock was there.
         if os.stat(path).st_ino != os.fstat(descriptor).st_ino:
             return None
-        with suppress(OSError):  # of another user
-            os.utime(descriptor)
     except OSError:
         return None
     return hold
@@ -211,7 +213,7 @@ def _in_use(folder: Path) -> bool:
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except OSError:  # locked; or no locks here, and then nobody knows
         return True
     finally:
         os.close(descriptor)

@@ -102,6 +102,23 @@ def test_a_folder_removed_just_before_it_is_used_is_made_again(
     assert (folder / "weights").exists()
 
 
+@pytest.mark.parametrize("name", ["open", "flock"])
+def test_a_folder_that_cannot_be_held_is_used_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    folder = make("m")
+
+    def refused(*_: object) -> int:
+        raise PermissionError(13, "refused")
+
+    with monkeypatch.context() as context:
+        context.setattr(paths.os if name == "open" else paths.fcntl, name, refused)
+        found, hold = find_or_make_model("m", lambda _: pytest.fail("made again"), label="m")
+        assert found == folder
+        assert prune_models(0) == []
+    hold.release()
+
+
 def test_what_a_process_left_unfinished_goes_and_what_is_being_written_stays() -> None:
     left = models_folder() / ".making-left"
     left.mkdir(parents=True)
