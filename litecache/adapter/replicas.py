@@ -235,6 +235,9 @@ class ReplicaPoller:
                 # With a submission: it was refused. Without: the model cannot be loaded again, or
                 # Ray was shut down under the adapter.
                 self._fail(ids or list(self._open), error)
+            except SystemExit:
+                # Of a `ray.get` under way when Ray is shut down; the next poll says what happened.
+                time.sleep(_RETRY_S)
             except Exception as error:
                 # Callers must not wait for ever, whatever it is.
                 logger.exception("%s: polling failed", self.name)

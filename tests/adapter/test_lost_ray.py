@@ -11,6 +11,7 @@ import pytest
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_after_ray_shutdown_every_call_ends_with_an_error_and_no_ray_is_started() -> None:
     here = Path(__file__).parent
     with tempfile.TemporaryDirectory(prefix="lc-", dir="/tmp") as folder:
