@@ -60,10 +60,12 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "camembert": {"is_decoder": True},
     "cohere_compass_text": {"layer_types": ["full_attention"] * 4, "num_hidden_layers": 4},
     "data2vec-text": {"is_decoder": True},
+    "dbrx": {"attn_config": {"rope_theta": 10_000.0}},
     "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 4, "qk_nope_head_dim": 8},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "electra": {"is_decoder": True},
     "ernie": {"is_decoder": True},
+    "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]]},
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16},
     "ministral": {"head_dim": 16},
@@ -140,6 +142,7 @@ BY_RULE = {
     ("any", "dynamic"),  # right only as long as no one goes beyond the model's positions
     ("llama4_text", "plain"),  # scales queries by their place in the packed batch
     ("llama4", "plain"),
+    ("deepseek_v4", "plain"),  # joins the keys of neighbours, also of other sequences in a batch
 }
 """Refused by rule: 150 tokens alone would not show why."""
 

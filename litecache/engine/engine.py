@@ -32,10 +32,11 @@ from litecache.engine.loading.model_loader import LoadedModel, load_model
 from litecache.engine.loading.model_source import ModelSource
 from litecache.engine.progress import progress_bar
 from litecache.engine.request_checks import check_text, check_texts
-from litecache.engine.running.model_runner import ModelRunner, StepHandle
+from litecache.engine.running.model_runner import ModelRunner
 from litecache.engine.scheduling.orders import Schedule
 from litecache.engine.scheduling.prefix_cache import PrefixCache
 from litecache.engine.scheduling.scheduler import Scheduler
+from litecache.engine.scheduling.step_plan import Executor, Step
 from litecache.engine.transfer.lower_tiers import LowerTiers
 from litecache.engine.transfer.shard_set import RemoteSource
 from litecache.errors import ConfigError, LiteCacheError, RequestTimeout, first_line, told
@@ -103,7 +104,7 @@ class Engine:
         with memory_for(f"a pool of {num_blocks} blocks", "lower num_blocks"):
             self._pools = [KVPool(group, num_blocks + 1, loaded.device) for group in layout.groups]
         with memory_for("CUDA graphs beside the pool", "lower gpu_memory_fraction or num_blocks"):
-            self._runner = ModelRunner(
+            self._runner: Executor = ModelRunner(
                 loaded,
                 layout,
                 self._pools,
@@ -130,7 +131,7 @@ class Engine:
         self._open: set[str] = set()
         self._open_lock = threading.Lock()
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._in_flight: deque[tuple[int, StepHandle]] = deque()
+        self._in_flight: deque[tuple[int, Step]] = deque()
         self._failure: BaseException | None = None
         self._closing = False
         self._compute_stream: torch.cuda.Stream | None = None

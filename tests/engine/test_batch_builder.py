@@ -9,10 +9,9 @@ from hypothesis import strategies as st
 from plan_driver import random_prompt
 
 from litecache.engine.kv_layout import KVLayout, KVSpec
-from litecache.engine.running.batch_builder import BatchBuilder
+from litecache.engine.running.batch import StepBuffers
 from litecache.engine.running.cuda_graphs import GraphCache, GraphKey
 from litecache.engine.running.row_tables import RowTables
-from litecache.engine.running.step_buffers import StepBuffers, StepShape
 from litecache.engine.scheduling.step_plan import NewRow, RowStep, StepPlan, TableUpdate
 from litecache.types import SamplingParams
 
@@ -25,10 +24,8 @@ GROUPS = len(LAYOUT.groups)
 
 def make():
     device = torch.device("cpu")
-    tables = RowTables(LAYOUT, ROWS, LENGTH, device)
-    largest = StepShape(1024, ROWS + 64, ROWS + 64, GROUPS, 1 << 14)
-    buffers = StepBuffers(largest, ROWS, device)
-    return tables, buffers, BatchBuilder(LAYOUT, tables, buffers, 512)
+    buffers = StepBuffers((1024, ROWS + 64, ROWS + 64, GROUPS, 1 << 14), ROWS, device)
+    return buffers, RowTables(LAYOUT, buffers, ROWS, LENGTH, 512)
 
 
 def plan_of(rows):
@@ -63,9 +60,9 @@ def test_padding_leaves_real_tokens_alone(rows):
     assert key is not None
     seen = []
     for graph in (None, key):
-        _, buffers, builder = make()
-        batch = builder.build(plan, graph)
-        fields = {name: field.clone() for name, field in buffers.device(batch.shape).items()}
+        buffers, tables = make()
+        batch = tables.build(plan, graph)
+        fields = {name: field.clone() for name, field in batch.fields.items()}
         fields["input"] = buffers.words[fields["id_index"]]
         fields["last"] = fields["id_index"] < ROWS
         seen.append((batch, fields))
@@ -77,7 +74,7 @@ def test_padding_leaves_real_tokens_alone(rows):
         assert torch.equal(padded[name][places], exact[name])
     slots = padded["slots"].view(GROUPS, -1)
     assert torch.equal(slots[:, places], exact["slots"].view(GROUPS, -1))
-    others = sorted(set(range(batch.shape.tokens)) - set(places))
+    others = sorted(set(range(len(batch.fields["positions"]))) - set(places))
     assert (slots[:, others] == 0).all()
     seqs = [*range(decodes), *range(key.decodes, key.decodes + len(rows) - decodes)]
     for name in ("rows", "context_lens"):
@@ -87,7 +84,7 @@ def test_padding_leaves_real_tokens_alone(rows):
         length = exact_starts[index + 1] - exact_starts[index]
         assert starts[seq + 1] - starts[seq] == length
     assert starts == sorted(starts)
-    assert starts[-1] <= batch.shape.tokens
+    assert starts[-1] <= len(batch.fields["positions"])
     count = len(exact["sample_rows"])
     for name in ("sample_rows", "keys", "temperature"):
         assert torch.equal(padded[name][:count], exact[name])
@@ -106,16 +103,16 @@ def test_a_bucket_holds_its_step_or_there_is_none(decodes, tokens, seqs):
     if seqs:
         assert key.chunk_tokens >= tokens
         assert key.chunk_seqs >= seqs
-    shape = key.shape(2)
-    assert sum(key.query_lens) == shape.tokens
-    assert len(key.query_lens) == shape.seqs
-    assert shape.tokens <= GraphCache(256, 2048).largest.shape(2).tokens
+    num_tokens, num_seqs, _ = key.sizes
+    assert sum(key.query_lens) == num_tokens
+    assert len(key.query_lens) == num_seqs
+    assert num_tokens <= GraphCache(256, 2048).largest.sizes[0]
 
 
 def test_an_empty_plan_fills_a_bucket_with_padding_alone():
-    _, buffers, builder = make()
-    batch = builder.build(StepPlan(0), GraphKey(4, 16, 4))
-    fields = buffers.device(batch.shape)
+    _, tables = make()
+    batch = tables.build(StepPlan(0), GraphKey(4, 16, 4))
+    fields = batch.fields
     assert fields["cu_seqlens"].tolist() == [0, 1, 2, 3, 4, 4, 4, 4, 4]
     assert (fields["slots"] == 0).all()
     assert (fields["rows"] == ROWS).all()
@@ -124,10 +121,20 @@ def test_an_empty_plan_fills_a_bucket_with_padding_alone():
 
 @pytest.mark.parametrize("known", [5, 8, 9])
 def test_tokens_the_host_does_not_know_come_from_the_device(known):
-    _, buffers, builder = make()
+    buffers, tables = make()
     buffers.last_tokens[0] = 777
     row = NewRow(0, tuple(random_prompt(known, 0)), known, SamplingParams(9))
     plan = StepPlan(1, (row,), (TableUpdate(0, 0, 0, (3,)),), (), (RowStep(0, 8, 1, True),))
-    batch = builder.build(plan)
-    token = int(buffers.words[buffers.device(batch.shape)["id_index"]])
+    batch = tables.build(plan)
+    token = int(buffers.words[batch.fields["id_index"]])
     assert token == (random_prompt(9, 0)[8] if known == 9 else 777)
+
+
+def test_several_positions_of_a_row_draw_and_the_last_one_feeds_the_next_step():
+    _, tables = make()
+    new = tuple(NewRow(r, tuple(random_prompt(30, r)), 20, SamplingParams(9)) for r in (0, 1))
+    steps = (RowStep(0, 5, 1, 1), RowStep(1, 20, 8, 3))
+    batch = tables.build(StepPlan(1, new, (), (), steps))
+    assert batch.sampled_rows == (0, 1, 1, 1)
+    assert batch.fields["logit_index"].tolist() == [0, 6, 7, 8]
+    assert batch.fields["sample_rows"].tolist() == [0, ROWS, ROWS, 1]

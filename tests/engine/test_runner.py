@@ -9,7 +9,7 @@ import torch
 from plan_driver import FAMILIES, GREEDY, PlanDriver, random_prompt, stock_generate, tiny_model
 
 from litecache.engine.running.cuda_graphs import GraphCache
-from litecache.engine.scheduling.step_plan import StepPlan
+from litecache.engine.scheduling.step_plan import RowStep, StepPlan
 from litecache.errors import ConfigError
 from litecache.types import SamplingParams
 
@@ -214,3 +214,32 @@ def test_a_model_that_cannot_be_captured_starts_and_runs_without_graphs(llama, c
     driver.add(0, prompt)
     first = driver.step({0: 20}).result().tokens[0]
     assert [first, *driver.decode(0, 5)] == stock_generate(llama, prompt, 6)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_segments_of_a_row_in_one_step_give_what_the_whole_gives(family):
+    loaded, prompt = tiny_model(family), random_prompt(70, 5)
+    whole = PlanDriver(loaded)
+    whole.add(0, prompt)
+    expected = whole.step({0: 70}).result().tokens
+    parts = PlanDriver(loaded)
+    parts.add(0, prompt)
+    plan = parts.plan({0: 70})
+    rows = (RowStep(0, 0, 33, 0), RowStep(0, 33, 20, 0), RowStep(0, 53, 17, 1))
+    assert parts.runner.execute(replace(plan, rows=rows)).result().tokens == expected
+    assert parts.decode(0, 8) == whole.decode(0, 8)
+
+
+def test_each_sampled_position_of_a_chunk_draws_as_if_it_were_the_last():
+    loaded, prompt = tiny_model("llama"), random_prompt(70, 5)
+    expected = []
+    for length in (68, 69, 70):
+        driver = PlanDriver(loaded)
+        driver.add(0, prompt[:length])
+        expected += driver.step({0: length}).result().tokens
+    several = PlanDriver(loaded)
+    several.add(0, prompt)
+    plan = several.plan({0: 70})
+    result = several.runner.execute(replace(plan, rows=(RowStep(0, 0, 70, 3),))).result()
+    assert list(result.tokens) == expected
+    assert several.decode(0, 4) == driver.decode(0, 4)

@@ -16,30 +16,37 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from litecache.engine.running.batch_builder import _num_sorted
+from litecache.engine.running.batch import EVERY_TOKEN, Batch
 from litecache.engine.running.random_numbers import (
     exponentials,
     position_keys,
     random_bits,
     stream_keys,
 )
-from litecache.engine.running.sampler import EVERY_TOKEN, INVALID_TOKEN, SamplingBatch, sample
+from litecache.engine.running.row_tables import num_sorted
+from litecache.engine.running.sampler import INVALID_TOKEN, sample
 
 
-def batch_of(rows, *, keys=None, masked=None):
+def batch_of(rows, *, keys=None, masked=()):
     """Rows of (temperature, top_k, top_p, min_p)."""
     temperature, top_k, top_p, min_p = zip(*rows, strict=True)
-    return SamplingBatch(
-        temperature=torch.tensor(temperature, dtype=torch.float32),
-        top_k=torch.tensor(top_k),
-        top_p=torch.tensor(top_p, dtype=torch.float32),
-        min_p=torch.tensor(min_p, dtype=torch.float32),
-        keys=torch.arange(len(rows)) if keys is None else keys,
+    return Batch(
+        {
+            "temperature": torch.tensor(temperature, dtype=torch.float32),
+            "top_k": torch.tensor(top_k),
+            "top_p": torch.tensor(top_p, dtype=torch.float32),
+            "min_p": torch.tensor(min_p, dtype=torch.float32),
+            "keys": torch.arange(len(rows)) if keys is None else keys,
+        },
         all_greedy=all(t == 0 for t in temperature),
-        num_sorted=_num_sorted(np.array(top_k), np.array(top_p)),
+        num_sorted=num_sorted(np.array(top_k), np.array(top_p)),
         any_min_p=any(p > 0 for p in min_p),
         masked=masked,
     )
+
+
+def draw_keys(seed, sample_index, position, **purpose):
+    return position_keys(stream_keys(seed, sample_index, **purpose), position)
 
 
 def warped(logits, temperature, top_k, top_p, min_p):
@@ -124,7 +131,7 @@ def test_ordering_only_the_likeliest_tokens_gives_the_same_draws():
 
 def test_masked_tokens_and_non_finite_rows():
     logits = torch.tensor([[1.0, 5.0, 2.0], [1.0, float("nan"), 0.0], [float("inf"), 0.0, 0.0]])
-    masked = (torch.tensor([0]), torch.tensor([1]))
+    masked = ((0, 1),)
     for temperature in (0.0, 1e-4):
         rows = [(temperature, 0, 1.0, 0.0)] * 3
         tokens = sample(logits.clone(), batch_of(rows, masked=masked))

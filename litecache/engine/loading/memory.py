@@ -16,8 +16,9 @@ import torch
 from litecache.config import CacheConfig
 from litecache.engine.kv_layout import KVLayout
 from litecache.engine.loading.model_loader import LoadedModel
+from litecache.engine.running.batch import EVERY_TOKEN, Batch
 from litecache.engine.running.hf_attention import AttentionOptions, attention_context
-from litecache.engine.running.sampler import EVERY_TOKEN, SamplingBatch, sample
+from litecache.engine.running.sampler import sample
 from litecache.errors import CapacityError
 from litecache.machine_memory import available_memory_bytes
 
@@ -133,13 +134,14 @@ def profile_peak(loaded: LoadedModel, config: CacheConfig) -> int:
         ones = torch.ones(samples, device=device)
         sample(
             logits,
-            SamplingBatch(
-                temperature=ones,
-                top_k=torch.full((samples,), 8, device=device),
-                top_p=ones * 0.9,
-                min_p=ones * 0.1,
-                keys=torch.zeros(samples, dtype=torch.int64, device=device),
-                all_greedy=False,
+            Batch(
+                {
+                    "temperature": ones,
+                    "top_k": torch.full((samples,), 8, device=device),
+                    "top_p": ones * 0.9,
+                    "min_p": ones * 0.1,
+                    "keys": torch.zeros(samples, dtype=torch.int64, device=device),
+                },
                 num_sorted=EVERY_TOKEN,
                 any_min_p=True,
             ),

@@ -16,8 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from litecache.engine.running.step_buffers import StepShape
-
 if TYPE_CHECKING:
     from litecache.engine.loading.model_loader import LoadedModel
 
@@ -76,10 +74,11 @@ class GraphKey:
             return (1,) * self.decodes
         return (1,) * self.decodes + (self.chunk_tokens,) + (0,) * (self.chunk_seqs - 1)
 
-    def shape(self, groups: int) -> StepShape:
-        """Sizes of the step buffers' fields."""
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Tokens, sequences and samples of its inputs."""
         seqs = self.decodes + self.chunk_seqs
-        return StepShape(self.decodes + self.chunk_tokens, seqs, seqs, groups)
+        return self.decodes + self.chunk_tokens, seqs, seqs
 
 
 @dataclass(frozen=True)

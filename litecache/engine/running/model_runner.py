@@ -10,21 +10,17 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
-import numpy as np
 import torch
 
 from litecache.engine.kv_layout import KVLayout, KVPool
 from litecache.engine.loading.model_loader import LoadedModel
-from litecache.engine.running.batch_builder import MAX_DELTAS, Batch, BatchBuilder
+from litecache.engine.running.batch import STRUCK_TOKENS, Batch, StepBuffers
 from litecache.engine.running.cuda_graphs import GraphCache, GraphKey, StepGraph, longest_graph
 from litecache.engine.running.hf_attention import PagedContext, attention_context
 from litecache.engine.running.logit_rules import RuleBook
-from litecache.engine.running.logprobs import LogprobRows
-from litecache.engine.running.row_tables import RowTables
-from litecache.engine.running.sampler import INVALID_TOKEN, SamplingBatch, sample
-from litecache.engine.running.step_buffers import STRUCK_TOKENS, StepBuffers, StepShape
+from litecache.engine.running.row_tables import MAX_DELTAS, RowTables
+from litecache.engine.running.sampler import INVALID_TOKEN, LogprobRows, sample, strike
 from litecache.engine.scheduling.step_plan import BlockCopy, StepPlan, StepResult
 from litecache.kernels import AttentionMetadata, copy_blocks
 from litecache.kernels.decode_copies import SCRATCH, DecodeCopies
@@ -110,27 +106,25 @@ class ModelRunner:
         self._max_model_len = max_model_len
         self._keeps_logits = loaded.keeps_logits
         self._context = PagedContext(layout, pools)
-        self._tables = RowTables(layout, max_requests, max_model_len, device)
         self._graphs: GraphCache | None = None
-        largest = StepShape(
-            max_batch_tokens, max_requests, max_requests, len(layout.groups), MAX_DELTAS
-        )
+        tokens, seqs = max_batch_tokens, max_requests
         if self._on_gpu and os.environ.get("LITECACHE_GRAPHS", "1") != "0":
             self._graphs = GraphCache(max_requests, longest_graph(loaded))
-            padded = self._graphs.largest.shape(len(layout.groups))
-            largest = replace(
-                padded, tokens=max(padded.tokens, max_batch_tokens), deltas=MAX_DELTAS
-            )
+            padded = self._graphs.largest.sizes
+            tokens, seqs = max(padded[0], tokens), padded[1]
+        largest = (tokens, seqs, seqs, len(layout.groups), MAX_DELTAS)
         self._buffers = StepBuffers(largest, max_requests, device)
+        self._tables = RowTables(
+            layout, self._buffers, max_requests, max_model_len, max_batch_tokens
+        )
         self._rules = RuleBook(max_model_len, device)
         self._decode_copies = None if self._on_gpu else DecodeCopies()
-        self._builder = BatchBuilder(layout, self._tables, self._buffers, max_batch_tokens)
         self._results = []
         self._turn = 0
         if self._on_gpu:
             self._results = [
                 (
-                    torch.empty(largest.samples, dtype=torch.int64, pin_memory=True),
+                    torch.empty(seqs, dtype=torch.int64, pin_memory=True),
                     torch.cuda.Event(),  # type: ignore[no-untyped-call]
                 )
                 for _ in range(MAX_UNREAD_STEPS)
@@ -144,23 +138,22 @@ class ModelRunner:
         """
         with torch.inference_mode():
             if not plan.rows:
-                self._builder.apply(plan)
+                self._tables.apply(plan)
                 self._copy(plan.copies)
                 return StepHandle(plan.step, (), torch.empty(0, dtype=torch.int64))
             key = self._graph_key(plan)
             graph = None if key is None else self._graph(key)
-            batch = self._builder.build(plan, key if graph is not None else None)
-            fields = self._buffers.device(batch.shape)
-            self._apply_deltas(fields)
+            batch = self._tables.build(plan, key if graph is not None else None)
+            self._apply_deltas(batch)
             self._copy(plan.copies)
             if graph is not None:
                 graph.graph.replay()
                 logits, tokens = graph.logits, graph.tokens
             else:
-                logits = self._forward(self._metadata(batch, fields), fields, batch)
+                logits = self._forward(self._metadata(batch), batch)
             logprobs = LogprobRows(logits, batch.logprobs) if batch.logprobs else None
-            if graph is None or batch.filtered:
-                tokens = self._draw(logits, batch, fields)
+            if graph is None or batch.needs_torch or not batch.masks_fit:
+                tokens = self._draw(logits, batch)
             if logprobs is not None:
                 logprobs.send(tokens)
             return self._handle(plan, batch, tokens, logprobs)
@@ -189,6 +182,8 @@ class ModelRunner:
             return None
         counts = [row.num_tokens for row in plan.rows]
         decodes = counts.count(1)
+        if any(row.sample > 1 for row in plan.rows):
+            return None
         return self._graphs.key_for(decodes, sum(counts) - decodes, len(counts) - decodes)
 
     def _graph(self, key: GraphKey) -> StepGraph | None:
@@ -197,12 +192,11 @@ class ModelRunner:
         found = self._graphs.find(key)
         if found is not None:
             return found
-        self._builder.build(StepPlan(step=0), key)
-        fields = self._buffers.device(key.shape(len(self._pools)))
+        batch = self._tables.build(StepPlan(step=0), key)
 
         def step() -> tuple[torch.Tensor, torch.Tensor]:
-            logits = self._forward(self._static_metadata(key, fields), fields)
-            return logits, self._remember(logits, fields)
+            logits = self._forward(self._static_metadata(key, batch.fields), batch)
+            return logits, self._remember(logits, batch.fields)
 
         try:
             return self._graphs.capture(key, step)
@@ -211,11 +205,11 @@ class ModelRunner:
             self._graphs = None
             return None
 
-    def _apply_deltas(self, fields: dict[str, torch.Tensor]) -> None:
-        if len(fields["delta_index"]):
-            self._tables.device_tables.view(-1).index_copy_(
-                0, fields["delta_index"], fields["delta_value"]
-            )
+    def _apply_deltas(self, batch: Batch) -> None:
+        index = batch.fields["delta_index"]
+        if len(index):
+            tables = self._tables.device_tables.view(-1)
+            tables.index_copy_(0, index, batch.fields["delta_value"])
 
     def _copy(self, copies: Sequence[BlockCopy]) -> None:
         for group in {copy.group for copy in copies}:
@@ -224,17 +218,11 @@ class ModelRunner:
             src, dst = torch.tensor(pairs, dtype=torch.int64).T.contiguous().to(pool.device)
             copy_blocks(pool, src, dst)
 
-    def _forward(
-        self,
-        metadata: list[AttentionMetadata],
-        fields: dict[str, torch.Tensor],
-        batch: Batch | None = None,
-    ) -> torch.Tensor:
+    def _forward(self, metadata: list[AttentionMetadata], batch: Batch) -> torch.Tensor:
         """Logits `[samples, vocab]`."""
         self._context.metadata = metadata
-        index = None
-        if batch is None or not batch.every_token_sampled:
-            index = fields["logit_index"]
+        fields = batch.fields
+        index = None if batch.every_token_sampled else fields["logit_index"]
         self._context.needed = index
         options = {}
         if self._keeps_logits and index is not None:
@@ -250,7 +238,8 @@ class ModelRunner:
             logits = logits[index]
         return logits  # type: ignore[no-any-return]
 
-    def _metadata(self, batch: Batch, fields: dict[str, torch.Tensor]) -> list[AttentionMetadata]:
+    def _metadata(self, batch: Batch) -> list[AttentionMetadata]:
+        fields = batch.fields
         longest = max(batch.context_lens)
         width = -(-longest // self._layout.block_size)
         kept = {}
@@ -297,21 +286,18 @@ class ModelRunner:
         slots = fields["slots"].view(len(self._pools), -1)
         return list(zip(slots, self._tables.device_tables, strict=True))
 
-    def _draw(
-        self, logits: torch.Tensor, batch: Batch, fields: dict[str, torch.Tensor]
-    ) -> torch.Tensor:
+    def _draw(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Draw tokens and write them where the next step reads them."""
         if self._on_gpu and not batch.needs_torch:
             if not batch.masks_fit:
-                logits[self._masked(batch)] = float("-inf")
-            return self._remember(logits, fields)
-        masked = self._masked(batch) if batch.masked else None
+                strike(logits, batch)
+            return self._remember(logits, batch.fields)
         if batch.ruled:
             logits = self._rules.apply(logits, batch.ruled)
-        tokens = sample(logits, self._sampling_batch(batch, fields, masked))
+        tokens = sample(logits, batch)
         if batch.ruled:
             self._rules.remember(tokens)
-        self._buffers.last_tokens.index_copy_(0, fields["sample_rows"], tokens.clamp(min=0))
+        self._buffers.last_tokens.index_copy_(0, batch.fields["sample_rows"], tokens.clamp(min=0))
         return tokens
 
     def _remember(self, logits: torch.Tensor, fields: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -324,30 +310,6 @@ class ModelRunner:
             fields["sample_rows"],
             fields["struck"].view(-1, STRUCK_TOKENS),
             self._buffers.last_tokens,
-        )
-
-    def _masked(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        pairs = torch.from_numpy(np.array(batch.masked, dtype=np.int64).T.copy())
-        # A blocking copy would wait for the step before, which is still running.
-        rows, tokens = pairs.to(self._buffers.words.device, non_blocking=True)
-        return rows, tokens
-
-    @staticmethod
-    def _sampling_batch(
-        batch: Batch,
-        fields: dict[str, torch.Tensor],
-        masked: tuple[torch.Tensor, torch.Tensor] | None,
-    ) -> SamplingBatch:
-        return SamplingBatch(
-            temperature=fields["temperature"],
-            top_k=fields["top_k"],
-            top_p=fields["top_p"],
-            min_p=fields["min_p"],
-            keys=fields["keys"],
-            all_greedy=batch.all_greedy,
-            num_sorted=batch.num_sorted,
-            any_min_p=batch.any_min_p,
-            masked=masked,
         )
 
     def _handle(

@@ -1,22 +1,30 @@
-"""The runner's persistent tables: what a row's request is, which blocks it holds, how it samples.
+"""The runner's persistent tables, and the step's inputs that are made from them.
 
-Plans carry only changes; these tables remember the rest. The host copies feed batch building, the
-block tables also live on the device, where the forward gathers the rows of a batch. One row more
-than there are requests is the padding row: its block tables hold the trash block only.
+Plans carry only changes; the tables remember the rest: what a row's request is, which blocks it
+holds, how it samples. The host copies feed batch building (no Python loop over tokens; those over
+rows are short comprehensions), the block tables also live on the device, where the forward gathers
+the rows of a batch. One row more than there are requests is the padding row: its block tables hold
+the trash block only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from litecache.engine.kv_layout import KVLayout
-from litecache.engine.running.logit_rules import RowRules
-from litecache.engine.running.random_numbers import stream_keys
-from litecache.engine.running.step_buffers import STRUCK_TOKENS
-from litecache.engine.scheduling.step_plan import NewRow, TableUpdate
+from litecache.engine.kv_layout import TRASH_BLOCK, KVLayout
+from litecache.engine.running.batch import EVERY_TOKEN, STRUCK_TOKENS, Batch, Fields, StepBuffers
+from litecache.engine.running.cuda_graphs import GraphKey
+from litecache.engine.running.logit_rules import RowRules, RuledSample
+from litecache.engine.running.random_numbers import position_keys, stream_keys
+from litecache.engine.scheduling.step_plan import NewRow, RowStep, StepPlan, TableUpdate
+from litecache.errors import ConfigError
+
+Ints = npt.NDArray[np.int64]
+
+MAX_DELTAS = 1 << 14
+"""Block table entries that travel with a step; a step with more copies them by themselves."""
 
 
 class RowTables:
@@ -24,9 +32,10 @@ class RowTables:
 
     Args:
         layout: the KV groups; each has a block table.
+        buffers: where the inputs of a step go.
         max_requests: rows.
         max_model_len: tokens a row can hold.
-        device: where the block tables are gathered.
+        max_batch_tokens: most tokens of one step.
 
     Attributes:
         tokens: int32 `[rows + 1, max_model_len]`, ids the host knows.
@@ -42,9 +51,19 @@ class RowTables:
     """
 
     def __init__(
-        self, layout: KVLayout, max_requests: int, max_model_len: int, device: torch.device
+        self,
+        layout: KVLayout,
+        buffers: StepBuffers,
+        max_requests: int,
+        max_model_len: int,
+        max_batch_tokens: int,
     ) -> None:
         self.num_rows = max_requests
+        self._buffers = buffers
+        self._block_size = layout.block_size
+        self._shift = layout.block_size.bit_length() - 1
+        self._groups = len(layout.groups)
+        self._max_tokens = max_batch_tokens
         max_blocks = -(-max_model_len // layout.block_size)
         # Zeros come from untouched pages: rows cost memory only once they are used.
         self.tokens = np.zeros((max_requests + 1, max_model_len), dtype=np.int32)
@@ -68,9 +87,9 @@ class RowTables:
         self.block_tables = np.zeros(
             (len(layout.groups), max_requests + 1, max_blocks), dtype=np.int32
         )
-        self.device_tables = torch.from_numpy(self.block_tables).to(device)
+        self.device_tables = torch.from_numpy(self.block_tables).to(buffers.words.device)
 
-    def set_row(self, new: NewRow) -> None:
+    def _set_row(self, new: NewRow) -> None:
         """A request takes a row."""
         row, count, sampling = new.row, len(new.token_ids), new.sampling
         self.tokens[row, :count] = new.token_ids.array
@@ -97,13 +116,199 @@ class RowTables:
         if sampling.logprobs is not None:
             self.logprobs[row] = sampling.logprobs
 
-    def update_tables(self, updates: Sequence[TableUpdate]) -> None:
-        """Write blocks into the host's block tables (on CPU the device's too)."""
-        for update in updates:
+    def build(self, plan: StepPlan, graph: GraphKey | None = None) -> Batch:
+        """Apply a plan's changes and upload its inputs.
+
+        Args:
+            plan: with at least one row step, unless `graph` is given.
+            graph: the bucket to pad to.
+
+        Raises:
+            ConfigError: the plan has more tokens than the buffers hold.
+        """
+        deltas = self.apply(plan)
+        steps = np.array(plan.rows, dtype=np.int64).reshape(-1, len(RowStep._fields))
+        num_tokens = int(steps[:, 2].sum())
+        if num_tokens > self._max_tokens:
+            raise ConfigError("num_tokens", num_tokens, f"at most {self._max_tokens} in a step")
+        if graph is not None:
+            steps = self._pad_decodes(steps, graph.decodes)
+        rows, starts, counts, drawn, cached = steps.T
+        ends, contexts = np.cumsum(counts), starts + counts
+        # The last `drawn` positions of each sequence, in order: how far each is from its end.
+        seqs = np.repeat(np.arange(len(rows)), drawn)
+        back = np.cumsum(drawn)[seqs] - 1 - np.arange(len(seqs))
+        sizes = (num_tokens, len(rows), len(seqs), self._groups, deltas)
+        if graph is not None:
+            sizes = (*graph.sizes, self._groups, deltas)
+        fields = self._buffers.host(sizes)
+        self._fill_tokens(fields, rows, starts, counts, cached, ends)
+        self._fill_seqs(fields, rows, contexts, ends)
+        sampled, lengths = rows[seqs], contexts[seqs] - back
+        self._fill_samples(fields, sampled, lengths, ends[seqs] - 1 - back)
+        # The next step reads what a row's last position drew; the word of no row takes the others.
+        fields["sample_rows"][: len(seqs)][back > 0] = self.num_rows
+        if deltas:
+            self._fill_deltas(fields, plan.table_updates)
+        self._buffers.upload(sizes)
+        masked, fit = self._masked(sampled, lengths)
+        drawing = sampled[self.temperature[sampled] > 0]
+        return Batch(
+            fields=self._buffers.device(sizes),
+            query_lens=tuple(counts.tolist()),
+            context_lens=tuple(contexts.tolist()),
+            lives=tuple(self.life[rows].tolist()),
+            sampled_rows=tuple(sampled.tolist()),
+            every_token_sampled=len(seqs) == sizes[0],
+            all_greedy=not len(drawing),
+            num_sorted=num_sorted(self.top_k[drawing], self.top_p[drawing]),
+            any_min_p=bool(len(drawing) and (self.min_p[drawing] > 0).any()),
+            masked=masked,
+            masks_fit=fit,
+            ruled=self._ruled(sampled, lengths),
+            logprobs=self._logprobs(sampled),
+        )
+
+    def _pad_decodes(self, steps: Ints, slots: int) -> Ints:
+        """Fill a graph's decode slots: the padding row's token, hidden in the trash block."""
+        decodes = int((steps[:, 2] == 1).sum())
+        if decodes == slots:
+            return steps
+        padding = np.tile(
+            np.array([self.num_rows, 0, 1, 0, 1], dtype=np.int64), (slots - decodes, 1)
+        )
+        return np.concatenate([steps[:decodes], padding, steps[decodes:]])
+
+    def apply(self, plan: StepPlan) -> int:
+        """Enter a plan's new rows and block table changes.
+
+        Returns:
+            How many entries of the device's tables have yet to be changed by the step's deltas.
+        """
+        for new in plan.new_rows:
+            self._set_row(new)
+        for update in plan.table_updates:
             end = update.start + len(update.block_ids)
             self.block_tables[update.group, update.row, update.start : end] = update.block_ids
+        if not plan.table_updates or not self._buffers.separate:
+            return 0
+        count = sum(len(update.block_ids) for update in plan.table_updates)
+        if count <= MAX_DELTAS and plan.rows:
+            return count
+        for update in plan.table_updates:
+            end = update.start + len(update.block_ids)
+            place = (update.group, update.row, slice(update.start, end))
+            # Blocking copies: this is rare, and the host table may change before a later one ran.
+            self.device_tables[place] = torch.from_numpy(self.block_tables[place])
+        return 0
 
-    def flat_index(self, update: TableUpdate) -> int:
-        """Where an update starts in the flattened block tables."""
+    def _fill_tokens(
+        self, fields: Fields, rows: Ints, starts: Ints, counts: Ints, cached: Ints, ends: Ints
+    ) -> None:
+        """Ids, positions and slots of all tokens; padding writes to the trash block."""
+        count = int(counts.sum())
+        if count == len(rows):
+            token_rows, positions, hidden = rows, starts, cached
+        else:
+            token_rows = np.repeat(rows, counts)
+            positions = np.arange(count) + np.repeat(starts - ends + counts, counts)
+            hidden = np.repeat(cached, counts)
+        on_device = positions >= self.num_known[token_rows]
+        known = self.tokens[token_rows, np.where(on_device, 0, positions)]
+        fields["ids"][:count] = known
+        fields["ids"][count:] = 0
+        index = fields["id_index"]
+        index[:] = np.arange(len(index)) + self._buffers.first_id
+        # A token that an earlier step sampled is read from its row's word on the device.
+        np.copyto(index[:count], token_rows, where=on_device)
+        fields["positions"][:count] = positions
+        fields["positions"][count:] = 0
+        blocks = self.block_tables[:, token_rows, positions >> self._shift].astype(np.int64)
+        slots = (blocks << self._shift) + (positions & (self._block_size - 1))
+        if hidden.any():
+            slots[:, hidden != 0] = TRASH_BLOCK
+        padded_slots = fields["slots"].reshape(self._groups, -1)
+        padded_slots[:, :count] = slots
+        padded_slots[:, count:] = 0
+
+    def _fill_seqs(self, fields: Fields, rows: Ints, contexts: Ints, ends: Ints) -> None:
+        """Sequences after the last one have no tokens."""
+        count = len(rows)
+        fields["rows"][:count] = rows
+        fields["rows"][count:] = self.num_rows
+        fields["context_lens"][:count] = contexts
+        fields["context_lens"][count:] = 1
+        starts = fields["cu_seqlens"]
+        starts[0] = 0
+        starts[1 : count + 1] = ends
+        starts[count + 1 :] = starts[count]
+
+    def _fill_samples(self, fields: Fields, rows: Ints, contexts: Ints, logit_index: Ints) -> None:
+        count = len(rows)
+        fields["logit_index"][:count] = logit_index
+        fields["logit_index"][count:] = 0
+        fields["sample_rows"][:count] = rows
+        fields["sample_rows"][count:] = self.num_rows
+        for name in ("temperature", "top_k", "top_p", "min_p"):
+            fields[name][:count] = getattr(self, name)[rows]
+            fields[name][count:] = 0
+        num_new = contexts - self.num_prompt[rows]
+        if fields["temperature"].any():
+            fields["keys"][:count] = position_keys(self.stream[rows], num_new)
+            fields["keys"][count:] = 0
+        struck = fields["struck"].reshape(-1, STRUCK_TOKENS)
+        struck[:] = -1
+        early = num_new < self.min_new_tokens[rows]
+        struck[:count][early] = self.struck_ends[rows[early]]
+
+    def _fill_deltas(self, fields: Fields, updates: tuple[TableUpdate, ...]) -> None:
+        """Where the updates lie in the flattened block tables, and what they write."""
         _, rows, width = self.block_tables.shape
-        return (update.group * rows + update.row) * width + update.start
+        start = 0
+        for update in updates:
+            end = start + len(update.block_ids)
+            first = (update.group * rows + update.row) * width + update.start
+            fields["delta_index"][start:end] = np.arange(first, first + end - start)
+            fields["delta_value"][start:end] = update.block_ids
+            start = end
+
+    def _masked(self, sampled: Ints, lengths: Ints) -> tuple[tuple[tuple[int, int], ...], bool]:
+        """The struck pairs of (sample, token), and whether the drawing kernels know of all."""
+        masked: list[tuple[int, int]] = []
+        num_new = lengths - self.num_prompt[sampled]
+        fit = True
+        for index in np.flatnonzero(num_new < self.min_new_tokens[sampled]).tolist():
+            ends = self.eos_token_ids[sampled[index]]
+            fit = fit and len(ends) <= STRUCK_TOKENS
+            masked += [(index, token) for token in ends]
+        for index in np.flatnonzero(num_new == 0).tolist():
+            suppressed = self.begin_suppressed[sampled[index]]
+            fit = fit and not suppressed
+            masked += [(index, token) for token in suppressed]
+        return tuple(masked), fit
+
+    def _ruled(self, sampled: Ints, lengths: Ints) -> tuple[RuledSample, ...]:
+        rules = self.rules
+        if not rules:
+            return ()
+        rows = zip(sampled.tolist(), lengths.tolist(), strict=True)
+        return tuple(
+            RuledSample(index, row, length, rules[row])
+            for index, (row, length) in enumerate(rows)
+            if row in rules
+        )
+
+    def _logprobs(self, sampled: Ints) -> tuple[tuple[int, int], ...]:
+        counts = self.logprobs
+        if not counts:
+            return ()
+        return tuple((i, counts[row]) for i, row in enumerate(sampled.tolist()) if row in counts)
+
+
+def num_sorted(top_k: Ints, top_p: npt.NDArray[np.float32]) -> int:
+    """See `Batch.num_sorted`, for the samples that draw."""
+    if not len(top_k):
+        return 0
+    if ((top_k == 0) & (top_p < 1)).any():
+        return EVERY_TOKEN
+    return int(top_k.max())

@@ -8,45 +8,19 @@ makes each draw independent of the batch around it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 
+from litecache.engine.running.batch import Batch
 from litecache.engine.running.random_numbers import exponentials
+from litecache.types import TokenLogprobs
 
 INVALID_TOKEN = -1
-EVERY_TOKEN = 1 << 62
 
 
-@dataclass(frozen=True)
-class SamplingBatch:
-    """How each sampled row of a step draws, on the logits' device.
-
-    Attributes:
-        temperature: float32 `[S]`; 0 = greedy.
-        top_k: int64 `[S]`; 0 = off.
-        top_p: float32 `[S]`; 1 = off.
-        min_p: float32 `[S]`; 0 = off.
-        keys: int64 `[S]`, of the generator.
-        all_greedy: no row draws; the tensors above are not read.
-        num_sorted: how many of the likeliest tokens must be put in order for top-k and top-p:
-            the largest top-k, or `EVERY_TOKEN` when a row has top-p alone; 0 = no row has either.
-        any_min_p: some row has min-p.
-        masked: rows and tokens `([n], [n])` whose logits are struck out, None = none.
-    """
-
-    temperature: torch.Tensor
-    top_k: torch.Tensor
-    top_p: torch.Tensor
-    min_p: torch.Tensor
-    keys: torch.Tensor
-    all_greedy: bool
-    num_sorted: int
-    any_min_p: bool
-    masked: tuple[torch.Tensor, torch.Tensor] | None = None
-
-
-def sample(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
+def sample(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
     """Draw one token per row.
 
     Args:
@@ -56,30 +30,40 @@ def sample(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
     Returns:
         int64 `[S]`; `INVALID_TOKEN` where the logits are not finite.
     """
-    if batch.masked is not None:
-        logits[batch.masked] = float("-inf")
+    strike(logits, batch)
     best, greedy = logits.max(dim=-1)
     # A NaN anywhere is the maximum; a row of -inf only has no token to offer.
     invalid = ~torch.isfinite(best)
     if batch.all_greedy:
         return greedy.masked_fill(invalid, INVALID_TOKEN)
     drawn = _draw(logits.float(), best.float(), batch)
-    tokens = torch.where(batch.temperature > 0, drawn, greedy)
+    tokens = torch.where(batch.fields["temperature"] > 0, drawn, greedy)
     return tokens.masked_fill(invalid, INVALID_TOKEN)
 
 
-def _draw(logits: torch.Tensor, best: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
-    temperature = torch.where(batch.temperature > 0, batch.temperature, 1.0)[:, None]
+def strike(logits: torch.Tensor, batch: Batch) -> None:
+    """Take the tokens that a sample cannot draw out of its logits."""
+    if batch.masked:
+        pairs = torch.from_numpy(np.array(batch.masked, dtype=np.int64).T.copy())
+        # A blocking copy would wait for the step before, which is still running.
+        rows, tokens = pairs.to(logits.device, non_blocking=True)
+        logits[rows, tokens] = float("-inf")
+
+
+def _draw(logits: torch.Tensor, best: torch.Tensor, batch: Batch) -> torch.Tensor:
+    wanted = batch.fields["temperature"]
+    temperature = torch.where(wanted > 0, wanted, 1.0)[:, None]
     scaled = (logits - best[:, None]) / temperature
     threshold = _threshold(scaled, batch)
-    race = scaled - torch.log(exponentials(batch.keys, logits.shape[1]))
+    race = scaled - torch.log(exponentials(batch.fields["keys"], logits.shape[1]))
     if threshold is not None:
         race = race.masked_fill(scaled < threshold[:, None], float("-inf"))
     return race.argmax(dim=-1)
 
 
-def _threshold(scaled: torch.Tensor, batch: SamplingBatch) -> torch.Tensor | None:
+def _threshold(scaled: torch.Tensor, batch: Batch) -> torch.Tensor | None:
     """The least scaled logit each row keeps, `[S]`; the largest of a row is 0."""
+    top_k, top_p = batch.fields["top_k"], batch.fields["top_p"]
     threshold = None
     if batch.num_sorted:
         vocab = scaled.shape[1]
@@ -90,17 +74,60 @@ def _threshold(scaled: torch.Tensor, batch: SamplingBatch) -> torch.Tensor | Non
         else:
             count = vocab
             ordered = scaled.sort(dim=-1).values
-        top_k = torch.where(batch.top_k > 0, batch.top_k.clamp(max=count), count)
-        least = ordered.gather(1, (count - top_k)[:, None])
+        kept = torch.where(top_k > 0, top_k.clamp(max=count), count)
+        least = ordered.gather(1, (count - kept)[:, None])
         # Ascending sums as transformers takes them: a token goes when it and all below it hold
         # at most 1 - top_p together; the likeliest one always stays.
         below = ordered.masked_fill(ordered < least, float("-inf")).softmax(dim=-1).cumsum(dim=-1)
-        removed = below <= (1 - batch.top_p)[:, None]
+        removed = below <= (1 - top_p)[:, None]
         removed |= ordered < least
         first_kept = removed.sum(dim=-1, keepdim=True).clamp(max=count - 1)
-        threshold = torch.where(batch.top_k > 0, least[:, 0], float("-inf"))
-        threshold = torch.where(batch.top_p < 1, ordered.gather(1, first_kept)[:, 0], threshold)
+        threshold = torch.where(top_k > 0, least[:, 0], float("-inf"))
+        threshold = torch.where(top_p < 1, ordered.gather(1, first_kept)[:, 0], threshold)
     if batch.any_min_p:
-        least_p = torch.log(batch.min_p)
+        least_p = torch.log(batch.fields["min_p"])
         threshold = least_p if threshold is None else torch.maximum(threshold, least_p)
     return threshold
+
+
+class LogprobRows:
+    """Log-probabilities of the drawn tokens and of the likeliest ones, of a step's samples.
+
+    They are the model's own: taken before rules, temperature and filters touch the logits. The
+    numbers travel to the host beside the step's tokens, behind the same event.
+
+    Args:
+        logits: `[S, vocab]`, before anything changed them.
+        wanted: (place among the samples, how many of the likeliest), at least one.
+    """
+
+    def __init__(self, logits: torch.Tensor, wanted: Sequence[tuple[int, int]]) -> None:
+        self._wanted = tuple(wanted)
+        places = torch.tensor([place for place, _ in wanted])
+        self._places = places.to(logits.device, non_blocking=True)
+        scores = logits.index_select(0, self._places).float()
+        self._logprobs = torch.log_softmax(scores, dim=-1)
+        count = min(max(count for _, count in wanted), logits.shape[1])
+        self._top = self._logprobs.topk(count, dim=-1)
+        self._host: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+
+    def send(self, tokens: torch.Tensor) -> None:
+        """Start the copy to the host for the drawn tokens, int64 `[>= S]`."""
+        drawn = tokens.index_select(0, self._places).clamp(min=0)
+        chosen = self._logprobs.gather(1, drawn[:, None])[:, 0]
+        values, indices = self._top
+        self._host = (
+            chosen.to("cpu", non_blocking=True),
+            values.to("cpu", non_blocking=True),
+            indices.to("cpu", non_blocking=True),
+        )
+
+    def read(self) -> dict[int, TokenLogprobs]:
+        """By place among the samples; only after the step's event has passed."""
+        assert self._host is not None
+        found = {}
+        rows = zip(self._wanted, *(part.tolist() for part in self._host), strict=True)
+        for (place, count), chosen, values, indices in rows:
+            top = tuple(zip(indices[:count], values[:count], strict=True))
+            found[place] = TokenLogprobs(chosen, top)
+        return found

@@ -9,8 +9,9 @@ so that its size follows the step and not the context length.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from litecache.token_ids import TokenIds
 from litecache.types import SamplingParams, TokenLogprobs
@@ -68,7 +69,7 @@ class RowStep(NamedTuple):
         start: position of the first token; its id is known to the runner (from `NewRow` or
             because an earlier step sampled it).
         num_tokens: how many positions are computed.
-        sample: draw a token from the logits of the last position.
+        sample: how many of the last positions draw a token from their logits.
         cached: the KV of these positions is already in published blocks: attention reads it
             there, and what this step computes goes to the trash block (full prefix hit).
     """
@@ -76,7 +77,7 @@ class RowStep(NamedTuple):
     row: int
     start: int
     num_tokens: int
-    sample: bool
+    sample: int
     cached: bool = False
 
 
@@ -85,7 +86,8 @@ class StepPlan:
     """One engine step. Rows of one token come first; order of work: rows, tables, copies, forward.
 
     No two table updates name the same entry: a device writes all of them at once, in any order.
-    `StepResult.tokens` follows the order of the entries of `rows` with `sample=True`.
+    A row may stand in a plan with several segments, in the order of their positions.
+    `StepResult.tokens` follows the order of the sampled positions of `rows`.
     """
 
     step: int
@@ -152,12 +154,36 @@ class StepResult:
 
     Attributes:
         step: number of the plan.
-        tokens: one token id per sampled row, in the plan's order.
+        tokens: one token id per sampled position, in the plan's order.
         invalid_rows: rows whose logits were not finite; their token is void.
-        logprobs: of the sampled rows that ask for them, by their place in `tokens`.
+        logprobs: of the samples of rows that ask for them, by their place in `tokens`.
     """
 
     step: int
     tokens: tuple[int, ...]
     invalid_rows: tuple[int, ...] = ()
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
+
+
+class Step(Protocol):
+    """A step under way."""
+
+    def ready(self) -> bool:
+        """Whether `result` would return at once."""
+        ...
+
+    def result(self) -> StepResult:
+        """Wait for what the step gives."""
+        ...
+
+
+class Executor(Protocol):
+    """Who executes plans, in the order of the calls: a runner, or several that do the same."""
+
+    def execute(self, plan: StepPlan) -> Step:
+        """Start a step."""
+        ...
+
+    def warm_up(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Prepare what would keep a first step waiting; told how much is done, of how much."""
+        ...

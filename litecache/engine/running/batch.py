@@ -1,0 +1,200 @@
+"""A step's inputs where the model runs, and the memory they travel through.
+
+All inputs of a step lie in one run of 64-bit words, cut into named fields at offsets that depend on
+the step's sizes alone: one host buffer, one copy to the device. A captured graph reads the device
+fields in place. On CPU host and device are the same memory.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import numpy.typing as npt
+import torch
+
+from litecache.engine.running.logit_rules import RuledSample
+
+_RING = 4
+"""Host buffers in turn: a copy may still read the last ones while the next step is built."""
+
+_CACHED_SIZES = 512
+
+STRUCK_TOKENS = 4
+"""Tokens a row cannot draw that the drawing kernels know of; -1 = none."""
+
+EVERY_TOKEN = 1 << 62
+"""As `Batch.num_sorted`: the whole vocabulary."""
+
+Fields = dict[str, npt.NDArray[Any]]
+
+Sizes = tuple[int, int, int, int, int]
+"""Tokens, sequences, samples (with padding, all three), KV groups, table entries to change."""
+
+
+def _fields(sizes: Sizes) -> tuple[tuple[str, str, int], ...]:
+    """Name, dtype and length of every field, in order; deltas last, they move no other."""
+    tokens, seqs, samples, groups, deltas = sizes
+    return (
+        ("ids", "int64", tokens),
+        ("id_index", "int64", tokens),
+        ("positions", "int64", tokens),
+        ("slots", "int64", tokens * groups),
+        ("rows", "int64", seqs),
+        ("logit_index", "int64", samples),
+        ("sample_rows", "int64", samples),
+        ("keys", "int64", samples),
+        ("top_k", "int64", samples),
+        ("temperature", "float32", samples),
+        ("top_p", "float32", samples),
+        ("min_p", "float32", samples),
+        ("struck", "int32", samples * STRUCK_TOKENS),
+        ("context_lens", "int32", seqs),
+        ("cu_seqlens", "int32", seqs + 1),
+        ("delta_index", "int64", deltas),
+        ("delta_value", "int32", deltas),
+    )
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A plan made ready: the step's tensors, and what the host knows of them.
+
+    Attributes:
+        fields: the inputs on the device by name, see `_fields`. Of the samples `[S]`: temperature
+            (0 = greedy), top_k (0 = off), top_p (1 = off), min_p (0 = off) and the generator's
+            keys; they are not read when `all_greedy`.
+        query_lens: tokens of each sequence, a graph's padded decodes included.
+        context_lens: visible tokens of each sequence, likewise.
+        lives: life of each sequence's row, likewise.
+        sampled_rows: row of each token that is drawn, without padding.
+        every_token_sampled: logits are wanted at all tokens, in order.
+        all_greedy: no sample draws.
+        num_sorted: how many of the likeliest tokens must be put in order for top-k and top-p: the
+            largest top-k, or `EVERY_TOKEN` when a sample has top-p alone; 0 = none has either.
+        any_min_p: some sample has min-p.
+        masked: (sample, token) pairs whose logits are struck out.
+        masks_fit: the drawing kernels find all of them in the field "struck".
+        ruled: samples with rules.
+        logprobs: (sample, number of the likeliest) of those that report log-probabilities.
+    """
+
+    fields: dict[str, torch.Tensor]
+    query_lens: tuple[int, ...] = ()
+    context_lens: tuple[int, ...] = ()
+    lives: tuple[int, ...] = ()
+    sampled_rows: tuple[int, ...] = ()
+    every_token_sampled: bool = False
+    all_greedy: bool = False
+    num_sorted: int = 0
+    any_min_p: bool = False
+    masked: tuple[tuple[int, int], ...] = ()
+    masks_fit: bool = True
+    ruled: tuple[RuledSample, ...] = ()
+    logprobs: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def needs_torch(self) -> bool:
+        """Whether drawing takes what the drawing kernels do not have: an order, or rules."""
+        return bool(self.num_sorted or self.any_min_p or self.ruled)
+
+
+class StepBuffers:
+    """Buffers for steps of any sizes up to the largest.
+
+    Args:
+        largest: bounds all later sizes.
+        num_rows: rows of the engine; each has a word with its last sampled token.
+        device: where the model runs.
+    """
+
+    def __init__(self, largest: Sizes, num_rows: int, device: torch.device) -> None:
+        # One more word receives the tokens of padded rows.
+        self._offset = num_rows + 1
+        words = self._offset + _total_words(largest)
+        self._device = torch.zeros(words, dtype=torch.int64, device=device)
+        self._on_gpu = device.type == "cuda"
+        if self._on_gpu:
+            self._ring = [torch.zeros(words, dtype=torch.int64).pin_memory() for _ in range(_RING)]
+            self._copied = [torch.cuda.Event() for _ in range(_RING)]  # type: ignore[no-untyped-call]
+        else:
+            self._ring = [self._device]
+        self._turn = 0
+        # Steps of equal sizes come again and again, and cutting views costs more than filling them.
+        self._host_fields: dict[tuple[int, Sizes], Fields] = {}
+        self._device_fields: dict[Sizes, dict[str, torch.Tensor]] = {}
+
+    @property
+    def words(self) -> torch.Tensor:
+        """int64: the last tokens of all rows, then the fields of the step, `ids` first."""
+        return self._device
+
+    @property
+    def last_tokens(self) -> torch.Tensor:
+        """int64 `[num_rows + 1]`: the last sampled token of each row and of the padding row."""
+        return self._device[: self._offset]
+
+    @property
+    def first_id(self) -> int:
+        """Index in `words` of the first entry of `ids`."""
+        return self._offset
+
+    @property
+    def separate(self) -> bool:
+        """Whether host and device have memory of their own."""
+        return self._on_gpu
+
+    def host(self, sizes: Sizes) -> Fields:
+        """The next host buffer's fields, to be filled before `upload`."""
+        self._turn = (self._turn + 1) % len(self._ring)
+        if self._on_gpu:
+            self._copied[self._turn].synchronize()
+        key = (self._turn, sizes)
+        fields = self._host_fields.get(key)
+        if fields is None:
+            _bound(self._host_fields)
+            cut = self._cut(self._ring[self._turn], sizes)
+            fields = self._host_fields[key] = {name: part.numpy() for name, part in cut.items()}
+        return fields
+
+    def upload(self, sizes: Sizes) -> None:
+        """Copy the filled fields to the device, in stream order."""
+        if not self._on_gpu:
+            return
+        end = self._offset + _total_words(sizes)
+        source = self._ring[self._turn][self._offset : end]
+        self._device[self._offset : end].copy_(source, non_blocking=True)
+        self._copied[self._turn].record()
+
+    def device(self, sizes: Sizes) -> dict[str, torch.Tensor]:
+        """The fields on the device, as views."""
+        fields = self._device_fields.get(sizes)
+        if fields is None:
+            _bound(self._device_fields)
+            fields = self._device_fields[sizes] = self._cut(self._device, sizes)
+        return fields
+
+    def _cut(self, buffer: torch.Tensor, sizes: Sizes) -> dict[str, torch.Tensor]:
+        fields = {}
+        start = self._offset
+        for name, dtype, length in _fields(sizes):
+            end = start + _words(dtype, length)
+            fields[name] = buffer[start:end].view(getattr(torch, dtype))[:length]
+            start = end
+        return fields
+
+
+@functools.lru_cache(maxsize=_CACHED_SIZES)
+def _total_words(sizes: Sizes) -> int:
+    return sum(_words(dtype, length) for _, dtype, length in _fields(sizes))
+
+
+def _bound(cache: dict[Any, Any]) -> None:
+    """Forget everything when eager steps have filled a cache with sizes of their own."""
+    if len(cache) >= _CACHED_SIZES:
+        cache.clear()
+
+
+def _words(dtype: str, length: int) -> int:
+    return length if dtype == "int64" else -(-length // 2)
