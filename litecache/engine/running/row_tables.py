@@ -145,14 +145,13 @@ class RowTables:
         self._fill_tokens(fields, rows, starts, counts, cached, ends)
         self._fill_seqs(fields, rows, contexts, ends)
         sampled, lengths = rows[seqs], contexts[seqs] - back
-        self._fill_samples(fields, sampled, lengths, ends[seqs] - 1 - back)
+        drawing = self._fill_samples(fields, sampled, lengths, ends[seqs] - 1 - back)
         # The next step reads what a row's last position drew; the word of no row takes the others.
         fields["sample_rows"][: len(seqs)][back > 0] = self.num_rows
         if deltas:
             self._fill_deltas(fields, plan.table_updates)
         self._buffers.upload(sizes)
         masked, fit = self._masked(sampled, lengths)
-        drawing = sampled[self.temperature[sampled] > 0]
         return Batch(
             fields=self._buffers.device(sizes),
             query_lens=tuple(counts.tolist()),
@@ -160,9 +159,11 @@ class RowTables:
             lives=tuple(self.life[rows].tolist()),
             sampled_rows=tuple(sampled.tolist()),
             every_token_sampled=len(seqs) == sizes[0],
-            all_greedy=not len(drawing),
-            num_sorted=num_sorted(self.top_k[drawing], self.top_p[drawing]),
-            any_min_p=bool(len(drawing) and (self.min_p[drawing] > 0).any()),
+            all_greedy=drawing is None,
+            num_sorted=0
+            if drawing is None
+            else num_sorted(self.top_k[drawing], self.top_p[drawing]),
+            any_min_p=drawing is not None and bool(self.min_p[drawing].any()),
             masked=masked,
             masks_fit=fit,
             ruled=self._ruled(sampled, lengths),
@@ -243,23 +244,31 @@ class RowTables:
         starts[1 : count + 1] = ends
         starts[count + 1 :] = starts[count]
 
-    def _fill_samples(self, fields: Fields, rows: Ints, contexts: Ints, logit_index: Ints) -> None:
+    def _fill_samples(
+        self, fields: Fields, rows: Ints, contexts: Ints, logit_index: Ints
+    ) -> Ints | None:
+        """Where and how the samples draw; returns the rows of those that are not greedy, if any."""
         count = len(rows)
         fields["logit_index"][:count] = logit_index
         fields["logit_index"][count:] = 0
         fields["sample_rows"][:count] = rows
         fields["sample_rows"][count:] = self.num_rows
-        for name in ("temperature", "top_k", "top_p", "min_p"):
-            fields[name][:count] = getattr(self, name)[rows]
-            fields[name][count:] = 0
+        temperature = self.temperature[rows]
+        fields["temperature"][:count] = temperature
+        fields["temperature"][count:] = 0
         num_new = contexts - self.num_prompt[rows]
-        if fields["temperature"].any():
-            fields["keys"][:count] = position_keys(self.stream[rows], num_new)
-            fields["keys"][count:] = 0
         struck = fields["struck"].reshape(-1, STRUCK_TOKENS)
         struck[:] = -1
         early = num_new < self.min_new_tokens[rows]
         struck[:count][early] = self.struck_ends[rows[early]]
+        if not temperature.any():
+            return None  # nothing else is read
+        for name in ("top_k", "top_p", "min_p"):
+            fields[name][:count] = getattr(self, name)[rows]
+            fields[name][count:] = 0
+        fields["keys"][:count] = position_keys(self.stream[rows], num_new)
+        fields["keys"][count:] = 0
+        return rows[temperature > 0]
 
     def _fill_deltas(self, fields: Fields, updates: tuple[TableUpdate, ...]) -> None:
         """Where the updates lie in the flattened block tables, and what they write."""
