@@ -291,7 +291,7 @@ def _admitted(
     made: Made, max_model_len: int, passes: str = PASSES[-1]
 ) -> tuple[Any, Any, tuple[str, ...]]:
     config = CacheConfig(device="cpu", dtype="float32", max_model_len=max_model_len)
-    check_config(made.config, config)
+    check_config(made.config)
     model = made.build()
     with mock.patch.dict(os.environ, LITECACHE_PASSES=passes):
         return model, *admit(model, config, max_model_len)
@@ -370,7 +370,7 @@ def _not_made(family: str, name: str, error: Exception) -> Result:
         import transformers
 
         config = transformers.AutoConfig.for_model(family, **DEFAULTS.get(family, {}))
-        check_config(config, CacheConfig(max_model_len=LIMIT))
+        check_config(config)
     except ModelNotSupportedError as refusal:
         return Result(family, name, "refused", refusal.reason)
     except Exception as second:

@@ -112,7 +112,7 @@ class KVCacheAdapter:
             models_bytes=config.models_bytes,
         )
         # The actors check all of this, too; here it costs no process.
-        check_config(self._model.config, config)
+        check_config(self._model.config)
         check_shape(self._model.config, config)
         choose_max_model_len(self._model.config, config)
         open_ray()

@@ -22,12 +22,11 @@ _RECURRENT_FIELDS = ("ssm_cfg", "mamba_d_state", "mamba_expand", "state_size", "
 _TWO_CALLS = ("diffllama",)
 
 
-def check_config(hf_config: Any, config: CacheConfig) -> None:
+def check_config(hf_config: Any) -> None:
     """Refuse what cannot run over paged KV.
 
     Args:
         hf_config: the model's `PretrainedConfig`.
-        config: says how long sequences may become.
 
     Raises:
         ModelNotSupportedError: with the reason.
@@ -35,15 +34,12 @@ def check_config(hf_config: Any, config: CacheConfig) -> None:
     text = hf_config.get_text_config(decoder=True)
     if getattr(hf_config, "is_encoder_decoder", False):
         raise refusal(hf_config, "an encoder-decoder model; only decoders have one KV sequence")
-    for rope_type, original in _rope_types(text):
-        long = rope_type == "longrope" and choose_max_model_len(hf_config, config) > original
-        if rope_type == "dynamic" or long:
-            raise refusal(
-                hf_config,
-                f"rope_type {rope_type!r}: its frequencies depend on the longest position of the"
-                " batch, so cached KV would be wrong for other lengths",
-                original if long else None,
-            )
+    if "dynamic" in _rope_types(text):
+        raise refusal(
+            hf_config,
+            "rope_type 'dynamic': its frequencies depend on the longest position of the batch, so"
+            " cached KV would be wrong for other lengths",
+        )
     kinds = sorted(set(getattr(text, "layer_types", None) or ()))
     recurrent = [kind for kind in kinds if _RECURRENT_LAYERS.search(kind)]
     if recurrent:
@@ -187,15 +183,14 @@ def refusal(hf_config: Any, reason: str, right_to: int | None = None) -> ModelNo
     return error
 
 
-def _rope_types(text_config: Any) -> Iterator[tuple[str, int]]:
-    """Each rope type with the length it was trained for; 0 where none is told."""
+def _rope_types(text_config: Any) -> Iterator[str]:
     parameters = getattr(text_config, "rope_parameters", None) or {}
     if not isinstance(parameters, Mapping):
         return
     # Some families nest one set per layer type.
     for entry in (parameters, *(v for v in parameters.values() if isinstance(v, Mapping))):
         if "rope_type" in entry:
-            yield str(entry["rope_type"]), entry.get("original_max_position_embeddings") or 0
+            yield str(entry["rope_type"])
 
 
 def loading_reason(error: Exception) -> str:

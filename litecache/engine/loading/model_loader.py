@@ -95,7 +95,7 @@ def load_model(source: ModelSource, config: CacheConfig) -> LoadedModel:
     """
     device = choose_device(config.device)
     hf_config = read_config(source)
-    check_config(hf_config, config)
+    check_config(hf_config)
     check_shape(hf_config, config)
     max_model_len = choose_max_model_len(hf_config, config)
     dtype = _choose_dtype(hf_config, config)

@@ -49,7 +49,8 @@ class ProbePlan:
     @classmethod
     def reaching(cls, max_model_len: int) -> ProbePlan:
         """Two sequences from the front and one that ends at the last position."""
-        return cls((0, 0, max(0, max_model_len - PROBE_TOKENS)))
+        tokens = max(2, min(PROBE_TOKENS, max_model_len))
+        return cls((0, 0, max(0, max_model_len - tokens)), tokens)
 
     def cut(self, row: int) -> int:
         """Where a row is cut in two: inside a block, or before its last token."""
