@@ -61,10 +61,6 @@ def warped(logits, temperature, top_k, top_p, min_p):
     return scores[0].softmax(dim=-1)
 
 
-def draw_keys(seed, sample_index, position, **purpose):
-    return position_keys(stream_keys(seed, sample_index, **purpose), position)
-
-
 def keys_for(count, seed=3):
     ones = np.ones(count, dtype=np.int64)
     return torch.from_numpy(draw_keys(ones * seed, ones * 0, np.arange(count)))
