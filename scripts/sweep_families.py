@@ -142,6 +142,7 @@ BY_RULE = {
     ("any", "dynamic"),  # right only as long as no one goes beyond the model's positions
     ("llama4_text", "plain"),  # scales queries by their place in the packed batch
     ("llama4", "plain"),
+    ("lfm2", "plain"),  # its default configuration alone has no convolution
     ("deepseek_v4", "plain"),  # joins the keys of neighbours, also of other sequences in a batch
 }
 """Refused by rule: 150 tokens alone would not show why."""

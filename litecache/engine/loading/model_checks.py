@@ -46,7 +46,7 @@ def check_config(hf_config: Any) -> None:
         raise refusal(hf_config, f"layers with recurrent state ({', '.join(recurrent)})")
     if "reference_sliding_attention" in kinds:
         raise refusal(hf_config, "attention that treats generated tokens otherwise than the prompt")
-    if not kinds and any(getattr(text, name, None) is not None for name in _RECURRENT_FIELDS):
+    if any(getattr(text, name, None) is not None for name in _RECURRENT_FIELDS):
         raise refusal(hf_config, "layers with recurrent state")
     if hf_config.model_type in _TWO_CALLS:
         raise refusal(hf_config, "two attention calls in a layer")
