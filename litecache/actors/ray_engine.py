@@ -51,6 +51,7 @@ class RayEngine(ShardEngine):
                 "storage_bytes": options.storage_bytes // options.shards,
                 "ram_bytes": options.ram_bytes // options.shards,
                 "io_threads": options.io_threads,
+                "shards": options.shards,
             }
             for index in range(options.shards)
         ]

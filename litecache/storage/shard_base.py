@@ -59,7 +59,7 @@ class ShardBase:
         quotas: namespace, or digest of a salt (`namespaces.py`), to the disk bytes it may take.
         io_threads: threads that read and write; 0 does all I/O on the callers' threads.
         metrics: where to count; None makes an own set.
-        shards: how many shards share the folder above `directory`, named `shard-<i>`; those of
+        shards: how many shards share the folder above `directory`, by their numbers; those of
             higher numbers are of an earlier setting and are taken in (`retired.py`). 0: not looked.
         accepts_writes: False refuses `reserve` (an empty answer), for old shards kept readable.
         files: the file system, for fault injection.

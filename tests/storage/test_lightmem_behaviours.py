@@ -465,3 +465,23 @@ def test_42_a_write_that_gets_no_slot_is_finished_and_says_dropped(cache, monkey
     for client in clients:
         client.close()
     assert run(cache, [1, 2, 3], [0, 1, 2], "w").results() == ["stored"]
+
+
+def test_a_service_with_fewer_shards_takes_in_those_of_before(tmp_path):
+    kv = tensor(64)
+    with service(kv, tmp_path, shards=2) as cache:
+        round_trip(cache, kv, range(64))
+        assert cache.flush()
+    foreign = tmp_path / "cache_5"
+    foreign.mkdir()
+    (foreign / "notes").write_text("somebody's")
+    with service(kv, tmp_path, shards=1) as cache:
+        deadline = time.monotonic() + 60
+        while (tmp_path / "cache_1").exists():
+            assert time.monotonic() < deadline, "the old shard is still there"
+            time.sleep(0.05)
+        kept = kv.clone()
+        kv.zero_()
+        assert set(run(cache, [1000 + i for i in range(64)], range(64), "r").state()) == {FINISHED}
+        assert torch.equal(kv, kept)
+    assert [file.name for file in foreign.iterdir()] == ["notes"]

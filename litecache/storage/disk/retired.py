@@ -37,15 +37,20 @@ def retired_folders(directory: str, shards: int) -> list[str]:
     """Folders beside a shard's that it is to take in.
 
     Args:
-        directory: of the shard, named `shard-<i>`.
+        directory: of the shard, named `shard-<i>`, or `<prefix>_<i>` by a cache service.
         shards: how many share the parent folder now; higher numbers are retired.
     """
-    parent, _, own = directory.rpartition("/shard-")
-    if not own.isdecimal() or not os.path.isdir(parent):
+    parent, name = os.path.split(directory)
+    own = re.fullmatch(r"(shard-|.*_)(\d+)", name)
+    if own is None or not os.path.isdir(parent):
         return []
-    found = [int(m[1]) for name in os.listdir(parent) if (m := re.fullmatch(r"shard-(\d+)", name))]
-    mine = sorted(i for i in found if i >= shards and i % shards == int(own))
-    return [f"{parent}/shard-{i}" for i in mine]
+    others = (re.fullmatch(re.escape(own[1]) + r"(\d+)", other) for other in os.listdir(parent))
+    found = sorted(int(other[1]) for other in others if other is not None)
+    paths = [f"{parent}/{own[1]}{i}" for i in found if i >= shards and i % shards == int(own[2])]
+    if own[1] == "shard-":
+        return paths
+    # beside the prefix of a service there may be anybody's folders
+    return [path for path in paths if os.path.isfile(f"{path}/superblock")]
 
 
 class Retired:

@@ -343,6 +343,7 @@ class LocalEngine(ShardEngine):
                 ram_bytes=options.ram_bytes // options.shards,
                 io_threads=options.io_threads,
                 metrics=self.metrics,
+                shards=options.shards,
                 on_written=options.on_written,
             )
             self.stores.append(store)
