@@ -59,7 +59,10 @@ settings.load_profile(_PROFILE_NAME)
 
 
 # What starts Ray or actors runs in a process of its own beside the rest (scripts/test.sh).
-_WITH_RAY = ("actors", "adapter", "e2e", "test_cli.py", "test_demo.py", "test_project.py")
+_WITH_RAY = (
+    *("actors", "adapter", "e2e"),
+    *("test_cli.py", "test_demo.py", "test_project.py", "test_thread_faults.py"),
+)
 
 
 @pytest.hookimpl(tryfirst=True)

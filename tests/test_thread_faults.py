@@ -66,6 +66,7 @@ CONFIG = CacheConfig(num_blocks=16, dtype="float32", ram_bytes="4MB", device="cp
 BLOCK = 8192
 KEYS = [bytes([n]) * 16 for n in range(1, 5)]
 started: set[str] = set()
+pytestmark = pytest.mark.slow  # all of them together: the last test asks what the others started
 
 
 @pytest.fixture(autouse=True)
@@ -199,7 +200,6 @@ def test_a_lost_shard_is_attached_again_all_the_same(faults: dict[str, int]) -> 
     assert "shard-watch" in faults
 
 
-@pytest.mark.slow
 def test_a_client_whose_late_calls_cannot_be_settled_is_lost_and_attached_anew(
     ray_local: None, faults: dict[str, int]
 ) -> None:
@@ -265,7 +265,6 @@ def ready(faults: dict[str, int], broken: str) -> Any:
     return asyncio.run(load())
 
 
-@pytest.mark.slow
 def test_a_replica_loads_or_says_why_not(
     ray_local: None, faults: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -276,7 +275,6 @@ def test_a_replica_loads_or_says_why_not(
     assert ready(faults, "replica-report").vocab_size == 64
 
 
-@pytest.mark.slow
 def test_a_driver_goes_on(ray_local: None, faults: dict[str, int], tmp_path: Path) -> None:
     group = Group.start(GroupSpec("driven", SOURCE, CONFIG, num_threads=1))
     try:
@@ -317,6 +315,5 @@ def names_in_sources() -> set[str]:
     return names
 
 
-@pytest.mark.slow
 def test_no_thread_was_left_out() -> None:
     assert names_in_sources() == started
