@@ -178,6 +178,7 @@ class Contestant:
         self._process = subprocess.Popen(
             [sys.executable, str(HERE), "--serve"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
+            cwd=checkout,  # Ray's workers look for the package where their driver runs, first
         )  # fmt: skip
         self._say(json.dumps(args))
 
@@ -235,7 +236,7 @@ def _compare(name: str, options: Namespace, report: Any) -> float:
     from bench_common import Row, alternate, summarise
 
     given = {**vars(options), "set": name, "json": None}
-    given = {key: str(v) if isinstance(v, Path) else v for key, v in given.items()}
+    given = {key: str(v.resolve()) if isinstance(v, Path) else v for key, v in given.items()}
     old = Contestant("old", options.old.resolve(), given)
     new = Contestant("new", HERE.parents[1], given)
     worst = math.inf
