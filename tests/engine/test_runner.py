@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -228,6 +229,44 @@ def test_segments_of_a_row_in_one_step_give_what_the_whole_gives(family):
     rows = (RowStep(0, 0, 33, 0), RowStep(0, 33, 20, 0), RowStep(0, 53, 17, 1))
     assert parts.runner.execute(replace(plan, rows=rows)).result().tokens == expected
     assert parts.decode(0, 8) == whole.decode(0, 8)
+
+
+@pytest.mark.parametrize("family", ["llama", "llama+passes", "gemma2", "gpt2"])
+def test_a_gap_and_the_tokens_behind_what_was_loaded_run_in_one_step(family):
+    family, _, passes = family.partition("+")
+    loaded = tiny_model(family, passes="fused,merged,small" if passes else "none")
+    prompt = random_prompt(90, 5)
+    whole = PlanDriver(loaded)
+    whole.add(0, prompt)
+    expected = whole.step({0: 90}).result().tokens
+    driver = PlanDriver(loaded, max_requests=1)
+    driver.add(0, prompt)
+    plan = driver.plan({0: 90})
+    driver.runner.execute(replace(plan, rows=(RowStep(0, 0, 20, 0),)))
+    # Blocks 3 and 4 come from a lower tier; those before and behind are computed here.
+    sources = zip(
+        driver.pools, whole.pools, driver.rows[0].blocks, whole.rows[0].blocks, strict=True
+    )
+    for mine, theirs, to, source in sources:
+        mine.buffer[to[3:5]] = theirs.buffer[source[3:5]]
+    rows = (RowStep(0, 20, 28, 0), RowStep(0, 80, 10, 1))
+    got = driver.runner.execute(StepPlan(2, rows=rows)).result().tokens
+    assert got == expected == tuple(stock_generate(loaded, prompt, 1))
+    assert driver.decode(0, 8) == whole.decode(0, 8)
+
+
+@pytest.mark.parametrize("last", [1, 5])
+def test_segments_may_be_more_than_rows_and_fill_the_step(llama, last):
+    prompt = random_prompt(256 - 8, 5)
+    driver = PlanDriver(llama, max_requests=1)
+    driver.add(0, prompt)
+    plan = driver.plan({0: len(prompt)})
+    ends = [0, *range(len(prompt) - last, 0, -9)][::-1]
+    rows = [RowStep(0, a, b - a, 0) for a, b in pairwise(sorted(ends))]
+    rows.append(RowStep(0, len(prompt) - last, last, 1))
+    rows.sort(key=lambda row: row.num_tokens > 1)  # a plan begins with those of one token
+    got = driver.runner.execute(replace(plan, rows=tuple(rows))).result().tokens
+    assert [*got, *driver.decode(0, 4)] == stock_generate(llama, prompt, 5)
 
 
 def test_each_sampled_position_of_a_chunk_draws_as_if_it_were_the_last():

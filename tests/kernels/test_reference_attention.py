@@ -8,7 +8,7 @@ from kernel_cases import Case, make_batch, worst_error
 from kernel_grid import TINY, tolerance
 from kernel_oracle import attend, attend_wide
 
-from litecache.kernels import paged_attention, reference
+from litecache.kernels import AttentionMetadata, paged_attention, reference, store_kv
 
 RAGGED = Case((1, 1, 1, 1, 1), (1, 7, 8, 9, 40))
 MIXED = Case((1, 1, 5, 9, 3), (17, 3, 5, 30, 19))
@@ -101,3 +101,20 @@ def test_the_wide_oracle_of_the_gpu_tests_is_the_plain_one(case: Case) -> None:
     arguments = (batch.query, batch.wide_k, batch.wide_v, batch.metadata)
     plain, wide = (f(*arguments, **batch.options) for f in (attend, attend_wide))
     assert worst_error(wide, plain) < 1e-12
+
+
+@pytest.mark.parametrize("queries", [(4, 3), (1, 20), (20, 12)])
+def test_segments_of_one_sequence_see_what_the_others_wrote(queries: tuple[int, int]) -> None:
+    batch = make_batch(Case((60,), (60,)))
+    table = batch.metadata.block_tables[0].tolist()
+    expected = attend(batch.query, batch.wide_k, batch.wide_v, batch.metadata, **batch.options)
+    ends = (25, 58)
+    rows = torch.cat([torch.arange(end - n, end) for n, end in zip(queries, ends, strict=True)])
+    metadata = AttentionMetadata.build(queries, ends, [table, table], 8)
+    slots = metadata.slot_mapping
+    for cache in (batch.k_cache, batch.v_cache):
+        cache[slots // 8, :, slots % 8] = torch.nan
+    store_kv(batch.key[rows], batch.value[rows], batch.k_cache, batch.v_cache, slots)
+    extras = dict(batch.arguments(), key=batch.key[rows], value=batch.value[rows])
+    out = paged_attention(batch.query[rows], batch.k_cache, batch.v_cache, metadata, **extras)
+    assert worst_error(out, expected[rows]) < 1e-5

@@ -10,6 +10,9 @@ import torch
 from kernel_cases import Case, make_batch, worst_error
 from kernel_grid import TINY, tolerance
 from kernel_oracle import attend
+from test_reference_attention import (
+    test_segments_of_one_sequence_see_what_the_others_wrote,  # noqa: F401 - runs here, too
+)
 
 from litecache.kernels import (
     AttentionMetadata,

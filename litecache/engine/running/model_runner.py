@@ -107,12 +107,12 @@ class ModelRunner:
         self._keeps_logits = loaded.keeps_logits
         self._context = PagedContext(layout, pools)
         self._graphs: GraphCache | None = None
-        tokens, seqs = max_batch_tokens, max_requests
+        # A row may stand in a step with several segments, and draw at several positions.
+        most = max_batch_tokens
         if self._on_gpu and os.environ.get("LITECACHE_GRAPHS", "1") != "0":
             self._graphs = GraphCache(max_requests, longest_graph(loaded))
-            padded = self._graphs.largest.sizes
-            tokens, seqs = max(padded[0], tokens), padded[1]
-        largest = (tokens, seqs, seqs, len(layout.groups), MAX_DELTAS)
+            most = max(most, *self._graphs.largest.sizes)
+        largest = (most, most, most, len(layout.groups), MAX_DELTAS)
         self._buffers = StepBuffers(largest, max_requests, device)
         self._tables = RowTables(
             layout, self._buffers, max_requests, max_model_len, max_batch_tokens
@@ -124,7 +124,7 @@ class ModelRunner:
         if self._on_gpu:
             self._results = [
                 (
-                    torch.empty(seqs, dtype=torch.int64, pin_memory=True),
+                    torch.empty(most, dtype=torch.int64, pin_memory=True),
                     torch.cuda.Event(),  # type: ignore[no-untyped-call]
                 )
                 for _ in range(MAX_UNREAD_STEPS)
