@@ -1,0 +1,477 @@
+"""What a request costs: computing a prefix, loading it, or doing both until they meet.
+
+Pure: all times are given, nothing is asked of a clock. The scheduler, its only user, asks it for a
+plan when it admits a request and again while blocks arrive, and tells it what steps and reads took.
+From that it keeps two laws. A step of `t` prefill tokens behind `c` cached ones, beside `d`
+decodes, takes `base + token * t + pair * t * (c + t / 2) + decode * d` seconds; a source (a tier of
+a shard, "disk:2") takes `latency + nbytes / rate`. Requests in front of both are queues. Before
+anything was measured, priors that favour computing stand in.
+
+The plan "compute from the front while loading from the back" is Cake's (arXiv 2410.03065).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections import OrderedDict, deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+Loads = Literal["model", "all", "none"] | Callable[[int, int], int]
+Floats = npt.NDArray[np.float64]
+
+PRIOR_FLOPS = {"cuda": 700e12, "cpu": 50e9}
+"""Of a prefill: more than most have, so that computing looks cheap until it is measured."""
+PRIOR_STEP_S = {"cuda": 5e-3, "cpu": 2e-3}
+PRIOR_SOURCES = {"ram": (20e9, 5e-4), "disk": (2e9, 2e-3), "remote": (0.5e9, 1e-2)}
+"""Bytes per second and latency, by the tier in front of a source's colon. Rather too much: a source
+that is never asked is never measured, and asking one that is slow costs a chunk at most."""
+PAIR_SHARE = 4e-5
+"""Prior of `pair` over `token`: attention's share in the cost of a Llama-like model."""
+TOLERANCE, TOLERANCE_S = 1.01, 1e-4
+"""Of the plans that are this near to the best, the one that loads least is taken."""
+WORTH, WORTH_S = 1.02, 5e-4
+"""A plan that loads must beat computing all by this much."""
+SPAN_S = 0.02
+"""Landings of a source are summed over so long before they count as one reading of its rate."""
+OVERDUE_S = 0.1
+PROBE_S, MAX_PROBE_S = 1.0, 30.0
+FORGET_S = 5.0
+"""A slow source is believed to be twice as fast, up to its best, after each so long unasked."""
+REMEMBERED = 4096
+
+
+class Found(NamedTuple):
+    """Where a block of a prefix lies: "" = nowhere, "gpu" = in the pool, else a source."""
+
+    source: str
+    nbytes: int
+
+
+class LoadPlan(NamedTuple):
+    """Load blocks [load_from, load_end), compute what is missing of the rest; none = compute all.
+
+    Attributes:
+        first_token_s: predicted seconds from now until the first token.
+        load_s, compute_s: until the loaded part has landed, and the part in front of it is
+            computed, with the queues in front of each.
+    """
+
+    load_from: int
+    first_token_s: float
+    load_s: float
+    compute_s: float
+    load_end: int
+
+
+def prior(num_parameters: int, device_type: str) -> tuple[float, float]:
+    """Seconds of a prefill token and of an empty step, for `CostModel`, from a model's size."""
+    kind = "cuda" if device_type == "cuda" else "cpu"
+    return 2 * num_parameters / PRIOR_FLOPS[kind], PRIOR_STEP_S[kind]
+
+
+class StepLaw:
+    """Seconds of a step, fitted to the last steps of every size class.
+
+    Attributes:
+        law: base, token, pair, decode: see the module.
+        count: steps noted.
+
+    A class (tokens, context and decodes, each by powers of two) counts with the median of its last
+    five steps, so that a step that compiled or was interrupted has no weight, and classes not seen
+    for long fade. The fit is of relative errors, pulled slightly towards the priors' proportions.
+    """
+
+    def __init__(self, token_s: float, step_s: float) -> None:
+        self._prior = np.array([step_s, token_s, token_s * PAIR_SHARE, step_s / 100])
+        self.law: tuple[float, ...] = tuple(self._prior.tolist())
+        self._classes: dict[tuple[int, int, int], tuple[deque[tuple[float, ...]], int]] = {}
+        self.count = 0
+
+    def note(self, tokens: int, context: int, decodes: int, seconds: float) -> None:
+        """A step has taken so long."""
+        if tokens <= 0 or not 0 < seconds < math.inf:
+            return
+        self.count += 1
+        size = (tokens.bit_length(), context.bit_length(), decodes.bit_length())
+        steps = self._classes.get(size, (deque(maxlen=5), 0))[0]
+        steps.append((seconds, 1.0, tokens, tokens * (context + tokens / 2), decodes))
+        self._classes[size] = (steps, self.count)
+        if self.count < 32 or self.count % 8 == 0:
+            base, token, pair, decode = self._fit().tolist()
+            self.law = (base, token, pair, decode)
+
+    def seconds(self, tokens: int, context: int, decodes: int) -> float:
+        """Of one step."""
+        base, token, pair, decode = self.law
+        return base + decode * decodes + tokens * (token + pair * (context + tokens / 2))
+
+    def _fit(self) -> Floats:
+        rows, weights = [], []
+        for steps, last in self._classes.values():
+            # One or two steps: the faster, since whatever disturbs a step makes it slower.
+            rows.append(sorted(steps)[(len(steps) - 1) // 2])
+            weights.append(0.5 ** ((self.count - last) / 64))
+        table = np.array(rows)
+        features = table[:, 1:] * self._prior / table[:, :1]
+        weight = np.array(weights)[:, None]
+        # In units of the priors' proportions, brought to this machine's speed.
+        scale = 1 / float(np.median(features.sum(axis=1)))
+        features *= scale
+        pull = 2e-4 * np.eye(4)
+        keep = np.ones(4, dtype=bool)
+        law = np.zeros(4)
+        while True:
+            part = features[:, keep]
+            left = part.T @ (weight * part) + pull[keep][:, keep]
+            right = (weight * part).sum(axis=0) + pull.diagonal()[keep]
+            law[keep] = np.linalg.solve(left, right)
+            law[~keep] = 0.0
+            if law.min() >= 0:
+                fitted: Floats = law * scale * self._prior
+                return fitted
+            keep &= law > 0
+
+
+@dataclass
+class Source:
+    """Rate and latency of one source, what is ordered of it, and whether it answers.
+
+    Attributes:
+        ordered: bytes that each ticket still waits for.
+        out: it failed or is long overdue: left out of plans until it answers, probed at `probe_s`.
+    """
+
+    rate: float
+    latency_s: float
+    best: float
+    measured: bool = False
+    ordered: dict[int, int] = field(default_factory=dict)
+    out: bool = False
+    probe_s: float = 0.0
+    _backoff_s: float = PROBE_S
+    _batch: float = 16 << 20
+    _begun_s: float = 0.0
+    _landed_s: float = -math.inf
+    _read_s: float = 0.0
+    _span: tuple[float, int] = (0.0, 0)
+    _last: deque[float] = field(default_factory=lambda: deque(maxlen=3))
+
+    def order(self, ticket: int, nbytes: int, now: float) -> None:
+        """A ticket's blocks are asked for."""
+        if not self.ordered:
+            self._begun_s, self._landed_s, self._span = now, -math.inf, (now, 0)
+        self.ordered[ticket] = self.ordered.get(ticket, 0) + nbytes
+        if self.out:
+            self._backoff_s = min(2 * self._backoff_s, MAX_PROBE_S)
+            self.probe_s = now + self._backoff_s
+
+    def land(self, ticket: int, nbytes: int, now: float) -> None:
+        """Some of them are there."""
+        self.out, self._backoff_s = False, PROBE_S
+        if ticket not in self.ordered:
+            return  # of a load that was given up
+        first = self._landed_s == -math.inf
+        since = self._since(now)
+        if first and self.measured:
+            extra = max(0.0, since - nbytes / self.rate)
+            self.latency_s += 0.2 * (min(extra, 4 * self.latency_s + 1e-4) - self.latency_s)
+        self.ordered[ticket] -= nbytes
+        if self.ordered[ticket] <= 0:
+            del self.ordered[ticket]
+        began, total = self._span
+        total += nbytes
+        taken = now - began - (self.latency_s if began == self._begun_s else 0.0)
+        taken = max(taken, (now - began) / 4)
+        if taken >= SPAN_S or (not self.ordered and taken > 1e-5):
+            self.note(total, taken, now)
+            began, total = now, 0
+        self._span = (began, total)
+        self._batch += 0.3 * (nbytes - self._batch)
+        self._landed_s = now
+
+    def end(self, ticket: int, now: float) -> None:
+        """A ticket wants nothing more; what is overdue then has not answered it."""
+        if ticket in self.ordered and self._overdue(now):
+            self.leave_out(now)
+        self.ordered.pop(ticket, None)
+
+    def note(self, nbytes: int, seconds: float, now: float) -> None:
+        """Bytes have taken so long; 0 bytes: it has failed."""
+        self._read_s = now
+        if nbytes <= 0:
+            return self.leave_out(now)
+        self.out, self._backoff_s = False, PROBE_S
+        self._last.append(nbytes / max(seconds, 1e-9))
+        rate = statistics.median(self._last) if len(self._last) > 2 else self._last[-1]
+        change = math.log(rate / self.rate)
+        if not self.measured or abs(change) > math.log(2):
+            self.rate = rate
+        else:
+            self.rate *= math.exp(0.4 * change)
+        self.measured = True
+        self.best = max(self.best, self.rate)
+
+    def leave_out(self, now: float) -> None:
+        """It failed, or is overdue."""
+        if not self.out:
+            self.out, self.probe_s = True, now + self._backoff_s
+
+    def usable(self, now: float) -> bool:
+        """It may be planned with."""
+        if self.ordered and self._overdue(now, 4, OVERDUE_S):
+            self.leave_out(now)
+        return not self.out or now >= self.probe_s
+
+    def speed(self, now: float) -> float:
+        """Bytes per second to plan with."""
+        if self.rate >= self.best:
+            return self.rate
+        age = min(max(0.0, now - self._read_s) / FORGET_S, 60.0)
+        return min(self.best, self.rate * math.pow(2, age))
+
+    def waiting(self, ticket: int | None) -> int:
+        """Bytes that others than this ticket wait for."""
+        return sum(self.ordered.values()) - self.ordered.get(-1 if ticket is None else ticket, 0)
+
+    def arrival_s(self, nbytes: int, now: float) -> float:
+        """Seconds until this many more have landed."""
+        since = self._since(now)
+        if self._overdue(now):  # it will take as long again as it has
+            return nbytes / self.rate + since
+        first = self.latency_s if self._landed_s == -math.inf else 0.0
+        return max(0.0, first + nbytes / self.rate - since)
+
+    def _since(self, now: float) -> float:
+        return max(0.0, now - max(self._begun_s, self._landed_s))
+
+    def _overdue(self, now: float, times: float = 2.0, more_s: float = 2e-3) -> bool:
+        usual_s = self.latency_s + self._batch / self.rate
+        return self._since(now) > times * usual_s + more_s
+
+
+class CostModel:
+    """Plans what to load and what to compute; see the module.
+
+    Args:
+        block_size: tokens of a block.
+        token_s, step_s: priors, see `prior`.
+        chunk_tokens: prefill tokens of a step beside loads or decodes.
+        prefill_tokens: the same for a prefill that is alone.
+        loads: "all" and "none" force a plan; a function is given the first block and the end of the
+            longest run that can be loaded and returns from where to load it.
+    """
+
+    def __init__(
+        self,
+        block_size: int,
+        *,
+        token_s: float = 1e-4,
+        step_s: float = 5e-3,
+        chunk_tokens: int = 2048,
+        prefill_tokens: int | None = None,
+        loads: Loads = "model",
+    ) -> None:
+        self._block_size = block_size
+        self._chunk = chunk_tokens
+        self._lone_chunk = max(chunk_tokens, prefill_tokens or chunk_tokens)
+        self._loads = loads
+        self._steps = StepLaw(token_s, step_s)
+        self._sources: dict[str, Source] = {}
+        self._predicted: OrderedDict[int, tuple[float, float]] = OrderedDict()
+        self._misjudged: deque[float] = deque(maxlen=7)
+        # What first tokens take beyond the laws: launches, messages, the way to the client.
+        self._overhead_s = 0.0
+        self._errors: deque[float] = deque(maxlen=32)
+        self._decodes = 0
+        self._now = -math.inf
+
+    def plan(
+        self,
+        *,
+        num_tokens: int,
+        start: int,
+        found: Sequence[tuple[str, int]],
+        queued_tokens: int,
+        num_decodes: int,
+        now: float,
+        ticket: int | None = None,
+    ) -> LoadPlan:
+        """The plan that has the first token soonest; of equal ones that which loads least.
+
+        Args:
+            num_tokens: known tokens of the request.
+            start: block index where the pool's prefix ends.
+            found: per block from `start`, its `Found`.
+            queued_tokens: prefill tokens that are computed before this request's.
+            num_decodes: requests that decode meanwhile.
+            now: in seconds, of any clock, the same in all calls.
+            ticket: of a load under way, whose own reservations are no queue.
+        """
+        self._now = max(self._now, now)
+        self._decodes = num_decodes
+        size, count = self._block_size, len(found)
+        base, token, pair, decode = self._steps.law
+        base += decode * num_decodes
+        runs = [(kind, len(list(same))) for kind, same in itertools.groupby(found)]
+        names = {kind[0] for kind, _ in runs}
+        sources = {
+            name: self._source(name)
+            for name in names - {"", "gpu"}
+            if self._source(name).usable(now) and self._loads != "none"
+        }
+
+        def per_block(value: Callable[[str, int], float]) -> Floats:
+            return np.repeat([float(value(*kind)) for kind, _ in runs], [n for _, n in runs])
+
+        def compute_s(tokens: Floats, seconds: Floats, chunk: int) -> Floats:
+            return np.asarray(seconds + base * np.ceil(tokens / chunk))
+
+        # Tokens to compute and their seconds, as sums over the blocks in front of each.
+        places = np.arange(count)
+        missing = per_block(lambda name, _: size * (name != "gpu"))
+        tokens = _sums(missing)
+        seconds = _sums(missing * (token + pair * size * (start + places + 0.5)))
+        rest = max(1, num_tokens - (start + count) * size)
+        rest_s = rest * (token + pair * (num_tokens - rest / 2))
+        mean_context = min(queued_tokens, 4 * self._lone_chunk) / 2
+        queued_s = queued_tokens * (token + pair * mean_context)
+        queued_s += base * math.ceil(queued_tokens / self._chunk)
+        chunk = self._chunk if num_decodes else self._lone_chunk
+        all_s = queued_s + float(compute_s(tokens[-1] + rest, seconds[-1] + rest_s, chunk))
+        nothing = LoadPlan(start + count, all_s + self._overhead_s, 0.0, all_s, start + count)
+        if not sources:
+            return nothing
+
+        # Where the gap-free run that a block is in ends, and when the run from it has landed.
+        here = per_block(lambda name, _: name in sources or name == "gpu") > 0
+        ends = np.minimum.accumulate(np.where(here, count, places)[::-1])[::-1]
+        load_s, nbytes = np.zeros(count), np.zeros(count)
+        for name, source in sources.items():
+            below = _sums(per_block(lambda other, n, name=name: n * (other == name)))  # type: ignore[misc]
+            wanted = below[ends] - below[:-1]
+            nbytes += wanted
+            ahead_s = source.latency_s + source.waiting(ticket) / source.rate
+            load_s = np.maximum(load_s, (wanted > 0) * (ahead_s + wanted / source.speed(now)))
+        front_s = queued_s + compute_s(tokens[:-1], seconds[:-1], self._chunk)
+        behind_s = seconds[-1] - seconds[ends] + rest_s
+        behind_s = compute_s(tokens[-1] - tokens[ends] + rest, behind_s, self._chunk)
+        total_s = np.where(here, np.maximum(front_s, load_s) + behind_s, math.inf)
+
+        if self._loads == "model":
+            near = total_s <= total_s.min() * TOLERANCE + TOLERANCE_S
+            first = int(np.argmin(np.where(near, nbytes, math.inf)))
+            if total_s[first] * WORTH + WORTH_S > all_s:
+                return nothing
+        else:
+            first = int(np.argmax(np.where(here, ends - places, 0)))
+            if callable(self._loads):
+                asked = self._loads(start + first, start + int(ends[first])) - start
+                first = max(first, min(asked, int(ends[first])))
+            if first == count or not here[first]:
+                return nothing
+        told_s = float(total_s[first]) + self._overhead_s
+        end = start + int(ends[first])
+        return LoadPlan(start + first, told_s, float(load_s[first]), float(front_s[first]), end)
+
+    def begin(self, ticket: int, plan: LoadPlan, sources: Mapping[str, int], now: float) -> None:
+        """A plan is carried out: reserve its bytes at its sources."""
+        self._now = max(self._now, now)
+        self._predicted[ticket] = (plan.first_token_s, self._overhead_s)
+        while len(self._predicted) > REMEMBERED:
+            self._predicted.popitem(last=False)
+        for name, nbytes in sources.items():
+            if nbytes > 0:
+                self._source(name).order(ticket, nbytes, now)
+
+    def progress(self, ticket: int, source: str, nbytes: int, now: float) -> None:
+        """A batch has landed, at `now`."""
+        self._now = max(self._now, now)
+        self._source(source).land(ticket, nbytes, now)
+
+    def end(self, ticket: int) -> None:
+        """Nothing more of a ticket is loaded."""
+        for source in self._sources.values():
+            source.end(ticket, self._now)
+
+    def sooner(
+        self,
+        ticket: int,
+        remaining: Mapping[str, int],
+        chunk_tokens: int,
+        context_tokens: int,
+        now: float,
+    ) -> bool:
+        """Whether what still loads is there before the next chunk would be computed.
+
+        Args:
+            ticket: whose load.
+            remaining: bytes that have not landed, by source.
+            chunk_tokens, context_tokens: of the chunk, and in front of it.
+        """
+        self._now = max(self._now, now)
+        compute_s = self._steps.seconds(chunk_tokens, context_tokens, self._decodes)
+        arrival_s = 0.0
+        for name, nbytes in remaining.items():
+            source = self._source(name)
+            if nbytes > 0:
+                if not source.usable(now) and ticket in source.ordered:
+                    return False
+                arrival_s = max(arrival_s, source.arrival_s(nbytes, now))
+        return arrival_s <= compute_s
+
+    def note_step(
+        self, *, prefill_tokens: int, context_tokens: int, num_decodes: int, seconds: float
+    ) -> None:
+        """A step has taken so long, see `StepLaw`."""
+        self._steps.note(prefill_tokens, context_tokens, num_decodes, seconds)
+
+    def note_read(self, source: str, nbytes: int, seconds: float) -> None:
+        """A source has delivered outside of tickets, or (0 bytes) failed."""
+        self._source(source).note(nbytes, seconds, self._now)
+
+    def note_first_token(self, ticket: int, seconds: float) -> None:
+        """The first token came so long after the plan that `begin` was given."""
+        predicted, overhead_s = self._predicted.pop(ticket, (0.0, 0.0))
+        if predicted > 0 and seconds > 0:
+            self._errors.append(abs(predicted - seconds) / seconds)
+            self._misjudged.append(seconds - predicted + overhead_s)
+            self._overhead_s = max(0.0, statistics.median(self._misjudged))
+
+    def stats(self) -> dict[str, Any]:
+        """The laws as they are, and how well they have predicted."""
+        base, token, pair, decode = self._steps.law
+        return {
+            "step": {"base_s": base, "token_s": token, "pair_s": pair, "decode_s": decode},
+            "measured": self._steps.count > 0,
+            "sources": {
+                name: {
+                    "bytes_per_s": source.rate,
+                    "latency_s": source.latency_s,
+                    "ordered_bytes": sum(source.ordered.values()),
+                    "measured": source.measured,
+                    "out": source.out,
+                }
+                for name, source in self._sources.items()
+            },
+            "first_token_error": statistics.median(self._errors) if self._errors else None,
+            "first_tokens": len(self._errors),
+        }
+
+    def _source(self, name: str) -> Source:
+        found = self._sources.get(name)
+        if found is None:
+            rate, latency_s = PRIOR_SOURCES.get(name.partition(":")[0], PRIOR_SOURCES["disk"])
+            found = self._sources[name] = Source(rate, latency_s, rate)
+        return found
+
+
+def _sums(values: Floats) -> Floats:
+    """Sums over everything in front of each index, one more than values."""
+    return np.concatenate(([0.0], np.cumsum(values)))
