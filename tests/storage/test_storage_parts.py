@@ -135,7 +135,7 @@ def test_a_space_shrinks_for_small_blocks_and_never_passes_its_bound(ops, draw):
                 else:
                     break
                 slots += space.allocate(pages, count - len(slots))
-            assert len(slots) == count or not space.allocatable(pages)
+            assert len(slots) == count or not space.available(pages)
             used.update(dict.fromkeys(slots, pages))
         elif surplus := space.take_surplus(pages):
             space.keep(surplus)

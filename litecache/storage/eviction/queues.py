@@ -396,7 +396,7 @@ def make_room(
             if handle in queues and allowed(handle):
                 queues.remove(handle)
                 give_up(handle)
-        if space.allocatable(pages):
+        if space.available(pages):
             return
         # one emptied segment may not be enough: another must go to make room for metadata
         stuck = other in queues or not space.over_bound(pages)
