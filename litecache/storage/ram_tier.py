@@ -14,7 +14,7 @@ from enum import IntEnum
 from ..hashing import BlockKey
 from .arena.arena import Arena
 from .block_index import BlockIndex, key_words
-from .eviction.queues import Queues, make_room
+from .eviction.queues import Queues, allocate
 from .protocol import PAGE_BYTES, SlotState
 from .retry import Backoff
 from .segments import SegmentSpace
@@ -139,14 +139,15 @@ class RamTier:
         """Up to `n` slots, RESERVED, evicting clean ones; fewer when the rest is dirty or leased,
         or when the arena may still grow.
         """
-        pages = nbytes // PAGE_BYTES
-        slots = self.space.allocate(pages, n)
-        while len(slots) < n and self.space.growth(pages) is None:
-            self._make_room(pages, n - len(slots))
-            more = self.space.allocate(pages, n - len(slots))
-            if not more:
-                break
-            slots += more
+        slots = allocate(
+            self.queues,
+            self.space,
+            nbytes // PAGE_BYTES,
+            n,
+            slot_of=lambda handle: self.at(handle).slot,
+            allowed=self._may_evict,
+            give_up=self._give_up,
+        )
         return [self._adopt(slot, nbytes) for slot in slots]
 
     def show_reserved(self, blocks: Sequence[RamBlock]) -> None:
@@ -155,17 +156,6 @@ class RamTier:
             self.arena.set_entry(
                 block.slot, block.generation, SlotState.RESERVED, None, block.nbytes
             )
-
-    def _make_room(self, pages: int, n: int) -> None:
-        make_room(
-            self.queues,
-            self.space,
-            pages,
-            n,
-            slot_of=lambda handle: self.at(handle).slot,
-            allowed=self._may_evict,
-            give_up=self._give_up,
-        )
 
     def _may_evict(self, handle: int) -> bool:
         return not self.at(handle).leases

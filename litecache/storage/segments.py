@@ -231,7 +231,8 @@ class SegmentSpace:
         """
         size = self._region_size(block_pages)
         run = self._next_run(size.segments)
-        missing = sum(at >= self.grown or self._states[at] == _RETIRED for at in run)
+        made = run.start < self.grown  # once
+        missing = self._states.count(_RETIRED, run.start, run.stop) if made else len(run)
         return run if self._may_grow(missing, size.slots) else None
 
     def _next_run(self, count: int) -> range:
@@ -263,7 +264,10 @@ class SegmentSpace:
         """
         size = self._region_size(block_pages)
         most = self._count[_SPARE] - size.segments if self.may_shrink else 0
-        return next((k for k in range(max(0, most) + 1) if self._may_grow(-k, size.slots)), None)
+        for surplus in range(max(0, most) + 1):
+            if self._may_grow(-surplus, size.slots):
+                return surplus
+        return None
 
     def take_surplus(self, block_pages: int) -> list[int]:
         """Spare segments that the owner should empty and `retire`, to assign a region after that.

@@ -19,7 +19,7 @@ from contextlib import ExitStack
 import numpy as np
 
 from ..block_index import BlockIndex, Entries
-from ..eviction.queues import Queues, make_room
+from ..eviction.queues import Queues, allocate
 from ..key_dict import BATCH_KEYS
 from ..namespaces import Quotas
 from ..retry import Backoff, LogByRate
@@ -177,13 +177,15 @@ class DiskTier:
     def allocate(self, pages: int, n: int, namespace: int) -> list[int]:
         """Up to `n` slots, evicting what is oldest; fewer when the rest is busy or may grow."""
         n = self.quotas.room_for(namespace, pages, n, lambda: self._evict_one(namespace, pages))
-        slots = self.space.allocate(pages, n)
-        while len(slots) < n and self.space.growth(pages) is None:
-            self._make_room(pages, n - len(slots))
-            more = self.space.allocate(pages, n - len(slots))
-            if not more:
-                break
-            slots += more
+        slots = allocate(
+            self.queues,
+            self.space,
+            pages,
+            n,
+            slot_of=lambda entry: self._index.disk[entry] - 1,
+            allowed=self._may_evict,
+            give_up=self._give_up,
+        )
         self.quotas.begin_writes(namespace, pages * len(slots))
         return slots
 
@@ -193,17 +195,6 @@ class DiskTier:
             return False
         self._give_up(victim)
         return True
-
-    def _make_room(self, pages: int, n: int) -> None:
-        make_room(
-            self.queues,
-            self.space,
-            pages,
-            n,
-            slot_of=lambda entry: self._index.disk[entry] - 1,
-            allowed=self._may_evict,
-            give_up=self._give_up,
-        )
 
     def _may_evict(self, entry: int) -> bool:
         return self._index.disk[entry] - 1 not in self.in_use

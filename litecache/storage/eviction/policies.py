@@ -22,6 +22,7 @@ from ..block_index import grown_by
 _NONE = -1
 _LEVELS = 16
 _AGE_AFTER = 8
+_AGE_CHECK = 16
 _FADE_STEPS = 4
 _SMALL_SHARE = 10
 _MAX_USES = 3
@@ -44,9 +45,8 @@ class Links:
         missing = handle + 1 - len(self.older)
         if missing > 0:
             rows = grown_by(len(self.older), missing)
-            self.older.frombytes(bytes(4 * rows))
-            self.newer.frombytes(bytes(4 * rows))
-            self.mark.frombytes(bytes(rows))
+            for column in (self.older, self.newer, self.mark):
+                column.frombytes(bytes(column.itemsize * rows))
 
 
 class Chain:
@@ -59,48 +59,31 @@ class Chain:
         self.oldest = self.newest = _NONE
         self.count = 0
 
-    def push(self, handle: int) -> None:
-        """Add as the newest."""
+    def add(self, handle: int, before: int = _NONE) -> None:
+        """Add as the next older of `before`, which is in; without one as the newest."""
         older, newer = self.links.older, self.links.newer
-        older[handle], newer[handle] = self.newest, _NONE
-        if self.newest == _NONE:
+        previous = self.newest if before == _NONE else older[before]
+        older[handle], newer[handle] = previous, before
+        if previous == _NONE:
             self.oldest = handle
         else:
-            newer[self.newest] = handle
-        self.newest = handle
-        self.count += 1
-
-    def push_before(self, handle: int, other: int = _NONE) -> None:
-        """Add as the next older of `other`, which is in; without one as the oldest of all."""
-        older, newer = self.links.older, self.links.newer
-        after = self.oldest if other == _NONE else other
-        if after == _NONE:
-            return self.push(handle)
-        before = older[after]
-        older[handle], newer[handle] = before, after
-        older[after] = handle
+            newer[previous] = handle
         if before == _NONE:
-            self.oldest = handle
+            self.newest = handle
         else:
-            newer[before] = handle
+            older[before] = handle
         self.count += 1
-        return None
 
     def extend(self, handles: npt.NDArray[np.int64]) -> None:
         """Add many as the newest, in order."""
-        if not len(handles):
-            return
-        older = np.frombuffer(self.links.older, np.int32)
-        newer = np.frombuffer(self.links.newer, np.int32)
-        older[handles[1:]], newer[handles[:-1]] = handles[:-1], handles[1:]
-        first, last = int(handles[0]), int(handles[-1])
-        older[first], newer[last] = self.newest, _NONE
-        if self.newest == _NONE:
-            self.oldest = first
-        else:
-            newer[self.newest] = first
-        self.newest = last
-        self.count += len(handles)
+        if len(handles):
+            older = np.frombuffer(self.links.older, np.int32)
+            newer = np.frombuffer(self.links.newer, np.int32)
+            self.add(int(handles[0]))
+            older[handles[1:]], newer[handles[:-1]] = handles[:-1], handles[1:]
+            self.newest = int(handles[-1])
+            newer[self.newest] = _NONE
+            self.count += len(handles) - 1
 
     def unlink(self, handle: int) -> None:
         """Take out; the caller knows that it is in this list."""
@@ -127,18 +110,25 @@ class Chain:
 class EvictionPolicy(ABC):
     """Decides what leaves first. Every method is O(1), amortised, and bounded in a single call.
 
-    `Queues` takes blocks out for as long as others that follow them are in, so a policy sees no
-    chains: `restore` brings such a block back.
+    A handle that is in stands in one of a few chains, the one that `chain_of` names; the oldest of
+    the first chain that is not empty goes next. `Queues` takes blocks out for as long as others
+    that follow them are in, so a policy sees no families: `restore` brings such a block back.
 
     Args:
         links: shared by the policies of one tier; it has room for every handle that is given.
+        chains: how many.
     """
 
     counts_uses = False
     """Whether `count` does anything."""
 
-    def __init__(self, links: Links) -> None:
+    def __init__(self, links: Links, chains: int = 1) -> None:
         self.links = links
+        self.chains = [Chain(links) for _ in range(chains)]
+
+    def chain_of(self, handle: int) -> Chain:
+        """The chain in which a handle is, or to which it returns."""
+        return self.chains[0]
 
     @abstractmethod
     def insert(self, handle: int, key: BlockKey) -> None:
@@ -153,107 +143,76 @@ class EvictionPolicy(ABC):
     def touch(self, handle: int) -> None:
         """A handle that is in was used."""
 
-    @abstractmethod
     def count(self, handle: int) -> None:
         """A handle that was taken out by `remove`, to be restored, was used meanwhile."""
+        return
 
-    @abstractmethod
     def remove(self, handle: int) -> None:
         """A handle leaves, or goes out until `restore`."""
+        self.chain_of(handle).unlink(handle)
 
-    @abstractmethod
     def restore(self, handle: int, before: int) -> None:
         """A handle that was removed is back, with the uses that it had.
 
         Args:
-            handle: to go next, or
-            before: just before this one, if that is not -1; it is in.
+            handle: to go next among its equals, or
+            before: just before this one, if that is in and its equal.
         """
+        chain = self.chain_of(handle)
+        equal = before != _NONE and self.chain_of(before) is chain
+        chain.add(handle, before if equal else chain.oldest)
 
-    @abstractmethod
+    def peek(self) -> int | None:
+        """About the next to go; None when empty."""
+        for chain in self.chains:
+            if chain.count:
+                return chain.oldest
+        return None
+
     def pop(self) -> int | None:
         """Take out the first in the policy's order; None when empty."""
+        handle = self.peek()
+        if handle is not None:
+            self.remove(handle)
+        return handle
 
-    @abstractmethod
     def put_back(self, handle: int) -> None:
         """What was popped is in use and may not go now; others come first."""
+        self.chain_of(handle).add(handle)
 
-    @abstractmethod
     def evicted(self, handle: int, key: BlockKey) -> None:
         """What was popped has gone."""
+        return
 
-    @abstractmethod
-    def peek(self) -> int | None:
-        """About the next to go, to compare policies with each other by age; None when empty."""
-
-    @abstractmethod
     def __iter__(self) -> Iterator[int]:
-        """All handles, about in the order in which they would leave."""
+        for chain in self.chains:
+            yield from chain
 
-    @abstractmethod
     def __len__(self) -> int:
-        """Handles that are in."""
+        return sum([chain.count for chain in self.chains])
 
 
 class Lru(EvictionPolicy):
     """Least recently used, the default: what was not used for the longest time leaves first."""
 
-    def __init__(self, links: Links) -> None:
-        super().__init__(links)
-        self._chain = Chain(links)
-
     def insert(self, handle: int, key: BlockKey) -> None:
         """Enter as the newest."""
-        self._chain.push(handle)
+        self.chains[0].add(handle)
 
     def extend(self, handles: npt.NDArray[np.int64], keys: list[BlockKey]) -> None:
         """Many enter, oldest first."""
-        self._chain.extend(handles)
+        self.chains[0].extend(handles)
 
     def touch(self, handle: int) -> None:
         """Become the newest."""
-        if self._chain.newest != handle:
-            self._chain.unlink(handle)
-            self._chain.push(handle)
-
-    def count(self, handle: int) -> None:
-        """Nothing: what follows it was touched."""
-
-    def remove(self, handle: int) -> None:
-        """Leave."""
-        self._chain.unlink(handle)
-
-    def restore(self, handle: int, before: int) -> None:
-        """Take the place before another, or be the oldest."""
-        self._chain.push_before(handle, before)
-
-    def pop(self) -> int | None:
-        """The oldest."""
-        handle = self.peek()
-        if handle is not None:
-            self._chain.unlink(handle)
-        return handle
-
-    def put_back(self, handle: int) -> None:
-        """Become the newest."""
-        self._chain.push(handle)
-
-    def evicted(self, handle: int, key: BlockKey) -> None:
-        """Nothing is remembered."""
-
-    def peek(self) -> int | None:
-        """The oldest."""
-        return self._chain.oldest if self._chain.count else None
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._chain)
-
-    def __len__(self) -> int:
-        return self._chain.count
+        chain = self.chains[0]
+        if chain.newest != handle:
+            chain.unlink(handle)
+            chain.add(handle)
 
 
-class Lfu(EvictionPolicy):
-    """Least frequently used; counts stop at 15 and fade. One list a count, its oldest first.
+class _Lfu(EvictionPolicy):
+    """Least frequently used; counts stop at 15 and fade. One chain a count.
 
     After eight touches per resident handle the two lowest levels are merged and all others move
     down by one, so that a block that was popular last week does not stay for ever. The merging
@@ -263,12 +222,10 @@ class Lfu(EvictionPolicy):
     counts_uses = True
 
     def __init__(self, links: Links) -> None:
-        super().__init__(links)
         # the first is what a fading has still to move into the second
-        self._levels = [Chain(links) for _ in range(1 + _LEVELS)]
+        super().__init__(links, 1 + _LEVELS)
         self._base = 0
         self._touches = 0
-        self._len = 0
 
     def _level(self, handle: int) -> int:
         # marks count from the number of fadings on, so that a fading need not visit each handle;
@@ -276,76 +233,45 @@ class Lfu(EvictionPolicy):
         level = (self.links.mark[handle] - self._base) & 0xFF
         return min(level, _LEVELS - 1) if level < 0x80 else -1
 
-    def _push(self, handle: int, level: int) -> None:
-        self.links.mark[handle] = (self._base + level) & 0xFF
-        self._levels[1 + level].push(handle)
-        self._len += 1
+    def _set_level(self, handle: int, level: int) -> None:
+        self.links.mark[handle] = (self._base + min(level, _LEVELS - 1)) & 0xFF
+
+    def chain_of(self, handle: int) -> Chain:
+        return self.chains[1 + self._level(handle)]
 
     def insert(self, handle: int, key: BlockKey) -> None:
-        """Enter with a count of zero."""
-        self._push(handle, 0)
+        self._set_level(handle, 0)
+        self.chains[1].add(handle)
 
     def touch(self, handle: int) -> None:
-        """Count one use; the newest among its equals."""
-        level = self._level(handle)
         self.remove(handle)
-        self._push(handle, min(level + 1, _LEVELS - 1))
+        self.put_back(handle)
         self._touches += 1
-        fading = self._levels[0]
+        fading = self.chains[0]
         if fading.count:
             for _ in range(min(_FADE_STEPS, fading.count)):
                 moved = fading.oldest
-                self.remove(moved)
-                self._push(moved, 0)
-        elif self._touches > _AGE_AFTER * self._len:
+                fading.unlink(moved)
+                self.insert(moved, b"")
+        elif not self._touches % _AGE_CHECK and self._touches > _AGE_AFTER * len(self):
             self._touches = 0
             self._base = (self._base + 1) & 0xFF
-            self._levels = [*self._levels[1:], fading]
+            self.chains = [*self.chains[1:], fading]
 
     def count(self, handle: int) -> None:
-        """Count one use of a handle that is out."""
-        level = min(self._level(handle) + 1, _LEVELS - 1)
-        self.links.mark[handle] = (self._base + level) & 0xFF
-
-    def remove(self, handle: int) -> None:
-        """Leave."""
-        self._levels[1 + self._level(handle)].unlink(handle)
-        self._len -= 1
-
-    def restore(self, handle: int, before: int) -> None:
-        """Be the oldest among its equals."""
-        level = max(0, self._level(handle))
-        self.links.mark[handle] = (self._base + level) & 0xFF
-        self._levels[1 + level].push_before(handle)
-        self._len += 1
-
-    def pop(self) -> int | None:
-        """The oldest of the lowest count."""
-        handle = self.peek()
-        if handle is not None:
-            self.remove(handle)
-        return handle
+        self._set_level(handle, self._level(handle) + 1)
 
     def put_back(self, handle: int) -> None:
-        """Being in use counts as one more use."""
-        self._push(handle, min(self._level(handle) + 1, _LEVELS - 1))
+        # being in use counts as one more use
+        self.count(handle)
+        self.chain_of(handle).add(handle)
 
-    def evicted(self, handle: int, key: BlockKey) -> None:
-        """Nothing is remembered."""
-
-    def peek(self) -> int | None:
-        """The oldest of the lowest count."""
-        return next((level.oldest for level in self._levels if level.count), None)
-
-    def __iter__(self) -> Iterator[int]:
-        for level in self._levels:
-            yield from level
-
-    def __len__(self) -> int:
-        return self._len
+    def restore(self, handle: int, before: int) -> None:
+        self._set_level(handle, max(0, self._level(handle)))
+        super().restore(handle, before)
 
 
-class S3Fifo(EvictionPolicy):
+class _S3Fifo(EvictionPolicy):
     """Three queues (Yang et al., "FIFO queues are all you need for cache eviction", SOSP 23).
 
     A newcomer enters a small queue, a tenth of the whole. Used again before it reaches the end, it
@@ -357,49 +283,35 @@ class S3Fifo(EvictionPolicy):
     counts_uses = True
 
     def __init__(self, links: Links) -> None:
-        super().__init__(links)
-        self._small = Chain(links)
-        self._main = Chain(links)
+        super().__init__(links, 2)
         # a plain dict takes longer and longer to find its first key
         self._ghosts: OrderedDict[BlockKey, None] = OrderedDict()
         self._in_use = 0
 
-    def _chain_of(self, handle: int) -> Chain:
-        return self._main if self.links.mark[handle] & _IN_MAIN else self._small
+    def chain_of(self, handle: int) -> Chain:
+        return self.chains[self.links.mark[handle] >= _IN_MAIN]
 
     def insert(self, handle: int, key: BlockKey) -> None:
-        """Enter the small queue, or the main one when its ghost is there."""
         known = key in self._ghosts
         if known:
             del self._ghosts[key]
         self.links.mark[handle] = _IN_MAIN if known else 0
-        self._chain_of(handle).push(handle)
+        self.chains[known].add(handle)
 
     def touch(self, handle: int) -> None:
-        """Count one use, up to three."""
         mark = self.links.mark[handle]
         if mark & ~_IN_MAIN < _MAX_USES:
             self.links.mark[handle] = mark + 1
 
     count = touch
 
-    def remove(self, handle: int) -> None:
-        """Leave without a ghost."""
-        self._chain_of(handle).unlink(handle)
-
-    def restore(self, handle: int, before: int) -> None:
-        """Be the oldest of the queue in which it was."""
-        self._chain_of(handle).push_before(handle)
-
     def pop(self) -> int | None:
-        """From the small queue while it is over its share, else from the main one.
-
-        By turns, as long as what comes is in use: else one queue could hide the other.
-        """
-        mark, small, main = self.links.mark, self._small, self._main
+        # from the small queue while it is over its share, else from the main one; by turns, as
+        # long as what comes is in use: else one queue could hide the other
+        mark, (small, main), in_turn = self.links.mark, self.chains, bool(self._in_use & 1)
         for _ in range(_MOST_MOVES):
-            over = (small.count * _SMALL_SHARE >= len(self)) ^ (self._in_use & 1)
-            if small.count and (over or not main.count):
+            over = small.count * _SMALL_SHARE >= small.count + main.count
+            if small.count and (over != in_turn or not main.count):
                 handle = small.oldest
                 small.unlink(handle)
                 if not mark[handle]:
@@ -408,43 +320,31 @@ class S3Fifo(EvictionPolicy):
             elif main.count:
                 handle = main.oldest
                 main.unlink(handle)
-                if not mark[handle] & ~_IN_MAIN:
+                if mark[handle] == _IN_MAIN:
                     return handle
                 mark[handle] -= 1
             else:
                 return None
-            main.push(handle)
+            main.add(handle)
         handle = main.oldest
         main.unlink(handle)
         return handle
 
     def put_back(self, handle: int) -> None:
-        """Become the newest of the queue from which it came."""
         self._in_use += 1
-        self._chain_of(handle).push(handle)
+        self.chain_of(handle).add(handle)
 
     def evicted(self, handle: int, key: BlockKey) -> None:
-        """Remember what left without having been used."""
+        # what left without having been used is remembered
         self._in_use = 0
-        if self.links.mark[handle] & _IN_MAIN:
-            return
-        self._ghosts[key] = None
-        for _ in range(min(2, len(self._ghosts) - max(64, min(_GHOSTS, self._main.count)))):
-            self._ghosts.popitem(last=False)
-
-    def peek(self) -> int | None:
-        """The oldest of the queue that would give way."""
-        return next(iter(self), None)
-
-    def __iter__(self) -> Iterator[int]:
-        yield from self._small
-        yield from self._main
-
-    def __len__(self) -> int:
-        return self._small.count + self._main.count
+        if self.links.mark[handle] < _IN_MAIN:
+            self._ghosts[key] = None
+            most = max(64, min(_GHOSTS, self.chains[1].count))
+            for _ in range(min(2, len(self._ghosts) - most)):
+                self._ghosts.popitem(last=False)
 
 
-_POLICIES: dict[str, type[EvictionPolicy]] = {"lru": Lru, "lfu": Lfu, "s3fifo": S3Fifo}
+_POLICIES: dict[str, type[EvictionPolicy]] = {"lru": Lru, "lfu": _Lfu, "s3fifo": _S3Fifo}
 
 
 def register(name: str, policy: type[EvictionPolicy]) -> None:

@@ -70,22 +70,26 @@ class Queues:
     Args:
         policy: name of the eviction policy.
         kin: knows keys and parents of the handles.
+
+    Attributes:
+        quota_pages: by namespace.
     """
 
     def __init__(self, policy: str, kin: Kin) -> None:
+        self.quota_pages: dict[int, int] = {}
         self._policy = get_policy(policy)
         self._kin = kin
         self._links = Links()
         self._queues: list[Queue] = []
         self._by_kind: dict[tuple[int, int], int] = {}
+        # by handle: number of its queue, order of its last use, how many in the tier follow it
         self._where = array("h")
         self._tick = array("q")
         self._followers = array("I")
         self._held = array("B")
         self._clock = 0
         # blocks that are in and whose parent is not, by the parent's key
-        self._orphans: dict[BlockKey, int] = {}
-        self.quota_pages: dict[int, int] = {}
+        self._orphans: Counter[BlockKey] = Counter()
 
     def _queue_of(self, pages: int, namespace: int) -> int:
         kind = (pages, namespace if namespace in self.quota_pages else -1)
@@ -99,36 +103,41 @@ class Queues:
         if missing > 0:
             rows = grown_by(len(self._where), missing)
             self._where.frombytes(b"\xff\xff" * rows)
-            self._tick.frombytes(bytes(8 * rows))
-            self._followers.frombytes(bytes(4 * rows))
-            self._held.frombytes(bytes(rows))
+            for column in (self._tick, self._followers, self._held):
+                column.frombytes(bytes(column.itemsize * rows))
             self._links.ensure(len(self._where) - 1)
 
     def __contains__(self, handle: int) -> bool:
         return 0 <= handle < len(self._where) and self._where[handle] >= 0
 
-    def _member(self, key: BlockKey) -> int:
-        handle = self._kin.find(key)
-        return handle if handle >= 0 and handle in self else -1
+    def _before(self, handle: int) -> tuple[int, BlockKey | None]:
+        """The block that one follows, -1 if it is not in; its key, None if it follows itself."""
+        parent = self._kin.parent_of(handle)
+        before = self._kin.find(parent)
+        if before == handle:
+            return -1, None
+        return before if before in self else -1, parent
 
     def insert(self, handle: int, pages: int, namespace: int) -> None:
         """A handle enters the queue of its block size."""
         self._ensure(handle)
-        key, parent = self._kin.key_at(handle), self._kin.parent_of(handle)
+        key = self._kin.key_at(handle)
         number = self._queue_of(pages, namespace)
-        queue = self._queues[number]
-        self._clock += 1
-        self._tick[handle] = self._clock
-        queue.policy.insert(handle, key)
+        self._queues[number].policy.insert(handle, key)
         self._where[handle] = number
+        self._touch(handle)
         self._followers[handle] = self._orphans.pop(key, 0) if self._orphans else 0
         self._held[handle] = 0
-        before = self._member(parent) if parent != key else -1
+        before, parent = self._before(handle)
         if before >= 0:
             self._followers[before] += 1
             self._hold(before)
-        elif parent != key:
-            self._orphans[parent] = self._orphans.get(parent, 0) + 1
+        elif parent is not None:
+            self._orphans[parent] += 1
+
+    def _touch(self, handle: int) -> None:
+        self._clock += 1
+        self._tick[handle] = self._clock
 
     def extend(
         self,
@@ -149,29 +158,25 @@ class Queues:
             return
         assert not len(self), "the queues are not empty"
         self._ensure(int(handles.max()))
-        np.frombuffer(self._tick, np.int64)[handles] = self._clock + 1 + np.arange(len(handles))
-        self._clock += len(handles)
-        numbers = handles.tolist()
-        before = np.array([self._kin.find(parents[handle]) for handle in numbers], np.int64)
-        inside = np.zeros(max(int(handles.max()), int(before.max())) + 2, bool)
-        inside[handles] = True
-        known = inside[before]
-        other = before != handles
-        orphans = (parents[handle] for handle in handles[~known].tolist())
-        self._orphans = dict(Counter(orphans))
-        followers = np.bincount(before[known & other], minlength=len(self._followers))
-        np.frombuffer(self._followers, np.uint32)[:] = followers
-        # in order stay those that were used long after all that follow them
         places = np.arange(len(handles))
-        youngest = np.full(len(self._followers), -len(handles) - BATCH_KEYS)
-        np.maximum.at(youngest, before[known & other], places[known & other])
+        np.frombuffer(self._tick, np.int64)[handles] = self._clock + 1 + places
+        self._clock += len(handles)
+        before = np.array([self._kin.find(parents[at]) for at in handles.tolist()], np.int64)
+        inside = np.zeros(len(self._where) + 1, bool)  # and a place for -1
+        inside[handles] = True
+        self._orphans = Counter(parents[at] for at in handles[~inside[before]].tolist())
+        follows = inside[before] & (before != handles)
+        size = len(self._followers)
+        np.frombuffer(self._followers, np.uint32)[:] = np.bincount(before[follows], minlength=size)
+        # in order stay those that were used long after all that follow them
+        youngest = np.full(size, -len(handles) - BATCH_KEYS)
+        np.maximum.at(youngest, before[follows], places[follows])
         held = youngest[handles] > places - BATCH_KEYS
         np.frombuffer(self._held, np.uint8)[handles] = held
-        limited = np.isin(namespaces, list(self.quota_pages))
-        kinds = np.where(limited, namespaces, -1)
-        for size, namespace in {*zip(pages.tolist(), kinds.tolist(), strict=True)}:
-            rows = (pages == size) & (kinds == namespace)
-            number = self._queue_of(size, namespace)
+        kinds = np.where(np.isin(namespaces, list(self.quota_pages)), namespaces, -1)
+        for kind in {*zip(pages.tolist(), kinds.tolist(), strict=True)}:
+            rows = (pages == kind[0]) & (kinds == kind[1])
+            number = self._queue_of(*kind)
             np.frombuffer(self._where, np.int16)[handles[rows]] = number
             self._queues[number].policy.extend(handles[rows & ~held], keys)
             self._queues[number].held.extend(handles[rows & held])
@@ -183,7 +188,7 @@ class Queues:
             self._held[handle] = 1
             queue = self._queues[self._where[handle]]
             queue.policy.remove(handle)
-            queue.held.push(handle)
+            queue.held.add(handle)
 
     def _let_go(self, handle: int, before: int = -1) -> None:
         """Put a held block back into order, at the place of the block `before`, or to go next."""
@@ -193,19 +198,18 @@ class Queues:
         same = before >= 0 and self._where[before] == self._where[handle] and not self._held[before]
         queue.policy.restore(handle, before if same else -1)
 
-    def _part(self, handle: int, before: int = -1) -> None:
+    def _part(self, handle: int, place: int = -1) -> None:
         """Undo what a block that leaves means for those that it follows, and that follow it."""
-        key, parent = self._kin.key_at(handle), self._kin.parent_of(handle)
         if self._followers[handle]:
-            self._orphans[key] = self._followers[handle]
+            self._orphans[self._kin.key_at(handle)] = self._followers[handle]
             self._followers[handle] = 0
-        holder = self._member(parent) if parent != key else -1
-        if holder >= 0:
-            self._followers[holder] -= 1
-            if not self._followers[holder] and self._held[holder]:
-                self._tick[holder] = max(self._tick[holder], self._tick[handle])
-                self._let_go(holder, before)
-        elif parent != key:
+        before, parent = self._before(handle)
+        if before >= 0:
+            self._followers[before] -= 1
+            if not self._followers[before] and self._held[before]:
+                self._tick[before] = max(self._tick[before], self._tick[handle])
+                self._let_go(before, place)
+        elif parent is not None:
             self._orphans[parent] -= 1
             if not self._orphans[parent]:
                 del self._orphans[parent]
@@ -222,26 +226,18 @@ class Queues:
             return
         policy = self._queues[self._where[handle]].policy
         if ends:
-            self._clock += 1
-            self._tick[handle] = self._clock
+            self._touch(handle)
             if self._held[handle]:
                 self._let_go(handle)
             policy.touch(handle)
-        elif not policy.counts_uses:
-            return
-        elif self._held[handle]:
-            policy.count(handle)
-        else:
-            policy.touch(handle)
+        elif policy.counts_uses:
+            (policy.count if self._held[handle] else policy.touch)(handle)
 
     def remove(self, handle: int) -> None:
         """A handle leaves for another reason than eviction."""
         queue, held = self._queues[self._where[handle]], self._held[handle]
         self._part(handle, handle)
-        if held:
-            queue.held.unlink(handle)
-        else:
-            queue.policy.remove(handle)
+        (queue.held.unlink if held else queue.policy.remove)(handle)
 
     def evict(self, pages: int, allowed: Callable[[int], bool], namespace: int = -1) -> int | None:
         """Take out the first that may go among blocks of one size; None when none may.
@@ -251,7 +247,7 @@ class Queues:
             allowed: whether a handle may go now.
             namespace: only this one, when it has a quota.
         """
-        mine = [q for q in self._queues if q.pages == pages and len(q)]
+        mine = [queue for queue in self._queues if queue.pages == pages and len(queue)]
         if namespace >= 0:
             mine = [queue for queue in mine if queue.namespace == namespace]
         for queue in sorted(mine, key=self._debt) if len(mine) > 1 else mine:
@@ -271,7 +267,7 @@ class Queues:
             if self._followers[handle]:
                 # it was used for itself, and then one that follows it: that one is younger
                 self._held[handle] = 1
-                queue.held.push(handle)
+                queue.held.add(handle)
             elif allowed(handle):
                 policy.evicted(handle, self._kin.key_at(handle))
                 return handle
@@ -290,7 +286,7 @@ class Queues:
             if allowed(handle):
                 self._held[handle] = 0
                 return handle
-            held.push(handle)
+            held.add(handle)
         return None
 
     def _debt(self, queue: Queue) -> tuple[bool, int]:
@@ -314,12 +310,12 @@ class Queues:
 
     def oldest_elsewhere(self, pages: int) -> int | None:
         """The oldest of all, when it is of another block size than `pages`; else None."""
-        best, best_tick, best_pages = None, self._clock + 1, pages
-        for queue in self._queues:
-            handle = self._oldest(queue)
-            if handle is not None and self._tick[handle] < best_tick:
-                best, best_tick, best_pages = handle, self._tick[handle], queue.pages
-        return best if best_pages != pages else None
+        if all(queue.pages == pages for queue in self._queues):
+            return None
+        oldest = [(queue, self._oldest(queue)) for queue in self._queues]
+        ages = [(self._tick[at], at, queue.pages) for queue, at in oldest if at is not None]
+        _, handle, size = min(ages, default=(0, -1, pages))
+        return handle if size != pages else None
 
     def ticks(self, handles: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Order of last use of many handles."""
@@ -344,11 +340,10 @@ class Queues:
         members = list(self)
         assert len(members) == len(set(members)) == len(self), "a block is queued twice"
         for handle in members:
-            key, parent = self._kin.key_at(handle), self._kin.parent_of(handle)
-            before = self._member(parent)
+            before, parent = self._before(handle)
             if before >= 0:
-                followers[before] += before != handle
-            elif parent != key:
+                followers[before] += 1
+            elif parent is not None:
                 orphans[parent] += 1
         for handle in members:
             assert self._followers[handle] == followers[handle], "followers are off"
@@ -356,7 +351,7 @@ class Queues:
         assert orphans == self._orphans, "orphans are off"
 
 
-def make_room(
+def allocate(
     queues: Queues,
     space: SegmentSpace,
     pages: int,
@@ -365,13 +360,12 @@ def make_room(
     slot_of: Callable[[int], int],
     allowed: Callable[[int], bool],
     give_up: Callable[[int], None],
-) -> None:
-    """Let the oldest leave first, whatever their size.
+) -> list[int]:
+    """Up to `n` slots, by eviction once the space may not grow; fewer when the rest is in use.
 
-    Slots are given back one by one among blocks of the size that needs them. Where the oldest
-    block of all has another size, the segments in which it lies are emptied for that.
-    It ends when `n` slots of a block size are free, or a region of it can be assigned, or what
-    is left is in use.
+    The oldest leave first, whatever their size. Slots are given back one by one among blocks of
+    the size that needs them. Where the oldest block of all has another size, the segments in which
+    it lies are emptied for that.
 
     Args:
         queues, space: of the tier.
@@ -381,22 +375,33 @@ def make_room(
         allowed: whether a handle may go now.
         give_up: called with each handle that left the queues.
     """
-    stuck = False
-    while n > 0:
-        # asked anew for each victim: behind one old block of this size may come one of another
-        other = None if stuck else queues.oldest_elsewhere(pages)
-        if other is None or not space.worth_emptying(slot_of(other), pages):
-            victim = queues.evict(pages, allowed)
-            if victim is None:
+
+    def make_room(wanted: int) -> None:
+        stuck = False
+        while wanted > 0:
+            # asked anew for each victim: behind one old block of this size may come another's
+            other = None if stuck else queues.oldest_elsewhere(pages)
+            if other is None or not space.worth_emptying(slot_of(other), pages):
+                victim = queues.evict(pages, allowed)
+                if victim is None:
+                    return
+                give_up(victim)
+                wanted -= 1
+                continue
+            for handle in space.in_the_way(slot_of(other), pages):
+                if handle in queues and allowed(handle):
+                    queues.remove(handle)
+                    give_up(handle)
+            if space.available(pages):
                 return
-            give_up(victim)
-            n -= 1
-            continue
-        for handle in space.in_the_way(slot_of(other), pages):
-            if handle in queues and allowed(handle):
-                queues.remove(handle)
-                give_up(handle)
-        if space.available(pages):
-            return
-        # one emptied segment may not be enough: another must go to make room for metadata
-        stuck = other in queues or not space.over_bound(pages)
+            # one emptied segment may not be enough: another must go to make room for metadata
+            stuck = other in queues or not space.over_bound(pages)
+
+    slots = space.allocate(pages, n)
+    while len(slots) < n and space.growth(pages) is None:
+        make_room(n - len(slots))
+        more = space.allocate(pages, n - len(slots))
+        if not more:
+            break
+        slots += more
+    return slots
