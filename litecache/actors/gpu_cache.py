@@ -282,7 +282,7 @@ class GpuCache:
 
     def _preload(self) -> None:
         # While the shards of the node start.
-        from litecache.engine.loading.preload import preload
+        from litecache.engine.loading.model_source import preload
 
         # Nearly all that imports make stays: to look through it again and again for garbage costs
         # a seventh of their time.

@@ -40,7 +40,7 @@ from litecache.adapter.stats import CacheStats
 from litecache.adapter.streaming import TextDecoder, TokenStream, feed_streamer
 from litecache.checks import check_flag, check_integer, check_seconds, check_text
 from litecache.config import CacheConfig
-from litecache.engine.loading.model_checks import check_config, check_shape, choose_max_model_len
+from litecache.engine.loading.model_checks import check_config, check_limits
 from litecache.errors import ConfigError, GroupError, LiteCacheError, outline
 from litecache.hashing import chain_keys
 from litecache.paths import ModelHold
@@ -113,8 +113,7 @@ class KVCacheAdapter:
         )
         # The actors check all of this, too; here it costs no process.
         check_config(self._model.config)
-        check_shape(self._model.config, config)
-        choose_max_model_len(self._model.config, config)
+        check_limits(self._model.config, config)
         open_ray()
         joinable = group or (DEFAULT_GROUP if detached else None)
         spec = GroupSpec(

@@ -15,6 +15,7 @@ import torch
 
 from litecache.errors import ConfigError
 from litecache.kernels import TRASH_BLOCK as TRASH_BLOCK
+from litecache.machine_memory import available_memory_bytes
 
 LAYOUT_VERSION = 1
 EXTENT_ALIGNMENT = 256
@@ -206,3 +207,26 @@ class KVPool:
             (self.group.block_bytes // spec.itemsize, size * dim, dim, 1),
             storage_offset=offset // spec.itemsize,
         )
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device a config means, with its index; None = a GPU where there is one.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type != "cuda":
+        return device
+    if (device.index or 0) >= count:
+        raise ConfigError("device", name, f'"cpu" or one of {count} CUDA devices')
+    return torch.device("cuda", device.index or 0)
+
+
+def free_bytes(device: torch.device) -> int:
+    """What a pool may take on a device, with what torch's allocator keeps there without use."""
+    if device.type != "cuda":
+        return available_memory_bytes()
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused

@@ -17,12 +17,11 @@ import torch
 
 from litecache.checks import check_integer
 from litecache.config import CacheConfig
-from litecache.engine.kv_layout import KVLayout, KVPool, KVSpec
+from litecache.engine.kv_layout import KVLayout, KVPool, KVSpec, choose_device, free_bytes
 from litecache.engine.scheduling.block_pool import BlockPool
 from litecache.errors import CapacityError, ConfigError, KernelError, outline
 from litecache.kernels import TRASH_BLOCK, AttentionMetadata, copy_blocks, paged_attention, store_kv
 from litecache.kernels.checks import contents_checked
-from litecache.machine_memory import available_memory_bytes
 
 _MOST_ROWS = 1 << 20
 _INT32 = 2**31
@@ -73,7 +72,7 @@ class PagedAttentionCache:
         self.num_layers, self.num_heads = config.num_layers, config.num_heads
         self.num_kv_heads = config.num_kv_heads or config.num_heads
         self.head_dim = config.head_dim
-        self.device = _device(config.device)
+        self.device = choose_device(config.device)
         dtype = config.kv_dtype or config.dtype
         spec = KVSpec(self.num_kv_heads, self.head_dim, self.head_dim, dtype)
         group = KVLayout.from_specs([spec] * self.num_layers, config.block_size).groups[0]
@@ -256,15 +255,9 @@ class PagedAttentionCache:
 
     def _check_room(self, block_bytes: int) -> int:
         """How many blocks: as many as the config says, or as fit the GPU."""
-        count = self.config.num_blocks
-        if self.device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(self.device)
-            allocator = torch.cuda.memory
-            free += allocator.memory_reserved(self.device) - allocator.memory_allocated(self.device)
-        else:
-            free = available_memory_bytes()
-            if count is None:
-                raise ConfigError("num_blocks", None, "required on a CPU")
+        count, free = self.config.num_blocks, free_bytes(self.device)
+        if count is None and self.device.type != "cuda":
+            raise ConfigError("num_blocks", None, "required on a CPU")
         if count is None:
             count = int(free * self.config.gpu_memory_fraction) // block_bytes - 1
         if count < 1 or (count + 1) * block_bytes > free:
@@ -402,11 +395,3 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 def _rows(tensor: torch.Tensor) -> torch.Tensor:
     """With a contiguous last dimension."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def _device(name: str | None) -> torch.device:
-    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device.type == "cuda" and (device.index or 0) >= count:
-        raise ConfigError("device", name, f'"cpu" or one of {count} CUDA devices')
-    return device

@@ -10,10 +10,9 @@ import torch
 from plan_driver import tiny_model
 
 from litecache.config import CacheConfig
-from litecache.engine.loading import long_probe
-from litecache.engine.loading.long_probe import TwinOutcome, twin_outcome
+from litecache.engine.loading import twin
 from litecache.engine.loading.model_loader import admit
-from litecache.engine.loading.twin import TWIN_TOKENS, lengths, shrink
+from litecache.engine.loading.twin import TWIN_TOKENS, TwinOutcome, lengths, shrink, twin_outcome
 from litecache.errors import ModelNotSupportedError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
@@ -68,14 +67,13 @@ def test_layers_have_the_window_of_their_mask_and_no_other():
     assert [spec.window for spec in specs] == [None, 32, None]
 
 
-def test_a_pass_that_is_wrong_far_out_is_left_out(monkeypatch):
+def test_a_pass_that_is_wrong_far_out_is_left_out(monkeypatch, tmp_path):
     """The layers' own check sees few positions: without it, the twin alone must tell."""
     from litecache.engine.running.passes import fused_layers
 
     monkeypatch.setattr(fused_layers, "_TOLERANCE", {torch.float32: float("inf")})
-    monkeypatch.setattr(long_probe, "_OUTCOMES", {})
-    monkeypatch.setattr(long_probe, "_read", lambda file: None)
-    monkeypatch.setattr(long_probe, "_write", lambda file, outcome: None)
+    monkeypatch.setattr(twin, "_OUTCOMES", {})
+    monkeypatch.setenv("LITECACHE_HOME", str(tmp_path))
     made = Made("ministral3", cases_of("ministral3")["query scale from 40"])
     outcome = twin_outcome(made.model_class, made.config)
     assert outcome.wrong == ""
@@ -84,32 +82,32 @@ def test_a_pass_that_is_wrong_far_out_is_left_out(monkeypatch):
 
 def test_a_twin_is_tried_once_and_kept_on_disk(monkeypatch, tmp_path):
     monkeypatch.setenv("LITECACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(long_probe, "_OUTCOMES", {})
+    monkeypatch.setattr(twin, "_OUTCOMES", {})
     tried = []
-    real = long_probe._try
-    monkeypatch.setattr(long_probe, "_try", lambda *args: tried.append(1) or real(*args))
+    real = twin._try
+    monkeypatch.setattr(twin, "_try", lambda *args: tried.append(1) or real(*args))
     made = Made("llama", cases_of("llama")["plain"])
     first = twin_outcome(made.model_class, made.config)
     assert twin_outcome(made.model_class, made.config) == first
-    monkeypatch.setattr(long_probe, "_OUTCOMES", {})
+    monkeypatch.setattr(twin, "_OUTCOMES", {})
     assert twin_outcome(made.model_class, made.config) == first
     assert len(tried) == 1
     (file,) = (tmp_path / "probes").iterdir()
     assert file.stat().st_size < 1000
     file.write_text("{")
-    monkeypatch.setattr(long_probe, "_OUTCOMES", {})
+    monkeypatch.setattr(twin, "_OUTCOMES", {})
     assert twin_outcome(made.model_class, made.config) == first
     assert len(tried) == 2
 
 
 def test_a_model_without_a_twin_is_tried_itself_and_refused_when_too_long(monkeypatch):
-    monkeypatch.setattr(long_probe, "twin_outcome", lambda *args: TwinOutcome(no_twin="reasons"))
+    monkeypatch.setattr(twin, "twin_outcome", lambda *args: TwinOutcome(no_twin="reasons"))
     made = Made("llama", cases_of("llama")["plain"])
     assert admit(made.build(), CacheConfig(device="cpu"), 300)
     with pytest.raises(ModelNotSupportedError, match=r"reasons.*up to 512 tokens"):
         admit(made.build(), CacheConfig(device="cpu"), 513)
     # With nothing but its own weights a window is still found out.
-    monkeypatch.setattr(long_probe, "record_specs", _without_windows(long_probe.record_specs))
+    monkeypatch.setattr(twin, "record_specs", _without_windows(twin.record_specs))
     windowed = Made("mistral", cases_of("mistral")["window 32"])
     with pytest.raises(ModelNotSupportedError, match="over paged KV differ"):
         admit(windowed.build(), CacheConfig(device="cpu"), 160)
@@ -134,17 +132,17 @@ def test_a_twin_is_small_and_goes_beyond_every_length():
         "layer_types": ["sliding_attention"] * 5 + ["full_attention"] * 43,
         "attn_logit_softcapping": 50.0,
     }
-    twin = shrink(fields)
-    assert set(twin["layer_types"]) == {"sliding_attention", "full_attention"}
-    assert len(twin["layer_types"]) == twin["num_hidden_layers"] <= 4
-    assert twin["attn_logit_softcapping"] == 50.0
-    assert (twin["hidden_size"], twin["vocab_size"]) == (64, 128)
-    assert twin["max_position_embeddings"] == 16 * 40
-    assert lengths(twin) == {
+    small = shrink(fields)
+    assert set(small["layer_types"]) == {"sliding_attention", "full_attention"}
+    assert len(small["layer_types"]) == small["num_hidden_layers"] <= 4
+    assert small["attn_logit_softcapping"] == 50.0
+    assert (small["hidden_size"], small["vocab_size"]) == (64, 128)
+    assert small["max_position_embeddings"] == 16 * 40
+    assert lengths(small) == {
         "sliding_window": (8, 8),
         "original_max_position_embeddings": (40, 40),
     }
-    assert all(real < TWIN_TOKENS for real, _ in lengths(twin).values())
+    assert all(real < TWIN_TOKENS for real, _ in lengths(small).values())
 
 
 @pytest.mark.slow

@@ -5,8 +5,7 @@ import sys
 
 import pytest
 
-from litecache.engine.loading.model_source import ModelSource
-from litecache.engine.loading.preload import preload
+from litecache.engine.loading.model_source import ModelSource, preload
 
 
 @pytest.mark.parametrize(
@@ -23,8 +22,7 @@ def test_nothing_is_refused_ahead_of_loading(source: ModelSource) -> None:
 def test_loading_finds_its_modules_imported() -> None:
     program = """
 import sys
-from litecache.engine.loading.model_source import ModelSource
-from litecache.engine.loading.preload import preload
+from litecache.engine.loading.model_source import ModelSource, preload
 assert "torch" not in sys.modules
 source = ModelSource(config={"model_type": "llama", "num_hidden_layers": 1, "hidden_size": 32,
     "intermediate_size": 32, "num_attention_heads": 2, "vocab_size": 64}, weights="random")

@@ -9,6 +9,7 @@ xxh3_128: it tells files apart, it does not defend against someone who forges we
 
 from __future__ import annotations
 
+import contextlib
 import json
 import mmap
 import os
@@ -51,17 +52,19 @@ def file_digest(path: Path) -> str:
     try:
         path = path.resolve(strict=True)
         status = path.stat()
-        entry = _cache_entry(path)
+        name = xxhash.xxh3_128_hexdigest(os.fsencode(path))
+        kept = litecache_home() / "fingerprints" / f"{name}.json"
         identity = [str(path), status.st_size, status.st_mtime_ns, status.st_ctime_ns]
         identity.append(status.st_ino)
-        cached = _read_cache(entry)
-        if cached is not None and cached.get("file") == identity:
-            return str(cached["digest"])
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            found = json.loads(kept.read_text(encoding="utf-8"))
+            if found["file"] == identity and isinstance(found["digest"], str):
+                return found["digest"]
         digest = _hash_file(path, status.st_size)
     except OSError as error:
         raise ConfigError("model file", str(path), f"readable ({error.strerror})") from error
     if time.time() - status.st_mtime > _SETTLED_S:
-        _write_cache(entry, {"file": identity, "digest": digest})
+        write_kept(kept, {"file": identity, "digest": digest})
     return digest
 
 
@@ -88,11 +91,10 @@ def model_fingerprint(folder: Path, *, trust_remote_code: bool = False) -> str:
     if not weights:
         raise ConfigError("model", str(folder), f"a folder with {', '.join(WEIGHT_SUFFIXES)} files")
     try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError("config.json", str(config_file), f"readable JSON ({error})") from error
-    if not isinstance(config, dict):
-        raise ConfigError("config.json", str(config_file), "a JSON object")
+        config = dict(json.loads(config_file.read_text(encoding="utf-8")).items())
+    except (OSError, ValueError, AttributeError) as error:
+        valid = f"a readable JSON object ({error})"
+        raise ConfigError("config.json", str(config_file), valid) from error
     files = [*weights, *(p for kind in _FORWARD_FILES for p in sorted(folder.glob(kind)))]
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         digests = list(pool.map(file_digest, files))
@@ -146,26 +148,11 @@ def _hash_file(path: Path, size: int) -> str:
     return state.hexdigest()
 
 
-def _cache_entry(path: Path) -> Path:
-    name = xxhash.xxh3_128_hexdigest(os.fsencode(path))
-    return litecache_home() / "fingerprints" / f"{name}.json"
-
-
-def _read_cache(entry: Path) -> dict[str, Any] | None:
-    try:
-        value = json.loads(entry.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, dict) and isinstance(value.get("digest"), str) else None
-
-
-def _write_cache(entry: Path, value: dict[str, Any]) -> None:
+def write_kept(file: Path, value: Mapping[str, Any]) -> None:
     """Best effort, through a rename: a cache folder that cannot be written only costs time."""
-    try:
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=entry.parent, suffix=".tmp")
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            json.dump(value, file)
-        os.replace(temporary, entry)
-    except OSError:
-        return
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
+        with os.fdopen(descriptor, "w", encoding="utf-8") as out:
+            json.dump(value, out)
+        os.replace(temporary, file)

@@ -14,13 +14,12 @@ from collections.abc import Iterator
 import torch
 
 from litecache.config import CacheConfig
-from litecache.engine.kv_layout import KVLayout
+from litecache.engine.kv_layout import KVLayout, free_bytes
 from litecache.engine.loading.model_loader import LoadedModel
 from litecache.engine.running.batch import EVERY_TOKEN, Batch
 from litecache.engine.running.hf_attention import AttentionOptions, attention_context
 from litecache.engine.running.sampler import sample
 from litecache.errors import CapacityError
-from litecache.machine_memory import available_memory_bytes
 
 CPU_POOL_BYTES = 4 << 30
 CPU_MEMORY_SHARE = 0.25
@@ -41,7 +40,14 @@ def choose_num_blocks(loaded: LoadedModel, layout: KVLayout, config: CacheConfig
             not fit the device.
     """
     if config.num_blocks is not None:
-        _check_fits(config.num_blocks, loaded, layout)
+        need = (config.num_blocks + 1) * layout.block_bytes
+        free = free_bytes(loaded.device)
+        if need > free:
+            raise CapacityError(
+                f"num_blocks={config.num_blocks} needs {need:,} bytes on {loaded.device},"
+                f" {free:,} are free: at most {max(free // layout.block_bytes - 1, 0)} blocks of"
+                f" {layout.block_bytes:,} bytes fit"
+            )
         return config.num_blocks
     if loaded.device.type == "cuda":
         room, why = _gpu_room(loaded, config)
@@ -50,7 +56,7 @@ def choose_num_blocks(loaded: LoadedModel, layout: KVLayout, config: CacheConfig
             " set num_blocks"
         )
     else:
-        free = available_memory_bytes()
+        free = free_bytes(loaded.device)
         room = min(CPU_POOL_BYTES, int(free * CPU_MEMORY_SHARE))
         why = f"{CPU_MEMORY_SHARE:.0%} of {free:,} free bytes, at most {CPU_POOL_BYTES:,}"
         advice = "free memory or set num_blocks"
@@ -84,21 +90,6 @@ def memory_for(what: str, advice: str) -> Iterator[None]:
         ) from error
 
 
-def _check_fits(num_blocks: int, loaded: LoadedModel, layout: KVLayout) -> None:
-    need = (num_blocks + 1) * layout.block_bytes
-    free = (
-        torch.cuda.mem_get_info(loaded.device)[0]
-        if loaded.device.type == "cuda"
-        else available_memory_bytes()
-    )
-    if need > free:
-        most = free // layout.block_bytes - 1
-        raise CapacityError(
-            f"num_blocks={num_blocks} needs {need:,} bytes on {loaded.device}, {free:,} are free:"
-            f" at most {max(most, 0)} blocks of {layout.block_bytes:,} bytes fit"
-        )
-
-
 def _gpu_room(loaded: LoadedModel, config: CacheConfig) -> tuple[int, str]:
     """Bytes for the pool (below 0: too little), and how they come about."""
     gc.collect()  # models are linked in circles: one that was closed may still be there
@@ -123,29 +114,21 @@ def profile_peak(loaded: LoadedModel, config: CacheConfig) -> int:
     samples = min(config.max_requests, tokens)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    ids = torch.arange(tokens, device=device) % loaded.vocab_size
+    positions = torch.arange(tokens, device=device)[None]
+    last = {"logits_to_keep": samples} if loaded.keeps_logits else {}
+    ones = torch.ones(samples, device=device)
+    rules = {
+        "temperature": ones,
+        "top_k": torch.full((samples,), 8, device=device),
+        "top_p": ones * 0.9,
+        "min_p": ones * 0.1,
+        "keys": torch.zeros(samples, dtype=torch.int64, device=device),
+    }
     with torch.inference_mode(), attention_context(_Absent()):
         logits = loaded.model(
-            input_ids=ids[None],
-            position_ids=torch.arange(tokens, device=device)[None],
-            use_cache=False,
-            **({"logits_to_keep": samples} if loaded.keeps_logits else {}),
+            positions % loaded.vocab_size, position_ids=positions, use_cache=False, **last
         ).logits[0][-samples:]
-        ones = torch.ones(samples, device=device)
-        sample(
-            logits,
-            Batch(
-                {
-                    "temperature": ones,
-                    "top_k": torch.full((samples,), 8, device=device),
-                    "top_p": ones * 0.9,
-                    "min_p": ones * 0.1,
-                    "keys": torch.zeros(samples, dtype=torch.int64, device=device),
-                },
-                num_sorted=EVERY_TOKEN,
-                any_min_p=True,
-            ),
-        )
+        sample(logits, Batch(rules, num_sorted=EVERY_TOKEN, any_min_p=True))
     torch.cuda.synchronize(device)
     peak = torch.cuda.max_memory_allocated(device) - before
     del logits

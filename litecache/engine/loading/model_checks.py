@@ -32,65 +32,60 @@ def check_config(hf_config: Any) -> None:
         ModelNotSupportedError: with the reason.
     """
     text = hf_config.get_text_config(decoder=True)
-    if getattr(hf_config, "is_encoder_decoder", False):
-        raise refusal(hf_config, "an encoder-decoder model; only decoders have one KV sequence")
-    if "dynamic" in _rope_types(text):
-        raise refusal(
-            hf_config,
-            "rope_type 'dynamic': its frequencies depend on the longest position of the batch, so"
-            " cached KV would be wrong for other lengths",
-        )
     kinds = sorted(set(getattr(text, "layer_types", None) or ()))
-    recurrent = [kind for kind in kinds if _RECURRENT_LAYERS.search(kind)]
-    if recurrent:
-        raise refusal(hf_config, f"layers with recurrent state ({', '.join(recurrent)})")
-    if "reference_sliding_attention" in kinds:
-        raise refusal(hf_config, "attention that treats generated tokens otherwise than the prompt")
-    if any(getattr(text, name, None) is not None for name in _RECURRENT_FIELDS):
-        raise refusal(hf_config, "layers with recurrent state")
-    if hf_config.model_type in _TWO_CALLS:
-        raise refusal(hf_config, "two attention calls in a layer")
+    recurrent = ", ".join(kind for kind in kinds if _RECURRENT_LAYERS.search(kind))
+    reasons = {
+        "an encoder-decoder model; only decoders have one KV sequence": getattr(
+            hf_config, "is_encoder_decoder", False
+        ),
+        "rope_type 'dynamic': its frequencies depend on the longest position of the batch, so"
+        " cached KV would be wrong for other lengths": "dynamic" in _rope_types(text),
+        f"layers with recurrent state ({recurrent})": recurrent,
+        "attention that treats generated tokens otherwise than the prompt": (
+            "reference_sliding_attention" in kinds
+        ),
+        "layers with recurrent state": any(
+            getattr(text, name, None) is not None for name in _RECURRENT_FIELDS
+        ),
+        "two attention calls in a layer": hf_config.model_type in _TWO_CALLS,
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            raise refusal(hf_config, reason)
 
 
-def check_shape(hf_config: Any, config: CacheConfig) -> None:
-    """Compare the optional shape fields of a CacheConfig with the model.
+def check_limits(hf_config: Any, config: CacheConfig) -> int:
+    """Compare the shape and length in a CacheConfig with the model's.
+
+    Returns:
+        The longest sequence in tokens: what the user set, bounded by what the model knows.
 
     Raises:
-        ConfigError: naming the field that disagrees.
+        ConfigError: naming the field that disagrees; longer than the model's positions, or neither
+            side states a limit.
     """
     text = hf_config.get_text_config(decoder=True)
     heads = getattr(text, "num_attention_heads", None)
+    hidden = getattr(text, "hidden_size", None)
     shape = {
         "num_layers": getattr(text, "num_hidden_layers", None),
         "num_heads": heads,
         "num_kv_heads": getattr(text, "num_key_value_heads", None) or heads,
-        "head_dim": head_dim(text),
+        "head_dim": getattr(text, "head_dim", None)
+        or (hidden // heads if hidden and heads else None),
     }
     for name, actual in shape.items():
         given = getattr(config, name)
         if given is not None and actual is not None and given != actual:
             raise ConfigError(name, given, f"{actual}, as the model has it, or None")
-
-
-def choose_max_model_len(hf_config: Any, config: CacheConfig) -> int:
-    """The longest sequence: what the user set, bounded by what the model knows.
-
-    Raises:
-        ConfigError: longer than the model's positions, or neither side states a limit.
-    """
-    text = hf_config.get_text_config(decoder=True)
     limit = getattr(text, "max_position_embeddings", None)
-    if config.max_model_len is None:
-        if limit is None:
-            raise ConfigError(
-                "max_model_len", None, "a number of tokens, for a model that states no limit"
-            )
-        return int(limit)
-    if limit is not None and config.max_model_len > limit:
-        raise ConfigError(
-            "max_model_len", config.max_model_len, f"at most {limit}, the model's positions"
-        )
-    return config.max_model_len
+    length = limit if config.max_model_len is None else config.max_model_len
+    if length is None:
+        valid = "a number of tokens, for a model that states no limit"
+        raise ConfigError("max_model_len", None, valid)
+    if limit is not None and length > limit:
+        raise ConfigError("max_model_len", length, f"at most {limit}, the model's positions")
+    return int(length)
 
 
 def read_config(source: ModelSource) -> Any:
@@ -132,39 +127,24 @@ def check_complete(name: str, report: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: names up to ten tensors, and how many are missing or of another shape.
     """
-    missing, unused = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
-    other = [
-        f"{key} is {list(there)}, not {list(here)}"
-        for key, there, here in sorted(report["mismatched_keys"])
-    ]
-    if unused:
+    if unused := sorted(report["unexpected_keys"]):
         logger.warning("%s: %d unused: %s", name, len(unused), _some(unused))
-    faults = [
-        f"{len(names)} {what}: {_some(names)}"
-        for what, names in (
-            ("missing", missing),
-            ("of another shape than the config's", other),
-            ("unreadable", list(report.get("error_msgs", ()))),
-        )
-        if names
-    ]
-    if faults:
+    faults = {
+        "missing": sorted(report["missing_keys"]),
+        "of another shape than the config's": [
+            f"{key} is {list(there)}, not {list(here)}"
+            for key, there, here in sorted(report["mismatched_keys"])
+        ],
+        "unreadable": list(report.get("error_msgs", ())),
+    }
+    found = [f"{len(names)} {what}: {_some(names)}" for what, names in faults.items() if names]
+    if found:
         valid = "a checkpoint that holds every tensor of the model"
-        raise ConfigError("model", name, f"{valid}; {'; '.join(faults)}")
+        raise ConfigError("model", name, f"{valid}; {'; '.join(found)}")
 
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
-
-
-def head_dim(text_config: Any) -> int | None:
-    """The head dimension a configuration implies, None when it does not say."""
-    explicit = getattr(text_config, "head_dim", None)
-    if explicit:
-        return int(explicit)
-    hidden = getattr(text_config, "hidden_size", None)
-    heads = getattr(text_config, "num_attention_heads", None)
-    return hidden // heads if hidden and heads else None
 
 
 def refusal(hf_config: Any, reason: str, right_to: int | None = None) -> ModelNotSupportedError:
@@ -184,12 +164,11 @@ def refusal(hf_config: Any, reason: str, right_to: int | None = None) -> ModelNo
 
 
 def _rope_types(text_config: Any) -> Iterator[str]:
-    parameters = getattr(text_config, "rope_parameters", None) or {}
-    if not isinstance(parameters, Mapping):
-        return
+    parameters = getattr(text_config, "rope_parameters", None)
+    nested = parameters.values() if isinstance(parameters, Mapping) else ()
     # Some families nest one set per layer type.
-    for entry in (parameters, *(v for v in parameters.values() if isinstance(v, Mapping))):
-        if "rope_type" in entry:
+    for entry in (parameters, *nested):
+        if isinstance(entry, Mapping) and "rope_type" in entry:
             yield str(entry["rope_type"])
 
 

@@ -17,25 +17,24 @@ import torch
 from safetensors.torch import load_file
 
 from litecache.config import CacheConfig
-from litecache.engine.kv_layout import KVSpec
+from litecache.engine.kv_layout import KVSpec, choose_device
 from litecache.engine.loading.fingerprint import (
     combined_fingerprint,
     file_digest,
     model_fingerprint,
     random_fingerprint,
 )
-from litecache.engine.loading.long_probe import probe_model
 from litecache.engine.loading.model_checks import (
     check_complete,
     check_config,
-    check_shape,
-    choose_max_model_len,
+    check_limits,
     loading_reason,
     read_config,
     refusal,
 )
 from litecache.engine.loading.model_source import BUFFERS_FILE, ModelSource
 from litecache.engine.loading.probe import use_paged_attention
+from litecache.engine.loading.twin import probe_model
 from litecache.engine.running.hf_attention import IMPLEMENTATION, register
 from litecache.engine.running.passes import apply_passes, chosen_passes
 from litecache.errors import ConfigError, ModelNotSupportedError
@@ -96,9 +95,9 @@ def load_model(source: ModelSource, config: CacheConfig) -> LoadedModel:
     device = choose_device(config.device)
     hf_config = read_config(source)
     check_config(hf_config)
-    check_shape(hf_config, config)
-    max_model_len = choose_max_model_len(hf_config, config)
-    dtype = _choose_dtype(hf_config, config)
+    max_model_len = check_limits(hf_config, config)
+    name = config.dtype or str(getattr(hf_config, "dtype", None) or "float32")
+    dtype: torch.dtype = getattr(torch, name.removeprefix("torch."))
     register()
     if source.weights == "random":
         model = random_model(hf_config, source.seed, device, dtype)
@@ -118,7 +117,7 @@ def load_model(source: ModelSource, config: CacheConfig) -> LoadedModel:
         dtype=dtype,
         max_model_len=max_model_len,
         vocab_size=hf_config.get_text_config(decoder=True).vocab_size,
-        eos_token_ids=_eos_token_ids(model),
+        eos_token_ids=eos_token_ids(model.config, model.generation_config),
         fingerprint=fingerprint,
         passes=passes,
     )
@@ -148,23 +147,6 @@ def admit(
     return specs, tuple(name for name, kept in tried.items() if kept)
 
 
-def choose_device(name: str | None) -> torch.device:
-    """The device a config means, with its index.
-
-    Raises:
-        ConfigError: there is no such device.
-    """
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (device.index or 0) >= count:
-            raise ConfigError("device", name, f'"cpu" or one of {count} CUDA devices')
-        device = torch.device("cuda", device.index or 0)
-    return device
-
-
 def random_model(hf_config: Any, seed: int, device: torch.device, dtype: torch.dtype) -> Any:
     """Draw weights where they stay, in their final dtype, leaving torch's generator untouched."""
     from transformers import AutoModelForCausalLM
@@ -184,11 +166,15 @@ def _pretrained_model(
     source: ModelSource, hf_config: Any, device: torch.device, dtype: torch.dtype
 ) -> Any:
     from transformers import AutoModelForCausalLM
-    from transformers.utils import is_accelerate_available
+    from transformers.utils import is_accelerate_available, is_peft_available
 
+    beside = os.path.join(str(source.path), "adapter_config.json")
+    if os.path.exists(beside) and not is_peft_available():
+        # transformers would load the base model alone, and say nothing.
+        valid = "weights without an adapter beside them: merge it first, or pip install peft"
+        raise ConfigError("adapter_config.json", beside, valid)
     # With accelerate, transformers copies each tensor to the device as it reads it.
     direct = {"device_map": {"": device}} if is_accelerate_available() else {}
-    _check_adapter(source)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             source.path,
@@ -216,24 +202,18 @@ def _pretrained_model(
     return model
 
 
-def _check_adapter(source: ModelSource) -> None:
-    """Without peft transformers would load the base model alone, and say nothing."""
-    from transformers.utils import is_peft_available
-
-    beside = os.path.join(str(source.path), "adapter_config.json")
-    if os.path.exists(beside) and not is_peft_available():
-        valid = "weights without an adapter beside them: merge it first, or pip install peft"
-        raise ConfigError("adapter_config.json", beside, valid)
-
-
 def _fingerprint(source: ModelSource, model: Any) -> str:
     """Of what was loaded, code that came from another place than the folder included.
 
     Raises:
         ConfigError: another one than the source says.
     """
-    folder = _local_folder(source)
-    found = model_fingerprint(folder, trust_remote_code=source.trust_remote_code)
+    from transformers.utils import cached_file
+
+    folder = str(source.path)
+    if not os.path.isdir(folder):  # the hub's snapshot of it
+        folder = os.path.dirname(str(cached_file(folder, "config.json", revision=source.revision)))
+    found = model_fingerprint(Path(folder), trust_remote_code=source.trust_remote_code)
     if source.fingerprint not in (None, found):
         valid = f"the model with fingerprint {source.fingerprint}; it has changed to {found}"
         raise ConfigError("model", source.path, valid)
@@ -248,33 +228,18 @@ def _fingerprint(source: ModelSource, model: Any) -> str:
 def _not_a_decoder(hf_config: Any, error: Exception) -> ModelNotSupportedError:
     if IMPLEMENTATION in str(error):
         return refusal(hf_config, "it has attention code of its own")
-    return refusal(
-        hf_config, f"it does not load as a causal language model: {loading_reason(error)}"
-    )
+    reason = f"it does not load as a causal language model: {loading_reason(error)}"
+    return refusal(hf_config, reason)
 
 
-def _local_folder(source: ModelSource) -> Path:
-    """Where the weights lie: the folder itself, or the hub's snapshot of it."""
-    assert source.path is not None
-    if os.path.isdir(source.path):
-        return Path(source.path)
-    from transformers.utils import cached_file
+def eos_token_ids(config: Any, generation_config: Any) -> tuple[int, ...]:
+    """A model's own end tokens, without those that it cannot draw.
 
-    return Path(str(cached_file(source.path, "config.json", revision=source.revision))).parent
-
-
-def _choose_dtype(hf_config: Any, config: CacheConfig) -> torch.dtype:
-    name = config.dtype or str(getattr(hf_config, "dtype", None) or "float32")
-    dtype: torch.dtype = getattr(torch, name.removeprefix("torch."))
-    return dtype
-
-
-def _eos_token_ids(model: Any) -> tuple[int, ...]:
-    ids = getattr(model.generation_config, "eos_token_id", None)
+    Defaults of a family may lie outside a shrunken vocabulary.
+    """
+    ids = getattr(generation_config, "eos_token_id", None)
     if ids is None:
-        ids = getattr(model.config, "eos_token_id", None)
-    if ids is None:
-        return ()
-    vocab = model.config.get_text_config(decoder=True).vocab_size
-    # Defaults of a family may lie outside a shrunken vocabulary.
-    return tuple(i for i in (ids if isinstance(ids, (list, tuple)) else (ids,)) if i < vocab)
+        ids = getattr(config, "eos_token_id", None)
+    vocab = config.get_text_config(decoder=True).vocab_size
+    given = ids if isinstance(ids, (list, tuple)) else (ids,)
+    return tuple(i for i in given if i is not None and i < vocab)

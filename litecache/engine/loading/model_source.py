@@ -1,14 +1,19 @@
 """Where a model comes from: what the driver sends and the actor loads.
 
 A source is small and picklable; it imports nothing. Two sources that are equal load equal weights.
+`preload` imports what loading one needs ahead of it: seconds, and a start has other waits.
 """
 
 from __future__ import annotations
 
+import contextlib
+import logging
 from dataclasses import dataclass, field
 from typing import Any
 
 from litecache.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 WEIGHTS = ("auto", "random")
 # Beside the weights of a module that was handed over: its buffers that no checkpoint holds.
@@ -52,9 +57,8 @@ class ModelSource:
             if self.weights != "random":
                 raise ConfigError("weights", self.weights, '"random" when only a config is given')
             if not self.config.get("model_type"):
-                raise ConfigError(
-                    "config", sorted(self.config), "a dict with the model's model_type"
-                )
+                valid = "a dict with the model's model_type"
+                raise ConfigError("config", sorted(self.config), valid)
 
     @property
     def name(self) -> str:
@@ -63,3 +67,27 @@ class ModelSource:
             return self.label or str(self.path)
         assert self.config is not None
         return f"{self.config['model_type']} (random weights)"
+
+
+def preload(source: ModelSource, *, cuda: bool) -> None:
+    """Import torch, the engine and the model's classes, and open the GPU.
+
+    Nothing is refused here: whatever is wrong shows again, with its message, in `load_model`. It
+    must have ended before that begins: transformers cannot be imported by two threads at once.
+
+    Args:
+        source: the model that will be loaded.
+        cuda: whether it will run on a GPU.
+    """
+    with contextlib.suppress(Exception):
+        import torch
+
+        if cuda:
+            torch.cuda.init()  # type: ignore[no-untyped-call]
+        from litecache.engine.engine import Engine
+        from litecache.engine.loading.model_checks import read_config
+
+        config = read_config(source)
+        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+        logger.debug("imported %s and %s", Engine, MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])

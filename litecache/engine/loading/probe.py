@@ -19,7 +19,6 @@ from litecache.engine.running.hf_attention import (
     IMPLEMENTATION,
     RECORDING,
     LayerCall,
-    MaskFunction,
     PagedContext,
     Recorder,
     attention_context,
@@ -104,25 +103,19 @@ def record_specs(
     if not calls:
         raise refusal(config, "it has attention code of its own and ignores attention functions")
     if sorted(calls) != list(range(num_layers)):
-        less = len(calls) < num_layers
-        raise refusal(
-            config,
-            f"attention functions ran in layers {sorted(calls)} of {num_layers}"
-            + ("; the others keep state in another way" if less else ""),
-        )
+        rest = "; the others keep state in another way" if len(calls) < num_layers else ""
+        ran = f"attention functions ran in layers {sorted(calls)} of {num_layers}"
+        raise refusal(config, ran + rest)
     twice = [layer for layer, made in calls.items() if len(made) != 1]
     if twice:
         raise refusal(config, f"layers {twice} call attention more than once")
-    windows: dict[int, int | None] = {}
+    windows: dict[int, int | None] = {}  # layers of one kind are given one mask
     specs = []
-    for layer in range(num_layers):
-        call = calls[layer][0]
-        window = call.window
-        if call.mask is not None:
-            if id(call.mask) not in windows:
-                windows[id(call.mask)] = _window(config, layer, call, max_model_len)
-            window = windows[id(call.mask)]
-        specs.append(KVSpec(call.kv_heads, call.k_dim, call.v_dim, kv_dtype, window=window))
+    for layer, (call,) in sorted(calls.items()):
+        key = id(call.mask) if call.mask is not None else ~layer
+        if key not in windows:
+            windows[key] = _window(config, layer, call, max_model_len)
+        specs.append(KVSpec(call.kv_heads, call.k_dim, call.v_dim, kv_dtype, window=windows[key]))
     return tuple(specs)
 
 
@@ -132,53 +125,45 @@ def _window(config: Any, layer: int, call: LayerCall, max_model_len: int) -> int
     Raises:
         ModelNotSupportedError: it is neither within `max_model_len` tokens.
     """
-    positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    # As far as the model can go, so that its layout is the same for every `max_model_len`.
-    longest = max(max_model_len, positions or 0)
     mask = call.mask
-    assert mask is not None
+    if mask is None:
+        return call.window
+
+    def visible(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        zero = torch.zeros((), dtype=torch.int64)
+        return mask(zero, zero, queries, keys).expand(queries.shape)
+
     try:
-        _visible(mask, torch.tensor([2]), torch.tensor([0]))
+        visible(torch.tensor([2]), torch.tensor([0]))
     except (IndexError, RuntimeError):
         return call.window  # a rule over the tokens of this run: the twin tells whether it counts
-    first_hidden = None
+    # As far as the model can go, so that its layout is the same for every `max_model_len`.
+    positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    longest = max(max_model_len, positions or 0)
+    window = None
     for start in range(0, longest, _MASK_STEP):
         queries = torch.arange(start, min(start + _MASK_STEP, longest))
-        hidden = ~_visible(mask, queries, torch.zeros_like(queries))
+        hidden = ~visible(queries, torch.zeros_like(queries))
         if bool(hidden.any()):
-            first_hidden = start + int(hidden.int().argmax())
+            window = start + int(hidden.int().argmax())
             break
-    reach = min(longest, max_model_len)
-    window = first_hidden
-    samples = {0, 1, reach // 2, reach - 1}
+    samples = {0, 1, max_model_len // 2, max_model_len - 1}
     if window is not None:
         samples |= {window - 1, window, window + 1, 2 * window}
-    for query in sorted(q for q in samples if 0 <= q < reach):
-        keys = torch.arange(min(query + 2, reach))
+    for query in sorted(q for q in samples if 0 <= q < max_model_len):
+        keys = torch.arange(min(query + 2, max_model_len))
         expected = keys <= query
         if window is not None:
             expected &= keys > query - window
-        if not torch.equal(_visible(mask, torch.full_like(keys, query), keys), expected):
-            raise refusal(
-                config,
-                f"layer {layer} sees something else than all tokens before it or the last ones",
-                window if window is not None and query >= window else None,
-            )
+        if not torch.equal(visible(torch.full_like(keys, query), keys), expected):
+            what = "sees something else than all tokens before it or the last ones"
+            right_to = window if window is not None and query >= window else None
+            raise refusal(config, f"layer {layer} {what}", right_to)
     return window
 
 
-def _visible(mask: MaskFunction, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    zero = torch.zeros((), dtype=torch.int64)
-    return mask(zero, zero, queries, keys).expand(queries.shape)
-
-
 def verify_paged(
-    model: Any,
-    specs: tuple[KVSpec, ...],
-    block_size: int,
-    plan: ProbePlan = ProbePlan(),
-    *,
-    positions: bool = True,
+    model: Any, specs: tuple[KVSpec, ...], block_size: int, plan: ProbePlan = ProbePlan()
 ) -> float:
     """Compare a packed, chunked, paged run with the model's own attention.
 
@@ -187,7 +172,6 @@ def verify_paged(
         specs: what `record_specs` found.
         block_size: tokens per block.
         plan: the sequences.
-        positions: hand the positions to the model's own run, too, or let it count them itself.
 
     Returns:
         The relative error of the logits.
@@ -195,13 +179,12 @@ def verify_paged(
     Raises:
         ModelNotSupportedError: the error is above the tolerance of the dtype.
     """
-    reference = ordinary_logits(model, plan, positions=positions)
+    reference = ordinary_logits(model, plan)
     try:
         logits = paged_logits(model, specs, block_size, plan)
     except Exception as error:
         raise refusal(model.config, f"a packed forward fails: {error}") from error
-    _compare(model, logits, reference, "over paged KV differ from its own attention")
-    return relative_error(logits, reference)
+    return _compare(model, logits, reference, "over paged KV differ from its own attention")
 
 
 def check_prefix(model: Any, plan: ProbePlan) -> None:
@@ -210,24 +193,23 @@ def check_prefix(model: Any, plan: ProbePlan) -> None:
     Raises:
         ModelNotSupportedError: those of the first tokens change when more follow.
     """
-    one = ProbePlan((0,), plan.tokens)
-    few = ProbePlan((0,), plan.tokens // 4)
-    whole, part = (ordinary_logits(model, each, positions=False) for each in (one, few))
-    _compare(model, part, whole[:, : few.tokens], "differ when more tokens follow, in its own code")
+    few = plan.tokens // 4
+    whole, part = (ordinary_logits(model, ProbePlan((0,), n)) for n in (plan.tokens, few))
+    _compare(model, part, whole[:, :few], "differ when more tokens follow, in its own code")
 
 
-def _compare(model: Any, logits: torch.Tensor, reference: torch.Tensor, what: str) -> None:
+def _compare(model: Any, logits: torch.Tensor, reference: torch.Tensor, what: str) -> float:
     dtype = next(model.parameters()).dtype
     error, tolerance = relative_error(logits, reference), TOLERANCE[dtype]
+    worst = error
     if dtype == torch.float32 and error <= tolerance:
         # The worst position counts: few may lie beyond a window.
         norms = reference.norm(dim=-1).clamp_min(1e-30)  # padding may give nothing but zeros
-        error = float(((logits - reference).norm(dim=-1) / norms).max())
-    if not error <= tolerance:
-        raise refusal(
-            model.config,
-            f"its logits {what} by {error:.1e} relative (allowed: {tolerance:.0e})",
-        )
+        worst = float(((logits - reference).norm(dim=-1) / norms).max())
+    if not worst <= tolerance:
+        reason = f"its logits {what} by {worst:.1e} relative (allowed: {tolerance:.0e})"
+        raise refusal(model.config, reason)
+    return error
 
 
 def relative_error(logits: torch.Tensor, reference: torch.Tensor) -> float:
@@ -251,63 +233,53 @@ def paged_logits(
         float32 `[rows, tokens, vocab]`.
     """
     tokens, positions = plan.inputs(model)
-    device, rows = tokens.device, len(plan.starts)
+    rows = len(plan.starts)
     layout = KVLayout.from_specs(specs, block_size)
     blocks_each = -(-plan.tokens // block_size)
-    pools = [KVPool(group, rows * blocks_each + 1, device) for group in layout.groups]
+    pools = [KVPool(group, rows * blocks_each + 1, tokens.device) for group in layout.groups]
     # Scattered and interleaved, as in a pool that has been in use.
     tables = [list(range(rows * blocks_each - row, 0, -rows)) for row in range(rows)]
     context = PagedContext(layout, pools)
+    first = [(row, slice(0, plan.cut(row))) for row in range(rows)]
+    rest = [(row, slice(plan.cut(row), plan.tokens)) for row in reversed(range(rows))]
     parts: list[list[torch.Tensor]] = [[] for _ in range(rows)]
-    cuts = [plan.cut(row) for row in range(rows)]
-    for chunks in (
-        [(row, 0, cuts[row]) for row in range(rows)],
-        [(row, cuts[row], plan.tokens) for row in reversed(range(rows))],
-    ):
+    for chunks in (first, rest):
+        lengths = [part.stop - part.start for _, part in chunks]
         metadata = AttentionMetadata.build(
-            [end - start for _, start, end in chunks],
-            [end for _, _, end in chunks],
-            [tables[row] for row, _, _ in chunks],
+            lengths,
+            [part.stop for _, part in chunks],
+            [tables[row] for row, _ in chunks],
             block_size,
-            device,
+            tokens.device,
         )
         # Groups have tables of their own, here with equal numbers; scratch is per group.
         context.metadata = [replace(metadata, scratch={}) for _ in layout.groups]
         ids, places = (
-            torch.cat([part[row, start:end] for row, start, end in chunks])[None]
-            for part in (tokens, positions)
+            torch.cat([values[row, part] for row, part in chunks])[None]
+            for values in (tokens, positions)
         )
         with torch.inference_mode(), attention_context(context):
             logits = model(input_ids=ids, position_ids=places, use_cache=False).logits[0].float()
-        for (row, start, end), part in zip(
-            chunks, logits.split([end - start for _, start, end in chunks]), strict=True
-        ):
-            del start, end
+        for (row, _), part in zip(chunks, logits.split(lengths), strict=True):
             parts[row].append(part)
     return torch.stack([torch.cat(row) for row in parts])
 
 
-def ordinary_logits(
-    model: Any, plan: ProbePlan = ProbePlan(), *, positions: bool = True
-) -> torch.Tensor:
+def ordinary_logits(model: Any, plan: ProbePlan = ProbePlan()) -> torch.Tensor:
     """Logits `[rows, tokens, vocab]` of a plan's sequences by the model's eager attention.
 
-    Args:
-        model: as for `record_specs`.
-        plan: the sequences.
-        positions: hand them over, or let the model count them itself.
+    Positions are handed over where a sequence does not start at 0; else the model counts them.
 
     Raises:
         ModelNotSupportedError: that fails.
     """
     tokens, places = plan.inputs(model)
+    extra = {"position_ids": places} if any(plan.starts) else {}
     model.set_attn_implementation("eager")
     try:
         with torch.inference_mode():
-            extra = {"position_ids": places} if positions else {}
-            out = model(input_ids=tokens, use_cache=False, **extra)
-            logits: torch.Tensor = out.logits.float()
-            return logits
+            logits: torch.Tensor = model(input_ids=tokens, use_cache=False, **extra).logits
+        return logits.float()
     except Exception as error:
         raise refusal(model.config, f"its own forward fails: {error}") from error
     finally:

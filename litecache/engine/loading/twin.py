@@ -1,19 +1,47 @@
-"""A small model that behaves as a large one does: the same class, every behavioural field kept.
+"""What a family does only beyond some length, tried on its twin and remembered.
 
 Real windows and original lengths are thousands of tokens, too long to try with real weights at each
-start. A twin has them shrunk beside the widths, so that 150 tokens go far beyond each of them.
-`shrink` makes its configuration, `build_twin` the model; what is done with it stands in
-long_probe.py.
+start. A twin is a small model of the same class with every behavioural field kept and the lengths
+shrunk beside the widths, so that 150 tokens go far beyond each of them. Per model class, versions
+and behavioural fields it is run once, packed, chunked and paged, with and without each pass;
+`$LITECACHE_HOME/probes` keeps the outcome. A model that would be wrong is refused only where
+`max_model_len` reaches the length in question, and a pass that is wrong there is left out.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
+import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
+
+from litecache.engine.kv_layout import KVSpec
+from litecache.engine.loading.fingerprint import write_kept
+from litecache.engine.loading.model_checks import refusal
+from litecache.engine.loading.probe import (
+    PROBE_TOKENS,
+    ProbePlan,
+    check_prefix,
+    ordinary_logits,
+    record_specs,
+    use_paged_attention,
+    verify_paged,
+)
+from litecache.engine.running.passes import PASSES, apply_passes
+from litecache.errors import ModelNotSupportedError, told
+from litecache.paths import litecache_home
+
+OWN_WEIGHTS_TOKENS = 512
+"""A model without a twin is tried over its whole `max_model_len`, up to so many tokens."""
+_BLOCK_SIZE = 16
 
 TWIN_WINDOW = 8
 TWIN_LENGTH = 40
@@ -59,9 +87,162 @@ _POSITIONS = (
     r"|max_target_positions)$"
 )
 _LAYERS = r"^(num_hidden_layers|n_layers?|num_layers|decoder_layers|num_decoder_layers)$"
+_FEW_LAYERS = r"first_k_dense|num_dense_layers|moe_layer_start|num_kv_shared_layers"
 _LABELS = ("id2label", "label2id")
 _LAYER_INDEX = r"(layers|layer_ids|idxs)$"
 """Lists of indices of layers."""
+
+
+@dataclass(frozen=True)
+class TwinOutcome:
+    """What a twin showed.
+
+    Attributes:
+        wrong: what is wrong over long sequences; empty when nothing is.
+        fields: the lengths, by name, beyond each of which it is wrong, with the number of tokens
+            before it where that begins; none with `wrong` set: it is wrong whatever they are.
+        wrong_passes: passes that change the logits.
+        no_twin: why there is no twin; empty when there is one.
+    """
+
+    wrong: str = ""
+    fields: Mapping[str, int] = field(default_factory=dict)
+    wrong_passes: Sequence[str] = ()
+    no_twin: str = ""
+
+
+def probe_model(
+    model: Any, kv_dtype: str, block_size: int, max_model_len: int
+) -> tuple[tuple[KVSpec, ...], tuple[str, ...]]:
+    """Refuse a model that is not right over paged KV at every length up to `max_model_len`.
+
+    Args:
+        model: a causal language model with this package's attention function chosen.
+        kv_dtype: of the pool, by name.
+        block_size: tokens per block.
+        max_model_len: longest sequence in tokens.
+
+    Returns:
+        Each layer's KV shape, and the passes that its twin has not shown to be wrong.
+
+    Raises:
+        ModelNotSupportedError: with the `max_model_len` that would be accepted, if there is one.
+    """
+    outcome = twin_outcome(type(model), model.config)
+    real = lengths(model.config.to_dict())
+    ends = sorted((real[name][0] - less, name) for name, less in outcome.fields.items())
+    if ends and max_model_len > ends[0][0]:
+        right_to, name = ends[0]
+        reason = f"beyond its {name} of {real[name][0]} tokens, {outcome.wrong}"
+        raise refusal(model.config, reason, right_to)
+    specs = record_specs(model, kv_dtype, max_model_len)
+    if outcome.wrong and not ends and max_model_len > PROBE_TOKENS:
+        raise refusal(model.config, outcome.wrong)
+    if outcome.no_twin and max_model_len > OWN_WEIGHTS_TOKENS:
+        raise refusal(
+            model.config,
+            "what it does over long sequences cannot be tried, as no small model of its class can"
+            f" be made ({outcome.no_twin}), and its own weights are tried over a few hundred"
+            " tokens at most",
+            OWN_WEIGHTS_TOKENS,
+        )
+    verify_paged(model, specs, block_size, ProbePlan.reaching(max_model_len))
+    if outcome.no_twin:
+        plan = ProbePlan((0, 0), max_model_len)
+        verify_paged(model, specs, block_size, plan)
+        check_prefix(model, plan)
+    return specs, tuple(name for name in PASSES if name not in outcome.wrong_passes)
+
+
+_OUTCOMES: dict[str, TwinOutcome] = {}
+
+
+def twin_outcome(model_class: type, config: Any) -> TwinOutcome:
+    """What the twin of a model shows, from memory or from disk where it has been tried before."""
+    fields = config.to_dict()
+    try:
+        key = _key(model_class, shrink(fields))
+    except Exception as error:  # a configuration of any kind of class
+        return TwinOutcome(no_twin=told(error))
+    if key not in _OUTCOMES:
+        file = litecache_home() / "probes" / f"{key}.json"
+        try:
+            found = TwinOutcome(**json.loads(file.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            found = _try(model_class, config, fields)
+            write_kept(file, asdict(found))
+        _OUTCOMES[key] = found
+    return _OUTCOMES[key]
+
+
+def _try(model_class: type, config: Any, fields: dict[str, Any]) -> TwinOutcome:
+    sizes = lengths(fields)
+
+    def twin(keep: Iterable[str] = ()) -> Any:
+        made = build_twin(model_class, type(config).from_dict(shrink(fields, frozenset(keep))))
+        use_paged_attention(made)
+        return made
+
+    try:
+        model = twin()
+        ordinary_logits(model, ProbePlan((0,), 2))
+    except Exception as error:
+        return TwinOutcome(no_twin=told(error))
+    specs, wrong = _verify(model)
+    found: dict[str, int] = {}
+    if wrong:
+        # Which of the lengths is it that the family does not stand?
+        if not sizes or _verify(twin(sizes))[1]:
+            return TwinOutcome(wrong)
+        for name in [n for n in sizes if _verify(twin(set(sizes) - {n}))[1]] or [*sizes]:
+            alone = twin(set(sizes) - {name})
+            below = [_verify(alone, sizes[name][1] - less)[1] for less in (0, 1)]
+            if all(below):  # not even right up to the length
+                return TwinOutcome(f"also below its {name}, {below[1]}")
+            found[name] = below.index("")
+        model = twin(found)
+        specs, _ = _verify(model)
+    plan = ProbePlan((0, 0, 0), TWIN_TOKENS)
+    results = apply_passes(model, specs, _BLOCK_SIZE, TWIN_TOKENS, names=PASSES, plan=plan)
+    return TwinOutcome(wrong, found, [name for name, right in results.items() if not right])
+
+
+def _verify(model: Any, tokens: int = TWIN_TOKENS) -> tuple[tuple[KVSpec, ...], str]:
+    """The KV shapes of a float32 model, and what is wrong over so many tokens."""
+    plan = ProbePlan((0, 0, 0), tokens)
+    try:
+        specs = record_specs(model, "float32", tokens)
+        verify_paged(model, specs, _BLOCK_SIZE, plan)
+        check_prefix(model, plan)
+    except ModelNotSupportedError as error:
+        return (), error.reason
+    return specs, ""
+
+
+def _key(model_class: type, twin_fields: dict[str, Any]) -> str:
+    import transformers
+
+    source = inspect.getsourcefile(model_class)
+    parts = [
+        transformers.__version__,
+        torch.__version__,
+        _own_code(),
+        f"{model_class.__module__}.{model_class.__qualname__}",
+        xxhash.xxh3_128_hexdigest(Path(source).read_bytes()) if source else "",
+        {k: v for k, v in twin_fields.items() if k not in ("_name_or_path", "dtype")},
+    ]
+    return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True, default=str).encode())
+
+
+@functools.cache
+def _own_code() -> str:
+    """A digest of the code that a probe tries."""
+    state = xxhash.xxh3_128()
+    package = Path(__file__).parents[2]
+    for folder in ("engine", "kernels"):
+        for file in sorted((package / folder).rglob("*.py")):
+            state.update(file.read_bytes())
+    return state.hexdigest()
 
 
 def shrink(fields: Mapping[str, Any], keep: frozenset[str] = frozenset()) -> dict[str, Any]:
@@ -71,25 +252,57 @@ def shrink(fields: Mapping[str, Any], keep: frozenset[str] = frozenset()) -> dic
         fields: `config.to_dict()`.
         keep: names of lengths that are to be far away instead.
     """
-    layers = next((v for k, v in fields.items() if re.search(_LAYERS, k) and _is_int(v)), None)
-    chosen = _choose_layers(fields, layers) if layers else []
-    original = dict(_lengths(fields)).get("original_max_position_embeddings")
-    out: dict[str, Any] = {}
-    for name, value in fields.items():
-        if name in _LABELS:
-            continue
-        out[name] = _shrink_field(name, value, keep, chosen, layers or 0, original)
+    layers = next((v for k, v in fields.items() if re.search(_LAYERS, k) and _is_int(v)), 0)
+    chosen = _choose_layers(fields, layers)
+    original = dict(_lengths(fields)).get("original_max_position_embeddings", 0)
+
+    def small(name: str, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            if not (layers and value and all(str(key).isdigit() for key in value)):
+                return shrink(value, keep)
+            # Exceptions by the index of a layer.
+            return {
+                type(key)(chosen.index(int(key))): shrink(v, keep) if isinstance(v, Mapping) else v
+                for key, v in value.items()
+                if int(key) in chosen
+            }
+        if isinstance(value, (list, tuple)) and layers:
+            indices = re.search(_LAYER_INDEX, name) and all(_is_int(v) for v in value)
+            if indices and (len(value) != layers or set(value) == set(range(layers))):
+                value = [new for new, layer in enumerate(chosen) if layer in value]
+            elif len(value) == layers and (indices or not re.search(_LAYER_INDEX, name)):
+                value = [value[layer] for layer in chosen]
+            return [_size(name, v) for v in value]
+        if not _is_int(value):
+            return value
+        if re.search(_LAYERS, name):
+            return len(chosen) if value == layers else min(value, 2)
+        if re.search(_POSITIONS, name):
+            if original > 0 and value > original:
+                return max(TWIN_TOKENS + 10, TWIN_LENGTH * value // original)
+            return min(value, 2 * TWIN_TOKENS)
+        if re.search(_FEW_LAYERS, name):
+            return min(value, 1)
+        if name == "max_window_layers":
+            return 1 if value < layers else value
+        if name == "moe_layer_end_index":
+            return min(value, len(chosen) - 1)
+        if re.search(r"token_(id|index)$", name):
+            return min(value, TWIN_VOCAB - 1)
+        if value > 1 and (short := _lower(_LENGTHS, name, value)) is not None:
+            return max(value, FAR) if name in keep else short
+        return _size(name, value)
+
+    out = {name: small(name, value) for name, value in fields.items() if name not in _LABELS}
     _fit(out, fields)
     return out
 
 
 def lengths(fields: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
     """By name the lengths of a configuration, the smallest of a name: in it, and in its twin."""
-    found: dict[str, tuple[int, int]] = {}
-    for name, value in _lengths(fields):
-        if name not in found or value < found[name][0]:
-            found[name] = value, _lower(_LENGTHS, name, value) or value
-    return found
+    # Of a name's values the last one stays: the smallest.
+    smallest = dict(sorted(_lengths(fields), key=lambda found: -found[1]))
+    return {name: (v, _lower(_LENGTHS, name, v) or v) for name, v in smallest.items()}
 
 
 def _lengths(fields: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
@@ -105,62 +318,12 @@ def _is_int(value: Any) -> bool:
 
 
 def _lower(table: tuple[tuple[str, int], ...], name: str, value: int) -> int | None:
-    for pattern, small in table:
-        if re.search(pattern, name):
-            return min(value, small)
-    return None
+    """The value that a table gives a name, at most the present one; None = it is not in there."""
+    return next((min(value, small) for pattern, small in table if re.search(pattern, name)), None)
 
 
-def _shrink_field(
-    name: str,
-    value: Any,
-    keep: frozenset[str],
-    chosen: list[int],
-    layers: int,
-    original: int | None,
-) -> Any:
-    if isinstance(value, Mapping):
-        if value and all(str(key).isdigit() for key in value) and layers:
-            # Exceptions by the index of a layer.
-            places = {layer: new for new, layer in enumerate(chosen)}
-            return {
-                type(key)(places[int(key)]): shrink(entry, keep)
-                if isinstance(entry, Mapping)
-                else entry
-                for key, entry in value.items()
-                if int(key) in places
-            }
-        return shrink(value, keep)
-    if isinstance(value, (list, tuple)) and layers:
-        if len(value) == layers and not re.search(_LAYER_INDEX, name):
-            value = [value[layer] for layer in chosen]
-        elif re.search(_LAYER_INDEX, name) and all(_is_int(v) for v in value):
-            if len(value) == layers and set(value) != set(range(layers)):
-                value = [value[layer] for layer in chosen]  # flags, one per layer
-            else:
-                value = [new for new, layer in enumerate(chosen) if layer in value]
-        size = [_lower(_SIZES, name, v) if _is_int(v) else None for v in value]
-        return [v if s is None else s for v, s in zip(value, size, strict=True)]
-    if not _is_int(value):
-        return value
-    if re.search(_LAYERS, name):
-        return len(chosen) if value == layers else min(value, 2)
-    if re.search(_POSITIONS, name):
-        if original and original > 0 and value > original:
-            return max(TWIN_TOKENS + 10, TWIN_LENGTH * value // original)
-        return min(value, 2 * TWIN_TOKENS)
-    if re.search(r"first_k_dense|num_dense_layers|moe_layer_start|num_kv_shared_layers", name):
-        return min(value, 1)
-    if name == "max_window_layers":
-        return 1 if value < layers else value
-    if name == "moe_layer_end_index":
-        return min(value, len(chosen) - 1)
-    if re.search(r"token_(id|index)$", name):
-        return value if value < TWIN_VOCAB else TWIN_VOCAB - 1
-    small = _lower(_LENGTHS, name, value)
-    if small is not None and value > 1:
-        return max(value, FAR) if name in keep else small
-    small = _lower(_SIZES, name, value)
+def _size(name: str, value: Any) -> Any:
+    small = _lower(_SIZES, name, value) if _is_int(value) else None
     return value if small is None else small
 
 
@@ -171,34 +334,30 @@ def _choose_layers(fields: Mapping[str, Any], layers: int) -> list[int]:
     for layer in range(layers):
         kinds.setdefault(str([entry[layer] for entry in lists]), layer)
     first = sorted(kinds.values())[:MAX_LAYERS]
-    for layer in range(layers):
-        if len(first) >= min(3, layers):
-            break
-        if layer not in first:
-            first.append(layer)
-    return sorted(first)
+    others = [layer for layer in range(layers) if layer not in first]
+    return sorted(first + others[: max(0, 3 - len(first))])
 
 
 def _fit(out: dict[str, Any], fields: Mapping[str, Any]) -> None:
     """Make shrunken sizes agree where one follows from others."""
-    heads, hidden = (
-        next((name for name in names if _is_int(fields.get(name))), None)
-        for names in (
-            ("num_attention_heads", "n_head", "n_heads"),
-            ("hidden_size", "n_embd", "d_model"),
-        )
-    )
+
+    def known(*names: str) -> str | None:
+        return next((name for name in names if _is_int(fields.get(name))), None)
+
+    heads = known("num_attention_heads", "n_head", "n_heads")
+    hidden = known("hidden_size", "n_embd", "d_model")
     for name in fields:
         # Multi-head attention stays that, and so does multi-query attention.
         if heads and re.search(r"(key_value|kv)_heads$", name) and fields[name] == fields[heads]:
             out[name] = out[heads]
     rope, nope = fields.get("qk_rope_head_dim"), fields.get("qk_nope_head_dim")
     if _is_int(rope) and _is_int(nope):
+        small = out["qk_rope_head_dim"]
         for name in ("head_dim", "qk_head_dim"):
             if fields.get(name) == rope:
-                out[name] = out["qk_rope_head_dim"]
+                out[name] = small
             elif fields.get(name) == rope + nope:  # type: ignore[operator]
-                out[name] = out["qk_rope_head_dim"] + out["qk_nope_head_dim"]
+                out[name] = small + out["qk_nope_head_dim"]
     dim = out.get("head_dim") or (out[hidden] // out[heads] if hidden and heads else None)
     parameters = out.get("rope_parameters")
     for entry in (parameters, *(parameters.values() if isinstance(parameters, dict) else ())):
@@ -220,13 +379,14 @@ def build_twin(model_class: type, config: Any) -> Any:
     Raises:
         Exception: whatever the class raises for such a configuration.
     """
+    make = getattr(model_class, "_from_config", model_class)
     with torch.device("meta"):
-        size = sum(p.numel() for p in _make(model_class, copy.deepcopy(config)).parameters())
+        size = sum(p.numel() for p in make(copy.deepcopy(config)).parameters())
     if size > MAX_PARAMETERS:
         raise ValueError(f"{size:,} parameters are left when its known sizes are shrunk")
     with torch.random.fork_rng(devices=[]), torch.inference_mode(), torch.device("cpu"):
         torch.manual_seed(0)
-        model = _make(model_class, config)
+        model = make(config)
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 # Wide, so that attention matters: at 0.02 it would hardly show in the logits.
@@ -234,8 +394,3 @@ def build_twin(model_class: type, config: Any) -> Any:
             else:
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
     return model.eval().requires_grad_(False)
-
-
-def _make(model_class: Callable[..., Any], config: Any) -> Any:
-    build = getattr(model_class, "_from_config", model_class)
-    return build(config)
