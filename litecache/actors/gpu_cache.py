@@ -46,8 +46,8 @@ from litecache.errors import (
 )
 from litecache.metrics import Metrics
 from litecache.paths import hold_model
-from litecache.sockets.async_server import AsyncSocketServer, Handler
 from litecache.sockets.frames import handler_of
+from litecache.sockets.server import AsyncHandler, AsyncSocketServer
 from litecache.storage.client import ShardClient
 from litecache.threads import fault_counts, start_job, start_service
 from litecache.types import PollReply, Request, TokenDelta
@@ -87,7 +87,7 @@ class GpuCache:
         )
         self._loading: concurrent.futures.Future[Engine] = concurrent.futures.Future()
         self._begun = threading.Lock()
-        self._methods: dict[int, Handler] = {
+        self._methods: dict[int, AsyncHandler] = {
             ReplicaMethod.SUBMIT: answering(ReplicaMethod.SUBMIT, self.submit),
             ReplicaMethod.POLL: answering(ReplicaMethod.POLL, self.poll),
         }

@@ -6,6 +6,7 @@ for an answer), and what it is: the method of a request, the outcome of an answe
 
 from __future__ import annotations
 
+import contextlib
 import struct
 import threading
 import time
@@ -112,11 +113,11 @@ class Intake:
         self, connections: int = MAX_CONNECTIONS, unfinished_bytes: int = MAX_UNFINISHED_BYTES
     ) -> None:
         self._lock = threading.Lock()
-        self._connections_left = connections
-        self._bytes_left = unfinished_bytes
+        self._connections_left, self._bytes_left = connections, unfinished_bytes
 
-    def open(self) -> IncomingFrames:
-        """The intake of one more connection.
+    @contextlib.contextmanager
+    def connection(self) -> Iterator[IncomingFrames]:
+        """What comes on one more connection, for as long as it is served.
 
         Raises:
             StorageError: there are too many.
@@ -125,7 +126,13 @@ class Intake:
             if not self._connections_left:
                 raise StorageError("there are too many connections")
             self._connections_left -= 1
-        return IncomingFrames(self)
+        frames = IncomingFrames(self)
+        try:
+            yield frames
+        finally:
+            self.hold(-frames.held)
+            with self._lock:
+                self._connections_left += 1
 
     def hold(self, more_bytes: int) -> None:
         """Count bytes that are kept, or (negative) no longer kept.
@@ -138,19 +145,14 @@ class Intake:
                 raise StorageError("frames that are not whole hold too many bytes")
             self._bytes_left -= more_bytes
 
-    def end_one(self) -> None:
-        """A connection has ended."""
-        with self._lock:
-            self._connections_left += 1
-
 
 class IncomingFrames:
-    """What has come on one connection and is no whole frame yet."""
+    """What has come on one connection; `held` bytes of it are no whole frame yet."""
 
     def __init__(self, intake: Intake) -> None:
         self._intake = intake
         self._received = bytearray()
-        self._held = 0
+        self.held = 0
         self._began: float | None = None
 
     def take(self, data: bytes) -> Iterator[tuple[int, int, bytes]]:
@@ -161,20 +163,14 @@ class IncomingFrames:
         """
         self._received += data
         yield from take_frames(self._received)
-        if len(self._received) != self._held:
-            self._intake.hold(len(self._received) - self._held)
-            self._held = len(self._received)
+        if len(self._received) != self.held:
+            self._intake.hold(len(self._received) - self.held)
+            self.held = len(self._received)
             began = self._began or time.monotonic()
-            self._began = began if self._held else None
+            self._began = began if self.held else None
 
     def left_s(self) -> float | None:
         """Seconds in which the frame that has begun must be whole; None where none has."""
         if self._began is None:
             return None
         return max(0.001, self._began + FRAME_TIMEOUT_S - time.monotonic())
-
-    def close(self) -> None:
-        """The connection has ended; to be called once."""
-        self._received.clear()
-        self._intake.hold(-self._held)
-        self._intake.end_one()

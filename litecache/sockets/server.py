@@ -1,25 +1,28 @@
-"""The door of an actor that works in threads: one per connection, which is served in order.
+"""The doors of actors: sockets in a folder of this user alone (see `peers`) that answer calls.
 
-The socket is a file in a folder of this user alone; see `peers`.
+`SocketServer` is for an actor that works in threads: one per connection, which is served in order.
+`AsyncSocketServer` is for one on an asyncio loop: calls that may take long, side by side.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 
 from ..errors import LiteCacheError, StorageError
 from ..threads import start_job, start_service
 from .frames import (
     FRAME_TIMEOUT_S,
+    MAX_FRAME_BYTES,
     NO_ANSWER,
     RECEIVE_BYTES,
-    IncomingFrames,
     Intake,
     Outcome,
     handler_of,
@@ -34,8 +37,18 @@ _PAUSE_S = 0.1
 _CLOSE_TIMEOUT_S = 5.0
 # A client that does not take its answers for so long is given up.
 _SEND_TIMEOUT = struct.pack("ll", int(FRAME_TIMEOUT_S), 0)
+# Calls of one connection to a loop that may be under way; further ones are read when one has ended.
+_CALLS = 1024
 
 Handler = Callable[[bytes], "bytes | None"]
+AsyncHandler = Callable[[bytes], Awaitable[bytes]]
+
+
+def _failed(code: int, error: Exception) -> tuple[Outcome, bytes]:
+    # a defect must cost one call, not the connection: the client would think the actor gone
+    if not isinstance(error, LiteCacheError):
+        logger.error("call %d failed", code, exc_info=error)
+    return Outcome.ERROR, pack_error(error)
 
 
 class SocketServer:
@@ -56,8 +69,7 @@ class SocketServer:
     def __init__(
         self, name: str, methods: Mapping[int, Handler], intake: Intake | None = None
     ) -> None:
-        self._methods = {int(method): handler for method, handler in methods.items()}
-        self._intake = intake or Intake()
+        self._methods, self._intake = methods, intake or Intake()
         self._lock = threading.Lock()
         self._connections: set[socket.socket] = set()
         self._closed = False
@@ -80,58 +92,46 @@ class SocketServer:
                 logger.warning("a connection cannot be taken: %s", error)
                 time.sleep(_PAUSE_S)
                 continue
+            end = partial(self._end, connection)
             try:
-                self._admit(connection)
-            except (OSError, RuntimeError, StorageError) as error:
-                # no room for a thread, or too many connections: this client calls the actor
-                logger.warning("a connection is not taken: %s", error)
-                connection.close()
+                start_job(partial(self._serve, connection), "connection", end)
+            except RuntimeError as error:
+                end(error)  # no room for a thread: this client calls the actor
 
-    def _admit(self, connection: socket.socket) -> None:
-        if not same_user(connection):
-            raise PermissionError("it is another user's")
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _SEND_TIMEOUT)
-        frames = self._intake.open()
+    def _serve(self, connection: socket.socket) -> None:
         try:
+            if not same_user(connection):
+                raise PermissionError("it is another user's")
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _SEND_TIMEOUT)
             with self._lock:
                 if self._closed:
                     raise ConnectionAbortedError("the server is closed")
-                # under the lock, so that `close` finds every connection that is served
-                serve: Callable[[], None] = lambda: self._serve(connection, frames)  # noqa: E731
-                start_job(serve, "connection", lambda _: self._end(connection, frames))
                 self._connections.add(connection)
-        except BaseException:
-            frames.close()
-            raise
+            with self._intake.connection() as frames:
+                while data := connection.recv(RECEIVE_BYTES):
+                    for number, code, message in frames.take(data):
+                        outcome, answer = self._answer(code, message)
+                        if number != NO_ANSWER:
+                            connection.sendall(pack_frame(number, outcome, answer))
+                    connection.settimeout(frames.left_s())
+        except (OSError, StorageError) as error:
+            self._end(connection, error)
+        else:
+            self._end(connection)
 
-    def _serve(self, connection: socket.socket, frames: IncomingFrames) -> None:
-        try:
-            while data := connection.recv(RECEIVE_BYTES):
-                for number, code, message in frames.take(data):
-                    outcome, answer = self._answer(code, message)
-                    if number != NO_ANSWER:
-                        connection.sendall(pack_frame(number, outcome, answer))
-                connection.settimeout(frames.left_s())
-        except StorageError as error:
-            logger.warning("a client's connection is given up: %s", error)
-        except OSError as error:
-            logger.info("a client's connection ended: %s", error)
-        self._end(connection, frames)
-
-    def _end(self, connection: socket.socket, frames: IncomingFrames) -> None:
+    def _end(self, connection: socket.socket, error: BaseException | None = None) -> None:
+        if error is not None:
+            level = logging.INFO if isinstance(error, OSError) else logging.WARNING
+            logger.log(level, "a client's connection is given up: %s", error)
         with self._lock:
             self._connections.discard(connection)
-        frames.close()
         connection.close()
 
     def _answer(self, code: int, message: bytes) -> tuple[Outcome, bytes]:
         try:
             return Outcome.DONE, handler_of(self._methods, code)(message) or b""
         except Exception as error:
-            # a defect must cost one call, not the connection: the client would think the actor gone
-            if not isinstance(error, LiteCacheError):
-                logger.exception("call %d failed", code)
-            return Outcome.ERROR, pack_error(error)
+            return _failed(code, error)
 
     def close(self) -> None:
         """End all connections; calls that run finish, their answers are lost."""
@@ -145,3 +145,71 @@ class SocketServer:
                 each.shutdown(socket.SHUT_RDWR)
         self._accepting.join(_CLOSE_TIMEOUT_S)
         self._listener.close()
+
+
+class AsyncSocketServer:
+    """Answers calls until its loop ends; every call is a task of its own.
+
+    Args:
+        name, methods, intake: see `SocketServer`.
+
+    Attributes:
+        address: for `SocketChannel`, once `start` has returned.
+    """
+
+    def __init__(
+        self, name: str, methods: Mapping[int, AsyncHandler], intake: Intake | None = None
+    ) -> None:
+        self._name, self.address = name, ""
+        self._methods, self._intake = methods, intake or Intake()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._server: asyncio.AbstractServer | None = None
+
+    async def start(self) -> None:
+        """Listen, on the running loop.
+
+        Raises:
+            OSError: the address cannot be had.
+        """
+        listener, self.address = listen(self._name)
+        self._server = await asyncio.start_unix_server(self._serve, sock=listener)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        under_way = asyncio.Semaphore(_CALLS)
+        try:
+            if not same_user(writer.get_extra_info("socket")):
+                return
+            with self._intake.connection() as frames:
+                while data := await asyncio.wait_for(reader.read(RECEIVE_BYTES), frames.left_s()):
+                    for number, code, message in frames.take(data):
+                        await under_way.acquire()
+                        task = asyncio.create_task(self._answer(writer, number, code, message))
+                        self._tasks.add(task)
+                        task.add_done_callback(self._tasks.discard)
+                        task.add_done_callback(lambda _: under_way.release())
+        except (OSError, StorageError, asyncio.TimeoutError) as error:
+            what = str(error) or "a frame never became whole"
+            logger.info("a client's connection ended: %s", what)
+        finally:
+            writer.close()
+
+    async def _answer(
+        self, writer: asyncio.StreamWriter, number: int, code: int, message: bytes
+    ) -> None:
+        try:
+            outcome, answer = Outcome.DONE, await handler_of(self._methods, code)(message)
+        except Exception as error:
+            outcome, answer = _failed(code, error)
+        if number == NO_ANSWER or writer.is_closing():
+            return
+        if writer.transport.get_write_buffer_size() > MAX_FRAME_BYTES:
+            logger.warning("a client that does not take its answers is given up")
+            writer.transport.abort()  # type: ignore[no-untyped-call, attr-defined, unused-ignore]
+            return
+        writer.write(pack_frame(number, outcome, answer))
+
+    def close(self) -> None:
+        """Take no new connections."""
+        if self._server is not None:
+            forget(self.address)
+            self._server.close()

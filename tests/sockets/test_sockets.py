@@ -30,10 +30,9 @@ from litecache.errors import (
 from litecache.sockets import channel as channel_module
 from litecache.sockets import frames, peers
 from litecache.sockets import server as server_module
-from litecache.sockets.async_server import AsyncSocketServer
 from litecache.sockets.channel import SocketChannel
 from litecache.sockets.frames import Intake, pack_frame, take_frames
-from litecache.sockets.server import SocketServer
+from litecache.sockets.server import AsyncSocketServer, SocketServer
 
 REVERSE, SLOW, REFUSE, BREAK, NOTE, UNKNOWN = range(1, 7)
 
