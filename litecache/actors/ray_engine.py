@@ -23,8 +23,6 @@ from litecache.actors.shard_client import RayShardClient
 from litecache.errors import LiteCacheError
 from litecache.hashing import BlockKey
 from litecache.metrics import Metrics
-from litecache.storage.client import ShardClient
-from litecache.storage.protocol import SlotRef, SlotState
 from litecache.storage.service import EngineOptions
 from litecache.storage.service.engine import LOST, Shard, ShardEngine
 from litecache.threads import start_service
@@ -116,17 +114,6 @@ class _RayShard(Shard):
     def wait_for_room(self, tries: int) -> None:
         # room comes when a write ends in the other process: nothing to wait on here
         time.sleep(min(_POLL_S[0] * 2 ** min(tries, 10), _POLL_S[1]))
-
-    def wait_loaded(self, client: ShardClient, ref: SlotRef, timeout_s: float) -> bool:
-        deadline = time.monotonic() + timeout_s
-        delay = 0.0002
-        while client.arena.state(*ref) is SlotState.LOADING:
-            if client.lost or time.monotonic() > deadline:
-                return False
-            # completion shows in shared memory, where nothing can be awaited
-            time.sleep(delay)
-            delay = min(2 * delay, 0.002)
-        return client.arena.holds(*ref)
 
     def close(self) -> None:
         if self._client is not None:

@@ -58,6 +58,10 @@ class ShardClient(Protocol):
         """Begin a `stage` without waiting; leases in `released` end on the way, as by `release`."""
         ...
 
+    def wait(self, slots: Sequence[SlotRef], timeout_s: float = 30.0) -> list[bool]:
+        """Sleep until leased slots have stopped loading; which of them hold their block."""
+        ...
+
     def cancel(self, keys: Sequence[BlockKey]) -> list[bool]:
         """Give up reads that have not begun; True ends that key's lease."""
         ...

@@ -15,7 +15,7 @@ from service_help import ABORTED, FINISHED, Gate, round_trip, run, service, tens
 
 from litecache.storage import LocalShardClient, PyLocalCacheService, PyState, PyTask
 from litecache.storage.disk.files import Files
-from litecache.storage.service import workers
+from litecache.storage.service import tasks
 
 
 @pytest.fixture
@@ -452,7 +452,7 @@ def test_42_a_write_of_what_exists_is_finished_and_says_so(cache):
 
 
 def test_42_a_write_that_gets_no_slot_is_finished_and_says_dropped(cache, monkeypatch):
-    monkeypatch.setattr(workers, "_WAIT_FOR_ROOM_S", 0.05)
+    monkeypatch.setattr(tasks, "_WAIT_FOR_ROOM_S", 0.05)
     clients = []
     for store in cache._core.engine.stores:
         clients.append(LocalShardClient(store))

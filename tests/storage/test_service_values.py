@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from litecache.errors import ConfigError, LiteCacheError, StorageError
 from litecache.storage import LocalCacheService, PyLocalCacheService, PyTask, TaskState
 from litecache.storage.service import LocalEngine, MemoryEngine
-from litecache.storage.service.task import Task
+from litecache.storage.service.tasks import Task
 
 MIB = 1 << 20
 PAGE = 4096

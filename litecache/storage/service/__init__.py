@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+from .cache_service import LocalCacheService, PyLocalCacheService
 from .engine import EngineOptions, Get, LocalEngine, MemoryEngine, Put, StorageEngine, get_engine
-from .local_cache_service import LocalCacheService
-from .py_service import PyLocalCacheService, PyTask
-from .task import PyState, Task, TaskState
+from .tasks import PyState, PyTask, Task, TaskState
 
 __all__ = [
     "EngineOptions",

@@ -10,8 +10,10 @@ from __future__ import annotations
 import threading
 import time
 from abc import ABC, abstractmethod
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
+from itertools import compress
 from typing import ClassVar, NamedTuple
 
 from ...errors import ConfigError, shown, told
@@ -132,10 +134,6 @@ class Shard(ABC):
         """Sleep until a slot may have become free, or a while: longer the more tries there were."""
 
     @abstractmethod
-    def wait_loaded(self, client: ShardClient, ref: SlotRef, timeout_s: float) -> bool:
-        """Wait until a leased slot holds its block; False when it will not."""
-
-    @abstractmethod
     def close(self) -> None:
         """Write out and end."""
 
@@ -199,22 +197,23 @@ class ShardEngine(StorageEngine):
         deadline = time.monotonic() + wait_s
         outcome = [LOST] * len(items)
         for shard, client, positions in self._by_shard([item.key for item in items]):
+            left, tries = [], 0
             there = client.query([items[i].key for i in positions])
             for i, present in zip(positions, there, strict=True):
                 if present:
                     outcome[i] = _present(shard, items[i].key)
-            left = [i for i, present in zip(positions, there, strict=True) if not present]
-            tries = 0
+                else:
+                    left.append(i)
             while left:
                 refs = client.reserve(self._block_bytes, len(left))
-                self._fill(shard, client, [(i, items[i]) for i in left], refs, outcome)
+                self._fill(shard, client, items, left, refs, outcome)
                 left = left[len(refs) :]
-                tries = 0 if refs else tries + 1
                 if left and (client.lost or stop() or time.monotonic() > deadline):
                     reason = LOST if client.lost else "stopped" if stop() else "dropped"
                     for i in left:
                         outcome[i] = reason
                     break
+                tries = 0 if refs else tries + 1
                 if left and not refs:
                     shard.wait_for_room(tries)
         return outcome
@@ -223,33 +222,35 @@ class ShardEngine(StorageEngine):
         self,
         shard: Shard,
         client: ShardClient,
-        wanted: Sequence[tuple[int, Put]],
+        items: Sequence[Put],
+        wanted: Sequence[int],
         refs: Sequence[SlotRef],
         outcome: list[str],
     ) -> None:
         """Fill and commit as many as there are slots."""
-        filled: list[tuple[int, CommitItem]] = []
+        commits: dict[int, CommitItem] = {}
         unfilled: list[SlotRef] = []
-        for (i, item), ref in zip(wanted, refs, strict=False):
+        for i, ref in zip(wanted, refs, strict=False):
+            item = items[i]
             if item.fill(client.arena.buffer(ref.slot, self._block_bytes)):
-                filled.append((i, CommitItem(*ref, item.key, item.parent, _NAMESPACE)))
+                commits[i] = CommitItem(*ref, item.key, item.parent, _NAMESPACE)
             else:
                 outcome[i] = "stopped"
                 unfilled.append(ref)
         client.release(unfilled)
-        if not filled:
+        if not commits:
             return
-        commits = [commit for _, commit in filled]
-        fresh = shard.announce([commit.key for commit in commits])
-        statuses = client.commit(commits)
-        pairs = zip(commits, statuses, strict=True)
-        stored = {commit.key: None for commit, status in pairs if status is CommitStatus.STORED}
+        fresh = shard.announce([commit.key for commit in commits.values()])
+        statuses = client.commit(list(commits.values()))
+        stored: dict[BlockKey, None] = {}
+        for (i, commit), status in zip(commits.items(), statuses, strict=True):
+            outcome[i] = "pending" if status is CommitStatus.STORED else LOST
+            if status is CommitStatus.STORED:
+                stored[commit.key] = None
         shard.committed(list(stored), [key for key in fresh if key not in stored])
-        for (i, commit), status in zip(filled, statuses, strict=True):
+        for (i, commit), status in zip(commits.items(), statuses, strict=True):
             if status is CommitStatus.EXISTS:
                 outcome[i] = _present(shard, commit.key)
-            else:
-                outcome[i] = "pending" if status is CommitStatus.STORED else LOST
 
     def get(self, items: Sequence[Get], stop: Callable[[], bool], wait_s: float) -> list[str]:
         """See `StorageEngine.get`."""
@@ -276,16 +277,14 @@ class ShardEngine(StorageEngine):
     ) -> list[int]:
         """One attempt; the positions that found no free slot."""
         results = client.stage([items[i].key for i in wanted])
-        leased = [SlotRef(r.slot, r.generation) for r in results if r.slot >= 0]
+        leased = [SlotRef(result.slot, result.generation) for result in results]
         try:
-            for i, result in zip(wanted, results, strict=True):
-                ref = SlotRef(result.slot, result.generation)
-                if ref.slot < 0 or not shard.wait_loaded(client, ref, _LOAD_TIMEOUT_S):
-                    continue
-                took = items[i].take(client.arena.buffer(ref.slot, self._block_bytes))
-                outcome[i] = "hit" if took and client.arena.holds(*ref) else "miss"
+            for i, ref in zip(wanted, leased, strict=True):
+                if ref.slot >= 0 and client.wait([ref], _LOAD_TIMEOUT_S)[0]:
+                    took = items[i].take(client.arena.buffer(ref.slot, self._block_bytes))
+                    outcome[i] = "hit" if took and client.arena.holds(*ref) else "miss"
         finally:
-            client.release(leased)
+            client.release([ref for ref in leased if ref.slot >= 0])
         pairs = zip(wanted, results, strict=True)
         return [i for i, result in pairs if result.status is StageStatus.BUSY]
 
@@ -323,9 +322,6 @@ class _LocalShard(Shard):
     def wait_for_room(self, tries: int) -> None:
         self.store.wait_for_change(_RETRY_S)
 
-    def wait_loaded(self, client: ShardClient, ref: SlotRef, timeout_s: float) -> bool:
-        return self._client.wait([ref], timeout_s)[0]
-
     def close(self) -> None:
         self._client.close()
         self.store.close()
@@ -355,16 +351,16 @@ class MemoryEngine(StorageEngine):
 
     def __init__(self, options: EngineOptions) -> None:
         self._options = options
-        self._blocks: dict[BlockKey, bytes] = {}
+        self._blocks: OrderedDict[BlockKey, bytes] = OrderedDict()
         self._lock = threading.Lock()
 
     def contains(self, keys: Sequence[BlockKey]) -> list[bool]:
         """See `StorageEngine.contains`."""
         with self._lock:
-            for key in keys:
-                if key in self._blocks:
-                    self._blocks[key] = self._blocks.pop(key)
-            return [key in self._blocks for key in keys]
+            found = [key in self._blocks for key in keys]
+            for key in compress(keys, found):
+                self._blocks.move_to_end(key)
+            return found
 
     def put(self, items: Sequence[Put], stop: Callable[[], bool], wait_s: float) -> list[str]:
         """See `StorageEngine.put`."""
@@ -378,7 +374,7 @@ class MemoryEngine(StorageEngine):
                 outcome.append("exists" if item.key in self._blocks else "pending")
                 self._blocks.setdefault(item.key, bytes(data))
                 while len(self._blocks) * len(data) > self._options.storage_bytes:
-                    del self._blocks[next(iter(self._blocks))]
+                    self._blocks.popitem(last=False)
             if outcome[-1] == "pending":
                 self._options.on_written([(item.key, None)])
         return outcome

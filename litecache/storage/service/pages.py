@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -43,22 +42,23 @@ def tensor_rows(tensor: Any) -> Rows:
     shape = tuple(tensor.shape)
     if len(shape) != 2 or 0 in shape:
         raise ConfigError("kvcache.shape", shape, f"[pages, page size]: {valid}")
+    rows: Rows
     if is_array:
         fits = tensor.flags.c_contiguous and tensor.flags.writeable
-        fits = fits and tensor.dtype.itemsize and not tensor.dtype.hasobject
-        if not fits:
-            raise ConfigError("kvcache", outline(tensor), valid)
-        return np.asarray(tensor).view(np.uint8).reshape(shape[0], -1)
+        if fits and tensor.dtype.itemsize and not tensor.dtype.hasobject:
+            rows = np.asarray(tensor).view(np.uint8).reshape(shape[0], -1)
+            return rows
+        raise ConfigError("kvcache", outline(tensor), valid)
     assert torch is not None
     if tensor.device.type != "cpu":
         raise ConfigError("kvcache.device", tensor.device, valid)
-    if tensor.layout is not torch.strided or not tensor.is_contiguous():
-        raise ConfigError("kvcache", outline(tensor), valid)
     try:
-        rows: Rows = tensor.detach().view(torch.uint8).reshape(shape[0], -1).numpy()
+        if tensor.layout is torch.strided and tensor.is_contiguous():
+            rows = tensor.detach().view(torch.uint8).reshape(shape[0], -1).numpy()
+            return rows
     except (RuntimeError, TypeError) as error:  # a view of something else
         raise ConfigError("kvcache", outline(tensor), valid) from error
-    return rows
+    raise ConfigError("kvcache", outline(tensor), valid)
 
 
 def integers(name: str, values: Any) -> npt.NDArray[Any]:
@@ -132,11 +132,7 @@ class BlockLayout:
         block = np.frombuffer(memory, np.uint8)
         used = len(pages) * self.page_bytes
         body = block[:used].reshape(len(pages), self.page_bytes)
-        start = _run_start(pages)
-        if start is None:
-            np.take(self.rows, pages, axis=0, out=body)
-        else:
-            body[:] = self.rows[start : start + len(pages)]
+        np.take(self.rows, pages, axis=0, out=body, mode="clip")  # other modes copy twice
         block[used:] = 0
         if self._always or len(pages) < self.pages_per_block:
             trailer = _TRAILER_MAGIC + len(pages).to_bytes(8, "little")
@@ -151,21 +147,5 @@ class BlockLayout:
 
     def scatter(self, pages: npt.NDArray[np.int64], memory: memoryview) -> None:
         """Copy a block's first rows to the tensor."""
-        used = len(pages) * self.page_bytes
-        body = np.frombuffer(memory[:used], np.uint8).reshape(len(pages), self.page_bytes)
-        start = _run_start(pages)
-        if start is None:
-            self.rows[pages] = body
-        else:
-            self.rows[start : start + len(pages)] = body
-
-
-def _run_start(pages: npt.NDArray[np.int64]) -> int | None:
-    if len(pages) and (np.diff(pages) == 1).all():
-        return int(pages[0])
-    return None
-
-
-def split(pages: npt.NDArray[np.int64], per_block: int) -> Sequence[npt.NDArray[np.int64]]:
-    """Pages of each block; the last may be shorter."""
-    return [pages[i : i + per_block] for i in range(0, len(pages), per_block)]
+        body = np.frombuffer(memory[: len(pages) * self.page_bytes], np.uint8)
+        self.rows[pages] = body.reshape(len(pages), self.page_bytes)
