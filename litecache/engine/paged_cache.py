@@ -97,8 +97,7 @@ class PagedAttentionCache:
             ConfigError: `seq_len` is negative.
             CapacityError: too few blocks are free; nothing changed.
         """
-        valid = "an integer, at least 0"
-        seq_len = check_integer("seq_len", seq_len, 0, 1 << 62, valid)
+        seq_len = check_integer("seq_len", seq_len, 0, 1 << 62, "an integer, at least 0")
         blocks = self._blocks.allocate(-(-seq_len // self.config.block_size))
         return self._open(_Sequence(blocks, [0] * self.num_layers))
 
@@ -121,8 +120,8 @@ class PagedAttentionCache:
         layer_idx = self._check_layer(layer_idx)
         for name, tensor in (("key", key), ("value", value)):
             self._check_tokens(name, tensor)
-            valid = f"[num_tokens, {self.num_kv_heads}, {self.head_dim}]"
             if tensor.ndim != 3 or tensor.shape[1:] != (self.num_kv_heads, self.head_dim):
+                valid = f"[num_tokens, {self.num_kv_heads}, {self.head_dim}]"
                 raise ConfigError(f"{name}.shape", tuple(tensor.shape), valid)
         if key.shape[0] != value.shape[0]:
             raise ConfigError("value.shape", tuple(value.shape), f"as key: {tuple(key.shape)}")
@@ -155,7 +154,7 @@ class PagedAttentionCache:
     def block_tables(self, seq_ids: Sequence[int]) -> torch.Tensor:
         """Block tables, int32 `[batch, max_blocks]`, padded with the trash block."""
         rows = [sequence.blocks for sequence in self._rows_of(seq_ids)]
-        width = max(1, max((len(row) for row in rows), default=1))
+        width = max([1, *map(len, rows)])
         padded = [row + [TRASH_BLOCK] * (width - len(row)) for row in rows]
         return torch.tensor(padded, dtype=torch.int32, device=self.device).view(len(rows), width)
 
@@ -192,11 +191,8 @@ class PagedAttentionCache:
                 `LITECACHE_CHECK=1` alone, which waits for the GPU.
         """
         layer_idx = self._check_layer(layer_idx)
-        for name, index, ndim in (
-            ("block_tables", block_tables, 2),
-            ("context_lens", context_lens, 1),
-        ):
-            self._check_index(name, index, ndim)
+        self._check_index("block_tables", block_tables, 2)
+        self._check_index("context_lens", context_lens, 1)
         batch = block_tables.shape[0]
         if context_lens.shape[0] != batch:
             raise KernelError("context_lens.shape", tuple(context_lens.shape), f"[{batch}]")
@@ -209,15 +205,25 @@ class PagedAttentionCache:
         if query.numel() == 0:
             return torch.empty_like(query)
         self._check_contents(block_tables, context_lens, queries, layer_idx)
-        packed = _rows(query)
-        if query.ndim == 4:
-            packed = query.transpose(1, 2).reshape(batch * queries, self.num_heads, self.head_dim)
-        metadata = self._metadata(block_tables, context_lens, queries)
+        # A step of `queries` tokens for each row; nothing is stored, so it has no slots.
+        size, on_cpu = self.config.block_size, self.device.type == "cpu"
+        metadata = AttentionMetadata(
+            slot_mapping=torch.empty(0, dtype=torch.int64, device=self.device),
+            block_tables=block_tables.to(self.device, torch.int32).contiguous(),
+            context_lens=context_lens.to(self.device, torch.int32).contiguous(),
+            cu_seqlens_q=torch.arange(batch + 1, dtype=torch.int32, device=self.device) * queries,
+            block_size=size,
+            max_query_len=queries,
+            # An upper bound: asking a GPU for the true one would stall the caller.
+            max_context_len=block_tables.shape[1] * size,
+            query_lens=(queries,) * batch,
+            context_lens_host=tuple(context_lens.tolist()) if on_cpu else None,
+        )
+        packed = query.transpose(1, 2).flatten(0, 1) if query.ndim == 4 else query
         k_cache, v_cache = self._pool.layer(layer_idx)
-        out = paged_attention(packed, k_cache, v_cache, metadata, scale=self.head_dim**-0.5)
-        if query.ndim == 4:
-            out = out.view(batch, queries, self.num_heads, self.head_dim).transpose(1, 2)
-        return out
+        scale = self.head_dim**-0.5
+        out = paged_attention(_rows(packed), k_cache, v_cache, metadata, scale=scale)
+        return out if query.ndim == 3 else out.view(batch, queries, *out.shape[1:]).transpose(1, 2)
 
     def free_sequence(self, seq_id: int) -> None:
         """Forgets a sequence; blocks that no other one shares become free.
@@ -241,15 +247,13 @@ class PagedAttentionCache:
         for block in range(1, self._blocks.num_blocks + 1):
             references = self._blocks.ref_count(block)
             assert references == held[block], f"block {block}: {references} != {held[block]}"
+        size = self.config.block_size
         for seq_id, sequence in self._sequences.items():
-            room = len(sequence.blocks) * self.config.block_size
-            assert max(sequence.layer_lens) <= room, f"sequence {seq_id} outgrew its blocks"
+            starts = np.arange(len(sequence.blocks)) * size
+            assert max(sequence.layer_lens) <= len(starts) * size, f"{seq_id} outgrew its blocks"
             assert TRASH_BLOCK not in sequence.blocks, f"sequence {seq_id} holds the trash block"
-            for layer, length in enumerate(sequence.layer_lens):
-                row = self._written[layer, sequence.blocks].tolist()
-                size = self.config.block_size
-                least = [min(size, max(0, length - at * size)) for at in range(len(row))]
-                assert all(has >= want for has, want in zip(row, least, strict=True)), "unwritten"
+            least = np.clip(np.array(sequence.layer_lens)[:, None] - starts, 0, size)
+            assert (self._written[:, sequence.blocks] >= least).all(), f"{seq_id} is unwritten"
         free = np.array([b for b in range(len(held), 0, -1) if not held[b]], np.int64)
         assert not self._written[:, free].any(), "a free block counts as written"
 
@@ -281,10 +285,11 @@ class PagedAttentionCache:
 
     def _rows_of(self, seq_ids: Sequence[int]) -> list[_Sequence]:
         try:
-            ids = list(seq_ids) if len(seq_ids) <= _MOST_ROWS else None
+            few = len(seq_ids) <= _MOST_ROWS
+            ids = list(seq_ids) if few else []
         except Exception as error:  # whatever was passed has no length or no items
             raise ConfigError("seq_ids", outline(seq_ids), "a list of sequences") from error
-        if ids is None:
+        if not few:
             raise ConfigError("seq_ids", outline(seq_ids), f"at most {_MOST_ROWS:,} sequences")
         return [self._sequence(seq_id) for seq_id in ids]
 
@@ -317,15 +322,13 @@ class PagedAttentionCache:
         """Every row's context is there: within its table, in blocks that hold that many tokens."""
         both = (block_tables, context_lens)
         # int64 of a GPU is not what this class hands out; narrowed unread, it could wrap
-        seen = [t.device.type == "cpu" or t.dtype == torch.int64 for t in both]
-        if not (all(seen) or contents_checked()):
-            if not any(seen):
-                return
-            low, high = torch.cat(
-                [t.reshape(-1).cpu().long() for t, s in zip(both, seen, strict=True) if s]
-            ).aminmax()
-            if low < 0 or high >= _INT32:
-                raise KernelError("block_tables or context_lens", f"{low}..{high}", "0..2**31 - 1")
+        seen = [t for t in both if t.device.type == "cpu" or t.dtype == torch.int64]
+        if len(seen) < 2 and not contents_checked():
+            if seen:
+                low, high = torch.cat([t.flatten().cpu().long() for t in seen]).aminmax()
+                if low < 0 or high >= _INT32:
+                    valid = "0..2**31 - 1"
+                    raise KernelError("block_tables or context_lens", f"{low}..{high}", valid)
             return
         tables, lens = (t.cpu().numpy().astype(np.int64) for t in both)
         size = self.config.block_size
@@ -368,25 +371,6 @@ class PagedAttentionCache:
             for index, block in zip(shared, new, strict=True):
                 sequence.blocks[index] = block
         sequence.blocks += fresh[len(shared) :]
-
-    def _metadata(
-        self, block_tables: torch.Tensor, context_lens: torch.Tensor, queries: int
-    ) -> AttentionMetadata:
-        """A step of `queries` tokens for each row; nothing is stored, so it has no slots."""
-        batch, width = block_tables.shape
-        on_cpu = self.device.type == "cpu"
-        return AttentionMetadata(
-            slot_mapping=torch.empty(0, dtype=torch.int64, device=self.device),
-            block_tables=block_tables.to(self.device, torch.int32).contiguous(),
-            context_lens=context_lens.to(self.device, torch.int32).contiguous(),
-            cu_seqlens_q=torch.arange(batch + 1, dtype=torch.int32, device=self.device) * queries,
-            block_size=self.config.block_size,
-            max_query_len=queries,
-            # An upper bound: asking a GPU for the true one would stall the caller.
-            max_context_len=width * self.config.block_size,
-            query_lens=(queries,) * batch,
-            context_lens_host=tuple(context_lens.tolist()) if on_cpu else None,
-        )
 
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
