@@ -8,11 +8,10 @@ setting that is silently ignored would return tokens that the caller did not ask
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,60 +24,40 @@ from litecache.errors import ConfigError, outline, shown
 from litecache.types import SamplingParams
 
 _DEFAULTS: dict[str, Any] = {
-    "min_length": 0,
-    "do_sample": False,
-    "temperature": 1.0,
-    "top_k": 50,
-    "top_p": 1.0,
-    "num_return_sequences": 1,
-    "return_dict_in_generate": False,
-}
+    "min_length": 0, "do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0,
+    "num_return_sequences": 1, "return_dict_in_generate": False, "min_p": 0,
+    "repetition_penalty": 1.0, "presence_penalty": 0, "frequency_penalty": 0,
+    "no_repeat_ngram_size": 0,
+}  # fmt: skip
+"""Of settings that must have a value: None, as an argument too, means "not given"."""
 _DEFAULT_MAX_NEW_TOKENS = 20
 _SAMPLING_ONLY = {"temperature": 1.0, "top_p": 1.0, "top_k": None, "min_p": None}
 _MOST_PAD_ID = 2**31 - 1
 
 OWN_ARGUMENTS = (
-    "frequency_penalty",
-    "logit_bias",
-    "logprobs",
-    "presence_penalty",
-    "stop_token_ids",
-)
+    "frequency_penalty", "logit_bias", "logprobs", "presence_penalty", "stop_token_ids",
+)  # fmt: skip
 """Arguments of `generate` that transformers does not have, with the meaning they have elsewhere."""
 
-_OFF = (None, False)
-
+_ABSENT = (
+    "assistant_early_exit", "compile_config", "constraints", "dola_layers",
+    "exponential_decay_length_penalty", "force_words_ids", "forced_bos_token_id",
+    "forced_eos_token_id", "prefill_chunk_size", "prompt_lookup_num_tokens", "speculation_type",
+    "watermarking_config",
+)  # fmt: skip
+_OFF = (
+    "low_memory", "output_attentions", "output_hidden_states", "output_logits", "output_scores",
+    "remove_invalid_values", "renormalize_logits", "token_healing", "use_mtp",
+)  # fmt: skip
 NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
-    "assistant_early_exit": (None,),
-    "cache_implementation": (None, "dynamic", "hybrid"),
-    "compile_config": (None,),
-    "constraints": (None,),
-    "diversity_penalty": (None, 0.0),
-    "dola_layers": (None,),
+    **dict.fromkeys(_ABSENT, (None,)),
+    **dict.fromkeys(_OFF, (None, False)),
+    **dict.fromkeys(("diversity_penalty", "penalty_alpha"), (None, 0.0)),
+    **dict.fromkeys(("encoder_repetition_penalty", "guidance_scale"), (None, 1.0)),
+    **dict.fromkeys(("num_beam_groups", "num_beams"), (None, 1)),
     "encoder_no_repeat_ngram_size": (None, 0),
-    "encoder_repetition_penalty": (None, 1.0),
-    "exponential_decay_length_penalty": (None,),
-    "force_words_ids": (None,),
-    "forced_bos_token_id": (None,),
-    "forced_eos_token_id": (None,),
-    "guidance_scale": (None, 1.0),
-    "low_memory": _OFF,
-    "num_beam_groups": (None, 1),
-    "num_beams": (None, 1),
-    "output_attentions": _OFF,
-    "output_hidden_states": _OFF,
-    "output_logits": _OFF,
-    "output_scores": _OFF,
-    "penalty_alpha": (None, 0.0),
-    "prefill_chunk_size": (None,),
-    "prompt_lookup_num_tokens": (None,),
-    "remove_invalid_values": _OFF,
-    "renormalize_logits": _OFF,
-    "speculation_type": (None,),
-    "token_healing": _OFF,
+    "cache_implementation": (None, "dynamic", "hybrid"),
     "use_cache": (None, True),
-    "use_mtp": _OFF,
-    "watermarking_config": (None,),
 }
 """Fields of GenerationConfig, and the values at which they change nothing; others are refused."""
 
@@ -91,23 +70,11 @@ NEUTRAL_WHEN_SAMPLING: dict[str, tuple[Any, ...]] = {
 """The same, for settings that only matter while sampling."""
 
 _UNSUPPORTED_ARGUMENTS = (
-    "assistant_model",
-    "assistant_tokenizer",
-    "cache_position",
-    "continuous_batching_config",
-    "custom_generate",
-    "encoder_outputs",
-    "inputs_embeds",
-    "logits_processor",
-    "negative_prompt_attention_mask",
-    "negative_prompt_ids",
-    "past_key_values",
-    "position_ids",
-    "prefix_allowed_tokens_fn",
-    "stopping_criteria",
-    "synced_gpus",
-    "token_type_ids",
-)
+    "assistant_model", "assistant_tokenizer", "cache_position", "continuous_batching_config",
+    "custom_generate", "encoder_outputs", "inputs_embeds", "logits_processor",
+    "negative_prompt_attention_mask", "negative_prompt_ids", "past_key_values", "position_ids",
+    "prefix_allowed_tokens_fn", "stopping_criteria", "synced_gpus", "token_type_ids",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -166,7 +133,7 @@ class GenerationSettings:
         Raises:
             ConfigError: the input is as long as `max_length` or longer.
         """
-        max_new = self.max_new_tokens
+        max_new, min_new = self.max_new_tokens, self.min_new_tokens
         if max_new is None:
             max_length = self.max_length
             if max_length is None:
@@ -176,7 +143,6 @@ class GenerationSettings:
             if max_new < 1:
                 valid = f"more than the {prompt_width} tokens of the input; or set max_new_tokens"
                 raise ConfigError("max_length", max_length, valid)
-        min_new = self.min_new_tokens
         if min_new is None:
             min_new = max(0, self.min_length - prompt_width)
         return dataclasses.replace(
@@ -208,40 +174,49 @@ def translate(
     Raises:
         ConfigError: a value is invalid or not supported.
     """
-    own = {name: value for name, value in overrides.items() if name in OWN_ARGUMENTS}
-    others = {name: value for name, value in overrides.items() if name not in OWN_ARGUMENTS}
-    config, rest = _merge(given, others, defaults)
+    fields, rest = _merge(given, overrides, defaults)
     refuse_arguments(rest)
-    fields = {**_own_fields(config), **own}
 
-    def integer(name: str, low: int, default: int | None = None, **limits: Any) -> Any:
+    def integer(name: str, low: int, **limits: Any) -> Any:
         value = fields.get(name)
-        return default if value is None else check_integer(name, value, low, **limits)
+        return None if value is None else check_integer(name, value, low, **limits)
 
-    do_sample = check_flag("do_sample", config.do_sample)
+    def real(name: str, low: float, high: float = FLOAT32_MAX, **limits: Any) -> float:
+        return check_real(name, fields[name], low, high, **limits)
+
+    do_sample = check_flag("do_sample", fields["do_sample"])
     _refuse_settings(fields, sampling=do_sample)
-    if not do_sample:
+    filters: dict[str, Any] = {}
+    if do_sample:
+        filters["temperature"] = real("temperature", 0, above=True)
+        filters["top_k"] = integer("top_k", 0)
+        filters["top_p"] = real("top_p", 0, 1)
+        filters["min_p"] = real("min_p", 0, 1)
+    else:
         _warn_ignored(given, overrides)
     samples = integer("num_return_sequences", 1)
     if samples > 1 and not do_sample:
         raise ConfigError("num_return_sequences", samples, "1, unless do_sample=True")
     eos = _token_ids("eos_token_id", fields)
     pad = integer("pad_token_id", 0, high=_MOST_PAD_ID)
-    filters: dict[str, Any] = {}
-    if do_sample:
-        filters["temperature"] = check_real("temperature", config.temperature, 0, above=True)
-        filters["top_k"] = integer("top_k", 0, 0)
-        filters["top_p"] = check_real("top_p", config.top_p, 0, 1)
-        filters["min_p"] = check_real("min_p", _or(config.min_p, 0), 0, 1)
-    max_time = config.max_time
+    words = _sequences("bad_words_ids", fields.get("bad_words_ids"))
+    sampling = SamplingParams(
+        max_new_tokens=1,
+        eos_token_ids=eos + _token_ids("stop_token_ids", fields),
+        logprobs=integer("logprobs", 0),
+        sequence_bias=(*_sequence_bias(fields), *_logit_bias(fields)),
+        # As in transformers, a bad word that is an end token alone is left out.
+        bad_words_ids=tuple(w for w in words if len(w) > 1 or w[0] not in eos),
+        suppress_tokens=_token_ids("suppress_tokens", fields),
+        begin_suppress_tokens=_token_ids("begin_suppress_tokens", fields),
+        repetition_penalty=real("repetition_penalty", 0, above=True),
+        presence_penalty=real("presence_penalty", -FLOAT32_MAX),
+        frequency_penalty=real("frequency_penalty", -FLOAT32_MAX),
+        no_repeat_ngram_size=integer("no_repeat_ngram_size", 0),
+        **filters,
+    )
     return GenerationSettings(
-        sampling=SamplingParams(
-            max_new_tokens=1,
-            eos_token_ids=eos + _token_ids("stop_token_ids", fields),
-            logprobs=integer("logprobs", 0),
-            **filters,
-            **_logit_rules(fields, eos),
-        ),
+        sampling=sampling,
         do_sample=do_sample,
         max_new_tokens=integer("max_new_tokens", 1),
         max_length=integer("max_length", 1),
@@ -250,41 +225,29 @@ def translate(
         pad_token_id=pad if pad is not None else (eos[0] if eos else None),
         mask_pad_token=pad if pad not in eos else None,
         num_return_sequences=samples,
-        return_dict=check_flag("return_dict_in_generate", config.return_dict_in_generate),
-        max_time_s=None if max_time is None else check_real("max_time", max_time, 0, above=True),
-        stop_strings=_texts("stop_strings", config.stop_strings),
+        return_dict=check_flag("return_dict_in_generate", fields["return_dict_in_generate"]),
+        max_time_s=None if fields.get("max_time") is None else real("max_time", 0, above=True),
+        stop_strings=_texts("stop_strings", fields.get("stop_strings")),
     )
-
-
-def _own_fields(config: GenerationConfig) -> dict[str, Any]:
-    # Not to_dict(): that copies deeply, and leaves out what does not serialise.
-    return {name: value for name, value in vars(config).items() if not name.startswith("_")}
 
 
 def _merge(
     given: GenerationConfig | None, overrides: dict[str, Any], defaults: GenerationConfig
-) -> tuple[GenerationConfig, dict[str, Any]]:
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """All settings by name, and the arguments that are none."""
     if given is not None and not isinstance(given, GenerationConfig):
         raise ConfigError("generation_config", given, "a transformers.GenerationConfig or None")
-    # Fields are set, what they hold is not changed: no deep copy, which takes longer than the rest.
-    config = copy.copy(given) if given is not None else GenerationConfig()
-    rest: dict[str, Any] = {}
-    # None as an argument means "not given" for a setting that must have a value.
-    for source, missing_only in (
-        (_own_fields(defaults), True),
-        (_DEFAULTS, True),
-        (overrides, False),
-        (_DEFAULTS, True),
-    ):
-        for name, value in source.items():
-            if missing_only:
-                if value is not None and getattr(config, name, None) is None:
-                    setattr(config, name, value)
-            elif not name.startswith("_") and name in vars(config):
-                setattr(config, name, value)
-            else:
-                rest[name] = value
-    return config, rest
+
+    # Not to_dict(): that copies deeply, and leaves out what does not serialise.
+    model, fields = (
+        {name: value for name, value in vars(config).items() if not name.startswith("_")}
+        for config in (defaults, given if given is not None else GenerationConfig())
+    )
+    fields |= {k: v for k, v in model.items() if v is not None and fields.get(k) is None}
+    settings = {*fields, *OWN_ARGUMENTS}
+    fields |= {name: value for name, value in overrides.items() if name in settings}
+    fields |= {name: value for name, value in _DEFAULTS.items() if fields.get(name) is None}
+    return fields, {name: value for name, value in overrides.items() if name not in settings}
 
 
 def _warn_ignored(given: GenerationConfig | None, overrides: dict[str, Any]) -> None:
@@ -343,29 +306,6 @@ def _changes_nothing(value: Any) -> bool:
         return False
 
 
-def _logit_rules(fields: Mapping[str, Any], eos_token_ids: Sequence[int]) -> dict[str, Any]:
-    """The fields of `LogitRules`.
-
-    As in transformers, a bad word that is an end token alone is left out.
-    """
-    words = _sequences("bad_words_ids", fields.get("bad_words_ids"))
-    penalty = _or(fields.get("repetition_penalty"), 1.0)
-    return {
-        "sequence_bias": (*_sequence_bias(fields), *_logit_bias(fields)),
-        "bad_words_ids": tuple(w for w in words if len(w) > 1 or w[0] not in eos_token_ids),
-        "suppress_tokens": _token_ids("suppress_tokens", fields),
-        "begin_suppress_tokens": _token_ids("begin_suppress_tokens", fields),
-        "repetition_penalty": check_real("repetition_penalty", penalty, 0, above=True),
-        **{
-            name: check_real(name, _or(fields.get(name), 0), -FLOAT32_MAX)
-            for name in ("presence_penalty", "frequency_penalty")
-        },
-        "no_repeat_ngram_size": check_integer(
-            "no_repeat_ngram_size", _or(fields.get("no_repeat_ngram_size"), 0), 0
-        ),
-    }
-
-
 def _sequence_bias(fields: Mapping[str, Any]) -> list[tuple[tuple[int, ...], float]]:
     """A dict from tuples of ids to biases, or a list of [ids, bias], as transformers takes both."""
     value = fields.get("sequence_bias")
@@ -383,13 +323,13 @@ def _sequence_bias(fields: Mapping[str, Any]) -> list[tuple[tuple[int, ...], flo
 
 
 def _logit_bias(fields: Mapping[str, Any]) -> list[tuple[tuple[int, ...], float]]:
-    value = _or(fields.get("logit_bias"), {})
+    value = fields.get("logit_bias")
+    if value is None:
+        return []
     if not isinstance(value, Mapping):
         raise ConfigError("logit_bias", value, "{token id: bias}")
-    return [
-        ((check_integer("logit_bias", token, 0),), _bias("logit_bias", bias))
-        for token, bias in value.items()
-    ]
+    ids = _sequences("logit_bias", [[token] for token in value]) if value else []
+    return list(zip(ids, (_bias("logit_bias", bias) for bias in value.values()), strict=True))
 
 
 def _bias(name: str, value: Any) -> float:
@@ -412,17 +352,14 @@ def _sequences(name: str, value: Any) -> list[tuple[int, ...]]:
 
 def _token_ids(name: str, fields: Mapping[str, Any]) -> tuple[int, ...]:
     """One token id, or several in a list, a tuple or a tensor; None = none."""
-    value = as_list(name, _or(fields.get(name), ()))
+    value = fields.get(name)
+    value = () if value is None else as_list(name, value)
     values = value if isinstance(value, (list, tuple)) else [value]
     return tuple(check_integer(name, token, 0) for token in values)
 
 
 def _texts(name: str, value: Any) -> tuple[str, ...]:
-    values = [value] if isinstance(value, str) else _or(value, ())
+    values = () if value is None else [value] if isinstance(value, str) else value
     if not isinstance(values, (list, tuple)) or not all(isinstance(v, str) and v for v in values):
         raise ConfigError(name, value, "a text or a list of texts, none of them empty")
     return tuple(check_text(name, text) for text in values)
-
-
-def _or(value: Any, default: Any) -> Any:
-    return default if value is None else value

@@ -35,6 +35,7 @@ class PendingRequest:
 
     Attributes:
         request: as first submitted.
+        request_id: its name; the same through all attempts.
         tokens: received so far; only ever appended to.
         logprobs: of these tokens, where the request asked for them.
         reused_tokens: prompt tokens by tier that were not computed, from the first submission.
@@ -56,7 +57,7 @@ class PendingRequest:
     def __init__(
         self, request: Request, *, streaming: bool = False, stop: StopStrings | None = None
     ) -> None:
-        self.request = request
+        self.request, self.request_id = request, request.request_id
         self.streaming = streaming or stop is not None
         self._stop = stop
         # The end of prompt and tokens, as far as a stop string may reach back.
@@ -73,14 +74,8 @@ class PendingRequest:
         self.finished_at: float | None = None
         self.tried: set[str] = set()
         self._error: Exception | None = None
-        self._attempt = 0
-        self._pid = os.getpid()
+        self._attempt, self._pid = 0, os.getpid()
         self._condition = threading.Condition()
-
-    @property
-    def request_id(self) -> str:
-        """The caller's name of the request; the same through all attempts."""
-        return self.request.request_id
 
     @property
     def wire_id(self) -> str:
@@ -124,18 +119,17 @@ class PendingRequest:
             delta = self._cut(delta)
             self.tokens.extend(delta.token_ids)
             self.logprobs.extend(delta.logprobs)
-            if delta.reused_tokens is not None and self.ttft_s is None:
-                self.reused_tokens = dict(delta.reused_tokens)
-            if delta.ttft_s is not None and self.ttft_s is None:
+            if self.ttft_s is None:  # else they are of a later attempt
                 self.ttft_s = delta.ttft_s
-            if delta.finish_reason is None:
-                self._condition.notify_all()
-            elif delta.finish_reason is FinishReason.ERROR:
+                if delta.reused_tokens is not None:
+                    self.reused_tokens = dict(delta.reused_tokens)
+            reason = delta.finish_reason
+            if reason is FinishReason.ERROR:
                 self.fail(remote_error(delta.error_type, delta.error))
-            elif delta.finish_reason is FinishReason.ABORT:
+            elif reason is FinishReason.ABORT:
                 self.abort()
             else:
-                self._finish(delta.finish_reason)
+                self._finish(reason)
 
     def _cut(self, delta: TokenDelta) -> TokenDelta:
         """End it at the token that completes a stop string; later ones were drawn for nothing."""
@@ -154,16 +148,17 @@ class PendingRequest:
 
     def abort(self) -> None:
         """End it for its caller, who is told so."""
-        error = RequestAborted(f"request {self.request_id} was aborted")
-        self._finish(FinishReason.ABORT, error)
+        told = RequestAborted(f"request {self.request_id} was aborted")
+        self._finish(FinishReason.ABORT, told)
 
     def fail(self, error: Exception) -> None:
         """End it with an error."""
         self._finish(FinishReason.ERROR, error)
 
-    def _finish(self, reason: FinishReason, error: Exception | None = None) -> None:
+    def _finish(self, reason: FinishReason | None, error: Exception | None = None) -> None:
+        """End it, unless it has ended or goes on (None), and wake who waits."""
         with self._condition:
-            if not self.done:
+            if not self.done and reason is not None:
                 self._error, self.finished_at = error, time.perf_counter()
                 self.finish_reason = reason
             self._condition.notify_all()
@@ -174,30 +169,27 @@ class PendingRequest:
         Raises:
             LiteCacheError: it failed or was aborted.
         """
-        check_process(self._pid)
-        with self._condition:
-            self._condition.wait_for(lambda: self.done)
-        if self._error is not None:
-            raise self._error
+        for _ in self.stream(whole=True):
+            pass
         return self.tokens
 
-    def stream(self) -> Iterator[list[int]]:
-        """New tokens as they come, in lists of at least one.
+    def stream(self, *, whole: bool = False) -> Iterator[list[int]]:
+        """New tokens as they come, or all when it has ended, in lists of at least one.
 
         Raises:
             LiteCacheError: it failed or was aborted, after the tokens that came before.
         """
-        taken = 0
-        while True:
+        taken, done = 0, False
+        while not done:
             check_process(self._pid)
             with self._condition:
-                self._condition.wait_for(lambda: self.done or len(self.tokens) > taken)  # noqa: B023
+                self._condition.wait_for(
+                    lambda: self.done or (not whole and len(self.tokens) > taken)  # noqa: B023
+                )
                 new, done = self.tokens[taken:], self.done
             if new:
                 taken += len(new)
                 yield new
-            elif done:
-                break
         if self._error is not None:
             raise self._error
 
@@ -285,12 +277,13 @@ class ReuseReport:
     def of(cls, rows: Sequence[PendingRequest]) -> ReuseReport:
         """The report of finished requests."""
 
-        def since_submission(row: PendingRequest, moment: float | None) -> float | None:
-            return None if moment is None else moment - row.submitted_at
+        def since_submission(name: str) -> tuple[float | None, ...]:
+            moments = ((row.submitted_at, getattr(row, name)) for row in rows)
+            return tuple(None if moment is None else moment - start for start, moment in moments)
 
         return cls(
             tuple(row.reused_tokens for row in rows),
-            tuple(since_submission(row, row.first_token_at) for row in rows),
-            tuple(since_submission(row, row.finished_at) for row in rows),
+            since_submission("first_token_at"),
+            since_submission("finished_at"),
             tuple(tuple(row.logprobs) for row in rows),
         )

@@ -6,17 +6,30 @@ and appends the new tokens, so a left-padded row comes back as HF returns it.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from litecache.errors import CapacityError, ConfigError, outline
+from litecache.errors import CapacityError, ConfigError, LiteCacheError, outline
 from litecache.token_ids import TokenIds
 
 MOST_SEQUENCES = 1 << 16
 _MOST_IDS = 1 << 28
+_MATRIX = "an integer tensor [batch, tokens]"
+
+
+@contextlib.contextmanager
+def naming(name: str, value: object, valid: str) -> Iterator[None]:
+    """Tell by its name what an argument raises: a tensor that is meta, sparse, nested, fake..."""
+    try:
+        yield
+    except LiteCacheError:
+        raise
+    except Exception as error:
+        raise ConfigError(name, outline(value), valid) from error
 
 
 def check_input_ids(input_ids: object) -> torch.Tensor:
@@ -25,13 +38,12 @@ def check_input_ids(input_ids: object) -> torch.Tensor:
     Raises:
         ConfigError: not a dense integer tensor of two dimensions with at least one row and column.
     """
-    valid = "an integer tensor [batch, tokens]"
     if not isinstance(input_ids, torch.Tensor):
-        raise ConfigError("input_ids", outline(input_ids), valid)
-    try:
+        raise ConfigError("input_ids", outline(input_ids), _MATRIX)
+    with naming("input_ids", input_ids, f"{_MATRIX}, dense"):
         kind, shape = input_ids.dtype, list(input_ids.shape)
         if len(shape) != 2 or kind.is_floating_point or kind.is_complex:
-            raise ConfigError("input_ids", outline(input_ids), valid)
+            raise ConfigError("input_ids", outline(input_ids), _MATRIX)
         if not all(shape):
             raise ConfigError("input_ids", shape, "at least one row and one token")
         if shape[0] > MOST_SEQUENCES or shape[0] * shape[1] > _MOST_IDS:
@@ -39,10 +51,6 @@ def check_input_ids(input_ids: object) -> torch.Tensor:
             raise ConfigError("input_ids", shape, most)
         ids = input_ids.detach().to("cpu", torch.int64)
         ids.numpy()
-    except ConfigError:
-        raise
-    except Exception as error:  # meta, sparse, nested, fake...
-        raise ConfigError("input_ids", outline(input_ids), f"{valid}, dense") from error
     return ids
 
 
@@ -59,11 +67,9 @@ def one_input(first: Any, second: Any) -> Any:
 
 def one_row(prompt: Any) -> Any:
     """A tensor `[1, tokens]` as `[tokens]`; anything else as it is."""
-    try:
+    with naming("input_ids", prompt, "a dense tensor of token ids"):
         if isinstance(prompt, torch.Tensor) and (prompt.dim() == 0 or prompt.shape[:-1] == (1,)):
             return prompt.reshape(-1)
-    except Exception as error:  # sparse, nested...
-        raise ConfigError("input_ids", outline(prompt), "a dense tensor of token ids") from error
     return prompt
 
 
@@ -105,10 +111,8 @@ def check_prompts(prompts: Any, most: int) -> list[TokenIds]:
     valid = "a list of prompts, each a list of token ids"
     if isinstance(prompts, (str, bytes, Mapping)):
         raise ConfigError("prompts", outline(prompts), valid)
-    try:
+    with naming("prompts", prompts, valid):
         given = list(itertools.islice(prompts, MOST_SEQUENCES + 1))
-    except (TypeError, NotImplementedError, RuntimeError) as error:
-        raise ConfigError("prompts", outline(prompts), valid) from error
     check_sequences("prompts", len(given))
     return [check_prompt(prompt, index, most) for index, prompt in enumerate(given)]
 
@@ -124,7 +128,7 @@ def check_sequences(name: str, count: int) -> None:
 
 
 def split_rows(
-    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, pad_token_id: int | None
+    input_ids: torch.Tensor, attention_mask: Any, pad_token_id: int | None
 ) -> list[TokenIds]:
     """The tokens of each row without its padding.
 
@@ -139,22 +143,16 @@ def split_rows(
     # By numpy: torch wakes all its threads for a few thousand tokens, which takes milliseconds.
     ids = input_ids.numpy()
     keep = None
-    if attention_mask is None:
-        if pad_token_id is not None:
-            keep = ids != pad_token_id
-    else:
-        if not isinstance(attention_mask, torch.Tensor) or attention_mask.shape != input_ids.shape:
-            shape = getattr(attention_mask, "shape", None)
-            raise ConfigError(
-                "attention_mask",
-                outline(attention_mask) if shape is None else list(shape),
-                f"a tensor of input_ids' shape {list(input_ids.shape)}",
-            )
-        try:
+    if attention_mask is not None:
+        shape = getattr(attention_mask, "shape", None)
+        if not isinstance(attention_mask, torch.Tensor) or shape != input_ids.shape:
+            what = outline(attention_mask) if shape is None else list(shape)
+            valid = f"a tensor of input_ids' shape {list(input_ids.shape)}"
+            raise ConfigError("attention_mask", what, valid)
+        with naming("attention_mask", attention_mask, "a dense tensor of numbers"):
             keep = attention_mask.numpy(force=True) != 0
-        except Exception as error:  # meta, sparse, nested, fake...
-            valid = "a dense tensor of numbers"
-            raise ConfigError("attention_mask", outline(attention_mask), valid) from error
+    elif pad_token_id is not None:
+        keep = ids != pad_token_id
     rows = [TokenIds(row if keep is None else row[keep[i]]) for i, row in enumerate(ids)]
     for index, row in enumerate(rows):
         if not row:
@@ -190,9 +188,7 @@ def as_list(name: str, value: Any, most: int = 1 << 20) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
     valid = f"a dense tensor of at most {most:,} numbers"
-    try:
+    with naming(name, value, valid):
         if value.numel() <= most:
             return value.tolist()
-    except Exception as error:  # meta, sparse, nested, fake...
-        raise ConfigError(name, outline(value), valid) from error
     raise ConfigError(name, outline(value), valid)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -57,53 +57,45 @@ class CacheStats:
         """Add up what `Group.status` returned."""
         answering = {name: actor for name, actor in actors.items() if "error" not in actor}
         snapshots = [a["metrics"] for a in answering.values() if "metrics" in a]
-        counters = _Counters(snapshots)
         engines = [a["engine"] for a in answering.values() if "engine" in a]
-        blocks: dict[str, int] = defaultdict(int)
+        blocks: Counter[str] = Counter()
         for engine in engines:
-            for state, count in engine["blocks"].items():
-                blocks[state] += int(count)
+            blocks.update(engine["blocks"])  # states without a block stay, which `+` would drop
+        counters = [counter for snapshot in snapshots for counter in snapshot["counters"]]
+
+        def by(name: str, *labels: str, between: str = " ") -> dict[str, int]:
+            """The sums of a counter by the values of some of its labels."""
+            sums: Counter[str] = Counter()
+            for counter, labelled, value in counters:
+                if counter == f"litecache_{name}":
+                    sums[between.join(labelled.get(label, "") for label in labels)] += int(value)
+            return dict(sums)
+
         return cls(
-            requests=counters.by("litecache_requests", "outcome"),
+            requests=by("requests", "outcome"),
             running=sum(int(engine["running"]) for engine in engines),
             waiting=sum(int(engine["waiting"]) for engine in engines),
-            prompt_tokens=counters.total("litecache_prompt_tokens"),
-            reused_tokens=counters.by("litecache_reused_tokens", "tier"),
-            generated_tokens=counters.total("litecache_generated_tokens"),
-            misses=counters.by("litecache_misses", "tier", "reason", between=": "),
+            prompt_tokens=sum(by("prompt_tokens").values()),
+            reused_tokens=by("reused_tokens", "tier"),
+            generated_tokens=sum(by("generated_tokens").values()),
+            misses=by("misses", "tier", "reason", between=": "),
             blocks=dict(blocks),
-            io_bytes=counters.by("litecache_storage_bytes", "direction", "tier"),
-            evictions=counters.by("litecache_evictions", "tier"),
-            drops=counters.by("litecache_drops", "reason"),
+            io_bytes=by("storage_bytes", "direction", "tier"),
+            evictions=by("evictions", "tier"),
+            drops=by("drops", "reason"),
             latencies=_latencies(snapshots),
             shards={name: dict(a["store"]) for name, a in answering.items() if "store" in a},
             unavailable=tuple(sorted(actors.keys() - answering.keys())),
         )
 
 
-class _Counters:
-    """Counters of several snapshots as one."""
-
-    def __init__(self, snapshots: Iterable[Mapping[str, Any]]) -> None:
-        self._values = [value for snapshot in snapshots for value in snapshot["counters"]]
-
-    def total(self, name: str) -> int:
-        return int(sum(value for counter, _, value in self._values if counter == name))
-
-    def by(self, name: str, *labels: str, between: str = " ") -> dict[str, int]:
-        sums: dict[str, int] = defaultdict(int)
-        for counter, labelled, value in self._values:
-            if counter == name:
-                sums[between.join(labelled.get(label, "") for label in labels)] += int(value)
-        return dict(sums)
-
-
 def _latencies(snapshots: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    counts: dict[str, float] = defaultdict(float)
-    sums: dict[str, float] = defaultdict(float)
+    found: dict[str, list[Mapping[str, float]]] = defaultdict(list)
     for snapshot in snapshots:
         for name, labels, histogram in snapshot["histograms"]:
-            key = " ".join([name.removeprefix("litecache_"), *labels.values()])
-            counts[key] += histogram["count"]
-            sums[key] += histogram["sum"]
-    return {key: {"count": counts[key], "mean": sums[key] / counts[key]} for key in counts}
+            found[" ".join([name.removeprefix("litecache_"), *labels.values()])].append(histogram)
+    counts = {key: sum(each["count"] for each in found[key]) for key in found}
+    return {
+        key: {"count": count, "mean": sum(each["sum"] for each in found[key]) / count}
+        for key, count in counts.items()
+    }

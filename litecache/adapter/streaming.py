@@ -48,15 +48,11 @@ class TextDecoder:
     @classmethod
     def of(cls, tokenizer: Any, skip_special_tokens: bool) -> TextDecoder:
         """For a tokenizer of transformers, or anything else with `decode`."""
-
-        def decode(token_ids: list[int]) -> str:
-            text: str = tokenizer.decode(
-                token_ids,
-                skip_special_tokens=skip_special_tokens,
-                clean_up_tokenization_spaces=False,
-            )
-            return text
-
+        decode: Callable[[list[int]], str] = functools.partial(
+            tokenizer.decode,
+            skip_special_tokens=skip_special_tokens,
+            clean_up_tokenization_spaces=False,
+        )
         name_of = getattr(tokenizer, "convert_ids_to_tokens", lambda token: "")
         added = getattr(tokenizer, "added_tokens_decoder", {})
         special = {token for token, entry in added.items() if entry.special}
@@ -124,9 +120,7 @@ class TokenStream:
         decoder: TextDecoder | None,
         abandon: Callable[[str], None],
     ) -> None:
-        self.request_id = pending.request_id
-        self._pending = pending
-        self._abandon = abandon
+        self.request_id, self._pending, self._abandon = pending.request_id, pending, abandon
         self._items: Generator[Any, None, None]
         # No reference back to self: a stream that is dropped has to end at once.
         self._items = _text(pending, decoder) if decoder is not None else _one_by_one(pending)
@@ -195,11 +189,9 @@ def feed_streamer(
 
 def _text(row: PendingRequest, decoder: TextDecoder) -> Generator[str, None, None]:
     for tokens in row.stream():
-        piece = decoder.add(tokens)
-        if piece:
+        if piece := decoder.add(tokens):
             yield piece
-    rest = decoder.add([], last=True)
-    if rest:
+    if rest := decoder.add([], last=True):
         yield rest
 
 

@@ -14,7 +14,7 @@ def test_figures_of_all_actors_are_added_up() -> None:
     gpu.observe("litecache_ttft_seconds", 0.5)
     gpu.observe("litecache_ttft_seconds", 1.5)
     shard.inc("litecache_storage_bytes", 4096, direction="write", tier="disk")
-    engine = {"blocks": {"free": 7, "idle": 1}, "running": 1, "waiting": 2}
+    engine = {"blocks": {"free": 7, "idle": 1, "private": 0}, "running": 1, "waiting": 2}
     stats = CacheStats.from_status(
         {
             "gpu:0": {"engine": engine, "metrics": gpu.snapshot()},
@@ -28,7 +28,7 @@ def test_figures_of_all_actors_are_added_up() -> None:
     assert stats.hit_rate == 0.5
     assert stats.requests == {"stop": 2}
     assert stats.misses == {"shard: absent": 8}
-    assert stats.blocks == {"free": 14, "idle": 2}
+    assert stats.blocks == {"free": 14, "idle": 2, "private": 0}
     assert (stats.running, stats.waiting) == (2, 4)
     assert stats.io_bytes == {"write disk": 4096}
     assert stats.latencies == {"ttft_seconds": {"count": 4, "mean": 1.0}}
