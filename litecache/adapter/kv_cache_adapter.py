@@ -30,6 +30,7 @@ from litecache.adapter.prompts import (
     check_prompt,
     check_prompts,
     check_sequences,
+    naming,
     one_input,
     one_row,
     split_rows,
@@ -41,7 +42,7 @@ from litecache.adapter.streaming import TextDecoder, TokenStream, feed_streamer
 from litecache.checks import check_flag, check_integer, check_seconds, check_text
 from litecache.config import CacheConfig
 from litecache.engine.loading.model_checks import check_config, check_limits
-from litecache.errors import ConfigError, GroupError, LiteCacheError, outline
+from litecache.errors import ConfigError, GroupError, LiteCacheError
 from litecache.hashing import chain_keys
 from litecache.paths import ModelHold
 from litecache.token_ids import TokenIds
@@ -68,6 +69,11 @@ class KVCacheAdapter:
         num_threads: torch's threads in each replica on a CPU; None = the machine's cores.
         trust_remote_code: let Python code that comes with the model run, here and in the actors.
 
+    Attributes:
+        config: the model's configuration.
+        generation_config: the model's defaults; changes apply to later calls, as in HF.
+        group: the actors.
+
     Raises:
         LiteCacheError: something is refused; nothing that was started stays behind.
     """
@@ -91,72 +97,58 @@ class KVCacheAdapter:
         options = check_actor_options(actor_options)
         if cache_config is not None and not isinstance(cache_config, CacheConfig):
             raise ConfigError("cache_config", cache_config, "a litecache.CacheConfig or None")
-        for name, count in (("replicas", replicas), ("num_threads", num_threads)):
-            if name == "replicas" or count is not None:
-                check_integer(name, count, 1, 4096)
+        check_integer("replicas", replicas, 1, 4096)
+        if num_threads is not None:
+            check_integer("num_threads", num_threads, 1, 4096)
         check_flag("detached", detached)
         check_flag("trust_remote_code", trust_remote_code)
-        if tokenizer is not None and not (
-            _has_methods(tokenizer, "decode", "__call__")
-            or _has_methods(tokenizer, "decode", "encode")
-        ):
+        ways = (("decode", "__call__"), ("decode", "encode"))
+        if tokenizer is not None and not any(_has_methods(tokenizer, *way) for way in ways):
             raise ConfigError("tokenizer", tokenizer, "a tokenizer of transformers, or None")
         if group is not None:
             check_group_name(group)
         config = cache_config or CacheConfig()
-        self._model = resolve_model(
+        resolved = resolve_model(
             model,
             weights=weights,
             seed=seed,
             trust_remote_code=trust_remote_code,
             models_bytes=config.models_bytes,
         )
+        self._source, self.config = resolved.source, resolved.config
+        self.generation_config = resolved.generation_config
         # The actors check all of this, too; here it costs no process.
-        check_config(self._model.config)
-        check_limits(self._model.config, config)
+        check_config(self.config)
+        check_limits(self.config, config)
         open_ray()
         joinable = group or (DEFAULT_GROUP if detached else None)
         spec = GroupSpec(
             joinable or f"private-{uuid.uuid4().hex[:8]}",
-            self._model.source,
+            self._source,
             config,
             replicas,
             num_threads,
             choose_num_gpus(config, options),
         )
-        self._group, started = _join_or_start(
-            spec, joinable is not None, cache_config is None, detached, options
-        )
+        expected = None if joinable is None else spec.describe()
+        if expected is not None and cache_config is None:
+            expected["config"] = None
+        self.group, started = _join_or_start(spec, expected, detached, options)
         self._tokenizer = tokenizer
         self._client_id = uuid.uuid4().hex[:12]
         self._numbers = itertools.count(1)
         self._last_stop: tuple[Any, tuple[str, ...], StopStrings] | None = None
-        self._replicas = ReplicaSet(self._group, self._client_id)
+        self._replicas = ReplicaSet(self.group, self._client_id)
         # Runs on close, on garbage collection and at exit, once, and before Ray's own exit hook.
         owned = started and not detached
         self._finalizer = weakref.finalize(
-            self, _leave, self._group, self._replicas, owned, self._model.hold
+            self, _leave, self.group, self._replicas, owned, resolved.hold
         )
-
-    @property
-    def config(self) -> Any:
-        """The model's configuration."""
-        return self._model.config
-
-    @property
-    def generation_config(self) -> GenerationConfig:
-        """The model's defaults; changes apply to later calls, as in HF."""
-        return self._model.generation_config
-
-    @property
-    def group(self) -> Group:
-        """The actors."""
-        return self._group
 
     @property
     def info(self) -> Any:
         """The engine's `EngineInfo`: limits, block size, device."""
-        return self._group.info
+        return self.group.info
 
     @property
     def tokenizer(self) -> Any:
@@ -168,7 +160,7 @@ class KVCacheAdapter:
         if self._tokenizer is None:
             from transformers import AutoTokenizer
 
-            source = self._model.source
+            source = self._source
             try:
                 if source.path is None:
                     raise OSError("a bare config has no tokenizer")
@@ -225,20 +217,15 @@ class KVCacheAdapter:
             )
         input_ids = check_input_ids(given)
         prompts = split_rows(input_ids, mask, settings.mask_pad_token)
-        samples = settings.num_return_sequences
+        samples, pad = settings.num_return_sequences, settings.pad_token_id
         settings.check_padding(samples * len(prompts))
-        widths = [input_ids.shape[1]] * len(prompts)
-        rows = self._start(
-            *(prompts, widths, [settings] * len(prompts), cache_salt, seed, tokenizer),
-            streaming=streamer is not None,
-        )
+        jobs = [(prompt, input_ids.shape[1], settings) for prompt in prompts]
+        rows = self._start(jobs, cache_salt, seed, tokenizer, streaming=streamer is not None)
         with aborting(rows, self._replicas.abort):
             if streamer is not None:
-                expanded = input_ids.repeat_interleave(samples, dim=0)
-                feed_streamer(streamer, expanded, rows, settings.pad_token_id)
+                feed_streamer(streamer, input_ids.repeat_interleave(samples, dim=0), rows, pad)
             new_tokens = [row.wait() for row in rows]
-        repeated = given.repeat_interleave(samples, dim=0)
-        sequences = append_rows(repeated, new_tokens, settings.pad_token_id)
+        sequences = append_rows(given.repeat_interleave(samples, dim=0), new_tokens, pad)
         if not settings.return_dict:
             return sequences
         output = GenerateDecoderOnlyOutput(sequences=sequences)
@@ -270,32 +257,22 @@ class KVCacheAdapter:
             LiteCacheError: a request failed.
         """
         self._check_open()
-        checked = check_prompts(prompts, self.info.max_model_len)
-        settings = self._settings_of_each(len(checked), generation_config, kwargs)
-        if not checked:
-            return []
-        widths = [len(prompt) for prompt in checked]
-        rows = self._start(checked, widths, settings, cache_salt, seed, tokenizer)
-        with aborting(rows, self._replicas.abort):
-            return [list(row.wait()) for row in rows]
-
-    def _settings_of_each(
-        self, count: int, given: Any, overrides: dict[str, Any]
-    ) -> list[GenerationSettings]:
-        """The settings of `count` prompts, given once or for each."""
+        checked, given = check_prompts(prompts, self.info.max_model_len), generation_config
         if given is None or isinstance(given, GenerationConfig):
-            settings = [translate(given, overrides, self.generation_config)] * count
-        elif isinstance(given, (list, tuple)) and len(given) == count:
-            settings = [translate(each, overrides, self.generation_config) for each in given]
+            settings = [translate(given, kwargs, self.generation_config)] * len(checked)
+        elif isinstance(given, (list, tuple)) and len(given) == len(checked):
+            settings = [translate(each, kwargs, self.generation_config) for each in given]
         else:
             what = len(given) if isinstance(given, (list, tuple)) else given
-            raise ConfigError(
-                "generation_config", what, f"one GenerationConfig, or a list of {count}"
-            )
+            valid = f"one GenerationConfig, or a list of {len(checked)}"
+            raise ConfigError("generation_config", what, valid)
         for each in settings:
             if each.sampling.logprobs is not None:
                 raise ConfigError("logprobs", each.sampling.logprobs, "None in generate_batch")
-        return settings
+        jobs = [(prompt, len(prompt), each) for prompt, each in zip(checked, settings, strict=True)]
+        rows = self._start(jobs, cache_salt, seed, tokenizer)
+        with aborting(rows, self._replicas.abort):
+            return [list(row.wait()) for row in rows]
 
     def stream(
         self,
@@ -332,14 +309,14 @@ class KVCacheAdapter:
             raise ConfigError("num_return_sequences", settings.num_return_sequences, "1 in stream")
         given = one_input(prompt, input_ids)
         if isinstance(given, str):
-            given = self._tokens_of(given)
+            with naming("prompt", given, "a text that the tokenizer takes"):
+                given = self.tokenizer(check_text("prompt", given))["input_ids"]
         tokens = check_prompt(one_row(given), 0, self.info.max_model_len)
         check_flag("as_tokens", as_tokens)
         check_flag("skip_special_tokens", skip_special_tokens)
         decoder = None if as_tokens else TextDecoder.of(self.tokenizer, skip_special_tokens)
-        (row,) = self._start(
-            *([tokens], [len(tokens)], [settings], cache_salt, seed, tokenizer), streaming=True
-        )
+        jobs = [(tokens, len(tokens), settings)]
+        (row,) = self._start(jobs, cache_salt, seed, tokenizer, streaming=True)
         return TokenStream(row, decoder, self._replicas.abort)
 
     def abort(self, request_id: str) -> None:
@@ -348,14 +325,14 @@ class KVCacheAdapter:
         Raises:
             ConfigError: not a text.
         """
-        self._group.connection.check()
+        self.group.connection.check()
         if not isinstance(request_id, str):
             raise ConfigError("request_id", request_id, "a stream's request_id")
         self._replicas.abort(request_id)
 
     def flush(self, timeout_s: float = 30.0) -> dict[str, Any]:
         """Save everything that is cached; see `Group.flush`."""
-        return self._group.flush(check_seconds("timeout_s", timeout_s))
+        return self.group.flush(check_seconds("timeout_s", timeout_s))
 
     def clear(self, tier: str = "all") -> None:
         """Drop cached blocks of a tier: "gpu", "ram", "disk" or "all".
@@ -364,7 +341,7 @@ class KVCacheAdapter:
         """
         if not isinstance(tier, str) or tier not in TIERS:
             raise ConfigError("tier", tier, f"one of {', '.join(TIERS)}")
-        self._group.clear(tier)
+        self.group.clear(tier)
 
     def pin(self, prompt: Any, *, cache_salt: str | None = None) -> int:
         """Keep a prefix that was computed on disk until `unpin`, over restarts too.
@@ -382,8 +359,6 @@ class KVCacheAdapter:
             ConfigError: no token ids.
         """
         self._check_open()
-        self._prefix(prompt, cache_salt)  # before anything is done
-        self.flush()
         return self._set_pinned(prompt, cache_salt, True)
 
     def unpin(self, prompt: Any, *, cache_salt: str | None = None) -> int:
@@ -392,33 +367,23 @@ class KVCacheAdapter:
 
     def _set_pinned(self, prompt: Any, cache_salt: str | None, pinned: bool) -> int:
         """Tokens of the leading blocks that some shard holds in every KV group."""
-        tokens, salt = self._prefix(prompt, cache_salt)
+        tokens, salt = check_prompt(prompt, 0, self.info.max_model_len), self._salt(cache_salt)
+        if pinned:
+            self.flush()
         size = self.info.block_size
         chains = [chain_keys(root, tokens.array, size) for root in self.info.roots(salt)]
         keys = [key for chain in chains for key in chain]
-        held = dict(zip(keys, self._group.set_pinned(keys, pinned), strict=True))
+        held = dict(zip(keys, self.group.set_pinned(keys, pinned), strict=True))
         in_all = (all(held[key] for key in block) for block in zip(*chains, strict=True))
         return int(size) * sum(1 for _ in itertools.takewhile(bool, in_all))
 
-    def _prefix(self, prompt: Any, cache_salt: str | None) -> tuple[TokenIds, str]:
-        return check_prompt(prompt, 0, self.info.max_model_len), self._salt(cache_salt)
-
     def _salt(self, given: str | None) -> str:
-        default: str = self._group.spec.config.cache_salt
+        default: str = self.group.spec.config.cache_salt
         return default if given is None else check_text("cache_salt", given)
-
-    def _tokens_of(self, text: str) -> Any:
-        try:
-            return self.tokenizer(check_text("prompt", text))["input_ids"]
-        except LiteCacheError:
-            raise
-        except Exception as error:
-            valid = f"a text that the tokenizer takes ({type(error).__name__})"
-            raise ConfigError("prompt", outline(text), valid) from error
 
     def stats(self) -> CacheStats:
         """Counters and state, added up over the group's actors."""
-        return CacheStats.from_status(self._group.status())
+        return CacheStats.from_status(self.group.status())
 
     def close(self) -> None:
         """Abort this adapter's requests; stop the actors if they were started here for it alone."""
@@ -431,26 +396,24 @@ class KVCacheAdapter:
         self.close()
 
     def __reduce__(self) -> NoReturn:
-        name = self._group.spec.group
         raise LiteCacheError(
-            f"an adapter cannot be pickled or copied: start its group by a name and join it where "
-            f"it is needed, by KVCacheAdapter(model, group=NAME) (this one's group is {name!r})"
+            "an adapter cannot be pickled or copied: start its group by a name and join it where it"
+            " is needed, by KVCacheAdapter(model, group=NAME) (this one's group is"
+            f" {self.group.spec.group!r})"
         )
 
     def __repr__(self) -> str:
-        return f"KVCacheAdapter({self._model.source.name!r}, group={self._group.spec.group!r})"
+        return f"KVCacheAdapter({self._source.name!r}, group={self.group.spec.group!r})"
 
     def _check_open(self) -> None:
         """First of all: in a forked process torch's threads and every lock may hang."""
-        self._group.connection.check()
+        self.group.connection.check()
         if not self._finalizer.alive:
             raise ConfigError("adapter", "closed", "an open adapter")
 
     def _start(
         self,
-        prompts: Sequence[TokenIds],
-        widths: Sequence[int],
-        settings: Sequence[GenerationSettings],
+        jobs: Sequence[tuple[TokenIds, int, GenerationSettings]],
         cache_salt: str | None,
         seed: int | None,
         tokenizer: Any,
@@ -460,29 +423,30 @@ class KVCacheAdapter:
         """Check all requests, then submit them, all or none; samples of a prompt in a row.
 
         Args:
-            prompts: token ids.
-            widths: tokens of each as HF counts them, padding included.
-            settings: of each prompt.
+            jobs: of each prompt its ids, its tokens as HF counts them (padding included), and its
+                settings.
             cache_salt, seed, tokenizer: as in `generate`.
             streaming: somebody looks at each token as it comes.
         """
-        samples = sum(each.num_return_sequences for each in settings)
-        check_sequences("num_return_sequences", samples)
+        check_sequences("num_return_sequences", sum(job[2].num_return_sequences for job in jobs))
         salt = self._salt(cache_salt)
-        drawn = draw_seed(seed, sampling=any(each.do_sample for each in settings))
-        limit = self._model.max_positions
+        drawn = draw_seed(seed, sampling=any(job[2].do_sample for job in jobs))
+        limit = getattr(self.config.get_text_config(), "max_position_embeddings", None)
         rows: list[PendingRequest] = []
-        for prompt, width, each in zip(prompts, widths, settings, strict=True):
+        for prompt, width, each in jobs:
             stop = self._stop_strings(tokenizer, each.stop_strings) if each.stop_strings else None
             for _ in range(each.num_return_sequences):
                 sampling = each.sampling_params(
-                    width, max_positions=limit, seed=drawn, sample_index=len(rows)
+                    width,
+                    max_positions=limit if isinstance(limit, int) else None,
+                    seed=drawn,
+                    sample_index=len(rows),
                 )
                 request = Request(
-                    f"{self._client_id}-{next(self._numbers)}",
-                    self._client_id,
-                    prompt,
-                    sampling,
+                    request_id=f"{self._client_id}-{next(self._numbers)}",
+                    client_id=self._client_id,
+                    prompt=prompt,
+                    sampling=sampling,
                     cache_salt=salt,
                     max_time_s=each.max_time_s,
                 )
@@ -502,21 +466,17 @@ class KVCacheAdapter:
 
 def _join_or_start(
     spec: GroupSpec,
-    joinable: bool,
-    any_config: bool,
+    expected: Any,
     detached: bool,
     options: dict[str, dict[str, Any]],
 ) -> tuple[Group, bool]:
-    """The group, and whether it was started here."""
-    expected = spec.describe()
-    if any_config:
-        expected["config"] = None
-    if not joinable or not exists(spec.group):
+    """The group, and whether it was started here; `expected` of one that runs, None = a new one."""
+    if expected is None or not exists(spec.group):
         try:
             return Group.start(spec, detached=detached, actor_options=options), True
         except GroupError:
             # Another driver may have started it in the meantime: then this one joins.
-            if not joinable or not exists(spec.group):
+            if expected is None or not exists(spec.group):
                 raise
     return Group.attach(spec.group, expected), False
 

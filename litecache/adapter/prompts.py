@@ -29,7 +29,7 @@ def naming(name: str, value: object, valid: str) -> Iterator[None]:
     except LiteCacheError:
         raise
     except Exception as error:
-        raise ConfigError(name, outline(value), valid) from error
+        raise ConfigError(name, outline(value), f"{valid} ({type(error).__name__})") from error
 
 
 def check_input_ids(input_ids: object) -> torch.Tensor:

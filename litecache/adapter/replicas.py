@@ -36,7 +36,7 @@ from litecache.types import PollReply, Request
 logger = logging.getLogger(__name__)
 
 # A restarted actor needs a process, torch and the model before it answers.
-GIVE_UP_S = 300.0
+_GIVE_UP_S = 300.0
 # One that Ray calls ended gets a moment, too: a moved actor is announced late.
 _GIVE_UP_ENDED_S = 5.0
 # A replica that is silent for so long gives its requests to others, where there are any.
@@ -52,7 +52,6 @@ class ReplicaPoller:
         handle: the `GpuCache` actor.
         client_id: names this driver.
         name: of the replica, for messages.
-        give_up_s: how long an actor may be unreachable before its requests fail.
         move: called with this poller when the replica does not answer: who takes its requests
             with `give_up` goes on with them elsewhere.
 
@@ -66,14 +65,11 @@ class ReplicaPoller:
         handle: Any,
         client_id: str,
         name: str,
-        *,
-        give_up_s: float = GIVE_UP_S,
         move: Callable[[ReplicaPoller], None] | None = None,
     ) -> None:
         self.name, self._client_id, self._move = name, client_id, move
         self.silent_since: float | None = None
         self._replica = ReplicaStub(handle, name)
-        self._give_up_s = give_up_s
         self._open: dict[str, PendingRequest] = {}
         self._condition = threading.Condition(threading.RLock())
         self._closed = False
@@ -98,8 +94,7 @@ class ReplicaPoller:
             LiteCacheError: the engine refused them; none was started.
         """
         with self._condition:
-            alone = not self._polling
-            self._polling = True
+            alone, self._polling = not self._polling, True
             ids = self._register(pending)
             if alone:
                 try:
@@ -110,8 +105,8 @@ class ReplicaPoller:
                     raise
                 finally:
                     self._condition.notify_all()
-                return
-        self._send(ids)
+        if not alone:
+            self._send(ids)
 
     def _register(self, pending: Sequence[PendingRequest]) -> list[str]:
         """From here on an abort finds them."""
@@ -221,14 +216,10 @@ class ReplicaPoller:
                 self._mark(ids, _LOST)
                 logger.info("%s", error)
                 ended = isinstance(error, ActorEndedError)
-                patience_s = min(self._give_up_s, _GIVE_UP_ENDED_S if ended else self._give_up_s)
-                if self._move_after(0.0 if ended else _MOVE_S) > patience_s:
-                    self._fail(
-                        list(self._open),
-                        GroupUnavailableError(
-                            f"{self.name} has not answered for {patience_s:g} s: {error}"
-                        ),
-                    )
+                move_s, patience_s = (0.0, _GIVE_UP_ENDED_S) if ended else (_MOVE_S, _GIVE_UP_S)
+                if self._move_after(move_s) > patience_s:
+                    text = f"{self.name} has not answered for {patience_s:g} s: {error}"
+                    self._fail(list(self._open), GroupUnavailableError(text))
                     self.silent_since = None
                 time.sleep(_RETRY_S)
             except LiteCacheError as error:
@@ -286,11 +277,8 @@ class ReplicaPoller:
         self._stop_computing(stale)
         if not ids:
             return
-        logger.warning(
-            "%s restarted: submitting %d request(s) again, with the tokens so far",
-            self.name,
-            len(ids),
-        )
+        what = "%s restarted: submitting %d request(s) again, with the tokens so far"
+        logger.warning(what, self.name, len(ids))
         try:
             self._send(ids)
         except LiteCacheError as error:
@@ -360,9 +348,8 @@ class ReplicaSet:
             for row in silent.give_up(len(self.pollers)):
                 others = [poller for poller in self.pollers if poller.name not in row.tried]
                 target = min(others, key=lambda p: (p.silent_since is not None, p.load))
-                logger.warning(
-                    "%s does not answer: %s goes on with its request", silent.name, target.name
-                )
+                what = "%s does not answer: %s goes on with its request"
+                logger.warning(what, silent.name, target.name)
                 try:
                     target.submit([row])
                 except LiteCacheError as error:
@@ -379,11 +366,7 @@ class ReplicaSet:
         except LiteCacheError as error:
             logger.info("routed without the coordinator: %s", error)
             index = None
-        if index is None or self._is_silent(index):
-            # of those that answer, if any does
-            order = range(len(self.pollers))
-            index = min(order, key=lambda i: (self._is_silent(i), self.pollers[i].load))
+        rank = [(poller.silent_since is not None, poller.load) for poller in self.pollers]
+        if index is None or index >= len(rank) or rank[index][0]:
+            index = rank.index(min(rank))  # of those that answer, if any does
         return index
-
-    def _is_silent(self, index: int) -> bool:
-        return index >= len(self.pollers) or self.pollers[index].silent_since is not None

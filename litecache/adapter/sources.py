@@ -61,12 +61,6 @@ class ResolvedModel:
             defaults.eos_token_id = valid or None
             object.__setattr__(self, "generation_config", defaults)
 
-    @property
-    def max_positions(self) -> int | None:
-        """The model's own limit, where its configuration states one."""
-        limit = getattr(self.config.get_text_config(), "max_position_embeddings", None)
-        return limit if isinstance(limit, int) else None
-
 
 def resolve_model(
     model: Any,

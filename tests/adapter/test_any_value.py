@@ -231,7 +231,7 @@ def test_a_bad_generation_config_file_is_named(
         model = resolve_model(tmp_path)
     except LiteCacheError:
         return
-    monkeypatch.setattr(llm, "_model", model)
+    monkeypatch.setattr(llm, "generation_config", model.generation_config)
     assert isinstance(
         ends_well(lambda: llm.generate(GOOD, do_sample=True, max_new_tokens=2)), LiteCacheError
     )

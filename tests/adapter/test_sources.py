@@ -51,7 +51,7 @@ def test_a_config_needs_random_weights() -> None:
         resolve_model(TINY)
     resolved = resolve_model(TINY, weights="random", seed=3)
     assert resolved.source.config is not None
-    assert (resolved.source.seed, resolved.max_positions) == (3, 128)
+    assert (resolved.source.seed, resolved.config.max_position_embeddings) == (3, 128)
 
 
 def test_a_module_is_written_once_and_loads_with_the_same_weights() -> None:
