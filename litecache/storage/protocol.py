@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from ..hashing import BlockKey
 
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
 PAGE_BYTES = 4096
 
 
@@ -101,9 +101,7 @@ class Attachment(NamedTuple):
         epoch: changes with every start of the shard; slots of another epoch mean nothing.
         arena_pid, arena_fd: the mapping is `/proc/<arena_pid>/fd/<arena_fd>`.
         arena_path: a file to open instead where memfd does not exist, else None.
-        arena_bytes: bytes of slots, from offset 0.
-        slot_table_offset: where the slot table starts, one entry of 32 bytes per page.
-        mapping_bytes: bytes to map.
+        arena_bytes: bytes of slots, from offset 0; the slot table follows, 32 bytes per page.
         segment_bytes: unit in which memory is allocated; `cudaHostRegister` goes by it.
         arena_device, arena_inode: of the mapping, so that no other file is taken for it.
         address: of the shard's socket (`SocketServer`); None where there is none.
@@ -116,8 +114,6 @@ class Attachment(NamedTuple):
     arena_fd: int
     arena_path: str | None
     arena_bytes: int
-    slot_table_offset: int
-    mapping_bytes: int
     segment_bytes: int
     arena_device: int
     arena_inode: int

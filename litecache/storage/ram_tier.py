@@ -265,7 +265,7 @@ class RamTier:
             assert (block.handle in queued) == clean, f"slot {slot} is queued wrongly"
             assert block.leases >= 0, "negative leases"
             assert not (block.dead and not block.leases and not block.started), "a dead slot stayed"
-            word = self.arena.word(slot)
-            assert word >> 8 == block.generation, "the slot table has another generation"
+            _, generation, _ = self.arena.entry(slot)
+            assert generation == block.generation, "the slot table has another generation"
         self.queues.check_integrity()
         assert len(queued) <= len(self.by_slot), "a freed block is still queued"

@@ -301,7 +301,7 @@ def test_a_client_killed_during_a_copy_out_gives_its_slot_back_and_may_start_aga
     assert not client.view.holds(*reader.ref), "the slot was free to be given to others"
     with pytest.raises(StorageError, match="attach again"):
         shard.call("release", reader.client_id, [reader.ref])
-    assert client.get(1)  # back into RAM
+    wait_until(lambda: client.get(1))  # back into RAM, once a slot is written out
     restarted = Reader(shard, 1)
     try:
         assert restarted.client_id != reader.client_id

@@ -18,7 +18,7 @@ from litecache.storage import CommitItem, LocalShardClient, ShardStore
 from litecache.storage.arena import mapping as shared_mapping
 from litecache.storage.arena.arena import Arena
 from litecache.storage.arena.mapping import HUGE_PAGE_BYTES, SharedMapping
-from litecache.storage.arena.view import ArenaView
+from litecache.storage.arena.view import ArenaView, mapping_bytes
 
 MIB = 1 << 20
 
@@ -60,9 +60,9 @@ def test_shard_and_client_map_the_arena_by_huge_pages() -> None:
     assert arena.resident_bytes() == 8 * MIB + 8 * MIB // 128  # and its part of the slot table
     view = ArenaView(arena.attachment(1))
     view.block(2 * 1024, 4096)[:] = 7
-    for array in (np.frombuffer(arena.bytes, np.uint8), view.array):
+    for array in (np.frombuffer(arena.array, np.uint8), view.array):
         assert array.ctypes.data % HUGE_PAGE_BYTES == 0
-    assert mapped_huge_bytes(np.frombuffer(arena.bytes, np.uint8).ctypes.data) == 8 * MIB
+    assert mapped_huge_bytes(np.frombuffer(arena.array, np.uint8).ctypes.data) == 8 * MIB
     assert mapped_huge_bytes(view.array.ctypes.data) == 4 * MIB
     assert bytes(arena.buffer(2 * 1024, 3)) == b"\7\7\7"
     view.close()
@@ -73,7 +73,7 @@ def test_the_arena_starts_at_a_huge_page_for_whoever_maps_it() -> None:
     arena = Arena(8 * MIB, 512 << 10, 1)
     views = [ArenaView(arena.attachment(i)) for i in range(3)]
     starts = [view.array.ctypes.data for view in views]
-    starts.append(np.frombuffer(arena.bytes, np.uint8).ctypes.data)
+    starts.append(np.frombuffer(arena.array, np.uint8).ctypes.data)
     assert len(set(starts)) == 4
     assert [start % HUGE_PAGE_BYTES for start in starts] == [0] * 4
     for view in views:
@@ -174,7 +174,7 @@ def test_another_file_behind_the_arena_s_descriptor_is_refused(
         fd = os.open(tmp_path / "f", os.O_RDWR | os.O_CREAT)
     else:
         fd = os.memfd_create("litecache-7" if foreign == "the same name" else "litecache-8")
-    os.truncate(fd, attachment.mapping_bytes)
+    os.truncate(fd, mapping_bytes(attachment.arena_bytes))
     with pytest.raises(StorageError, match=f"/fd/{fd} is .*(and not|another file)"):
         ArenaView(attachment._replace(arena_fd=fd))
     os.close(fd)
@@ -186,7 +186,7 @@ def test_a_symlink_or_another_file_at_the_arena_s_path_is_refused(tmp_path: Path
     attachment = arena.attachment(1)
     ArenaView(attachment).close()
     (tmp_path / "link").symlink_to(arena.path or "")
-    (tmp_path / "other").write_bytes(bytes(attachment.mapping_bytes))
+    (tmp_path / "other").write_bytes(bytes(mapping_bytes(attachment.arena_bytes)))
     for name in ("link", "other"):
         with pytest.raises(StorageError, match=name):
             ArenaView(attachment._replace(arena_path=str(tmp_path / name)))

@@ -16,15 +16,13 @@ import re
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from ...errors import StorageFullError
 from ...hashing import BlockKey
 from ...machine_memory import available_memory_bytes
 from ..block_index import KeyWords
 from ..protocol import PAGE_BYTES, PROTOCOL_VERSION, Attachment, SlotState
-from .mapping import SharedMapping
-from .view import ENTRY_WORDS, arena_name, pack_word, table_range
+from .view import ENTRY_WORDS, SlotMemory, arena_name, mapping_bytes, pack_word
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +49,7 @@ def sweep_shm() -> None:
                 os.close(fd)
 
 
-class Arena:
+class Arena(SlotMemory):
     """Owns the shared memory of one shard.
 
     Args:
@@ -67,40 +65,32 @@ class Arena:
     def __init__(
         self, arena_bytes: int, segment_bytes: int, epoch: int, *, use_memfd: bool = True
     ) -> None:
-        self.arena_bytes = arena_bytes
-        self.segment_bytes = segment_bytes
-        self.epoch = epoch
-        pages = arena_bytes // PAGE_BYTES
-        self.mapping_bytes = arena_bytes + -(-pages * ENTRY_WORDS * 8 // PAGE_BYTES) * PAGE_BYTES
         room = available_memory_bytes()
         if arena_bytes > room:
             raise StorageFullError(
                 f"ram_bytes={arena_bytes} is invalid: {room} bytes of memory are available"
             )
+        self.epoch = epoch
         self.path: str | None = None
-        self._fd = self._create(use_memfd and hasattr(os, "memfd_create"))
+        self._fd = self._create(arena_bytes, use_memfd and hasattr(os, "memfd_create"))
         try:
-            os.ftruncate(self._fd, self.mapping_bytes)
-            self._map = SharedMapping(self._fd, self.mapping_bytes, arena_bytes)
+            os.ftruncate(self._fd, mapping_bytes(arena_bytes))
+            super().__init__(self._fd, arena_bytes, segment_bytes)
         except BaseException:
             self._remove()
             raise
-        whole = self._map.array.data
-        self.bytes = whole[:arena_bytes]
-        self._words = whole[arena_bytes:].cast("Q")
-        table = self._map.array[arena_bytes : arena_bytes + pages * ENTRY_WORDS * 8]
-        self._rows: npt.NDArray[np.uint64] = table.view(np.uint64).reshape(pages, ENTRY_WORDS)
+        self._rows = np.frombuffer(self._words, np.uint64).reshape(-1, ENTRY_WORDS)
 
-    def _create(self, memfd: bool) -> int:
+    def _create(self, arena_bytes: int, memfd: bool) -> int:
         if memfd:
             with contextlib.suppress(OSError):
                 return os.memfd_create(arena_name(self.epoch), os.MFD_CLOEXEC)
         sweep_shm()
         stat = os.statvfs(_SHM)
-        if stat.f_bavail * stat.f_frsize < self.mapping_bytes:
+        room = stat.f_bavail * stat.f_frsize
+        if room < mapping_bytes(arena_bytes):
             raise StorageFullError(
-                f"ram_bytes={self.arena_bytes} is invalid: {_SHM} has "
-                f"{stat.f_bavail * stat.f_frsize} bytes left"
+                f"ram_bytes={arena_bytes} is invalid: {_SHM} has {room} bytes left"
             )
         self.path = f"{_SHM}/litecache-{os.getpid()}-{self.epoch:x}"
         fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -118,8 +108,6 @@ class Arena:
             arena_fd=self._fd,
             arena_path=self.path,
             arena_bytes=self.arena_bytes,
-            slot_table_offset=self.arena_bytes,
-            mapping_bytes=self.mapping_bytes,
             segment_bytes=self.segment_bytes,
             arena_device=status.st_dev,
             arena_inode=status.st_ino,
@@ -131,10 +119,9 @@ class Arena:
         Raises:
             OSError: ENOSPC or ENOMEM; the segments do not exist.
         """
-        start = segments.start * self.segment_bytes
-        length = len(segments) * self.segment_bytes
-        self._map.make(self._fd, *table_range(self.arena_bytes, start, length))
-        self._map.make(self._fd, start, length)
+        slots, table = self._ranges(segments.start, segments.stop - 1)
+        self._mapping.make(self._fd, *table)
+        self._mapping.make(self._fd, *slots)
 
     def resident_bytes(self) -> int:
         """Bytes of shared memory that exist."""
@@ -142,7 +129,7 @@ class Arena:
 
     def buffer(self, slot: int, nbytes: int) -> memoryview:
         """A slot's bytes."""
-        return self.bytes[slot * PAGE_BYTES : slot * PAGE_BYTES + nbytes]
+        return self.array[slot * PAGE_BYTES : slot * PAGE_BYTES + nbytes].data
 
     def set_entry(
         self, slot: int, generation: int, state: SlotState, key: BlockKey | None, nbytes: int
@@ -176,16 +163,10 @@ class Arena:
         rows[numbers, 3] = nbytes
         rows[numbers, 0] = words | np.uint64(state)
 
-    def word(self, slot: int) -> int:
-        """Word 0 of the slot's entry."""
-        return int(self._words[slot * ENTRY_WORDS])
-
     def close(self) -> None:
         """Give the memory back as soon as no client maps it."""
         self._rows = np.empty((0, ENTRY_WORDS), np.uint64)
-        self._words.release()
-        self.bytes.release()
-        self._map.close()
+        super().close()
         self._remove()
 
     def _remove(self) -> None:

@@ -37,11 +37,55 @@ def pack_word(generation: int, state: int) -> int:
     return generation << 8 | state
 
 
-def table_range(table_offset: int, start: int, nbytes: int) -> tuple[int, int]:
-    """`(start, length)` of the pages that hold the slot table entries of a range of the arena."""
-    first = start // PAGE_BYTES * ENTRY_BYTES // PAGE_BYTES
-    end = -(-(start + nbytes) // PAGE_BYTES * ENTRY_BYTES // PAGE_BYTES)
-    return table_offset + first * PAGE_BYTES, (end - first) * PAGE_BYTES
+class SlotMemory:
+    """Slots and their table in one mapping of the arena's file.
+
+    Attributes:
+        array: uint8 `[arena_bytes]`, all slots; `torch.from_numpy(array)` shares it.
+        arena_bytes, segment_bytes: its length, and the unit in which memory is allocated.
+
+    Raises:
+        OSError: the kernel cannot map it.
+    """
+
+    def __init__(self, fd: int, arena_bytes: int, segment_bytes: int) -> None:
+        self.arena_bytes = arena_bytes
+        self.segment_bytes = segment_bytes
+        self._mapping = SharedMapping(fd, mapping_bytes(arena_bytes), arena_bytes)
+        self.array: npt.NDArray[np.uint8] = self._mapping.array[:arena_bytes]
+        table = self._mapping.array[arena_bytes:][: arena_bytes // PAGE_BYTES * ENTRY_BYTES]
+        self._words = table.data.cast("Q")
+
+    def _ranges(self, first: int, last: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """`(start, length)` of segments `first` to `last`, and of their pages of the slot table."""
+        start = first * self.segment_bytes
+        end = min((last + 1) * self.segment_bytes, self.arena_bytes)
+        low = start // PAGE_BYTES * ENTRY_BYTES // PAGE_BYTES
+        high = -(-end // PAGE_BYTES * ENTRY_BYTES // PAGE_BYTES)
+        table = self.arena_bytes + low * PAGE_BYTES, (high - low) * PAGE_BYTES
+        return (start, end - start), table
+
+    def entry(self, slot: int) -> tuple[SlotState, int, BlockKey]:
+        """`(state, generation, key)` of a slot, consistent with each other."""
+        at = slot * ENTRY_WORDS
+        words = self._words
+        while True:
+            word = words[at]
+            low, high = words[at + 1], words[at + 2]
+            if words[at] == word:
+                key = low.to_bytes(8, "little") + high.to_bytes(8, "little")
+                return SlotState(word & 0xFF), word >> 8, key
+
+    def close(self) -> None:
+        """Unmap, or as soon as the last array or tensor made from it is gone."""
+        self.array = np.empty(0, np.uint8)
+        self._words.release()
+        self._mapping.close()
+
+
+def mapping_bytes(arena_bytes: int) -> int:
+    """Bytes of an arena's file: its slots and their table, in whole pages."""
+    return arena_bytes + -(-arena_bytes // PAGE_BYTES * ENTRY_BYTES // PAGE_BYTES) * PAGE_BYTES
 
 
 def arena_name(epoch: int) -> str:
@@ -56,35 +100,34 @@ def _open_arena(attachment: Attachment) -> int:
     anybody's: the link has to tell this epoch's memfd before it is opened at all.
     """
     path = attachment.arena_path or f"/proc/{attachment.arena_pid}/fd/{attachment.arena_fd}"
+    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK
     try:
-        if attachment.arena_path is None:
+        if attachment.arena_path is not None:
+            flags |= os.O_NOFOLLOW
+        else:
             link, expected = os.readlink(path), f"/memfd:{arena_name(attachment.epoch)} (deleted)"
             if link != expected:
                 raise StorageError(
                     f"arena {path} is {link[:200]!r} and not {expected!r}: the shard has died, or "
                     "runs in another PID namespace"
                 )
-        follow = os.O_NOFOLLOW if attachment.arena_path is not None else 0
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK | follow)
+        fd = os.open(path, flags)
     except OSError as error:
         raise StorageError(f"arena {path} cannot be opened: {error}") from error
     status = os.fstat(fd)
     if (status.st_dev, status.st_ino) == (attachment.arena_device, attachment.arena_inode):
-        if status.st_size >= attachment.mapping_bytes:
+        least = mapping_bytes(attachment.arena_bytes)
+        if status.st_size >= least:
             return fd
-        fault = f"is shorter than {attachment.mapping_bytes} bytes"
+        fault = f"is shorter than {least} bytes"
     else:
         fault = "is another file than the shard's"
     os.close(fd)
     raise StorageError(f"arena {path} {fault}")
 
 
-class ArenaView:
-    """Maps the arena named by an attachment.
-
-    Attributes:
-        array: uint8 `[arena_bytes]`, all slots; `torch.from_numpy(view.array)` shares it.
-        segment_bytes: unit in which the shard allocates memory.
+class ArenaView(SlotMemory):
+    """A client's mapping of the arena named by an attachment.
 
     Raises:
         StorageError: the arena is gone, or speaks another protocol version.
@@ -97,17 +140,11 @@ class ArenaView:
             )
         fd = _open_arena(attachment)
         try:
-            mapping = SharedMapping(fd, attachment.mapping_bytes, attachment.arena_bytes)
+            super().__init__(fd, attachment.arena_bytes, attachment.segment_bytes)
         finally:
             os.close(fd)
         self.attachment = attachment
-        self.segment_bytes = attachment.segment_bytes
-        self._mapping = mapping
         self._mapped: set[int] = set()
-        self.array: npt.NDArray[np.uint8] = mapping.array[: attachment.arena_bytes]
-        words = attachment.arena_bytes // PAGE_BYTES * ENTRY_WORDS
-        start = attachment.slot_table_offset
-        self._words = mapping.array[start : start + words * 8].data.cast("Q")
 
     def block(self, slot: int, nbytes: int) -> npt.NDArray[np.uint8]:
         """The slot's bytes, uint8 `[nbytes]`: writable, page-aligned, shared.
@@ -121,33 +158,17 @@ class ArenaView:
             raise StorageError(f"slot={slot} with {nbytes} bytes lies outside the arena")
         segment = start // self.segment_bytes
         if segment not in self._mapped:
-            self._map_segments(segment, (end - 1) // self.segment_bytes)
+            # A leased slot's segments exist, so this makes nothing: it spares a fault on each page,
+            # which a copy would otherwise pay once in every process.
+            last = (end - 1) // self.segment_bytes
+            for piece in self._ranges(segment, last):
+                self._mapping.populate(*piece)
+            self._mapped.update(range(segment, last + 1))
         return self.array[start:end]
-
-    def _map_segments(self, first: int, last: int) -> None:
-        # A leased slot's segments exist, so this makes nothing: it spares a fault on each page,
-        # which a copy would otherwise pay once in every process.
-        start = first * self.segment_bytes
-        end = min((last + 1) * self.segment_bytes, len(self.array))
-        table = table_range(self.attachment.slot_table_offset, start, end - start)
-        self._mapping.populate(*table)
-        self._mapping.populate(start, end - start)
-        self._mapped.update(range(first, last + 1))
 
     def buffer(self, slot: int, nbytes: int) -> memoryview:
         """`block` as a memoryview."""
         return self.block(slot, nbytes).data
-
-    def entry(self, slot: int) -> tuple[SlotState, int, BlockKey]:
-        """`(state, generation, key)` of a slot, consistent with each other."""
-        at = slot * ENTRY_WORDS
-        words = self._words
-        while True:
-            word = words[at]
-            low, high = words[at + 1], words[at + 2]
-            if words[at] == word:
-                key = low.to_bytes(8, "little") + high.to_bytes(8, "little")
-                return SlotState(word & 0xFF), word >> 8, key
 
     def holds(self, slot: int, generation: int) -> bool:
         """Whether the slot is READY under `generation`: one load, for the check after a copy."""
@@ -185,9 +206,3 @@ class ArenaView:
                 time.sleep(min(pause_s, left))
                 pause_s = min(pause_s * 2, _LONGEST_PAUSE_S)
         return [self.holds(slot, generation) for slot, generation in slots]
-
-    def close(self) -> None:
-        """Unmap, or as soon as the last array or tensor made from it is gone."""
-        self.array = np.empty(0, np.uint8)
-        self._words.release()
-        self._mapping.close()
