@@ -72,6 +72,7 @@ class Answer:
     first: float = 0.0
     last: float = 0.0
     tokens: int = 0
+    ids: list[int] = field(default_factory=list)
     reused: dict[str, int] = field(default_factory=dict)
     details: Any = None
     error: str | None = None
@@ -148,6 +149,7 @@ class TierEngine:
                 answer.first = answer.first or now
                 answer.last = now
                 answer.tokens += len(delta.token_ids)
+                answer.ids += delta.token_ids
                 answer.started.set()
             if delta.reused_tokens is not None:
                 answer.reused, answer.details = delta.reused_tokens, delta
@@ -202,6 +204,11 @@ class TierEngine:
         orders = self.engine._scheduler._tiers
         self.engine.call(lambda: setattr(orders, "_admission", policy))
 
+    def tiers(self, on: bool) -> None:
+        """Without them the engine neither looks up nor saves, as one that was made without."""
+        self.engine.call(lambda: setattr(self.engine._scheduler._tiers, "exist", on))
+        self.saving(on)
+
     def flush(self) -> None:
         """All that was ordered to be saved lies on disk."""
         report = self.engine.flush(120.0)
@@ -240,10 +247,11 @@ class TierEngine:
             client.wait(slots, 120.0)
             client.release(slots)
 
-    def restart_shards(self) -> None:
-        """Close the shards and open them again from what lies on disk."""
+    def restart_shards(self, config: CacheConfig | None = None) -> None:
+        """Close the shards and open them again from what lies on disk, or others."""
         self.flush()
         self.engine.clear_pool(120.0)
+        self.config = config or self.config
         old = self._clients, self._stores
         self._stores, self._clients = [], []
         for client in old[0]:

@@ -14,6 +14,18 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 from bench_tiers import ColdCurve, never_slower
+from bench_trace import (
+    SPEEDS,
+    Lru,
+    Prompts,
+    Speeds,
+    Turn,
+    lru_found,
+    read_trace,
+    sessions,
+    simulate,
+    split_sessions,
+)
 from tier_world import SlowFiles
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
@@ -31,7 +43,7 @@ def _quick(script: str, folder: Path, *args: str) -> dict[str, object]:
 
 @pytest.mark.slow
 def test_bench_tiers_tells_first_tokens_by_source_beside_their_limits(tmp_path: Path) -> None:
-    document = _quick("bench_tiers.py", tmp_path, "--only", "first", "idle", "throttled")
+    document = _quick("bench_tiers.py", tmp_path, "--only", "idle", "throttled")
     rows = {(row["case"], row["metric"]): row for row in document["rows"]}  # type: ignore[attr-defined]
     for metric in ("pool hit", "RAM hit", "disk hit", "disk hit, never slower"):
         row = rows["tiny idle 1024", metric]
@@ -76,3 +88,93 @@ def test_slow_files_read_at_their_rate_and_stall_once(tmp_path: Path) -> None:
     assert files.stall_after is None
     files.close(fd)
     os.close(files.folder)
+
+
+# The replay of a trace
+
+
+def _turn(time_s: float, length: int, *ids: int, answer: int = 1) -> Turn:
+    return Turn(time_s, length, answer, ids)
+
+
+def _conversations(count: int, rounds: int) -> list[Turn]:
+    """Each round adds two blocks to its conversation's; all share block 0."""
+    turns = []
+    for time_s in range(rounds):
+        for talk in range(count):
+            ids = (0, *(1000 * (talk + 1) + i for i in range(2 * (time_s + 1))))
+            turns.append(_turn(time_s * 60 + talk, len(ids) * 512, *ids))
+    return turns
+
+
+def _write_trace(path: Path, turns: list[Turn]) -> Path:
+    lines = [
+        {"timestamp": turn.time_s * 1e3, "input_length": turn.length, "output_length": turn.answer,
+         "hash_ids": turn.ids} for turn in turns
+    ]  # fmt: skip
+    path.write_text("\n".join(map(json.dumps, lines)) + "\n")
+    return path
+
+
+def test_a_trace_is_read_and_divided_and_a_wrong_line_is_named(tmp_path: Path) -> None:
+    path = _write_trace(tmp_path / "t.jsonl", [_turn(3, 1100, 0, 5, 6, answer=80)])
+    assert read_trace(path, 8) == [_turn(3, 137, 0, 5, 6, answer=10)]
+    path.write_text(path.read_text() + '{"timestamp": 1, "input_length": 513, "hash_ids": [1]}\n')
+    with pytest.raises(SystemExit, match=r"t\.jsonl:2 "):
+        read_trace(path, 1)
+
+
+def test_equal_ids_are_equal_tokens_and_a_prompt_has_its_length() -> None:
+    prompts = Prompts(1000, 8)
+    one, two = prompts.of(_turn(0, 150, 0, 5, 6)), prompts.of(_turn(0, 137, 0, 5, 7))
+    assert (len(one), len(two)) == (150, 137)
+    assert (one[:128] == two[:128]).all()
+    assert not (one[128:137] == two[128:137]).all()
+
+
+def test_half_of_the_sessions_are_whole_conversations() -> None:
+    turns = _conversations(20, 4)
+    assert sorted(map(len, sessions(turns).values())) == [4] * 20
+    chosen, others = split_sessions(turns, 0.5, 7)
+    assert len(chosen) == len(others) == 40
+    assert not set(sessions(chosen)) & set(sessions(others))
+    assert chosen == sorted(chosen, key=lambda turn: turn.time_s)
+
+
+def test_the_simulated_lru_forgets_whole_prompts_from_their_tails() -> None:
+    cache = Lru(4 * 512, 512)
+    first = _turn(0, 1536, 0, 1, 2, answer=0)
+    cache.add(first)
+    assert cache.found(first) == 1535  # one token is always computed
+    cache.add(_turn(1, 1024, 0, 9, answer=0))
+    assert cache.found(first) == 1535
+    cache.add(_turn(2, 512, 7, answer=0))
+    assert cache.found(first) == 1024
+    assert lru_found(_conversations(3, 3), 1e9, 512) == 6 * 2 * 512 + 512 * (2 + 3 + 3 + 3 * 2)
+
+
+def test_ideal_plans_gain_with_every_tier_and_never_lose() -> None:
+    turns = _conversations(20, 6)
+    arrivals = [turn.time_s / 20 for turn in turns]
+    speeds = Speeds(*SPEEDS)
+
+    def mean(ram: float, disk: float) -> float:
+        taken = simulate(turns, arrivals, speeds, 131072, 1e9, ram, disk, 512)
+        return float(np.mean(taken))
+
+    off, disk, ram = mean(0, 0), mean(0, 40e9), mean(40e9, 0)
+    assert ram < disk < off
+    alone = simulate(turns[:1], [0.0], speeds, 131072, 1e9, 40e9, 0, 512)
+    assert alone == [pytest.approx(float(speeds.prefill_s(0, turns[0].length)))]
+
+
+@pytest.mark.slow
+def test_bench_trace_replays_a_trace_with_and_without_tiers(tmp_path: Path) -> None:
+    path = _write_trace(tmp_path / "t.jsonl", _conversations(12, 3))
+    document = _quick("bench_trace.py", tmp_path, str(path))
+    rows = {(row["case"], row["metric"]): row for row in document["rows"]}  # type: ignore[attr-defined]
+    mean = rows["tiny 24:16", "first token, mean"]
+    assert mean["limit"] == rows["tiny tiers off", "first token, mean"]["value"]
+    assert mean["ratio"] == pytest.approx(mean["value"] / mean["limit"])
+    assert rows["tiny 24:16", "found"]["value"] > 0
+    assert document["seed"] == 1
