@@ -32,7 +32,7 @@ from kernel_bench import (
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from litecache.kernels import AttentionMetadata, store_kv
+from litecache.kernels import AttentionMetadata, paged_attention, plan_attention, store_kv
 from litecache.kernels.triton_store import copy_rows
 from litecache.kernels.tuning import prefill_config
 
@@ -72,7 +72,7 @@ def decode_rows(
     goal: float | None = None,
 ) -> list[Row]:
     """Microseconds and GB/s of the configuration that the table gives."""
-    summary = summarise(bench.decode_us(metadata, bench.config(metadata)))
+    summary = summarise(bench.decode_us(metadata))
     rate = sum(lengths) * bench.shape.token_bytes / summary.median / 1e3
     case = f"decode {bench.shape.name}, {name}"
     peer = "memory limit" if goal is None else f"memory limit, goal {goal}"
@@ -88,7 +88,7 @@ def bench_verify(bench: Bench, report: Report, lengths: list[int], limit: float)
     times = {}
     for queries in (1, 4, 8, 16):
         metadata = bench.metadata([queries] * len(lengths), lengths)
-        times[queries] = summarise(bench.decode_us(metadata, bench.config(metadata))).median
+        times[queries] = summarise(bench.decode_us(metadata)).median
         case = f"verify {queries} tokens {bench.shape.name}, 64 x 4096"
         ratio = times[queries] / times[1]
         report.add(Row(case, "time a layer", times[queries], "us", times[1], ratio, "decode"))
@@ -159,11 +159,11 @@ def plan_cost(bench: Bench, report: Report) -> None:
     first, second = [], []
     for queries in (3072, 5120, 7168):
         metadata = bench.metadata([queries], [queries + 8192])
-        query = bench.query(queries)
+        layer = bench.layers(metadata, own=True)[0]
         for times in (first, second):
             torch.cuda.synchronize()
             begin = time.perf_counter()
-            bench.attend(query, metadata, 0)
+            paged_attention(layer, plan_attention(metadata, layer))
             torch.cuda.synchronize()
             times.append((time.perf_counter() - begin) * 1e3)
     case = "library prefill, new lengths"

@@ -18,11 +18,11 @@ import triton.language as tl
 from bench_common import summarise
 
 from litecache.engine.kv_layout import KVLayout, KVPool, KVSpec
-from litecache.kernels import AttentionMetadata, paged_attention
+from litecache.kernels import Attention, AttentionMetadata, paged_attention, plan_attention
 from litecache.kernels.triton_decode import decode
+from litecache.kernels.triton_plan import plan_decode
 from litecache.kernels.triton_prefill import prefill
-from litecache.kernels.tuning import DecodeConfig, PrefillConfig, decode_config
-from litecache.kernels.tuning import Shape as TunedShape
+from litecache.kernels.tuning import DecodeConfig, PrefillConfig
 
 DEVICE = torch.device("cuda")
 GIB = 1 << 30
@@ -118,7 +118,6 @@ class Bench:
         group = KVLayout.from_specs([spec] * shape.layers, shape.block_size).groups[0]
         self.pool = KVPool(group, shape.pool_bytes // group.block_bytes, DEVICE)
         self.views = []
-        self.own: tuple[torch.Tensor, torch.Tensor] | None = None
         for index, layer in enumerate(group.layers):
             k, v = self.pool.layer(layer)
             scales = (None, None)
@@ -163,75 +162,62 @@ class Bench:
             tokens, self.shape.heads, self.shape.dim, device=DEVICE, dtype=torch.bfloat16
         )
 
+    def layers(self, metadata: AttentionMetadata, own: bool = False) -> list[Attention]:
+        """The arguments of every layer for a step, with the step's own tokens at hand if asked."""
+        shape, tokens = self.shape, sum(metadata.query_lens or ())
+        query = self.query(tokens)
+        out = None if own else torch.empty_like(query)
+        size = (tokens, shape.kv_heads, shape.dim)
+        key, value = (
+            torch.randn(size, device=DEVICE, dtype=torch.bfloat16) if own else None
+            for _ in range(2)
+        )
+        return [
+            Attention(
+                query, k, v, shape.dim**-0.5, key=key, value=value,
+                k_scale=k_scale, v_scale=v_scale, out=out,
+            )
+            for k, v, k_scale, v_scale in self.views
+        ]  # fmt: skip
+
     def decode_us(
-        self, metadata: AttentionMetadata, config: DecodeConfig, rounds: int = 7
+        self, metadata: AttentionMetadata, config: DecodeConfig | None = None, rounds: int = 7
     ) -> list[float]:
-        """Microseconds a layer."""
-        query = self.query(sum(metadata.query_lens or ()))
-        out = torch.empty_like(query)
+        """Microseconds a layer; without a configuration that of the tuning table."""
+        layers = self.layers(metadata)
+        out = layers[0].output()
+        seqs = slice(0, metadata.num_seqs)
 
         def step() -> None:
-            metadata.scratch.clear()
-            for k, v, k_scale, v_scale in self.views:
-                decode(
-                    query, k, v, metadata, slice(0, metadata.num_seqs),
-                    metadata.max_query_len, out, config,
-                    scale=self.shape.dim**-0.5, window=None, softcap=None, sinks=None,
-                    alibi_slopes=None, k_scale=k_scale, v_scale=v_scale,
-                )  # fmt: skip
+            plan = plan_decode(metadata, layers[0].geometry, seqs, metadata.max_query_len, config)
+            for layer in layers:
+                decode(layer, plan, out)
 
-        return graph_us(step, len(self.views), rounds)
-
-    def config(self, metadata: AttentionMetadata) -> DecodeConfig:
-        """What the tuning table gives for a step."""
-        group = self.shape.heads // self.shape.kv_heads
-        rows = max(16, triton.next_power_of_2(metadata.max_query_len * group))
-        item = getattr(torch, self.shape.dtype).itemsize
-        dim = triton.next_power_of_2(self.shape.dim)
-        fp8 = self.shape.dtype == "float8_e4m3fn"
-        return decode_config(DEVICE, TunedShape(item, dim, group > 1, rows, fp8))
-
-    def attend(self, query: torch.Tensor, metadata: AttentionMetadata, layer: int) -> torch.Tensor:
-        """One layer by whichever path the dispatcher takes, the step's own tokens at hand."""
-        k, v, k_scale, v_scale = self.views[layer]
-        shape = (query.shape[0], self.shape.kv_heads, self.shape.dim)
-        if self.own is None or self.own[0].shape != shape:
-            self.own = (
-                torch.randn(shape, device=DEVICE, dtype=torch.bfloat16),
-                torch.randn(shape, device=DEVICE, dtype=torch.bfloat16),
-            )
-        return paged_attention(
-            query, k, v, metadata, scale=self.shape.dim**-0.5, key=self.own[0], value=self.own[1],
-            k_scale=k_scale, v_scale=v_scale,
-        )  # fmt: skip
+        return graph_us(step, len(layers), rounds)
 
     def dispatched_us(self, metadata: AttentionMetadata, layers: int = 4) -> list[float]:
         """Microseconds a layer of the dispatched path, launched as the engine launches it."""
-        query = self.query(sum(metadata.query_lens or ()))
-        layers = min(layers, len(self.views))
+        asked = self.layers(metadata, own=True)[:layers]
 
         def step() -> None:
-            for layer in range(layers):
-                self.attend(query, metadata, layer)
+            plan = plan_attention(metadata, asked[0])
+            for layer in asked:
+                paged_attention(layer, plan)
 
-        return [ms * 1e3 / layers for ms in event_ms(step, 5)]
+        return [ms * 1e3 / len(asked) for ms in event_ms(step, 5)]
 
     def prefill_us(
         self, metadata: AttentionMetadata, config: PrefillConfig, rounds: int = 5, layers: int = 4
     ) -> list[float]:
         """Microseconds a layer of the Triton path."""
-        query = self.query(sum(metadata.query_lens or ()))
-        out = torch.empty_like(query)
+        asked = self.layers(metadata)[:layers]
+        out = asked[0].output()
 
         def step() -> None:
-            for k, v, k_scale, v_scale in self.views[:layers]:
-                prefill(
-                    query, k, v, metadata, 0, out, config,
-                    scale=self.shape.dim**-0.5, window=None, softcap=None, sinks=None,
-                    alibi_slopes=None, k_scale=k_scale, v_scale=v_scale,
-                )  # fmt: skip
+            for layer in asked:
+                prefill(layer, metadata, 0, out, config)
 
-        return graph_us(step, min(layers, len(self.views)), rounds)
+        return graph_us(step, len(asked), rounds)
 
 
 def ragged_lengths(count: int) -> list[int]:

@@ -20,7 +20,15 @@ from litecache.config import CacheConfig
 from litecache.engine.kv_layout import KVLayout, KVPool, KVSpec, choose_device, free_bytes
 from litecache.engine.scheduling.block_pool import BlockPool
 from litecache.errors import CapacityError, ConfigError, KernelError, outline
-from litecache.kernels import TRASH_BLOCK, AttentionMetadata, copy_blocks, paged_attention, store_kv
+from litecache.kernels import (
+    TRASH_BLOCK,
+    Attention,
+    AttentionMetadata,
+    copy_blocks,
+    paged_attention,
+    plan_attention,
+    store_kv,
+)
 from litecache.kernels.checks import contents_checked
 
 _MOST_ROWS = 1 << 20
@@ -221,8 +229,8 @@ class PagedAttentionCache:
         )
         packed = query.transpose(1, 2).flatten(0, 1) if query.ndim == 4 else query
         k_cache, v_cache = self._pool.layer(layer_idx)
-        scale = self.head_dim**-0.5
-        out = paged_attention(_rows(packed), k_cache, v_cache, metadata, scale=scale)
+        layer = Attention(_rows(packed), k_cache, v_cache, self.head_dim**-0.5)
+        out = paged_attention(layer, plan_attention(metadata, layer))
         return out if query.ndim == 3 else out.view(batch, queries, *out.shape[1:]).transpose(1, 2)
 
     def free_sequence(self, seq_id: int) -> None:

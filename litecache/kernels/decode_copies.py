@@ -14,9 +14,6 @@ from dataclasses import dataclass
 
 import torch
 
-SCRATCH = "decode_copies"
-"""Where a step's metadata carries (copies, life of each sequence), if its caller keeps any."""
-
 MAX_BYTES = 512 << 20
 _HEADROOM_TOKENS = 256
 """Tokens a copy can grow by before it is made anew; pages that are not reached cost nothing."""

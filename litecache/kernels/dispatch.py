@@ -14,7 +14,7 @@ import torch
 
 from litecache.errors import KernelError
 from litecache.kernels.checks import check_attention, check_copy, check_store
-from litecache.kernels.metadata import AttentionMetadata
+from litecache.kernels.metadata import Attention, AttentionMetadata, AttentionPlan
 
 _BACKENDS = {
     "reference": "litecache.kernels.reference",
@@ -68,44 +68,30 @@ def store_kv(
         )
 
 
-def paged_attention(
-    query: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    metadata: AttentionMetadata,
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
-    alibi_slopes: torch.Tensor | None = None,
-    key: torch.Tensor | None = None,
-    value: torch.Tensor | None = None,
-    k_scale: torch.Tensor | None = None,
-    v_scale: torch.Tensor | None = None,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Causal attention of packed queries over the paged KV of one layer.
+def plan_attention(metadata: AttentionMetadata, layer: Attention) -> AttentionPlan:
+    """Plans a step for all layers of one geometry, which then attend by it one after the other.
 
-    `store_kv` has already written the step's own tokens.
+    On a GPU this launches what the plan takes; under capture that becomes part of the graph, and
+    the plan of a replay follows from the lengths that the step's tensors hold then.
 
     Args:
-        query: `[T, num_heads, k_dim]`, sequences of `metadata` one after the other.
-        k_cache: `[num_blocks, kv_heads, block_size, k_dim]`; query head `h` reads KV head
-            `h // (num_heads // kv_heads)`.
-        v_cache: `[num_blocks, kv_heads, block_size, v_dim]`.
-        metadata: the step; see `AttentionMetadata`.
-        scale: factor of the scores.
-        window: a key is visible iff `kpos > qpos - window`; None for all earlier keys.
-        softcap: scores become `softcap * tanh(scores / softcap)` (Gemma-2).
-        sinks: `[num_heads]`, a logit per head that takes probability and has no value (gpt-oss).
-        alibi_slopes: `[num_heads]`, adds `-slope * (qpos - kpos)` to the scores.
-        key: the step's own keys `[T, kv_heads, k_dim]` as given to `store_kv`, so that a batch
-            without prefixes need not read them back; optional.
-        value: the step's own values, likewise.
-        k_scale: float32 `[num_blocks, kv_heads, block_size]` of a quantised pool, else None.
-        v_scale: likewise.
-        out: `[T, num_heads, v_dim]` to write into; allocated when None.
+        metadata: the step.
+        layer: one of the layers.
+
+    Raises:
+        KernelError: naming what is wrong in either.
+    """
+    check_attention(layer, metadata)
+    plan: AttentionPlan = backend(layer.query.device).plan_attention(metadata, layer.geometry)
+    return plan
+
+
+def paged_attention(layer: Attention, plan: AttentionPlan) -> torch.Tensor:
+    """Attention of one layer.
+
+    Args:
+        layer: its arguments.
+        plan: of the step, for the layer's geometry.
 
     Returns:
         `[T, num_heads, v_dim]` in query's dtype; zeros for sequences of context length 0.
@@ -113,29 +99,8 @@ def paged_attention(
     Raises:
         KernelError: naming the argument that is wrong.
     """
-    check_attention(
-        query, k_cache, v_cache, metadata, window, softcap, sinks, alibi_slopes,
-        key, value, k_scale, v_scale, out,
-    )  # fmt: skip
-    if query.shape[0] == 0:
-        return query.new_empty(0, query.shape[1], v_cache.shape[3]) if out is None else out
-    result: torch.Tensor = backend(query.device).paged_attention(
-        query,
-        k_cache,
-        v_cache,
-        metadata,
-        scale=scale,
-        window=window,
-        softcap=softcap,
-        sinks=sinks,
-        alibi_slopes=alibi_slopes,
-        key=key,
-        value=value,
-        k_scale=k_scale,
-        v_scale=v_scale,
-        out=out,
-    )
-    return result
+    check_attention(layer, plan.metadata)
+    return plan.attend(layer) if layer.query.shape[0] else layer.output()
 
 
 def copy_blocks(pool: torch.Tensor, src: torch.Tensor, dst: torch.Tensor) -> None:

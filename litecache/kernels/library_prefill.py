@@ -9,14 +9,14 @@ chunk's own keys, to the Triton kernel.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
-from litecache.kernels.metadata import AttentionMetadata
+from litecache.kernels.metadata import Attention, AttentionMetadata, Geometry
 from litecache.kernels.triton_gather import gather, merge_two
 from litecache.kernels.triton_prefill import prefill
-from litecache.kernels.tuning import prefill_config
 
 MIN_QUERIES = 2048
 """Shortest chunk that is worth it: on an H200 530 against 335 TFLOP/s at 2,048 queries, but 313
@@ -29,67 +29,41 @@ QUERIES_A_PIECE = 1024
 against 328 TFLOP/s at 2,048 queries over three pieces)."""
 
 
-def usable(
-    query: torch.Tensor,
-    v_cache: torch.Tensor,
-    metadata: AttentionMetadata,
-    first_seq: int,
-    *,
-    window: int | None,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
-    alibi_slopes: torch.Tensor | None,
-) -> bool:
-    """Whether the sequences from `first_seq` on can and should take this path."""
+def suits(metadata: AttentionMetadata, first_seq: int, geometry: Geometry) -> bool:
+    """Whether a step's sequences from `first_seq` on can and should take this path."""
     lens, contexts = metadata.query_lens, metadata.context_lens_host
-    if lens is None or contexts is None or not query.is_cuda:
+    device, dim = metadata.context_lens.device, geometry.k_dim
+    if first_seq == metadata.num_seqs or lens is None or contexts is None:
         return False
-    if window is not None or softcap is not None or sinks is not None or alibi_slopes is not None:
+    if geometry.window is not None or dim % 8 or dim > 128 or geometry.v_dim != dim:
         return False
-    dim = query.shape[2]
-    if query.dtype not in (torch.float16, torch.bfloat16) or v_cache.shape[3] != dim:
+    # Building a plan is not possible inside a capture.
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return False
-    if dim % 8 or dim > 128 or torch.cuda.get_device_capability(query.device) < (9, 0):
-        return False
-    regular = all(
+    return torch.cuda.get_device_capability(device) >= (9, 0) and all(
         queries >= MIN_QUERIES
         and queries % CHUNK_UNIT == 0
         and context >= queries
-        and len(list(_piece_ends(context - queries))) <= queries // QUERIES_A_PIECE
+        and len(_piece_ends(context - queries)) <= queries // QUERIES_A_PIECE
         for queries, context in zip(lens[first_seq:], contexts[first_seq:], strict=True)
     )
-    # Building a plan is not possible inside a capture.
-    return regular and not torch.cuda.is_current_stream_capturing()
+
+
+def usable(layer: Attention) -> bool:
+    """Whether the library does what a layer asks for."""
+    return layer.bare and layer.query.dtype in (torch.float16, torch.bfloat16)
 
 
 def attend(
-    query: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    metadata: AttentionMetadata,
-    first_seq: int,
-    out: torch.Tensor | None,
-    *,
-    scale: float,
-    key: torch.Tensor | None,
-    value: torch.Tensor | None,
-    k_scale: torch.Tensor | None,
-    v_scale: torch.Tensor | None,
+    layer: Attention, metadata: AttentionMetadata, first_seq: int, out: torch.Tensor | None
 ) -> torch.Tensor:
-    """Attends the sequences from `first_seq` on; `usable` has said yes.
+    """Attends the sequences from `first_seq` on; `suits` and `usable` have said yes.
 
     Args:
-        query: `[T, num_heads, dim]`.
-        k_cache: `[num_blocks, kv_heads, block_size, dim]`.
-        v_cache: likewise.
+        layer: see `litecache.kernels.paged_attention`.
         metadata: the step, with its host copies.
         first_seq: the first sequence to attend.
         out: `[T, num_heads, dim]`, or None if these are all sequences of the step.
-        scale: factor of the scores.
-        key: the step's own keys `[T, kv_heads, dim]`, or None to read them back.
-        value: likewise.
-        k_scale: scales of a quantised pool.
-        v_scale: likewise.
 
     Returns:
         `out`, or what stands in for it when that saves a copy.
@@ -101,30 +75,26 @@ def attend(
     for seq in range(first_seq, len(lens)):
         rows = slice(start, start + lens[seq])
         start += lens[seq]
-        prefix = contexts[seq] - lens[seq]
-        paged = _Paged(k_cache, v_cache, k_scale, v_scale, metadata.block_tables[seq], query.dtype)
-        ends = list(_piece_ends(prefix))
+        query, prefix = layer.query[rows], contexts[seq] - lens[seq]
+        table = metadata.block_tables[seq]
+        ends = _piece_ends(prefix)
         covered = ends[-1] if ends else 0
         if covered < prefix:
-            own, own_lse = _remainder(
-                query[rows], k_cache, v_cache, metadata, seq, covered, scale, k_scale, v_scale
-            )
+            own, own_lse = _remainder(layer._replace(query=query), metadata, seq, covered)
         else:
-            if key is not None and value is not None and k_scale is None:
-                keys = tuple(x[rows].transpose(0, 1).unsqueeze(0) for x in (key, value))
+            if layer.key is not None and layer.value is not None and layer.k_scale is None:
+                keys = [x[rows].transpose(0, 1).unsqueeze(0) for x in (layer.key, layer.value)]
             else:
-                keys = paged.gather(prefix, contexts[seq])
-            own, own_lse = _cudnn(query[rows], keys, scale, causal=True, lse=prefix > 0)
+                keys = _gathered(layer, table, prefix, contexts[seq])
+            own, own_lse = _cudnn(query, keys, layer.scale, causal=True, lse=prefix > 0)
         if not ends and out is None and len(lens) == 1:
             return own
         if out is None:
-            out = query.new_empty(query.shape)
+            out = layer.output()
         for begin, end in zip([0, *ends], ends, strict=False):
-            piece, lse = _cudnn(
-                query[rows], paged.gather(begin, end), scale, causal=False, lse=True
-            )
-            target = out[rows] if end == covered else own
-            merge_two(own, own_lse, piece, lse, target)
+            keys = _gathered(layer, table, begin, end)
+            piece, lse = _cudnn(query, keys, layer.scale, causal=False, lse=True)
+            merge_two(own, own_lse, piece, lse, out[rows] if end == covered else own)
             own_lse = torch.logaddexp(own_lse, lse)
         if not ends:
             out[rows] = own
@@ -132,75 +102,45 @@ def attend(
     return out
 
 
-class _Paged:
-    """One sequence's tokens in the pool."""
-
-    def __init__(
-        self,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-        k_scale: torch.Tensor | None,
-        v_scale: torch.Tensor | None,
-        table: torch.Tensor,
-        dtype: torch.dtype,
-    ) -> None:
-        self._sides = ((k_cache, k_scale), (v_cache, v_scale))
-        self._table, self._dtype = table, dtype
-
-    def gather(self, begin: int, end: int) -> tuple[torch.Tensor, ...]:
-        """Keys and values `begin .. end`, each `[1, kv_heads, end - begin, dim]`."""
-        return tuple(
-            gather(cache, scale, self._table, begin, end - begin, self._dtype).unsqueeze(0)
-            for cache, scale in self._sides
-        )
+def _gathered(layer: Attention, table: torch.Tensor, begin: int, end: int) -> list[torch.Tensor]:
+    """Keys and values `begin .. end` of one sequence, each `[1, kv_heads, end - begin, dim]`."""
+    sides = ((layer.k_cache, layer.k_scale), (layer.v_cache, layer.v_scale))
+    return [
+        gather(cache, scale, table, begin, end - begin, layer.query.dtype).unsqueeze(0)
+        for cache, scale in sides
+    ]
 
 
-def _piece_ends(prefix: int) -> Iterator[int]:
+def _piece_ends(prefix: int) -> list[int]:
     """Where the pieces of a prefix end: the larger size first, the smaller one for the rest."""
-    end = 0
+    ends = [0]
     for size in PIECES:
-        while end + size <= prefix:
-            end += size
-            yield end
+        while ends[-1] + size <= prefix:
+            ends.append(ends[-1] + size)
+    return ends[1:]
 
 
 def _remainder(
-    query: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    metadata: AttentionMetadata,
-    seq: int,
-    floor: int,
-    scale: float,
-    k_scale: torch.Tensor | None,
-    v_scale: torch.Tensor | None,
+    layer: Attention, metadata: AttentionMetadata, seq: int, floor: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One sequence over its keys from `floor` on, by the Triton kernel, with log-sum-exps."""
-    queries, num_heads, dim = query.shape
-    device = query.device
-    single = AttentionMetadata(
-        slot_mapping=metadata.slot_mapping,
+    queries, num_heads, _ = layer.query.shape
+    single = replace(
+        metadata,
         block_tables=metadata.block_tables[seq : seq + 1],
         context_lens=metadata.context_lens[seq : seq + 1],
         cu_seqlens_q=metadata.cu_seqlens_q[seq : seq + 2] - metadata.cu_seqlens_q[seq],
-        block_size=metadata.block_size,
         max_query_len=queries,
-        max_context_len=metadata.max_context_len,
     )
-    out = query.new_empty(query.shape)
-    lse = torch.empty(num_heads, queries, dtype=torch.float32, device=device)
-    prefill(
-        query, k_cache, v_cache, single, 0, out,
-        prefill_config(device, dim, k_cache.dtype.itemsize),
-        scale=scale, window=None, softcap=None, sinks=None, alibi_slopes=None,
-        k_scale=k_scale, v_scale=v_scale, floor=floor, lse=lse,
-    )  # fmt: skip
+    out = layer.query.new_empty(layer.query.shape)
+    lse = torch.empty(num_heads, queries, dtype=torch.float32, device=out.device)
+    prefill(layer, single, 0, out, floor=floor, lse=lse)
     return out, lse
 
 
 def _cudnn(
     query: torch.Tensor,
-    keys_and_values: tuple[torch.Tensor, ...],
+    keys_and_values: Sequence[torch.Tensor],
     scale: float,
     *,
     causal: bool,

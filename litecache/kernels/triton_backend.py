@@ -2,75 +2,69 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 import torch
-from triton import next_power_of_2
 
 from litecache.kernels import library_prefill
-from litecache.kernels.metadata import AttentionMetadata
+from litecache.kernels.metadata import Attention, AttentionMetadata, Geometry
 from litecache.kernels.triton_decode import MAX_QUERIES, decode
+from litecache.kernels.triton_plan import DecodePlan, plan_decode
 from litecache.kernels.triton_prefill import prefill
 from litecache.kernels.triton_store import copy_blocks, store_kv
-from litecache.kernels.tuning import Shape, decode_config, prefill_config
 
-__all__ = ["copy_blocks", "paged_attention", "store_kv"]
+__all__ = ["copy_blocks", "plan_attention", "store_kv"]
 
 _MAX_DECODE_ROWS = 128
 """Queries times heads of a group that the decode kernel keeps in registers."""
 
 
-def paged_attention(
-    query: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    metadata: AttentionMetadata,
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
-    alibi_slopes: torch.Tensor | None = None,
-    key: torch.Tensor | None = None,
-    value: torch.Tensor | None = None,
-    k_scale: torch.Tensor | None = None,
-    v_scale: torch.Tensor | None = None,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Attention of packed queries over paged KV; see `litecache.kernels.paged_attention`."""
-    group = query.shape[1] // k_cache.shape[1]
-    dim, itemsize = max(k_cache.shape[3], v_cache.shape[3]), k_cache.dtype.itemsize
+def plan_attention(metadata: AttentionMetadata, geometry: Geometry) -> TritonPlan:
+    """Shares out the step's sequences; see `litecache.kernels.plan_attention`."""
     decodes, queries = metadata.num_decodes, metadata.max_query_len
-    short = queries <= MAX_QUERIES and queries * group <= _MAX_DECODE_ROWS
-    extras: dict[str, Any] = {
-        "window": window,
-        "softcap": softcap,
-        "sinks": sinks,
-        "alibi_slopes": alibi_slopes,
-    }
-    scales: dict[str, Any] = {"scale": scale, "k_scale": k_scale, "v_scale": v_scale}
-    rest = decodes < metadata.num_seqs
-    by_library = (
-        rest and not short and library_prefill.usable(query, v_cache, metadata, decodes, **extras)
-    )
-    if out is None and (decodes or not by_library):
-        out = query.new_empty(query.shape[0], query.shape[1], v_cache.shape[3])
-    # Sequences of one query and those of a few are two launches: rows cost registers.
-    for seqs, most in ((slice(0, decodes), 1), (slice(decodes, metadata.num_seqs), queries)):
-        if seqs.start == seqs.stop or (most > 1 and not short):
-            continue
+    short = queries <= MAX_QUERIES and queries * geometry.group <= _MAX_DECODE_ROWS
+    ends = [(0, decodes, 1)]
+    if short:
+        # Sequences of one query and those of a few are two launches: rows cost registers.
+        ends.append((decodes, metadata.num_seqs, queries))
+    plans = [
+        plan_decode(metadata, geometry, slice(first, end), most)
+        for first, end, most in ends
+        if first < end
+    ]
+    first = metadata.num_seqs if short else decodes
+    by_library = library_prefill.suits(metadata, first, geometry)
+    return TritonPlan(metadata, plans, first, by_library)
+
+
+@dataclass(frozen=True)
+class TritonPlan:
+    """Who attends a step.
+
+    Attributes:
+        metadata: the step.
+        decodes: plans of the sequences that the decode kernel attends.
+        first: the sequences from here on are left to prefill.
+        by_library: they suit the library, where nothing special is asked of them.
+    """
+
+    metadata: AttentionMetadata
+    decodes: list[DecodePlan]
+    first: int
+    by_library: bool
+
+    def attend(self, layer: Attention) -> torch.Tensor:
+        """Attention of one layer; see `litecache.kernels.paged_attention`."""
+        by_library = self.by_library and library_prefill.usable(layer)
+        out = layer.out
+        if out is None and (self.decodes or not by_library):
+            out = layer.output()
+        for plan in self.decodes:
+            assert out is not None
+            decode(layer, plan, out)
+        if by_library:
+            return library_prefill.attend(layer, self.metadata, self.first, out)
         assert out is not None
-        rows = max(16, next_power_of_2(most * group))
-        fp8 = k_cache.dtype == torch.float8_e4m3fn
-        shape = Shape(itemsize, next_power_of_2(dim), group > 1, rows, fp8)
-        config = decode_config(query.device, shape)
-        decode(query, k_cache, v_cache, metadata, seqs, most, out, config, **extras, **scales)
-    if by_library:
-        return library_prefill.attend(
-            query, k_cache, v_cache, metadata, decodes, out, key=key, value=value, **scales
-        )
-    assert out is not None
-    if rest and not short:
-        tile = prefill_config(query.device, dim, itemsize)
-        prefill(query, k_cache, v_cache, metadata, decodes, out, tile, **extras, **scales)
-    return out
+        if self.first < self.metadata.num_seqs:
+            prefill(layer, self.metadata, self.first, out)
+        return out

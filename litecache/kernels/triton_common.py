@@ -21,10 +21,13 @@ from __future__ import annotations
 
 import os
 from functools import cache
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+
+from litecache.kernels.metadata import Attention
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 """Whether kernels run in Triton's interpreter, on the CPU."""
@@ -246,6 +249,40 @@ def finish(acc, peak, total, sink, SINKS: tl.constexpr):
         acc = acc * tl.exp2(peak - top)[:, None]
         total = total * tl.exp2(peak - top) + tl.exp2(sink - top)
     return acc / tl.where(total > 0, total, 1.0)[:, None]
+
+
+def pad_dim(dim: int, quantised: bool = False) -> int:
+    """A head's dimension as a tile has it."""
+    # The matrix units want 16 along a product; a word of an eight-bit pool holds four codes.
+    padded: int = triton.next_power_of_2(dim)
+    return max(64 if quantised else 16, padded)
+
+
+def cache_arguments(
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+) -> tuple[Any, ...]:
+    """A layer's views of the pool as kernels take them: pointers, strides, scales and theirs."""
+    return (
+        k_cache, v_cache, k_cache.stride(0), k_cache.stride(1),
+        v_cache.stride(0), v_cache.stride(1), k_scale, v_scale,
+        k_scale.stride(0) if k_scale is not None else 0,
+        v_scale.stride(0) if v_scale is not None else 0,
+    )  # fmt: skip
+
+
+def layer_constants(layer: Attention) -> dict[str, Any]:
+    """What the attention kernels are specialised on in a layer, whoever of them attends it."""
+    geometry, page = layer.geometry, layer.k_cache.shape[2]
+    alike = layer.k_cache.stride(0) == layer.v_cache.stride(0) and geometry.k_dim == geometry.v_dim
+    return {
+        "GROUP": geometry.group, "PAGE": page, "D": geometry.k_dim, "DV": geometry.v_dim,
+        "WINDOWED": layer.window is not None, "SOFTCAP": layer.softcap is not None,
+        "SINKS": layer.sinks is not None, "ALIBI": layer.alibi_slopes is not None,
+        "QUANTISED": layer.k_scale is not None, "ALIKE": alike,
+    }  # fmt: skip
 
 
 def use_pdl(device: torch.device, tokens: int) -> bool:

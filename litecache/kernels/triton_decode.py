@@ -15,38 +15,33 @@ launch of its own.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 import triton
 import triton.language as tl
 
-from litecache.kernels.metadata import AttentionMetadata
+from litecache.kernels.metadata import Attention
 from litecache.kernels.triton_codes import attend_codes
 from litecache.kernels.triton_common import (
     LOG2E,
     await_previous,
+    cache_arguments,
     fetch_to_l2,
     finish,
     fold_tile,
+    layer_constants,
     load_rows,
+    pad_dim,
     store_rows,
     use_pdl,
 )
-from litecache.kernels.triton_plan import load_cuts, plan_decode, segment_at, segment_begin
+from litecache.kernels.triton_plan import DecodePlan, load_cuts, segment_at, segment_begin
 from litecache.kernels.tuning import DecodeConfig
 
 MAX_QUERIES = 16
 """Sequences with more queries than this are left to the prefill kernel."""
 
-_MANY_PIECES = 4
-"""Mean pieces of a pair from which many rows are merged by a launch of their own."""
-
 _FETCH_TOKENS = 64
 """Tokens whose keys and values a program asks for before its turn."""
-
-_FIXED_CHUNK = 1024
-"""Tokens of a piece where results must not depend on the batch."""
 
 
 @triton.jit
@@ -309,98 +304,49 @@ def _fetch_pages(
         fetch_to_l2(address, SIZE)
 
 
-def decode(
-    query: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    metadata: AttentionMetadata,
-    seqs: slice,
-    max_queries: int,
-    out: torch.Tensor,
-    config: DecodeConfig,
-    *,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
-    alibi_slopes: torch.Tensor | None,
-    k_scale: torch.Tensor | None,
-    v_scale: torch.Tensor | None,
-) -> None:
-    """Attends some sequences, of at most `MAX_QUERIES` queries each.
+def decode(layer: Attention, plan: DecodePlan, out: torch.Tensor) -> None:
+    """Attends the sequences of a plan in one layer of its geometry.
 
     Args:
-        query: `[T, num_heads, k_dim]`.
-        k_cache: `[num_blocks, kv_heads, block_size, k_dim]`.
-        v_cache: `[num_blocks, kv_heads, block_size, v_dim]`.
-        metadata: the step.
-        seqs: which of its sequences, `slice(first, end)`.
-        max_queries: largest number of queries among them.
+        layer: see `litecache.kernels.paged_attention`.
+        plan: from `plan_decode`.
         out: `[T, num_heads, v_dim]`; rows of those sequences are written, all of them.
-        config: tile, warps, stages and programs.
-        scale: see `litecache.kernels.paged_attention`, as for the rest.
-        window: see there.
-        softcap: see there.
-        sinks: see there.
-        alibi_slopes: see there.
-        k_scale: see there.
-        v_scale: see there.
     """
-    kv_heads, page, k_dim = k_cache.shape[1:]
-    v_dim = v_cache.shape[3]
-    group = query.shape[1] // kv_heads
-    num_seqs = seqs.stop - seqs.start
-    tables, contexts = metadata.block_tables[seqs], metadata.context_lens[seqs]
-    starts = metadata.cu_seqlens_q[seqs.start : seqs.stop + 1]
-    rows = triton.next_power_of_2(max_queries * group)
-    # The matrix units want 16 along a product; a word of an eight-bit pool holds four codes.
-    least = 16 if k_scale is None else 64
-    v_pad = max(least, triton.next_power_of_2(v_dim))
-    chunk = 0
-    if metadata.deterministic:
-        chunk = max(1, _FIXED_CHUNK // config.block_n)
-        chunks = triton.cdiv(metadata.max_context_len, chunk * config.block_n)
-        config = replace(config, num_programs=num_seqs * kv_heads * max(1, chunks))
-    # Where pairs of many rows are cut into many pieces, many programs merge them, in a launch of
-    # its own; beyond 32 rows the merge would also spill the kernel's registers.
-    few_pieces = num_seqs * kv_heads * _MANY_PIECES > config.num_programs
-    inline = rows <= 16 or (rows <= 32 and chunk == 0 and few_pieces)
-    plan, fresh = plan_decode(metadata, seqs, kv_heads, window, rows, v_pad, config, chunk)
+    query, sinks, config = layer.query, layer.sinks, plan.config
+    geometry, rows, v_pad = plan.geometry, plan.rows, plan.v_pad
+    quantised, num_seqs = layer.k_scale is not None, plan.contexts.shape[0]
+    dims = (geometry.k_dim, geometry.v_dim)
+    page, itemsize = layer.k_cache.shape[2], geometry.dtype.itemsize
+    fetch = _fetch_plan(page, dims, itemsize, 32 * config.num_warps)
+    caches = (layer.k_cache, layer.v_cache)
+    if quantised:
+        caches = (caches[0].view(torch.int32), caches[1].view(torch.int32))
     pdl = use_pdl(query.device, num_seqs)
-    is_float = k_cache.dtype == torch.float8_e4m3fn
-    fetch = _fetch_plan(page, (k_dim, v_dim), k_cache.dtype.itemsize, 32 * config.num_warps)
-    if k_scale is not None:
-        k_cache, v_cache = k_cache.view(torch.int32), v_cache.view(torch.int32)
     _decode_kernel[(config.num_programs,)](
         query, out, query.stride(0), query.stride(1), out.stride(0), out.stride(1),
-        k_cache, v_cache, k_cache.stride(0), k_cache.stride(1),
-        v_cache.stride(0), v_cache.stride(1),
-        k_scale, v_scale,
-        k_scale.stride(0) if k_scale is not None else 0,
-        v_scale.stride(0) if v_scale is not None else 0,
-        tables, tables.stride(0), contexts, starts, plan.ends, plan.cuts, plan.owner,
-        plan.partial, plan.state, plan.counter, sinks, alibi_slopes,
-        scale, softcap or 1.0, window or 0, num_seqs, config.num_programs,
-        KV_HEADS=kv_heads, GROUP=group, MAX_Q=max_queries, BLOCK_M=max(16, rows),
-        ROWS=rows, BLOCK_N=config.block_n, PAGE=page,
-        D=k_dim, D_PAD=max(least, triton.next_power_of_2(k_dim)), DV=v_dim, DV_PAD=v_pad,
-        WINDOWED=window is not None, SOFTCAP=softcap is not None, SINKS=sinks is not None,
-        ALIBI=alibi_slopes is not None, QUANTISED=k_scale is not None,
-        FLOAT=is_float, ALIKE=k_cache.stride(0) == v_cache.stride(0) and k_dim == v_dim,
-        STAGES=config.num_stages, MERGE=merge_width(config, rows, v_pad, k_scale is not None),
-        INLINE_MERGE=inline, TAIL=plan.has_tail, PDL=pdl,
+        *cache_arguments(*caches, layer.k_scale, layer.v_scale),
+        plan.tables, plan.tables.stride(0), plan.contexts, plan.starts, plan.ends, plan.cuts,
+        plan.owner, plan.partial, plan.state, plan.counter, sinks, layer.alibi_slopes,
+        layer.scale, layer.softcap or 1.0, layer.window or 0, num_seqs, config.num_programs,
+        **layer_constants(layer),
+        KV_HEADS=geometry.kv_heads, MAX_Q=plan.max_queries, BLOCK_M=max(16, rows), ROWS=rows,
+        BLOCK_N=config.block_n, D_PAD=pad_dim(dims[0], quantised), DV_PAD=v_pad,
+        FLOAT=geometry.dtype == torch.float8_e4m3fn, STAGES=config.num_stages,
+        MERGE=merge_width(config, rows, v_pad, quantised), INLINE_MERGE=plan.inline,
+        TAIL=plan.has_tail, PDL=pdl,
         FETCH_PAGES=fetch[0], FETCH_PIECES=fetch[1], FETCH_K=fetch[2], FETCH_V=fetch[3],
         # The plan is read before the wait, so the kernel right behind the plan starts after it.
-        num_warps=config.num_warps, launch_pdl=pdl and not fresh,
+        num_warps=config.num_warps, launch_pdl=pdl and not plan.fresh,
     )  # fmt: skip
-    if not inline:
+    plan.fresh = False
+    if not plan.inline:
         tile = min(8, rows)
-        merge_kernel[(num_seqs * kv_heads, rows // tile)](
-            plan.partial, plan.state, out, out.stride(0), out.stride(1), sinks, starts, plan.ends,
-            plan.cuts, config.num_programs,
-            KV_HEADS=kv_heads, GROUP=group, ROWS=rows, TILE=tile, DV=v_dim, DV_PAD=v_pad,
-            SINKS=sinks is not None, MERGE=max(1, min(16, 8192 // (tile * v_pad))),
-            PDL=pdl, num_warps=4, launch_pdl=pdl,
+        merge_kernel[(num_seqs * geometry.kv_heads, rows // tile)](
+            plan.partial, plan.state, out, out.stride(0), out.stride(1), sinks, plan.starts,
+            plan.ends, plan.cuts, config.num_programs,
+            KV_HEADS=geometry.kv_heads, GROUP=geometry.group, ROWS=rows, TILE=tile,
+            DV=geometry.v_dim, DV_PAD=v_pad, SINKS=sinks is not None,
+            MERGE=max(1, min(16, 8192 // (tile * v_pad))), PDL=pdl, num_warps=4, launch_pdl=pdl,
         )  # fmt: skip
 
 

@@ -7,14 +7,16 @@ ones that programs take as they finish ("tail"). A cut inside a pair makes piece
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
 import triton.language as tl
 
-from litecache.kernels.metadata import AttentionMetadata
-from litecache.kernels.tuning import DecodeConfig
+from litecache.kernels.metadata import AttentionMetadata, Geometry
+from litecache.kernels.quantise import LARGEST_CODE
+from litecache.kernels.triton_common import pad_dim
+from litecache.kernels.tuning import DecodeConfig, Shape, decode_config
 
 _LEAST_TILES = 2
 """What a pair counts for at least, because to begin one takes longer than a tile of a long one.
@@ -39,6 +41,12 @@ Where that makes one longer than three quarters of a program's part of the tail,
 
 _MOST_ROWS = 16
 """Rows of a pair up to which there is a tail."""
+
+_MANY_PIECES = 4
+"""Mean pieces of a pair from which many rows are merged by a launch of their own."""
+
+_FIXED_CHUNK = 1024
+"""Tokens of a piece where results must not depend on the batch."""
 
 # Globals that kernels read must be constexpr.
 _SHARE_FLOOR = tl.constexpr(_LEAST_SHARE)
@@ -127,9 +135,19 @@ def _plan_kernel(
 
 @dataclass
 class DecodePlan:
-    """Device tensors of a step that all layers of the same shape share.
+    """How a step's decodes run in all layers of a geometry, and what they share on the device.
 
     Attributes:
+        geometry: of the layers.
+        config: tile, warps, stages and programs.
+        tables: int32 `[seqs, max_blocks]`.
+        contexts: int32 `[seqs]`.
+        starts: int32 `[seqs + 1]`, where each sequence's queries start in the packed batch.
+        max_queries: largest number of queries of a sequence.
+        rows: queries times heads of a group, padded to a power of two.
+        v_pad: V's dimension, padded likewise.
+        inline: whoever finishes last merges a pair's pieces; else a launch of its own does.
+        has_tail: there may be segments behind the programs' own.
         ends: int32 `[seqs + 1]`, tiles of one KV head up to each sequence.
         cuts: int32 `[4]`, see `load_cuts`.
         owner: int32 `[segments]`, the sequence in which each segment begins.
@@ -137,55 +155,95 @@ class DecodePlan:
         state: float32 `[2 * segments, rows, 2]`, their peaks and sums of weights.
         counter: int32 `[seqs * kv_heads + 1]`, pieces of each pair that are done, and segments of
             the tail that are taken; 0 between layers.
-        has_tail: there may be segments behind the programs' own.
+        fresh: no layer has run since the plan was launched.
     """
 
+    geometry: Geometry
+    config: DecodeConfig
+    tables: torch.Tensor
+    contexts: torch.Tensor
+    starts: torch.Tensor
+    max_queries: int
+    rows: int
+    v_pad: int
+    inline: bool
+    has_tail: bool
     ends: torch.Tensor
     cuts: torch.Tensor
     owner: torch.Tensor
     partial: torch.Tensor
     state: torch.Tensor
     counter: torch.Tensor
-    has_tail: bool
+    fresh: bool = True
 
 
 def plan_decode(
     metadata: AttentionMetadata,
+    geometry: Geometry,
     seqs: slice,
-    kv_heads: int,
-    window: int | None,
-    rows: int,
-    v_pad: int,
-    config: DecodeConfig,
-    chunk: int,
-) -> tuple[DecodePlan, bool]:
-    """The step's shares, and whether this call made them: the first layer of a shape does."""
-    name = ("decode", seqs.start, seqs.stop, kv_heads, window, rows, v_pad, config, chunk)
-    plan: DecodePlan | None = metadata.scratch.get(name)
-    fresh = plan is None
-    if plan is None:
-        device = metadata.context_lens.device
-        programs = config.num_programs
-        # The scratch of many rows is large as it is.
-        tail = config.tail if chunk == 0 and rows <= _MOST_ROWS else 0
-        segments = programs * (2 + _TAIL_SEGMENTS if tail else 1)
-        num_seqs = seqs.stop - seqs.start
-        plan = metadata.scratch[name] = DecodePlan(
-            ends=torch.empty(num_seqs + 1, dtype=torch.int32, device=device),
-            cuts=torch.empty(4, dtype=torch.int32, device=device),
-            owner=torch.empty(segments, dtype=torch.int32, device=device),
-            partial=torch.empty(2 * segments * rows * v_pad, dtype=torch.float32, device=device),
-            state=torch.empty(2 * segments * rows * 2, dtype=torch.float32, device=device),
-            counter=torch.zeros(num_seqs * kv_heads + 1, dtype=torch.int32, device=device),
-            has_tail=tail > 0,
-        )
-        seqs_pad = max(16, triton.next_power_of_2(num_seqs))
-        block_p = max(1, min(64, 16384 // seqs_pad))
-        _plan_kernel[(triton.cdiv(segments, block_p),)](
-            metadata.context_lens[seqs], metadata.cu_seqlens_q[seqs.start :],
-            plan.ends, plan.cuts, plan.owner, num_seqs, window or 0, programs, segments,
-            TILE=config.block_n, SEQS_PAD=seqs_pad, BLOCK_P=block_p, KV_HEADS=kv_heads,
-            WINDOWED=window is not None, CHUNK=chunk, LEAST=1 if chunk else _LEAST_TILES,
-            TAIL=tail,
-        )  # fmt: skip
-    return plan, fresh
+    max_queries: int,
+    config: DecodeConfig | None = None,
+) -> DecodePlan:
+    """Launches the plan of some sequences.
+
+    Args:
+        metadata: the step.
+        geometry: of the layers.
+        seqs: which of its sequences, `slice(first, end)`.
+        max_queries: largest number of queries among them.
+        config: tile, warps, stages and programs, None = from the table.
+    """
+    device = metadata.context_lens.device
+    num_seqs, kv_heads = seqs.stop - seqs.start, geometry.kv_heads
+    quantised = geometry.dtype in LARGEST_CODE
+    rows = triton.next_power_of_2(max_queries * geometry.group)
+    v_pad = pad_dim(geometry.v_dim, quantised)
+    if config is None:
+        dim = triton.next_power_of_2(max(geometry.k_dim, geometry.v_dim))
+        fp8 = geometry.dtype == torch.float8_e4m3fn
+        shape = Shape(geometry.dtype.itemsize, dim, geometry.group > 1, max(16, rows), fp8)
+        config = decode_config(device, shape)
+    chunk = 0
+    if metadata.deterministic:
+        chunk = max(1, _FIXED_CHUNK // config.block_n)
+        chunks = triton.cdiv(metadata.max_context_len, chunk * config.block_n)
+        config = replace(config, num_programs=num_seqs * kv_heads * max(1, chunks))
+    programs = config.num_programs
+    # Where pairs of many rows are cut into many pieces, many programs merge them, in a launch of
+    # its own; beyond 32 rows the merge would also spill the kernel's registers.
+    few_pieces = num_seqs * kv_heads * _MANY_PIECES > programs
+    # The scratch of many rows is large as it is.
+    tail = config.tail if chunk == 0 and rows <= _MOST_ROWS else 0
+    segments = programs * (2 + _TAIL_SEGMENTS if tail else 1)
+
+    def ints(count: int) -> torch.Tensor:
+        return torch.empty(count, dtype=torch.int32, device=device)
+
+    plan = DecodePlan(
+        geometry=geometry,
+        config=config,
+        tables=metadata.block_tables[seqs],
+        contexts=metadata.context_lens[seqs],
+        starts=metadata.cu_seqlens_q[seqs.start : seqs.stop + 1],
+        max_queries=max_queries,
+        rows=rows,
+        v_pad=v_pad,
+        inline=rows <= 16 or (rows <= 32 and chunk == 0 and few_pieces),
+        has_tail=tail > 0,
+        ends=ints(num_seqs + 1),
+        cuts=ints(4),
+        owner=ints(segments),
+        partial=torch.empty(2 * segments * rows * v_pad, dtype=torch.float32, device=device),
+        state=torch.empty(2 * segments * rows * 2, dtype=torch.float32, device=device),
+        counter=torch.zeros(num_seqs * kv_heads + 1, dtype=torch.int32, device=device),
+    )
+    seqs_pad = max(16, triton.next_power_of_2(num_seqs))
+    block_p = max(1, min(64, 16384 // seqs_pad))
+    window = geometry.window
+    _plan_kernel[(triton.cdiv(segments, block_p),)](
+        plan.contexts, plan.starts, plan.ends, plan.cuts, plan.owner,
+        num_seqs, window or 0, programs, segments,
+        TILE=config.block_n, SEQS_PAD=seqs_pad, BLOCK_P=block_p, KV_HEADS=kv_heads,
+        WINDOWED=window is not None, CHUNK=chunk, LEAST=1 if chunk else _LEAST_TILES, TAIL=tail,
+    )  # fmt: skip
+    return plan

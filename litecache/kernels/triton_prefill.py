@@ -11,16 +11,19 @@ import torch
 import triton
 import triton.language as tl
 
-from litecache.kernels.metadata import AttentionMetadata
+from litecache.kernels.metadata import Attention, AttentionMetadata
 from litecache.kernels.triton_common import (
     LOG2E,
+    cache_arguments,
     finish,
     fold_tile,
+    layer_constants,
     load_rows,
     normalise_query,
+    pad_dim,
     store_rows,
 )
-from litecache.kernels.tuning import PrefillConfig
+from litecache.kernels.tuning import PrefillConfig, prefill_config
 
 
 @triton.jit(
@@ -119,65 +122,40 @@ def _prefill_kernel(
 
 
 def prefill(
-    query: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
+    layer: Attention,
     metadata: AttentionMetadata,
     first_seq: int,
     out: torch.Tensor,
-    config: PrefillConfig,
+    config: PrefillConfig | None = None,
     *,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
-    alibi_slopes: torch.Tensor | None,
-    k_scale: torch.Tensor | None,
-    v_scale: torch.Tensor | None,
     floor: int = 0,
     lse: torch.Tensor | None = None,
 ) -> None:
     """Attends the sequences from `first_seq` on.
 
     Args:
-        query: `[T, num_heads, k_dim]`.
-        k_cache: `[num_blocks, kv_heads, block_size, k_dim]`.
-        v_cache: `[num_blocks, kv_heads, block_size, v_dim]`.
+        layer: see `litecache.kernels.paged_attention`.
         metadata: the step.
         first_seq: the first sequence to attend.
         out: `[T, num_heads, v_dim]`; rows of those sequences are written, all of them.
-        config: row tile, key tile, warps and stages.
-        scale: see `litecache.kernels.paged_attention`, as for the rest.
-        window: see there.
-        softcap: see there.
-        sinks: see there.
-        alibi_slopes: see there.
-        k_scale: see there.
-        v_scale: see there.
+        config: row tile, key tile, warps and stages, None = from the table.
         floor: keys before this position are left out: someone else attends them. A multiple of 256.
         lse: float32 `[num_heads, T]`, receives the log of the sum of exponentials.
     """
-    kv_heads, page, k_dim = k_cache.shape[1:]
-    v_dim = v_cache.shape[3]
-    group = query.shape[1] // kv_heads
-    tiles = triton.cdiv(metadata.max_query_len * group, config.block_m)
-    _prefill_kernel[(kv_heads, tiles, metadata.num_seqs - first_seq)](
+    query, geometry = layer.query, layer.geometry
+    dims = (geometry.k_dim, geometry.v_dim)
+    if config is None:
+        config = prefill_config(query.device, max(dims), geometry.dtype.itemsize)
+    tiles = triton.cdiv(metadata.max_query_len * geometry.group, config.block_m)
+    _prefill_kernel[(geometry.kv_heads, tiles, metadata.num_seqs - first_seq)](
         query, out, lse, query.stride(0), query.stride(1), out.stride(0), out.stride(1),
         lse.stride(0) if lse is not None else 0,
-        k_cache, v_cache, k_cache.stride(0), k_cache.stride(1),
-        v_cache.stride(0), v_cache.stride(1),
-        k_scale, v_scale,
-        k_scale.stride(0) if k_scale is not None else 0,
-        v_scale.stride(0) if v_scale is not None else 0,
+        *cache_arguments(layer.k_cache, layer.v_cache, layer.k_scale, layer.v_scale),
         metadata.block_tables, metadata.block_tables.stride(0), metadata.context_lens,
-        metadata.cu_seqlens_q, sinks, alibi_slopes,
-        scale, softcap or 1.0, window or 0, first_seq, floor,
-        GROUP=group, BLOCK_M=config.block_m, BLOCK_N=config.block_n, PAGE=page,
-        D=k_dim, D_PAD=max(16, triton.next_power_of_2(k_dim)),
-        DV=v_dim, DV_PAD=max(16, triton.next_power_of_2(v_dim)),
-        WINDOWED=window is not None, SOFTCAP=softcap is not None, SINKS=sinks is not None,
-        ALIBI=alibi_slopes is not None, QUANTISED=k_scale is not None,
-        ALIKE=k_cache.stride(0) == v_cache.stride(0) and k_dim == v_dim,
-        LSE=lse is not None, STAGES=config.num_stages,
+        metadata.cu_seqlens_q, layer.sinks, layer.alibi_slopes,
+        layer.scale, layer.softcap or 1.0, layer.window or 0, first_seq, floor,
+        **layer_constants(layer),
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, D_PAD=pad_dim(dims[0]),
+        DV_PAD=pad_dim(dims[1]), LSE=lse is not None, STAGES=config.num_stages,
         num_warps=config.num_warps,
     )  # fmt: skip

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from litecache.kernels.quantise import LARGEST_CODE
+from litecache.kernels.triton_common import cache_arguments
 
 _ROWS = 16
 """Heads of tokens a program moves."""
@@ -79,11 +80,7 @@ def store_kv(
     num_rows = num_tokens * kv_heads
     _store_kernel[(triton.cdiv(num_rows, _ROWS),)](
         key, value, key.stride(0), key.stride(1), value.stride(0), value.stride(1),
-        k_cache, v_cache, k_cache.stride(0), k_cache.stride(1),
-        v_cache.stride(0), v_cache.stride(1),
-        k_scale, v_scale,
-        k_scale.stride(0) if k_scale is not None else 0,
-        v_scale.stride(0) if v_scale is not None else 0,
+        *cache_arguments(k_cache, v_cache, k_scale, v_scale),
         slot_mapping, num_rows,
         KV_HEADS=kv_heads, PAGE=k_cache.shape[2],
         D=k_dim, D_PAD=triton.next_power_of_2(k_dim),

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from litecache.errors import KernelError
-from litecache.kernels.metadata import AttentionMetadata
+from litecache.kernels.metadata import Attention, AttentionMetadata
 from litecache.kernels.tuning import DecodeConfig, Numbers, Shape, num_multiprocessors
 
 logger = logging.getLogger(__name__)
@@ -112,6 +112,7 @@ class GraphTimer:
         """Microseconds of one layer."""
         # Triton is imported where a GPU is known to be there.
         from litecache.kernels.triton_decode import decode
+        from litecache.kernels.triton_plan import plan_decode
 
         if shape != self._shape:
             self._prepare(shape)
@@ -121,13 +122,10 @@ class GraphTimer:
         out = torch.empty_like(self._query)
 
         def step() -> None:
-            self._metadata.scratch.clear()
-            for k, v, scale in self._layers:
-                decode(
-                    self._query, k, v, self._metadata, slice(0, self._batch), 1, out, config,
-                    scale=shape.dim**-0.5, window=None, softcap=None, sinks=None,
-                    alibi_slopes=None, k_scale=scale, v_scale=scale,
-                )  # fmt: skip
+            geometry = self._layers[0].geometry
+            plan = plan_decode(self._metadata, geometry, slice(0, self._batch), 1, config)
+            for layer in self._layers:
+                decode(layer, plan, out)
 
         step()
         torch.cuda.synchronize(self._device)
@@ -152,8 +150,6 @@ class GraphTimer:
         lens = [low + (high - low) * i // (self._batch - 1) for i in range(self._batch)]
         widths = [-(-length // _BLOCK_SIZE) for length in lens]
         count = sum(widths) + 1
-        size = (count, _KV_HEADS, _BLOCK_SIZE, shape.dim)
-        self._layers = [self._layer(size, shape) for _ in range(_LAYERS)]
         blocks = iter((torch.randperm(count - 1) + 1).tolist())
         tables = [[next(blocks) for _ in range(width)] for width in widths]
         self._metadata = AttentionMetadata.build(
@@ -163,19 +159,21 @@ class GraphTimer:
         self._query = torch.randn(
             self._batch, heads, shape.dim, device=self._device, dtype=torch.bfloat16
         )
+        self._layers = [self._layer(count, shape) for _ in range(_LAYERS)]
 
-    def _layer(
-        self, size: tuple[int, ...], shape: Shape
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    def _layer(self, num_blocks: int, shape: Shape) -> Attention:
+        size = (num_blocks, _KV_HEADS, _BLOCK_SIZE, shape.dim)
         if shape.itemsize == 1:
             dtype = torch.float8_e4m3fn if shape.fp8 else torch.int8
             k, v = (
                 torch.randint(-127, 128, size, dtype=torch.int16, device=self._device).to(dtype)
                 for _ in range(2)
             )
-            return k, v, torch.rand(size[:3], device=self._device)
-        k, v = (torch.randn(size, dtype=torch.bfloat16, device=self._device) for _ in range(2))
-        return k, v, None
+            scale = torch.rand(size[:3], device=self._device)
+        else:
+            k, v = (torch.randn(size, dtype=torch.bfloat16, device=self._device) for _ in range(2))
+            scale = None
+        return Attention(self._query, k, v, shape.dim**-0.5, k_scale=scale, v_scale=scale)
 
 
 def _event() -> torch.cuda.Event:

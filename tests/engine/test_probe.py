@@ -31,12 +31,13 @@ def test_right_models_pass_with_a_tiny_error(family):
 def test_a_wrong_attention_is_caught(monkeypatch, fault):
     loaded = tiny_model("gemma2")
 
-    right = reference.paged_attention
+    right = reference.ReferencePlan.attend
 
-    def faulty(*args, **kwargs):
-        return right(*args, **{**kwargs, **fault})
+    def faulty(plan, layer):
+        wrong = layer._replace(**fault)
+        return right(reference.plan_attention(plan.metadata, wrong.geometry), wrong)
 
-    monkeypatch.setattr(reference, "paged_attention", faulty)
+    monkeypatch.setattr(reference.ReferencePlan, "attend", faulty)
     with pytest.raises(ModelNotSupportedError, match=r"gemma2.*paged KV differ"):
         probe.verify_paged(loaded.model, loaded.specs, 16)
 

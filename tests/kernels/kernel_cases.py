@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from litecache.kernels import AttentionMetadata
+from litecache.kernels import Attention, AttentionMetadata, paged_attention, plan_attention
 from litecache.kernels.quantise import dequantise, quantise
 
 
@@ -60,12 +60,20 @@ class Batch:
     wide_v: torch.Tensor
     options: dict[str, Any] = field(default_factory=dict)
 
-    def arguments(self) -> dict[str, Any]:
-        """Keyword arguments of `paged_attention`."""
-        extras: dict[str, Any] = dict(self.options, k_scale=self.k_scale, v_scale=self.v_scale)
-        if self.case.own_kv:
-            extras.update(key=self.key, value=self.value)
-        return extras
+    def layer(self, **changes: Any) -> Attention:
+        """Arguments of `paged_attention`."""
+        layer = Attention(
+            self.query, self.k_cache, self.v_cache, k_scale=self.k_scale, v_scale=self.v_scale,
+            key=self.key if self.case.own_kv else None,
+            value=self.value if self.case.own_kv else None, **self.options,
+        )  # fmt: skip
+        return layer._replace(**changes)
+
+    def attend(self, metadata: AttentionMetadata | None = None, **changes: Any) -> torch.Tensor:
+        """One layer behind a plan of its own, with some arguments changed."""
+        layer = self.layer(**changes)
+        plan = plan_attention(self.metadata if metadata is None else metadata, layer)
+        return paged_attention(layer, plan)
 
 
 def layer_view(

@@ -13,10 +13,12 @@ from kernel_grid import LARGE, TINY, tolerance
 from kernel_oracle import attend_wide
 
 from litecache.kernels import (
+    Attention,
     AttentionMetadata,
     copy_blocks,
     library_prefill,
     paged_attention,
+    plan_attention,
     reference,
     store_kv,
 )
@@ -33,9 +35,7 @@ def test_attention_agrees_with_the_oracle(case: Case) -> None:
     batch = make_batch(case, "cuda")
     out = torch.full((batch.query.shape[0], case.heads[0], case.dims[1]), torch.nan)
     out = out.to("cuda", case.dtype)
-    paged_attention(
-        batch.query, batch.k_cache, batch.v_cache, batch.metadata, **batch.arguments(), out=out
-    )
+    batch.attend(out=out)
     expected = attend_wide(batch.query, batch.wide_k, batch.wide_v, batch.metadata, **batch.options)
     assert worst_error(out, expected) < tolerance(case)
 
@@ -64,9 +64,7 @@ def test_the_library_path_agrees_with_the_oracle(
     calls = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(library_prefill, "attend", _counted(library_prefill.attend, calls))
-        out = paged_attention(
-            batch.query, batch.k_cache, batch.v_cache, batch.metadata, **batch.arguments()
-        )
+        out = batch.attend()
     expected = attend_wide(batch.query, batch.wide_k, batch.wide_v, batch.metadata, **batch.options)
     assert worst_error(out, expected) < 1e-2
     assert len(calls) == 1
@@ -84,12 +82,7 @@ def test_repeated_runs_give_the_same_bits() -> None:
     case = Case((1,) * 7, (1, 15, 16, 17, 129, 9000, 40000), heads=(32, 8), dims=(128, 128),
                 block_size=16, dtype=torch.bfloat16)  # fmt: skip
     batch = make_batch(case, "cuda")
-    outs = [
-        paged_attention(
-            batch.query, batch.k_cache, batch.v_cache, batch.metadata, **batch.arguments()
-        )
-        for _ in range(20)
-    ]
+    outs = [batch.attend() for _ in range(20)]
     assert all(torch.equal(outs[0], out) for out in outs[1:])
 
 
@@ -98,15 +91,14 @@ def test_deterministic_results_do_not_depend_on_the_batch() -> None:
                 block_size=16, dtype=torch.bfloat16)  # fmt: skip
     batch = make_batch(case, "cuda")
     metadata = dataclasses.replace(batch.metadata, deterministic=True)
-    arguments = (batch.k_cache, batch.v_cache)
-    together = paged_attention(batch.query, *arguments, metadata, **batch.arguments())
+    together = batch.attend(metadata)
     expected = attend_wide(batch.query, batch.wide_k, batch.wide_v, metadata, **batch.options)
     assert worst_error(together, expected) < 1e-2
     for row in range(5):
         table = metadata.block_tables[row].tolist()
         alone = AttentionMetadata.build([1], [case.context_lens[row]], [table], 16, "cuda")
         alone.deterministic = True
-        out = paged_attention(batch.query[row : row + 1], *arguments, alone, **batch.arguments())
+        out = batch.attend(alone, query=batch.query[row : row + 1])
         assert torch.equal(out[0], together[row])
 
 
@@ -127,12 +119,12 @@ def _replayed(case: Case, other_lengths: list[tuple[int, ...]]) -> list[list[int
         max_context_len=8192,
     )
 
+    plans = []
+
     def step() -> torch.Tensor:
-        static.scratch.clear()
+        plans.append(plan_attention(static, batch.layer()))
         for _ in range(2):  # layers that share a plan
-            out = paged_attention(
-                batch.query, batch.k_cache, batch.v_cache, static, **batch.arguments()
-            )
+            out = paged_attention(batch.layer(), plans[-1])
         return out
 
     step()
@@ -140,7 +132,7 @@ def _replayed(case: Case, other_lengths: list[tuple[int, ...]]) -> list[list[int
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = step()
-    (plan,) = (part for part in static.scratch.values() if hasattr(part, "cuts"))
+    (plan,) = plans[-1].decodes
     tables = batch.metadata.block_tables
     static.block_tables[:, : tables.shape[1]] = tables
     cuts = []
@@ -185,14 +177,16 @@ def test_offsets_survive_a_pool_of_more_than_two_to_the_31_elements() -> None:
     key, value = (torch.randn(70, 2, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     query = torch.randn(70, 8, 64, device="cuda", dtype=torch.bfloat16)
     store_kv(key, value, k_cache, v_cache, metadata.slot_mapping)
-    out = paged_attention(query, k_cache, v_cache, metadata, scale=0.125)
+    layer = Attention(query, k_cache, v_cache, 0.125)
+    out = paged_attention(layer, plan_attention(metadata, layer))
     q, k, v = (x.transpose(0, 1).double() for x in (query, key, value))
     expected = torch.nn.functional.scaled_dot_product_attention(
         q, k, v, is_causal=True, scale=0.125, enable_gqa=True
     ).transpose(0, 1)
     assert worst_error(out, expected.cpu()) < 1e-2
     last = AttentionMetadata.build([1], [70], [blocks], 16, "cuda")
-    row = paged_attention(query[-1:], k_cache, v_cache, last, scale=0.125)
+    plan = plan_attention(last, layer._replace(query=query[-1:]))
+    row = paged_attention(layer._replace(query=query[-1:]), plan)
     assert worst_error(row, expected[-1:].cpu()) < 1e-2
 
 

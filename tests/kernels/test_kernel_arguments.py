@@ -9,20 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_cases import Batch, Case, make_batch
+from kernel_cases import Case, make_batch
 
 from litecache.errors import KernelError
-from litecache.kernels import copy_blocks, dispatch, paged_attention, store_kv, tuning
+from litecache.kernels import copy_blocks, dispatch, store_kv, tuning
 
 CASE = Case((1, 1, 5), (9, 20, 14))
-
-
-def attend(batch: Batch, **changes: Any) -> torch.Tensor:
-    arguments: dict[str, Any] = {
-        "query": batch.query, "k_cache": batch.k_cache, "v_cache": batch.v_cache,
-        "metadata": batch.metadata, "scale": 0.25,
-    }  # fmt: skip
-    return paged_attention(**(arguments | changes))
 
 
 @pytest.mark.parametrize(
@@ -52,7 +44,7 @@ def attend(batch: Batch, **changes: Any) -> torch.Tensor:
 def test_attention_names_the_bad_argument(name: str, change: Any) -> None:
     batch = make_batch(CASE)
     with pytest.raises(KernelError, match=f"^{name}"):
-        attend(batch, **change(batch))
+        batch.attend(**change(batch))
 
 
 @pytest.mark.parametrize(
@@ -72,7 +64,7 @@ def test_attention_names_the_bad_field_of_the_metadata(field: str, value: Any) -
     batch = make_batch(CASE)
     metadata = dataclasses.replace(batch.metadata, **{field: value})
     with pytest.raises(KernelError, match=f"^metadata.{field}"):
-        attend(batch, metadata=metadata)
+        batch.attend(metadata)
 
 
 @pytest.mark.parametrize(
@@ -96,9 +88,9 @@ def test_store_names_the_bad_argument(name: str, index: int, change: Any) -> Non
 def test_quantised_pools_need_scales() -> None:
     batch = make_batch(dataclasses.replace(CASE, pool_dtype=torch.int8))
     with pytest.raises(KernelError, match=r"^k_scale"):
-        attend(batch)
+        batch.attend(k_scale=None)
     with pytest.raises(KernelError, match=r"^v_scale\.dtype"):
-        attend(batch, k_scale=batch.k_scale, v_scale=torch.ones(batch.k_cache.shape[:3]).half())
+        batch.attend(v_scale=torch.ones(batch.k_cache.shape[:3]).half())
 
 
 def test_copy_names_the_bad_argument() -> None:
@@ -117,18 +109,18 @@ def test_copy_names_the_bad_argument() -> None:
 def test_contents_are_checked_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
     batch = make_batch(CASE)
     monkeypatch.setenv("LITECACHE_CHECK", "1")
-    attend(batch)
+    batch.attend()
     slots = batch.metadata.slot_mapping.clone()
     slots[0] = batch.k_cache.shape[0] * 8
     with pytest.raises(KernelError, match=r"^slot_mapping"):
         store_kv(batch.key, batch.value, batch.k_cache, batch.v_cache, slots)
     batch.metadata.block_tables[1, 1] = batch.k_cache.shape[0]
     with pytest.raises(KernelError, match=r"^metadata\.block_tables\[1\]"):
-        attend(batch)
+        batch.attend()
     batch.metadata.block_tables[1, 1] = 1
     batch.metadata.context_lens[2] = 1000
     with pytest.raises(KernelError, match=r"^metadata\.context_lens\[2\]"):
-        attend(batch)
+        batch.attend()
     with pytest.raises(KernelError, match=r"^dst"):
         copy_blocks(torch.zeros(4, 64, dtype=torch.uint8), torch.tensor([1]), torch.tensor([4]))
 
@@ -144,7 +136,7 @@ def test_an_unknown_backend_is_refused_with_the_valid_names(
 def test_an_empty_batch_is_empty() -> None:
     batch = make_batch(Case((1,), (4,)))
     empty = dispatch.AttentionMetadata.build([], [], [], 8)
-    assert attend(batch, query=batch.query[:0], metadata=empty).shape == (0, 4, 16)
+    assert batch.attend(empty, query=batch.query[:0]).shape == (0, 4, 16)
 
 
 def test_a_tuning_file_overrides_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from kernel_cases import Case, make_batch, worst_error
 from kernel_grid import TINY, tolerance
 from kernel_oracle import attend, attend_wide
 
-from litecache.kernels import AttentionMetadata, paged_attention, reference, store_kv
+from litecache.kernels import AttentionMetadata, paged_attention, plan_attention, store_kv
 
 RAGGED = Case((1, 1, 1, 1, 1), (1, 7, 8, 9, 40))
 MIXED = Case((1, 1, 5, 9, 3), (17, 3, 5, 30, 19))
@@ -43,9 +43,7 @@ def test_agrees_with_the_oracle_and_writes_every_row(case: Case) -> None:
     poisoned = torch.full(
         (batch.query.shape[0], case.heads[0], case.dims[1]), torch.nan, dtype=case.dtype
     )
-    out = paged_attention(
-        batch.query, batch.k_cache, batch.v_cache, batch.metadata, **batch.arguments(), out=poisoned
-    )
+    out = batch.attend(out=poisoned)
     expected = attend(batch.query, batch.wide_k, batch.wide_v, batch.metadata, **batch.options)
     assert out is poisoned
     assert worst_error(out, expected) < tolerance(case)
@@ -54,33 +52,24 @@ def test_agrees_with_the_oracle_and_writes_every_row(case: Case) -> None:
 def test_a_sequence_without_context_gives_zeros() -> None:
     case = Case((1, 1), (0, 5))
     batch = make_batch(case)
-    out = paged_attention(
-        batch.query, batch.k_cache, batch.v_cache, batch.metadata, **batch.arguments()
-    )
+    out = batch.attend()
     assert out[0].abs().max() == 0
     assert out[1].abs().max() > 0
 
 
 def test_layers_share_the_plan_of_a_step() -> None:
     batch = make_batch(MIXED)
-    for _ in range(2):
-        paged_attention(
-            batch.query, batch.k_cache, batch.v_cache, batch.metadata, **batch.arguments()
-        )
-    plans = [name for name in batch.metadata.scratch if name[0] == "reference"]
-    first = batch.metadata.scratch[plans[0]]
-    paged_attention(batch.query, batch.k_cache, batch.v_cache, batch.metadata, **batch.arguments())
-    assert plans == [("reference", None)]
-    assert batch.metadata.scratch[plans[0]] is first
+    expected = attend(batch.query, batch.wide_k, batch.wide_v, batch.metadata, **batch.options)
+    plan = plan_attention(batch.metadata, batch.layer())
+    outs = [paged_attention(batch.layer(), plan) for _ in range(3)]
+    assert all(worst_error(out, expected) < 1e-5 for out in outs)
 
 
 def test_host_copies_may_be_missing() -> None:
     batch = make_batch(MIXED)
     expected = attend(batch.query, batch.wide_k, batch.wide_v, batch.metadata, **batch.options)
     batch.metadata.query_lens = batch.metadata.context_lens_host = None
-    out = reference.paged_attention(
-        batch.query, batch.k_cache, batch.v_cache, batch.metadata, **batch.arguments()
-    )
+    out = batch.attend()
     assert worst_error(out, expected) < 1e-5
 
 
@@ -88,9 +77,7 @@ def test_long_chunks_are_cut_so_that_masks_stay_small(monkeypatch: pytest.Monkey
     monkeypatch.setattr("litecache.kernels.reference._MASK_ELEMENTS", 100)
     for case in (Case((20,), (41,)), Case((20,), (41,), softcap=3.0)):
         batch = make_batch(case)
-        out = paged_attention(
-            batch.query, batch.k_cache, batch.v_cache, batch.metadata, **batch.arguments()
-        )
+        out = batch.attend()
         expected = attend(batch.query, batch.wide_k, batch.wide_v, batch.metadata, **batch.options)
         assert worst_error(out, expected) < 1e-5
 
@@ -115,6 +102,6 @@ def test_segments_of_one_sequence_see_what_the_others_wrote(queries: tuple[int, 
     for cache in (batch.k_cache, batch.v_cache):
         cache[slots // 8, :, slots % 8] = torch.nan
     store_kv(batch.key[rows], batch.value[rows], batch.k_cache, batch.v_cache, slots)
-    extras = dict(batch.arguments(), key=batch.key[rows], value=batch.value[rows])
-    out = paged_attention(batch.query[rows], batch.k_cache, batch.v_cache, metadata, **extras)
+    own = {name: getattr(batch, name)[rows] for name in ("query", "key", "value")}
+    out = batch.attend(metadata, **own)
     assert worst_error(out, expected[rows]) < 1e-5

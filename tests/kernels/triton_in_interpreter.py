@@ -16,33 +16,36 @@ from test_reference_attention import (
 
 from litecache.kernels import (
     AttentionMetadata,
+    Geometry,
     copy_blocks,
     library_prefill,
     paged_attention,
+    plan_attention,
     store_kv,
     triton_convert,
     triton_decode,
+    triton_plan,
+    triton_prefill,
 )
 from litecache.kernels.quantise import BlockForm, convert_reference, dequantise, quantise
+from litecache.kernels.triton_backend import TritonPlan
 from litecache.kernels.triton_gather import gather, merge_two
 from litecache.kernels.triton_plan import (
     _MOST_PIECES,
     _TAIL_SEGMENTS,
-    DecodePlan,
     plan_decode,
 )
 from litecache.kernels.tuning import DecodeConfig
 
 torch.set_num_threads(1)
+GEOMETRY = Geometry(4, 2, 16, 16, torch.float32)
 
 
 @pytest.mark.parametrize("case", TINY, ids=lambda case: case.name)
 def test_attention_agrees_with_the_oracle(case: Case) -> None:
     batch = make_batch(case)
     out = torch.full((batch.query.shape[0], case.heads[0], case.dims[1]), torch.nan).to(case.dtype)
-    paged_attention(
-        batch.query, batch.k_cache, batch.v_cache, batch.metadata, **batch.arguments(), out=out
-    )
+    batch.attend(out=out)
     expected = attend(batch.query, batch.wide_k, batch.wide_v, batch.metadata, **batch.options)
     assert worst_error(out, expected) < tolerance(case)
 
@@ -147,11 +150,8 @@ def test_the_library_path_covers_every_key_once(
     batch = make_batch(Case(queries, contexts))
     first = sum(1 for count in queries if count == 1)
     out = torch.full((sum(queries), 4, 16), torch.nan) if first else None
-    got = library_prefill.attend(
-        batch.query, batch.k_cache, batch.v_cache, batch.metadata, first, out,
-        scale=batch.options["scale"], k_scale=None, v_scale=None,
-        key=batch.key if own_kv else None, value=batch.value if own_kv else None,
-    )  # fmt: skip
+    own = {"key": batch.key, "value": batch.value} if own_kv else {}
+    got = library_prefill.attend(batch.layer(**own), batch.metadata, first, out)
     expected = attend(batch.query, batch.wide_k, batch.wide_v, batch.metadata, **batch.options)
     rows = slice(first, None)
     assert worst_error(got[rows], expected[rows]) < 1e-5
@@ -179,7 +179,7 @@ def test_rows_of_one_token_do_not_fall_to_one_program() -> None:
     contexts = [4096] + [1] * 15
     metadata = AttentionMetadata.build([1] * 16, contexts, [[0] * 512] * 16, 8)
     config = DecodeConfig(block_n=64, num_warps=4, num_stages=2, num_programs=16)
-    plan, _ = plan_decode(metadata, slice(0, 16), 2, None, 2, 16, config, 0)
+    plan = plan_decode(metadata, GEOMETRY, slice(0, 16), 1, config)
     tiles = plan.ends.diff().tolist()
     assert tiles == [64] + [2] * 15
     share = -(-sum(tiles) * 2 // config.num_programs)
@@ -191,14 +191,14 @@ def test_the_end_of_a_long_line_is_handed_out(extras: dict[str, Any]) -> None:
     case = Case((1, 1, 1, 1), (17, 700, 1, 560), heads=(4, 2), **extras)
     batch = make_batch(case)
     out = torch.full((4, 4, 16), torch.nan)
+    step = plan_attention(batch.metadata, batch.layer())
     for _ in range(2):  # the tickets begin anew
-        paged_attention(
-            batch.query, batch.k_cache, batch.v_cache, batch.metadata, **batch.arguments(), out=out
-        )
+        paged_attention(batch.layer(out=out), step)
         expected = attend(batch.query, batch.wide_k, batch.wide_v, batch.metadata, **batch.options)
         assert worst_error(out, expected) < tolerance(case)
         out.fill_(torch.nan)
-    (plan,) = (p for p in batch.metadata.scratch.values() if isinstance(p, DecodePlan))
+    assert isinstance(step, TritonPlan)
+    (plan,) = step.decodes
     share, tail_begin, tail_share, tail_segments = plan.cuts.tolist()
     work = plan.ends[-1].item() * 2
     programs = len(plan.owner) // (2 + _TAIL_SEGMENTS)
@@ -217,7 +217,7 @@ def test_segments_cover_the_line_and_fit_their_room(programs: int, tiles: list[i
     width = max(tiles) * 2
     metadata = AttentionMetadata.build([1] * len(tiles), contexts, [[0] * width] * len(tiles), 8)
     config = DecodeConfig(block_n=16, num_warps=4, num_stages=2, num_programs=programs, tail=8)
-    plan, _ = plan_decode(metadata, slice(0, len(tiles)), 2, None, 2, 16, config, 0)
+    plan = plan_decode(metadata, GEOMETRY, slice(0, len(tiles)), 1, config)
     share, tail_begin, tail_share, tail_segments = plan.cuts.tolist()
     work = plan.ends[-1].item() * 2
     begins = [p * share for p in range(programs) if p * share < tail_begin]
@@ -234,19 +234,18 @@ def test_segments_cover_the_line_and_fit_their_room(programs: int, tiles: list[i
 
 
 def test_deterministic_results_do_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("litecache.kernels.triton_decode._FIXED_CHUNK", 32)
+    monkeypatch.setattr("litecache.kernels.triton_plan._FIXED_CHUNK", 32)
     case = Case((1, 1, 1), (9, 70, 130), heads=(4, 2))
     batch = make_batch(case)
     metadata = dataclasses.replace(batch.metadata, deterministic=True)
-    arguments = (batch.k_cache, batch.v_cache)
-    together = paged_attention(batch.query, *arguments, metadata, **batch.arguments())
+    together = batch.attend(metadata)
     expected = attend(batch.query, batch.wide_k, batch.wide_v, batch.metadata, **batch.options)
     assert worst_error(together, expected) < 1e-5
     for row in range(3):
         table = batch.metadata.block_tables[row].tolist()
         alone = AttentionMetadata.build([1], [case.context_lens[row]], [table], 8)
         alone.deterministic = True
-        out = paged_attention(batch.query[row : row + 1], *arguments, alone, **batch.arguments())
+        out = batch.attend(alone, query=batch.query[row : row + 1])
         assert torch.equal(out[0], together[row])
 
 
@@ -255,22 +254,48 @@ def test_deterministic_results_do_not_depend_on_the_batch(monkeypatch: pytest.Mo
 def test_many_rows_of_few_pairs_merge_in_either_launch(
     monkeypatch: pytest.MonkeyPatch, many: int, extras: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr("litecache.kernels.triton_decode._MANY_PIECES", many)
-    launches = []
-    kernel = triton_decode.merge_kernel
-
-    class Counted:
-        def __getitem__(self, grid: tuple[int, ...]) -> Any:
-            launches.append(grid)
-            return kernel[grid]
-
-    monkeypatch.setattr(triton_decode, "merge_kernel", Counted())
+    monkeypatch.setattr("litecache.kernels.triton_plan._MANY_PIECES", many)
+    launches = counted_launches(monkeypatch, triton_decode, "merge_kernel")
     case = Case((8,), (90,), heads=(4, 1), **extras)
     batch = make_batch(case)
     out = torch.full((8, 4, 16), torch.nan)
-    paged_attention(
-        batch.query, batch.k_cache, batch.v_cache, batch.metadata, **batch.arguments(), out=out
-    )
+    batch.attend(out=out)
     expected = attend(batch.query, batch.wide_k, batch.wide_v, batch.metadata, **batch.options)
     assert worst_error(out, expected) < tolerance(case)
-    assert launches == ([(1, 4)] if many == 1 else [])
+    assert launches == ([("merge_kernel", (1, 4))] if many == 1 else [])
+
+
+def test_a_step_is_planned_once_and_its_layers_launch_attention_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    launches = counted_launches(monkeypatch, triton_plan, "_plan_kernel")
+    counted_launches(monkeypatch, triton_decode, "_decode_kernel", launches)
+    counted_launches(monkeypatch, triton_prefill, "_prefill_kernel", launches)
+    for queries, planned, each in (
+        ((1, 1), 1, ["_decode_kernel"]),
+        ((1, 3), 2, ["_decode_kernel"] * 2),
+        ((1, 20), 1, ["_decode_kernel", "_prefill_kernel"]),
+        ((20, 20), 0, ["_prefill_kernel"]),
+    ):
+        batch = make_batch(Case(queries, (30, 40)))
+        launches.clear()
+        plan = plan_attention(batch.metadata, batch.layer())
+        for _ in range(2):
+            paged_attention(batch.layer(), plan)
+        assert [name for name, _ in launches] == ["_plan_kernel"] * planned + 2 * each
+
+
+def counted_launches(
+    monkeypatch: pytest.MonkeyPatch, module: Any, name: str, launches: list[Any] | None = None
+) -> list[Any]:
+    """The launches of a kernel from now on: its name and grid."""
+    launches = [] if launches is None else launches
+    kernel = getattr(module, name)
+
+    class Counted:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            launches.append((name, grid))
+            return kernel[grid]
+
+    monkeypatch.setattr(module, name, Counted())
+    return launches

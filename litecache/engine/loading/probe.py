@@ -8,7 +8,7 @@ give the logits of the model's own attention. A model that fails is refused with
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -252,8 +252,8 @@ def paged_logits(
             block_size,
             tokens.device,
         )
-        # Groups have tables of their own, here with equal numbers; scratch is per group.
-        context.metadata = [replace(metadata, scratch={}) for _ in layout.groups]
+        # Groups have tables of their own, here with equal numbers.
+        context.begin([metadata] * len(layout.groups))
         ids, places = (
             torch.cat([values[row, part] for row, part in chunks])[None]
             for values in (tokens, positions)

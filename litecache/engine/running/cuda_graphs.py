@@ -63,11 +63,6 @@ class GraphKey:
     chunk_seqs: int = 0
 
     @property
-    def max_query_len(self) -> int:
-        """Longest sequence the graph allows."""
-        return max(1, self.chunk_tokens)
-
-    @property
     def query_lens(self) -> tuple[int, ...]:
         """What attention is told at capture: leading decodes, and one chunk that fills the rest."""
         if not self.chunk_seqs:

@@ -13,12 +13,12 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from litecache.engine.kv_layout import KVLayout, KVPool
-from litecache.kernels import AttentionMetadata, dispatch
+from litecache.kernels import Attention, AttentionMetadata, AttentionPlan, dispatch
 from litecache.kernels.checks import contents_checked
 
 IMPLEMENTATION = "litecache"
@@ -28,8 +28,7 @@ MaskFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 """`(batch, head, query position, key position) -> visible`, broadcast over int64 indices."""
 
 
-@dataclass(frozen=True)
-class AttentionOptions:
+class AttentionOptions(NamedTuple):
     """What a model's attention layer asks for beside its tensors.
 
     What is visible does not stand here: a layer's window is that of its KVSpec, found by the probe.
@@ -91,14 +90,17 @@ def current_context() -> AttentionContext:
 
 
 class PagedContext:
-    """Attention over the pools of a model's KV groups.
+    """Attention over the pools of a model's KV groups, a plan a step and group.
 
     The kernels' arguments are checked at a layer's first call; after that only the step changes,
-    which the runner builds itself, and the calls go to the backend at once.
+    which the runner builds itself.
 
     Args:
         layout: the model's KV groups.
         pools: one per group.
+
+    Attributes:
+        needed: int64 `[n]`: the positions of the batch whose logits are wanted; None = all may be.
     """
 
     def __init__(self, layout: KVLayout, pools: Sequence[KVPool]) -> None:
@@ -109,15 +111,21 @@ class PagedContext:
         }
         self._backend = dispatch.backend(pools[0].buffer.device)
         self._checked: set[int] = set()
-        self.metadata: Sequence[AttentionMetadata] = ()
-        """One per group; set before each forward."""
+        self._metadata: Sequence[AttentionMetadata] = ()
+        self._plans: dict[tuple[int, int], AttentionPlan] = {}
         self.needed: torch.Tensor | None = None
-        """int64 `[n]`: the positions of the batch whose logits are wanted; None = all may be."""
+
+    def begin(
+        self, metadata: Sequence[AttentionMetadata], needed: torch.Tensor | None = None
+    ) -> None:
+        """Another step: its metadata for each group; plans are made as layers ask for them."""
+        self._metadata, self.needed = metadata, needed
+        self._plans.clear()
 
     def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, AttentionMetadata]:
         """The K and V views of a layer and the step's metadata of its group."""
         group, _, k_cache, v_cache = self._layers[layer]
-        return k_cache, v_cache, self.metadata[group]
+        return k_cache, v_cache, self._metadata[group]
 
     def attend(
         self,
@@ -147,22 +155,25 @@ class PagedContext:
     ) -> torch.Tensor:
         """As `attend`, for KV that is in its slots already."""
         group, window, k_cache, v_cache = self._layers[layer]
-        kernels = self._backend if layer in self._checked else dispatch
+        scale, softcap, sinks = options
+        asked = Attention(
+            query, k_cache, v_cache, scale, window, softcap, sinks, key=key, value=value
+        )
+        # The other numbers of a geometry are those of the group.
+        name, checked = (group, query.shape[1]), layer in self._checked
+        plan = self._plans.get(name)
+        if plan is None:
+            metadata = self._metadata[group]
+            if checked:
+                plan = self._backend.plan_attention(metadata, asked.geometry)
+            else:
+                plan = dispatch.plan_attention(metadata, asked)
+            self._plans[name] = plan
+        if checked:
+            return plan.attend(asked)
         if not contents_checked():
             self._checked.add(layer)
-        out: torch.Tensor = kernels.paged_attention(
-            query,
-            k_cache,
-            v_cache,
-            self.metadata[group],
-            scale=options.scale,
-            window=window,
-            softcap=options.softcap,
-            sinks=options.sinks,
-            key=key,
-            value=value,
-        )
-        return out
+        return dispatch.paged_attention(asked, plan)
 
 
 def _attention_forward(

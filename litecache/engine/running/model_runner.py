@@ -23,7 +23,7 @@ from litecache.engine.running.row_tables import MAX_DELTAS, RowTables
 from litecache.engine.running.sampler import INVALID_TOKEN, LogprobRows, sample, strike
 from litecache.engine.scheduling.step_plan import BlockCopy, StepPlan, StepResult
 from litecache.kernels import AttentionMetadata, copy_blocks
-from litecache.kernels.decode_copies import SCRATCH, DecodeCopies
+from litecache.kernels.decode_copies import DecodeCopies
 
 logger = logging.getLogger(__name__)
 
@@ -195,7 +195,7 @@ class ModelRunner:
         batch = self._tables.build(StepPlan(step=0), key)
 
         def step() -> tuple[torch.Tensor, torch.Tensor]:
-            logits = self._forward(self._static_metadata(key, batch.fields), batch)
+            logits = self._forward(self._metadata(batch, key), batch)
             return logits, self._remember(logits, batch.fields)
 
         try:
@@ -220,10 +220,9 @@ class ModelRunner:
 
     def _forward(self, metadata: list[AttentionMetadata], batch: Batch) -> torch.Tensor:
         """Logits `[samples, vocab]`."""
-        self._context.metadata = metadata
         fields = batch.fields
         index = None if batch.every_token_sampled else fields["logit_index"]
-        self._context.needed = index
+        self._context.begin(metadata, index)
         options = {}
         if self._keeps_logits and index is not None:
             options["logits_to_keep"] = index
@@ -238,53 +237,32 @@ class ModelRunner:
             logits = logits[index]
         return logits  # type: ignore[no-any-return]
 
-    def _metadata(self, batch: Batch) -> list[AttentionMetadata]:
-        fields = batch.fields
-        longest = max(batch.context_lens)
+    def _metadata(self, batch: Batch, key: GraphKey | None = None) -> list[AttentionMetadata]:
+        """The step of each KV group; for a graph what holds for every step of its bucket."""
+        fields, copies = batch.fields, self._decode_copies
+        longest = max(batch.context_lens) if key is None else self._max_model_len
+        query_lens = batch.query_lens if key is None else key.query_lens
         width = -(-longest // self._layout.block_size)
-        kept = {}
-        if self._decode_copies is not None:
-            self._decode_copies.begin_step()
-            kept = {SCRATCH: (self._decode_copies, batch.lives)}
+        if copies is not None:
+            copies.begin_step()
+        slots = fields["slots"].view(len(self._pools), -1)
         return [
             AttentionMetadata(
-                slot_mapping=slots,
+                slot_mapping=own_slots,
                 block_tables=tables[:, :width].index_select(0, fields["rows"]),
                 context_lens=fields["context_lens"],
                 cu_seqlens_q=fields["cu_seqlens"],
                 block_size=self._layout.block_size,
-                deterministic=self._deterministic,
-                max_query_len=max(batch.query_lens),
+                max_query_len=max(query_lens),
                 max_context_len=longest,
-                query_lens=batch.query_lens,
-                context_lens_host=batch.context_lens,
-                scratch=dict(kept),
-            )
-            for slots, tables in self._groups(fields)
-        ]
-
-    def _static_metadata(
-        self, key: GraphKey, fields: dict[str, torch.Tensor]
-    ) -> list[AttentionMetadata]:
-        """What holds for every step of a bucket: lengths are read on the device."""
-        return [
-            AttentionMetadata(
-                slot_mapping=slots,
-                block_tables=tables.index_select(0, fields["rows"]),
-                context_lens=fields["context_lens"],
-                cu_seqlens_q=fields["cu_seqlens"],
-                block_size=self._layout.block_size,
+                query_lens=query_lens,
+                context_lens_host=batch.context_lens if key is None else None,
                 deterministic=self._deterministic,
-                max_query_len=key.max_query_len,
-                max_context_len=self._max_model_len,
-                query_lens=key.query_lens,
+                lives=batch.lives,
+                copies=copies,
             )
-            for slots, tables in self._groups(fields)
+            for own_slots, tables in zip(slots, self._tables.device_tables, strict=True)
         ]
-
-    def _groups(self, fields: dict[str, torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        slots = fields["slots"].view(len(self._pools), -1)
-        return list(zip(slots, self._tables.device_tables, strict=True))
 
     def _draw(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Draw tokens and write them where the next step reads them."""
