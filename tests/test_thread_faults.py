@@ -26,14 +26,13 @@ import ray
 import litecache
 from litecache import threads
 from litecache.actors import gpu_cache
-from litecache.actors.attached_shards import AttachedShards
 from litecache.actors.gpu_cache import GpuCache
 from litecache.actors.group import Group
 from litecache.actors.group_spec import GroupSpec
 from litecache.actors.locations import LocationMap, LocationReporter
 from litecache.actors.metrics_export import MetricsExporter
 from litecache.actors.ray_engine import RayEngine
-from litecache.actors.shard_client import RayShardClient
+from litecache.actors.shard_client import AttachedShards, RayShardClient
 from litecache.actors.storage_shard import StorageShard
 from litecache.adapter.pending import PendingRequest
 from litecache.adapter.replicas import ReplicaSet

@@ -6,6 +6,7 @@ is gone or late becomes `GroupUnavailableError` or `RequestTimeout`. No call sta
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -19,7 +20,7 @@ from ray.exceptions import (
     RayTaskError,
 )
 
-from litecache.actors.naming import CALL_TIMEOUT_S
+from litecache.actors.naming import CALL_TIMEOUT_S, NAMESPACE
 from litecache.errors import (
     GroupError,
     GroupUnavailableError,
@@ -44,6 +45,21 @@ class ActorEndedError(GroupUnavailableError):
 
 class ReplicaLeftError(ActorEndedError):
     """The replica has left its group because restarts did not help: it holds nothing any more."""
+
+
+def find_actor(name: str, deadline: float = 0.0) -> Any:
+    """The actor of this name; until `deadline` (monotonic) somebody may still be creating it.
+
+    Raises:
+        GroupUnavailableError: there is none.
+    """
+    while True:
+        try:
+            return ray.get_actor(name, NAMESPACE)
+        except ValueError as error:
+            if time.monotonic() >= deadline:
+                raise GroupUnavailableError(f"there is no actor {name}") from error
+        time.sleep(0.1)
 
 
 def result(ref: Any, timeout_s: float | None = CALL_TIMEOUT_S, what: str = "a call") -> Any:

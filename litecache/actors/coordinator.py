@@ -13,6 +13,7 @@ without it.
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import time
 import uuid
@@ -21,14 +22,18 @@ from typing import Any
 
 import ray
 
-from litecache.actors.calls import UNREACHABLE, result
+from litecache.actors.calls import UNREACHABLE, find_actor, result
 from litecache.actors.locations import LocationMap, LocationReport, pack_keys, unpack_keys
-from litecache.actors.naming import CALL_TIMEOUT_S, NAMESPACE, coordinator_name
+from litecache.actors.naming import CALL_TIMEOUT_S, coordinator_name
 from litecache.actors.router import Router
-from litecache.errors import GroupUnavailableError
+from litecache.errors import GroupUnavailableError, LiteCacheError
 from litecache.hashing import BlockKey
+from litecache.metrics import Metrics
+
+logger = logging.getLogger(__name__)
 
 _QUIET_S = 5.0
+_FETCH_TIMEOUT_S = 10.0
 
 
 class Coordinator:
@@ -136,10 +141,7 @@ class CoordinatorClient:
     def call(self, method: str, *args: object, timeout_s: float | None = None) -> Any:
         """Call a method of the actor, whether it answered the last time or not."""
         if self._handle is None:
-            try:
-                self._handle = ray.get_actor(self._name, NAMESPACE)
-            except ValueError as error:
-                raise GroupUnavailableError(f"there is no actor {self._name}") from error
+            self._handle = find_actor(self._name)
         try:
             ref = getattr(self._handle, method).remote(*args)
             answer = result(ref, timeout_s or self._timeout_s, f"{self._name}: {method}")
@@ -150,3 +152,50 @@ class CoordinatorClient:
             raise
         self._quiet_until = 0.0
         return answer
+
+
+class CoordinatedSource:
+    """Blocks of other nodes, for the engine: where they are, and their bytes from those shards.
+
+    Without shards on other nodes it answers at once; any failure is a miss.
+
+    Attributes:
+        remote_shards: live shards on other nodes, as the last report said.
+    """
+
+    def __init__(
+        self, group: str, node_id: str, coordinator: CoordinatorClient, metrics: Metrics
+    ) -> None:
+        self._group, self._node_id = group, node_id
+        self._coordinator = coordinator
+        self._metrics = metrics
+        self._handles: dict[str, Any] = {}
+        self.remote_shards = 0
+
+    def locate(self, keys: Sequence[BlockKey]) -> list[str | None]:
+        """For each key the id of a shard on another node that holds it, or None."""
+        nothing: list[str | None] = [None] * len(keys)
+        if not keys or not self.remote_shards:
+            return nothing
+        try:
+            return self._coordinator.locate(keys, self._node_id)
+        except LiteCacheError as error:
+            logger.info("no locations: %s", error)
+            self._metrics.inc("litecache_misses", tier="remote", reason="coordinator_unavailable")
+            return nothing
+
+    def fetch(self, shard_id: str, keys: Sequence[BlockKey]) -> list[bytes | None]:
+        """Bytes of blocks from one shard of another node, None where it has them no more."""
+        try:
+            handle = self._handles.get(shard_id)
+            if handle is None:
+                handle = find_actor(f"litecache:{self._group}:shard:{shard_id}")
+                self._handles[shard_id] = handle
+            ref = handle.fetch.remote(list(keys))
+            blocks: list[bytes | None] = result(ref, _FETCH_TIMEOUT_S, f"{shard_id}: fetch")
+            return blocks
+        except LiteCacheError as error:
+            logger.info("nothing fetched: %s", error)
+            self._handles.pop(shard_id, None)
+            self._metrics.inc("litecache_misses", tier="remote", reason="fetch_failed")
+            return [None] * len(keys)

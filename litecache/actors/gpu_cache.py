@@ -23,17 +23,15 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
-from litecache.actors.attached_shards import AttachedShards
-from litecache.actors.calls import ReplicaLeftError, was_restarted
-from litecache.actors.coordinator import CoordinatorClient
+from litecache.actors.calls import ReplicaLeftError, find_actor, was_restarted
+from litecache.actors.coordinator import CoordinatedSource, CoordinatorClient
 from litecache.actors.group_spec import GroupSpec
 from litecache.actors.messages import ReplicaMethod, answering
 from litecache.actors.metrics_export import MetricsExporter
-from litecache.actors.naming import NAMESPACE, REPORT_INTERVAL_S, replica_name
+from litecache.actors.naming import REPORT_INTERVAL_S, replica_name
 from litecache.actors.outbox import Outbox
-from litecache.actors.remote_source import CoordinatedSource
 from litecache.actors.router import FAILURE_WINDOW_S
-from litecache.actors.shard_client import RayShardClient
+from litecache.actors.shard_client import AttachedShards, RayShardClient
 from litecache.checks import check_integer, check_real
 from litecache.engine.request_checks import check_text
 from litecache.errors import (
@@ -48,7 +46,6 @@ from litecache.metrics import Metrics
 from litecache.paths import hold_model
 from litecache.sockets.frames import handler_of
 from litecache.sockets.server import AsyncHandler, AsyncSocketServer
-from litecache.storage.client import ShardClient
 from litecache.threads import fault_counts, start_job, start_service
 from litecache.types import PollReply, Request, TokenDelta
 
@@ -74,27 +71,24 @@ class GpuCache:
     def __init__(self, spec: GroupSpec, index: int) -> None:
         # The engine's threads wait for shards with `ray.get`; only the event loop must not.
         os.environ["RAY_WARN_BLOCKING_GET_INSIDE_ASYNC"] = "0"
-        context = ray.get_runtime_context()
         self._spec, self._index = spec, index
         self._model = hold_model(spec.source.path)
-        self._node_id = context.get_node_id()
+        self._node_id = ray.get_runtime_context().get_node_id()
         self._name = replica_name(spec.group, index)
         self._epoch = uuid.uuid4().hex[:12]
         self._metrics = Metrics()
         self._coordinator = CoordinatorClient(spec.group)
-        self._remote = CoordinatedSource(
-            spec.group, self._node_id, self._coordinator, self._metrics
-        )
+        here = spec.group, self._node_id
+        self._remote = CoordinatedSource(*here, self._coordinator, self._metrics)
         self._loading: concurrent.futures.Future[Engine] = concurrent.futures.Future()
         self._begun = threading.Lock()
         self._methods: dict[int, AsyncHandler] = {
-            ReplicaMethod.SUBMIT: answering(ReplicaMethod.SUBMIT, self.submit),
-            ReplicaMethod.POLL: answering(ReplicaMethod.POLL, self.poll),
+            method: answering(method, getattr(self, method.name.lower()))
+            for method in ReplicaMethod
         }
         self._loop: asyncio.AbstractEventLoop | None = None
         self._outbox: Outbox | None = None
         self._door: AsyncSocketServer | None = None
-        self._shards: AttachedShards | None = None
         self._stopped = threading.Event()
         # The engine's thread and the event loop take turns: with Python's 5 ms between them, a
         # step would wait that long behind a driver's message.
@@ -205,9 +199,7 @@ class GpuCache:
             "engine": figures,
             "metrics": self._metrics.snapshot(),
             "outbox": self._opened_outbox().stats(),
-            "shards": [client.shard_id for client in self._shards.clients()]
-            if self._shards is not None
-            else [],
+            "shards": [client.shard_id for client in self._shards.clients()],
             "remote_shards": self._remote.remote_shards,
             "thread_faults": fault_counts(),
         }
@@ -231,7 +223,8 @@ class GpuCache:
         self._stopped.set()
         if self._door is not None:
             self._door.close()
-        await asyncio.to_thread(self._close, engine)
+        for close in (self._shards.close, engine.close, self._exporter.close):
+            await asyncio.to_thread(close)
         return report
 
     async def _accept(self, engine: Engine, client_id: str, requests: Sequence[Request]) -> str:
@@ -357,17 +350,9 @@ class GpuCache:
         start_service(self._keep_reporting, "replica-report")
         return engine
 
-    def _connect(self, name: str, on_lost: Callable[[], None]) -> ShardClient:
-        try:
-            handle = ray.get_actor(name, NAMESPACE)
-        except ValueError as error:
-            raise GroupUnavailableError(f"there is no actor {name}") from error
-        return RayShardClient(
-            handle,
-            name.split(":shard:", 1)[1],
-            metrics=self._metrics,
-            on_lost=lambda _: on_lost(),
-        )
+    def _connect(self, name: str, on_lost: Callable[..., None]) -> RayShardClient:
+        shard_id = name.split(":shard:", 1)[1]
+        return RayShardClient(find_actor(name), shard_id, metrics=self._metrics, on_lost=on_lost)
 
     def _keep_reporting(self) -> None:
         while not self._stopped.wait(REPORT_INTERVAL_S):
@@ -389,9 +374,3 @@ class GpuCache:
             self._coordinator.call("report_failure", self._index, shorten(told(error)))
         logging.shutdown()
         os._exit(1)
-
-    def _close(self, engine: Engine) -> None:
-        if self._shards is not None:
-            self._shards.close()
-        engine.close()
-        self._exporter.close()

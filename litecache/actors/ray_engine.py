@@ -1,12 +1,15 @@
 """`RayEngine`: the storage engine of `LocalCacheService` on shard actors.
 
 `LocalCacheService(..., engine="ray")` finds it by its entry point, as it would find one of a third
-party. Both processes map a shard's arena. A shard that dies is started again by Ray and attached
-anew; until then its blocks are misses, and writes that it had not finished are Aborted.
+party. Its shards belong to no group: one actor per folder, on the caller's node, which is where the
+tensor is; they end with the process that made them. Both processes map a shard's arena. A shard
+that dies is started again by Ray and attached anew; until then its blocks are misses, and writes
+that it had not finished are Aborted.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -15,26 +18,83 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from litecache.actors.cache_shard import ABSENT, PENDING, STORED, start_shards, stop_shards
+from litecache.actors import storage_shard
 from litecache.actors.calls import ActorEndedError, result
 from litecache.actors.cluster import open_ray
-from litecache.actors.shard_client import RayShardClient
+from litecache.actors.shard_client import AttachedShards, RayShardClient
+from litecache.actors.storage_shard import StorageShard
 from litecache.errors import LiteCacheError
 from litecache.hashing import BlockKey
-from litecache.metrics import Metrics
 from litecache.storage.service import EngineOptions
 from litecache.storage.service.engine import LOST, Shard, ShardEngine
 from litecache.threads import start_service
 
 logger = logging.getLogger(__name__)
 
+PENDING, STORED, ABSENT = "pending", "stored", "absent"
+_REMEMBERED = 1 << 20
+_START_TIMEOUT_S = 60.0
 # throughput matters here, not latency: a slow answer is better than a block given up
 _CALL_TIMEOUT_S = 30.0
 _POLL_S = (0.002, 0.05)
-_REATTACH_S = 0.5
 
 Tell = Callable[[Sequence[tuple[BlockKey, str | None]]], None]
+
+
+class Outcomes:
+    """What the store told about blocks and nobody has asked for yet. Thread-safe, bounded."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._told: dict[BlockKey, str] = {}
+
+    def note(self, outcomes: Sequence[tuple[BlockKey, str | None]]) -> None:
+        """As `ShardStore`'s `on_written`."""
+        with self._lock:
+            for key, reason in outcomes:
+                self._told[key] = reason or STORED
+                if len(self._told) > _REMEMBERED:
+                    del self._told[next(iter(self._told))]
+
+    def take(self, key: BlockKey) -> str | None:
+        """The outcome, once: a block that is written again later has a new one."""
+        with self._lock:
+            return self._told.pop(key, None)
+
+
+class CacheShard(StorageShard):
+    """A `StorageShard` of no group, which remembers what became of each block.
+
+    The service tells a task's end by it.
+    """
+
+    has_coordinator = False
+
+    def __init__(
+        self, group: str, index: int, options: dict[str, Any], lock_patience_s: float
+    ) -> None:
+        self._outcomes = Outcomes()
+        options = {**options, "on_written": self._outcomes.note}
+        super().__init__(group, index, options, lock_patience_s)
+
+    def outcomes(self, keys: Sequence[BlockKey]) -> list[str]:
+        """What became of committed blocks.
+
+        Returns:
+            Per key `pending`, `stored`, the reason for which it was dropped, or `absent`: it is not
+            there and nothing was told about it (lost with an earlier life of the shard).
+        """
+        store = self._open_store
+        # in this order: what ends between the questions is found by a later one
+        waiting = store.awaits_disk(keys)
+        told = [self._outcomes.take(key) for key in keys]
+        there = store.query(keys)
+        return [
+            outcome or (PENDING if waits else STORED if present else ABSENT)
+            for waits, outcome, present in zip(waiting, told, there, strict=True)
+        ]
 
 
 class RayEngine(ShardEngine):
@@ -43,64 +103,72 @@ class RayEngine(ShardEngine):
     def _open(self, options: EngineOptions) -> None:
         open_ray()
         name = f"cache-service-{os.path.basename(options.path)}"
-        per_shard = [
-            {
+        here = ray.get_runtime_context().get_node_id()
+        actor = ray.remote(concurrency_groups={"bulk": 4})(CacheShard).options(
+            num_cpus=0,
+            max_concurrency=8,
+            max_restarts=-1,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False),
+        )
+        self._handles: dict[str, Any] = {}
+        for index in range(options.shards):
+            store = {
                 "directory": f"{options.path}_{index}",
                 "storage_bytes": options.storage_bytes // options.shards,
                 "ram_bytes": options.ram_bytes // options.shards,
                 "io_threads": options.io_threads,
                 "shards": options.shards,
             }
-            for index in range(options.shards)
-        ]
-        self._handles = start_shards(name, per_shard)
-        self._watch = WriteWatch(self._handles, options.on_written)
-        for index, handle in enumerate(self._handles):
-            shard = _RayShard(handle, f"{name}:{index}", index, self._watch, self.metrics)
-            self._shards.append(shard)
+            patience_s = storage_shard.LOCK_PATIENCE_S
+            self._handles[f"{name}:{index}"] = actor.remote(name, index, store, patience_s)
+        opening = [handle.info.remote() for handle in self._handles.values()]
+        result(opening, _START_TIMEOUT_S, "starting shards")
+        self._watch = WriteWatch(list(self._handles.values()), options.on_written)
+        self._attached = AttachedShards(list(self._handles), self._connect)
+        self._attached.watch()
+        for index, each in enumerate(self._handles):
+            self._shards.append(_RayShard(each, index, self._watch, self._attached))
+
+    def _connect(self, name: str, on_lost: Callable[..., None]) -> RayShardClient:
+        return RayShardClient(
+            self._handles[name],
+            name,
+            timeout_s=_CALL_TIMEOUT_S,
+            metrics=self.metrics,
+            on_lost=on_lost,
+        )
 
     def shard_pids(self) -> list[int]:
         """Process ids of the shard actors."""
-        return [int(result(handle.info.remote())["pid"]) for handle in self._handles]
+        return [int(result(each.info.remote())["pid"]) for each in self._handles.values()]
 
     def close(self) -> None:
-        """Write out, sync, and end the actors."""
+        """Write out, sync, and end the actors; one that does not answer is killed all the same."""
         if self._shards:
             self._watch.close()
+            self._attached.close()
         super().close()
-        handles, self._handles = getattr(self, "_handles", []), []
-        if ray.is_initialized():
-            stop_shards(handles, _CALL_TIMEOUT_S)
+        handles, self._handles = getattr(self, "_handles", {}), {}
+        if not ray.is_initialized():
+            return
+        stopping = [handle.stop.remote(_CALL_TIMEOUT_S) for handle in handles.values()]
+        for handle, ref in zip(handles.values(), stopping, strict=True):
+            with contextlib.suppress(LiteCacheError):
+                result(ref, _CALL_TIMEOUT_S + _START_TIMEOUT_S, "closing a shard")
+            ray.kill(handle, no_restart=True)
 
 
 class _RayShard(Shard):
     """One actor and this process's client of its present life."""
 
     def __init__(
-        self, handle: Any, name: str, index: int, watch: WriteWatch, metrics: Metrics
+        self, name: str, index: int, watch: WriteWatch, attached: AttachedShards[RayShardClient]
     ) -> None:
-        self._handle, self._name, self._index = handle, name, index
-        self._watch, self._metrics = watch, metrics
-        self._lock = threading.Lock()
-        self._retry_at = 0.0
-        self._client: RayShardClient | None = None
+        self._name, self._index = name, index
+        self._watch, self._attached = watch, attached
 
     def client(self) -> RayShardClient | None:
-        with self._lock:
-            # a lost client is dropped, not closed: other threads may still copy from its mapping
-            if self._client is not None and not self._client.lost:
-                return self._client
-            if time.monotonic() < self._retry_at:
-                return None
-            try:
-                self._client = RayShardClient(
-                    self._handle, self._name, timeout_s=_CALL_TIMEOUT_S, metrics=self._metrics
-                )
-            except LiteCacheError as error:
-                logger.info("%s is not there: %s", self._name, error)
-                self._client = None
-                self._retry_at = time.monotonic() + _REATTACH_S
-            return self._client
+        return self._attached.client(self._name)
 
     def awaits(self, key: BlockKey) -> bool:
         return self._watch.watches(key)
@@ -116,8 +184,8 @@ class _RayShard(Shard):
         time.sleep(min(_POLL_S[0] * 2 ** min(tries, 10), _POLL_S[1]))
 
     def close(self) -> None:
-        if self._client is not None:
-            self._client.close()
+        if (client := self.client()) is not None:
+            client.close()
 
 
 class WriteWatch:

@@ -1,4 +1,4 @@
-"""A shard of the same node, as the engine's transfer threads use it.
+"""The shards of this node, as the engine's transfer threads use them.
 
 Short calls are packed messages through a `Stub`, with a deadline; bytes go by the shared arena. A
 call that fails is a miss, never an error. `stage_async` keeps several batches under way, which
@@ -6,8 +6,8 @@ hides the round trip of a call behind the copies of the batches before it.
 
 A call that is late may still take effect on the shard: until its answer is known nothing more is
 asked, and what it turns out to have given is returned. A client belongs to one life of the shard:
-when that ends it stays silent, `on_lost` is called once, and whoever watches makes a new client
-with the new arena.
+when that ends it stays silent, `on_lost` is called once, and `AttachedShards` makes a new client
+with the new arena. A shard that never comes costs misses, nothing else.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from litecache.actors.calls import result
@@ -27,6 +28,7 @@ from litecache.hashing import BlockKey
 from litecache.metrics import Metrics
 from litecache.storage import wire
 from litecache.storage.arena.view import ArenaView
+from litecache.storage.client import ShardClient
 from litecache.storage.protocol import (
     CommitItem,
     CommitStatus,
@@ -36,12 +38,14 @@ from litecache.storage.protocol import (
     StageResult,
     StageStatus,
 )
-from litecache.threads import start_job
+from litecache.threads import start_job, start_service
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+C = TypeVar("C", bound=ShardClient)
 _ATTACH_TIMEOUT_S = 30.0
+_FIRST_RETRY_S, _LAST_RETRY_S = 0.2, 5.0
 _MISS = StageResult(StageStatus.MISS)
 
 
@@ -49,10 +53,11 @@ def _unpack_reserved(message: bytes) -> list[SlotRef]:
     return wire.unpack_slots(message)[1]
 
 
+@dataclass(eq=False)
 class Call(Generic[T]):
     """One call under way; its result is taken once, or it is abandoned.
 
-    Args:
+    Attributes:
         client: who asks.
         name: of the method, for messages.
         answer: None: the shard was not asked.
@@ -60,25 +65,20 @@ class Call(Generic[T]):
         undo: returns what an answer gave that nobody takes any more.
     """
 
-    def __init__(
-        self,
-        client: RayShardClient,
-        name: str,
-        answer: Answer[T] | None,
-        failed: T,
-        undo: Callable[[T], None] | None = None,
-    ) -> None:
-        self._client, self.name, self.answer = client, name, answer
-        self.failed, self.undo = failed, undo
+    client: RayShardClient
+    name: str
+    answer: Answer[T] | None
+    failed: T
+    undo: Callable[[T], None] | None = None
 
     def result(self, timeout_s: float | None = None) -> T:
         """Wait for the answer; `failed` when there is none within the client's deadline."""
-        return self._client.wait_for(self, timeout_s)
+        return self.client.wait_for(self, timeout_s)
 
     def abandon(self) -> None:
         """The answer is not wanted any more: what it gives is returned when it comes."""
         if self.answer is not None:
-            self._client.settle_later(self)
+            self.client.settle_later(self)
 
 
 class RayShardClient:
@@ -114,8 +114,8 @@ class RayShardClient:
         self._late: deque[Call[Any]] = deque()
         self._settling = self._lost = False
         self._stub = Stub(handle, shard_id)
-        attach = handle.attach.remote(os.getpid())
-        attachment = result(attach, _ATTACH_TIMEOUT_S, f"{shard_id}: attach")
+        attached = handle.attach.remote(os.getpid())
+        attachment = result(attached, _ATTACH_TIMEOUT_S, f"{shard_id}: attach")
         self._client_id = attachment.client_id
         self._stub.connect(attachment.address)
         self.arena = ArenaView(attachment)
@@ -142,8 +142,8 @@ class RayShardClient:
             ConfigError: a key is not 16 bytes.
         """
         message = wire.pack_stage(self._client_id, keys, released)
-        failed, undo = [_MISS] * len(keys), self._undo_stage
-        call = self._ask(ShardMethod.STAGE, message, wire.unpack_staged, failed, undo)
+        missed = [_MISS] * len(keys)
+        call = self._ask(ShardMethod.STAGE, message, wire.unpack_staged, missed, self._undo_stage)
         if call.answer is None:
             self.release(released)
         return call
@@ -167,14 +167,14 @@ class RayShardClient:
     def reserve(self, block_bytes: int, n: int) -> list[SlotRef]:
         """See `ShardStore.reserve`."""
         message, nothing = wire.pack_reserve(self._client_id, block_bytes, n), list[SlotRef]()
-        call = self._ask(ShardMethod.RESERVE, message, _unpack_reserved, nothing, self.release)
-        return call.result()
+        return self._ask(
+            ShardMethod.RESERVE, message, _unpack_reserved, nothing, self.release
+        ).result()
 
     def commit(self, items: Sequence[CommitItem]) -> list[CommitStatus]:
         """See `ShardStore.commit`; when the answer is late the blocks count as not stored."""
-        message, failed = wire.pack_commits(items, self._client_id), [CommitStatus.STALE]
-        call = self._ask(ShardMethod.COMMIT, message, wire.unpack_statuses, failed * len(items))
-        return call.result()
+        message, lost = wire.pack_commits(items, self._client_id), [CommitStatus.STALE] * len(items)
+        return self._ask(ShardMethod.COMMIT, message, wire.unpack_statuses, lost).result()
 
     def query(self, keys: Sequence[BlockKey]) -> list[bool]:
         """See `ShardStore.query`."""
@@ -301,3 +301,88 @@ class RayShardClient:
 
     def _count(self, reason: str) -> None:
         self._metrics.inc("litecache_misses", tier="shard", reason=reason)
+
+
+class AttachedShards(Generic[C]):
+    """Clients by name: all at the start, and what is lost as soon as it is back.
+
+    Args:
+        names: the shards of the node.
+        connect: attaches to the shard of a name and calls the function given with it when that is
+            gone; raises LiteCacheError when the shard does not answer.
+    """
+
+    def __init__(
+        self, names: Sequence[str], connect: Callable[[str, Callable[..., None]], C]
+    ) -> None:
+        self._names = list(names)
+        self._connect = connect
+        self._clients: dict[str, C] = {}
+        self._changed: Callable[[list[C]], None] | None = None
+        self._condition = threading.Condition()
+        self._closed = False
+        for name in self._names:
+            self._attach(name)
+        self._thread: threading.Thread | None = None
+
+    def clients(self) -> list[C]:
+        """The shards that are attached now."""
+        with self._condition:
+            return [self._clients[name] for name in self._names if name in self._clients]
+
+    def client(self, name: str) -> C | None:
+        """One shard, if it is attached now."""
+        client = self._clients.get(name)
+        return None if client is None or client.lost else client
+
+    def watch(self, changed: Callable[[list[C]], None] | None = None) -> None:
+        """From now on attach again what is lost, and call `changed` with the clients then.
+
+        A lost client is dropped, not closed: other threads may still copy from its mapping.
+        """
+        self._changed = changed
+        self._thread = start_service(self._watch, "shard-watch")
+
+    def close(self) -> None:
+        """Stop watching; the clients stay as they are."""
+        with self._condition:
+            self._closed = True
+            self._condition.notify_all()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _attach(self, name: str) -> bool:
+        try:
+            client = self._connect(name, lambda *_: self._lost(name))
+        except LiteCacheError as error:
+            logger.info("%s is not attached: %s", name, error)
+            return False
+        with self._condition:
+            self._clients[name] = client
+        if client.lost:  # before it was in its place
+            self._lost(name)
+        return True
+
+    def _lost(self, name: str) -> None:
+        with self._condition:
+            self._clients.pop(name, None)
+            self._condition.notify_all()
+
+    def _missing(self) -> list[str]:
+        return [name for name in self._names if name not in self._clients]
+
+    def _watch(self) -> None:
+        retry_s = _FIRST_RETRY_S
+        while True:
+            with self._condition:
+                self._condition.wait_for(lambda: self._closed or bool(self._missing()))
+                if self._closed:
+                    return
+                missing = self._missing()
+            came_back = [name for name in missing if self._attach(name)]
+            if came_back and self._changed is not None:
+                logger.info("attached again: %s", ", ".join(came_back))
+                self._changed(self.clients())
+            retry_s = _FIRST_RETRY_S if came_back else min(2 * retry_s, _LAST_RETRY_S)
+            with self._condition:
+                self._condition.wait_for(lambda: self._closed, retry_s)

@@ -9,6 +9,7 @@ transformers and never touches a GPU. Batches come and go as the packed messages
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import os
@@ -52,6 +53,8 @@ class StorageShard:
         model: path of the group's model: held, also while its replica restarts.
     """
 
+    has_coordinator = True
+
     def __init__(
         self,
         group: str,
@@ -60,17 +63,14 @@ class StorageShard:
         lock_patience_s: float = LOCK_PATIENCE_S,
         model: str | None = None,
     ) -> None:
-        context = ray.get_runtime_context()
-        self._group = group
+        self._group, self._options = group, options
         self._model = hold_model(model)
-        self._node_id = context.get_node_id()
+        self._node_id = ray.get_runtime_context().get_node_id()
         self._shard_id = f"{self._node_id[:8]}:{index}"
         self._name = shard_name(group, self._node_id, index)
-        self._folder = options["directory"]
         self._metrics = Metrics()
         self._store: ShardStore | None = None
         self._failure: LiteCacheError | None = None
-        self._options = options
         self._opening = threading.Lock()
         self._retry = Backoff(first_s=1.0)
         self._open(lock_patience_s)
@@ -83,29 +83,35 @@ class StorageShard:
             self._failure = error
             self._retry.note(False)
             return
-        self._failure = None
-        self._methods = packed_methods(store, lambda: self._reporter.notify())
-        self._door = self._open_door(store.epoch)
-        self._store = store
-        self._reporter = self._make_reporter()
-        self._exporter = MetricsExporter(self._metrics, {"group": self._group, "actor": self._name})
+        with contextlib.ExitStack() as opened:
+            opened.callback(store.close)
+            self._serve(store, opened)
+            self._closing = opened.pop_all()
         gc.collect()
         gc.freeze()  # millions of keys would be looked through again and again
+        self._store, self._failure = store, None
 
-    def _make_reporter(self) -> LocationReporter:
-        send = CoordinatorClient(self._group).report_shard
-        return LocationReporter(self._open_store, send, self._shard_id, self._node_id)
-
-    def _open_door(self, epoch: int) -> SocketServer | None:
-        """Where clients of this machine are served without Ray; without it they use `call`."""
+    def _serve(self, store: ShardStore, opened: contextlib.ExitStack) -> None:
+        tags = {"group": self._group, "actor": self._name}
+        opened.callback(MetricsExporter(self._metrics, tags).close)
+        self._notify: Callable[[], None] = lambda: None
+        if self.has_coordinator:
+            send = CoordinatorClient(self._group).report_shard
+            reporter = LocationReporter(store, send, self._shard_id, self._node_id)
+            opened.callback(reporter.close)
+            self._notify = reporter.notify
+        self._methods = packed_methods(store, self._notify)
+        self._address: str | None = None
         try:
-            return SocketServer(f"{epoch:x}", self._methods)
+            door = SocketServer(f"{store.epoch:x}", self._methods)
+            opened.callback(door.close)
+            self._address = door.address
         except OSError as error:
             logger.warning("%s has no socket, its clients call the actor: %s", self._name, error)
-            return None
 
     def __repr__(self) -> str:
-        return f"StorageShard({self._group}, {self._shard_id}, {self._folder or 'RAM only'})"
+        folder = self._options["directory"] or "RAM only"
+        return f"StorageShard({self._group}, {self._shard_id}, {folder})"
 
     @property
     def _open_store(self) -> ShardStore:
@@ -126,13 +132,12 @@ class StorageShard:
             "node_id": self._node_id,
             "shard_id": self._shard_id,
             "name": self._name,
-            "directory": self._folder,
+            "directory": self._options["directory"],
         }
 
     def attach(self, client_pid: int) -> Attachment:
         """See `ShardStore.attach`; the client lives on the same node."""
-        attachment = self._open_store.attach(client_pid)
-        return attachment._replace(address=self._door.address if self._door is not None else None)
+        return self._open_store.attach(client_pid)._replace(address=self._address)
 
     def detach(self, client_id: int) -> None:
         """See `ShardStore.detach`."""
@@ -163,7 +168,7 @@ class StorageShard:
     def clear(self, tier: str) -> None:
         """See `ShardStore.clear`."""
         self._open_store.clear(tier)
-        self._reporter.notify()
+        self._notify()
 
     @ray.method(concurrency_group="bulk")
     def keys(self) -> bytes:
@@ -184,13 +189,26 @@ class StorageShard:
         """Flush and close; the actor is of no use afterwards."""
         store = self._open_store
         report = store.flush(timeout_s)
-        if self._door is not None:
-            self._door.close()
-        self._reporter.close()
-        self._exporter.close()
         self._store = None
-        store.close()
+        self._closing.close()
         return report
+
+
+def _unpack_keys(message: bytes) -> tuple[list[BlockKey]]:
+    return (wire.unpack_keys(message)[1],)
+
+
+# How the short methods of a store are spoken: their arguments, and their answers.
+_MESSAGES: dict[ShardMethod, tuple[Callable[[bytes], Any], Callable[[Any], bytes] | None]] = {
+    ShardMethod.STAGE: (wire.unpack_stage, wire.pack_staged),
+    ShardMethod.CANCEL: (wire.unpack_keys, wire.pack_flags),
+    ShardMethod.RELEASE: (wire.unpack_slots, None),
+    ShardMethod.RESERVE: (wire.unpack_reserve, wire.pack_slots),
+    ShardMethod.COMMIT: (wire.unpack_commits, wire.pack_statuses),
+    ShardMethod.QUERY: (_unpack_keys, wire.pack_flags),
+    ShardMethod.TOUCH: (_unpack_keys, None),
+    ShardMethod.DURABLE: (_unpack_keys, wire.pack_flags),
+}
 
 
 def packed_methods(store: ShardStore, changed: Callable[[], None]) -> dict[int, Handler]:
@@ -201,42 +219,19 @@ def packed_methods(store: ShardStore, changed: Callable[[], None]) -> dict[int, 
         changed: called when keys have been added.
     """
 
-    def stage(message: bytes) -> bytes:
-        return wire.pack_staged(store.stage(*wire.unpack_stage(message)))
+    def handler(method: ShardMethod) -> Handler:
+        unpack, pack = _MESSAGES[method]
+        ask = getattr(store, method.name.lower())
 
-    def cancel(message: bytes) -> bytes:
-        return wire.pack_flags(store.cancel(*wire.unpack_keys(message)))
+        def handle(message: bytes) -> bytes | None:
+            answer = ask(*unpack(message))
+            if method is ShardMethod.COMMIT:
+                changed()
+            return pack(answer) if pack else None
 
-    def release(message: bytes) -> None:
-        store.release(*wire.unpack_slots(message))
+        return handle
 
-    def reserve(message: bytes) -> bytes:
-        return wire.pack_slots(store.reserve(*wire.unpack_reserve(message)))
-
-    def commit(message: bytes) -> bytes:
-        statuses = store.commit(*wire.unpack_commits(message))
-        changed()
-        return wire.pack_statuses(statuses)
-
-    def query(message: bytes) -> bytes:
-        return wire.pack_flags(store.query(wire.unpack_keys(message)[1]))
-
-    def touch(message: bytes) -> None:
-        store.touch(wire.unpack_keys(message)[1])
-
-    def durable(message: bytes) -> bytes:
-        return wire.pack_flags(store.durable(wire.unpack_keys(message)[1]))
-
-    return {
-        ShardMethod.STAGE: stage,
-        ShardMethod.CANCEL: cancel,
-        ShardMethod.RELEASE: release,
-        ShardMethod.RESERVE: reserve,
-        ShardMethod.COMMIT: commit,
-        ShardMethod.QUERY: query,
-        ShardMethod.TOUCH: touch,
-        ShardMethod.DURABLE: durable,
-    }
+    return {method: handler(method) for method in _MESSAGES}
 
 
 def _open(options: dict[str, Any], metrics: Metrics, lock_patience_s: float) -> ShardStore:

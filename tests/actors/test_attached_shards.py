@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from litecache.actors.attached_shards import AttachedShards
+from litecache.actors.shard_client import AttachedShards
 from litecache.errors import GroupUnavailableError
 from litecache.storage.client import LocalShardClient, ShardClient
 from litecache.storage.shard_store import ShardStore

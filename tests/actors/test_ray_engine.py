@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 
 from litecache.actors import storage_shard
-from litecache.actors.cache_shard import STORED, Outcomes
-from litecache.actors.ray_engine import RayEngine
+from litecache.actors.ray_engine import STORED, Outcomes, RayEngine
 from litecache.errors import ConfigError, StorageError, StorageLockedError
 from litecache.storage import LocalCacheService, Task, TaskState
 from litecache.storage.service import engine
