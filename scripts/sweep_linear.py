@@ -1,4 +1,4 @@
-"""Measures the launch candidates of the streamed products: what fills `passes/linear_tuning.py`.
+"""Measures the launch candidates of the streamed products: what fills `passes/triton_linear.py`.
 
 The products of the two geometries with 1, 16, 32 and 64 tokens, replayed in a CUDA graph over
 weights larger than the L2, against the library (without the gate).
@@ -16,8 +16,7 @@ from bench_common import Report, Row, parser
 from bench_runner import graph_us
 from torch.nn import functional
 
-from litecache.engine.running.passes.linear_tuning import StreamConfig
-from litecache.engine.running.passes.triton_linear import prepare, stream_linear
+from litecache.engine.running.passes.triton_linear import StreamConfig, prepare, stream_linear
 
 PRODUCTS = (
     (6144, 4096, False), (4096, 4096, False), (14336, 4096, True), (4096, 14336, False),

@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from litecache.engine.running.passes.linear_tuning import StreamConfig
-from litecache.engine.running.passes.triton_linear import stream_linear
+from litecache.engine.running.passes.triton_linear import StreamConfig, stream_linear
 
 torch.set_num_threads(1)
 

@@ -13,7 +13,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 
@@ -44,38 +44,15 @@ class AttentionOptions(NamedTuple):
     sinks: torch.Tensor | None = None
 
 
-class AttentionContext(Protocol):
-    """Who computes attention during a forward."""
-
-    def attend(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        options: AttentionOptions,
-    ) -> torch.Tensor:
-        """Attention of one layer.
-
-        Args:
-            layer: the model's layer index.
-            query: `[T, num_heads, k_dim]`.
-            key: `[T, kv_heads, k_dim]`.
-            value: `[T, kv_heads, v_dim]`.
-            options: scale, window and so on.
-
-        Returns:
-            `[T, num_heads, v_dim]`.
-        """
-        ...
-
-
 _CONTEXT: ContextVar[Any] = ContextVar("litecache_attention")
 
 
 @contextlib.contextmanager
-def attention_context(context: AttentionContext | Recorder) -> Iterator[None]:
-    """Make `context` compute the attention of all forwards inside the `with`."""
+def attention_context(context: Any) -> Iterator[None]:
+    """Have `context` compute the attention of all forwards inside the `with`.
+
+    It has an `attend` like `PagedContext.attend`, or is a `Recorder`.
+    """
     token = _CONTEXT.set(context)
     try:
         yield
@@ -83,10 +60,9 @@ def attention_context(context: AttentionContext | Recorder) -> Iterator[None]:
         _CONTEXT.reset(token)
 
 
-def current_context() -> AttentionContext:
+def current_context() -> Any:
     """Who computes attention in the forward under way."""
-    context: AttentionContext = _CONTEXT.get()
-    return context
+    return _CONTEXT.get()
 
 
 class PagedContext:
@@ -122,10 +98,10 @@ class PagedContext:
         self._metadata, self.needed = metadata, needed
         self._plans.clear()
 
-    def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, AttentionMetadata]:
-        """The K and V views of a layer and the step's metadata of its group."""
+    def place(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The K and V views of a layer and the slots of the step's tokens in them."""
         group, _, k_cache, v_cache = self._layers[layer]
-        return k_cache, v_cache, self._metadata[group]
+        return k_cache, v_cache, self._metadata[group].slot_mapping
 
     def attend(
         self,
@@ -135,15 +111,25 @@ class PagedContext:
         value: torch.Tensor,
         options: AttentionOptions,
     ) -> torch.Tensor:
-        """Write this step's KV to its slots, then attend to all that is visible."""
+        """Write this step's KV to its slots, then attend to all that is visible.
+
+        Args:
+            layer: the model's layer index.
+            query: `[T, num_heads, k_dim]`.
+            key: `[T, kv_heads, k_dim]`.
+            value: `[T, kv_heads, v_dim]`.
+            options: what the model asks for.
+
+        Returns:
+            `[T, num_heads, v_dim]`.
+        """
         self.store(layer, key, value)
         return self.attend_stored(layer, query, key, value, options)
 
     def store(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Write this step's KV to its slots."""
-        k_cache, v_cache, metadata = self.layer(layer)
         kernels = self._backend if layer in self._checked else dispatch
-        kernels.store_kv(key, value, k_cache, v_cache, metadata.slot_mapping)
+        kernels.store_kv(key, value, *self.place(layer))
 
     def attend_stored(
         self,
@@ -192,7 +178,7 @@ def _attention_forward(
     """
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
-    out = _CONTEXT.get().attend(
+    out = current_context().attend(
         module.layer_idx,
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
@@ -222,34 +208,23 @@ class LayerCall:
 
 
 class Recorder:
-    """Notes masks and calls of the forwards inside `attention_context(recorder)`."""
+    """What the forwards inside `attention_context(recorder)` gave to their attention.
+
+    Attributes:
+        calls: by layer, in order.
+        masks: what the model had made, with the rules behind them.
+    """
 
     def __init__(self) -> None:
         self.calls: dict[int, list[LayerCall]] = {}
-        self._masks: list[tuple[torch.Tensor, MaskFunction]] = []
+        self.masks: list[tuple[torch.Tensor, MaskFunction]] = []
 
-    def add_mask(self, mask: torch.Tensor, function: MaskFunction) -> None:
-        """A mask that the model had made."""
-        self._masks.append((mask, function))
-
-    def add_call(
-        self,
-        layer: int,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        mask: torch.Tensor | None,
-        window: int | None,
-    ) -> None:
-        """An attention call, key and value `[1, kv_heads, T, dim]`."""
-        function = None
-        if mask is not None:
-            # A slice of a mask is still that mask; the tensors are kept, so addresses are unique.
-            where = mask.untyped_storage().data_ptr()
-            for made, rule in self._masks:
-                if made.untyped_storage().data_ptr() == where:
-                    function = rule
-        call = LayerCall(key.shape[1], key.shape[3], value.shape[3], function, window)
-        self.calls.setdefault(layer, []).append(call)
+    def rule(self, mask: torch.Tensor | None) -> MaskFunction | None:
+        """The rule behind a mask, or a slice of one; None for what came from elsewhere."""
+        # The masks are kept, so addresses are unique.
+        where = None if mask is None else mask.untyped_storage().data_ptr()
+        found = [rule for made, rule in self.masks if made.untyped_storage().data_ptr() == where]
+        return found[-1] if found else None
 
 
 def _recording_forward(
@@ -261,18 +236,19 @@ def _recording_forward(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    recorder: Any = _CONTEXT.get()
-    recorder.add_call(module.layer_idx, key, value, attention_mask, sliding_window)
+    recorder, (kv_heads, _, k_dim), v_dim = current_context(), key.shape[1:], value.shape[3]
+    call = LayerCall(kv_heads, k_dim, v_dim, recorder.rule(attention_mask), sliding_window)
+    recorder.calls.setdefault(module.layer_idx, []).append(call)
     heads, tokens = query.shape[1:3]
-    return query.new_zeros(query.shape[0], tokens, heads, value.shape[3]), None
+    return query.new_zeros(query.shape[0], tokens, heads, v_dim), None
 
 
 def _recording_mask(*args: Any, **kwargs: Any) -> torch.Tensor:
     from transformers.masking_utils import causal_mask_function, eager_mask
 
     mask: torch.Tensor = eager_mask(*args, **kwargs)
-    recorder: Any = _CONTEXT.get()
-    recorder.add_mask(mask, kwargs.get("mask_function", causal_mask_function))
+    rule = kwargs.get("mask_function", causal_mask_function)
+    current_context().masks.append((mask, rule))
     return mask
 
 

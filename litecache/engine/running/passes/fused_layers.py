@@ -8,7 +8,7 @@ rotation) shows there. The scale, window and so on are those that the original p
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -22,7 +22,13 @@ from litecache.engine.running.hf_attention import (
     current_context,
 )
 from litecache.engine.running.passes.layer_ops import TritonOps, choose_ops
-from litecache.engine.running.passes.merge import can_merge, merge
+from litecache.engine.running.passes.merged_projections import (
+    Linear,
+    Undo,
+    can_merge,
+    merge,
+    replace,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -65,8 +71,7 @@ class FusedDecoderLayer(nn.Module):
         if hasattr(attention, "q_norm"):
             q_norm, k_norm = attention.q_norm, attention.k_norm
             self._qk_norm = (q_norm.weight.data, k_norm.weight.data, q_norm.variance_epsilon)
-        weight = self._qkv[0]
-        self._ops = choose_ops(weight.device, weight.dtype)
+        self._ops = choose_ops(self._qkv[0])
         self._on_gpu = isinstance(self._ops, TritonOps)
 
     def forward(
@@ -77,12 +82,13 @@ class FusedDecoderLayer(nn.Module):
         **kwargs: Any,
     ) -> torch.Tensor:
         """Hidden states `[1, T, width]`; cos and sin `[1, T, rotary_dim]`."""
-        ops = self._ops
         x = hidden_states[0]
-        qkv = ops.linear(ops.norm(x, *self._norms[0]), *self._qkv)
+        qkv = self._ops.linear(self._ops.norm(x, *self._norms[0]), *self._qkv)
         cos, sin = position_embeddings
-        needed = self._needed(x.shape[0])
-        attended = self._attend(qkv, cos[0], sin[0], needed)
+        needed = getattr(current_context(), "needed", None) if self._last else None
+        if needed is not None and 2 * len(needed) > x.shape[0]:
+            needed = None
+        attended = self._attend(qkv, cos[0], sin[0], needed is None or len(needed) > 0)
         if attended is None:
             return hidden_states
         attended = attended.reshape(x.shape[0], -1)
@@ -90,13 +96,6 @@ class FusedDecoderLayer(nn.Module):
             return self._finish(x, attended)[None]
         rows = self._finish(x.index_select(0, needed), attended.index_select(0, needed))
         return x.index_copy_(0, needed, rows)[None]
-
-    def _needed(self, tokens: int) -> torch.Tensor | None:
-        """The positions that the rest of the layer is computed for, None = all."""
-        needed: torch.Tensor | None = getattr(current_context(), "needed", None)
-        if not self._last or needed is None or 2 * len(needed) > tokens:
-            return None
-        return needed
 
     def _finish(self, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         """What follows attention, `[T, width]` from the residual and the heads' outputs."""
@@ -106,66 +105,49 @@ class FusedDecoderLayer(nn.Module):
         return ops.linear_add(x, active, *self._down)
 
     def _attend(
-        self,
-        qkv: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        needed: torch.Tensor | None,
+        self, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, wanted: bool
     ) -> torch.Tensor | None:
         """Store keys and values, and attend `[T, heads, dim]`; None when nobody needs a result."""
         context = current_context()
-        nobody = needed is not None and not len(needed)
-        tokens = qkv.shape[0]
-        queries_end = self._heads
-        keys_end = queries_end + self._kv_heads
-        if self._on_gpu and isinstance(context, PagedContext):
+        queries, keys = self._heads, self._heads + self._kv_heads
+        heads = qkv.view(qkv.shape[0], -1, self._dim)
+        query_key, value = heads[:, :keys], heads[:, keys:]
+        stored = self._on_gpu and isinstance(context, PagedContext)
+        if stored:
             from litecache.engine.running.passes.triton_elementwise import rotate_and_store
 
-            k_cache, v_cache, metadata = context.layer(self._layer)
-            rotate_and_store(
-                qkv, cos, sin, k_cache, v_cache, metadata.slot_mapping, self._heads, self._qk_norm
-            )
-            if nobody:
-                return None
-            heads = qkv.view(tokens, -1, self._dim)
-            return context.attend_stored(
-                self._layer,
-                heads[:, :queries_end],
-                heads[:, queries_end:keys_end],
-                heads[:, keys_end:],
-                self._options,
-            )
-        heads = qkv.view(tokens, -1, self._dim)
-        query_key, value = heads[:, :keys_end], heads[:, keys_end:]
+            k_cache, v_cache, slots = context.place(self._layer)
+            rotate_and_store(qkv, cos, sin, k_cache, v_cache, slots, queries, self._qk_norm)
+        else:
+            query_key = self._normalise_and_rotate(query_key, cos, sin)
+        query, key = query_key[:, :queries], query_key[:, queries:]
+        if not wanted:
+            if not stored:
+                context.store(self._layer, key, value)
+            return None
+        attend = context.attend_stored if stored else context.attend
+        attended: torch.Tensor = attend(self._layer, query, key, value, self._options)
+        return attended
+
+    def _normalise_and_rotate(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> torch.Tensor:
+        """Norms of queries and keys `[T, heads, dim]`, then their rotary embedding."""
         if self._qk_norm is not None:
             q_weight, k_weight, eps = self._qk_norm
-            query = self._ops.norm(query_key[:, :queries_end].contiguous(), q_weight, eps)
-            key = self._ops.norm(query_key[:, queries_end:].contiguous(), k_weight, eps)
-            query_key = torch.cat([query, key], dim=1)
-        query_key = _rotate(query_key, cos, sin)
-        if nobody and isinstance(context, PagedContext):
-            context.store(self._layer, query_key[:, queries_end:], value)
-            return None
-        return context.attend(
-            self._layer,
-            query_key[:, :queries_end],
-            query_key[:, queries_end:],
-            value,
-            self._options,
-        )
+            parts = zip(
+                (x[:, : self._heads], x[:, self._heads :]), (q_weight, k_weight), strict=True
+            )
+            x = torch.cat([self._ops.norm(p.contiguous(), w, eps) for p, w in parts], dim=1)
+        rotary = cos.shape[-1]
+        turned = x[..., :rotary] if rotary < x.shape[-1] else x
+        low, high = turned.chunk(2, dim=-1)
+        half = torch.cat((-high, low), dim=-1)
+        turned = (turned * cos[:, None]).addcmul_(half, sin[:, None])
+        return turned if rotary == x.shape[-1] else torch.cat((turned, x[..., rotary:]), dim=-1)
 
 
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding of `[T, heads, dim]` by cos and sin `[T, rotary_dim]`."""
-    rotary = cos.shape[-1]
-    turned = x[..., :rotary] if rotary < x.shape[-1] else x
-    low, high = turned.chunk(2, dim=-1)
-    half = torch.cat((-high, low), dim=-1)
-    turned = (turned * cos[:, None]).addcmul_(half, sin[:, None])
-    return turned if rotary == x.shape[-1] else torch.cat((turned, x[..., rotary:]), dim=-1)
-
-
-def _parameters(linear: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _parameters(linear: nn.Linear) -> Linear:
     return linear.weight.data, None if linear.bias is None else linear.bias.data
 
 
@@ -224,7 +206,7 @@ class _DenseContext:
         return out.transpose(0, 1)
 
 
-def fuse_layers(model: Any, max_model_len: int) -> Callable[[], None] | None:
+def fuse_layers(model: Any, max_model_len: int) -> Undo | None:
     """Replace every layer that has the structure and proves equal.
 
     Args:
@@ -234,7 +216,7 @@ def fuse_layers(model: Any, max_model_len: int) -> Callable[[], None] | None:
     Returns:
         A function that puts the original layers back, or None when none was replaced.
     """
-    replaced: list[tuple[nn.ModuleList, int, nn.Module]] = []
+    changes: list[tuple[nn.Module, str, nn.Module]] = []
     stacks = list(_stacks(model))
     for layers, rotary in stacks:
         for index, layer in enumerate(layers):
@@ -242,19 +224,13 @@ def fuse_layers(model: Any, max_model_len: int) -> Callable[[], None] | None:
                 last = len(stacks) == 1 and index == len(layers) - 1
                 fused = _proven(layer, rotary, last, max_model_len)
                 if fused is not None:
-                    replaced.append((layers, index, layer))
-                    layers[index] = fused
-
-    def undo() -> None:
-        for layers, index, layer in replaced:
-            layers[index] = layer
-
-    return undo if replaced else None
+                    changes.append((layers, str(index), fused))
+    return replace(changes)
 
 
 def _stacks(model: nn.Module) -> Iterator[tuple[nn.ModuleList, nn.Module]]:
     """Lists of decoder layers beside a rotary embedding."""
-    for module in list(model.modules()):
+    for module in model.modules():
         layers, rotary = getattr(module, "layers", None), getattr(module, "rotary_emb", None)
         if isinstance(layers, nn.ModuleList) and isinstance(rotary, nn.Module):
             yield layers, rotary

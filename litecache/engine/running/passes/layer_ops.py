@@ -1,60 +1,26 @@
 """The operations of a fused decoder layer, chosen by device and dtype once per layer.
 
 On a GPU in half precision they are Triton kernels, elsewhere torch operations with the same
-meaning; matrix products of more tokens than `MAX_TOKENS` go to the library.
+meaning; matrix products of more tokens than stream well go to the library.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 from torch.nn import functional
 
-from litecache.engine.running.passes.linear_tuning import MAX_TOKENS
 
-
-class LayerOps(Protocol):
-    """What a decoder layer computes beside attention; activations are `[T, width]`."""
+class TorchOps:
+    """Plain torch, for CPU and for float32; activations are `[T, width]`."""
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """RMS norm over the last dimension of a contiguous `x`."""
-        ...
-
-    def linear(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        """`x @ weight.T + bias`."""
-        ...
-
-    def linear_add(
-        self,
-        residual: torch.Tensor,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """`residual + x @ weight.T + bias`; may overwrite the residual."""
-        ...
-
-    def gated_linear(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        """`silu(gate) * up` of the merged projection `[2 * width, in]`."""
-        ...
-
-
-class TorchOps:
-    """Plain torch, for CPU and for float32."""
-
-    def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """See LayerOps."""
         return functional.rms_norm(x, (x.shape[-1],), weight, eps)
 
     def linear(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        """See LayerOps."""
+        """`x @ weight.T + bias`."""
         return functional.linear(x, weight, bias)
 
     def linear_add(
@@ -64,18 +30,18 @@ class TorchOps:
         weight: torch.Tensor,
         bias: torch.Tensor | None,
     ) -> torch.Tensor:
-        """See LayerOps."""
+        """`residual + x @ weight.T + bias`; may overwrite the residual."""
         return functional.linear(x, weight, bias).add_(residual)
 
     def gated_linear(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        """See LayerOps."""
+        """`silu(gate) * up` of the merged projection `[2 * width, in]`."""
         gate, up = self.linear(x, weight, bias).chunk(2, dim=-1)
         return functional.silu(gate).mul_(up)
 
 
-class TritonOps:
+class TritonOps(TorchOps):
     """Triton kernels, and the library for products of many tokens."""
 
     def __init__(self, device: torch.device) -> None:
@@ -83,17 +49,18 @@ class TritonOps:
 
         self._elementwise = triton_elementwise
         self._stream = triton_linear.stream_linear
+        self._most_streamed = triton_linear.MAX_TOKENS
         triton_linear.prepare(device)
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """See LayerOps."""
+        """One kernel."""
         return self._elementwise.rms_norm(x, weight, eps)
 
     def linear(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        """See LayerOps."""
-        if x.shape[0] <= MAX_TOKENS:
+        """The weights stream through once."""
+        if x.shape[0] <= self._most_streamed:
             return self._stream(x, weight, bias)
         return functional.linear(x, weight, bias)
 
@@ -104,25 +71,24 @@ class TritonOps:
         weight: torch.Tensor,
         bias: torch.Tensor | None,
     ) -> torch.Tensor:
-        """See LayerOps."""
-        if x.shape[0] <= MAX_TOKENS:
+        """The same, with the sum in the product's epilogue."""
+        if x.shape[0] <= self._most_streamed:
             return self._stream(x, weight, bias, residual=residual)
         if bias is not None:
             residual = residual + bias
-        # The product's epilogue adds the residual: no pass of its own over the activations.
         return torch.addmm(residual, x, weight.t(), out=residual)
 
     def gated_linear(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        """See LayerOps."""
-        if x.shape[0] <= MAX_TOKENS:
+        """Gated in the product's epilogue, or by a kernel behind the library's product."""
+        if x.shape[0] <= self._most_streamed:
             return self._stream(x, weight, bias, gated=True)
         return self._elementwise.silu_and_multiply(self.linear(x, weight, bias))
 
 
-def choose_ops(device: torch.device, dtype: torch.dtype) -> LayerOps:
-    """The operations for weights of this kind."""
-    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
-        return TritonOps(device)
+def choose_ops(weight: torch.Tensor) -> TorchOps:
+    """The operations for weights like this one."""
+    if weight.is_cuda and weight.dtype in (torch.bfloat16, torch.float16):
+        return TritonOps(weight.device)
     return TorchOps()

@@ -7,13 +7,13 @@ replacement must give the original's values on a test input.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from litecache.engine.running.passes.layer_ops import TritonOps, choose_ops
+from litecache.engine.running.passes.layer_ops import TorchOps, TritonOps, choose_ops
+from litecache.engine.running.passes.merged_projections import Undo, replace
 
 _TABLE_BYTES = 256 << 20
 _TOLERANCE = 1e-2
@@ -39,7 +39,7 @@ class TableRotary(nn.Module):
 class KernelNorm(nn.Module):
     """An RMS norm as one kernel."""
 
-    def __init__(self, original: Any, ops: TritonOps) -> None:
+    def __init__(self, original: Any, ops: TorchOps) -> None:
         super().__init__()
         self.weight, self.variance_epsilon = original.weight, original.variance_epsilon
         self._ops = ops
@@ -52,7 +52,7 @@ class KernelNorm(nn.Module):
 class StreamHead(nn.Module):
     """An output projection that streams its weights."""
 
-    def __init__(self, original: nn.Linear, ops: TritonOps) -> None:
+    def __init__(self, original: nn.Linear, ops: TorchOps) -> None:
         super().__init__()
         self.weight, self.bias = original.weight, original.bias
         self._ops = ops
@@ -62,48 +62,30 @@ class StreamHead(nn.Module):
         return self._ops.linear(x[0], self.weight, self.bias)[None]
 
 
-def replace_small_modules(model: Any, max_positions: int) -> Callable[[], None] | None:
-    """Replace what proves equal.
+def replace_small_modules(model: Any, max_positions: int) -> Undo | None:
+    """Replace what proves equal; returned is what undoes it, if anything was replaced.
 
     Args:
         model: a causal language model.
         max_positions: positions the rotary tables cover.
-
-    Returns:
-        A function that undoes it, or None when nothing was replaced.
     """
-    weight = model.get_input_embeddings().weight
-    ops = choose_ops(weight.device, weight.dtype)
-    replaced: list[tuple[nn.Module, str, nn.Module]] = []
-
-    def put(parent: nn.Module, name: str, new: nn.Module) -> None:
-        replaced.append((parent, name, getattr(parent, name)))
-        setattr(parent, name, new)
-
+    weight, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+    ops = choose_ops(weight)
+    on_gpu = isinstance(ops, TritonOps)
+    changes: list[tuple[nn.Module, str, nn.Module]] = []
     with torch.inference_mode():
         for parent in list(model.modules()):
-            for name, child in list(parent.named_children()):
-                kind = type(child).__name__
+            for name, child in parent.named_children():
+                new: nn.Module | None = None
                 if name == "rotary_emb" and hasattr(child, "inv_freq"):
-                    table = _rotary_table(child, max_positions, weight)
-                    if table is not None:
-                        put(parent, name, table)
-                elif isinstance(ops, TritonOps) and kind.endswith("RMSNorm"):
-                    norm = _kernel_norm(child, ops)
-                    if norm is not None:
-                        put(parent, name, norm)
-        head = model.get_output_embeddings()
-        if isinstance(ops, TritonOps) and type(head) is nn.Linear:
-            for parent in list(model.modules()):
-                for name, child in list(parent.named_children()):
-                    if child is head:
-                        put(parent, name, StreamHead(head, ops))
-
-    def undo() -> None:
-        for parent, name, original in reversed(replaced):
-            setattr(parent, name, original)
-
-    return undo if replaced else None
+                    new = _rotary_table(child, max_positions, weight)
+                elif on_gpu and type(child).__name__.endswith("RMSNorm"):
+                    new = _kernel_norm(child, ops)
+                elif on_gpu and child is head and type(head) is nn.Linear:
+                    new = StreamHead(head, ops)
+                if new is not None:
+                    changes.append((parent, name, new))
+    return replace(changes)
 
 
 def _rotary_table(
@@ -123,7 +105,7 @@ def _rotary_table(
     return table if same else None
 
 
-def _kernel_norm(original: Any, ops: TritonOps) -> KernelNorm | None:
+def _kernel_norm(original: Any, ops: TorchOps) -> KernelNorm | None:
     weight = getattr(original, "weight", None)
     if weight is None or weight.ndim != 1 or not hasattr(original, "variance_epsilon"):
         return None
