@@ -62,6 +62,10 @@ class SlowFiles(Files):
             time.sleep(wait_s)
         return done
 
+    def settle(self) -> None:
+        """Wait until what was read so far has been answered."""
+        time.sleep(max(0.0, self._free - time.monotonic()))
+
 
 @dataclass
 class Answer:

@@ -324,6 +324,17 @@ def test_a_small_hit_is_not_worth_a_load_and_a_hole_does_not_cost_the_larger_par
     assert holed.load_from < 900
 
 
+def test_what_lies_in_ram_is_loaded_whole_where_a_first_chunk_would_gain_nothing() -> None:
+    costs = model()
+    found = [Found("ram:0", BLOCK_BYTES)] * 128
+    for _ in range(3):
+        costs.note_read("ram:0", 256 * MIB, 0.005)
+    plan = costs.plan(
+        num_tokens=2112, start=0, found=found, queued_tokens=0, num_decodes=0, now=0.0
+    )
+    assert (plan.load_from, plan.load_end) == (0, 128)
+
+
 @pytest.mark.parametrize("forced", ["all", "none"])
 def test_forced_plans(forced: str) -> None:
     found = [Found("disk:0", BLOCK_BYTES)] * 8

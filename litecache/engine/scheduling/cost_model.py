@@ -35,7 +35,8 @@ that is never asked is never measured, and asking one that is slow costs a chunk
 PAIR_SHARE = 4e-5
 """Prior of `pair` over `token`: attention's share in the cost of a Llama-like model."""
 TOLERANCE, TOLERANCE_S = 1.01, 1e-4
-"""Of the plans that are this near to the best, the one that loads least is taken."""
+"""Of the plans that are this near to the best, the one that takes least of the disks is taken, and of
+those the one that computes least: copies from RAM are cheaper for everybody than the GPU's time."""
 WORTH, WORTH_S = 1.02, 5e-4
 """A plan that loads must beat computing all by this much."""
 SPAN_S = 0.02
@@ -303,7 +304,7 @@ class CostModel:
         now: float,
         ticket: int | None = None,
     ) -> LoadPlan:
-        """The plan that has the first token soonest; of equal ones that which loads least.
+        """The plan that has the first token soonest; of equal ones the one that asks least of disks.
 
         Args:
             num_tokens: known tokens of the request.
@@ -356,7 +357,7 @@ class CostModel:
         for name, source in sources.items():
             below = _sums(per_block(lambda other, n, name=name: n * (other == name)))  # type: ignore[misc]
             wanted = below[ends] - below[:-1]
-            nbytes += wanted
+            nbytes += wanted * (not name.startswith("ram:"))
             ahead_s = source.latency_s + source.waiting(ticket) / source.rate
             load_s = np.maximum(load_s, (wanted > 0) * (ahead_s + wanted / source.speed(now)))
         front_s = queued_s + compute_s(tokens[:-1], seconds[:-1], self._chunk)
