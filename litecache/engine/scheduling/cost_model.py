@@ -35,8 +35,8 @@ that is never asked is never measured, and asking one that is slow costs a chunk
 PAIR_SHARE = 4e-5
 """Prior of `pair` over `token`: attention's share in the cost of a Llama-like model."""
 TOLERANCE, TOLERANCE_S = 1.01, 1e-4
-"""Of the plans that are this near to the best, the one that takes least of the disks is taken, and of
-those the one that computes least: copies from RAM are cheaper for everybody than the GPU's time."""
+"""Of the plans that are this near to the best, the one that takes least of the disks is taken, and
+of those the one that computes least: copies from RAM are cheaper than the GPU's time."""
 WORTH, WORTH_S = 1.02, 5e-4
 """A plan that loads must beat computing all by this much."""
 SPAN_S = 0.02
@@ -304,7 +304,7 @@ class CostModel:
         now: float,
         ticket: int | None = None,
     ) -> LoadPlan:
-        """The plan that has the first token soonest; of equal ones the one that asks least of disks.
+        """The plan with the soonest first token; of equal ones the one that asks least of disks.
 
         Args:
             num_tokens: known tokens of the request.
