@@ -12,7 +12,7 @@ import contextlib
 import functools
 import logging
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -23,6 +23,7 @@ from litecache.actors.calls import (
     UNREACHABLE,
     ActorEndedError,
     ReplicaLeftError,
+    find_actor,
     gather,
     result,
     silent_among,
@@ -59,10 +60,16 @@ STOP_TIMEOUT_S = 30.0
 # The engine answers between two steps, and a long prefill on a CPU is one step of seconds.
 STATUS_TIMEOUT_S = 15.0
 
-_COORDINATOR_OPTIONS: dict[str, Any] = {"num_cpus": 0}
-_SHARD_OPTIONS: dict[str, Any] = {"num_cpus": 0, "max_concurrency": 8}
-# Ray takes these with the class only, not with `.options`.
-_CLASS_OPTIONS: dict[type, dict[str, Any]] = {StorageShard: {"concurrency_groups": {"bulk": 4}}}
+# By kind: the class, what Ray takes with it only, and what goes before what a user has not chosen.
+_KINDS: dict[str, tuple[type, dict[str, Any], dict[str, Any]]] = {
+    "coordinator": (Coordinator, {}, {"num_cpus": 0}),
+    "gpu": (GpuCache, {}, {}),
+    "shard": (
+        StorageShard,
+        {"concurrency_groups": {"bulk": 4}},
+        {"num_cpus": 0, "max_concurrency": 8},
+    ),
+}
 
 
 class Group:
@@ -113,14 +120,12 @@ class Group:
         check_shares(spec)
         check_memory(spec)
         group = cls(spec)
-        lifetime = "detached" if detached else None
-        common = {"namespace": NAMESPACE, "max_restarts": -1, "lifetime": lifetime}
-        create = functools.partial(_create, common, options)
+        create = functools.partial(_create, options, "detached" if detached else None)
         try:
             group._start_shards(group._place(create), create)
             begun = [replica.begin.remote() for replica in group.replicas]
             result(begun, PLACE_TIMEOUT_S, "beginning to load")
-            group.info = wait_loaded(group.replicas, time.monotonic() + load_timeout_s)
+            group.info = _wait_loaded(group.replicas, time.monotonic() + load_timeout_s)
         except BaseException:
             group._undo()
             raise
@@ -130,26 +135,24 @@ class Group:
         """Create the coordinator and the replicas; the nodes that they are on."""
         spec = self.spec
         try:
-            self.coordinator_handle = create(
-                Coordinator, coordinator_name(spec.group), "coordinator", _COORDINATOR_OPTIONS
-            ).remote(spec.group, spec.describe())
+            actor = create("coordinator", coordinator_name(spec.group))
+            self.coordinator_handle = actor.remote(spec.group, spec.describe())
         except ValueError as error:
             if coordinator_name(spec.group) not in actor_names(spec.group):
                 raise GroupError(f"the coordinator cannot be made: {error}") from error
             raise GroupError(f"a group {spec.group!r} is there already: join it") from error
-        resources: dict[str, Any] = {"num_cpus": 1} if not spec.num_gpus else {}
-        resources["num_gpus"] = spec.num_gpus
+        resources: dict[str, Any] = {"num_gpus": spec.num_gpus}
+        if not spec.num_gpus:
+            resources["num_cpus"] = 1
+        if spec.replicas > 1:
+            resources["scheduling_strategy"] = "SPREAD"
         for index in range(spec.replicas):
-            if spec.replicas > 1:
-                resources["scheduling_strategy"] = "SPREAD"
-            name = replica_name(spec.group, index)
-            self.replicas.append(create(GpuCache, name, "gpu", resources).remote(spec, index))
+            actor = create("gpu", replica_name(spec.group, index), **resources)
+            self.replicas.append(actor.remote(spec, index))
         try:
-            places = result(
-                [replica.where.remote() for replica in self.replicas],
-                PLACE_TIMEOUT_S,
-                f"placing {spec.replicas} GpuCache actor(s)",
-            )
+            asked = [replica.where.remote() for replica in self.replicas]
+            what = f"placing {spec.replicas} GpuCache actor(s)"
+            places = result(asked, PLACE_TIMEOUT_S, what)
         except RequestTimeout as error:
             free = {k: v for k, v in ray.available_resources().items() if k in ("CPU", "GPU")}
             raise GroupUnavailableError(
@@ -161,22 +164,16 @@ class Group:
         """Create the shards of these nodes and wait until their stores are open."""
         spec = self.spec
         ranks = node_ranks(nodes)
+        patience_s, model = storage_shard.LOCK_PATIENCE_S, spec.source.path
         for node_id in nodes:
             affinity = NodeAffinitySchedulingStrategy(node_id, soft=False)
-            for index, store_options in enumerate(
-                shard_options(spec, ranks[node_id], 1 + max(ranks.values()))
-            ):
+            stores = shard_options(spec, ranks[node_id], 1 + max(ranks.values()))
+            for index, store in enumerate(stores):
                 name = shard_name(spec.group, node_id, index)
-                options = {**_SHARD_OPTIONS, "scheduling_strategy": affinity}
-                self.shards[name] = create(StorageShard, name, "shard", options).remote(
-                    *(spec.group, index, store_options, storage_shard.LOCK_PATIENCE_S),
-                    model=spec.source.path,
-                )
-        result(
-            [shard.info.remote() for shard in self.shards.values()],
-            PLACE_TIMEOUT_S,
-            "starting the shards",
-        )
+                actor = create("shard", name, scheduling_strategy=affinity)
+                self.shards[name] = actor.remote(spec.group, index, store, patience_s, model)
+        opening = [shard.info.remote() for shard in self.shards.values()]
+        result(opening, PLACE_TIMEOUT_S, "starting the shards")
 
     def _undo(self) -> None:
         """End whatever was created."""
@@ -188,7 +185,7 @@ class Group:
             with contextlib.suppress(LiteCacheError):
                 result(ref, STOP_TIMEOUT_S, "closing a shard")
         try:
-            end_actors(self.spec.group, [*self.replicas, *self.shards.values()])
+            _end_actors(self.spec.group)
         except LiteCacheError as error:
             logger.warning("%s", error)
 
@@ -220,12 +217,16 @@ class Group:
         joined = cls(GroupSpec.from_description(group, description))
         deadline = time.monotonic() + timeout_s
         names = [replica_name(group, index) for index in range(joined.spec.replicas)]
-        joined.replicas = [_find(name, deadline) for name in names]
-        joined.info = wait_loaded(joined.replicas, deadline, all_of_them=False)
-        for name in _shard_names(joined.spec, joined.replicas):
-            with contextlib.suppress(ValueError):
-                joined.shards[name] = ray.get_actor(name, NAMESPACE)
-        joined.coordinator_handle = _find(coordinator_name(group), deadline)
+        joined.replicas = [find_actor(name, deadline) for name in names]
+        joined.info = _wait_loaded(joined.replicas, deadline, all_of_them=False)
+        try:
+            asked = [replica.where.remote() for replica in joined.replicas]
+            places = result(asked, STATUS_TIMEOUT_S, "asking for the replicas' nodes")
+        except UNREACHABLE as error:
+            raise GroupUnavailableError(f"group {group!r} does not answer: {error}") from error
+        for node_id in sorted({place["node_id"] for place in places}):
+            joined.shards |= _find_all(joined.spec.shard_names(node_id))
+        joined.coordinator_handle = find_actor(coordinator_name(group), deadline)
         return joined
 
     def flush(self, timeout_s: float = STOP_TIMEOUT_S) -> dict[str, Any]:
@@ -285,7 +286,7 @@ class Group:
             The flush reports of replicas and shards that still answered, by actor name.
         """
         self.connection.check()
-        return _stop(self.spec.group, self._replicas, self.shards, timeout_s)
+        return _stop(self.spec.group, timeout_s)
 
     def status(self) -> dict[str, Any]:
         """What each actor says of itself; one that does not answer in 2 s has an "error"."""
@@ -336,102 +337,21 @@ def _refuse_missed(what: str, missed: set[str]) -> None:
         )
 
 
-def exists(group: str) -> bool:
-    """Whether the group has a coordinator, alive or restarting."""
-    try:
-        ray.get_actor(coordinator_name(group), NAMESPACE)
-    except ValueError:
-        return False
-    return True
-
-
-def list_groups() -> list[str]:
-    """Names of all groups of the cluster."""
-    named = ray.util.list_named_actors(all_namespaces=True)
-    return sorted(
-        actor["name"].split(":")[1]
-        for actor in named
-        if actor["namespace"] == NAMESPACE and actor["name"].endswith(":coordinator")
-    )
-
-
-def stop_group(group: str, timeout_s: float = STOP_TIMEOUT_S) -> dict[str, Any]:
-    """Stop a group found by name, in whatever state its actors are; see `Group.stop`.
-
-    Raises:
-        GroupUnavailableError: there is no such group.
-    """
-    check_group_name(group)
-    handles = {}
-    for name in actor_names(group):
-        with contextlib.suppress(ValueError):
-            handles[name] = ray.get_actor(name, NAMESPACE)
-    if not handles:
-        raise GroupUnavailableError(f"there is no group {group!r} to stop")
-    return _stop(
-        group,
-        {name: handle for name, handle in handles.items() if ":gpu:" in name},
-        {name: handle for name, handle in handles.items() if ":shard:" in name},
-        timeout_s,
-    )
-
-
-def _stop(
-    group: str, replicas: dict[str, Any], shards: dict[str, Any], timeout_s: float
-) -> dict[str, Any]:
-    reports: dict[str, Any] = {}
-    silent = silent_among({**replicas, **shards})
-    timeout_s = min(timeout_s, CALL_TIMEOUT_S) if silent else timeout_s
-    # Replicas first: their flush commits blocks that the shards then write out.
-    for handles in (replicas, shards):
-        able = {name: handle for name, handle in handles.items() if name not in silent}
-        answers = gather(able, lambda h: h.stop.remote(timeout_s), timeout_s + 5, "stop")
-        for name, report in answers.items():
-            if isinstance(report, LiteCacheError):
-                logger.warning("%s", report)
-            else:
-                reports[name] = report if isinstance(report, dict) else report._asdict()
-    end_actors(group, [*replicas.values(), *shards.values()], silent)
-    return reports
-
-
-def _find(name: str, deadline: float) -> Any:
-    """An actor that another driver may still be creating."""
-    while True:
-        try:
-            return ray.get_actor(name, NAMESPACE)
-        except ValueError as error:
-            if time.monotonic() > deadline:
-                raise GroupUnavailableError(f"there is no actor {name}") from error
-            time.sleep(0.1)
-
-
-def _shard_names(spec: GroupSpec, replicas: list[Any]) -> list[str]:
-    try:
-        asked = [replica.where.remote() for replica in replicas]
-        places = result(asked, STATUS_TIMEOUT_S, "asking for the replicas' nodes")
-    except UNREACHABLE as error:
-        raise GroupUnavailableError(f"group {spec.group!r} does not answer: {error}") from error
-    nodes = sorted({place["node_id"] for place in places})
-    return [name for node_id in nodes for name in spec.shard_names(node_id)]
-
-
 def _create(
-    common: dict[str, Any],
-    chosen: dict[str, dict[str, Any]],
-    kind: type,
+    chosen: Mapping[str, dict[str, Any]],
+    lifetime: str | None,
+    kind: str,
     name: str,
-    options_of: str,
-    defaults: dict[str, Any],
+    **options: Any,
 ) -> Any:
-    """A class of actors with its options: those of the user go before `defaults`."""
-    options = {**common, **defaults, **chosen.get(options_of, {}), "name": name}
-    class_options = _CLASS_OPTIONS.get(kind)
-    actor_class = ray.remote(**class_options)(kind) if class_options else ray.remote(kind)
-    return actor_class.options(**options)
+    """A class of actors with its options: those of the user go before ours."""
+    actor, with_class, defaults = _KINDS[kind]
+    options = {**defaults, **options, **chosen.get(kind, {})}
+    options = {"max_restarts": -1, **options, "name": name, "lifetime": lifetime}
+    return ray.remote(max_restarts=-1, **with_class)(actor).options(namespace=NAMESPACE, **options)
 
 
-def wait_loaded(replicas: list[Any], deadline: float, *, all_of_them: bool = True) -> Any:
+def _wait_loaded(replicas: Sequence[Any], deadline: float, *, all_of_them: bool = True) -> Any:
     """The `EngineInfo` of the replicas, once they have loaded the model.
 
     Args:
@@ -452,35 +372,83 @@ def wait_loaded(replicas: list[Any], deadline: float, *, all_of_them: bool = Tru
     return infos[0]
 
 
-def end_actors(group: str, handles: list[Any], silent: Collection[str] = ()) -> None:
+def _actor_names() -> list[str]:
+    """Names of the actors of all groups that are alive or starting."""
+    named = ray.util.list_named_actors(all_namespaces=True)
+    return sorted(actor["name"] for actor in named if actor["namespace"] == NAMESPACE)
+
+
+def actor_names(group: str) -> list[str]:
+    """Names of the group's actors that are alive or starting."""
+    return [name for name in _actor_names() if name.startswith(f"litecache:{group}:")]
+
+
+def list_groups() -> list[str]:
+    """Names of all groups of the cluster."""
+    return sorted(name.split(":")[1] for name in _actor_names() if name.endswith(":coordinator"))
+
+
+def _find_all(names: Sequence[str]) -> dict[str, Any]:
+    """Those of these actors that are there."""
+    found = {}
+    for name in names:
+        with contextlib.suppress(GroupUnavailableError):
+            found[name] = find_actor(name)
+    return found
+
+
+def exists(group: str) -> bool:
+    """Whether the group has a coordinator, alive or restarting."""
+    return bool(_find_all([coordinator_name(group)]))
+
+
+def stop_group(group: str, timeout_s: float = STOP_TIMEOUT_S) -> dict[str, Any]:
+    """Stop a group found by name, in whatever state its actors are; see `Group.stop`.
+
+    Raises:
+        GroupUnavailableError: there is no such group.
+    """
+    check_group_name(group)
+    if not actor_names(group):
+        raise GroupUnavailableError(f"there is no group {group!r} to stop")
+    return _stop(group, timeout_s)
+
+
+def _stop(group: str, timeout_s: float) -> dict[str, Any]:
+    actors = _find_all(actor_names(group))
+    actors.pop(coordinator_name(group), None)
+    silent = silent_among(actors)
+    timeout_s = min(timeout_s, CALL_TIMEOUT_S) if silent else timeout_s
+    reports: dict[str, Any] = {}
+    # Replicas first: their flush commits blocks that the shards then write out.
+    for kind in (":gpu:", ":shard:"):
+        able = {name: a for name, a in actors.items() if kind in name and name not in silent}
+        answers = gather(able, lambda a: a.stop.remote(timeout_s), timeout_s + 5, "stop")
+        for name, report in answers.items():
+            if isinstance(report, LiteCacheError):
+                logger.warning("%s", report)
+            else:
+                reports[name] = report if isinstance(report, dict) else report._asdict()
+    _end_actors(group, silent)
+    return reports
+
+
+def _end_actors(group: str, silent: Collection[str] = ()) -> None:
     """Kill actors of a group, the coordinator last, and wait until their names are free.
 
     Args:
         group: its name.
-        handles: all but the coordinator.
         silent: names of actors that answer nothing. Ray ends a stopped process when it runs on,
             or by itself after a while: they are not waited for.
 
     Raises:
         GroupError: another actor is still there after the deadline.
     """
-    for handle in handles:
-        ray.kill(handle, no_restart=True)
-    with contextlib.suppress(ValueError):
-        ray.kill(ray.get_actor(coordinator_name(group), NAMESPACE), no_restart=True)
+    actors, coordinator = _find_all(actor_names(group)), coordinator_name(group)
+    for name in sorted(actors, key=lambda name: name == coordinator):
+        ray.kill(actors[name], no_restart=True)
     deadline = time.monotonic() + STOP_TIMEOUT_S
     while left := set(actor_names(group)).difference(silent):
         if time.monotonic() > deadline:
             raise GroupError(f"still there after {STOP_TIMEOUT_S:g} s: {', '.join(sorted(left))}")
         time.sleep(0.02)
-
-
-def actor_names(group: str) -> list[str]:
-    """Names of the group's actors that are alive or starting."""
-    named = ray.util.list_named_actors(all_namespaces=True)
-    prefix = f"litecache:{group}:"
-    return sorted(
-        actor["name"]
-        for actor in named
-        if actor["namespace"] == NAMESPACE and actor["name"].startswith(prefix)
-    )

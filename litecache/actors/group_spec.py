@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import socket
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,26 +58,16 @@ class GroupSpec:
 
     def describe(self) -> dict[str, Any]:
         """Plain values, kept by the coordinator for those who join."""
-        return {
-            "version": VERSION,
-            "config": self.config.to_dict(),
-            "source": dataclasses.asdict(self.source),
-            "replicas": self.replicas,
-            "num_threads": self.num_threads,
-            "num_gpus": self.num_gpus,
-        }
+        config, source = self.config.to_dict(), dataclasses.asdict(self.source)
+        return {"version": VERSION, **vars(self), "config": config, "source": source}
 
     @classmethod
     def from_description(cls, group: str, description: dict[str, Any]) -> GroupSpec:
         """The inverse of `describe`."""
-        return cls(
-            group,
-            ModelSource(**description["source"]),
-            CacheConfig(**description["config"]),
-            description["replicas"],
-            description["num_threads"],
-            description["num_gpus"],
-        )
+        source = ModelSource(**description["source"])
+        fields = {**description, "group": group, "source": source}
+        del fields["version"]
+        return cls(**{**fields, "config": CacheConfig(**description["config"])})
 
 
 def digest(description: dict[str, Any]) -> str:
@@ -129,32 +120,26 @@ def check_actor_options(options: dict[str, dict[str, Any]] | None) -> dict[str, 
     Raises:
         ConfigError: an unknown kind, not a dict, or an option that LiteCache sets itself.
     """
-    checked: dict[str, dict[str, Any]] = {}
+    kinds = f"any of {', '.join(ACTOR_KINDS)}"
     if options is not None and not isinstance(options, dict):
-        raise ConfigError("actor_options", options, f"a dict with any of {', '.join(ACTOR_KINDS)}")
+        raise ConfigError("actor_options", options, f"a dict with {kinds}")
     for kind, values in (options or {}).items():
         if kind not in ACTOR_KINDS:
-            raise ConfigError("actor_options", kind, f"any of {', '.join(ACTOR_KINDS)}")
+            raise ConfigError("actor_options", kind, kinds)
+        field = f"actor_options[{kind!r}]"
         if not isinstance(values, dict):
-            raise ConfigError(f"actor_options[{kind!r}]", values, "a dict of Ray actor options")
+            raise ConfigError(field, values, "a dict of Ray actor options")
         for name in ("name", "namespace", "lifetime", "get_if_exists"):
             if name in values:
-                raise ConfigError(
-                    f"actor_options[{kind!r}]", name, "options other than the actor's name and life"
-                )
-        _check_with_ray(kind, values)
-        checked[kind] = dict(values)
-    return checked
+                raise ConfigError(field, name, "options other than the actor's name and life")
+        _check_with_ray(field, values)
+    return {kind: dict(values) for kind, values in (options or {}).items()}
 
 
-class _Actor:
-    """For Ray to check options with; it is never started."""
-
-
-def _check_with_ray(kind: str, values: dict[str, Any]) -> None:
+def _check_with_ray(field: str, values: dict[str, Any]) -> None:
     valid = "options of Ray actors"
     try:
-        ray.remote(_Actor).options(**values)
+        ray.remote(type("NeverStarted", (), {})).options(**values)
         if any(isinstance(value, int) and abs(value) >= 1 << 62 for value in values.values()):
             valid += ", of at most 62 bits"
             raise OverflowError
@@ -163,7 +148,7 @@ def _check_with_ray(kind: str, values: dict[str, Any]) -> None:
             raise ValueError
     except Exception as error:  # whatever Ray makes of them
         valid += f" ({first_line(error)})"
-        raise ConfigError(f"actor_options[{kind!r}]", values, valid) from error
+        raise ConfigError(field, values, valid) from error
 
 
 def choose_num_gpus(config: CacheConfig, options: dict[str, dict[str, Any]]) -> float:
@@ -203,6 +188,7 @@ def shard_options(spec: GroupSpec, node_rank: int, nodes: int = 1) -> list[dict[
             for folder in config.storage_dir
             for index in range(first, first + config.storage_shards)
         ]
+    quotas = {salt_digest(salt): q // len(folders) for salt, q in config.salt_quotas.items()}
     return [
         {
             "directory": folder,
@@ -212,10 +198,7 @@ def shard_options(spec: GroupSpec, node_rank: int, nodes: int = 1) -> list[dict[
             "fsync": config.fsync,
             "eviction": config.eviction,
             "ttl_s": config.ttl_s,
-            "quotas": {
-                salt_digest(salt): quota // len(folders)
-                for salt, quota in config.salt_quotas.items()
-            },
+            "quotas": quotas,
         }
         for folder in folders
     ]
@@ -225,11 +208,11 @@ def node_ranks(node_ids: list[str]) -> dict[str, int]:
     """Each node's rank among those of the same host, in order of node id."""
     hosts = {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes()}
     ranks: dict[str, int] = {}
-    seen: dict[str, int] = {}
+    seen: Counter[str] = Counter()
     for node_id in sorted(set(node_ids)):
         host = hosts.get(node_id, node_id)
-        ranks[node_id] = seen.get(host, 0)
-        seen[host] = ranks[node_id] + 1
+        ranks[node_id] = seen[host]
+        seen[host] += 1
     return ranks
 
 
