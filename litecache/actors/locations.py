@@ -92,9 +92,6 @@ class _Shard:
 class LocationMap:
     """Keys to the shards that hold them.
 
-    A shard's messages carry its epoch and a sequence number. A message of an unknown epoch, or
-    one that does not follow the last, is refused and the shard sends all its keys again.
-
     Args:
         member_timeout_s: silence after which a shard is not offered any more.
         clock: monotonic seconds.
@@ -108,8 +105,6 @@ class LocationMap:
     ) -> None:
         self._holders = KeyDict()
         self._sets: dict[int, int] = {}
-        self._next_bit = 0
-        self._free_bits: list[int] = []
         # bits of shards that have gone: those to be taken out of the sets once the present round
         # is over, those being taken out, and what is left of that round
         self._gone = self._leaving = 0
@@ -122,69 +117,49 @@ class LocationMap:
         return len(self._holders)
 
     def report(self, report: LocationReport) -> bool:
-        """Take one message of a shard.
-
-        Returns:
-            False when changes do not follow what is known: the shard has to send all its keys; or
-            when a resync is not taken, because there are too many shards (part 0) or because
-            another one has overtaken it.
-        """
-        if report.part < 0:
-            return self.apply(*report[:6])
-        if report.part == 0 and not self.begin_resync(*report[:4]):
-            return False
-        return self.add_keys(report.shard_id, report.epoch, report.added, report.last)
-
-    def apply(
-        self,
-        shard_id: str,
-        node_id: str,
-        epoch: int,
-        seq: int,
-        added: Sequence[BlockKey],
-        removed: Sequence[BlockKey],
-    ) -> bool:
         """Apply one message of a shard, once, and take it for alive.
 
         Returns:
-            False when the message does not follow what is known: then nothing was applied and the
-            shard has to send everything by `begin_resync` and `add_keys`.
+            False when nothing was applied: changes do not follow what is known, so that the shard
+            has to send all its keys; or a resync is not taken, because there are `MAX_SHARDS`
+            shards already (part 0: its blocks stay local) or because another one overtook it.
         """
-        shard = self._shards.get(shard_id)
-        if shard is None or shard.epoch != epoch or not shard.complete:
+        if report.part == 0 and not self._begin_resync(report):
             return False
-        if seq == shard.seq:  # the answer to it was lost
-            shard.last_seen = self._clock()
+        resync = report.part >= 0
+        shard = self._shards.get(report.shard_id)
+        if shard is None or shard.epoch != report.epoch or shard.complete == resync:
+            return False
+        if not resync and report.seq - shard.seq not in (0, 1):
+            return False
+        shard.last_seen = self._clock()
+        if resync:
+            shard.complete = report.last
+        elif report.seq == shard.seq:  # the answer to it was lost
             return True
-        if seq != shard.seq + 1:
-            return False
-        shard.node_id, shard.seq, shard.last_seen = node_id, seq, self._clock()
+        else:
+            shard.node_id, shard.seq = report.node_id, report.seq
         self.forget()
-        self._take_out(1 << shard.bit, removed)
-        self._add(shard.bit, added)
+        self._take_out(1 << shard.bit, report.removed)
+        self._add(shard.bit, report.added)
         return True
 
-    def begin_resync(self, shard_id: str, node_id: str, epoch: int, seq: int) -> bool:
-        """Forget what a shard held; its keys follow, and message `seq + 1` after them.
-
-        Returns:
-            False when there are `MAX_SHARDS` shards already: this one's blocks stay local.
-        """
-        self.forget()
-        known = self._shards.pop(shard_id, None)
-        if known is not None:
-            self._gone |= 1 << known.bit
-        else:
-            self._drop_dead()
+    def _begin_resync(self, report: LocationReport) -> bool:
+        """Forget what a shard held; its keys follow, and message `seq + 1` after them."""
+        known = self._shards.pop(report.shard_id, None)
+        gone = [known] if known is not None else self._drop_dead()
+        self._gone |= sum(1 << shard.bit for shard in gone)
         if len(self._shards) >= MAX_SHARDS:
             return False
-        bit = self._free_bits.pop() if self._free_bits else self._new_bit()
-        self._shards[shard_id] = _Shard(bit, node_id, epoch, seq, False, self._clock())
+        free = ~self._bits()
+        bit = (free & -free).bit_length() - 1
+        fields = report.node_id, report.epoch, report.seq
+        self._shards[report.shard_id] = _Shard(bit, *fields, False, self._clock())
         return True
 
-    def _new_bit(self) -> int:
-        self._next_bit += 1
-        return self._next_bit - 1
+    def _bits(self) -> int:
+        """Those of all shards, also of those that have gone and still stand in some set."""
+        return sum(1 << s.bit for s in self._shards.values()) | self._gone | self._leaving
 
     def forget(self, at_most: int = BATCH_KEYS) -> bool:
         """Take bits of shards that have gone out of the sets of some keys; False = all is done."""
@@ -196,20 +171,8 @@ class LocationMap:
         keys = list(islice(self._round, at_most))
         self._take_out(self._leaving, keys)
         if len(keys) < at_most:
-            bits = range(self._leaving.bit_length())
-            self._free_bits += [bit for bit in bits if self._leaving >> bit & 1]
             self._leaving = 0
             self._sets.clear()
-        return True
-
-    def add_keys(self, shard_id: str, epoch: int, keys: Sequence[BlockKey], last: bool) -> bool:
-        """Take a part of a resync; False when it was overtaken by another one."""
-        shard = self._shards.get(shard_id)
-        if shard is None or shard.epoch != epoch or shard.complete:
-            return False
-        self.forget()
-        self._add(shard.bit, keys)
-        shard.complete, shard.last_seen = last, self._clock()
         return True
 
     def locate(self, keys: Sequence[BlockKey], exclude_node: str = "") -> list[str | None]:
@@ -246,19 +209,12 @@ class LocationMap:
     def keys_of(self, shard_id: str) -> set[BlockKey]:
         """What the map believes a shard to hold."""
         shard = self._shards.get(shard_id)
-        if shard is None:
-            return set()
-        bit = shard.bit
-        return {
-            key
-            for part in self._holders.dicts
-            for key, holders in part.items()
-            if holders >> bit & 1
-        }
+        mine = 0 if shard is None else 1 << shard.bit
+        return {key for part in self._holders.dicts for key in part if part[key] & mine}
 
     def shards(self) -> dict[str, dict[str, object]]:
         """Shard id to node, epoch, sequence number, whether it is alive and fully known."""
-        live = {shard_id for shard_id, _ in self._live()}
+        live = dict(self._live())
         return {
             shard_id: {
                 "node_id": shard.node_id,
@@ -276,10 +232,10 @@ class LocationMap:
 
     def check_integrity(self) -> None:
         """AssertionError unless every key has a holder and every holder is known."""
-        known = sum(1 << shard.bit for shard in self._shards.values()) | self._gone | self._leaving
-        bits = [shard.bit for shard in self._shards.values()]
-        assert len(set(bits)) == len(bits), "two shards share a bit"
-        assert not set(bits) & set(self._free_bits), "a shard's bit is free"
+        known, bits = self._bits(), {shard.bit for shard in self._shards.values()}
+        assert len(bits) == len(self._shards), "two shards share a bit"
+        gone = self._gone | self._leaving
+        assert not any(gone >> bit & 1 for bit in bits), "a shard has the bit of one that has gone"
         for part in self._holders.dicts:
             for holders in part.values():
                 assert holders, "a key without a holder"
@@ -289,10 +245,9 @@ class LocationMap:
         oldest = self._clock() - self._member_timeout_s
         return [(name, s) for name, s in self._shards.items() if s.last_seen >= oldest]
 
-    def _drop_dead(self) -> None:
-        live = {name for name, _ in self._live()}
-        for name in [name for name in self._shards if name not in live]:
-            self._gone |= 1 << self._shards.pop(name).bit
+    def _drop_dead(self) -> list[_Shard]:
+        dead = self._shards.keys() - dict(self._live()).keys()
+        return [self._shards.pop(name) for name in dead]
 
     def _add(self, bit: int, keys: Sequence[BlockKey]) -> None:
         parts, sets, mine = self._holders.parts, self._sets, 1 << bit

@@ -154,11 +154,10 @@ def _grow_shard(sizes: Sequence[int]) -> None:
 
 
 def _grow_coordinator(sizes: Sequence[int]) -> None:
-    from litecache.actors.locations import LocationMap
+    from litecache.actors.locations import LocationMap, LocationReport
 
     located = LocationMap()
-    located.begin_resync("a", "n", 1, 0)
-    located.add_keys("a", 1, [], True)
+    located.report(LocationReport("a", "n", 1, 0, [], part=0, last=True))
     waiting: list[bytes] = []
     seq = 0
 
@@ -167,7 +166,7 @@ def _grow_coordinator(sizes: Sequence[int]) -> None:
         waiting.extend(keys)
         if len(waiting) >= 4096:
             seq += 1
-            located.apply("a", "n", 1, seq, waiting, [])
+            located.report(LocationReport("a", "n", 1, seq, waiting))
             waiting.clear()
 
     _grow(sizes, add)
