@@ -93,16 +93,10 @@ class LocationMap:
     """Keys to the shards that hold them.
 
     Args:
-        member_timeout_s: silence after which a shard is not offered any more.
         clock: monotonic seconds.
     """
 
-    def __init__(
-        self,
-        *,
-        member_timeout_s: float = MEMBER_TIMEOUT_S,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._holders = KeyDict()
         self._sets: dict[int, int] = {}
         # bits of shards that have gone: those to be taken out of the sets once the present round
@@ -110,7 +104,6 @@ class LocationMap:
         self._gone = self._leaving = 0
         self._round: Iterator[BlockKey] = iter(())
         self._shards: dict[str, _Shard] = {}
-        self._member_timeout_s = member_timeout_s
         self._clock = clock
 
     def __len__(self) -> int:
@@ -242,7 +235,7 @@ class LocationMap:
                 assert not holders & ~known, "an unknown holder"
 
     def _live(self) -> list[tuple[str, _Shard]]:
-        oldest = self._clock() - self._member_timeout_s
+        oldest = self._clock() - MEMBER_TIMEOUT_S
         return [(name, s) for name, s in self._shards.items() if s.last_seen >= oldest]
 
     def _drop_dead(self) -> list[_Shard]:

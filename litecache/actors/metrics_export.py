@@ -33,9 +33,7 @@ class MetricsExporter:
     def __init__(
         self, metrics: Metrics, tags: dict[str, str], interval_s: float = EXPORT_INTERVAL_S
     ) -> None:
-        self._metrics = metrics
-        self._tags = tags
-        self._interval_s = interval_s
+        self._metrics, self._tags, self._interval_s = metrics, tags, interval_s
         self._series: dict[str, Any] = {}
         self._refused: set[str] = set()
         self._exported: dict[tuple[str, Labels], Any] = {}
@@ -50,16 +48,14 @@ class MetricsExporter:
     def export(self) -> int:
         """Copy what changed since the last time; the number of series that did."""
         changed = 0
-        snapshot = self._metrics.snapshot()
-        for kind, values in snapshot.items():
+        for kind, values in self._metrics.snapshot().items():
             for name, labels, value in values:
                 tags = {**self._tags, **labels}
                 key = (name, tuple(sorted(tags.items())))
-                old = self._exported.get(key)
-                if old == value:
+                if self._exported.get(key) == value:
                     continue
                 try:
-                    self._copy(kind, name, tags, old, value)
+                    self._copy(kind, name, tags, self._exported.get(key), value)
                 except Exception as error:
                     # Whatever Ray's metrics raise (no agent, a clash of names) concerns this
                     # series alone; it is said once and tried again with the next export.
@@ -72,32 +68,27 @@ class MetricsExporter:
         return changed
 
     def _copy(self, kind: str, name: str, tags: dict[str, str], old: Any, new: Any) -> None:
-        series = self._series.get(name)
-        if series is None:
-            series = self._series[name] = _make_series(kind, name, tuple(sorted(tags)), new)
+        from ray.util import metrics
+
+        def series(made: Any, **options: Any) -> Any:
+            if name not in self._series:
+                self._series[name] = made(name, tag_keys=tuple(sorted(tags)), **options)
+            return self._series[name]
+
         if kind == "counters":
-            series.inc(new - (old or 0), tags=tags)
+            series(metrics.Counter).inc(new - (old or 0), tags=tags)
         elif kind == "gauges":
-            series.set(new, tags=tags)
+            series(metrics.Gauge).set(new, tags=tags)
         else:
+            histogram = series(metrics.Histogram, boundaries=list(new["bounds"]))
             before = old["buckets"] if old else [0] * len(new["buckets"])
             bounds = [*new["bounds"], new["bounds"][-1] * 2]
             for bound, count, seen in zip(bounds, new["buckets"], before, strict=True):
                 for _ in range(count - seen):
-                    series.observe(bound, tags=tags)
+                    histogram.observe(bound, tags=tags)
 
     def _run(self) -> None:
         stopped = False
         while not stopped:
             stopped = self._stopped.wait(self._interval_s)
             self.export()
-
-
-def _make_series(kind: str, name: str, tag_keys: tuple[str, ...], value: Any) -> Any:
-    from ray.util import metrics
-
-    if kind == "counters":
-        return metrics.Counter(name, tag_keys=tag_keys)
-    if kind == "gauges":
-        return metrics.Gauge(name, tag_keys=tag_keys)
-    return metrics.Histogram(name, boundaries=list(value["bounds"]), tag_keys=tag_keys)

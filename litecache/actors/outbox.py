@@ -16,6 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 from litecache.types import PollReply, TokenDelta
 
@@ -23,32 +24,6 @@ HEARTBEAT_TIMEOUT_S = 9.0
 MAX_UNACKNOWLEDGED_TOKENS = 8192
 
 RequestsHook = Callable[[Sequence[str]], None]
-
-
-class _Untold:
-    """What no reply has taken yet of one request: deltas of several steps, grown together."""
-
-    __slots__ = ("_first", "_last", "_logprobs", "_token_ids")
-
-    def __init__(self, delta: TokenDelta) -> None:
-        self._first = self._last = delta
-        self._token_ids = list(delta.token_ids)
-        self._logprobs = list(delta.logprobs)
-
-    def add(self, delta: TokenDelta) -> None:
-        """Take the next delta of the request."""
-        self._last = delta
-        self._token_ids += delta.token_ids
-        self._logprobs += delta.logprobs
-
-    def joined(self) -> TokenDelta:
-        """All of it as one delta: what comes with the first token, and how it ended."""
-        return self._last._replace(
-            token_ids=tuple(self._token_ids),
-            logprobs=tuple(self._logprobs),
-            reused_tokens=self._first.reused_tokens,
-            ttft_s=self._first.ttft_s,
-        )
 
 
 @dataclass
@@ -73,7 +48,7 @@ class _Client:
     last_seen: float
     first_seq: int = 1
     deltas: deque[TokenDelta] = field(default_factory=deque)
-    untold: dict[str, _Untold] = field(default_factory=dict)
+    untold: dict[str, list[TokenDelta]] = field(default_factory=dict)
     urgent: bool = False
     live: set[str] = field(default_factory=set)
     num_tokens: int = 0
@@ -89,17 +64,13 @@ class _Client:
 
     def take(self, delta: TokenDelta) -> None:
         """Keep a delta for the next reply."""
-        untold = self.untold.get(delta.request_id)
-        if untold is None:
-            self.untold[delta.request_id] = _Untold(delta)
-        else:
-            untold.add(delta)
+        self.untold.setdefault(delta.request_id, []).append(delta)
         self.num_tokens += len(delta.token_ids)
         self.urgent = self.urgent or _is_urgent(delta)
 
     def reply(self) -> PollReply:
         """All that has not been acknowledged."""
-        self.deltas += [untold.joined() for untold in self.untold.values()]
+        self.deltas += map(_joined, self.untold.values())
         self.untold.clear()
         self.urgent = False
         return PollReply(self.first_seq, tuple(self.deltas), self.epoch)
@@ -147,7 +118,6 @@ class Outbox:
         client = self._seen(client_id)
         new = set(request_ids) - client.live
         client.live |= new
-        self._arm_timer()
         return client.epoch, new
 
     def forget(self, client_id: str, request_ids: Iterable[str]) -> None:
@@ -267,6 +237,19 @@ class Outbox:
             if client.live:
                 self._abort_client(client_id)
         self._arm_timer()
+
+
+def _joined(deltas: Sequence[TokenDelta]) -> TokenDelta:
+    """What several steps made of a request, as one delta: how it began, and how it ended."""
+    first, last = deltas[0], deltas[-1]
+    if first is last:
+        return first
+    return last._replace(
+        token_ids=tuple(chain.from_iterable(delta.token_ids for delta in deltas)),
+        logprobs=tuple(chain.from_iterable(delta.logprobs for delta in deltas)),
+        reused_tokens=first.reused_tokens,
+        ttft_s=first.ttft_s,
+    )
 
 
 def _is_urgent(delta: TokenDelta) -> bool:

@@ -25,38 +25,24 @@ FAILURE_WINDOW_S = 600.0
 
 @dataclass
 class _Replica:
-    """A replica that reports; `routed` counts requests sent to it since its last report."""
+    """A replica that reports; requests sent to it since then count in its `load`."""
 
     node_id: str
     load: int
     last_seen: float
-    routed: int = 0
 
 
 class Router:
     """Chooses replicas; remembers where prefixes went.
 
     Args:
-        member_timeout_s: silence after which a replica is not chosen any more.
-        load_slack: requests above the least loaded replica's that a longer prefix is worth.
-        max_remembered_keys: bound on the memory of earlier choices.
         clock: monotonic seconds.
     """
 
-    def __init__(
-        self,
-        *,
-        member_timeout_s: float = MEMBER_TIMEOUT_S,
-        load_slack: int = LOAD_SLACK,
-        max_remembered_keys: int = MAX_REMEMBERED_KEYS,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._replicas: dict[int, _Replica] = {}
         self._failures: dict[int, list[tuple[float, str]]] = {}
         self._sent: OrderedDict[BlockKey, int] = OrderedDict()
-        self._member_timeout_s = member_timeout_s
-        self._load_slack = load_slack
-        self._max_remembered_keys = max_remembered_keys
         self._clock = clock
 
     def report(self, index: int, node_id: str, load: int) -> None:
@@ -86,38 +72,31 @@ class Router:
         Returns:
             The replica's index; None when no replica is known to be alive.
         """
-        oldest = self._clock() - self._member_timeout_s
-        live = {i: r for i, r in self._replicas.items() if r.last_seen >= oldest}
+        live = {i: r for i, r in self._replicas.items() if self._is_live(r)}
         if not live:
             return None
         sent = self._sent_prefixes(keys)
-        least = min(r.load + r.routed for r in live.values())
-        acceptable = {
-            i: r for i, r in live.items() if r.load + r.routed <= least + self._load_slack
-        }
+        most = min(replica.load for replica in live.values()) + LOAD_SLACK
 
         def rank(index: int) -> tuple[int, int, int, int]:
-            replica = acceptable[index]
+            replica, in_pool = live[index], sent.get(index, 0)
             in_shards = prefix_by_node.get(replica.node_id, 0)
-            in_pool = sent.get(index, 0)
-            return (max(in_shards, in_pool), in_pool, -(replica.load + replica.routed), -index)
+            return (max(in_shards, in_pool), in_pool, -replica.load, -index)
 
-        chosen = max(acceptable, key=rank)
-        live[chosen].routed += 1
+        chosen = max((i for i, replica in live.items() if replica.load <= most), key=rank)
+        live[chosen].load += 1
         self._remember(keys, chosen)
         return chosen
 
     def replicas(self) -> dict[int, dict[str, object]]:
         """Replica index to node, load and whether it is alive."""
-        oldest = self._clock() - self._member_timeout_s
         return {
-            index: {
-                "node_id": replica.node_id,
-                "load": replica.load + replica.routed,
-                "alive": replica.last_seen >= oldest,
-            }
-            for index, replica in self._replicas.items()
+            index: {"node_id": r.node_id, "load": r.load, "alive": self._is_live(r)}
+            for index, r in self._replicas.items()
         }
+
+    def _is_live(self, replica: _Replica) -> bool:
+        return replica.last_seen >= self._clock() - MEMBER_TIMEOUT_S
 
     def _sent_prefixes(self, keys: Sequence[BlockKey]) -> dict[int, int]:
         lengths: dict[int, int] = {}
@@ -131,8 +110,8 @@ class Router:
 
     def _remember(self, keys: Sequence[BlockKey], index: int) -> None:
         # Tail first, so that the head of a chain is the last to be forgotten.
-        for key in reversed(keys[: self._max_remembered_keys]):
+        for key in reversed(keys[:MAX_REMEMBERED_KEYS]):
             self._sent[key] = index
             self._sent.move_to_end(key)
-        while len(self._sent) > self._max_remembered_keys:
+        while len(self._sent) > MAX_REMEMBERED_KEYS:
             self._sent.popitem(last=False)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from ray.exceptions import RayError
@@ -28,19 +29,19 @@ T = TypeVar("T")
 _RETRY_S = 1.0
 
 
+@dataclass(eq=False)
 class Answer(Generic[T]):
     """What has been sent and will be answered.
 
-    Args:
+    Attributes:
         sent: the number of a socket's call, or what `.remote()` returned.
         channel: of the socket.
         decode: makes the result from what comes.
     """
 
-    def __init__(
-        self, sent: Any, channel: SocketChannel | None, decode: Callable[[Any], T]
-    ) -> None:
-        self._sent, self._channel, self._decode = sent, channel, decode
+    sent: Any
+    channel: SocketChannel | None
+    decode: Callable[[Any], T]
 
     def get(self, timeout_s: float | None, what: str, *, again: bool = False) -> T:
         """Wait for it; raises what the actor raised, and as `calls.result`.
@@ -50,13 +51,13 @@ class Answer(Generic[T]):
             what: names the call in errors.
             again: an answer that is late will be asked for again.
         """
-        if self._channel is None:
-            return self._decode(result(self._sent, timeout_s, what))
+        if self.channel is None:
+            return self.decode(result(self.sent, timeout_s, what))
         try:
-            return self._decode(self._channel.answer(self._sent, timeout_s, what))
+            return self.decode(self.channel.answer(self.sent, timeout_s, what))
         except RequestTimeout:
             if not again:
-                self._channel.forget(self._sent)
+                self.channel.forget(self.sent)
             raise
 
 

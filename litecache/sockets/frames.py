@@ -102,18 +102,11 @@ def take_frames(buffer: bytearray) -> Iterator[tuple[int, int, bytes]]:
 
 
 class Intake:
-    """Bounds what all connections of a server hold; thread-safe.
+    """Bounds what all connections of a server hold; thread-safe."""
 
-    Args:
-        connections: at most, at one time.
-        unfinished_bytes: of frames that are not whole, over all connections.
-    """
-
-    def __init__(
-        self, connections: int = MAX_CONNECTIONS, unfinished_bytes: int = MAX_UNFINISHED_BYTES
-    ) -> None:
+    def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._connections_left, self._bytes_left = connections, unfinished_bytes
+        self._connections_left, self._bytes_left = MAX_CONNECTIONS, MAX_UNFINISHED_BYTES
 
     @contextlib.contextmanager
     def connection(self) -> Iterator[IncomingFrames]:

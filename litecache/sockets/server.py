@@ -57,7 +57,6 @@ class SocketServer:
     Args:
         name: of the socket; must be new among this user's.
         methods: number to what answers the call; raises LiteCacheError, must be thread-safe.
-        intake: what its connections may hold.
 
     Attributes:
         address: for `SocketChannel`.
@@ -66,10 +65,8 @@ class SocketServer:
         OSError: the address cannot be had.
     """
 
-    def __init__(
-        self, name: str, methods: Mapping[int, Handler], intake: Intake | None = None
-    ) -> None:
-        self._methods, self._intake = methods, intake or Intake()
+    def __init__(self, name: str, methods: Mapping[int, Handler]) -> None:
+        self._methods, self._intake = methods, Intake()
         self._lock = threading.Lock()
         self._connections: set[socket.socket] = set()
         self._closed = False
@@ -151,17 +148,15 @@ class AsyncSocketServer:
     """Answers calls until its loop ends; every call is a task of its own.
 
     Args:
-        name, methods, intake: see `SocketServer`.
+        name, methods: see `SocketServer`.
 
     Attributes:
         address: for `SocketChannel`, once `start` has returned.
     """
 
-    def __init__(
-        self, name: str, methods: Mapping[int, AsyncHandler], intake: Intake | None = None
-    ) -> None:
+    def __init__(self, name: str, methods: Mapping[int, AsyncHandler]) -> None:
         self._name, self.address = name, ""
-        self._methods, self._intake = methods, intake or Intake()
+        self._methods, self._intake = methods, Intake()
         self._tasks: set[asyncio.Task[None]] = set()
         self._server: asyncio.AbstractServer | None = None
 

@@ -14,6 +14,7 @@ from litecache.actors.locations import (
     pack_keys,
     unpack_keys,
 )
+from litecache.actors.naming import MEMBER_TIMEOUT_S
 from litecache.storage.key_dict import BATCH_KEYS
 
 KEYS = [bytes([i]) * 16 for i in range(12)]
@@ -110,10 +111,10 @@ def test_a_resync_replaces_what_was_known_and_takes_several_parts() -> None:
 
 def test_a_silent_shard_is_not_offered_until_it_reports_again() -> None:
     now = [0.0]
-    located = LocationMap(member_timeout_s=5, clock=lambda: now[0])
+    located = LocationMap(clock=lambda: now[0])
     begin_resync(located, "a", "n1", 1, 0)
     add_keys(located, "a", 1, KEYS[:1], True)
-    now[0] = 6
+    now[0] = MEMBER_TIMEOUT_S + 1
     assert located.locate(KEYS[:1]) == [None]
     assert located.prefix_by_node(KEYS[:1]) == {}
     assert changes(located, "a", "n1", 1, 1, [], [])
@@ -122,12 +123,12 @@ def test_a_silent_shard_is_not_offered_until_it_reports_again() -> None:
 
 def test_more_shards_than_the_sets_can_name_stay_local_until_one_dies() -> None:
     now = [0.0]
-    located = LocationMap(member_timeout_s=5, clock=lambda: now[0])
+    located = LocationMap(clock=lambda: now[0])
     for index in range(MAX_SHARDS):
         assert begin_resync(located, f"s{index}", "n", 1, 0)
         assert add_keys(located, f"s{index}", 1, KEYS[:1], True)
     assert not begin_resync(located, "one more", "n", 1, 0)
-    now[0] = 6
+    now[0] = MEMBER_TIMEOUT_S + 1
     assert begin_resync(located, "one more", "n", 1, 0)
     located.check_integrity()
 

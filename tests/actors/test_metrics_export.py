@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pytest
+from ray.util import metrics as ray_metrics
 
-from litecache.actors import metrics_export
 from litecache.actors.metrics_export import MetricsExporter
 from litecache.metrics import Metrics
 
@@ -17,7 +17,7 @@ class Series:
     told: ClassVar[dict[str, float]] = {}
     broken: ClassVar[set[str]] = set()
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, tag_keys: tuple[str, ...]) -> None:
         if name == "clashing":
             raise ValueError("there is a gauge of this name")
         self.name = name
@@ -31,10 +31,7 @@ class Series:
 def test_one_failing_series_ends_neither_the_others_nor_its_own_later_exports(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def make(kind: str, name: str, tag_keys: Any, value: Any) -> Series:
-        return Series(name)
-
-    monkeypatch.setattr(metrics_export, "_make_series", make)
+    monkeypatch.setattr(ray_metrics, "Counter", Series)
     metrics = Metrics()
     exporter = MetricsExporter(metrics, {"group": "g"}, interval_s=0.01)
     Series.broken.add("frail")

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import pytest
+
+from litecache.actors import router as router_module
+from litecache.actors.naming import MEMBER_TIMEOUT_S
 from litecache.actors.router import Router
 
 KEYS = [bytes([i]) * 16 for i in range(8)]
 
 
-def router(**options: object) -> Router:
-    made = Router(**options)  # type: ignore[arg-type]
+def router() -> Router:
+    made = Router()
     made.report(0, "n0", 0)
     made.report(1, "n1", 0)
     return made
@@ -14,11 +18,11 @@ def router(**options: object) -> Router:
 
 def test_without_live_replicas_there_is_no_route() -> None:
     now = [0.0]
-    made = Router(member_timeout_s=5, clock=lambda: now[0])
+    made = Router(clock=lambda: now[0])
     assert made.route(KEYS, {}) is None
     made.report(0, "n0", 0)
     assert made.route(KEYS, {}) == 0
-    now[0] = 6
+    now[0] = MEMBER_TIMEOUT_S + 1
     assert made.route(KEYS, {}) is None
 
 
@@ -36,8 +40,9 @@ def test_a_prefix_returns_to_the_replica_that_computed_it() -> None:
     assert made.route([bytes([99]) * 16], {}) == 0
 
 
-def test_a_replica_with_too_much_to_do_is_passed_over() -> None:
-    made = router(load_slack=4)
+def test_a_replica_with_too_much_to_do_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(router_module, "LOAD_SLACK", 4)
+    made = router()
     made.report(1, "n1", 5)
     assert made.route(KEYS, {"n1": 8}) == 0
     made.report(1, "n1", 4)
@@ -50,8 +55,11 @@ def test_requests_without_a_prefix_go_to_the_least_loaded_replica_in_turn() -> N
     assert chosen == [0, 1, 0, 1]
 
 
-def test_the_memory_of_choices_is_bounded_and_forgets_tails_first() -> None:
-    made = router(max_remembered_keys=4)
+def test_the_memory_of_choices_is_bounded_and_forgets_tails_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(router_module, "MAX_REMEMBERED_KEYS", 4)
+    made = router()
     made.report(0, "n0", 1)
     assert made.route(KEYS[:4], {}) == 1
     made.report(0, "n0", 0)

@@ -31,7 +31,7 @@ from litecache.sockets import channel as channel_module
 from litecache.sockets import frames, peers
 from litecache.sockets import server as server_module
 from litecache.sockets.channel import SocketChannel
-from litecache.sockets.frames import Intake, pack_frame, take_frames
+from litecache.sockets.frames import pack_frame, take_frames
 from litecache.sockets.server import AsyncSocketServer, SocketServer
 
 REVERSE, SLOW, REFUSE, BREAK, NOTE, UNKNOWN = range(1, 7)
@@ -259,9 +259,11 @@ def test_what_a_killed_process_left_is_removed_and_what_lives_stays(server: Sock
     assert not Path(server.address).exists()
 
 
-def test_unfinished_frames_of_all_connections_have_one_bound() -> None:
-    intake = Intake(unfinished_bytes=4 << 20)
-    server = SocketServer(f"bound-{time.monotonic_ns()}", {REVERSE: lambda m: m[::-1]}, intake)
+def test_unfinished_frames_of_all_connections_have_one_bound(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(frames, "MAX_UNFINISHED_BYTES", 4 << 20)
+    server = SocketServer(f"bound-{time.monotonic_ns()}", {REVERSE: lambda m: m[::-1]})
     half = struct.pack("<III", 60 << 20, 1, REVERSE) + bytes(1 << 20)
     clients = [socket.socket(socket.AF_UNIX) for _ in range(12)]
     ended = 0
@@ -309,8 +311,11 @@ def test_a_frame_that_never_becomes_whole_is_given_up(monkeypatch: pytest.Monkey
     server.close()
 
 
-def test_one_connection_too_many_is_closed_and_a_free_place_is_used_again() -> None:
-    server = SocketServer(f"few-{time.monotonic_ns()}", {REVERSE: lambda m: m[::-1]}, Intake(2))
+def test_one_connection_too_many_is_closed_and_a_free_place_is_used_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(frames, "MAX_CONNECTIONS", 2)
+    server = SocketServer(f"few-{time.monotonic_ns()}", {REVERSE: lambda m: m[::-1]})
     first, second = SocketChannel(server.address), SocketChannel(server.address)
     assert first.answer(first.call(REVERSE, b"ab"), 20) == b"ba"
     assert second.answer(second.call(REVERSE, b"ab"), 20) == b"ba"
