@@ -383,3 +383,40 @@ def test_one_batch_that_was_held_up_changes_no_rate() -> None:
     assert costs.stats()["sources"]["disk:0"]["bytes_per_s"] == pytest.approx(16 * MIB / 0.009)
     costs.note_read("disk:0", 16 * MIB, 0.5)  # the second one is no accident
     assert costs.stats()["sources"]["disk:0"]["bytes_per_s"] < 0.1e9
+
+
+def test_what_a_disk_has_read_ahead_is_credited_and_is_not_its_rate() -> None:
+    costs = model()
+    for _ in range(4):
+        costs.note_read("disk:0", 160 * MIB, 0.1)
+    found = [Found("disk:0", BLOCK_BYTES)] * 512
+
+    def plan(asked_s: float) -> LoadPlan:
+        return costs.plan(
+            num_tokens=8256, start=0, found=found, queued_tokens=0, num_decodes=0, now=10.0,
+            asked_s=asked_s,
+        )  # fmt: skip
+
+    assert plan(9.0).load_from < 60  # all has been read: what counts is the copy
+    half = plan(9.9)
+    assert 0 < half.load_from < plan(10.0).load_from
+    rate = costs.stats()["sources"]["disk:0"]["bytes_per_s"]
+    size = (half.load_end - half.load_from) * BLOCK_BYTES
+    costs.begin(1, half, {"disk:0": size}, 10.0, 9.9)
+    ready = 80 * BLOCK_BYTES
+    costs.progress(1, "disk:0", ready, 10.001, waited=False)
+    assert costs.stats()["sources"]["disk:0"]["bytes_per_s"] == rate
+    at, left = 10.001, size - ready
+    while left > 0:
+        part = min(8 * BLOCK_BYTES, left)
+        left -= part
+        at += part / 1.68e9
+        costs.progress(1, "disk:0", part, at)
+    assert costs.stats()["sources"]["disk:0"]["bytes_per_s"] == pytest.approx(1.68e9, rel=0.1)
+    # others' loads in front of it: it was not read ahead
+    costs.begin(2, half, {"disk:0": 100 * BLOCK_BYTES}, at, at)
+    costs_now = costs.plan(
+        num_tokens=8256, start=0, found=found, queued_tokens=0, num_decodes=0, now=at + 0.1,
+        asked_s=at,
+    )  # fmt: skip
+    assert costs_now.load_from > plan(10.0).load_from

@@ -32,6 +32,8 @@ PRIOR_STEP_S = {"cuda": 5e-3, "cpu": 2e-3}
 PRIOR_SOURCES = {"ram": (20e9, 5e-4), "disk": (2e9, 2e-3), "remote": (0.5e9, 1e-2)}
 """Bytes per second and latency, by the tier in front of a source's colon. Rather too much: a source
 that is never asked is never measured, and asking one that is slow costs a chunk at most."""
+COPY_BYTES_PER_S = 50e9
+"""Of what was read ahead: it still has to be copied."""
 PAIR_SHARE = 4e-5
 """Prior of `pair` over `token`: attention's share in the cost of a Llama-like model."""
 TOLERANCE, TOLERANCE_S = 1.01, 1e-4
@@ -158,29 +160,30 @@ class Source:
     probe_s: float = 0.0
     _backoff_s: float = PROBE_S
     _batch: float = 16 << 20
-    _begun_s: float = 0.0
+    _begun_s: float = -math.inf
     _landed_s: float = -math.inf
     _read_s: float = 0.0
+    _first: bool = True
     _span: tuple[float, int] = (0.0, 0)
     _last: deque[float] = field(default_factory=lambda: deque(maxlen=3))
 
-    def order(self, ticket: int, nbytes: int, now: float) -> None:
-        """A ticket's blocks are asked for."""
+    def order(self, ticket: int, nbytes: int, now: float, asked_s: float) -> None:
+        """A ticket's blocks are wanted, and have been read ahead since `asked_s`."""
         if not self.ordered:
-            self._begun_s, self._landed_s, self._span = now, -math.inf, (now, 0)
+            self._begun_s = max(min(asked_s, now), self._landed_s)
+            self._first, self._span = True, (self._begun_s, 0)
         self.ordered[ticket] = self.ordered.get(ticket, 0) + nbytes
         if self.out:
             self._backoff_s = min(2 * self._backoff_s, MAX_PROBE_S)
             self.probe_s = now + self._backoff_s
 
-    def land(self, ticket: int, nbytes: int, now: float) -> None:
+    def land(self, ticket: int, nbytes: int, now: float, *, waited: bool) -> None:
         """Some of them are there."""
         self.out, self._backoff_s = False, PROBE_S
         if ticket not in self.ordered:
             return  # of a load that was given up
-        first = self._landed_s == -math.inf
         since = self._since(now)
-        if first and self.measured:
+        if self._first and self.measured and waited:
             extra = max(0.0, since - nbytes / self.rate)
             self.latency_s += 0.2 * (min(extra, 4 * self.latency_s + 1e-4) - self.latency_s)
         self.ordered[ticket] -= nbytes
@@ -190,12 +193,12 @@ class Source:
         total += nbytes
         taken = now - began - (self.latency_s if began == self._begun_s else 0.0)
         taken = max(taken, (now - began) / 4)
-        if taken >= SPAN_S or (not self.ordered and taken > 1e-5):
+        if waited and (taken >= SPAN_S or (not self.ordered and taken > 1e-5)):
             self.note(total, taken, now)
             began, total = now, 0
         self._span = (began, total)
         self._batch += 0.3 * (nbytes - self._batch)
-        self._landed_s = now
+        self._landed_s, self._first = now, False
 
     def end(self, ticket: int, now: float) -> None:
         """A ticket wants nothing more; what is overdue then has not answered it."""
@@ -241,12 +244,20 @@ class Source:
         """Bytes that others than this ticket wait for."""
         return sum(self.ordered.values()) - self.ordered.get(-1 if ticket is None else ticket, 0)
 
+    def load_s(self, wanted: Floats, ticket: int | None, now: float, asked_s: float) -> Floats:
+        """Seconds until so many bytes have landed, if they are ordered now."""
+        ahead = self.waiting(ticket)
+        # Without others in front, it has read since it was asked, or since its last landing.
+        ahead_s = ahead / self.rate if ahead else min(0.0, max(asked_s, self._landed_s) - now)
+        spent = np.maximum(self.latency_s + ahead_s + wanted / self.speed(now), 0.0)
+        return np.asarray((wanted > 0) * np.maximum(spent, wanted / COPY_BYTES_PER_S))
+
     def arrival_s(self, nbytes: int, now: float) -> float:
         """Seconds until this many more have landed."""
         since = self._since(now)
         if self._overdue(now):  # it will take as long again as it has
             return nbytes / self.rate + since
-        first = self.latency_s if self._landed_s == -math.inf else 0.0
+        first = self.latency_s if self._first else 0.0
         return max(0.0, first + nbytes / self.rate - since)
 
     def _since(self, now: float) -> float:
@@ -303,6 +314,7 @@ class CostModel:
         num_decodes: int,
         now: float,
         ticket: int | None = None,
+        asked_s: float | None = None,
     ) -> LoadPlan:
         """The plan with the soonest first token; of equal ones the one that asks least of disks.
 
@@ -314,6 +326,7 @@ class CostModel:
             num_decodes: requests that decode meanwhile.
             now: in seconds, of any clock, the same in all calls.
             ticket: of a load under way, whose own reservations are no queue.
+            asked_s: when the blocks were looked up, which made disks read them ahead.
         """
         self._now = max(self._now, now)
         self._decodes = num_decodes
@@ -358,8 +371,8 @@ class CostModel:
             below = _sums(per_block(lambda other, n, name=name: n * (other == name)))  # type: ignore[misc]
             wanted = below[ends] - below[:-1]
             nbytes += wanted * (not name.startswith("ram:"))
-            ahead_s = source.latency_s + source.waiting(ticket) / source.rate
-            load_s = np.maximum(load_s, (wanted > 0) * (ahead_s + wanted / source.speed(now)))
+            asked = asked_s if name.startswith("disk:") and asked_s is not None else now
+            load_s = np.maximum(load_s, source.load_s(wanted, ticket, now, asked))
         front_s = queued_s + compute_s(tokens[:-1], seconds[:-1], self._chunk)
         behind_s = seconds[-1] - seconds[ends] + rest_s
         behind_s = compute_s(tokens[-1] - tokens[ends] + rest, behind_s, self._chunk)
@@ -381,20 +394,30 @@ class CostModel:
         end = start + int(ends[first])
         return LoadPlan(start + first, told_s, float(load_s[first]), float(front_s[first]), end)
 
-    def begin(self, ticket: int, plan: LoadPlan, sources: Mapping[str, int], now: float) -> None:
-        """A plan is carried out: reserve its bytes at its sources."""
+    def begin(
+        self,
+        ticket: int,
+        plan: LoadPlan,
+        sources: Mapping[str, int],
+        now: float,
+        asked_s: float | None = None,
+    ) -> None:
+        """A plan is carried out: reserve its bytes at its sources; `asked_s` as in `plan`."""
         self._now = max(self._now, now)
         self._predicted[ticket] = (plan.first_token_s, self._overhead_s)
         while len(self._predicted) > REMEMBERED:
             self._predicted.popitem(last=False)
         for name, nbytes in sources.items():
             if nbytes > 0:
-                self._source(name).order(ticket, nbytes, now)
+                asked = asked_s if name.startswith("disk:") and asked_s is not None else now
+                self._source(name).order(ticket, nbytes, now, asked)
 
-    def progress(self, ticket: int, source: str, nbytes: int, now: float) -> None:
-        """A batch has landed, at `now`."""
+    def progress(
+        self, ticket: int, source: str, nbytes: int, now: float, *, waited: bool = True
+    ) -> None:
+        """A batch has landed at `now`; not `waited` for: it had been read ahead."""
         self._now = max(self._now, now)
-        self._source(source).land(ticket, nbytes, now)
+        self._source(source).land(ticket, nbytes, now, waited=waited)
 
     def end(self, ticket: int) -> None:
         """Nothing more of a ticket is loaded."""
