@@ -112,14 +112,7 @@ class RayEngine(ShardEngine):
         )
         self._handles: dict[str, Any] = {}
         for index in range(options.shards):
-            store = {
-                "directory": f"{options.path}_{index}",
-                "storage_bytes": options.storage_bytes // options.shards,
-                "ram_bytes": options.ram_bytes // options.shards,
-                "io_threads": options.io_threads,
-                "shards": options.shards,
-            }
-            patience_s = storage_shard.LOCK_PATIENCE_S
+            store, patience_s = options.of_shard(index), storage_shard.LOCK_PATIENCE_S
             self._handles[f"{name}:{index}"] = actor.remote(name, index, store, patience_s)
         opening = [handle.info.remote() for handle in self._handles.values()]
         result(opening, _START_TIMEOUT_S, "starting shards")

@@ -298,8 +298,8 @@ class BlockIo:
             disk = self._tiers.disk
             assert disk is not None
             # slots that reads or other writes hold come back: wait for them, else give up
-            waits = not disk.lost and not disk.log_full() and (disk.in_use or self._writers > 1)
-            if progress or waits:
+            held = disk.space.readers or self._writers > 1
+            if progress or (held and not disk.lost and not disk.log_full()):
                 self._tiers.writes.put_back(blocks)
                 if not progress:
                     self._changed.wait(0.05)

@@ -13,7 +13,7 @@ from enum import IntEnum
 
 from ..hashing import BlockKey
 from .arena.arena import Arena
-from .block_index import BlockIndex, key_words
+from .block_index import BlockIndex
 from .eviction.queues import Queues, allocate
 from .protocol import PAGE_BYTES, SlotState
 from .retry import Backoff
@@ -70,10 +70,6 @@ class RamBlock:
         self.state = RamState.RESERVED
         self.started = False
         self.dead = False
-
-
-def _places(blocks: Sequence[RamBlock]) -> tuple[list[int], list[int]]:
-    return [block.slot for block in blocks], [block.generation for block in blocks]
 
 
 class RamTier:
@@ -189,9 +185,7 @@ class RamTier:
         """
         for block, key, entry in zip(blocks, keys, entries, strict=True):
             block.key, block.entry, block.state = key, entry, RamState.LOADING
-        slots, generations = _places(blocks)
-        words = key_words(keys)
-        self.arena.set_entries(slots, generations, SlotState.LOADING, words, blocks[0].nbytes)
+            self.arena.set_entry(block.slot, block.generation, SlotState.LOADING, key, block.nbytes)
 
     def finish_loads(self, blocks: Sequence[RamBlock]) -> None:
         """Blocks of one size, none of them dead, have arrived whole: CLEAN from now on."""

@@ -136,6 +136,8 @@ class SegmentSpace:
             that many more segments in existence (or fewer, when negative) and slots in use.
 
     Attributes:
+        readers: slots that are being read, each with the number of reads; one that is freed
+            meanwhile goes to `given_up` and is taken back when the last of them ends.
         slots_assigned: slots of all regions.
         may_shrink: the owner can empty segments (`take_surplus`).
     """
@@ -146,6 +148,8 @@ class SegmentSpace:
         self._may_grow = may_grow
         self.slots_assigned = 0
         self.may_shrink = False
+        self.readers: dict[int, int] = {}
+        self.given_up: set[int] = set()
         self._states = bytearray()
         self._count = [0, 0, 0, 0]  # segments in each state
         self._regions: dict[int, Region] = {}
@@ -305,8 +309,25 @@ class SegmentSpace:
         region, index = self._place(slot)
         return region.owners[index]
 
+    def begin_reads(self, slots: Iterable[int]) -> None:
+        """Reads of slots begin: they keep their contents until `end_reads`."""
+        for slot in slots:
+            self.readers[slot] = self.readers.get(slot, 0) + 1
+
+    def end_reads(self, slots: Iterable[int]) -> None:
+        """Reads of slots ended."""
+        for slot in slots:
+            if left := self.readers.pop(slot) - 1:
+                self.readers[slot] = left
+            elif slot in self.given_up:
+                self.given_up.remove(slot)
+                self.free(slot)
+
     def free(self, slot: int) -> None:
-        """Take a slot back; the segments of its region are spare when it is empty."""
+        """Take a slot back, once nobody reads it; those of an empty region are spare segments."""
+        if slot in self.readers:
+            self.given_up.add(slot)
+            return
         region, index = self._place(slot)
         if region.free >> index & 1:
             raise AssertionError(f"slot {slot} freed twice")
@@ -416,7 +437,7 @@ class SegmentSpace:
 
         Args:
             used: slots in use to their block pages.
-            extra: slots in use whose block size the owner does not say.
+            extra: slots in use whose block size the owner does not say, but for `given_up`.
         """
         mine: dict[int, int] = {}
         free: Counter[int] = Counter()
@@ -429,7 +450,8 @@ class SegmentSpace:
             free[pages] += region.free_count
             taken = [at for at in range(slots) if not region.free >> at & 1]
             mine.update((region.base + at * pages, pages) for at in taken)
-        assert set(mine) == {*used, *extra}, f"slots differ: {set(mine) ^ {*used, *extra}}"
+        known = {*used, *extra, *self.given_up}
+        assert set(mine) == known, f"slots differ: {set(mine) ^ known}"
         assert all(mine[slot] == pages for slot, pages in used.items()), "block sizes differ"
         assert free == +self._free, "free counter is off"
         taken = [at for at, state in enumerate(self._states) if state == _TAKEN]
@@ -440,46 +462,3 @@ class SegmentSpace:
 def _run_around(segment: int, count: int) -> range:
     first = segment // count * count
     return range(first, first + count)
-
-
-class SlotUse:
-    """Counts the readers of each slot; under the store's lock.
-
-    Args:
-        space: takes back slots that nobody reads any more.
-
-    Attributes:
-        given_up: slots without a block that wait for their last reader.
-    """
-
-    def __init__(self, space: SegmentSpace) -> None:
-        self._space = space
-        self._readers: dict[int, int] = {}
-        self.given_up: set[int] = set()
-
-    def __contains__(self, slot: int) -> bool:
-        return slot in self._readers
-
-    def __len__(self) -> int:
-        return len(self._readers)
-
-    def begin(self, slots: Iterable[int]) -> None:
-        """Reads of slots begin: they keep their contents until `end`."""
-        for slot in slots:
-            self._readers[slot] = self._readers.get(slot, 0) + 1
-
-    def end(self, slots: Iterable[int]) -> None:
-        """Reads of slots ended."""
-        for slot in slots:
-            if left := self._readers.pop(slot) - 1:
-                self._readers[slot] = left
-            elif slot in self.given_up:
-                self.given_up.remove(slot)
-                self._space.free(slot)
-
-    def give_up(self, slot: int) -> None:
-        """The slot has no block any more: free it, now or when its last reader ends."""
-        if slot in self._readers:
-            self.given_up.add(slot)
-        else:
-            self._space.free(slot)

@@ -370,7 +370,7 @@ class ShardStore(ShardBase):
                     in_ram.append((position, block))
                 elif tiers.disk is not None and tiers.index.disk[entry]:
                     slot = tiers.index.disk[entry] - 1
-                    tiers.disk.in_use.begin([slot])
+                    tiers.disk.space.begin_reads([slot])
                     checksum = tiers.index.checksum[entry]
                     on_disk.append((position, Stored(keys[position], slot, nbytes, checksum)))
                 else:
@@ -385,7 +385,7 @@ class ShardStore(ShardBase):
             reasons = [reason for _, reason in found]
             blocks = [bytes(piece) if reason is None else None for piece, reason in found]
         with self._lock:
-            disk.in_use.end([wanted.slot for wanted in batch])
+            disk.space.end_reads([wanted.slot for wanted in batch])
             for wanted, reason in zip(batch, reasons, strict=True):
                 if reason is None:
                     continue

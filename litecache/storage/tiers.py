@@ -178,7 +178,7 @@ class Tiers:
         self.ram.begin_loads(blocks, [index.keys[entry] for entry in entries], entries)
         for entry, block in zip(entries, blocks, strict=True):
             index.ram[entry] = block.handle + 1
-        self.disk.in_use.begin((index.column("disk")[numbers] - np.uint32(1)).tolist())
+        self.disk.space.begin_reads((index.column("disk")[numbers] - np.uint32(1)).tolist())
 
     def cancel_load(self, block: RamBlock) -> None:
         """A read that has not begun will not happen."""
@@ -188,7 +188,7 @@ class Tiers:
 
     def _end_disk_use(self, block: RamBlock) -> None:
         assert self.disk is not None
-        self.disk.in_use.end([self.index.disk[block.entry] - 1])
+        self.disk.space.end_reads([self.index.disk[block.entry] - 1])
 
     def finish_loads(self, request: ReadRequest, reasons: Sequence[str | None]) -> None:
         """A read ended.
@@ -198,7 +198,7 @@ class Tiers:
             reasons: per block None, or why the bytes are not the block's.
         """
         assert self.disk is not None
-        self.disk.in_use.end(request.slots)
+        self.disk.space.end_reads(request.slots)
         whole: list[int] = []
         for i, (block, reason) in enumerate(zip(request.blocks, reasons, strict=True)):
             block.started = False

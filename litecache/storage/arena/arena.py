@@ -13,20 +13,18 @@ import fcntl
 import logging
 import os
 import re
-from collections.abc import Sequence
-
-import numpy as np
+import struct
 
 from ...errors import StorageFullError
 from ...hashing import BlockKey
 from ...machine_memory import available_memory_bytes
-from ..block_index import KeyWords
 from ..protocol import PAGE_BYTES, PROTOCOL_VERSION, Attachment, SlotState
 from .view import ENTRY_WORDS, SlotMemory, arena_name, mapping_bytes, pack_word
 
 logger = logging.getLogger(__name__)
 
 _SHM = "/dev/shm"
+_KEY = struct.Struct("<QQ")
 
 
 def sweep_shm() -> None:
@@ -79,7 +77,6 @@ class Arena(SlotMemory):
         except BaseException:
             self._remove()
             raise
-        self._rows = np.frombuffer(self._words, np.uint64).reshape(-1, ENTRY_WORDS)
 
     def _create(self, arena_bytes: int, memfd: bool) -> int:
         if memfd:
@@ -135,37 +132,18 @@ class Arena(SlotMemory):
         self, slot: int, generation: int, state: SlotState, key: BlockKey | None, nbytes: int
     ) -> None:
         """Give a slot to new contents: word 0 without a promise, the key, word 0 again."""
-        at = slot * ENTRY_WORDS
-        words = self._words
-        words[at] = pack_word(generation, SlotState.FREE)
-        words[at + 1] = int.from_bytes(key[:8], "little") if key else 0
-        words[at + 2] = int.from_bytes(key[8:], "little") if key else 0
+        words, at, word = self._words, slot * ENTRY_WORDS, generation << 8
+        words[at] = word | SlotState.FREE
+        words[at + 1], words[at + 2] = _KEY.unpack(key) if key else (0, 0)
         words[at + 3] = nbytes
-        words[at] = pack_word(generation, state)
+        words[at] = word | state
 
     def set_state(self, slot: int, generation: int, state: SlotState) -> None:
         """Change the state under the same contents: one store."""
         self._words[slot * ENTRY_WORDS] = pack_word(generation, state)
 
-    def set_entries(
-        self,
-        slots: Sequence[int],
-        generations: Sequence[int],
-        state: SlotState,
-        keys: KeyWords,
-        nbytes: int,
-    ) -> None:
-        """`set_entry` for many slots of one size; keys as uint64 `[n, 2]`."""
-        rows, numbers = self._rows, np.array(slots, np.int64)
-        words = np.array(generations, np.uint64) << np.uint64(8)
-        rows[numbers, 0] = words | np.uint64(SlotState.FREE)
-        rows[numbers, 1:3] = keys
-        rows[numbers, 3] = nbytes
-        rows[numbers, 0] = words | np.uint64(state)
-
     def close(self) -> None:
         """Give the memory back as soon as no client maps it."""
-        self._rows = np.empty((0, ENTRY_WORDS), np.uint64)
         super().close()
         self._remove()
 

@@ -1,7 +1,7 @@
 """The disk tier: slab, space and log of one folder.
 
 It places blocks and makes room by eviction. Its `Log` keeps the metadata on disk in step, its
-`Quotas` hold namespaces to their share, its `SlotUse` keeps slots in place while they are read.
+`Quotas` hold namespaces to their share, its space keeps slots in place while they are read.
 What changes its state runs under the store's lock and touches no file; what touches files
 (`write`, `read`, `grow`, `shrink`) runs outside it.
 
@@ -23,7 +23,7 @@ from ..eviction.queues import Queues, allocate
 from ..key_dict import BATCH_KEYS
 from ..namespaces import Quotas
 from ..retry import Backoff, LogByRate
-from ..segments import SegmentSpace, SlotUse, pick_segment_bytes
+from ..segments import SegmentSpace, pick_segment_bytes
 from .files import NO_SPACE, Files
 from .folder import Folder
 from .log import META_FIXED_BYTES, META_NAME_COPIES, META_SLOT_BYTES, Log
@@ -85,7 +85,6 @@ class DiskTier:
             upgrade(files, self.folder)
             self.space = SegmentSpace(self.folder.segment_bytes, self._may_grow)
             self.space.may_shrink = True
-            self.in_use = SlotUse(self.space)
             self.slab = Slab(files, direct=direct)
             opened.callback(self.slab.close)
             recovered = recover(files)
@@ -197,7 +196,7 @@ class DiskTier:
         return True
 
     def _may_evict(self, entry: int) -> bool:
-        return self._index.disk[entry] - 1 not in self.in_use
+        return self._index.disk[entry] - 1 not in self.space.readers
 
     def _give_up(self, entry: int) -> None:
         self._release_slot(entry)
@@ -208,7 +207,7 @@ class DiskTier:
         self.log.removed(entry, slot)
         self._index.disk[entry] = 0
         self._index.put_seq[entry] = 0
-        self.in_use.give_up(slot)
+        self.space.free(slot)
 
     def remove(self, entry: int) -> None:
         """Give up an entry's disk copy."""
@@ -343,10 +342,9 @@ class DiskTier:
         entries = np.flatnonzero(index.column("disk")).tolist()
         used = {index.disk[entry] - 1: index.pages[entry] for entry in entries}
         assert len(used) == len(entries), "two blocks share a disk slot"
-        given_up = self.in_use.given_up
-        for slot in (*given_up, *in_flight):
+        for slot in (*self.space.given_up, *in_flight):
             assert slot not in used, "a slot in flight belongs to a block"
-        self.space.check_integrity(used, {*given_up, *in_flight})
+        self.space.check_integrity(used, in_flight)
         for slot, pages in used.items():
             assert self.space.owner(slot) >= 0, f"slot {slot} of {pages} pages has no owner"
         queued = set(self.queues)

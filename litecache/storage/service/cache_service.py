@@ -36,7 +36,7 @@ from ...hashing import BlockKey, block_key, root_key
 from ...machine_memory import available_memory_bytes
 from ..shard_options import check_holds, smallest_ram_bytes, smallest_storage_bytes
 from .engine import EngineOptions, StorageEngine, get_engine
-from .pages import BlockLayout, integers, page_numbers, pages_per_block, tensor_rows
+from .pages import BlockLayout, integers, page_numbers, pages_per_block, split, tensor_rows
 from .tasks import Task, TaskBlock, Workers
 
 logger = logging.getLogger(__name__)
@@ -172,7 +172,7 @@ class LocalCacheService:
         keys = [_as_key(value) for value in check_list("hash_values", hash_values)]
         pages = page_numbers(page_indices, len(layout.rows))
         per_block = layout.pages_per_block
-        pieces = [pages[at : at + per_block] for at in range(0, len(pages), per_block)]
+        pieces = split(pages, per_block)
         if len(pieces) != len(keys):
             raise ConfigError(
                 "page_indices", f"{len(pages)} pages",
@@ -336,35 +336,36 @@ class PyLocalCacheService(LocalCacheService):
 
     def hash(self, tokens: Sequence[int]) -> list[str]:
         """xxh3_128 of each block's tokens as uint64, in hex; not the keys used inside."""
-        words = _words(tokens)
-        return [
-            xxhash.xxh3_128(words[i : i + self._n].tobytes()).hexdigest()
-            for i in range(0, len(words), self._n)
-        ]
+        return [xxhash.xxh3_128(words.tobytes()).hexdigest() for words in self._pieces(tokens)]
 
-    def _keys(self, tokens: Sequence[int] | None) -> list[BlockKey]:
-        words = _words(tokens).view(np.int64)
-        keys: list[BlockKey] = []
-        parent = self._root
-        for i in range(0, len(words), self._n):
-            parent = block_key(parent, words[i : i + self._n])
-            keys.append(parent)
-        return keys
-
-    def _keys_of(
+    def _keys(
         self, tokens: Sequence[int] | None, hash_128s: Sequence[int] | None
-    ) -> list[bytes]:
+    ) -> list[BlockKey]:
         if (tokens is None) == (hash_128s is None):
             raise ConfigError("tokens", "both or none", "either tokens or hash_128s")
         if hash_128s is not None:
             return [_as_key(value) for value in check_list("hash_128s", hash_128s)]
-        return self._keys(tokens)
+        keys = [self._root]
+        for words in self._pieces(tokens):
+            keys.append(block_key(keys[-1], words.view(np.int64)))
+        return keys[1:]
+
+    def _pieces(self, tokens: Sequence[int] | None) -> list[npt.NDArray[np.uint64]]:
+        """Token ids of each block.
+
+        Raises:
+            ConfigError: no flat list of integers, or one of them is negative.
+        """
+        array = integers("tokens", tokens)
+        if array.size and array.min() < 0:
+            raise ConfigError("tokens", int(array.min()), "integers from 0 to 2**64 - 1")
+        return split(array.astype(np.uint64), self._n)
 
     def query(  # type: ignore[override]
         self, tokens: Sequence[int] | None = None, *, hash_128s: Sequence[int] | None = None
     ) -> list[bool]:
         """Which blocks are stored; a block counts only with everything before it equal."""
-        return self.query_many(self._keys_of(tokens, hash_128s))
+        return self.query_many(self._keys(tokens, hash_128s))
 
     def create(  # type: ignore[override]
         self,
@@ -388,7 +389,7 @@ class PyLocalCacheService(LocalCacheService):
             ConfigError: unknown mode, pages out of range, counts that differ.
         """
         mode = _one_of("mode", mode, _MODES)
-        keys = self._keys_of(tokens, hash_128s)
+        keys = self._keys(tokens, hash_128s)
         pages = integers("kv_page_indexer", kv_page_indexer)
         if tokens is not None and len(pages) != len(tokens):
             raise ConfigError("kv_page_indexer", f"{len(pages)} pages", f"{len(tokens)}, as tokens")
@@ -396,15 +397,3 @@ class PyLocalCacheService(LocalCacheService):
         start_pos = check_integer("start_pos", start_pos, 0, last, f"0 to {last}")
         first = start_pos // self._n
         return super().create(mode, keys[first:], pages[first * self._n :])
-
-
-def _words(tokens: Sequence[int] | None) -> npt.NDArray[np.uint64]:
-    """Token ids as uint64 `[n]`.
-
-    Raises:
-        ConfigError: no flat list of integers, or one of them is negative.
-    """
-    array = integers("tokens", tokens)
-    if array.size and array.min() < 0:
-        raise ConfigError("tokens", int(array.min()), "integers from 0 to 2**64 - 1")
-    return array.astype(np.uint64)

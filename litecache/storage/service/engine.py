@@ -14,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
 from itertools import compress
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from ...errors import ConfigError, shown, told
 from ...hashing import BlockKey
@@ -65,6 +65,16 @@ class EngineOptions(NamedTuple):
     ram_bytes: int
     io_threads: int
     on_written: Callable[[Sequence[tuple[BlockKey, str | None]]], None]
+
+    def of_shard(self, number: int) -> dict[str, Any]:
+        """Arguments of one shard's store."""
+        return {
+            "directory": f"{self.path}_{number}",
+            "storage_bytes": self.storage_bytes // self.shards,
+            "ram_bytes": self.ram_bytes // self.shards,
+            "io_threads": self.io_threads,
+            "shards": self.shards,
+        }
 
 
 class StorageEngine(ABC):
@@ -334,13 +344,7 @@ class LocalEngine(ShardEngine):
         self.stores: list[ShardStore] = []
         for shard in range(options.shards):
             store = ShardStore(
-                f"{options.path}_{shard}",
-                storage_bytes=options.storage_bytes // options.shards,
-                ram_bytes=options.ram_bytes // options.shards,
-                io_threads=options.io_threads,
-                metrics=self.metrics,
-                shards=options.shards,
-                on_written=options.on_written,
+                **options.of_shard(shard), metrics=self.metrics, on_written=options.on_written
             )
             self.stores.append(store)
             self._shards.append(_LocalShard(store, str(shard)))

@@ -109,6 +109,11 @@ def pages_per_block(page_bytes: int) -> int:
     return max(1, min(_MAX_PAGES, limit * 2**20 // page_bytes))
 
 
+def split(items: npt.NDArray[Any], per_block: int) -> list[npt.NDArray[Any]]:
+    """What belongs to each block; the last may have less."""
+    return [items[at : at + per_block] for at in range(0, len(items), per_block)]
+
+
 class BlockLayout:
     """How rows of a tensor make a block.
 
