@@ -23,6 +23,8 @@ import numpy.typing as npt
 
 from .protocol import PAGE_BYTES
 
+Ints = npt.NDArray[np.int64]
+
 _CANDIDATES = 64
 _LARGEST_SEGMENT_BYTES = 64 << 20
 _LARGEST_REGION_PAGES = (64 << 20) // PAGE_BYTES
@@ -107,12 +109,7 @@ class Region:
         step = self.block_pages
         return range(self.base + first * step, self.base + (first + length) * step, step)
 
-    def occupy(
-        self,
-        slots: npt.NDArray[np.int64],
-        block_pages: npt.NDArray[np.int64],
-        handles: npt.NDArray[np.int64],
-    ) -> npt.NDArray[np.bool_]:
+    def occupy(self, slots: Ints, block_pages: Ints, handles: Ints) -> npt.NDArray[np.bool_]:
         """Mark slots that nobody has as used; bool `[n]`: which are slots of this region."""
         index, odd = np.divmod(slots - self.base, self.block_pages)
         fits: npt.NDArray[np.bool_] = (block_pages == self.block_pages) & (odd == 0)
@@ -353,20 +350,15 @@ class SegmentSpace:
         self.slots_assigned -= region.free_count
         self._free[region.block_pages] -= region.free_count
 
-    def occupy(
-        self,
-        slots: npt.NDArray[np.int64],
-        block_pages: npt.NDArray[np.int64],
-        handles: npt.NDArray[np.int64],
-    ) -> npt.NDArray[np.bool_]:
+    def occupy(self, slots: Ints, block_pages: Ints) -> npt.NDArray[np.bool_]:
         """Mark slots of a space without any as used while a store is read back.
 
         Args:
-            slots, block_pages, handles: int64 `[n]`, in order of trust, the best last; no slot
-                twice.
+            slots, block_pages: int64 `[n]`, in order of trust, the best last; no slot twice.
 
         Returns:
-            bool `[n]`: which fit; the others overlap better ones or lie outside.
+            bool `[n]`: which fit; the others overlap better ones or lie outside. Those that fit are
+            bound to the handles 0, 1, ...
         """
         accepted = np.zeros(len(slots), bool)
         segments = slots // self.segment_pages
@@ -375,10 +367,15 @@ class SegmentSpace:
         for rows in np.split(order, starts[1:]) if len(order) else []:
             region = self._region_at(int(segments[rows[0]]), int(block_pages[rows[-1]]))
             if region is not None:
-                fits = region.occupy(slots[rows], block_pages[rows], handles[rows])
+                fits = region.occupy(slots[rows], block_pages[rows], rows)
                 self._free[region.block_pages] -= int(fits.sum())
                 self._settle(region)
                 accepted[rows] = fits
+        numbers = np.cumsum(accepted) - 1
+        for region in self._all_regions():
+            owners = np.frombuffer(region.owners, np.int32)
+            bound = owners >= 0
+            owners[bound] = numbers[owners[bound]]
         return accepted
 
     def _region_at(self, segment: int, block_pages: int) -> Region | None:
@@ -392,13 +389,6 @@ class SegmentSpace:
 
     def _all_regions(self) -> list[Region]:
         return list({region.base: region for region in self._regions.values()}.values())
-
-    def rebind(self, renumbered: npt.NDArray[np.int64]) -> None:
-        """Replace every handle `h` by `renumbered[h]`."""
-        for region in self._all_regions():
-            owners = np.frombuffer(region.owners, np.int32)
-            held = owners >= 0
-            owners[held] = renumbered[owners[held]]
 
     def in_the_way(self, slot: int, block_pages: int) -> list[int]:
         """Handles that would have to leave for a region of `block_pages` where `slot` lies."""

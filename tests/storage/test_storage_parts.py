@@ -251,11 +251,8 @@ def test_restored_queues_evict_as_those_that_were_filled(name):
     filled, restored = World(name, parents), World(name, parents)
     for n in range(300):
         filled.insert(n)
-    keys = [filled.key_at(n) for n in range(300)]
     column = np.ones(300, np.int64)
-    restored.queues.extend(
-        np.arange(300), column, 0 * column, keys, [filled.parent_of(n) for n in range(300)]
-    )
+    restored.queues.extend(np.arange(300), column, 0 * column)
     restored.queues.check_integrity()
     order = [restored.evict() for _ in range(300)]
     assert order == [filled.evict() for _ in range(300)]

@@ -145,26 +145,18 @@ class DiskTier:
     def _restore(self, records: Records) -> None:
         """Blocks of a store that was opened again enter space, index and queues, if they fit."""
         fits = self.space.occupy(
-            records["slot"].astype(np.int64),
-            records["pages"].astype(np.int64),
-            np.arange(len(records)),
+            records["slot"].astype(np.int64), records["pages"].astype(np.int64)
         )
         kept = records
         if not fits.all():
-            # entry numbers are positions among the kept: say so to the space
             logger.info("%d blocks do not fit the store any more", len(fits) - fits.sum())
             kept = records[fits]
-            self.space.rebind(np.cumsum(fits) - 1)
         if not self.folder.intact:
             # any slot may have been given to another block whose record is lost
             kept["flags"] |= FLAG_DOUBTFUL
         entries = self._index.load(kept)
         self.queues.extend(
-            entries,
-            kept["pages"].astype(np.int64),
-            kept["namespace"].astype(np.int64),
-            self._index.keys,
-            self._index.parents,
+            entries, kept["pages"].astype(np.int64), kept["namespace"].astype(np.int64)
         )
         for entry in np.flatnonzero(kept["flags"] & FLAG_PINNED).tolist():
             self.queues.remove(entry)

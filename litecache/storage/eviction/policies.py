@@ -10,14 +10,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
-import numpy.typing as npt
 
 from ...errors import ConfigError
 from ...hashing import BlockKey
 from ..block_index import grown_by
+from ..segments import Ints
 
 _NONE = -1
 _LEVELS = 16
@@ -74,7 +74,7 @@ class Chain:
             older[before] = handle
         self.count += 1
 
-    def extend(self, handles: npt.NDArray[np.int64]) -> None:
+    def extend(self, handles: Ints) -> None:
         """Add many as the newest, in order."""
         if len(handles):
             older = np.frombuffer(self.links.older, np.int32)
@@ -134,10 +134,10 @@ class EvictionPolicy(ABC):
     def insert(self, handle: int, key: BlockKey) -> None:
         """A newcomer enters."""
 
-    def extend(self, handles: npt.NDArray[np.int64], keys: list[BlockKey]) -> None:
-        """Many newcomers enter, oldest first; `keys` are those of all handles of the tier."""
+    def extend(self, handles: Ints, key_at: Callable[[int], BlockKey]) -> None:
+        """Many newcomers enter, oldest first."""
         for handle in handles.tolist():
-            self.insert(handle, keys[handle])
+            self.insert(handle, key_at(handle))
 
     @abstractmethod
     def touch(self, handle: int) -> None:
@@ -199,7 +199,7 @@ class Lru(EvictionPolicy):
         """Enter as the newest."""
         self.chains[0].add(handle)
 
-    def extend(self, handles: npt.NDArray[np.int64], keys: list[BlockKey]) -> None:
+    def extend(self, handles: Ints, key_at: Callable[[int], BlockKey]) -> None:
         """Many enter, oldest first."""
         self.chains[0].extend(handles)
 

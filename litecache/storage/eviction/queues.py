@@ -16,15 +16,15 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import compress
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from ...hashing import BlockKey
 from ..block_index import grown_by
 from ..key_dict import BATCH_KEYS
-from ..segments import SegmentSpace
+from ..segments import Ints, SegmentSpace
 from .policies import Chain, EvictionPolicy, Links, get_policy
 
 _MOST_LOOKS = 1024
@@ -139,21 +139,8 @@ class Queues:
         self._clock += 1
         self._tick[handle] = self._clock
 
-    def extend(
-        self,
-        handles: npt.NDArray[np.int64],
-        pages: npt.NDArray[np.int64],
-        namespaces: npt.NDArray[np.int64],
-        keys: list[BlockKey],
-        parents: list[BlockKey],
-    ) -> None:
-        """Many enter empty queues at once, oldest first, while a store is read back.
-
-        Args:
-            handles: int64 `[n]`, distinct.
-            pages, namespaces: of each of them.
-            keys, parents: by handle.
-        """
+    def extend(self, handles: Ints, pages: Ints, namespaces: Ints) -> None:
+        """Many distinct handles enter empty queues, oldest first, while a store is read back."""
         if not len(handles):
             return
         assert not len(self), "the queues are not empty"
@@ -161,10 +148,11 @@ class Queues:
         places = np.arange(len(handles))
         np.frombuffer(self._tick, np.int64)[handles] = self._clock + 1 + places
         self._clock += len(handles)
-        before = np.array([self._kin.find(parents[at]) for at in handles.tolist()], np.int64)
+        parents = list(map(self._kin.parent_of, handles.tolist()))
+        before = np.array(list(map(self._kin.find, parents)), np.int64)
         inside = np.zeros(len(self._where) + 1, bool)  # and a place for -1
         inside[handles] = True
-        self._orphans = Counter(parents[at] for at in handles[~inside[before]].tolist())
+        self._orphans = Counter(compress(parents, (~inside[before]).tolist()))
         follows = inside[before] & (before != handles)
         size = len(self._followers)
         np.frombuffer(self._followers, np.uint32)[:] = np.bincount(before[follows], minlength=size)
@@ -178,7 +166,7 @@ class Queues:
             rows = (pages == kind[0]) & (kinds == kind[1])
             number = self._queue_of(*kind)
             np.frombuffer(self._where, np.int16)[handles[rows]] = number
-            self._queues[number].policy.extend(handles[rows & ~held], keys)
+            self._queues[number].policy.extend(handles[rows & ~held], self._kin.key_at)
             self._queues[number].held.extend(handles[rows & held])
             np.frombuffer(self._links.mark, np.uint8)[handles[rows & held]] = 0
 
@@ -317,12 +305,12 @@ class Queues:
         _, handle, size = min(ages, default=(0, -1, pages))
         return handle if size != pages else None
 
-    def ticks(self, handles: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    def ticks(self, handles: Ints) -> Ints:
         """Order of last use of many handles."""
         if not len(handles):
             return np.zeros(0, np.int64)
         self._ensure(int(handles.max()))
-        ticks: npt.NDArray[np.int64] = np.frombuffer(self._tick, np.int64)[handles]
+        ticks: Ints = np.frombuffer(self._tick, np.int64)[handles]
         return ticks
 
     def __iter__(self) -> Iterator[int]:
