@@ -7,11 +7,20 @@ from itertools import pairwise
 
 import pytest
 import torch
-from plan_driver import FAMILIES, GREEDY, PlanDriver, random_prompt, stock_generate, tiny_model
+from plan_driver import (
+    FAMILIES,
+    GREEDY,
+    PlanDriver,
+    random_prompt,
+    stock_generate,
+    stock_model,
+    tiny_model,
+)
 
 from litecache.engine.running.cuda_graphs import GraphCache
 from litecache.engine.scheduling.step_plan import RowStep, StepPlan
 from litecache.errors import ConfigError
+from litecache.kernels import dispatch
 from litecache.types import SamplingParams
 
 
@@ -282,3 +291,40 @@ def test_each_sampled_position_of_a_chunk_draws_as_if_it_were_the_last():
     result = several.runner.execute(replace(plan, rows=(RowStep(0, 0, 70, 3),))).result()
     assert list(result.tokens) == expected
     assert several.decode(0, 4) == driver.decode(0, 4)
+
+
+@pytest.mark.parametrize("keeps_logits", [True, False])
+def test_logits_of_all_positions_of_a_chunk_are_handed_out(llama, keeps_logits):
+    prompts = [random_prompt(20, 1), random_prompt(33, 2), random_prompt(9, 3)]
+    driver = PlanDriver(llama)
+    driver.runner._keeps_logits = keeps_logits
+    for row, prompt in enumerate(prompts):
+        driver.add(row, prompt)
+    driver.step({1: 13})
+    plan = driver.plan({0: 20, 1: 20, 2: 9})
+    rows = tuple(step._replace(logits=step.row != 0) for step in plan.rows)
+    handle = driver.runner.execute(replace(plan, rows=rows))
+    assert list(handle.result().tokens) == [stock_generate(llama, p, 1)[0] for p in prompts]
+    stock = stock_model("llama", 0, llama.device.type)
+    assert sorted(handle.logits) == [1, 2]
+    for place, logits in handle.logits.items():
+        prompt = torch.tensor([prompts[rows[place].row]], device=llama.device)
+        expected = stock(prompt, use_cache=False).logits[0, rows[place].start :]
+        assert logits.shape == expected.shape
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("family", "groups"), [("llama", 1), ("gemma2", 2)])
+def test_a_step_is_planned_once_for_each_group(family, groups, monkeypatch):
+    loaded = tiny_model(family)
+    driver = PlanDriver(loaded)
+    driver.add(0, random_prompt(20, 1))
+    driver.step({0: 20})
+    module, planned = dispatch.backend(loaded.device), []
+    plan = module.plan_attention
+    monkeypatch.setattr(module, "plan_attention", lambda *step: planned.append(step) or plan(*step))
+    assert len(driver.layout.groups) == groups
+    for count in (1, 2):
+        driver.step({0: 1})
+        if driver.runner._graphs is None:
+            assert len(planned) == count * groups

@@ -7,7 +7,6 @@ fields in place. On CPU host and device are the same memory.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +68,8 @@ class Batch:
         context_lens: visible tokens of each sequence, likewise.
         lives: life of each sequence's row, likewise.
         sampled_rows: row of each token that is drawn, without padding.
+        handed_out: (place in the plan, first of its logits, how many) of the sequences whose logits
+            are handed out at all positions; they lie behind those of the samples.
         every_token_sampled: logits are wanted at all tokens, in order.
         all_greedy: no sample draws.
         num_sorted: how many of the likeliest tokens must be put in order for top-k and top-p: the
@@ -85,6 +86,7 @@ class Batch:
     context_lens: tuple[int, ...] = ()
     lives: tuple[int, ...] = ()
     sampled_rows: tuple[int, ...] = ()
+    handed_out: tuple[tuple[int, int, int], ...] = ()
     every_token_sampled: bool = False
     all_greedy: bool = False
     num_sorted: int = 0
@@ -107,77 +109,54 @@ class StepBuffers:
         largest: bounds all later sizes.
         num_rows: rows of the engine; each has a word with its last sampled token.
         device: where the model runs.
+
+    Attributes:
+        words: int64: the last tokens of all rows, then the fields of the step, `ids` first.
+        first_id: index in `words` of the first entry of `ids`.
+        last_tokens: int64 `[num_rows + 1]`: the last sampled token of each row and, behind them,
+            of the padding row.
+        separate: host and device have memory of their own.
     """
 
     def __init__(self, largest: Sizes, num_rows: int, device: torch.device) -> None:
-        # One more word receives the tokens of padded rows.
-        self._offset = num_rows + 1
-        words = self._offset + _total_words(largest)
-        self._device = torch.zeros(words, dtype=torch.int64, device=device)
-        self._on_gpu = device.type == "cuda"
-        if self._on_gpu:
+        self.first_id = num_rows + 1
+        words = self.first_id + _total_words(largest)
+        self.words = torch.zeros(words, dtype=torch.int64, device=device)
+        self.last_tokens = self.words[: self.first_id]
+        self.separate = device.type == "cuda"
+        self._ring = [self.words]
+        if self.separate:
             self._ring = [torch.zeros(words, dtype=torch.int64).pin_memory() for _ in range(_RING)]
             self._copied = [torch.cuda.Event() for _ in range(_RING)]  # type: ignore[no-untyped-call]
-        else:
-            self._ring = [self._device]
         self._turn = 0
         # Steps of equal sizes come again and again, and cutting views costs more than filling them.
-        self._host_fields: dict[tuple[int, Sizes], Fields] = {}
-        self._device_fields: dict[Sizes, dict[str, torch.Tensor]] = {}
+        self._fields: dict[tuple[int, Sizes], tuple[Fields, dict[str, torch.Tensor]]] = {}
 
-    @property
-    def words(self) -> torch.Tensor:
-        """int64: the last tokens of all rows, then the fields of the step, `ids` first."""
-        return self._device
-
-    @property
-    def last_tokens(self) -> torch.Tensor:
-        """int64 `[num_rows + 1]`: the last sampled token of each row and of the padding row."""
-        return self._device[: self._offset]
-
-    @property
-    def first_id(self) -> int:
-        """Index in `words` of the first entry of `ids`."""
-        return self._offset
-
-    @property
-    def separate(self) -> bool:
-        """Whether host and device have memory of their own."""
-        return self._on_gpu
-
-    def host(self, sizes: Sizes) -> Fields:
-        """The next host buffer's fields, to be filled before `upload`."""
+    def begin(self, sizes: Sizes) -> tuple[Fields, dict[str, torch.Tensor]]:
+        """The next host buffer's fields, to be filled before `upload`, and those on the device."""
         self._turn = (self._turn + 1) % len(self._ring)
-        if self._on_gpu:
+        if self.separate:
             self._copied[self._turn].synchronize()
         key = (self._turn, sizes)
-        fields = self._host_fields.get(key)
-        if fields is None:
-            _bound(self._host_fields)
-            cut = self._cut(self._ring[self._turn], sizes)
-            fields = self._host_fields[key] = {name: part.numpy() for name, part in cut.items()}
-        return fields
+        found = self._fields.get(key)
+        if found is None:
+            if len(self._fields) >= _CACHED_SIZES:
+                self._fields.clear()  # eager steps have filled it with sizes of their own
+            host = self._cut(self._ring[self._turn], sizes)
+            fields = {name: part.numpy() for name, part in host.items()}
+            found = self._fields[key] = (fields, self._cut(self.words, sizes))
+        return found
 
     def upload(self, sizes: Sizes) -> None:
         """Copy the filled fields to the device, in stream order."""
-        if not self._on_gpu:
-            return
-        end = self._offset + _total_words(sizes)
-        source = self._ring[self._turn][self._offset : end]
-        self._device[self._offset : end].copy_(source, non_blocking=True)
-        self._copied[self._turn].record()
-
-    def device(self, sizes: Sizes) -> dict[str, torch.Tensor]:
-        """The fields on the device, as views."""
-        fields = self._device_fields.get(sizes)
-        if fields is None:
-            _bound(self._device_fields)
-            fields = self._device_fields[sizes] = self._cut(self._device, sizes)
-        return fields
+        if self.separate:
+            own = slice(self.first_id, self.first_id + _total_words(sizes))
+            self.words[own].copy_(self._ring[self._turn][own], non_blocking=True)
+            self._copied[self._turn].record()
 
     def _cut(self, buffer: torch.Tensor, sizes: Sizes) -> dict[str, torch.Tensor]:
         fields = {}
-        start = self._offset
+        start = self.first_id
         for name, dtype, length in _fields(sizes):
             end = start + _words(dtype, length)
             fields[name] = buffer[start:end].view(getattr(torch, dtype))[:length]
@@ -185,15 +164,8 @@ class StepBuffers:
         return fields
 
 
-@functools.lru_cache(maxsize=_CACHED_SIZES)
 def _total_words(sizes: Sizes) -> int:
     return sum(_words(dtype, length) for _, dtype, length in _fields(sizes))
-
-
-def _bound(cache: dict[Any, Any]) -> None:
-    """Forget everything when eager steps have filled a cache with sizes of their own."""
-    if len(cache) >= _CACHED_SIZES:
-        cache.clear()
 
 
 def _words(dtype: str, length: int) -> int:

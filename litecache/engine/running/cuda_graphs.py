@@ -11,8 +11,7 @@ from __future__ import annotations
 import bisect
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -48,8 +47,7 @@ def longest_graph(loaded: LoadedModel) -> int:
     return FUSED_GRAPH_TOKENS if layer_s > _LAUNCH_S else MAX_GRAPH_TOKENS
 
 
-@dataclass(frozen=True)
-class GraphKey:
+class GraphKey(NamedTuple):
     """What a graph was captured for.
 
     Attributes:
@@ -65,9 +63,8 @@ class GraphKey:
     @property
     def query_lens(self) -> tuple[int, ...]:
         """What attention is told at capture: leading decodes, and one chunk that fills the rest."""
-        if not self.chunk_seqs:
-            return (1,) * self.decodes
-        return (1,) * self.decodes + (self.chunk_tokens,) + (0,) * (self.chunk_seqs - 1)
+        chunk = (self.chunk_tokens,) + (0,) * (self.chunk_seqs - 1) if self.chunk_seqs else ()
+        return (1,) * self.decodes + chunk
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -76,12 +73,11 @@ class GraphKey:
         return self.decodes + self.chunk_tokens, seqs, seqs
 
 
-@dataclass(frozen=True)
-class StepGraph:
-    """A captured step: replay it, then read its outputs.
+class StepGraph(NamedTuple):
+    """A captured step: replay it on the current stream, then read its outputs.
 
     Attributes:
-        graph: to be replayed on the current stream.
+        graph: to be replayed.
         logits: `[samples, vocab]`.
         tokens: int64 `[samples]`, drawn inside the graph.
     """
@@ -97,49 +93,40 @@ class GraphCache:
     Args:
         max_requests: rows of the engine.
         max_chunk_tokens: longer chunks run without a graph.
+
+    Attributes:
+        decode_buckets: batch sizes of pure decode steps.
+        chunk_buckets: token counts of the longer sequences of a step.
+        graphs: what has been captured.
     """
 
     def __init__(self, max_requests: int, max_chunk_tokens: int) -> None:
-        small = [size for size in (1, 2, 4, 8) if size < max_requests]
-        large = [*range(16, min(64, max_requests), 8), *range(64, max_requests, 16)]
-        self._decodes = [*small, *(size for size in large if size < max_requests), max_requests]
+        sizes = [1, 2, 4, 8, *range(16, min(64, max_requests), 8), *range(64, max_requests, 16)]
+        self.decode_buckets = [size for size in sizes if size < max_requests] + [max_requests]
         self._mixed = [size for size in _MIXED_DECODES if size < max_requests]
         if max_requests <= _MIXED_DECODES[-1]:
             self._mixed.append(max_requests)
-        self._chunks = [size for size in _CHUNK_TOKENS if size <= max(16, max_chunk_tokens)]
-        self._graphs: dict[GraphKey, StepGraph] = {}
+        self.chunk_buckets = [size for size in _CHUNK_TOKENS if size <= max(16, max_chunk_tokens)]
+        self.graphs: dict[GraphKey, StepGraph] = {}
         self._pool: Any = None
-
-    @property
-    def decode_buckets(self) -> list[int]:
-        """Batch sizes of pure decode steps."""
-        return list(self._decodes)
-
-    @property
-    def chunk_buckets(self) -> list[int]:
-        """Token counts of the longer sequences of a step."""
-        return list(self._chunks)
 
     @property
     def largest(self) -> GraphKey:
         """A bucket that none exceeds in tokens or sequences."""
-        return GraphKey(max(self._decodes[-1], self._mixed[-1]), self._chunks[-1], _CHUNK_SEQS[-1])
+        decodes = max(self.decode_buckets[-1], self._mixed[-1])
+        return GraphKey(decodes, self.chunk_buckets[-1], _CHUNK_SEQS[-1])
 
     def key_for(self, decodes: int, chunk_tokens: int, chunk_seqs: int) -> GraphKey | None:
         """The bucket of a step, None when it is too large for any."""
         if not chunk_seqs:
-            size = _next(self._decodes, decodes)
+            size = _next(self.decode_buckets, decodes)
             return None if size is None else GraphKey(size)
         slots = _next(self._mixed, decodes)
-        tokens = _next(self._chunks, chunk_tokens)
+        tokens = _next(self.chunk_buckets, chunk_tokens)
         seqs = _next(_CHUNK_SEQS, chunk_seqs)
         if slots is None or tokens is None or seqs is None:
             return None
         return GraphKey(slots, tokens, seqs)
-
-    def find(self, key: GraphKey) -> StepGraph | None:
-        """The graph of a key, None when it has yet to be captured."""
-        return self._graphs.get(key)
 
     def capture(
         self, key: GraphKey, step: Callable[[], tuple[torch.Tensor, torch.Tensor]]
@@ -162,7 +149,7 @@ class GraphCache:
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             logits, tokens = step()
         self._pool = graph.pool()
-        captured = self._graphs[key] = StepGraph(graph, logits, tokens)
+        captured = self.graphs[key] = StepGraph(graph, logits, tokens)
         logger.debug("captured %s", key)
         return captured
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
@@ -31,45 +32,41 @@ MAX_UNREAD_STEPS = 8
 """Steps that may be executed on a GPU before the result of the first is read."""
 
 
+@dataclass(frozen=True)
 class StepHandle:
     """A step under way.
 
-    Args:
+    Attributes:
         step: number of the plan.
         rows: the sampled rows, in order.
         tokens: int64 `[>= len(rows)]` on the host, valid once `event` has passed.
         event: recorded behind the copy of the tokens; None when they are there already.
         logprobs: of the rows that asked for them; their copy lies before the event, too.
+        logits: by place in the plan, for the rows that ask for them: `[num_tokens, vocab]` of all
+            their positions, on the model's device, in the order of its stream.
     """
 
-    def __init__(
-        self,
-        step: int,
-        rows: tuple[int, ...],
-        tokens: torch.Tensor,
-        event: torch.cuda.Event | None = None,
-        logprobs: LogprobRows | None = None,
-    ) -> None:
-        self._step = step
-        self._rows = rows
-        self._tokens = tokens
-        self._event = event
-        self._logprobs = logprobs
+    step: int
+    rows: tuple[int, ...]
+    tokens: torch.Tensor
+    event: torch.cuda.Event | None = None
+    logprobs: LogprobRows | None = None
+    logits: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def ready(self) -> bool:
         """Whether `result` would return at once."""
-        return self._event is None or bool(self._event.query())  # type: ignore[no-untyped-call]
+        return self.event is None or bool(self.event.query())  # type: ignore[no-untyped-call]
 
     def result(self) -> StepResult:
         """Wait for the step's tokens."""
-        if self._event is not None:
-            self._event.synchronize()
-        tokens = tuple(self._tokens[: len(self._rows)].tolist())
+        if self.event is not None:
+            self.event.synchronize()
+        tokens = tuple(self.tokens[: len(self.rows)].tolist())
         invalid = tuple(
-            row for row, token in zip(self._rows, tokens, strict=True) if token == INVALID_TOKEN
+            row for row, token in zip(self.rows, tokens, strict=True) if token == INVALID_TOKEN
         )
-        logprobs = {} if self._logprobs is None else self._logprobs.read()
-        return StepResult(self._step, tokens, invalid, logprobs)
+        logprobs = {} if self.logprobs is None else self.logprobs.read()
+        return StepResult(self.step, tokens, invalid, logprobs)
 
 
 class ModelRunner:
@@ -151,12 +148,22 @@ class ModelRunner:
                 logits, tokens = graph.logits, graph.tokens
             else:
                 logits = self._forward(self._metadata(batch), batch)
+            handed_out = {
+                place: logits[first : first + count] for place, first, count in batch.handed_out
+            }
             logprobs = LogprobRows(logits, batch.logprobs) if batch.logprobs else None
             if graph is None or batch.needs_torch or not batch.masks_fit:
                 tokens = self._draw(logits, batch)
             if logprobs is not None:
                 logprobs.send(tokens)
-            return self._handle(plan, batch, tokens, logprobs)
+            event = None
+            if self._on_gpu:
+                self._turn = (self._turn + 1) % len(self._results)
+                host, event = self._results[self._turn]
+                host[: len(tokens)].copy_(tokens, non_blocking=True)
+                event.record()
+                tokens = host
+            return StepHandle(plan.step, batch.sampled_rows, tokens, event, logprobs, handed_out)
 
     def warm_up(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Capture the graphs of all decode batches and of the usual chunks, so that none waits.
@@ -182,14 +189,14 @@ class ModelRunner:
             return None
         counts = [row.num_tokens for row in plan.rows]
         decodes = counts.count(1)
-        if any(row.sample > 1 for row in plan.rows):
+        if any(row.sample > 1 or row.logits for row in plan.rows):
             return None
         return self._graphs.key_for(decodes, sum(counts) - decodes, len(counts) - decodes)
 
     def _graph(self, key: GraphKey) -> StepGraph | None:
         """The graph of a bucket, captured now if it was not; None when the model refuses."""
         assert self._graphs is not None
-        found = self._graphs.find(key)
+        found = self._graphs.graphs.get(key)
         if found is not None:
             return found
         batch = self._tables.build(StepPlan(step=0), key)
@@ -289,14 +296,3 @@ class ModelRunner:
             fields["struck"].view(-1, STRUCK_TOKENS),
             self._buffers.last_tokens,
         )
-
-    def _handle(
-        self, plan: StepPlan, batch: Batch, tokens: torch.Tensor, logprobs: LogprobRows | None
-    ) -> StepHandle:
-        if not self._on_gpu:
-            return StepHandle(plan.step, batch.sampled_rows, tokens, None, logprobs)
-        host, event = self._results[self._turn]
-        self._turn = (self._turn + 1) % len(self._results)
-        host[: len(tokens)].copy_(tokens, non_blocking=True)
-        event.record()
-        return StepHandle(plan.step, batch.sampled_rows, host, event, logprobs)

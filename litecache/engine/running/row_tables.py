@@ -9,6 +9,8 @@ the trash block only.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -20,6 +22,7 @@ from litecache.engine.running.logit_rules import RowRules, RuledSample
 from litecache.engine.running.random_numbers import position_keys, stream_keys
 from litecache.engine.scheduling.step_plan import NewRow, RowStep, StepPlan, TableUpdate
 from litecache.errors import ConfigError
+from litecache.types import SamplingParams
 
 Ints = npt.NDArray[np.int64]
 
@@ -44,8 +47,9 @@ class RowTables:
         num_prompt: int64 `[rows + 1]`, sampling positions count from it.
         life: int64 `[rows + 1]`, a number that no other request in any row has.
         stream: int64 `[rows + 1]`, of the random generator.
+        drawing: `[rows + 1]` each, the numbers of the sampling parameters that steps gather.
+        sampling: the parameters themselves.
         rules: of the rows that have any.
-        logprobs: of the rows that report log-probabilities, for how many of the likeliest.
         block_tables: int32 `[groups, rows + 1, max_blocks]` on the host.
         device_tables: the same on the device (on CPU the same memory).
     """
@@ -64,29 +68,25 @@ class RowTables:
         self._shift = layout.block_size.bit_length() - 1
         self._groups = len(layout.groups)
         self._max_tokens = max_batch_tokens
-        max_blocks = -(-max_model_len // layout.block_size)
+        rows, max_blocks = max_requests + 1, -(-max_model_len // layout.block_size)
         # Zeros come from untouched pages: rows cost memory only once they are used.
-        self.tokens = np.zeros((max_requests + 1, max_model_len), dtype=np.int32)
-        self.num_known = np.zeros(max_requests + 1, dtype=np.int64)
+        self.tokens = np.zeros((rows, max_model_len), dtype=np.int32)
+        self.num_known, self.num_prompt, self.life, self.stream = np.zeros((4, rows), np.int64)
         self.num_known[max_requests] = 1
-        self.num_prompt = np.zeros(max_requests + 1, dtype=np.int64)
-        self.life = np.zeros(max_requests + 1, dtype=np.int64)
         self._lives = 0
-        self.temperature = np.zeros(max_requests + 1, dtype=np.float32)
-        self.top_k = np.zeros(max_requests + 1, dtype=np.int64)
-        self.top_p = np.ones(max_requests + 1, dtype=np.float32)
-        self.min_p = np.zeros(max_requests + 1, dtype=np.float32)
-        self.stream = np.zeros(max_requests + 1, dtype=np.int64)
-        self.min_new_tokens = np.zeros(max_requests + 1, dtype=np.int64)
-        self.eos_token_ids: list[tuple[int, ...]] = [()] * (max_requests + 1)
+        self.drawing: dict[str, npt.NDArray[Any]] = {
+            "temperature": np.zeros(rows, dtype=np.float32),
+            "top_k": np.zeros(rows, dtype=np.int64),
+            "top_p": np.ones(rows, dtype=np.float32),
+            "min_p": np.zeros(rows, dtype=np.float32),
+            "min_new_tokens": np.zeros(rows, dtype=np.int64),
+        }
+        self.sampling = [SamplingParams(1)] * rows
         # The end tokens in a form that a step can gather; rows with more of them take the slow way.
-        self.struck_ends = np.full((max_requests + 1, STRUCK_TOKENS), -1, dtype=np.int32)
-        self.begin_suppressed: list[tuple[int, ...]] = [()] * (max_requests + 1)
+        self.struck_ends = np.full((rows, STRUCK_TOKENS), -1, dtype=np.int32)
         self.rules: dict[int, RowRules] = {}
-        self.logprobs: dict[int, int] = {}
-        self.block_tables = np.zeros(
-            (len(layout.groups), max_requests + 1, max_blocks), dtype=np.int32
-        )
+        self._with_logprobs: set[int] = set()
+        self.block_tables = np.zeros((self._groups, rows, max_blocks), dtype=np.int32)
         self.device_tables = torch.from_numpy(self.block_tables).to(buffers.words.device)
 
     def _set_row(self, new: NewRow) -> None:
@@ -97,24 +97,20 @@ class RowTables:
         self.num_prompt[row] = new.num_prompt_tokens
         self._lives += 1
         self.life[row] = self._lives
-        self.temperature[row] = sampling.temperature
-        self.top_k[row] = sampling.top_k
-        self.top_p[row] = sampling.top_p
-        self.min_p[row] = sampling.min_p
+        self.sampling[row] = sampling
+        for name, column in self.drawing.items():
+            column[row] = getattr(sampling, name)
         seed = np.array([sampling.seed], dtype=np.int64)
         self.stream[row] = stream_keys(seed, np.array([sampling.sample_index]))[0]
-        self.min_new_tokens[row] = sampling.min_new_tokens
-        self.eos_token_ids[row] = sampling.eos_token_ids
         self.struck_ends[row] = -1
         ends = sampling.eos_token_ids[:STRUCK_TOKENS]
         self.struck_ends[row, : len(ends)] = ends
-        self.begin_suppressed[row] = sampling.begin_suppress_tokens
         self.rules.pop(row, None)
         if sampling.any_rules:
             self.rules[row] = RowRules(sampling, new.token_ids, new.num_prompt_tokens)
-        self.logprobs.pop(row, None)
+        self._with_logprobs.discard(row)
         if sampling.logprobs is not None:
-            self.logprobs[row] = sampling.logprobs
+            self._with_logprobs.add(row)
 
     def build(self, plan: StepPlan, graph: GraphKey | None = None) -> Batch:
         """Apply a plan's changes and upload its inputs.
@@ -133,41 +129,65 @@ class RowTables:
             raise ConfigError("num_tokens", num_tokens, f"at most {self._max_tokens} in a step")
         if graph is not None:
             steps = self._pad_decodes(steps, graph.decodes)
-        rows, starts, counts, drawn, cached = steps.T
+        rows, starts, counts, drawn, cached, whole = steps.T
         ends, contexts = np.cumsum(counts), starts + counts
         # The last `drawn` positions of each sequence, in order: how far each is from its end.
         seqs = np.repeat(np.arange(len(rows)), drawn)
         back = np.cumsum(drawn)[seqs] - 1 - np.arange(len(seqs))
-        sizes = (num_tokens, len(rows), len(seqs), self._groups, deltas)
+        places = ends[seqs] - 1 - back
+        handed_out, last = [], len(seqs)
+        for seq in np.flatnonzero(whole).tolist():
+            count = int(counts[seq])
+            handed_out.append((seq, last, count))
+            places = np.concatenate((places, np.arange(ends[seq] - count, ends[seq])))
+            last += count
+        sizes = (num_tokens, len(rows), last, self._groups, deltas)
         if graph is not None:
             sizes = (*graph.sizes, self._groups, deltas)
-        fields = self._buffers.host(sizes)
+        fields, on_device = self._buffers.begin(sizes)
         self._fill_tokens(fields, rows, starts, counts, cached, ends)
         self._fill_seqs(fields, rows, contexts, ends)
+        fields["logit_index"][:last] = places
+        fields["logit_index"][last:] = 0
         sampled, lengths = rows[seqs], contexts[seqs] - back
-        drawing = self._fill_samples(fields, sampled, lengths, ends[seqs] - 1 - back)
+        drawing = self._fill_samples(fields, sampled, lengths)
         # The next step reads what a row's last position drew; the word of no row takes the others.
         fields["sample_rows"][: len(seqs)][back > 0] = self.num_rows
         if deltas:
             self._fill_deltas(fields, plan.table_updates)
         self._buffers.upload(sizes)
         masked, fit = self._masked(sampled, lengths)
+        top_k, top_p, min_p = (self.drawing[name][drawing] for name in ("top_k", "top_p", "min_p"))
+        sampled_rows, rules = sampled.tolist(), self.rules
         return Batch(
-            fields=self._buffers.device(sizes),
+            fields=on_device,
             query_lens=tuple(counts.tolist()),
             context_lens=tuple(contexts.tolist()),
             lives=tuple(self.life[rows].tolist()),
-            sampled_rows=tuple(sampled.tolist()),
-            every_token_sampled=len(seqs) == sizes[0],
-            all_greedy=drawing is None,
-            num_sorted=0
-            if drawing is None
-            else num_sorted(self.top_k[drawing], self.top_p[drawing]),
-            any_min_p=drawing is not None and bool(self.min_p[drawing].any()),
+            sampled_rows=tuple(sampled_rows),
+            handed_out=tuple(handed_out),
+            every_token_sampled=len(seqs) == sizes[0] and not handed_out,
+            all_greedy=not len(drawing),
+            num_sorted=num_sorted(top_k, top_p),
+            any_min_p=bool(min_p.any()),
             masked=masked,
             masks_fit=fit,
-            ruled=self._ruled(sampled, lengths),
-            logprobs=self._logprobs(sampled),
+            ruled=tuple(
+                RuledSample(index, row, length, rules[row])
+                for index, (row, length) in enumerate(
+                    zip(sampled_rows, lengths.tolist(), strict=True)
+                )
+                if row in rules
+            )
+            if rules
+            else (),
+            logprobs=tuple(
+                (index, self.sampling[row].logprobs or 0)
+                for index, row in enumerate(sampled_rows)
+                if row in self._with_logprobs
+            )
+            if self._with_logprobs
+            else (),
         )
 
     def _pad_decodes(self, steps: Ints, slots: int) -> Ints:
@@ -175,9 +195,8 @@ class RowTables:
         decodes = int((steps[:, 2] == 1).sum())
         if decodes == slots:
             return steps
-        padding = np.tile(
-            np.array([self.num_rows, 0, 1, 0, 1], dtype=np.int64), (slots - decodes, 1)
-        )
+        padding = np.array([RowStep(self.num_rows, 0, 1, 0, cached=True)], dtype=np.int64)
+        padding = padding.repeat(slots - decodes, axis=0)
         return np.concatenate([steps[:decodes], padding, steps[decodes:]])
 
     def apply(self, plan: StepPlan) -> int:
@@ -244,31 +263,27 @@ class RowTables:
         starts[1 : count + 1] = ends
         starts[count + 1 :] = starts[count]
 
-    def _fill_samples(
-        self, fields: Fields, rows: Ints, contexts: Ints, logit_index: Ints
-    ) -> Ints | None:
-        """Where and how the samples draw; returns the rows of those that are not greedy, if any."""
+    def _fill_samples(self, fields: Fields, rows: Ints, contexts: Ints) -> Ints:
+        """How the samples draw; returns the rows of those that are not greedy."""
         count = len(rows)
-        fields["logit_index"][:count] = logit_index
-        fields["logit_index"][count:] = 0
         fields["sample_rows"][:count] = rows
         fields["sample_rows"][count:] = self.num_rows
-        temperature = self.temperature[rows]
+        temperature = self.drawing["temperature"][rows]
         fields["temperature"][:count] = temperature
         fields["temperature"][count:] = 0
         num_new = contexts - self.num_prompt[rows]
         struck = fields["struck"].reshape(-1, STRUCK_TOKENS)
         struck[:] = -1
-        early = num_new < self.min_new_tokens[rows]
+        early = num_new < self.drawing["min_new_tokens"][rows]
         struck[:count][early] = self.struck_ends[rows[early]]
-        if not temperature.any():
-            return None  # nothing else is read
-        for name in ("top_k", "top_p", "min_p"):
-            fields[name][:count] = getattr(self, name)[rows]
-            fields[name][count:] = 0
-        fields["keys"][:count] = position_keys(self.stream[rows], num_new)
-        fields["keys"][count:] = 0
-        return rows[temperature > 0]
+        drawing = rows[temperature > 0]
+        if len(drawing):  # nothing else is read of greedy samples
+            for name in ("top_k", "top_p", "min_p"):
+                fields[name][:count] = self.drawing[name][rows]
+                fields[name][count:] = 0
+            fields["keys"][:count] = position_keys(self.stream[rows], num_new)
+            fields["keys"][count:] = 0
+        return drawing
 
     def _fill_deltas(self, fields: Fields, updates: tuple[TableUpdate, ...]) -> None:
         """Where the updates lie in the flattened block tables, and what they write."""
@@ -283,35 +298,14 @@ class RowTables:
 
     def _masked(self, sampled: Ints, lengths: Ints) -> tuple[tuple[tuple[int, int], ...], bool]:
         """The struck pairs of (sample, token), and whether the drawing kernels know of all."""
-        masked: list[tuple[int, int]] = []
         num_new = lengths - self.num_prompt[sampled]
-        fit = True
-        for index in np.flatnonzero(num_new < self.min_new_tokens[sampled]).tolist():
-            ends = self.eos_token_ids[sampled[index]]
-            fit = fit and len(ends) <= STRUCK_TOKENS
-            masked += [(index, token) for token in ends]
-        for index in np.flatnonzero(num_new == 0).tolist():
-            suppressed = self.begin_suppressed[sampled[index]]
-            fit = fit and not suppressed
-            masked += [(index, token) for token in suppressed]
-        return tuple(masked), fit
-
-    def _ruled(self, sampled: Ints, lengths: Ints) -> tuple[RuledSample, ...]:
-        rules = self.rules
-        if not rules:
-            return ()
-        rows = zip(sampled.tolist(), lengths.tolist(), strict=True)
-        return tuple(
-            RuledSample(index, row, length, rules[row])
-            for index, (row, length) in enumerate(rows)
-            if row in rules
-        )
-
-    def _logprobs(self, sampled: Ints) -> tuple[tuple[int, int], ...]:
-        counts = self.logprobs
-        if not counts:
-            return ()
-        return tuple((i, counts[row]) for i, row in enumerate(sampled.tolist()) if row in counts)
+        early = np.flatnonzero(num_new < self.drawing["min_new_tokens"][sampled]).tolist()
+        first = np.flatnonzero(num_new == 0).tolist()
+        ends = [(index, self.sampling[sampled[index]].eos_token_ids) for index in early]
+        begins = [(index, self.sampling[sampled[index]].begin_suppress_tokens) for index in first]
+        fit = all(len(tokens) <= STRUCK_TOKENS for _, tokens in ends)
+        fit = fit and not any(tokens for _, tokens in begins)
+        return tuple((i, token) for i, tokens in (*ends, *begins) for token in tokens), fit
 
 
 def num_sorted(top_k: Ints, top_p: npt.NDArray[np.float32]) -> int:

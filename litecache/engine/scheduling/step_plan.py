@@ -72,6 +72,7 @@ class RowStep(NamedTuple):
         sample: how many of the last positions draw a token from their logits.
         cached: the KV of these positions is already in published blocks: attention reads it
             there, and what this step computes goes to the trash block (full prefix hit).
+        logits: the logits of all these positions are handed out (`StepHandle.logits`).
     """
 
     row: int
@@ -79,6 +80,7 @@ class RowStep(NamedTuple):
     num_tokens: int
     sample: int
     cached: bool = False
+    logits: bool = False
 
 
 @dataclass(frozen=True)
