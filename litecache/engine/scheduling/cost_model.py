@@ -147,17 +147,20 @@ class Source:
     """Rate and latency of one source, what is ordered of it, and whether it answers.
 
     Attributes:
+        tier: "ram", "disk" or "remote"; a disk reads ahead from the lookup on.
+        rate, best: bytes per second, now and at most.
         ordered: bytes that each ticket still waits for.
-        out: it failed or is long overdue: left out of plans until it answers, probed at `probe_s`.
+        out: it failed or is long overdue: left out of plans until it answers or is probed.
     """
 
+    tier: str
     rate: float
     latency_s: float
     best: float
-    measured: bool = False
     ordered: dict[int, int] = field(default_factory=dict)
     out: bool = False
-    probe_s: float = 0.0
+    _measured: bool = False
+    _probe_s: float = 0.0
     _backoff_s: float = PROBE_S
     _batch: float = 16 << 20
     _begun_s: float = -math.inf
@@ -167,15 +170,15 @@ class Source:
     _span: tuple[float, int] = (0.0, 0)
     _last: deque[float] = field(default_factory=lambda: deque(maxlen=3))
 
-    def order(self, ticket: int, nbytes: int, now: float, asked_s: float) -> None:
+    def order(self, ticket: int, nbytes: int, now: float, asked_s: float | None) -> None:
         """A ticket's blocks are wanted, and have been read ahead since `asked_s`."""
         if not self.ordered:
-            self._begun_s = max(min(asked_s, now), self._landed_s)
+            self._begun_s = self._busy_since(now, asked_s)
             self._first, self._span = True, (self._begun_s, 0)
         self.ordered[ticket] = self.ordered.get(ticket, 0) + nbytes
         if self.out:
             self._backoff_s = min(2 * self._backoff_s, MAX_PROBE_S)
-            self.probe_s = now + self._backoff_s
+            self._probe_s = now + self._backoff_s
 
     def land(self, ticket: int, nbytes: int, now: float, *, waited: bool) -> None:
         """Some of them are there."""
@@ -183,7 +186,7 @@ class Source:
         if ticket not in self.ordered:
             return  # of a load that was given up
         since = self._since(now)
-        if self._first and self.measured and waited:
+        if self._first and self._measured and waited:
             extra = max(0.0, since - nbytes / self.rate)
             self.latency_s += 0.2 * (min(extra, 4 * self.latency_s + 1e-4) - self.latency_s)
         self.ordered[ticket] -= nbytes
@@ -215,23 +218,23 @@ class Source:
         self._last.append(nbytes / max(seconds, 1e-9))
         rate = statistics.median(self._last) if len(self._last) > 2 else self._last[-1]
         change = math.log(rate / self.rate)
-        if not self.measured or abs(change) > math.log(2):
+        if not self._measured or abs(change) > math.log(2):
             self.rate = rate
         else:
             self.rate *= math.exp(0.4 * change)
-        self.measured = True
+        self._measured = True
         self.best = max(self.best, self.rate)
 
     def leave_out(self, now: float) -> None:
         """It failed, or is overdue."""
         if not self.out:
-            self.out, self.probe_s = True, now + self._backoff_s
+            self.out, self._probe_s = True, now + self._backoff_s
 
     def usable(self, now: float) -> bool:
         """It may be planned with."""
         if self.ordered and self._overdue(now, 4, OVERDUE_S):
             self.leave_out(now)
-        return not self.out or now >= self.probe_s
+        return not self.out or now >= self._probe_s
 
     def speed(self, now: float) -> float:
         """Bytes per second to plan with."""
@@ -240,15 +243,12 @@ class Source:
         age = min(max(0.0, now - self._read_s) / FORGET_S, 60.0)
         return min(self.best, self.rate * math.pow(2, age))
 
-    def waiting(self, ticket: int | None) -> int:
-        """Bytes that others than this ticket wait for."""
-        return sum(self.ordered.values()) - self.ordered.get(-1 if ticket is None else ticket, 0)
-
-    def load_s(self, wanted: Floats, ticket: int | None, now: float, asked_s: float) -> Floats:
+    def load_s(
+        self, wanted: Floats, ticket: int | None, now: float, asked_s: float | None
+    ) -> Floats:
         """Seconds until so many bytes have landed, if they are ordered now."""
-        ahead = self.waiting(ticket)
-        # Without others in front, it has read since it was asked, or since its last landing.
-        ahead_s = ahead / self.rate if ahead else min(0.0, max(asked_s, self._landed_s) - now)
+        others = sum(nbytes for owner, nbytes in self.ordered.items() if owner != ticket)
+        ahead_s = others / self.rate if others else self._busy_since(now, asked_s) - now
         spent = np.maximum(self.latency_s + ahead_s + wanted / self.speed(now), 0.0)
         return np.asarray((wanted > 0) * np.maximum(spent, wanted / COPY_BYTES_PER_S))
 
@@ -259,6 +259,11 @@ class Source:
             return nbytes / self.rate + since
         first = self.latency_s if self._first else 0.0
         return max(0.0, first + nbytes / self.rate - since)
+
+    def _busy_since(self, now: float, asked_s: float | None) -> float:
+        """When it began with what is asked for, nobody else waiting."""
+        asked = now if asked_s is None or self.tier != "disk" else min(asked_s, now)
+        return min(now, max(asked, self._landed_s))
 
     def _since(self, now: float) -> float:
         return max(0.0, now - max(self._begun_s, self._landed_s))
@@ -370,9 +375,8 @@ class CostModel:
         for name, source in sources.items():
             below = _sums(per_block(lambda other, n, name=name: n * (other == name)))  # type: ignore[misc]
             wanted = below[ends] - below[:-1]
-            nbytes += wanted * (not name.startswith("ram:"))
-            asked = asked_s if name.startswith("disk:") and asked_s is not None else now
-            load_s = np.maximum(load_s, source.load_s(wanted, ticket, now, asked))
+            nbytes += wanted * (source.tier != "ram")
+            load_s = np.maximum(load_s, source.load_s(wanted, ticket, now, asked_s))
         front_s = queued_s + compute_s(tokens[:-1], seconds[:-1], self._chunk)
         behind_s = seconds[-1] - seconds[ends] + rest_s
         behind_s = compute_s(tokens[-1] - tokens[ends] + rest, behind_s, self._chunk)
@@ -409,8 +413,7 @@ class CostModel:
             self._predicted.popitem(last=False)
         for name, nbytes in sources.items():
             if nbytes > 0:
-                asked = asked_s if name.startswith("disk:") and asked_s is not None else now
-                self._source(name).order(ticket, nbytes, now, asked)
+                self._source(name).order(ticket, nbytes, now, asked_s)
 
     def progress(
         self, ticket: int, source: str, nbytes: int, now: float, *, waited: bool = True
@@ -479,7 +482,6 @@ class CostModel:
                     "bytes_per_s": source.rate,
                     "latency_s": source.latency_s,
                     "ordered_bytes": sum(source.ordered.values()),
-                    "measured": source.measured,
                     "out": source.out,
                 }
                 for name, source in self._sources.items()
@@ -491,8 +493,9 @@ class CostModel:
     def _source(self, name: str) -> Source:
         found = self._sources.get(name)
         if found is None:
-            rate, latency_s = PRIOR_SOURCES.get(name.partition(":")[0], PRIOR_SOURCES["disk"])
-            found = self._sources[name] = Source(rate, latency_s, rate)
+            tier = name.partition(":")[0]
+            rate, latency_s = PRIOR_SOURCES[tier]
+            found = self._sources[name] = Source(tier, rate, latency_s, rate)
         return found
 
 
