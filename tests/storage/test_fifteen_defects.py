@@ -325,3 +325,12 @@ def test_the_memory_engine_and_registered_engines(tmp_path, monkeypatch):
 
     monkeypatch.setattr(engine, "entry_points", lambda group: [Point()])
     assert engine.get_engine("mine") is MemoryEngine
+
+
+def test_a_live_store_of_another_page_size_is_not_set_aside_even_without_its_lock_file(tmp_path):
+    with service(tensor(64), tmp_path) as cache:
+        run(cache, [1], [0], "w")
+        (tmp_path / "cache_0" / "lock").unlink()
+        with pytest.raises(StorageLockedError, match="cache_0"):
+            service(tensor(64, 8192), tmp_path, shards=1)
+        assert (tmp_path / "cache_0" / "slab").exists()

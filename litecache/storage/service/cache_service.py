@@ -288,14 +288,15 @@ def _open_in_folder(
 
 
 def _set_aside(folder: str, target: str) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        fd = os.open(f"{folder}/lock", os.O_RDWR | os.O_NOFOLLOW)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StorageLockedError(f"{folder} is in use by another service") from None
-        finally:
-            os.close(fd)
+    for path in (folder, f"{folder}/lock"):  # some file systems lock no folders
+        with contextlib.suppress(OSError):
+            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise StorageLockedError(f"{folder} is in use by another service") from None
+            finally:
+                os.close(fd)
     # one store aside per page size: a third geometry in turn must not fill the disk
     shutil.rmtree(target, ignore_errors=True)
     os.rename(folder, target)

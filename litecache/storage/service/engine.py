@@ -196,10 +196,9 @@ class ShardEngine(StorageEngine):
         found = [False] * len(keys)
         for _, client, positions in self._by_shard(keys):
             there = client.query([keys[i] for i in positions])
-            present = [i for i, hit in zip(positions, there, strict=True) if hit]
-            client.touch([keys[i] for i in present])
-            for i in present:
-                found[i] = True
+            client.touch([keys[i] for i, hit in zip(positions, there, strict=True) if hit])
+            for i, hit in zip(positions, there, strict=True):
+                found[i] = hit
         return found
 
     def put(self, items: Sequence[Put], stop: Callable[[], bool], wait_s: float) -> list[str]:
@@ -252,15 +251,14 @@ class ShardEngine(StorageEngine):
             return
         fresh = shard.announce([commit.key for commit in commits.values()])
         statuses = client.commit(list(commits.values()))
-        stored: dict[BlockKey, None] = {}
-        for (i, commit), status in zip(commits.items(), statuses, strict=True):
-            outcome[i] = "pending" if status is CommitStatus.STORED else LOST
-            if status is CommitStatus.STORED:
-                stored[commit.key] = None
+        told = list(zip(commits, commits.values(), statuses, strict=True))
+        stored = {commit.key for _, commit, status in told if status is CommitStatus.STORED}
         shard.committed(list(stored), [key for key in fresh if key not in stored])
-        for (i, commit), status in zip(commits.items(), statuses, strict=True):
+        for i, commit, status in told:
             if status is CommitStatus.EXISTS:
                 outcome[i] = _present(shard, commit.key)
+            else:
+                outcome[i] = "pending" if status is CommitStatus.STORED else LOST
 
     def get(self, items: Sequence[Get], stop: Callable[[], bool], wait_s: float) -> list[str]:
         """See `StorageEngine.get`."""
