@@ -14,7 +14,7 @@ import fcntl
 import logging
 import os
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from ...errors import StorageError, StorageFormatError
 
@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 IOV_MAX = 1024
 Call = Callable[[int, Sequence[memoryview], int], int]
+_SAFELY = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2
 # Python's os has posix_fallocate, which cannot punch
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -38,6 +39,12 @@ class Files:
 
     folder = -1
 
+    # as they are: a descriptor, and an offset and a length in bytes or the file's new length
+    close = staticmethod(os.close)
+    allocate = staticmethod(os.posix_fallocate)  # ENOSPC here rather than in the middle of a write
+    truncate = staticmethod(os.ftruncate)
+    sync = staticmethod(os.fdatasync)
+
     def open(self, name: str, *, create: bool = False, direct: bool = False) -> int:
         """Open for reading and writing, 0600 when created.
 
@@ -47,43 +54,31 @@ class Files:
             direct: try O_DIRECT first; `is_direct` says whether it held.
 
         Raises:
-            StorageFormatError: there is something else than a regular file.
-            StorageError: another user owns, reads or writes it, or it has a second name.
+            StorageFormatError, StorageError: see `open_private`.
         """
-        flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-        flags |= os.O_CREAT if create else 0
+        flags = os.O_RDWR | (os.O_CREAT if create else 0)
+        owner = os.fstat(self.folder).st_uid
         try:
-            fd = self._open_direct(name, flags) if direct else self._open(name, flags)
+            more = os.O_DIRECT if direct else 0
+            return open_private(self.folder, name, flags | more, owner)
         except OSError as error:
-            if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
-                raise StorageFormatError(f"{name} is not a regular file") from error
-            raise
-        try:
-            check_private(fd, name, os.fstat(self.folder).st_uid)
-        except BaseException:
-            os.close(fd)
-            raise
-        return fd
-
-    def _open(self, name: str, flags: int) -> int:
-        return os.open(name, flags, 0o600, dir_fd=self.folder)
-
-    def _open_direct(self, name: str, flags: int) -> int:
-        try:
-            return self._open(name, flags | os.O_DIRECT)
-        except OSError as error:
-            if error.errno != errno.EINVAL:
+            if not direct or error.errno != errno.EINVAL:
                 raise
-            logger.info("no O_DIRECT for %s: buffered I/O instead", name)
-            return self._open(name, flags)
+        logger.info("no O_DIRECT for %s: buffered I/O instead", name)
+        return open_private(self.folder, name, flags, owner)
+
+    @contextlib.contextmanager
+    def opened(self, name: str, *, create: bool = False) -> Iterator[int]:
+        """`open` a file for a while."""
+        fd = self.open(name, create=create)
+        try:
+            yield fd
+        finally:
+            self.close(fd)
 
     def is_direct(self, fd: int) -> bool:
         """Whether the descriptor bypasses the page cache."""
         return bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT)
-
-    def close(self, fd: int) -> None:
-        """Close a descriptor."""
-        os.close(fd)
 
     def size(self, fd: int) -> int:
         """Length of the file."""
@@ -91,19 +86,18 @@ class Files:
 
     def exists(self, name: str) -> bool:
         """Whether anything has the name, a dangling symlink included."""
-        try:
-            os.stat(name, dir_fd=self.folder, follow_symlinks=False)
-        except FileNotFoundError:
-            return False
-        return True
+        return self._find(name) is not None
 
     def is_at(self, fd: int, name: str) -> bool:
         """Whether the open file still is the one of that name."""
+        there = self._find(name)
+        return there is not None and os.path.samestat(there, os.fstat(fd))
+
+    def _find(self, name: str) -> os.stat_result | None:
         try:
-            there = os.stat(name, dir_fd=self.folder, follow_symlinks=False)
+            return os.stat(name, dir_fd=self.folder, follow_symlinks=False)
         except FileNotFoundError:
-            return False
-        return os.path.samestat(there, os.fstat(fd))
+            return None
 
     def read(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
         """Fill buffers from `offset`; fewer bytes than asked for only at the end of the file."""
@@ -133,23 +127,11 @@ class Files:
         """Tell the kernel that buffered pages of the range are not needed again."""
         os.posix_fadvise(fd, offset, length, os.POSIX_FADV_DONTNEED)
 
-    def allocate(self, fd: int, offset: int, length: int) -> None:
-        """Reserve disk space for a range; ENOSPC here rather than in the middle of a write."""
-        os.posix_fallocate(fd, offset, length)
-
     def punch(self, fd: int, offset: int, length: int) -> None:
         """Give the disk space of a range back; it reads as zeros, the file keeps its length."""
         if _LIBC.fallocate(fd, _PUNCH_HOLE | _KEEP_SIZE, offset, length):
             number = ctypes.get_errno()
             raise OSError(number, os.strerror(number))
-
-    def truncate(self, fd: int, length: int) -> None:
-        """Set the file's length."""
-        os.ftruncate(fd, length)
-
-    def sync(self, fd: int) -> None:
-        """Force data, and what is needed to find it, to the device."""
-        os.fdatasync(fd)
 
     def rename(self, source: str, target: str) -> None:
         """Replace `target` by `source` atomically."""
@@ -177,32 +159,45 @@ class Files:
         """
         if not self.exists(name):
             return b""
-        fd = self.open(name)
-        try:
+        with self.opened(name) as fd:
             raw = bytearray(min(self.size(fd), most_bytes))
             if raw and (got := self.read(fd, [memoryview(raw)], 0)) != len(raw):
                 raise OSError(errno.EIO, f"only {got} of {len(raw)} bytes of {name} can be read")
-            return bytes(raw)
-        finally:
-            self.close(fd)
+        return bytes(raw)
 
 
-def check_private(fd: int, name: str, owner: int) -> None:
-    """Refuse an open file that others may have written, or that has a second name.
+def open_private(folder: int, name: str, flags: int, owner: int, path: str = "") -> int:
+    """Open a regular file that nobody else may have written and that has no second name.
+
+    Args:
+        folder: descriptor of the folder.
+        name: in the folder.
+        flags: of `os.open`.
+        owner: uid that the file must have.
+        path: what errors call the file.
 
     Raises:
-        StorageFormatError: it is not a regular file.
+        StorageFormatError: there is something else than a regular file.
         StorageError: its owner, its mode or its number of names is wrong.
     """
+    path = path or name
+    try:
+        fd = os.open(name, flags | _SAFELY, 0o600, dir_fd=folder)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise StorageFormatError(f"{path} is not a regular file") from error
+        raise
     found = os.fstat(fd)
+    mode = stat.S_IMODE(found.st_mode)
+    checks = (
+        (found.st_uid != owner, f"belongs to uid {found.st_uid}, not to uid {owner}"),
+        (mode & 0o077, f"has mode {mode:04o}, others may use it (0600 is private)"),
+        (found.st_nlink > 1, f"has {found.st_nlink} names (hard links), one is allowed"),
+    )
+    wrong = next((text for fails, text in checks if fails), None)
+    if wrong is None and stat.S_ISREG(found.st_mode):
+        return fd
+    os.close(fd)
     if not stat.S_ISREG(found.st_mode):
-        raise StorageFormatError(f"{name} is not a regular file")
-    if found.st_uid != owner:
-        wrong = f"belongs to uid {found.st_uid}, not to uid {owner}"
-    elif found.st_mode & 0o077:
-        wrong = f"has mode {stat.S_IMODE(found.st_mode):04o}, others may use it (0600 is private)"
-    elif found.st_nlink > 1:
-        wrong = f"has {found.st_nlink} names (hard links), one is allowed"
-    else:
-        return
-    raise StorageError(f"{name} of the store is not private: it {wrong}")
+        raise StorageFormatError(f"{path} is not a regular file")
+    raise StorageError(f"{path} of the store is not private: it {wrong}")

@@ -29,7 +29,7 @@ from ...errors import (
     StorageFullError,
     StorageLockedError,
 )
-from .files import Files, check_private
+from .files import Files, open_private
 
 logger = logging.getLogger(__name__)
 
@@ -70,61 +70,69 @@ def open_folder(path: str, *, make: bool = False, any_owner: bool = False) -> tu
             on the way there or in it.
         FileNotFoundError: a folder is missing and `make` is not set.
     """
+
+    def refuse(valid: str) -> ConfigError:
+        return ConfigError("storage_dir", path, valid)
+
     if not os.path.isabs(path) or "\0" in path:
-        raise ConfigError("storage_dir", path, "an absolute path")
-    made: list[str] = []
+        raise refuse("an absolute path")
     path = os.path.normpath(path)
-    fd, at, links = os.open("/", os.O_PATH | os.O_DIRECTORY), "/", 0
-    names = path.split("/")[::-1]
+    made: list[str] = []
+    fd, at, links = _open_root(), "/", 0
+    names = [name for name in path.split("/") if name][::-1]
+    # what a symlink names must be there; only behind its end is anything made
     after_link = len(names) + 1
     try:
         while names:
             name = names.pop()
-            if name in ("", "."):
-                continue
-            below = os.path.join(at, name)
+            below, own = os.path.join(at, name), len(names) < after_link
             try:
-                child = _child(fd, name, below, made if make and len(names) < after_link else None)
+                child = _child(fd, name, below, made if make and own else None)
             except FileNotFoundError:
-                if len(names) < after_link:
+                if own:
                     raise
-                valid = f"without a symlink to the missing {below} on the way"
-                raise ConfigError("storage_dir", path, valid) from None
+                raise refuse(f"without a symlink to the missing {below} on the way") from None
             except NotADirectoryError:
-                valid = f"a folder, or a path where none exists yet ({at} is a file)"
-                raise ConfigError("storage_dir", path, valid) from None
-            last = not any(names)
+                raise refuse(
+                    f"a folder, or a path where none exists yet ({at} is a file)"
+                ) from None
             found = os.fstat(child)
-            if stat.S_ISLNK(found.st_mode):
-                links += 1
-                target = os.readlink("", dir_fd=child)
-                os.close(child)
-                if last:
-                    raise ConfigError("storage_dir", path, "a folder itself, no symlink to one")
-                if found.st_uid not in (os.geteuid(), 0) or links > 40:
-                    valid = f"without the symlink {below} of uid {found.st_uid} on the way"
-                    raise ConfigError("storage_dir", path, valid)
-                after_link = min(after_link, len(names))
-                names += target.split("/")[::-1]
-                if target.startswith("/"):
-                    os.close(fd)
-                    fd, at = os.open("/", os.O_PATH | os.O_DIRECTORY), "/"
+            if not stat.S_ISLNK(found.st_mode):
+                os.close(fd)
+                fd, at = child, below
+                if names and stat.S_ISDIR(found.st_mode):
+                    _check_way(found, at, path)
                 continue
-            os.close(fd)
-            fd, at = child, below
-            if stat.S_ISDIR(found.st_mode) and not last:
-                _check_way(found, at, path)
+            links += 1
+            target = os.readlink("", dir_fd=child)
+            os.close(child)
+            if not names:
+                raise refuse("a folder itself, no symlink to one")
+            if found.st_uid not in (os.geteuid(), 0) or links > 40:
+                raise refuse(f"without the symlink {below} of uid {found.st_uid} on the way")
+            after_link = min(after_link, len(names))
+            names += [part for part in target.split("/") if part not in ("", ".")][::-1]
+            if target.startswith("/"):
+                os.close(fd)
+                fd, at = _open_root(), "/"
         found = os.fstat(fd)
         if not stat.S_ISDIR(found.st_mode):
-            raise ConfigError("storage_dir", path, "a folder, or a path where none exists yet")
-        _check_end(found, path, any_owner)
-        end = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=fd)
+            raise refuse("a folder, or a path where none exists yet")
+        if found.st_uid != os.geteuid() and not any_owner:
+            raise refuse(f"a folder of your own, not of uid {found.st_uid}")
+        if found.st_mode & 0o022:
+            mode = stat.S_IMODE(found.st_mode)
+            raise refuse(f"private (mode 0700); others may write: {mode:04o}")
+        return os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=fd), made
     except BaseException:
         _remove_folders(made)
         raise
     finally:
         os.close(fd)
-    return end, made
+
+
+def _open_root() -> int:
+    return os.open("/", os.O_PATH | os.O_DIRECTORY)
 
 
 def check_folder(storage_dir: str) -> str:
@@ -162,14 +170,6 @@ def _check_way(found: os.stat_result, at: str, path: str) -> None:
         mode = stat.S_IMODE(found.st_mode)
         valid = f"in folders that no other user may write to: {at} has mode {mode:04o}"
         raise ConfigError("storage_dir", path, valid)
-
-
-def _check_end(found: os.stat_result, path: str, any_owner: bool) -> None:
-    if found.st_uid != os.geteuid() and not any_owner:
-        raise ConfigError("storage_dir", path, f"a folder of your own, not of uid {found.st_uid}")
-    if found.st_mode & 0o022:
-        mode = stat.S_IMODE(found.st_mode)
-        raise ConfigError("storage_dir", path, f"private (mode 0700); others may write: {mode:04o}")
 
 
 def _others_write(found: os.stat_result) -> bool:
@@ -257,15 +257,9 @@ class Folder:
         self._note(boot)
 
     def _take_lock_file(self) -> None:
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        flags, path = os.O_RDWR | os.O_CREAT, f"{self.path}/lock"
+        fd = open_private(self._fd, "lock", flags, os.geteuid(), path)
         try:
-            fd = os.open("lock", flags, 0o600, dir_fd=self._fd)
-        except OSError as error:
-            if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
-                raise StorageFormatError(f"{self.path}/lock is not a regular file") from error
-            raise
-        try:
-            check_private(fd, "lock", os.geteuid())
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BaseException as error:
             os.close(fd)
@@ -330,28 +324,23 @@ class Folder:
 
     def _open_superblock(self, segment_bytes: int) -> tuple[int, int]:
         files = self._files
-        if not files.exists("superblock"):
-            others = [name for name in FILE_NAMES[1:] if files.exists(name)]
-            if others:
-                raise StorageFormatError(f"{self.path} has {', '.join(others)} but no superblock")
-            self.write_superblock(segment_bytes)
-            return FORMAT_VERSION, segment_bytes
-        return read_superblock(files, self.path)
+        if files.exists("superblock"):
+            return read_superblock(files, self.path)
+        if others := [name for name in FILE_NAMES[1:] if files.exists(name)]:
+            raise StorageFormatError(f"{self.path} has {', '.join(others)} but no superblock")
+        self.write_superblock(segment_bytes)
+        return FORMAT_VERSION, segment_bytes
 
     def write_superblock(self, segment_bytes: int) -> None:
         """Make this a folder of the present format, durably."""
         head = _SUPERBLOCK.pack(_MAGIC, FORMAT_VERSION, 0, segment_bytes)
-        raw = (head + struct.pack("<Q", xxhash.xxh3_64_intdigest(head))).ljust(
-            SUPERBLOCK_BYTES, b"\0"
-        )
-        fd = self._files.open("superblock.new", create=True)
-        try:
-            self._files.write(fd, [memoryview(raw)], 0)
-            self._files.sync(fd)
-            self._files.rename("superblock.new", "superblock")
-            self._files.sync_folder()
-        finally:
-            self._files.close(fd)
+        raw = head + struct.pack("<Q", xxhash.xxh3_64_intdigest(head))
+        files = self._files
+        with files.opened("superblock.new", create=True) as fd:
+            files.write(fd, [memoryview(raw.ljust(SUPERBLOCK_BYTES, b"\0"))], 0)
+            files.sync(fd)
+            files.rename("superblock.new", "superblock")
+            files.sync_folder()
 
     def close(self) -> None:
         """Give the lock up; the files stay."""

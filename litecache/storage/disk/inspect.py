@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
@@ -20,7 +20,7 @@ from ..protocol import PAGE_BYTES
 from .files import Files
 from .folder import Folder, disk_used_bytes, open_folder, read_superblock
 from .records import FLAG_PINNED, Records, Recovered
-from .slab import Slab, read_blocks, requests, stored
+from .slab import Slab, read_records
 from .upgrade import recover_any
 
 _AGE_BOUNDS_S = (60, 3600, 86_400, 7 * 86_400, 30 * 86_400)
@@ -105,13 +105,11 @@ def shard_folders(directory: str) -> list[str]:
         ConfigError: there is none.
     """
     directory = os.path.abspath(directory)
-    if os.path.lexists(os.path.join(directory, "superblock")):
-        return [directory]
-    below = sorted(os.scandir(directory), key=lambda e: e.name) if os.path.isdir(directory) else []
-    found = [e.path for e in below if os.path.lexists(os.path.join(e.path, "superblock"))]
-    if not found:
-        raise ConfigError("dir", directory, "a storage folder (with shard-*/superblock in it)")
-    return found
+    below = sorted(os.listdir(directory)) if os.path.isdir(directory) else []
+    for folders in ([directory], [os.path.join(directory, name) for name in below]):
+        if found := [f for f in folders if os.path.lexists(os.path.join(f, "superblock"))]:
+            return found
+    raise ConfigError("dir", directory, "a storage folder (with shard-*/superblock in it)")
 
 
 def inspect_store(
@@ -131,8 +129,7 @@ def inspect_store(
     folders = shard_folders(directory)
     reports = []
     for folder in folders:
-        with _readable(folder):
-            reports.append(_inspect(folder))
+        reports.append(_inspect(folder))
         if progress is not None:
             progress(len(reports), len(folders))
     return reports
@@ -146,70 +143,62 @@ def _readable(folder: str) -> Iterator[None]:
         raise StorageError(f"{folder} cannot be read: {error}") from error
 
 
-@contextmanager
-def _metadata(folder: str) -> Iterator[Files]:
-    """A folder's files for reading beside a live store; root reads everybody's."""
+def _look(folder: str) -> tuple[int, Recovered]:
+    """Segment size and metadata, beside a live store; root reads everybody's."""
     files = Files()
-    files.folder, _ = open_folder(folder, any_owner=not os.geteuid())
-    try:
-        yield files
-    finally:
-        os.close(files.folder)
+    with _readable(folder):
+        files.folder, _ = open_folder(folder, any_owner=not os.geteuid())
+        try:
+            version, segment_bytes = read_superblock(files, folder)
+            return segment_bytes, recover_any(files, version)
+        finally:
+            os.close(files.folder)
 
 
 def _inspect(folder: str) -> ShardReport:
-    with _metadata(folder) as files:
-        version, segment_bytes = read_superblock(files, folder)
-        recovered = recover_any(files, version)
-    records = recovered.records
-    now = int(time.time())
-    sizes, counts = np.unique(records["pages"], return_counts=True)
+    segment_bytes, recovered = _look(folder)
+    records, now = recovered.records, int(time.time())
+    sizes, counts = np.unique(records["pages"].astype(np.int64), return_counts=True)
+    ages = np.searchsorted(_AGE_BOUNDS_S, now - records["created_s"].astype(np.int64))
+    by_age = np.bincount(ages, minlength=len(_AGE_NAMES)).tolist()
+    spaces = [
+        _namespace(recovered, number, now) for number in np.unique(records["namespace"]).tolist()
+    ]
     return ShardReport(
         path=folder,
         segment_bytes=segment_bytes,
-        blocks=len(records),
-        bytes=_bytes(records),
+        **_sums(records),
         disk_bytes=disk_used_bytes(folder),
-        hits=int(records["hits"].sum(dtype=np.int64)),
-        pinned=int(np.count_nonzero(records["flags"] & FLAG_PINNED)),
-        block_sizes={
-            int(pages) * PAGE_BYTES: int(count) for pages, count in zip(sizes, counts, strict=True)
-        },
-        ages=_ages(records, now),
+        block_sizes=dict(zip((sizes * PAGE_BYTES).tolist(), counts.tolist(), strict=True)),
+        ages=dict(zip(_AGE_NAMES, by_age, strict=True)),
         journal_changes=recovered.changes,
         damaged_records=recovered.damaged,
-        namespaces=_namespaces(recovered, now),
+        namespaces=sorted(spaces, key=lambda report: -report.bytes),
     )
+
+
+def _sums(records: Records) -> dict[str, int]:
+    return {
+        "blocks": len(records),
+        "bytes": _bytes(records),
+        "hits": int(records["hits"].sum(dtype=np.int64)),
+        "pinned": int(np.count_nonzero(records["flags"] & FLAG_PINNED)),
+    }
 
 
 def _bytes(records: Records) -> int:
     return int(records["pages"].sum(dtype=np.int64)) * PAGE_BYTES
 
 
-def _ages(records: Records, now: int) -> dict[str, int]:
-    ages = now - records["created_s"].astype(np.int64)
-    counts = np.bincount(np.searchsorted(_AGE_BOUNDS_S, ages), minlength=len(_AGE_NAMES))
-    return dict(zip(_AGE_NAMES, counts.tolist(), strict=True))
-
-
-def _namespaces(recovered: Recovered, now: int) -> list[NamespaceReport]:
-    reports = []
-    records = recovered.records
-    for number in np.unique(records["namespace"]).tolist():
-        mine = records[records["namespace"] == number]
-        known = number < len(recovered.names)
-        reports.append(
-            NamespaceReport(
-                name=recovered.names[number] if known else f"unknown-{number}",
-                blocks=len(mine),
-                bytes=_bytes(mine),
-                hits=int(mine["hits"].sum(dtype=np.int64)),
-                pinned=int(np.count_nonzero(mine["flags"] & FLAG_PINNED)),
-                age_s=now - int(mine["created_s"].min()),
-                idle_s=now - int(mine["used_s"].max()),
-            )
-        )
-    return sorted(reports, key=lambda report: -report.bytes)
+def _namespace(recovered: Recovered, number: int, now: int) -> NamespaceReport:
+    mine = recovered.records[recovered.records["namespace"] == number]
+    known = number < len(recovered.names)
+    return NamespaceReport(
+        name=recovered.names[number] if known else f"unknown-{number}",
+        **_sums(mine),
+        age_s=now - int(mine["created_s"].min()),
+        idle_s=now - int(mine["used_s"].max()),
+    )
 
 
 def verify_store(
@@ -227,54 +216,37 @@ def verify_store(
         StorageFormatError: a file is of another format.
         StorageError: a file other than the slab cannot be read.
     """
-    folders = shard_folders(directory)
-    total = 0
-    for folder in folders:
-        with _readable(folder), _metadata(folder) as files:
-            version, _ = read_superblock(files, folder)
-            total += _bytes(recover_any(files, version).records)
+    reports = [VerifyReport(folder) for folder in shard_folders(directory)]
+    total = sum(_bytes(_look(report.path)[1].records) for report in reports)
     done = 0
-    reports = []
-    for folder in folders:
-        report = VerifyReport(folder)
-        reports.append(report)
-        with _readable(folder):
-            for nbytes in _verify(folder, report):
+    for report in reports:
+        with _readable(report.path):
+            for nbytes in _verify(report):
                 done += nbytes
                 if progress is not None:
                     progress(done, total)
     return reports
 
 
-def _verify(path: str, report: VerifyReport) -> Iterator[int]:
+def _verify(report: VerifyReport) -> Iterator[int]:
     files = Files()
-    folder = Folder(files, path, 0, 4096)
-    try:
-        recovered = recover_any(files, folder.version)
-        report.damaged_records = recovered.damaged
-        records = np.sort(recovered.records, order="slot")
-        if not files.exists("slab"):
-            raise StorageFormatError(f"{path} has no slab")
-        slab = Slab(files)
+    with closing(Folder(files, report.path, 0, 4096)) as folder:
         try:
-            # a forged record may claim any size: believe at most what the slab has
-            outside = records["pages"].astype(np.int64) * PAGE_BYTES > slab.size()
-            for block in stored(records[outside]):
-                report.bad.append((block.key.hex(), "outside the slab"))
-                report.checked += 1
-                yield block.nbytes
-            for batch in requests(stored(records[~outside])):
-                with read_blocks(slab, batch) as found:
-                    for block, (_, reason) in zip(batch, found, strict=True):
-                        if reason is not None:
-                            report.bad.append((block.key.hex(), reason))
-                nbytes = sum(block.nbytes for block in batch)
-                report.checked += len(batch)
-                report.bytes += nbytes
-                yield nbytes
+            recovered = recover_any(files, folder.version)
+            report.damaged_records = recovered.damaged
+            if not files.exists("slab"):
+                raise StorageFormatError(f"{report.path} has no slab")
+            with closing(Slab(files)) as slab:
+                records = np.sort(recovered.records, order="slot")
+                for batch, blocks in read_records(slab, records):
+                    report.checked += len(batch)
+                    report.bytes += sum(len(data) for data, _ in blocks)
+                    report.bad += [
+                        (key.tobytes().hex(), reason)
+                        for key, (_, reason) in zip(batch["key"], blocks, strict=True)
+                        if reason is not None
+                    ]
+                    yield _bytes(batch)
         finally:
-            slab.close()
-    finally:
-        if folder.clean:
-            folder.note_clean()  # nothing was written meanwhile
-        folder.close()
+            if folder.clean:
+                folder.note_clean()  # nothing was written meanwhile

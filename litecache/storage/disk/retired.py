@@ -12,18 +12,18 @@ import logging
 import os
 import re
 import threading
+from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ...errors import LiteCacheError, StorageLockedError
 from ...threads import start_job
-from ..client import LocalShardClient
 from ..protocol import PAGE_BYTES, CommitItem, SlotRef
 from .files import Files
 from .folder import FILE_NAMES, Folder, disk_used_bytes
 from .records import FLAG_PINNED
-from .slab import Slab, read_blocks, requests, stored
+from .slab import Slab, read_records
 from .upgrade import recover_any
 
 if TYPE_CHECKING:
@@ -80,9 +80,8 @@ class Retired:
         for _, files in self._open:
             over = self.nbytes() - most_bytes
             if over > 0:
-                slab = Slab(files)
-                slab.truncate(max(0, slab.size() - over))
-                slab.close()
+                with closing(Slab(files)) as slab:
+                    slab.truncate(max(0, slab.size() - over))
 
     def nbytes(self) -> int:
         """Bytes that they take now."""
@@ -127,49 +126,43 @@ class Retired:
 
     def _empty(self, files: Files, version: int) -> bool:
         """Move all blocks; False when that has to wait for the next start."""
-        recovered = recover_any(files, version)
-        records = np.sort(recovered.records, order="slot")[::-1]
-        slab = Slab(files)
-        client = LocalShardClient(self._store, "retired")
-        try:
-            # a forged record may claim any place: believe at most what the slab has
-            ends = (records["slot"].astype(np.int64) + records["pages"]) * PAGE_BYTES
-            records, at = records[ends <= slab.size()], 0
-            for batch in requests(stored(records)):
-                with read_blocks(slab, batch) as found:
-                    for row, (data, reason) in zip(records[at:], found, strict=False):
-                        if reason is None:
-                            self._store_one(client, row, data, recovered.names)
-                at += len(batch)
+        found = recover_any(files, version)
+        from_the_end = np.sort(found.records, order="slot")[::-1]
+        client_id = self._store.attach(os.getpid()).client_id
+        with ExitStack() as undo:
+            undo.callback(self._store.detach, client_id)
+            slab = undo.enter_context(closing(Slab(files)))
+            for records, blocks in read_records(slab, from_the_end):
+                sound = [i for i, (_, reason) in enumerate(blocks) if reason is None]
+                for i in sound:
+                    self._store_one(client_id, records[i], blocks[i][0], found.names)
                 while not self._stopped.is_set() and self._store.flush(1).pending:
                     pass
                 if self._stopped.is_set():
                     return False
-                slab.truncate(min(slab.size(), batch[-1].slot * PAGE_BYTES))
-                self._give_room()
-        finally:
-            client.close()
-            slab.close()
+                if sound:
+                    slab.truncate(min(slab.size(), int(records["slot"][sound[-1]]) * PAGE_BYTES))
+                    self._give_room()
         return True
 
     def _store_one(
-        self, client: LocalShardClient, record: np.void, data: memoryview, names: list[str]
+        self, client_id: int, record: np.void, data: memoryview, names: list[str]
     ) -> None:
-        number = int(record["namespace"])
+        store, number = self._store, int(record["namespace"])
         name = names[number] if number < len(names) else ""
         key, parent = record["key"].tobytes(), record["parent"].tobytes()
         refs: list[SlotRef] = []
         while not refs and not self._stopped.is_set():
-            refs = client.reserve(len(data), 1)
-            if not refs and self._store.flush(1).failed:
+            refs = store.reserve(client_id, len(data), 1)
+            if not refs and store.flush(1).failed:
                 return
         for ref in refs:
-            client.arena.buffer(ref.slot, len(data))[:] = data
-            client.commit([CommitItem(ref.slot, ref.generation, key, parent, name)])
+            self._tiers.ram.arena.buffer(ref.slot, len(data))[:] = data
+            store.commit(client_id, [CommitItem(*ref, key, parent, name)])
         with self._lock:
             index = self._tiers.index
             if (entry := index.find(key)) >= 0:
                 index.created_s[entry] = int(record["created_s"])
                 index.expires_s[entry] = int(record["expires_s"])
         if int(record["flags"]) & FLAG_PINNED:
-            self._store.pin([key])
+            store.pin([key])

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
+import numpy as np
 import xxhash
 
 from ...hashing import BlockKey
@@ -29,6 +30,8 @@ MAX_REQUEST_BYTES = 16 << 20
 _say_read, _say_damage = (LogByRate(logger, logging.WARNING) for _ in range(2))
 
 Call = Callable[[int, Sequence[memoryview], int], int]
+Blocks = list[tuple[memoryview, str | None]]
+"""Bytes of blocks, and what is wrong with each."""
 
 
 class Transfer(NamedTuple):
@@ -47,61 +50,29 @@ class Stored(NamedTuple):
     checksum: int
 
 
-def merge(transfers: Sequence[Transfer]) -> list[list[int]]:
-    """Positions in `transfers` grouped into runs of neighbouring slots, ascending in each run."""
-    order = sorted(range(len(transfers)), key=lambda i: transfers[i].slot)
-    runs: list[list[int]] = []
-    end = -1
-    for i in order:
-        slot, memory = transfers[i]
-        if slot != end or len(runs[-1]) >= IOV_MAX:
-            runs.append([])
-        runs[-1].append(i)
-        end = slot + len(memory) // PAGE_BYTES
-    return runs
-
-
 class Slab:
     """A file of slots.
 
     Args:
         files: the file system.
-        name: of the file, made when missing.
+
+    Attributes:
+        fd: of the file, which is made when it is missing.
+        direct: it bypasses the page cache.
     """
 
-    def __init__(self, files: Files, name: str = "slab", *, direct: bool = True) -> None:
+    def __init__(self, files: Files, *, direct: bool = True) -> None:
         self._files = files
-        self._name = name
-        self._fd = files.open(name, create=True, direct=direct)
-        self.direct = files.is_direct(self._fd)
-
-    def in_place(self) -> bool:
-        """Whether the file still has its name."""
-        return self._files.is_at(self._fd, self._name)
+        self.fd = files.open("slab", create=True, direct=direct)
+        self.direct = files.is_direct(self.fd)
 
     def size(self) -> int:
         """Length of the file in bytes."""
-        return self._files.size(self._fd)
-
-    def grow(self, offset: int, length: int) -> None:
-        """Reserve disk space for segments.
-
-        Raises:
-            OSError: ENOSPC, EDQUOT, EIO.
-        """
-        self._files.allocate(self._fd, offset, length)
-
-    def punch(self, offset: int, length: int) -> None:
-        """Give the disk space of a range back.
-
-        Raises:
-            OSError: the file system cannot.
-        """
-        self._files.punch(self._fd, offset, length)
+        return self._files.size(self.fd)
 
     def truncate(self, length: int) -> None:
         """Give the end of the file back."""
-        self._files.truncate(self._fd, length)
+        self._files.truncate(self.fd, length)
 
     def read(self, transfers: Sequence[Transfer]) -> list[OSError | None]:
         """Read blocks; per block None or why it failed."""
@@ -113,7 +84,7 @@ class Slab:
 
     def _run(self, call: Call, transfers: Sequence[Transfer]) -> list[OSError | None]:
         errors: list[OSError | None] = [None] * len(transfers)
-        for run in merge(transfers):
+        for run in _neighbours(transfers):
             error = self._request(call, [transfers[i] for i in run])
             if error is None:
                 continue
@@ -123,17 +94,16 @@ class Slab:
         return errors
 
     def _request(self, call: Call, run: Sequence[Transfer]) -> OSError | None:
-        offset = run[0].slot * PAGE_BYTES
-        buffers = [transfer.memory for transfer in run]
+        offset, buffers = run[0].slot * PAGE_BYTES, [transfer.memory for transfer in run]
         length = sum(map(len, buffers))
         try:
-            moved = call(self._fd, buffers, offset)
+            moved = call(self.fd, buffers, offset)
         except OSError as error:
             return error
         if moved != length:
             return OSError(5, f"only {moved} of {length} bytes at offset {offset} of the slab")
         if not self.direct:
-            self._files.drop_cache(self._fd, offset, length)
+            self._files.drop_cache(self.fd, offset, length)
         return None
 
     def sync(self) -> None:
@@ -142,11 +112,24 @@ class Slab:
         Raises:
             OSError: EIO, ENOSPC.
         """
-        self._files.sync(self._fd)
+        self._files.sync(self.fd)
 
     def close(self) -> None:
         """Close the file."""
-        self._files.close(self._fd)
+        self._files.close(self.fd)
+
+
+def _neighbours(transfers: Sequence[Transfer]) -> list[list[int]]:
+    """Positions in `transfers` grouped into runs of neighbouring slots, ascending in each run."""
+    runs: list[list[int]] = []
+    end = -1
+    for i in sorted(range(len(transfers)), key=lambda i: transfers[i].slot):
+        slot, memory = transfers[i]
+        if slot != end or len(runs[-1]) >= IOV_MAX:
+            runs.append([])
+        runs[-1].append(i)
+        end = slot + len(memory) // PAGE_BYTES
+    return runs
 
 
 def checksum(memory: memoryview, key: bytes) -> int:
@@ -165,31 +148,22 @@ def fault(memory: memoryview, key: bytes, expected: int, error: OSError | None) 
     return None
 
 
-def stored(records: Records) -> list[Stored]:
-    """What the log says of blocks."""
-    keys, sizes = split_keys(records["key"].tobytes()), records["pages"].tolist()
-    nbytes = [pages * PAGE_BYTES for pages in sizes]
-    return list(map(Stored, keys, records["slot"].tolist(), nbytes, records["checksum"].tolist()))
-
-
 def requests(blocks: Iterable[Stored]) -> Iterator[list[Stored]]:
     """Blocks in the order given, cut into pieces of at most `MAX_REQUEST_BYTES`, or one block."""
     piece: list[Stored] = []
     held = 0
     for block in blocks:
-        if piece and held + block.nbytes > MAX_REQUEST_BYTES:
-            yield piece
-            piece, held = [], 0
-        piece.append(block)
         held += block.nbytes
+        if piece and held > MAX_REQUEST_BYTES:
+            yield piece
+            piece, held = [], block.nbytes
+        piece.append(block)
     if piece:
         yield piece
 
 
 @contextmanager
-def read_blocks(
-    slab: Slab, blocks: Sequence[Stored]
-) -> Iterator[list[tuple[memoryview, str | None]]]:
+def read_blocks(slab: Slab, blocks: Sequence[Stored]) -> Iterator[Blocks]:
     """Bytes of blocks in memory that goes away afterwards, each with what is wrong with it."""
     total = sum(block.nbytes for block in blocks)
     with mmap.mmap(-1, total) as mapping, memoryview(mapping) as memory, ExitStack() as views:
@@ -202,3 +176,20 @@ def read_blocks(
             (piece, fault(piece, block.key, block.checksum, error))
             for block, piece, error in zip(blocks, pieces, errors, strict=True)
         ]
+
+
+def read_records(slab: Slab, records: Records) -> Iterator[tuple[Records, Blocks]]:
+    """Blocks in the order given, batch by batch: their records, bytes, and what is wrong with them.
+
+    A forged record may claim any place: what lies outside the slab comes first, unread.
+    """
+    ends = (records["slot"].astype(np.int64) + records["pages"]) * PAGE_BYTES
+    outside = ends > slab.size()
+    yield records[outside], [(memoryview(b""), "outside the slab")] * int(outside.sum())
+    records, at = records[~outside], 0
+    nbytes = (records["pages"].astype(np.int64) * PAGE_BYTES).tolist()
+    columns = records["slot"].tolist(), nbytes, records["checksum"].tolist()
+    for batch in requests(map(Stored, split_keys(records["key"].tobytes()), *columns)):
+        with read_blocks(slab, batch) as blocks:
+            yield records[at : at + len(batch)], blocks
+        at += len(batch)

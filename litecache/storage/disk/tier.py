@@ -121,7 +121,9 @@ class DiskTier:
     def trouble(self) -> str | None:
         """What has become of the files under the live store; None: all are in their place."""
         trouble = self.folder.trouble()
-        if trouble is None and not (self.slab.in_place() and self.log.in_place()):
+        if trouble is None and not (
+            self._files.is_at(self.slab.fd, "slab") and self.log.in_place()
+        ):
             trouble = "its slab or its log was removed"
         return trouble
 
@@ -134,7 +136,7 @@ class DiskTier:
             slab.truncate(segments * segment)
         elif size % segment:
             try:
-                slab.grow(size, segments * segment - size)
+                self._files.allocate(slab.fd, size, segments * segment - size)
             except OSError as error:
                 if error.errno not in NO_SPACE:
                     raise
@@ -295,7 +297,7 @@ class DiskTier:
         """Reserve disk space for segments; False when the disk has none."""
         size = self.space.segment_bytes
         try:
-            self.slab.grow(segments.start * size, len(segments) * size)
+            self._files.allocate(self.slab.fd, segments.start * size, len(segments) * size)
         except OSError as error:
             self._say("the slab of %s cannot grow: %s", self.folder.path, error)
             return self.growth.note(False)
@@ -306,7 +308,7 @@ class DiskTier:
         size = self.space.segment_bytes
         try:
             for segment in segments:
-                self.slab.punch(segment * size, size)
+                self._files.punch(self.slab.fd, segment * size, size)
         except OSError as error:
             logger.info("the slab of %s cannot shrink: %s", self.folder.path, error)
             return False
