@@ -399,4 +399,4 @@ def test_a_damaged_store_of_format_1_is_never_misread(old_store, tmp_path):
 
 
 def test_an_empty_list_of_blocks_of_format_1_is_read_as_none() -> None:
-    assert len(upgrade._puts(b"", 7)) == 0
+    assert len(upgrade._puts(b"")) == 0

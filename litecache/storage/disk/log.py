@@ -77,6 +77,10 @@ def write_new(
     return fd, end
 
 
+def _nbytes(pieces: Sequence[Records]) -> int:
+    return sum(records.nbytes for records in pieces)
+
+
 class Log:
     """The log of one folder.
 
@@ -116,9 +120,7 @@ class Log:
         self._epoch = recovered.epoch or secrets.randbits(63)
         self._removed: list[tuple[bytes, int]] = []
         self._buffer: list[Records] = []
-        self._buffered = 0
         self._tail: list[Records] = []
-        self._tailed = 0
         self._lock = threading.Lock()
         self._buffer_lock = threading.Lock()
         self._fd = files.open("log", create=True)
@@ -167,10 +169,8 @@ class Log:
             records["seq"] = np.arange(self.seq + 1, self.seq + 1 + len(records))
             self.seq += len(records)
             self._buffer.append(records)
-            self._buffered += records.nbytes
             if self.compacting:
                 self._tail.append(records)
-                self._tailed += records.nbytes
         return self.seq
 
     def put(self, entries: Entries) -> int:
@@ -205,14 +205,13 @@ class Log:
         if self.compacting:
             return False
         most = _FREE_BYTES + self.name_bytes + 2 * RECORD_BYTES * slots
-        return self.broken or self.bytes + self._buffered > most
+        return self.broken or self.bytes + _nbytes(self._buffer) > most
 
     def full(self, slots: int) -> bool:
         """Whether one more batch might take the room of a new file (compaction keeps failing)."""
         room = META_FIXED_BYTES - _FREE_BYTES + META_SLOT_BYTES * slots
-        new = self.name_bytes + RECORD_BYTES * slots + self._tailed
-        taken = self.bytes + self._buffered + new
-        return taken > room + META_NAME_COPIES * self.name_bytes
+        new = self.name_bytes + RECORD_BYTES * slots + _nbytes(self._tail)
+        return self.bytes + _nbytes(self._buffer) + new > room + META_NAME_COPIES * self.name_bytes
 
     def flush(self) -> None:
         """Carry the buffer to the file.
@@ -222,7 +221,7 @@ class Log:
         """
         with self._lock:
             with self._buffer_lock:
-                batch, self._buffer, self._buffered = self._buffer, [], 0
+                batch, self._buffer = self._buffer, []
             if self.broken or not batch:
                 return
             raw = seal(batch[0] if len(batch) == 1 else np.concatenate(batch), self._epoch)
@@ -232,7 +231,6 @@ class Log:
                 # what came of it lies behind the end and is overwritten by the next attempt
                 with self._buffer_lock:
                     self._buffer = batch + self._buffer
-                    self._buffered += len(raw)
                 raise
             self.bytes += len(raw)
 
@@ -300,13 +298,13 @@ class Log:
             raise
         finally:
             with self._buffer_lock:
-                self.compacting, self._tail, self._tailed = False, [], 0
+                self.compacting, self._tail = False, []
 
     def _succeed(self, fd: int, end: int, seq: int, epoch: int) -> None:
         with self._buffer_lock:
             # what waits in the buffer is in the new file already, or in the tail
             tail, waiting = self._tail, self._buffer
-            self._buffer, self._buffered, self.compacting = [], 0, False
+            self._buffer, self.compacting = [], False
         try:
             mark = of_kind(SYNC)
             mark["checksum"] = mark["seq"] = seq
@@ -317,7 +315,6 @@ class Log:
         except OSError:
             with self._buffer_lock:
                 self._buffer = waiting + self._buffer
-                self._buffered += sum(records.nbytes for records in waiting)
             raise
         self._files.close(self._fd)
         self._fd, self.bytes, self._epoch = fd, end + len(raw), epoch

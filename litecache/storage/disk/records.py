@@ -15,8 +15,7 @@ never yields a wrong block.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -151,26 +150,22 @@ def recover(files: Files, name: str = "log") -> Recovered:
     """
     if not files.exists(name):
         return replay(np.zeros(0, RECORD), synced=0)
-    fd = files.open(name)
-    try:
+    with files.opened(name) as fd:
         size = files.size(fd)
         count = min(size, most_bytes(files)) // RECORD_BYTES
         rows = np.empty(count, RECORD)
         kept = end = 0
         for start in range(0, count, CHUNK_RECORDS):
-            n = min(CHUNK_RECORDS, count - start)
             # read behind what was kept, then moved together: no second copy of the file
-            chunk = rows[start : start + n]
+            chunk = rows[start : start + CHUNK_RECORDS]
             raw = chunk.view(np.uint8).data
             if files.read(fd, [raw], start * RECORD_BYTES) != raw.nbytes:
                 raise OSError(5, f"{name} cannot be read to its end")
             good = np.flatnonzero(is_sound(chunk))
-            if kept < start or len(good) < n:
+            if kept < start or len(good) < len(chunk):
                 rows[kept : kept + len(good)] = chunk[good]
             kept += len(good)
             end = start + int(good[-1]) + 1 if len(good) else end
-    finally:
-        files.close(fd)
     damaged = count - kept + (size % RECORD_BYTES != 0)
     rows = rows[:kept]
     first = rows[:1]
@@ -184,20 +179,17 @@ def recover(files: Files, name: str = "log") -> Recovered:
     if kept:
         epochs, counts = np.unique(first["epoch"] if headed else rows["epoch"], return_counts=True)
         epoch = int(epochs[np.argmax(counts)])
-        mine = rows["epoch"] == epoch
-        rows = _only(rows, mine)
+        rows = _only(rows, rows["epoch"] == epoch)
     found = replay(rows, synced, base)
     return found._replace(end=end * RECORD_BYTES, epoch=epoch, damaged=damaged)
 
 
 def most_bytes(files: Files) -> int:
     """What the metadata of a folder can take at most, with its slab."""
-    pages = 0
-    if files.exists("slab"):
-        fd = files.open("slab")
-        pages = files.size(fd) // PAGE_BYTES
-        files.close(fd)
-    return _FREE_BYTES + _BYTES_A_PAGE * pages
+    if not files.exists("slab"):
+        return _FREE_BYTES
+    with files.opened("slab") as fd:
+        return _FREE_BYTES + _BYTES_A_PAGE * (files.size(fd) // PAGE_BYTES)
 
 
 def replay(rows: Records, synced: int, base: int = 0) -> Recovered:
@@ -222,7 +214,8 @@ def replay(rows: Records, synced: int, base: int = 0) -> Recovered:
     rows = _only(rows, (kinds == PUT) | (kinds == DELETE))
     count = int(np.count_nonzero(rows["seq"] > base))
     last = rows["kind"] == PUT
-    last[_overwritten(rows, ("key", "slot"))] = False
+    for words in (rows["key"], rows["slot"].reshape(-1, 1)):
+        last[_overwritten(words)] = False
     records = _only(rows, last)
     records["flags"] |= np.where(records["seq"] > synced, FLAG_DOUBTFUL, 0).astype(np.uint8)
     return Recovered(records, names, seq, 0, 0, count, 0)
@@ -238,21 +231,17 @@ def _only(rows: Records, wanted: npt.NDArray[np.bool_]) -> Records:
     return rows[:kept]
 
 
-def _overwritten(rows: Records, fields: Sequence[str]) -> npt.NDArray[np.int64]:
-    """Positions of rows that a later row of the same key, or of the same slot, replaces."""
-    found = []
-    for field in fields:
-        words = rows[field].reshape(len(rows), 2 if field == "key" else 1)
-        # few rows share a value: sort them all for the values alone, then those few for their order
-        values = np.sort(words[:, 0])
-        twice = np.unique(values[1:][values[1:] == values[:-1]])
-        if len(twice):
-            at = np.searchsorted(twice, words[:, 0]).clip(max=len(twice) - 1)
-            some = np.flatnonzero(twice[at] == words[:, 0])
-            order = some[np.lexsort(words[some].T)]
-            same = np.all(words[order[1:]] == words[order[:-1]], axis=1)
-            found.append(order[:-1][same])
-    return np.concatenate([np.zeros(0, np.int64), *found])
+def _overwritten(words: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    """Positions of rows `[n, words]` that a later row of the same words replaces."""
+    # few rows share a value: sort them all for the values alone, then those few for their order
+    values = np.sort(words[:, 0])
+    twice = np.unique(values[1:][values[1:] == values[:-1]])
+    if not len(twice):
+        return np.zeros(0, np.int64)
+    at = np.searchsorted(twice, words[:, 0]).clip(max=len(twice) - 1)
+    some = np.flatnonzero(twice[at] == words[:, 0])
+    order = some[np.lexsort(words[some].T)]
+    return order[:-1][np.all(words[order[1:]] == words[order[:-1]], axis=1)]
 
 
 def _names(rows: Records) -> list[str]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import secrets
 import struct
-from collections.abc import Iterator
 
 import msgpack
 import numpy as np
@@ -45,6 +44,7 @@ _OLD_RECORD = np.dtype(
                        "used_s", "flags", "mix")),
     ]
 )  # fmt: skip
+_OLD_DELETE = np.dtype([("key", "<u8", (2,)), ("slot", "<u4")])
 _COPIED = [name for name in _OLD_RECORD.names or () if name != "mix"]
 _SNAPSHOT = struct.Struct("<8sIIQQQQQ")
 _JOURNAL = struct.Struct("<8sIIQQ")
@@ -91,8 +91,7 @@ def upgrade(files: Files, folder: Folder) -> None:
 def _recover_old(files: Files) -> Recovered:
     most = most_bytes(files)
     base, seq, damaged = _snapshot(files.read_all("snapshot", most))
-    journal = files.read_all("journal", most)
-    changes, whole = _journal(journal)
+    changes, whole = _journal(files.read_all("journal", most))
     rows = [base, *(rows for number, rows in sorted(changes.items()) if number > seq)]
     synced = max([seq, *(int(r["checksum"][0]) for r in changes.values() if r["kind"][0] == SYNC)])
     found = replay(np.concatenate(rows), synced, seq)
@@ -105,90 +104,83 @@ def _snapshot(raw: bytes) -> tuple[Records, int, int]:
     empty = np.zeros(0, RECORD)
     if len(raw) < _SNAPSHOT.size:
         return empty, 0, 0
-    magic, version, width, seq, count, names_bytes, names_sum, digest = _SNAPSHOT.unpack_from(raw)
-    sound = xxhash.xxh3_64_intdigest(raw[: _SNAPSHOT.size - 8]) == digest
+    magic, version, width, seq, count, names_bytes, names_sum, _ = _SNAPSHOT.unpack_from(raw)
+    sound = _is_sound(raw, _SNAPSHOT.size)
     if sound and (magic, version, width) != (b"LCSNAPSH", 1, _OLD_RECORD.itemsize):
         raise StorageFormatError(f"snapshot has version {version}, this version reads 1")
+    table = raw[_SNAPSHOT.size : _SNAPSHOT.size + names_bytes]
     if names_bytes > len(raw) - _SNAPSHOT.size:
         return empty, 0, 1
-    seq = seq if sound else 0
-    table = raw[_SNAPSHOT.size : _SNAPSHOT.size + names_bytes]
-    names: list[str] = []
-    if xxhash.xxh3_64_intdigest(table) == names_sum:
-        match _unpack(table):
-            case [*texts]:
-                names = [str(text) for text in texts[:MAX_NAMES]]
+    names = _unpack(table) if xxhash.xxh3_64_intdigest(table) == names_sum else None
+    texts = map(str, names[:MAX_NAMES] if isinstance(names, list) else [])
     body = raw[_SNAPSHOT.size + names_bytes :]
-    blocks = _puts(body, seq)
-    named = [name_records(number, name) for number, name in enumerate(names)]
-    for records in named:
-        records["seq"] = seq
+    blocks = _puts(body)
+    rows = np.concatenate([*(name_records(*each) for each in enumerate(texts)), blocks])
+    rows["seq"] = seq if sound else 0
     present = len(body) // _OLD_RECORD.itemsize
     expected = max(count, present) if sound else present
-    return np.concatenate([*named, blocks]), seq, expected - len(blocks)
-
-
-def _puts(raw: bytes, seq: int) -> Records:
-    old = np.frombuffer(raw[: len(raw) // _OLD_RECORD.itemsize * _OLD_RECORD.itemsize], _OLD_RECORD)
-    old = old[mix(old) == old["mix"]]
-    records = of_kind(PUT, len(old))
-    for name in _COPIED:
-        records[name] = old[name]
-    records["seq"] = seq
-    return records
+    return rows, seq if sound else 0, expected - len(blocks)
 
 
 def _journal(raw: bytes) -> tuple[dict[int, Records], bool]:
     """Changes by number, and whether the file was sound to its end."""
     if len(raw) >= _JOURNAL.size:
-        magic, version, _, _, digest = _JOURNAL.unpack_from(raw)
-        sound = digest == xxhash.xxh3_64_intdigest(raw[: _JOURNAL.size - 8])
-        if sound and magic == b"LCJOURNL" and version != 1:
+        magic, version, *_ = _JOURNAL.unpack_from(raw)
+        if _is_sound(raw, _JOURNAL.size) and magic == b"LCJOURNL" and version != 1:
             raise StorageFormatError(f"journal has version {version}, this version reads 1")
     changes: dict[int, Records] = {}
-    end = min(len(raw), _JOURNAL.size)
-    for seq, kind, body, after in _frames(raw):
-        end = after
-        records = _change(kind, body, seq)
-        if len(records):
-            changes.setdefault(seq, records)
+    at, end = _JOURNAL.size, min(len(raw), _JOURNAL.size)
+    while 0 <= (at := raw.find(_FRAME_MAGIC, at)) <= len(raw) - _FRAME.size:
+        _, length, digest = _FRAME.unpack_from(raw, at)
+        start = at + _FRAME.size
+        payload = raw[start : start + min(length, _MAX_PAYLOAD_BYTES)]
+        sound = len(payload) == length and xxhash.xxh3_64_intdigest(payload) == digest
+        match _unpack(payload) if sound else None:
+            case [int(seq), int(kind), bytes(body)] if 0 < seq <= 1 << 62:
+                at = end = start + length
+                if len(records := _change(kind, body)):
+                    records["seq"] = seq
+                    changes.setdefault(seq, records)
+            case _:
+                at += 1
     return changes, end == len(raw)
 
 
-def _change(kind: int, body: bytes, seq: int) -> Records:
+def _change(kind: int, body: bytes) -> Records:
     if kind == 1:
-        return _puts(body, seq)
-    records = np.zeros(0, RECORD)
+        return _puts(body)
     if kind == 2:
-        dead = np.frombuffer(
-            body[: len(body) // 20 * 20], np.dtype([("key", "<u8", (2,)), ("slot", "<u4")])
-        )
+        dead = _rows(body, _OLD_DELETE)
         records = of_kind(DELETE, len(dead))
         records["key"], records["slot"] = dead["key"], dead["slot"]
-    elif kind == 3:
-        match _unpack(body):
-            case [int(number), str(name)] if 0 <= number < MAX_NAMES:
-                records = name_records(number, name)
-    elif kind == 4 and len(body) == 8:
+        return records
+    if kind == 4 and len(body) == 8:
         records = of_kind(SYNC)
         records["checksum"] = int.from_bytes(body, "little")
-    records["seq"] = seq
+        return records
+    match _unpack(body) if kind == 3 else None:
+        case [int(number), str(name)] if 0 <= number < MAX_NAMES:
+            return name_records(number, name)
+    return np.zeros(0, RECORD)
+
+
+def _puts(raw: bytes) -> Records:
+    old = _rows(raw, _OLD_RECORD)
+    old = old[mix(old) == old["mix"]]
+    records = of_kind(PUT, len(old))
+    for name in _COPIED:
+        records[name] = old[name]
     return records
 
 
-def _frames(raw: bytes) -> Iterator[tuple[int, int, bytes, int]]:
-    at = _JOURNAL.size
-    while 0 <= (at := raw.find(_FRAME_MAGIC, at)) <= len(raw) - _FRAME.size:
-        _, length, digest = _FRAME.unpack_from(raw, at)
-        end = at + _FRAME.size + length
-        payload = raw[at + _FRAME.size : end]
-        if length <= _MAX_PAYLOAD_BYTES and end <= len(raw):
-            match _unpack(payload) if xxhash.xxh3_64_intdigest(payload) == digest else None:
-                case [int(seq), int(kind), bytes(body)] if 0 < seq <= 1 << 62:
-                    yield seq, kind, body, end
-                    at = end
-                    continue
-        at += 1
+def _rows(raw: bytes, width: np.dtype[np.void]) -> Records:
+    return np.frombuffer(raw[: len(raw) // width.itemsize * width.itemsize], width)
+
+
+def _is_sound(raw: bytes, size: int) -> bool:
+    """Whether a header of so many bytes ends with its checksum."""
+    digest = int.from_bytes(raw[size - 8 : size], "little")
+    return bool(xxhash.xxh3_64_intdigest(raw[: size - 8]) == digest)
 
 
 def _unpack(raw: bytes) -> object:
