@@ -78,21 +78,35 @@ class Group:
     Attributes:
         spec: its settings.
         connection: the connection to Ray that all handles belong to.
+        actors: handles by name; Ray ends an actor that nobody holds.
         coordinator: client of its coordinator.
-        coordinator_handle: kept, because Ray ends an actor that nobody holds.
-        replicas: `GpuCache` handles by index.
-        shards: `StorageShard` handles by actor name.
         info: `EngineInfo` of the model.
     """
 
     def __init__(self, spec: GroupSpec) -> None:
         self.spec = spec
         self.connection = RayConnection.current()
+        self.actors: dict[str, Any] = {}
         self.coordinator = CoordinatorClient(spec.group)
-        self.coordinator_handle: Any = None
-        self.replicas: list[Any] = []
-        self.shards: dict[str, Any] = {}
         self.info: Any = None
+
+    @property
+    def replicas(self) -> list[Any]:
+        """`GpuCache` handles by index."""
+        return list(self._of_kind("gpu").values())
+
+    @property
+    def shards(self) -> dict[str, Any]:
+        """`StorageShard` handles by actor name."""
+        return self._of_kind("shard")
+
+    @property
+    def coordinator_handle(self) -> Any:
+        """The `Coordinator`."""
+        return self.actors[coordinator_name(self.spec.group)]
+
+    def _of_kind(self, kind: str) -> dict[str, Any]:
+        return {name: actor for name, actor in self.actors.items() if f":{kind}:" in name}
 
     @classmethod
     def start(
@@ -120,7 +134,7 @@ class Group:
         check_shares(spec)
         check_memory(spec)
         group = cls(spec)
-        create = functools.partial(_create, options, "detached" if detached else None)
+        create = functools.partial(group._create, options, "detached" if detached else None)
         try:
             group._start_shards(group._place(create), create)
             begun = [replica.begin.remote() for replica in group.replicas]
@@ -131,14 +145,30 @@ class Group:
             raise
         return group
 
-    def _place(self, create: Callable[..., Any]) -> list[str]:
+    def _create(
+        self,
+        chosen: Mapping[str, dict[str, Any]],
+        lifetime: str | None,
+        kind: str,
+        name: str,
+        *args: Any,
+        **options: Any,
+    ) -> None:
+        """Make an actor with `args`; options that a user has chosen go before ours."""
+        actor, with_class, defaults = _KINDS[kind]
+        options = {"max_restarts": -1, **defaults, **options, **chosen.get(kind, {})}
+        life = {"name": name, "namespace": NAMESPACE, "lifetime": lifetime}
+        made = ray.remote(max_restarts=-1, **with_class)(actor).options(**options, **life)
+        self.actors[name] = made.remote(*args)
+
+    def _place(self, create: Callable[..., None]) -> list[str]:
         """Create the coordinator and the replicas; the nodes that they are on."""
         spec = self.spec
         try:
-            actor = create("coordinator", coordinator_name(spec.group))
-            self.coordinator_handle = actor.remote(spec.group, spec.describe())
+            name = coordinator_name(spec.group)
+            create("coordinator", name, spec.group, spec.describe())
         except ValueError as error:
-            if coordinator_name(spec.group) not in actor_names(spec.group):
+            if name not in actor_names(spec.group):
                 raise GroupError(f"the coordinator cannot be made: {error}") from error
             raise GroupError(f"a group {spec.group!r} is there already: join it") from error
         resources: dict[str, Any] = {"num_gpus": spec.num_gpus}
@@ -147,8 +177,7 @@ class Group:
         if spec.replicas > 1:
             resources["scheduling_strategy"] = "SPREAD"
         for index in range(spec.replicas):
-            actor = create("gpu", replica_name(spec.group, index), **resources)
-            self.replicas.append(actor.remote(spec, index))
+            create("gpu", replica_name(spec.group, index), spec, index, **resources)
         try:
             asked = [replica.where.remote() for replica in self.replicas]
             what = f"placing {spec.replicas} GpuCache actor(s)"
@@ -160,31 +189,27 @@ class Group:
             ) from error
         return sorted({place["node_id"] for place in places})
 
-    def _start_shards(self, nodes: list[str], create: Callable[..., Any]) -> None:
+    def _start_shards(self, nodes: list[str], create: Callable[..., None]) -> None:
         """Create the shards of these nodes and wait until their stores are open."""
         spec = self.spec
         ranks = node_ranks(nodes)
-        patience_s, model = storage_shard.LOCK_PATIENCE_S, spec.source.path
         for node_id in nodes:
-            affinity = NodeAffinitySchedulingStrategy(node_id, soft=False)
+            here = NodeAffinitySchedulingStrategy(node_id, soft=False)
             stores = shard_options(spec, ranks[node_id], 1 + max(ranks.values()))
             for index, store in enumerate(stores):
+                args = spec.group, index, store, storage_shard.LOCK_PATIENCE_S, spec.source.path
                 name = shard_name(spec.group, node_id, index)
-                actor = create("shard", name, scheduling_strategy=affinity)
-                self.shards[name] = actor.remote(spec.group, index, store, patience_s, model)
+                create("shard", name, *args, scheduling_strategy=here)
         opening = [shard.info.remote() for shard in self.shards.values()]
         result(opening, PLACE_TIMEOUT_S, "starting the shards")
 
     def _undo(self) -> None:
         """End whatever was created."""
-        if self.coordinator_handle is None:
+        if not self.actors:
             return
-        # Closed rather than killed: a dying process would keep its folder locked for a moment.
-        closing = [shard.stop.remote(0.0) for shard in self.shards.values()]
-        for ref in closing:
-            with contextlib.suppress(LiteCacheError):
-                result(ref, STOP_TIMEOUT_S, "closing a shard")
         try:
+            # Closed rather than killed: a dying process would keep its folder locked for a moment.
+            gather(self.shards, lambda shard: shard.stop.remote(0.0), STOP_TIMEOUT_S, "closing")
             _end_actors(self.spec.group)
         except LiteCacheError as error:
             logger.warning("%s", error)
@@ -217,7 +242,7 @@ class Group:
         joined = cls(GroupSpec.from_description(group, description))
         deadline = time.monotonic() + timeout_s
         names = [replica_name(group, index) for index in range(joined.spec.replicas)]
-        joined.replicas = [find_actor(name, deadline) for name in names]
+        joined.actors = {name: find_actor(name, deadline) for name in names}
         joined.info = _wait_loaded(joined.replicas, deadline, all_of_them=False)
         try:
             asked = [replica.where.remote() for replica in joined.replicas]
@@ -225,8 +250,8 @@ class Group:
         except UNREACHABLE as error:
             raise GroupUnavailableError(f"group {group!r} does not answer: {error}") from error
         for node_id in sorted({place["node_id"] for place in places}):
-            joined.shards |= _find_all(joined.spec.shard_names(node_id))
-        joined.coordinator_handle = find_actor(coordinator_name(group), deadline)
+            joined.actors |= _find_all(joined.spec.shard_names(node_id))
+        joined.actors |= {coordinator_name(group): find_actor(coordinator_name(group), deadline)}
         return joined
 
     def flush(self, timeout_s: float = STOP_TIMEOUT_S) -> dict[str, Any]:
@@ -240,7 +265,7 @@ class Group:
         if silent & self.shards.keys():  # replicas wait for their shards
             timeout_s = min(timeout_s, CALL_TIMEOUT_S)
         reports, missed = self._ask(
-            self._replicas, lambda r: r.flush.remote(timeout_s), timeout_s + 5, "flush", silent
+            "gpu", lambda r: r.flush.remote(timeout_s), timeout_s + 5, "flush", silent
         )
         unavailable = sorted({*missed, *silent} - {coordinator_name(self.spec.group)})
         complete = not unavailable and all(r["complete"] for r in reports)
@@ -256,13 +281,13 @@ class Group:
             GroupUnavailableError: names the actors that did not answer; the others have done it.
         """
         silent, missed = self._silent(), set[str]()
-        calls: list[tuple[dict[str, Any], Callable[[Any], Any]]] = []
+        calls: dict[str, Callable[[Any], Any]] = {}
         if tier in ("gpu", "all"):
-            calls.append((self._replicas, lambda r: r.clear_pool.remote()))
+            calls["gpu"] = lambda replica: replica.clear_pool.remote()
         if tier != "gpu":
-            calls.append((self.shards, lambda s: s.clear.remote(tier)))
-        for handles, call in calls:
-            missed |= self._ask(handles, call, STOP_TIMEOUT_S, "clear", silent)[1]
+            calls["shard"] = lambda shard: shard.clear.remote(tier)
+        for kind, call in calls.items():
+            missed |= self._ask(kind, call, STOP_TIMEOUT_S, "clear", silent)[1]
         _refuse_missed("clear", missed)
 
     def set_pinned(self, keys: Sequence[BlockKey], pinned: bool) -> list[bool]:
@@ -271,10 +296,9 @@ class Group:
         Raises:
             GroupUnavailableError: names the shards that did not answer; the others have done it.
         """
-        what = "pin" if pinned else "unpin"
+        what, silent = "pin" if pinned else "unpin", self._silent()
         answers, missed = self._ask(
-            *(self.shards, lambda s: s.set_pinned.remote(keys, pinned), STOP_TIMEOUT_S, what),
-            self._silent(),
+            "shard", lambda s: s.set_pinned.remote(keys, pinned), STOP_TIMEOUT_S, what, silent
         )
         _refuse_missed(what, missed)
         return [any(held) for held in zip(*answers, strict=True)] or [False] * len(keys)
@@ -291,37 +315,29 @@ class Group:
     def status(self) -> dict[str, Any]:
         """What each actor says of itself; one that does not answer in 2 s has an "error"."""
         self.connection.check()
-        answers = gather(self._actors, lambda h: h.stats.remote(), CALL_TIMEOUT_S, "stats")
+        answers = gather(self.actors, lambda h: h.stats.remote(), CALL_TIMEOUT_S, "stats")
         return {
             name: {"error": str(answer)} if isinstance(answer, LiteCacheError) else answer
             for name, answer in answers.items()
         }
 
-    @property
-    def _replicas(self) -> dict[str, Any]:
-        return {replica_name(self.spec.group, i): r for i, r in enumerate(self.replicas)}
-
-    @property
-    def _actors(self) -> dict[str, Any]:
-        coordinator = {coordinator_name(self.spec.group): self.coordinator_handle}
-        return {**self._replicas, **self.shards, **coordinator}
-
     def _silent(self) -> set[str]:
         self.connection.check()
-        return silent_among(self._actors)
+        return silent_among(self.actors)
 
     def _ask(
         self,
-        handles: dict[str, Any],
+        kind: str,
         call: Callable[[Any], Any],
         timeout_s: float,
         what: str,
         silent: set[str],
     ) -> tuple[list[Any], set[str]]:
         """Answers, and the names of those that do not answer now; any other error is raised."""
-        asked = {name: handle for name, handle in handles.items() if name not in silent}
-        answers = gather(asked, call, timeout_s, what)
-        missed = silent & handles.keys()
+        asked = self._of_kind(kind)
+        missed = silent & asked.keys()
+        able = {name: actor for name, actor in asked.items() if name not in silent}
+        answers = gather(able, call, timeout_s, what)
         for name, answer in answers.items():
             if isinstance(answer, UNREACHABLE) and not isinstance(answer, ActorEndedError):
                 missed.add(name)
@@ -335,20 +351,6 @@ def _refuse_missed(what: str, missed: set[str]) -> None:
         raise GroupUnavailableError(
             f"{what}: no answer from {', '.join(sorted(missed))}; done by the others, call it again"
         )
-
-
-def _create(
-    chosen: Mapping[str, dict[str, Any]],
-    lifetime: str | None,
-    kind: str,
-    name: str,
-    **options: Any,
-) -> Any:
-    """A class of actors with its options: those of the user go before ours."""
-    actor, with_class, defaults = _KINDS[kind]
-    options = {**defaults, **options, **chosen.get(kind, {})}
-    options = {"max_restarts": -1, **options, "name": name, "lifetime": lifetime}
-    return ray.remote(max_restarts=-1, **with_class)(actor).options(namespace=NAMESPACE, **options)
 
 
 def _wait_loaded(replicas: Sequence[Any], deadline: float, *, all_of_them: bool = True) -> Any:
