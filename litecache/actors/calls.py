@@ -63,16 +63,11 @@ def find_actor(name: str, deadline: float = 0.0) -> Any:
 
 
 def result(ref: Any, timeout_s: float | None = CALL_TIMEOUT_S, what: str = "a call") -> Any:
-    """Wait for a call's result.
-
-    Args:
-        ref: what `.remote()` returned, or a list of such.
-        timeout_s: deadline; None: wait for as long as it takes.
-        what: names the call in errors.
+    """Wait for what `.remote()` returned, or a list of such; `what` names the call in errors.
 
     Raises:
-        LiteCacheError: the class that the actor raised; RequestTimeout after the deadline;
-            GroupUnavailableError when the actor is gone.
+        LiteCacheError: the class that the actor raised; RequestTimeout after `timeout_s` (None:
+            never); GroupUnavailableError when the actor is gone.
     """
     try:
         return _get(ref, timeout=timeout_s)
@@ -91,16 +86,8 @@ def result(ref: Any, timeout_s: float | None = CALL_TIMEOUT_S, what: str = "a ca
 def gather(
     handles: Mapping[str, Any], call: Callable[[Any], Any], timeout_s: float, what: str
 ) -> dict[str, Any]:
-    """What several actors answer, under one deadline.
-
-    Args:
-        handles: the actors by name.
-        call: begins the call of one of them.
-        timeout_s: deadline of all.
-        what: names the call in errors.
-
-    Returns:
-        By name the answer, or the LiteCacheError that took its place.
+    """What several actors answer to `call`, under one deadline: by name the answer, or the
+    LiteCacheError that took its place.
     """
     answers: dict[str, Any] = {}
     refs = {name: call(handle) for name, handle in handles.items()}

@@ -42,11 +42,7 @@ class RayConnection:
 
     @classmethod
     def current(cls) -> RayConnection:
-        """The one that is open.
-
-        Raises:
-            GroupError: there is none, or it is that of the process that this one was forked from.
-        """
+        """The one that is open; GroupError where there is none or it was inherited by a fork."""
         refuse_inherited_ray()
         if not ray.is_initialized():
             raise GroupError("Ray is not running in this process: call ray.init()")
@@ -56,11 +52,7 @@ class RayConnection:
         return cls(os.getpid(), session, context.get_job_id())
 
     def check(self) -> None:
-        """Refuse to go on where it is not the one that is open.
-
-        Raises:
-            GroupError: Ray was shut down since, or this is another process.
-        """
+        """GroupError where Ray was shut down since, or in another process."""
         check_process(self.pid)
         if not ray.is_initialized() or RayConnection.current() != self:
             raise GroupError(
@@ -69,11 +61,7 @@ class RayConnection:
 
 
 def check_process(pid: int) -> None:
-    """Refuse to go on in a process forked from the one that something was made in.
-
-    Raises:
-        GroupError: it is another process.
-    """
+    """GroupError in a process forked from the one that something was made in."""
     if os.getpid() != pid:
         raise GroupError(
             f"this was made in process {pid}, and process {os.getpid()} was forked from it: only "
@@ -83,11 +71,7 @@ def check_process(pid: int) -> None:
 
 
 def refuse_inherited_ray() -> None:
-    """Refuse to use Ray in a process forked from one that uses it.
-
-    Raises:
-        GroupError: this is one.
-    """
+    """GroupError in a process forked from one that uses Ray."""
     if _ray_is_inherited:
         raise GroupError(
             "this process was forked from one that uses Ray and cannot use it itself: "

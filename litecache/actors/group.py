@@ -100,11 +100,6 @@ class Group:
         """`StorageShard` handles by actor name."""
         return self._of_kind("shard")
 
-    @property
-    def coordinator_handle(self) -> Any:
-        """The `Coordinator`."""
-        return self.actors[coordinator_name(self.spec.group)]
-
     def _of_kind(self, kind: str) -> dict[str, Any]:
         return {name: actor for name, actor in self.actors.items() if f":{kind}:" in name}
 
@@ -354,12 +349,9 @@ def _refuse_missed(what: str, missed: set[str]) -> None:
 
 
 def _wait_loaded(replicas: Sequence[Any], deadline: float, *, all_of_them: bool = True) -> Any:
-    """The `EngineInfo` of the replicas, once they have loaded the model.
+    """The `EngineInfo` of the replicas, once all have loaded the model.
 
-    Args:
-        replicas: their handles.
-        deadline: by the monotonic clock.
-        all_of_them: False passes over those that have left the group, while one is there.
+    `all_of_them` = False passes over those that have left the group, while one is there.
     """
     infos = []
     for asked in [replica.info.remote() for replica in replicas]:
@@ -438,13 +430,8 @@ def _stop(group: str, timeout_s: float) -> dict[str, Any]:
 def _end_actors(group: str, silent: Collection[str] = ()) -> None:
     """Kill actors of a group, the coordinator last, and wait until their names are free.
 
-    Args:
-        group: its name.
-        silent: names of actors that answer nothing. Ray ends a stopped process when it runs on,
-            or by itself after a while: they are not waited for.
-
-    Raises:
-        GroupError: another actor is still there after the deadline.
+    Those that answer nothing (`silent`) are not waited for: Ray ends a stopped process when it
+    runs on, or by itself after a while.
     """
     actors, coordinator = _find_all(actor_names(group)), coordinator_name(group)
     for name in sorted(actors, key=lambda name: name == coordinator):

@@ -87,12 +87,7 @@ def _comparable(description: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_same(group: str, theirs: dict[str, Any], mine: dict[str, Any]) -> None:
-    """Compare a running group with what a driver expects of it.
-
-    Args:
-        group: its name.
-        theirs: the running group's description.
-        mine: the driver's; its "config" may be None, which agrees with any.
+    """Compare a running group's description with a driver's, whose "config" None agrees with any.
 
     Raises:
         GroupMismatchError: names the fields that differ, with both values and both digests.

@@ -262,14 +262,7 @@ class LocationMap:
 
 
 class LocationReporter:
-    """Reports one shard from a thread of its own.
-
-    Args:
-        store: what to report.
-        send: tells the coordinator; see `LocationMap.report`.
-        shard_id, node_id: who and where the shard is.
-        interval_s: heartbeat.
-    """
+    """Reports one shard from a thread of its own, by `send` (see `LocationMap.report`)."""
 
     def __init__(
         self,

@@ -63,11 +63,7 @@ def answering(
 
 
 def pack_call(*arguments: Any, requests: Sequence[Request] = ()) -> bytes:
-    """The arguments of a call, and requests.
-
-    Raises:
-        ConfigError: something cannot be carried.
-    """
+    """The arguments of a call, and requests; ConfigError names what cannot be carried."""
     samplings = {id(request.sampling): request.sampling for request in requests}
     numbers = {each: number for number, each in enumerate(samplings)}
     columns = (
@@ -85,7 +81,7 @@ def pack_call(*arguments: Any, requests: Sequence[Request] = ()) -> bytes:
 
 
 def unpack_call(message: bytes) -> tuple[tuple[Any, ...], list[Request]]:
-    """Inverse of `pack_call`: the arguments, and the requests.
+    """Inverse of `pack_call`.
 
     Raises:
         GroupMismatchError: it is of another version.

@@ -22,13 +22,7 @@ EXPORT_INTERVAL_S = 5.0
 
 
 class MetricsExporter:
-    """Copies one `Metrics` to Ray.
-
-    Args:
-        metrics: what to export.
-        tags: added to the labels of every series (group, actor).
-        interval_s: between two copies.
-    """
+    """Copies one `Metrics` to Ray, with `tags` (group, actor) added to every series' labels."""
 
     def __init__(
         self, metrics: Metrics, tags: dict[str, str], interval_s: float = EXPORT_INTERVAL_S

@@ -116,11 +116,10 @@ class RayEngine(ShardEngine):
             self._handles[f"{name}:{index}"] = actor.remote(name, index, store, patience_s)
         opening = [handle.info.remote() for handle in self._handles.values()]
         result(opening, _START_TIMEOUT_S, "starting shards")
-        self._watch = WriteWatch(list(self._handles.values()), options.on_written)
         self._attached = AttachedShards(list(self._handles), self._connect)
         self._attached.watch()
-        for index, each in enumerate(self._handles):
-            self._shards.append(_RayShard(each, index, self._watch, self._attached))
+        for each, handle in self._handles.items():
+            self._shards.append(_RayShard(each, handle, self._attached, options.on_written))
 
     def _connect(self, name: str, on_lost: Callable[..., None]) -> RayShardClient:
         return RayShardClient(
@@ -131,14 +130,9 @@ class RayEngine(ShardEngine):
             on_lost=on_lost,
         )
 
-    def shard_pids(self) -> list[int]:
-        """Process ids of the shard actors."""
-        return [int(result(each.info.remote())["pid"]) for each in self._handles.values()]
-
     def close(self) -> None:
         """Write out, sync, and end the actors; one that does not answer is killed all the same."""
         if self._shards:
-            self._watch.close()
             self._attached.close()
         super().close()
         handles, self._handles = getattr(self, "_handles", {}), {}
@@ -152,88 +146,64 @@ class RayEngine(ShardEngine):
 
 
 class _RayShard(Shard):
-    """One actor and this process's client of its present life."""
+    """One actor, this process's client of its present life, and the blocks committed to it.
+
+    A thread, which sleeps while there are none, asks the actor what became of them and tells which
+    reached the disk (None), or why they did not.
+    """
 
     def __init__(
-        self, name: str, index: int, watch: WriteWatch, attached: AttachedShards[RayShardClient]
+        self, name: str, handle: Any, attached: AttachedShards[RayShardClient], tell: Tell
     ) -> None:
-        self._name, self._index = name, index
-        self._watch, self._attached = watch, attached
+        self._name, self._handle, self._attached, self._tell = name, handle, attached, tell
+        self._work = threading.Condition()
+        # those whose end is not known; False: about to be committed
+        self._open: dict[BlockKey, bool] = {}
+        self._absent: set[BlockKey] = set()
+        self._closing = False
+        self._thread = start_service(self._run, "block-outcomes")
 
     def client(self) -> RayShardClient | None:
         return self._attached.client(self._name)
 
     def awaits(self, key: BlockKey) -> bool:
-        return self._watch.watches(key)
+        with self._work:
+            return key in self._open
 
     def announce(self, keys: Sequence[BlockKey]) -> list[BlockKey]:
-        return self._watch.announce(keys)
+        with self._work:
+            fresh = [key for key in dict.fromkeys(keys) if key not in self._open]
+            self._open.update(dict.fromkeys(fresh, False))
+            return fresh
 
     def committed(self, keys: Sequence[BlockKey], lost: Sequence[BlockKey]) -> None:
-        self._watch.committed(self._index, keys, lost)
+        with self._work:
+            for key in lost:
+                self._open.pop(key, None)
+            self._open.update(dict.fromkeys(keys, True))
+            self._work.notify()
 
     def wait_for_room(self, tries: int) -> None:
         # room comes when a write ends in the other process: nothing to wait on here
         time.sleep(min(_POLL_S[0] * 2 ** min(tries, 10), _POLL_S[1]))
 
     def close(self) -> None:
-        if (client := self.client()) is not None:
-            client.close()
-
-
-class WriteWatch:
-    """Asks shards what became of committed blocks, from a thread that sleeps when none are open.
-
-    Args:
-        handles: the actors.
-        tell: hears which blocks reached the disk (None), or why they did not.
-    """
-
-    def __init__(self, handles: Sequence[Any], tell: Tell) -> None:
-        self._handles, self._tell = handles, tell
-        self._work = threading.Condition()
-        # key -> its shard; None while it is about to be committed
-        self._open: dict[BlockKey, int | None] = {}
-        self._absent: set[BlockKey] = set()
-        self._closing = False
-        self._thread = start_service(self._run, "block-outcomes")
-
-    def announce(self, keys: Sequence[BlockKey]) -> list[BlockKey]:
-        """Blocks are about to be committed; those of them that no other task has announced."""
         with self._work:
-            fresh = [key for key in dict.fromkeys(keys) if key not in self._open]
-            self._open.update(dict.fromkeys(fresh))
-            return fresh
-
-    def committed(self, shard: int, keys: Sequence[BlockKey], lost: Sequence[BlockKey]) -> None:
-        """Tell what becomes of `keys`; `lost` were announced and not taken after all."""
-        with self._work:
-            for key in lost:
-                self._open.pop(key, None)
-            self._open.update(dict.fromkeys(keys, shard))
-            self._work.notify()
-
-    def watches(self, key: BlockKey) -> bool:
-        """Whether a block is on its way."""
-        with self._work:
-            return key in self._open
-
-    def close(self) -> None:
-        """End the thread; what is open stays untold."""
-        with self._work:
-            self._closing = True
+            self._closing = True  # what is open stays untold
             self._work.notify()
         self._thread.join()
+        if (client := self.client()) is not None:
+            client.close()
 
     def _run(self) -> None:
         delay = _POLL_S[0]
         while True:
             with self._work:
-                while not self._closing and not (by_shard := self._questions()):
-                    self._work.wait()
+                self._work.wait_for(lambda: self._closing or any(self._open.values()))
                 if self._closing:
                     return
-            told = [each for shard, keys in by_shard.items() for each in self._ask(shard, keys)]
+                keys = [key for key, committed in self._open.items() if committed]
+            told = self._ask(keys)
             with self._work:
                 for key, _ in told:
                     self._open.pop(key, None)
@@ -244,21 +214,14 @@ class WriteWatch:
                 if not self._closing:
                     self._work.wait(delay)
 
-    def _questions(self) -> dict[int, list[BlockKey]]:
-        by_shard: dict[int, list[BlockKey]] = {}
-        for key, shard in self._open.items():
-            if shard is not None:
-                by_shard.setdefault(shard, []).append(key)
-        return by_shard
-
-    def _ask(self, shard: int, keys: list[BlockKey]) -> list[tuple[BlockKey, str | None]]:
+    def _ask(self, keys: list[BlockKey]) -> list[tuple[BlockKey, str | None]]:
         try:
-            call = self._handles[shard].outcomes.remote(keys)
-            found: list[str] = result(call, _CALL_TIMEOUT_S, "asking what became of blocks")
+            asked = self._handle.outcomes.remote(keys)
+            found: list[str] = result(asked, _CALL_TIMEOUT_S, "asking what became of blocks")
         except ActorEndedError:
             return [(key, LOST) for key in keys]
         except LiteCacheError as error:
-            logger.info("shard %d does not say what became of blocks: %s", shard, error)
+            logger.info("%s does not say what became of blocks: %s", self._name, error)
             return []
         told: list[tuple[BlockKey, str | None]] = []
         for key, outcome in zip(keys, found, strict=True):

@@ -63,14 +63,10 @@ class Router:
         return [each for each in self._failures.get(index, []) if each[0] >= oldest]
 
     def route(self, keys: Sequence[BlockKey], prefix_by_node: Mapping[str, int]) -> int | None:
-        """Choose a replica for a request and remember the choice.
+        """Choose a replica for a prompt with these blocks and remember the choice.
 
-        Args:
-            keys: of the prompt's full blocks, in order.
-            prefix_by_node: leading keys that each node's shards hold.
-
-        Returns:
-            The replica's index; None when no replica is known to be alive.
+        `prefix_by_node` says how many leading keys each node's shards hold. None: no replica is
+        known to be alive.
         """
         live = {i: r for i, r in self._replicas.items() if self._is_live(r)}
         if not live:

@@ -212,12 +212,7 @@ _MESSAGES: dict[ShardMethod, tuple[Callable[[bytes], Any], Callable[[Any], bytes
 
 
 def packed_methods(store: ShardStore, changed: Callable[[], None]) -> dict[int, Handler]:
-    """The short methods of a store as handlers of packed messages.
-
-    Args:
-        store: does what is asked; each message carries the id of its client.
-        changed: called when keys have been added.
-    """
+    """The short methods of a store as handlers of packed messages; `changed`: keys were added."""
 
     def handler(method: ShardMethod) -> Handler:
         unpack, pack = _MESSAGES[method]

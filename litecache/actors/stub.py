@@ -31,26 +31,14 @@ _RETRY_S = 1.0
 
 @dataclass(eq=False)
 class Answer(Generic[T]):
-    """What has been sent and will be answered.
-
-    Attributes:
-        sent: the number of a socket's call, or what `.remote()` returned.
-        channel: of the socket.
-        decode: makes the result from what comes.
-    """
+    """What has been sent and will be answered: a socket's call, or what `.remote()` returned."""
 
     sent: Any
     channel: SocketChannel | None
     decode: Callable[[Any], T]
 
     def get(self, timeout_s: float | None, what: str, *, again: bool = False) -> T:
-        """Wait for it; raises what the actor raised, and as `calls.result`.
-
-        Args:
-            timeout_s: None waits for as long as it takes.
-            what: names the call in errors.
-            again: an answer that is late will be asked for again.
-        """
+        """Wait as `calls.result` does; `again`: an answer that is late will be asked for again."""
         if self.channel is None:
             return self.decode(result(self.sent, timeout_s, what))
         try:
@@ -62,15 +50,7 @@ class Answer(Generic[T]):
 
 
 class Stub:
-    """Sends messages to one actor.
-
-    Args:
-        handle: the actor; its method `call(code, message)` answers what its socket does.
-        name: for logs.
-
-    Attributes:
-        channel: to the actor's socket, while there is one.
-    """
+    """Sends messages to one actor: by `channel`, while there is one, or by its method `call`."""
 
     def __init__(self, handle: Any, name: str) -> None:
         self._handle, self._name = handle, name
@@ -117,11 +97,6 @@ class ReplicaStub(Stub):
 
     A first token waits for a call there and back, so drivers of the same machine use the socket.
     When that breaks the next calls go through Ray, until `find_socket` has found another one.
-
-    Args:
-        handle: the `GpuCache` actor.
-        name: of the replica, for messages.
-
     Every method but `abort` raises GroupError when the handle is of no use here any more; see
     `RayConnection.check`.
     """

@@ -140,12 +140,7 @@ class SocketChannel:
                 self._unwanted.add(number)
 
     def _receive(self, deadline: float | None, until_sent: bool = False) -> bool:
-        """Wait for bytes and sort the answers in them; False when none came in time.
-
-        Args:
-            deadline: when to stop waiting.
-            until_sent: also stop when everything is sent.
-        """
+        """Wait for bytes and sort the answers in them; False: none came, or all is sent."""
         data: bytes | None = None
         try:
             data = self._wait_for_bytes(deadline, until_sent)

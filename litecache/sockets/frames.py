@@ -39,11 +39,7 @@ class Outcome(IntEnum):
 
 
 def pack_frame(number: int, code: int, message: bytes) -> bytes:
-    """A frame.
-
-    Raises:
-        StorageError: the message is longer than a frame may be.
-    """
+    """A frame; StorageError: the message is longer than a frame may be."""
     if len(message) > MAX_FRAME_BYTES:
         raise StorageError(f"a message of {len(message)} bytes is longer than {MAX_FRAME_BYTES}")
     return _HEADER.pack(len(message), number, code) + message
@@ -58,9 +54,7 @@ def pack_error(error: BaseException) -> bytes:
 def unpack_error(message: bytes, what: str) -> LiteCacheError:
     """Inverse of `pack_error`: the same class, where this process has it.
 
-    Args:
-        message: as it came.
-        what: names the call; stands before what was no LiteCacheError on the other side.
+    `what` names the call; it stands before what was no LiteCacheError on the other side.
     """
     try:
         names, field, value, valid = msgpack.unpackb(message, use_list=False, max_ext_len=0)
@@ -70,21 +64,14 @@ def unpack_error(message: bytes, what: str) -> LiteCacheError:
 
 
 def handler_of(methods: Mapping[int, T], code: int) -> T:
-    """What answers the calls of a number.
-
-    Raises:
-        StorageError: nothing does.
-    """
+    """What answers the calls of a number; StorageError where nothing does."""
     if code not in methods:
         raise StorageError(f"there is no call {code}")
     return methods[code]
 
 
 def take_frames(buffer: bytearray) -> Iterator[tuple[int, int, bytes]]:
-    """Remove the whole frames from the front of what has been received.
-
-    Yields:
-        `(number, code, message)`.
+    """Remove the whole frames, as `(number, code, message)`, from the front of what has come.
 
     Raises:
         StorageError: what lies in the buffer is no frame; the connection is of no use any more.
@@ -110,11 +97,7 @@ class Intake:
 
     @contextlib.contextmanager
     def connection(self) -> Iterator[IncomingFrames]:
-        """What comes on one more connection, for as long as it is served.
-
-        Raises:
-            StorageError: there are too many.
-        """
+        """What comes on one more connection; StorageError: there are too many."""
         with self._lock:
             if not self._connections_left:
                 raise StorageError("there are too many connections")
@@ -128,11 +111,7 @@ class Intake:
                 self._connections_left += 1
 
     def hold(self, more_bytes: int) -> None:
-        """Count bytes that are kept, or (negative) no longer kept.
-
-        Raises:
-            StorageError: together they are too many; nothing was counted.
-        """
+        """Count bytes that are kept, or (negative) no longer; StorageError: they are too many."""
         with self._lock:
             if more_bytes > self._bytes_left:
                 raise StorageError("frames that are not whole hold too many bytes")

@@ -23,6 +23,7 @@ from litecache.actors.group_spec import (
     shard_options,
 )
 from litecache.actors.metrics_export import MetricsExporter
+from litecache.actors.naming import coordinator_name
 from litecache.actors.storage_shard import StorageShard
 from litecache.config import CacheConfig
 from litecache.engine.loading.model_source import ModelSource
@@ -104,7 +105,7 @@ def test_actors_have_the_agreed_names_and_say_what_they_do(group: Group, spec: G
 
 def test_the_coordinator_and_the_shards_load_no_torch(group: Group) -> None:
     status = group.status()
-    coordinator = ray.get(group.coordinator_handle.info.remote())
+    coordinator = ray.get(group.actors[coordinator_name(group.spec.group)].info.remote())
     pids = [coordinator["pid"], *(status[name]["pid"] for name in group.shards)]
     for pid in pids:
         assert "libtorch" not in Path(f"/proc/{pid}/maps").read_text()

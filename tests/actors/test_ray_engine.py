@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from litecache.actors import storage_shard
+from litecache.actors.calls import result
 from litecache.actors.ray_engine import STORED, Outcomes, RayEngine
 from litecache.errors import ConfigError, StorageError, StorageLockedError
 from litecache.storage import LocalCacheService, Task, TaskState
@@ -40,10 +41,10 @@ def done(task: Task) -> Task:
     return task
 
 
-def engine_of(cache: LocalCacheService) -> RayEngine:
+def shard_pids(cache: LocalCacheService) -> list[int]:
     made = cache._core.engine
     assert isinstance(made, RayEngine)
-    return made
+    return [result(handle.info.remote())["pid"] for handle in made._handles.values()]
 
 
 KEYS = list(range(1, BLOCKS + 1))
@@ -73,7 +74,7 @@ def test_blocks_go_through_the_actors_and_are_there_again_after_close(
     assert again.results() == ["exists"] * BLOCKS
     assert again.get_page_already_list() == PAGES.tolist()
     assert cache.query_many([*KEYS, 99]) == [True] * BLOCKS + [False]
-    pids = engine_of(cache).shard_pids()
+    pids = shard_pids(cache)
     assert len({*pids, os.getpid()}) == 3, "the stores live in processes of their own"
 
     kv[:] = 0
@@ -119,7 +120,7 @@ def test_a_killed_shard_costs_misses_and_comes_back_with_what_was_written(
 ) -> None:
     before = kv.copy()
     done(cache.create("write", KEYS, PAGES))
-    pids = engine_of(cache).shard_pids()
+    pids = shard_pids(cache)
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
     during = done(cache.create("write", [100], PAGES[:PER_BLOCK]))
@@ -128,7 +129,7 @@ def test_a_killed_shard_costs_misses_and_comes_back_with_what_was_written(
     wait_until(lambda: all(cache.query_many(KEYS)))
     assert done(cache.create("read", KEYS, PAGES)).results() == ["hit"] * BLOCKS
     assert (kv == before).all()
-    assert not set(pids) & set(engine_of(cache).shard_pids())
+    assert not set(pids) & set(shard_pids(cache))
     assert done(cache.create("write", [101], PAGES[:PER_BLOCK])).results() == ["stored"]
 
 
@@ -138,7 +139,7 @@ def test_a_full_disk_aborts_with_the_reason_and_the_block_is_a_miss(
     # The limit holds for the arena's memory, too: let it grow first.
     others = [key + 1000 for key in KEYS]
     assert done(cache.create("write", others, PAGES)).results() == ["stored"] * BLOCKS
-    for pid in engine_of(cache).shard_pids():
+    for pid in shard_pids(cache):
         resource.prlimit(pid, resource.RLIMIT_FSIZE, (0, 0))
     task = done(cache.create("write", KEYS, PAGES))
     assert task.results() == ["disk_full"] * BLOCKS

@@ -19,6 +19,7 @@ from ray.cluster_utils import Cluster
 from transformers import LlamaConfig
 
 from litecache.actors.calls import result
+from litecache.actors.naming import coordinator_name
 from litecache.adapter import KVCacheAdapter
 from litecache.config import CacheConfig
 from litecache.errors import LiteCacheError
@@ -70,6 +71,7 @@ def run(folder: str) -> dict[str, Any]:
     )
     llm = KVCacheAdapter(TINY, weights="random", cache_config=config, replicas=2, num_threads=1)
     group = llm.group
+    coordinator = group.actors[coordinator_name(group.spec.group)]
     gpus = [f"litecache:{group.spec.group}:gpu:{i}" for i in range(2)]
     status = group.status()
     nodes = [status[gpu]["node_id"] for gpu in gpus]
@@ -78,7 +80,7 @@ def run(folder: str) -> dict[str, Any]:
 
     def located(replica: int) -> bytes:
         name = shard_of[nodes[replica]].split(":shard:")[1]
-        return bytes(result(group.coordinator_handle.keys_of.remote(name), 10))
+        return bytes(result(coordinator.keys_of.remote(name), 10))
 
     def held(replica: int) -> bytes:
         return bytes(result(group.shards[shard_of[nodes[replica]]].keys.remote(), 10))
@@ -95,14 +97,11 @@ def run(folder: str) -> dict[str, Any]:
     ask(llm, 1, other)
     llm.flush()
 
-    coordinator = result(group.coordinator_handle.info.remote(), 10)
-    os.kill(coordinator["pid"], signal.SIGKILL)
+    told = result(coordinator.info.remote(), 10)
+    os.kill(told["pid"], signal.SIGKILL)
     without, _ = ask(llm, 0, ids)
     routed = llm.generate(ids, max_new_tokens=8)[0].tolist()
-    epoch = coordinator["epoch"]
-    wait_for(
-        lambda: result(group.coordinator_handle.info.remote(), 10)["epoch"] != epoch, "restart"
-    )
+    wait_for(lambda: result(coordinator.info.remote(), 10)["epoch"] != told["epoch"], "restart")
     wait_for(lambda: all(located(i) == held(i) for i in range(2)), "the map is filled again")
     report = {
         "nodes": len(set(nodes)),

@@ -91,7 +91,8 @@ def keys_of(llm: KVCacheAdapter) -> bytes:
 def keys_in_map(llm: KVCacheAdapter) -> bytes:
     shard_id = shard_of(llm).split(":shard:")[1]
     try:
-        known: bytes = result(llm.group.coordinator_handle.keys_of.remote(shard_id), 10)
+        coordinator = llm.group.actors[coordinator_name(llm.group.spec.group)]
+        known: bytes = result(coordinator.keys_of.remote(shard_id), 10)
     except LiteCacheError:
         return b""
     return known
@@ -105,7 +106,7 @@ def test_a_restarted_coordinator_learns_again_where_all_blocks_are(
     llm.flush()
     wait_for(lambda: keys_in_map(llm) == keys_of(llm))
     name = coordinator_name(llm.group.spec.group)
-    handle = llm.group.coordinator_handle
+    handle = llm.group.actors[name]
     first = result(handle.info.remote(), 10)
     os.kill(first["pid"], signal.SIGKILL)
     assert reuse(llm, ids)[0] == tokens
