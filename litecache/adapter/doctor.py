@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from litecache.adapter.stats import CacheStats
 from litecache.errors import LiteCacheError, told
@@ -23,8 +21,7 @@ PACKAGES = ("torch", "transformers", "ray", "triton", "numpy", "xxhash", "msgpac
 _SHM_COMFORT_BYTES = 1 << 30
 
 
-@dataclass(frozen=True)
-class Finding:
+class Finding(NamedTuple):
     """One checked thing.
 
     Attributes:
@@ -37,10 +34,6 @@ class Finding:
     status: str
     detail: str
 
-    def to_dict(self) -> dict[str, str]:
-        """Plain values."""
-        return asdict(self)
-
 
 def examine(storage_dir: str | None = None) -> list[Finding]:
     """Check everything; a check that fails unexpectedly is a finding of its own.
@@ -48,36 +41,30 @@ def examine(storage_dir: str | None = None) -> list[Finding]:
     Args:
         storage_dir: a folder for the disk tier to check, too.
     """
-    checks: list[Callable[[], Iterator[Finding]]] = [
-        _platform,
-        _packages,
-        _devices,
-        _memory,
-        _shared_memory,
-        _home,
-        _ray_auth,
-    ]
+    checks: dict[str, Callable[[], Iterator[Finding]]] = {
+        "platform": _platform,
+        "devices": _devices,
+        "memory": _memory,
+        "home": _home,
+        "ray_auth": _ray_auth,
+    }
     if storage_dir is not None:
-        checks.append(lambda: _storage(storage_dir))
+        checks["storage"] = lambda: _storage(storage_dir)
     findings: list[Finding] = []
-    for check in checks:
+    for name, check in checks.items():
         try:
             findings.extend(check())
         except Exception as error:  # a doctor reports, whatever it meets
-            name = getattr(check, "__name__", "check").strip("_")
             findings.append(Finding(name, "bad", told(error)))
     return findings
 
 
 def _platform() -> Iterator[Finding]:
-    version = platform.python_version()
     if sys.platform != "linux":
         yield Finding("platform", "bad", f"{sys.platform}: LiteCache runs on Linux")
-    yield Finding("python", "ok" if sys.version_info >= (3, 10) else "bad", version)
+    status = "ok" if sys.version_info >= (3, 10) else "bad"
+    yield Finding("python", status, platform.python_version())
     yield Finding("cores", "ok", str(len(os.sched_getaffinity(0))))
-
-
-def _packages() -> Iterator[Finding]:
     for package in PACKAGES:
         try:
             yield Finding(package, "ok", importlib.metadata.version(package))
@@ -89,10 +76,10 @@ def _packages() -> Iterator[Finding]:
 def _devices() -> Iterator[Finding]:
     import torch
 
-    if not torch.cuda.is_available():
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not count:
         yield Finding("gpu", "note", "none: models run on the CPU")
-        return
-    for index in range(torch.cuda.device_count()):
+    for index in range(count):
         properties = torch.cuda.get_device_properties(index)
         yield Finding(f"gpu {index}", "ok", f"{properties.name}, {_gib(properties.total_memory)}")
 
@@ -101,15 +88,8 @@ def _memory() -> Iterator[Finding]:
     from litecache.actors.group_spec import MEMORY_SHARE
     from litecache.machine_memory import memory_limit_bytes
 
-    limit = memory_limit_bytes()
-    yield Finding(
-        "memory",
-        "ok",
-        f"{_gib(limit)}; ram_bytes, Ray's object store and weights may take {MEMORY_SHARE:.0%}",
-    )
-
-
-def _shared_memory() -> Iterator[Finding]:
+    share = f"ram_bytes, Ray's object store and weights may take {MEMORY_SHARE:.0%}"
+    yield Finding("memory", "ok", f"{_gib(memory_limit_bytes())}; {share}")
     if hasattr(os, "memfd_create"):
         os.close(os.memfd_create("litecache-doctor"))
         yield Finding("arena", "ok", "memfd")
@@ -123,9 +103,9 @@ def _shared_memory() -> Iterator[Finding]:
 def _home() -> Iterator[Finding]:
     home = litecache_home()
     parent = next(folder for folder in (home, *home.parents) if folder.exists())
-    writable = os.access(parent, os.W_OK)
-    detail = f"{home}, {_gib(shutil.disk_usage(parent).free)} free"
-    yield Finding("cache folder", "ok" if writable else "bad", detail)
+    status = "ok" if os.access(parent, os.W_OK) else "bad"
+    free = _gib(shutil.disk_usage(parent).free)
+    yield Finding("cache folder", status, f"{home}, {free} free")
 
 
 def _ray_auth() -> Iterator[Finding]:
@@ -146,16 +126,14 @@ def _ray_auth() -> Iterator[Finding]:
 
 
 def _storage(storage_dir: str) -> Iterator[Finding]:
-    if not os.path.isabs(storage_dir):
-        yield Finding("storage_dir", "bad", f"{storage_dir} is not absolute")
-        return
     try:
+        if not os.path.isabs(storage_dir):
+            raise LiteCacheError(f"{storage_dir} is not absolute")
         parent = check_folder(storage_dir)
+        if not os.access(parent, os.W_OK):
+            raise LiteCacheError(f"{parent} is not writable")
     except LiteCacheError as error:
         yield Finding("storage_dir", "bad", str(error))
-        return
-    if not os.access(parent, os.W_OK):
-        yield Finding("storage_dir", "bad", f"{parent} is not writable")
         return
     yield Finding("storage_dir", "ok", f"{_gib(shutil.disk_usage(parent).free)} free in {parent}")
     with tempfile.NamedTemporaryFile(dir=parent) as probe:
@@ -175,32 +153,25 @@ def cluster_findings() -> list[Finding]:
     """What a running Ray cluster says, for those who are connected to one."""
     import ray
 
-    from litecache.actors.group import list_groups
+    from litecache.actors.group import Group, list_groups
 
     resources: dict[str, Any] = ray.cluster_resources()
-    shown = ", ".join(f"{k} {resources[k]:g}" for k in ("CPU", "GPU") if k in resources)
-    names: list[str] = []
+    has = ", ".join(f"{k} {resources[k]:g}" for k in ("CPU", "GPU") if k in resources)
+    nodes = sum(node["Alive"] for node in ray.nodes())
+    found = [Finding("ray cluster", "ok", f"{nodes} node(s), {has}")]
     try:
         names = list_groups()
-        groups = ", ".join(names) or "none"
     except LiteCacheError as error:
-        groups = str(error)
-    nodes = sum(node["Alive"] for node in ray.nodes())
-    return [
-        Finding("ray cluster", "ok", f"{nodes} node(s), {shown}"),
-        Finding("groups", "ok", groups),
-        *(finding for name in names for finding in _ask_group(name)),
-    ]
-
-
-def _ask_group(name: str) -> list[Finding]:
-    from litecache.actors.group import Group
-
-    try:
-        actors = Group.attach(name, timeout_s=5).status()
-    except LiteCacheError as error:
-        return [Finding(f"group {name}", "bad", str(error))]
-    return group_findings(name, CacheStats.from_status(actors))
+        return [*found, Finding("groups", "ok", str(error))]
+    found.append(Finding("groups", "ok", ", ".join(names) or "none"))
+    for name in names:
+        try:
+            actors = Group.attach(name, timeout_s=5).status()
+        except LiteCacheError as error:
+            found.append(Finding(f"group {name}", "bad", str(error)))
+        else:
+            found += group_findings(name, CacheStats.from_status(actors))
+    return found
 
 
 def group_findings(name: str, stats: CacheStats) -> list[Finding]:

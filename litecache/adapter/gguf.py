@@ -120,14 +120,9 @@ def _progress_bar(name: str, shown: bool) -> Iterator[Advance]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    bar = Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TimeElapsedColumn(),
-        console=Console(stderr=True),
-        disable=not shown,
-    )
+    text = TextColumn("{task.description}")
+    columns = (SpinnerColumn(), text, BarColumn(), TimeElapsedColumn())
+    bar = Progress(*columns, console=Console(stderr=True), disable=not shown)
     with without_bars(), bar:
         task = bar.add_task(name, total=100)
 

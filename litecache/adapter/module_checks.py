@@ -22,13 +22,8 @@ from litecache.errors import ConfigError, shown
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 # Attributes of modules that change nothing in eval mode.
 _WITHOUT_EFFECT = (
-    "training",
-    "gradient_checkpointing",
-    "name_or_path",
-    "padding_idx",
-    "p",
-    "loss_type",
-)
+    "training", "gradient_checkpointing", "name_or_path", "padding_idx", "p", "loss_type",
+)  # fmt: skip
 # The shapes of tensors tell it; resizing the embeddings leaves it behind in an inner module.
 _IN_SHAPES = ("vocab_size",)
 _PLAIN = (bool, int, float, str, type(None))
@@ -48,69 +43,58 @@ def check_module(module: nn.Module, *, trust_remote_code: bool = False) -> Any:
         ConfigError: names the hook, the method, the attribute or the tensor, and what to do.
     """
     module = getattr(module, "_orig_mod", module)
-    config = getattr(module, "config", None)
-    if _has_adapter(module):
-        valid = "a model without adapters: merge the adapter first, as by merge_and_unload()"
+    for valid in _faults(module, trust_remote_code):
         raise ConfigError("model", type(module).__name__, valid)
-    if not isinstance(config, PretrainedConfig) or not hasattr(module, "save_pretrained"):
-        raise ConfigError("model", type(module).__name__, "a transformers model with a config")
-    _check_tensors(module)
-    plain = _plain_twin(module, config, trust_remote_code)
-    for fault in _differences(module, plain):
-        valid = "just what its class, config and weights say, which alone reach the actors"
-        raise ConfigError("model", type(module).__name__, f"{valid}; {fault}")
     return module
 
 
-def _has_adapter(module: Any) -> bool:
-    return (
+def _faults(module: Any, trust_remote_code: bool) -> Iterator[str]:
+    """What a module should be and is not, the cheapest to find first."""
+    if (
         hasattr(module, "peft_config")
         or getattr(module, "_hf_peft_config_loaded", False) is True
         or any(type(each).__module__.startswith("peft.") for each in module.modules())
-    )
+    ):
+        yield "a model without adapters: merge the adapter first, as by merge_and_unload()"
+    config: Any = getattr(module, "config", None)
+    if not isinstance(config, PretrainedConfig) or not hasattr(module, "save_pretrained"):
+        yield "a transformers model with a config"
+    yield from _tensor_faults(module)
+    if type(module).__module__.startswith("transformers_modules.") and not trust_remote_code:
+        yield "of a class of transformers, or with trust_remote_code=True"
+    config = copy.deepcopy(config)
+    config._attn_implementation = "eager"
+    try:
+        with torch.device("meta"):  # what the actors will build, without memory for its tensors
+            plain: nn.Module = AutoModelForCausalLM.from_config(
+                config, trust_remote_code=trust_remote_code
+            )
+    except Exception as error:  # transformers raises whatever the config makes it trip over
+        yield f"a causal language model of transformers ({loading_reason(error)})"
+        return
+    for difference in _differences(module, plain):
+        what = "just what its class, config and weights say, which alone reach the actors"
+        yield f"{what}; {difference}"
 
 
-def _check_tensors(module: Any) -> None:
-    name = type(module).__name__
+def _tensor_faults(module: Any) -> Iterator[str]:
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     meta = [key for key, tensor in tensors.items() if tensor.is_meta]
     if meta:
-        valid = f"a model with its weights in memory: {len(meta)} tensors are on the meta device"
-        raise ConfigError("model", name, f"{valid} ({meta[0]}); load it without offloading")
+        lacking = f"{len(meta)} tensors are on the meta device ({meta[0]})"
+        yield f"a model with its weights in memory: {lacking}; load it without offloading"
     integers = [k for k, p in module.named_parameters() if not p.is_floating_point()]
     if getattr(module, "is_quantized", False) or integers:
-        valid = "a model that is not quantised: dequantize() it first, or give its name or folder"
-        raise ConfigError("model", name, valid)
-    kept = [
-        part
-        for field in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
-        for part in getattr(module, field, None) or ()
-    ]
+        yield "a model that is not quantised: dequantize() it first, or give its name or folder"
+    fields = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
+    kept = [part for field in fields for part in getattr(module, field, None) or ()]
     dtypes: dict[torch.dtype, str] = {}
     for key, parameter in module.named_parameters():
         if not any(part in key for part in kept):
             dtypes.setdefault(parameter.dtype, key)
     if len(dtypes) > 1:
         found = ", ".join(f"{key} is {dtype}" for dtype, key in dtypes.items())
-        raise ConfigError("model", name, f"a model of one dtype: {found}; .to() one of them")
-
-
-def _plain_twin(module: Any, config: PretrainedConfig, trust_remote_code: bool) -> nn.Module:
-    """What the actors will build from the config, without memory for its tensors."""
-    if type(module).__module__.startswith("transformers_modules.") and not trust_remote_code:
-        valid = "of a class of transformers, or with trust_remote_code=True"
-        raise ConfigError("model", type(module).__name__, valid)
-    config = copy.deepcopy(config)
-    config._attn_implementation = "eager"
-    try:
-        with torch.device("meta"):
-            plain: nn.Module = AutoModelForCausalLM.from_config(
-                config, trust_remote_code=trust_remote_code
-            )
-    except Exception as error:  # transformers raises whatever the config makes it trip over
-        valid = f"a causal language model of transformers ({loading_reason(error)})"
-        raise ConfigError("model", type(module).__name__, valid) from error
-    return plain
+        yield f"a model of one dtype: {found}; .to() one of them"
 
 
 def _differences(module: nn.Module, plain: nn.Module) -> Iterator[str]:

@@ -21,6 +21,7 @@ from transformers.utils import cached_file
 
 from litecache.adapter.gguf import held_conversion, without_bars
 from litecache.adapter.module_checks import check_module
+from litecache.checks import check_integer
 from litecache.engine.loading.fingerprint import file_digest, model_fingerprint, module_fingerprint
 from litecache.engine.loading.model_checks import read_config
 from litecache.engine.loading.model_source import BUFFERS_FILE, WEIGHTS, ModelSource
@@ -51,13 +52,12 @@ class ResolvedModel:
 
     def __post_init__(self) -> None:
         # Defaults of a family may lie outside a shrunken vocabulary, where nothing is ever drawn.
-        defaults = self.generation_config
         vocab_size = getattr(self.config.get_text_config(decoder=True), "vocab_size", None)
-        ids = defaults.eos_token_id
+        ids = self.generation_config.eos_token_id
         ids = ids if isinstance(ids, list) else [ids]
         valid = [i for i in ids if not isinstance(i, int) or vocab_size is None or i < vocab_size]
         if len(valid) < len(ids):
-            defaults = copy.copy(defaults)
+            defaults = copy.copy(self.generation_config)
             defaults.eos_token_id = valid or None
             object.__setattr__(self, "generation_config", defaults)
 
@@ -85,8 +85,7 @@ def resolve_model(
     """
     if weights not in WEIGHTS:
         raise ConfigError("weights", weights, f"one of {', '.join(WEIGHTS)}")
-    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 1 << 63:
-        raise ConfigError("seed", seed, "an integer from 0 to 2**63 - 1")
+    seed = check_integer("seed", seed, 0, valid="an integer from 0 to 2**63 - 1")
     if isinstance(model, PretrainedConfig):
         if weights != "random":
             raise ConfigError("weights", weights, '"random", because a config has no weights')
@@ -95,16 +94,20 @@ def resolve_model(
     if isinstance(model, nn.Module):
         if weights != "auto":
             raise ConfigError("weights", weights, '"auto", because the module brings its own')
-        model = check_module(model, trust_remote_code=trust_remote_code)
-        return _resolve_module(model, models_bytes)
-    if isinstance(model, (str, os.PathLike)) and os.fspath(model):
-        return _resolve_path(
-            os.fspath(model),
-            models_bytes,
-            weights=weights,
-            seed=seed if weights == "random" else 0,
-            trust_remote_code=trust_remote_code,
+        module = check_module(model, trust_remote_code=trust_remote_code)
+        folder, hold = _save_module(module, models_bytes)
+        source = ModelSource(
+            path=str(folder),
+            label=_label(module),
+            trust_remote_code=type(module).__module__.startswith("transformers_modules."),
         )
+        defaults = getattr(module, "generation_config", None)
+        defaults = defaults or GenerationConfig.from_model_config(module.config)
+        return ResolvedModel(source, module.config, defaults, hold)
+    if isinstance(model, (str, os.PathLike)) and os.fspath(model):
+        seed = seed if weights == "random" else 0
+        loading = {"weights": weights, "seed": seed, "trust_remote_code": trust_remote_code}
+        return _resolve_path(os.fspath(model), models_bytes, **loading)
     raise ConfigError("model", model, "a name, a path, an nn.Module or a PretrainedConfig")
 
 
@@ -122,39 +125,23 @@ def _resolve_path(name: str, most_bytes: int | None, **loading: Any) -> Resolved
     source = ModelSource(path=path, label=label, **loading)
     config = read_config(source)
     # What the actors load must be what is here now: names and paths may come to mean other weights.
-    source = _held_to_now(source)
+    if not os.path.isdir(path):
+        snapshot = Path(str(cached_file(path, "config.json"))).parent
+        if snapshot.parent.name == "snapshots":
+            source = replace(source, revision=snapshot.name)
+    # Nothing is to be read of random weights, and those folders are named by their contents.
+    elif source.weights != "random" and Path(path).parent != models_folder():
+        trusted = source.trust_remote_code
+        found = model_fingerprint(Path(path), trust_remote_code=trusted)
+        source = replace(source, fingerprint=found)
     try:
-        generation_config = GenerationConfig.from_pretrained(path)
+        defaults = GenerationConfig.from_pretrained(path)
     except Exception as error:  # there is none, or anything may stand in it
         if not isinstance(error, OSError) or os.path.exists(f"{path}/generation_config.json"):
             valid = f"a generation config ({told(error)})"
             raise ConfigError("generation_config.json", name, valid) from error
-        generation_config = GenerationConfig.from_model_config(config)
-    hold = hold or hold_model(path) or ModelHold(None)
-    return ResolvedModel(source, config, generation_config, hold)
-
-
-def _held_to_now(source: ModelSource) -> ModelSource:
-    """With the fingerprint of a folder, or the commit of a hub model that its name means."""
-    path = str(source.path)
-    if not os.path.isdir(path):
-        snapshot = Path(str(cached_file(path, "config.json"))).parent
-        known = snapshot.parent.name == "snapshots"
-        return replace(source, revision=snapshot.name) if known else source
-    if source.weights == "random" or Path(path).parent == models_folder():
-        return source  # nothing to read, or named by its contents
-    trusted = source.trust_remote_code
-    return replace(source, fingerprint=model_fingerprint(Path(path), trust_remote_code=trusted))
-
-
-def _resolve_module(module: Any, most_bytes: int | None) -> ResolvedModel:
-    folder, hold = _save_module(module, most_bytes)
-    generation_config = getattr(module, "generation_config", None)
-    if generation_config is None:
-        generation_config = GenerationConfig.from_model_config(module.config)
-    remote = type(module).__module__.startswith("transformers_modules.")
-    source = ModelSource(path=str(folder), label=_label(module), trust_remote_code=remote)
-    return ResolvedModel(source, module.config, generation_config, hold)
+        defaults = GenerationConfig.from_model_config(config)
+    return ResolvedModel(source, config, defaults, hold or hold_model(path) or ModelHold(None))
 
 
 def _label(module: Any) -> str:
@@ -172,11 +159,11 @@ def _save_module(module: Any, most_bytes: int | None) -> tuple[Path, ModelHold]:
         config["code"] = sorted(file_digest(Path(file)) for file in own)
 
     def make(folder: Path) -> None:
-        with without_bars():
-            try:
+        try:
+            with without_bars():
                 module.save_pretrained(folder)
-            except OSError as error:
-                raise LiteCacheError(f"cannot write {folder}: {error.strerror}") from error
+        except OSError as error:
+            raise LiteCacheError(f"cannot write {folder}: {error.strerror}") from error
         saved = module.state_dict().keys()
         others = {k: v.detach().cpu() for k, v in module.named_buffers() if k not in saved}
         save_file({k: v.contiguous().clone() for k, v in others.items()}, folder / BUFFERS_FILE)

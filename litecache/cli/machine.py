@@ -46,7 +46,7 @@ def doctor(
         connect(address)
         findings += cluster_findings()
     if as_json:
-        print_json([finding.to_dict() for finding in findings])
+        print_json([finding._asdict() for finding in findings])
     else:
         width = max(len(finding.name) for finding in findings)
         for finding in findings:
