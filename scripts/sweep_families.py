@@ -242,6 +242,7 @@ class Made:
         if case.rope:
             self._rotate(text, case.rope)
         self.config = type(config).from_dict(tiny)
+        self._built: Any = None
 
     @staticmethod
     def _rotate(text: dict[str, Any], rope: dict[str, Any]) -> None:
@@ -263,7 +264,9 @@ class Made:
 
     def build(self) -> Any:
         """A model; all of them have the same weights."""
-        return build_twin(self.model_class, copy.deepcopy(self.config))
+        if self._built is None:
+            self._built = build_twin(self.model_class, copy.deepcopy(self.config))
+        return copy.deepcopy(self._built)
 
 
 def _run(family: str, name: str, case: Case) -> Result | None:

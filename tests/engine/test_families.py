@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 import sweep_families
 from sweep_families import Made, Result, cases_of, families, sweep
 
+torch.set_num_threads(1)
 SOME = (
     ("qwen2_moe", "window 32"),
     ("phimoe", "window 32"),

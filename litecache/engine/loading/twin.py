@@ -169,7 +169,13 @@ def twin_outcome(model_class: type, config: Any) -> TwinOutcome:
         try:
             found = TwinOutcome(**json.loads(file.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
-            found = _try(model_class, config, fields)
+            threads = torch.get_num_threads()
+            # So small a model takes ten times as long with two threads on a busy machine.
+            torch.set_num_threads(1)
+            try:
+                found = _try(model_class, config, fields)
+            finally:
+                torch.set_num_threads(threads)
             write_kept(file, asdict(found))
         _OUTCOMES[key] = found
     return _OUTCOMES[key]
