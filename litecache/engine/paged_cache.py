@@ -72,16 +72,14 @@ class PagedAttentionCache:
         if not isinstance(config, CacheConfig):
             raise ConfigError("config", outline(config), "a litecache.CacheConfig")
         self.config = config
-        for name in ("num_layers", "num_heads", "head_dim", "dtype"):
-            if getattr(config, name) is None:
-                raise ConfigError(name, None, "required by PagedAttentionCache")
-        assert config.num_layers and config.num_heads and config.head_dim  # noqa: PT018
-        assert config.dtype
-        self.num_layers, self.num_heads = config.num_layers, config.num_heads
-        self.num_kv_heads = config.num_kv_heads or config.num_heads
-        self.head_dim = config.head_dim
+        required = ("num_layers", "num_heads", "head_dim", "dtype")
+        given = [getattr(config, name) for name in required]
+        if None in given:
+            raise ConfigError(required[given.index(None)], None, "required by PagedAttentionCache")
+        self.num_layers, self.num_heads, self.head_dim, dtype = given
+        self.num_kv_heads = config.num_kv_heads or self.num_heads
         self.device = choose_device(config.device)
-        dtype = config.kv_dtype or config.dtype
+        dtype = config.kv_dtype or dtype
         spec = KVSpec(self.num_kv_heads, self.head_dim, self.head_dim, dtype)
         group = KVLayout.from_specs([spec] * self.num_layers, config.block_size).groups[0]
         num_blocks = self._check_room(group.block_bytes)

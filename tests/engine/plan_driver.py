@@ -64,7 +64,7 @@ def tiny_model(family: str, seed: int = 0, passes: str = "none", **config: objec
 def stock_model(family: str, seed: int, device: str) -> Any:
     """The same weights in unmodified transformers."""
     loaded = tiny_model(family, seed, device=device)
-    softcap = getattr(loaded.hf_config, "attn_logit_softcapping", None)
+    softcap = getattr(loaded.model.config, "attn_logit_softcapping", None)
     loaded.model.set_attn_implementation("eager" if softcap else "sdpa")
     loaded.model.generation_config.eos_token_id = None
     return loaded.model
@@ -72,7 +72,7 @@ def stock_model(family: str, seed: int, device: str) -> Any:
 
 def stock_generate(loaded: LoadedModel, prompt: list[int], count: int) -> list[int]:
     """Greedy tokens by unmodified transformers from the weights of seed 0, without end."""
-    model = stock_model(loaded.hf_config.model_type, 0, loaded.device.type)
+    model = stock_model(loaded.model.config.model_type, 0, loaded.device.type)
     ids = torch.tensor([prompt], device=model.device)
     out = model.generate(
         ids,

@@ -48,7 +48,7 @@ def test_a_batch_that_grows_and_shrinks_keeps_the_tokens_of_stock(loaded, monkey
                 for row, token in zip(sorted(rows), tokens, strict=True):
                     got[row].append(token)
     assert got == wanted
-    if loaded.hf_config.model_type == "gemma2":
+    if loaded.model.config.model_type == "gemma2":
         assert not extended  # it caps its scores, and SDPA cannot
     else:
         assert extended > 10

@@ -52,7 +52,6 @@ class LoadedModel:
     Attributes:
         model: the Hugging Face model in eval mode, with paged attention chosen and the passes
             applied.
-        hf_config: its configuration.
         specs: KV shape of each layer.
         device: where weights and pool are.
         dtype: of weights and activations.
@@ -64,7 +63,6 @@ class LoadedModel:
     """
 
     model: Any
-    hf_config: Any
     specs: tuple[KVSpec, ...]
     device: torch.device
     dtype: torch.dtype
@@ -111,7 +109,6 @@ def load_model(source: ModelSource, config: CacheConfig) -> LoadedModel:
     logger.info("%s: %d layers, passes: %s", source.name, len(specs), ", ".join(passes) or "none")
     return LoadedModel(
         model=model,
-        hf_config=hf_config,
         specs=specs,
         device=device,
         dtype=dtype,
