@@ -487,6 +487,5 @@ def _describe(
         max_requests=config.max_requests,
         max_batch_tokens=config.max_batch_tokens,
         vocab_size=loaded.vocab_size,
-        eos_token_ids=loaded.eos_token_ids,
         num_threads=num_threads,
     )

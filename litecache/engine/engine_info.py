@@ -33,7 +33,6 @@ class EngineInfo:
         max_model_len: longest sequence in tokens.
         max_requests, max_batch_tokens: limits of a step.
         vocab_size: valid token ids are below it.
-        eos_token_ids: of the model's generation config.
         num_threads: of torch on CPU.
     """
 
@@ -50,7 +49,6 @@ class EngineInfo:
     max_requests: int
     max_batch_tokens: int
     vocab_size: int
-    eos_token_ids: tuple[int, ...]
     num_threads: int
 
     @property

@@ -73,7 +73,6 @@ def test_a_pass_that_is_wrong_far_out_is_left_out(monkeypatch, tmp_path):
     from litecache.engine.running.passes import fused_layers
 
     monkeypatch.setattr(fused_layers, "_TOLERANCE", {torch.float32: float("inf")})
-    monkeypatch.setattr(twin, "_OUTCOMES", {})
     monkeypatch.setenv("LITECACHE_HOME", str(tmp_path))
     made = Made("ministral3", cases_of("ministral3")["query scale from 40"])
     outcome = twin_outcome(made.model_class, made.config)
@@ -83,20 +82,17 @@ def test_a_pass_that_is_wrong_far_out_is_left_out(monkeypatch, tmp_path):
 
 def test_a_twin_is_tried_once_and_kept_on_disk(monkeypatch, tmp_path):
     monkeypatch.setenv("LITECACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(twin, "_OUTCOMES", {})
     tried = []
     real = twin._try
     monkeypatch.setattr(twin, "_try", lambda *args: tried.append(1) or real(*args))
     made = Made("llama", cases_of("llama")["plain"])
     first = twin_outcome(made.model_class, made.config)
     assert twin_outcome(made.model_class, made.config) == first
-    monkeypatch.setattr(twin, "_OUTCOMES", {})
     assert twin_outcome(made.model_class, made.config) == first
     assert len(tried) == 1
     (file,) = (tmp_path / "probes").iterdir()
     assert file.stat().st_size < 1000
     file.write_text("{")
-    monkeypatch.setattr(twin, "_OUTCOMES", {})
     assert twin_outcome(made.model_class, made.config) == first
     assert len(tried) == 2
 

@@ -57,7 +57,6 @@ class LoadedModel:
         dtype: of weights and activations.
         max_model_len: longest sequence in tokens.
         vocab_size: number of logits.
-        eos_token_ids: from its generation config; may be empty.
         fingerprint: digest of config and all weights, equal for equal models.
         passes: names of the passes that made its forward faster.
     """
@@ -68,7 +67,6 @@ class LoadedModel:
     dtype: torch.dtype
     max_model_len: int
     vocab_size: int
-    eos_token_ids: tuple[int, ...]
     fingerprint: str
     passes: tuple[str, ...] = ()
 
@@ -114,7 +112,6 @@ def load_model(source: ModelSource, config: CacheConfig) -> LoadedModel:
         dtype=dtype,
         max_model_len=max_model_len,
         vocab_size=hf_config.get_text_config(decoder=True).vocab_size,
-        eos_token_ids=eos_token_ids(model.config, model.generation_config),
         fingerprint=fingerprint,
         passes=passes,
     )
@@ -227,16 +224,3 @@ def _not_a_decoder(hf_config: Any, error: Exception) -> ModelNotSupportedError:
         return refusal(hf_config, "it has attention code of its own")
     reason = f"it does not load as a causal language model: {loading_reason(error)}"
     return refusal(hf_config, reason)
-
-
-def eos_token_ids(config: Any, generation_config: Any) -> tuple[int, ...]:
-    """A model's own end tokens, without those that it cannot draw.
-
-    Defaults of a family may lie outside a shrunken vocabulary.
-    """
-    ids = getattr(generation_config, "eos_token_id", None)
-    if ids is None:
-        ids = getattr(config, "eos_token_id", None)
-    vocab = config.get_text_config(decoder=True).vocab_size
-    given = ids if isinstance(ids, (list, tuple)) else (ids,)
-    return tuple(i for i in given if i is not None and i < vocab)

@@ -10,6 +10,7 @@ and behavioural fields it is run once, packed, chunked and paged, with and witho
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
@@ -154,31 +155,25 @@ def probe_model(
     return specs, tuple(name for name in PASSES if name not in outcome.wrong_passes)
 
 
-_OUTCOMES: dict[str, TwinOutcome] = {}
-
-
 def twin_outcome(model_class: type, config: Any) -> TwinOutcome:
-    """What the twin of a model shows, from memory or from disk where it has been tried before."""
+    """What the twin of a model shows, from disk where it has been tried before."""
     fields = config.to_dict()
     try:
         key = _key(model_class, shrink(fields))
     except Exception as error:  # a configuration of any kind of class
         return TwinOutcome(no_twin=told(error))
-    if key not in _OUTCOMES:
-        file = litecache_home() / "probes" / f"{key}.json"
-        try:
-            found = TwinOutcome(**json.loads(file.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
-            threads = torch.get_num_threads()
-            # So small a model takes ten times as long with two threads on a busy machine.
-            torch.set_num_threads(1)
-            try:
-                found = _try(model_class, config, fields)
-            finally:
-                torch.set_num_threads(threads)
-            write_kept(file, asdict(found))
-        _OUTCOMES[key] = found
-    return _OUTCOMES[key]
+    file = litecache_home() / "probes" / f"{key}.json"
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        return TwinOutcome(**json.loads(file.read_text(encoding="utf-8")))
+    threads = torch.get_num_threads()
+    # So small a model takes ten times as long with two threads on a busy machine.
+    torch.set_num_threads(1)
+    try:
+        found = _try(model_class, config, fields)
+    finally:
+        torch.set_num_threads(threads)
+    write_kept(file, asdict(found))
+    return found
 
 
 def _try(model_class: type, config: Any, fields: dict[str, Any]) -> TwinOutcome:
