@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from litecache.cli.options import parse_settings
 from litecache.config import ADMISSION_POLICIES, EVICTION_POLICIES, CacheConfig
 from litecache.errors import ConfigError
-from litecache.storage.admission import get_admission
 from litecache.storage.eviction import get_policy
+from litecache.storage.tiers import Admission
 
 FIELDS = [field.name for field in dataclasses.fields(CacheConfig)]
 
@@ -124,7 +124,7 @@ def test_the_policies_that_a_config_takes_are_those_that_shards_know() -> None:
     for name in EVICTION_POLICIES:
         get_policy(name)
     for name in ADMISSION_POLICIES:
-        get_admission(name)
+        Admission(name)
     for unknown in ("clock", "", "LRU"):
         with pytest.raises(ConfigError, match="eviction"):
             CacheConfig(eviction=unknown)

@@ -9,73 +9,62 @@ from __future__ import annotations
 import errno
 import logging
 import threading
-import time
 
-from ..metrics import Metrics
 from ..threads import start_service
+from .disk.tier import DiskTier
 from .retry import Backoff, LogByRate
 from .tiers import Tiers
 
 logger = logging.getLogger(__name__)
 
 
+class _SlabError(OSError):
+    """The slab's sync failed: what was written since the last one has been dropped."""
+
+
 class Durability:
     """Keeps the disk tier's metadata on disk.
 
     Args:
-        tiers: the state, guarded by `lock`.
-        lock: the store's lock.
-        changed: notified when more has become durable.
+        tiers: of the store.
+        disk: its disk tier.
         threaded: False does all work when it is asked for.
         fsync: `always`, `interval` or `never`.
         interval_s: how long a write may stay unsynced under `interval`.
-        metrics: where drops are counted.
+
+    Attributes:
+        last_error: why the log could not be written.
     """
 
     def __init__(
-        self,
-        tiers: Tiers,
-        lock: threading.Lock,
-        changed: threading.Condition,
-        *,
-        threaded: bool,
-        fsync: str,
-        interval_s: float,
-        metrics: Metrics,
+        self, tiers: Tiers, disk: DiskTier, *, threaded: bool, fsync: str, interval_s: float
     ) -> None:
         self._tiers = tiers
-        self._lock = lock
-        self._changed = changed
-        self._wake = threading.Condition(lock)
+        self._disk = disk
+        self._lock = tiers.lock
+        self._wake = threading.Condition(tiers.lock)
         self._fsync = fsync
         self._interval_s = interval_s
-        self._metrics = metrics
         self._closing = False
         self._unsynced = False
         self._compaction = Backoff()
         self._say = LogByRate(logger, logging.ERROR)
         self._sync_lock = threading.Lock()
-        self.lost_writes = 0
         self.last_error: OSError | None = None
-        self._thread: threading.Thread | None = None
-        if tiers.disk is not None and threaded:
-            self._thread = start_service(self._run, "durability")
+        self._thread = start_service(self._run, "durability") if threaded else None
 
     def note_change(self) -> None:
-        """Metadata changed without a write; the lock is held."""
+        """Metadata changed; the lock is held."""
         self._unsynced = True
         self._wake.notify()
 
     def after_write(self) -> None:
         """Carry the log to its file, and sync or compact if it is due."""
-        disk = self._tiers.disk
-        assert disk is not None
         self.flush_log()
         if self._fsync == "always":
             self.sync()
-        if self._thread is not None:
-            with self._lock:
-                self._wake.notify()
+        with self._lock:
+            self._wake.notify()
 
     def flush_log(self) -> bool:
         """Carry what changed to the log's file, so that it survives kill -9.
@@ -83,21 +72,23 @@ class Durability:
         Returns:
             Whether the file holds everything.
         """
-        disk = self._tiers.disk
-        if disk is None:
-            return True
+        log = self._disk.log
         with self._lock:
-            seq = disk.log.begin_sync()
+            seq = log.begin_sync()
         try:
-            disk.log.flush()
+            log.flush()
         except OSError as error:
             self._say("the log cannot be written: %s", error)
             self.last_error = error
             return False
-        if self._fsync == "never" and not disk.log.broken:
-            with self._lock:
-                disk.log.synced_seq = max(disk.log.synced_seq, seq)
-        return not disk.log.broken
+        if self._fsync == "never" and not log.broken:
+            self._note_synced(seq)
+        return not log.broken
+
+    def _note_synced(self, seq: int) -> None:
+        with self._lock:
+            self._disk.log.synced_seq = max(self._disk.log.synced_seq, seq)
+            self._tiers.changed.notify_all()
 
     def sync(self, *, force: bool = False) -> bool:
         """Make everything written so far durable; False when the disk refused.
@@ -105,81 +96,71 @@ class Durability:
         Args:
             force: rewrite a broken log now, although that has just failed.
         """
-        disk = self._tiers.disk
-        if disk is None:
-            return True
+        log = self._disk.log
         with self._sync_lock:
             if not self._in_place():
                 return False
             with self._lock:
-                seq = disk.log.begin_sync()
-                before = disk.log.synced_seq
+                seq, before = log.begin_sync(), log.synced_seq
                 self._unsynced = False
-                if seq == before and not disk.log.broken:
+                if seq == before and not log.broken:
                     return True
-            if not self._sync_slab(before):
-                return False
-            with self._lock:
-                seq = disk.log.mark_synced(seq)
-            whole = False
             try:
-                disk.log.flush()
-                if not disk.log.broken:
-                    disk.log.sync()
-                    whole = True
+                self._sync_slab(before)
+                with self._lock:
+                    seq = log.mark_synced(seq)
+                log.flush()
+                if not log.broken:
+                    log.sync()
+            except _SlabError:
+                return False
             except OSError as error:
                 self._say("the log cannot be synced: %s", error)
+            else:
+                if not log.broken:
+                    self._note_synced(seq)
+                    return True
             # one whose sync failed once may have lost pages: only a new one can be trusted
-            due = force or self._compaction.due()
-            if not whole and not (due and self._compact_locked()):
+            if not (force or self._compaction.due()) or not self._compact_locked():
                 return False
-            with self._lock:
-                disk.log.synced_seq = max(disk.log.synced_seq, seq)
-                self._changed.notify_all()
+            self._note_synced(seq)
             return True
 
     def _in_place(self) -> bool:
         """Whether the store's files still are where the next start will look for them."""
-        disk = self._tiers.disk
-        assert disk is not None
+        disk = self._disk
         if disk.lost is None and (trouble := disk.trouble()) is not None:
             logger.error(
                 "the disk tier in %s is out until the next start: %s", disk.folder.path, trouble
             )
             with self._lock:
                 self._tiers.lose_disk(trouble)
-                self._changed.notify_all()
+                self._tiers.changed.notify_all()
         return disk.lost is None
 
-    def _sync_slab(self, synced_seq: int) -> bool:
-        disk = self._tiers.disk
-        assert disk is not None
+    def _sync_slab(self, synced_seq: int) -> None:
         try:
-            disk.slab.sync()
+            self._disk.slab.sync()
         except OSError as error:
             self._say("the slab cannot be synced: %s", error)
-            # a second sync may succeed without the writes that the first one lost
             self._distrust(synced_seq)
-            return False
-        return True
+            raise _SlabError(errno.EIO, "the slab cannot be synced") from error
 
     def _distrust(self, synced_seq: int) -> None:
-        """The device may have lost what was written since the last sync: drop it."""
-        tiers, disk = self._tiers, self._tiers.disk
-        assert disk is not None
+        """The device may have lost what was written since the last sync: drop it.
+
+        A second sync may succeed without the writes that the first one lost.
+        """
+        tiers, put_seq = self._tiers, self._tiers.index.put_seq
         with self._lock:
-            doubtful = [
-                entry
-                for entry in disk.on_disk().tolist()
-                if tiers.index.put_seq[entry] > synced_seq
-            ]
+            doubtful = [e for e in self._disk.on_disk().tolist() if put_seq[e] > synced_seq]
+            tiers.failed_writes += len(doubtful)
             for entry in doubtful:
-                self.lost_writes += 1
-                self._metrics.inc("litecache_drops", reason="sync_error")
+                tiers.metrics.inc("litecache_drops", reason="sync_error")
                 tiers.drop(entry)
             # their records must be gone for good before a later mark could vouch for them
-            disk.log.broken = True
-            self._changed.notify_all()
+            self._disk.log.broken = True
+            tiers.changed.notify_all()
 
     def compact(self, *, if_due: bool = False) -> bool:
         """Write a new log; False when the disk refused.
@@ -192,68 +173,43 @@ class Durability:
             return due and self._in_place() and self._compact_locked()
 
     def _compact_locked(self) -> bool:
-        disk = self._tiers.disk
-        assert disk is not None
-        synced_seq = disk.log.synced_seq
-
-        def sync_slab() -> None:
-            if not self._sync_slab(synced_seq):
-                raise OSError(errno.EIO, "the slab cannot be synced")
-
+        synced_seq = self._disk.log.synced_seq
         try:
-            seq = disk.compact(self._lock, sync_slab)
+            seq = self._disk.compact(self._lock, lambda: self._sync_slab(synced_seq))
         except OSError as error:
             self._say("compaction failed: %s", error)
             self.last_error = error
             return self._compaction.note(False)
-        self._compaction.note(True)
-        with self._lock:
-            disk.log.synced_seq = max(disk.log.synced_seq, seq)
-            self._changed.notify_all()
-        return True
+        self._note_synced(seq)
+        return self._compaction.note(True)
 
     def _run(self) -> None:
         while True:
             with self._lock:
-                while not self._closing and not self._due():
-                    self._wake.wait()
-                if self._closing:
-                    return
+                self._wake.wait_for(lambda: self._closing or self._due())
                 if self._unsynced and self._fsync == "interval":
-                    deadline = time.monotonic() + self._interval_s
-                    while not self._closing and (left := deadline - time.monotonic()) > 0:
-                        self._wake.wait(left)
+                    self._wake.wait_for(lambda: self._closing, self._interval_s)
                 if self._closing:
                     return
-            self._maintain(force_sync=self._fsync == "interval")
+            self._maintain(sync=self._fsync != "never")
 
     def _due(self) -> bool:
-        disk = self._tiers.disk
-        assert disk is not None
-        if disk.wants_compaction() and self._compaction.due():
-            return True
-        return self._unsynced and self._fsync == "interval"
+        unsynced = self._unsynced and self._fsync == "interval"
+        return unsynced or (self._disk.wants_compaction() and self._compaction.due())
 
-    def _maintain(self, *, force_sync: bool) -> None:
-        disk = self._tiers.disk
-        assert disk is not None
-        synced = self.sync() if force_sync or self._fsync == "always" else True
+    def _maintain(self, *, sync: bool) -> None:
+        synced = self.sync() if sync else True
         with self._lock:
             # what changed during the sync waits for the next one, and so does a sync that failed
-            self._unsynced |= not synced and not disk.lost
-            wanted = disk.wants_compaction()
+            self._unsynced |= not synced and not self._disk.lost
+            wanted = self._disk.wants_compaction()
         if wanted:
             self.compact(if_due=True)
 
     def catch_up(self) -> None:
         """Without a thread: do what it would have done by now, but for the interval's sync."""
-        disk = self._tiers.disk
-        if (
-            self._thread is None
-            and disk is not None
-            and (self._unsynced or disk.wants_compaction())
-        ):
-            self._maintain(force_sync=False)
+        if self._thread is None and (self._unsynced or self._disk.wants_compaction()):
+            self._maintain(sync=self._fsync == "always")
 
     def close(self) -> None:
         """End the thread."""

@@ -1,22 +1,21 @@
 """Clients of a shard and the leases that they hold; the end of a client is proven by its pidfd.
 
 A stalled client may still have a copy in flight, so no clock ever ends a lease: `detach`, or the
-kernel's word that the process is gone. One thread sleeps in `poll` on the pidfds of all clients and
-a pipe that wakes it when the set changes.
+kernel's word that the process is gone. One thread sleeps on the pidfds of all clients.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import select
 import threading
+from collections import Counter
 from collections.abc import Iterable
 
 from ..errors import StorageError
 from ..threads import start_service
-from .ram_tier import RamBlock, RamState, RamTier
+from .tiers import RamBlock, RamState, Tiers
 
 logger = logging.getLogger(__name__)
 
@@ -26,18 +25,15 @@ class Client:
 
     Attributes:
         pid, pidfd: the process and the proof of its end.
-        leases: slot to [generation, count].
-        gone: it has ended; no lease may be given to it any more.
+        leases: slot to how many. A leased slot keeps its generation.
     """
 
-    __slots__ = ("client_id", "gone", "leases", "pid", "pidfd")
+    __slots__ = ("leases", "pid", "pidfd")
 
-    def __init__(self, client_id: int, pid: int, pidfd: int) -> None:
-        self.client_id = client_id
+    def __init__(self, pid: int, pidfd: int) -> None:
         self.pid = pid
         self.pidfd = pidfd
-        self.gone = False
-        self.leases: dict[int, list[int]] = {}
+        self.leases: dict[int, int] = {}
 
 
 class Leases:
@@ -47,21 +43,21 @@ class Leases:
     under the store's lock.
 
     Args:
-        ram: the slots.
-        changed: condition on the store's lock, notified when leases ended.
+        tiers: the slots.
         first_id: client ids count from here, so that those of another epoch are unknown.
 
     Attributes:
         own: the store itself, while it copies a block.
     """
 
-    def __init__(self, ram: RamTier, changed: threading.Condition, first_id: int) -> None:
-        self._ram = ram
-        self._lock = self._changed = changed
-        self.own = Client(0, 0, -1)
+    def __init__(self, tiers: Tiers, first_id: int) -> None:
+        self._tiers = tiers
+        self.own = Client(0, -1)
         self._next_id = first_id
         self._clients: dict[int, Client] = {}
-        self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._watched = select.epoll()
+        self._wake = os.eventfd(0)
+        self._watched.register(self._wake, select.EPOLLIN)
         self._closing = False
         self._thread: threading.Thread | None = None
 
@@ -69,31 +65,34 @@ class Leases:
         """Register a process; its client id.
 
         Raises:
-            StorageError: there is no such process on this machine.
+            StorageError: there is no such process on this machine, or the store is closed.
         """
         try:
             pidfd = os.pidfd_open(pid)
         except OSError as error:
             raise StorageError(f"client_pid={pid} is no live process here: {error}") from error
-        with self._lock:
+        with self._tiers.lock:
+            if self._closing:
+                os.close(pidfd)
+                raise StorageError("the shard store is closed")
             self._next_id += 1
-            client = Client(self._next_id, pid, pidfd)
-            self._clients[client.client_id] = client
+            self._clients[self._next_id] = Client(pid, pidfd)
+            self._watched.register(pidfd, select.EPOLLIN)
             if self._thread is None:
                 self._thread = start_service(self._watch, "reaper")
-        self._wake()
-        return client.client_id
+            return self._next_id
 
     def get(self, client_id: int) -> Client:
-        """The client with an id; the lock is held.
+        """The client with an id.
 
         Raises:
-            StorageError: it is not attached, or was to an earlier epoch.
+            StorageError: it is not attached any more, or was to an earlier epoch.
         """
         client = self._clients.get(client_id)
         if client is None:
             raise StorageError(
-                f"client_id={client_id} is not attached to this epoch of the shard: attach again"
+                f"client_id={client_id} has been detached, or is not attached to this epoch of the "
+                "shard: attach again"
             )
         return client
 
@@ -102,110 +101,80 @@ class Leases:
 
     def give(self, client: Client, block: RamBlock) -> None:
         """One more lease."""
-        held = client.leases.get(block.slot)
-        if held is None:
-            client.leases[block.slot] = [block.generation, 1]
-        else:
-            held[1] += 1
+        client.leases[block.slot] = client.leases.get(block.slot, 0) + 1
         block.leases += 1
-
-    def end_many(self, client: Client, slots: Iterable[tuple[int, int]]) -> None:
-        """One lease less on each slot; those that the client does not hold are ignored."""
-        for slot, generation in slots:
-            block = self.end(client, slot, generation)
-            # most blocks just stay where they are
-            if block is not None and (block.dead or block.state is RamState.RESERVED):
-                self.abandon(block)
-        self._changed.notify_all()
 
     def end(self, client: Client, slot: int, generation: int) -> RamBlock | None:
         """One lease less; the block, or None when the client holds no such lease."""
-        held = client.leases.get(slot)
-        if held is None or held[0] != generation:
+        count, block = client.leases.get(slot), self._tiers.by_slot.get(slot)
+        if count is None or block is None or block.generation != generation:
             return None
-        held[1] -= 1
-        if not held[1]:
+        if count > 1:
+            client.leases[slot] = count - 1
+        else:
             del client.leases[slot]
-        block = self._ram.by_slot[slot]
         block.leases -= 1
         return block
 
-    def abandon(self, block: RamBlock) -> None:
-        """After a lease ended: a slot that was never committed, or is dead, goes back."""
-        if block.state is RamState.RESERVED and not block.dead and not block.leases:
-            block.dead = True
-        self._ram.reap(block)
-
-    def _end_all(self, client: Client) -> None:
-        for slot, (_, count) in list(client.leases.items()):
-            block = self._ram.by_slot[slot]
-            block.leases -= count
-            self.abandon(block)
-        client.leases.clear()
+    def end_many(self, client: Client, slots: Iterable[tuple[int, int]]) -> None:
+        """One lease less on each slot; those that the client does not hold are ignored."""
+        unwanted = (RamState.DEAD, RamState.RESERVED)
+        for slot, generation in slots:
+            block = self.end(client, slot, generation)
+            # most blocks just stay where they are
+            if block is not None and block.state in unwanted:
+                self._tiers.let_go(block)
+        self._tiers.changed.notify_all()
 
     def detach(self, client_id: int) -> None:
         """End a client and its leases; an unknown id is ignored."""
-        with self._lock:
+        with self._tiers.lock:
             self._end(client_id)
-        self._wake()
 
     def _end(self, client_id: int) -> None:
         client = self._clients.pop(client_id, None)
-        if client is not None:
-            client.gone = True
-            self._end_all(client)
-            self._changed.notify_all()
-            os.close(client.pidfd)
-
-    def _wake(self) -> None:
-        with contextlib.suppress(BlockingIOError, OSError):
-            os.write(self._wake_write, b"w")
+        if client is None:
+            return
+        for slot, count in client.leases.items():
+            block = self._tiers.by_slot[slot]
+            block.leases -= count
+            self._tiers.let_go(block)
+        self._tiers.changed.notify_all()
+        # not by closing it alone: a forked process may hold a copy
+        self._watched.unregister(client.pidfd)
+        os.close(client.pidfd)
 
     def _watch(self) -> None:
         while True:
-            poller = select.poll()
-            poller.register(self._wake_read, select.POLLIN)
-            with self._lock:
+            self._watched.poll()
+            with self._tiers.lock:
                 if self._closing:
                     return
-                watched = {client.pidfd: client.client_id for client in self._clients.values()}
-            for pidfd in watched:
-                poller.register(pidfd, select.POLLIN)
-            for fd, event in poller.poll():
-                if fd == self._wake_read:
-                    os.read(self._wake_read, 4096)
-                elif event & select.POLLIN:
-                    self._process_ended(watched[fd], fd)
-
-    def _process_ended(self, client_id: int, pidfd: int) -> None:
-        with self._lock:
-            client = self._clients.get(client_id)
-            # the number may have been given to another client since the poll began
-            if client is not None and client.pidfd == pidfd:
-                logger.info("client %d (process %d) is gone", client_id, client.pid)
-                self._end(client_id)
+                # asked again: by now the number may belong to another client
+                ended = {fd for fd, _ in self._watched.poll(0)}
+                for client_id, client in list(self._clients.items()):
+                    if client.pidfd in ended:
+                        logger.info("client %d (process %d) is gone", client_id, client.pid)
+                        self._end(client_id)
 
     def close(self) -> None:
         """End all clients and the thread."""
-        with self._lock:
+        with self._tiers.lock:
             self._closing = True
             for client_id in list(self._clients):
                 self._end(client_id)
-        self._wake()
+        os.eventfd_write(self._wake, 1)
         if self._thread is not None:
             self._thread.join()
-        os.close(self._wake_read)
-        os.close(self._wake_write)
+        self._watched.close()
+        os.close(self._wake)
 
     def check_integrity(self) -> None:
         """AssertionError unless clients and slots agree."""
-        leases: dict[int, int] = {}
+        leases: Counter[int] = Counter()
         for client in (*self._clients.values(), self.own):
-            for slot, (generation, count) in client.leases.items():
-                block = self._ram.by_slot[slot]
-                assert block.generation == generation, "a lease outlived its slot"
-                leases[slot] = leases.get(slot, 0) + count
-        for slot, block in self._ram.by_slot.items():
-            assert block.leases == leases.get(slot, 0), f"leases of slot {slot} differ"
-            reserved = block.state is RamState.RESERVED
-            assert not reserved or block.leases, "a reserved slot leaked"
+            leases.update(client.leases)
+        assert leases.keys() <= self._tiers.by_slot.keys(), "a lease outlived its slot"
+        for slot, block in self._tiers.by_slot.items():
+            assert block.leases == leases[slot], f"leases of slot {slot} differ"
+            assert block.state is not RamState.RESERVED or block.leases, "a reserved slot leaked"

@@ -1,7 +1,8 @@
-"""A shard as a whole: opened, with its threads and clients, waited for, told of, closed.
+"""A shard as a whole: opened, with its threads and clients, waited for, emptied, told of, closed.
 
-All state lies in `Tiers`, under one lock that nobody holds during I/O; `BlockIo` and `Durability`
-work in threads of their own. `ShardStore` adds what clients do with blocks.
+All state lies in `Tiers`, under one lock that nobody holds during I/O, and for at most `BATCH_KEYS`
+keys at a time; `BlockIo` and `Durability` work in threads of their own. `ShardStore` adds what
+clients do with blocks.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ import secrets
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, cast
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar, cast
 
-from ..errors import StorageError, StorageFullError
+from ..errors import ConfigError, StorageError, StorageFullError
+from ..hashing import BlockKey
 from ..metrics import Metrics
-from .admission import get_admission
 from .arena.arena import Arena
 from .block_io import BlockIo, OnWritten
 from .disk.files import NO_SPACE, Files
@@ -25,12 +27,12 @@ from .disk.retired import Retired, retired_folders
 from .disk.tier import DiskTier
 from .durability import Durability
 from .eviction import get_policy
+from .key_dict import batches
 from .leases import Leases
-from .protocol import Attachment, FlushReport, SlotRef
-from .ram_tier import LOADED, RamState
+from .protocol import Attachment, Deltas, FlushReport, SlotRef
 from .segments import pick_segment_bytes
 from .shard_options import validate_options
-from .tiers import Tiers
+from .tiers import LOADED, UNWRITTEN, Admission, RamBlock, RamState, Tiers
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
     from .shard_store import ShardStore
 
 logger = logging.getLogger(__name__)
+
+_Item = TypeVar("_Item")
 
 
 class ShardBase:
@@ -98,11 +102,11 @@ class ShardBase:
     ) -> None:
         validate_options(directory, storage_bytes, ram_bytes, fsync, io_threads, ttl_s)
         get_policy(eviction)
+        admit = Admission(admission)
         self.metrics = metrics or Metrics()
         self.epoch = secrets.randbits(62)
         self.directory = directory
         self._accepts_writes = accepts_writes
-        admit = get_admission(admission)
         segment_bytes = pick_segment_bytes(ram_bytes)
         arena_bytes = ram_bytes // segment_bytes * segment_bytes
         with ExitStack() as undo:
@@ -111,16 +115,16 @@ class ShardBase:
             undo.callback(self._retired.close)
             self._arena = Arena(arena_bytes, segment_bytes, self.epoch, use_memfd=use_memfd)
             undo.callback(self._arena.close)
-            self._tiers = Tiers(self._arena, eviction, admit, ttl_s, self.metrics)
+            self._tiers = tiers = Tiers(self._arena, eviction, admit, ttl_s, self.metrics)
             try:
                 if directory is not None:
-                    self._tiers.disk = DiskTier(
+                    tiers.disk = DiskTier(
                         files or Files(),
                         directory,
                         storage_bytes=storage_bytes,
-                        index=self._tiers.index,
+                        index=tiers.index,
                         policy=eviction,
-                        on_evict=self._tiers.on_disk_evict,
+                        on_evict=tiers.on_disk_evict,
                         quotas=quotas or {},
                         direct=direct,
                         retired_bytes=self._retired.nbytes(),
@@ -129,30 +133,19 @@ class ShardBase:
                 kind = StorageFullError if error.errno in NO_SPACE else StorageError
                 raise kind(f"the store in {directory} cannot be opened: {error}") from error
             undo.pop_all()
-        self._lock = threading.Lock()
-        self._changed = threading.Condition(self._lock)
+        self._lock, self._changed = tiers.lock, tiers.changed
         self._growing = threading.Lock()
         self._closed = False
-        self._leases = Leases(self._tiers.ram, self._changed, self.epoch)
-        self._durability = Durability(
-            self._tiers,
-            self._lock,
-            self._changed,
-            threaded=io_threads > 0,
-            fsync=fsync,
-            interval_s=fsync_interval_s,
-            metrics=self.metrics,
-        )
-        self._io = BlockIo(
-            self._tiers,
-            self._lock,
-            self._changed,
-            threads=io_threads,
-            durability=self._durability,
-            metrics=self.metrics,
-            on_written=on_written,
-        )
-        self._retired.begin(cast("ShardStore", self), self._tiers, self._lock)
+        self._leases = Leases(tiers, self.epoch)
+        self._io: BlockIo | None = None
+        if (disk := tiers.disk) is not None:
+            self._durability = Durability(
+                tiers, disk, threaded=io_threads > 0, fsync=fsync, interval_s=fsync_interval_s
+            )
+            self._io = BlockIo(
+                tiers, disk, self._durability, threads=io_threads, on_written=on_written
+            )
+        self._retired.begin(cast("ShardStore", self), tiers, self._lock)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -171,12 +164,16 @@ class ShardBase:
         """End a client and all its leases; an unknown one is ignored."""
         self._leases.detach(client_id)
 
+    def _drain(self) -> None:
+        if self._io is not None:
+            self._io.drain()
+
     def _grow_for(self, pages: int, n: int) -> None:
         """Let the arena grow until it has `n` slots or reaches its bound.
 
         One thread at a time, outside the lock: faulting memory in takes long.
         """
-        ram, space = self._tiers.ram, self._tiers.ram.space
+        space, growth = self._tiers.space, self._tiers.growth
         with self._lock:
             if space.available(pages) >= n or space.growth(pages) is None:
                 return
@@ -190,9 +187,9 @@ class ShardBase:
                     self._arena.grow(segments)
                 except OSError as error:
                     logger.error("the arena cannot grow, to be tried again later: %s", error)
-                    ram.growth.note(False)
+                    growth.note(False)
                     return
-                ram.growth.note(True)
+                growth.note(True)
                 with self._lock:
                     space.grow(segments)
 
@@ -208,49 +205,126 @@ class ShardBase:
         Returns:
             Per slot whether it holds its block under that generation.
         """
+
+        def has(ref: SlotRef, *states: RamState) -> bool:
+            block = self._tiers.by_slot.get(ref[0])
+            return block is not None and block.generation == ref[1] and block.state in states
+
+        def settled(ref: SlotRef) -> bool:
+            return self._closed or not has(ref, RamState.LOADING)
+
         deadline = time.monotonic() + timeout_s
         with self._changed:
-            for slot, generation in slots:
-                while (block := self._tiers.ram.by_slot.get(slot)) is not None:
-                    loading = block.state is RamState.LOADING and not block.dead
-                    left = deadline - time.monotonic()
-                    closed = self._closed
-                    if block.generation != generation or not loading or left <= 0 or closed:
-                        break
-                    self._changed.wait(left)
-            return [self._holds(slot, generation) for slot, generation in slots]
-
-    def _holds(self, slot: int, generation: int) -> bool:
-        block = self._tiers.ram.by_slot.get(slot)
-        return (
-            block is not None
-            and block.generation == generation
-            and block.state in LOADED
-            and not block.dead
-        )
+            for ref in slots:
+                self._changed.wait_for(partial(settled, ref), deadline - time.monotonic())
+            return [has(ref, *LOADED) for ref in slots]
 
     def flush(self, timeout_s: float = 30.0) -> FlushReport:
         """Write and sync all that was committed before the call."""
-        deadline = time.monotonic() + timeout_s
+        if self._io is None:
+            return FlushReport(0, 0, 0, True)
         self._io.drain()
-        with self._changed:
-            mine = pending = self._tiers.writes.unfinished()
-            failed = self._failures()
-            while pending and not self._closed:
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    break
-                self._changed.wait(left)
-                pending = self._io.pending(pending)
-            pending = self._io.pending(pending)
-            failed = self._failures() - failed
-        synced = self._durability.sync(force=True)
-        written = len(mine) - len(pending) - failed
-        complete = synced and not pending and not failed
-        return FlushReport(max(0, written) if synced else 0, len(pending), failed, complete)
+        tiers = self._tiers
+        pending: list[RamBlock] = []
 
-    def _failures(self) -> int:
-        return self._io.failed_writes + self._durability.lost_writes
+        def done() -> bool:
+            nonlocal pending
+            pending = [block for block in pending if block.state in UNWRITTEN]
+            return self._closed or not pending
+
+        with self._changed:
+            mine = pending = tiers.unwritten()
+            failed = tiers.failed_writes
+            self._changed.wait_for(done, timeout_s)
+            failed = tiers.failed_writes - failed
+        synced = self._durability.sync(force=True)
+        written = max(0, len(mine) - len(pending) - failed) if synced else 0
+        complete = synced and not pending and not failed
+        return FlushReport(written, len(pending), failed, complete)
+
+    def _change(
+        self, items: Sequence[_Item], change: Callable[[Sequence[_Item]], Iterable[bool]]
+    ) -> list[bool]:
+        """Let `change` work on pieces under the lock; its answers, once they are logged."""
+        answers: list[bool] = []
+        for batch in batches(items):
+            with self._lock:
+                answers += change(batch)
+                if self._io is not None:
+                    self._durability.note_change()
+                self._changed.notify_all()
+        if self._io is not None:
+            self._durability.flush_log()
+        return answers
+
+    def delete(self, keys: Sequence[BlockKey]) -> list[bool]:
+        """Drop blocks from every tier, over kill -9 too; which of them were there."""
+
+        def delete(batch: Sequence[BlockKey]) -> Iterator[bool]:
+            for key in batch:
+                entry = self._tiers.index.find(key)
+                if entry >= 0:
+                    self._tiers.drop(entry)
+                yield entry >= 0
+
+        return self._change(keys, delete)
+
+    def clear(self, tier: str = "all", timeout_s: float = 60.0) -> None:
+        """Empty a tier.
+
+        Args:
+            tier: `ram` (dirty blocks are written out first; leased ones stay), `disk` (blocks in
+                RAM stay), or `all`.
+            timeout_s: for writing out.
+        """
+        tiers = self._tiers
+        index = tiers.index
+        drops = {"all": tiers.drop, "ram": tiers.drop_ram_copy, "disk": tiers.drop_disk_copy}
+        if tier not in drops:
+            raise ConfigError("tier", tier, "ram, disk or all")
+        if tier == "ram":
+            self.flush(timeout_s)
+
+        def clear(entries: Sequence[int]) -> Iterator[bool]:
+            for entry in entries:
+                there = bool(index.disk[entry] if tier == "disk" else index.keys[entry])
+                if there:
+                    drops[tier](entry)
+                yield there
+
+        self._change(range(index.high), clear)
+
+    def pin(self, keys: Sequence[BlockKey], *, pinned: bool = True) -> list[bool]:
+        """Keep blocks from being evicted from disk until `unpin`, over restarts too."""
+        tiers = self._tiers
+
+        def pin(batch: Sequence[BlockKey]) -> Iterator[bool]:
+            for entry in tiers.look_up(batch):
+                if entry >= 0 and tiers.disk is not None:
+                    tiers.disk.set_pinned(entry, pinned)
+                yield entry >= 0
+
+        return self._change(keys, pin)
+
+    def unpin(self, keys: Sequence[BlockKey]) -> list[bool]:
+        """Let blocks be evicted again."""
+        return self.pin(keys, pinned=False)
+
+    def keys(self) -> list[BlockKey]:
+        """All keys that the shard holds; those that come or go meanwhile may be in it or not."""
+        keys: list[BlockKey] = []
+        for part in self._tiers.index.entry_of.dicts:
+            with self._lock:
+                keys += part
+        return keys
+
+    def drain_deltas(self) -> Deltas:
+        """What was added and removed since the last call."""
+        with self._lock:
+            return self._tiers.changes.drain()
+
+    def __len__(self) -> int:
+        return len(self._tiers.index)
 
     def stats(self) -> dict[str, object]:
         """Counts and bytes, msgpack-able; also sets the gauges.
@@ -259,9 +333,9 @@ class ShardBase:
         and `evictions` are read from `metrics`, so they are a shard's own where it has its own.
         """
         tiers, metrics = self._tiers, self.metrics
-        ram, disk = tiers.ram, tiers.disk
+        disk = tiers.disk
         with self._lock:
-            blocks = list(ram.by_slot.values())
+            blocks = list(tiers.by_slot.values())
             on_disk = int((tiers.index.column("disk") != 0).sum())
         # what follows may be a moment off: nobody has to wait while so many are counted
         states = Counter(block.state for block in blocks)
@@ -270,13 +344,13 @@ class ShardBase:
             "blocks": len(tiers.index),
             "ram_slots": {state.name.lower(): states[state] for state in RamState},
             "ram_bytes_used": sum(block.nbytes for block in blocks),
-            "ram_bytes": ram.arena.arena_bytes,
+            "ram_bytes": self._arena.arena_bytes,
             "clients": len(self._leases),
             "leases": sum(block.leases for block in blocks),
             "disk_blocks": 0,
             "slab_bytes": 0,
             "journal_bytes": 0,
-            "queued_reads": sum(len(request.blocks) for request in tuple(tiers.reads)),
+            "queued_reads": sum(map(len, tuple(tiers.reads))),
             "hits": _by_tier(metrics, "litecache_hits", "ram", "disk"),
             "promotions": int(metrics.value("litecache_promotions")),
             "demotions": int(metrics.value("litecache_demotions")),
@@ -284,13 +358,15 @@ class ShardBase:
             "evictions": _by_tier(metrics, "litecache_evictions", "ram", "disk", "expired"),
         }
         if disk is not None:
-            result["disk_blocks"] = on_disk
-            result["slab_bytes"] = disk.space.present * disk.space.segment_bytes
-            result["journal_bytes"] = disk.log.bytes
-            result["retired_bytes"] = disk.retired_bytes
-            result["disk_lost"] = disk.lost or ""
-            result["direct_io"] = disk.slab.direct
-            result["damaged_records"] = disk.damaged_records
+            result |= {
+                "disk_blocks": on_disk,
+                "slab_bytes": disk.space.present * disk.space.segment_bytes,
+                "journal_bytes": disk.log.bytes,
+                "retired_bytes": disk.retired_bytes,
+                "disk_lost": disk.lost or "",
+                "direct_io": disk.slab.direct,
+                "damaged_records": disk.damaged_records,
+            }
         for state in RamState:
             metrics.set("litecache_arena_slots", states[state], state=state.name.lower())
         metrics.set("litecache_slab_bytes", float(str(result["slab_bytes"])))
@@ -299,17 +375,15 @@ class ShardBase:
     def check_integrity(self) -> None:
         """AssertionError unless index, tiers, queues and leases agree."""
         with self._lock:
-            self._tiers.check_integrity(self._io.writing_slots)
+            self._tiers.check_integrity(self._io.allocated if self._io is not None else set())
             self._leases.check_integrity()
 
     def close(self, timeout_s: float = 30.0) -> None:
         """Write out what is dirty, write a new log, and give everything back."""
-        if self._closed:
-            return
-        self._retired.close()
-        if self._tiers.disk is not None:
+        if not self._closed:
+            self._retired.close()
             self.flush(timeout_s)
-        self.abandon(compact=True)
+            self.abandon(compact=True)
 
     def abandon(self, *, compact: bool = False) -> None:
         """Stop without writing out what is dirty; end all threads and give everything back."""
@@ -319,12 +393,12 @@ class ShardBase:
                 return
             self._closed = True
             self._changed.notify_all()
-        self._io.close()
-        self._durability.close()
+        if self._io is not None:
+            self._io.close()
+            self._durability.close()
         self._leases.close()
-        if self._tiers.disk is not None:
-            clean = compact and self._durability.compact()
-            self._tiers.disk.close(clean=clean)
+        if (disk := self._tiers.disk) is not None:
+            disk.close(clean=compact and self._durability.compact())
         self._arena.close()
 
     def __enter__(self) -> Self:

@@ -1,45 +1,150 @@
-"""What a shard knows: every block, where it lies, and every transition between RAM and disk.
+"""What a shard knows: every block, where it lies, and every step of its life in RAM and on disk.
 
-A plain state machine: no threads, no files, no clocks of its own. All calls come under the store's
-lock; `BlockIo` carries out the reads and writes that it queues. A key exists exactly while its
-bytes are complete in RAM or on disk.
+A slot in use is in one of these states; only CLEAN slots without leases may be evicted:
+
+    RESERVED  a client fills it            -> DIRTY or CLEAN (commit), DEAD (its lease ended)
+    LOADING   is being read from disk      -> CLEAN (arrived), DEAD (unreadable, cancelled)
+    DIRTY     committed, not on disk yet   -> WRITING (taken)
+    WRITING   is being written             -> CLEAN (written), DIRTY (found no place), DEAD (failed)
+    CLEAN     readable, nothing to do      -> DIRTY (worth the disk after all), free (evicted)
+    DEAD      void: dropped from any state -> free, once no lease and no I/O holds it
+
+No threads, no files: all calls come under `lock`, `BlockIo` carries out the reads and writes that
+are queued here. A key exists exactly while its bytes are complete in RAM or on disk.
 """
 
 from __future__ import annotations
 
+import threading
 import time
-from collections import deque
-from collections.abc import Sequence
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Sequence
+from enum import IntEnum
+from typing import NamedTuple
 
 import numpy as np
 
+from ..errors import ConfigError
 from ..hashing import BlockKey
 from ..metrics import Metrics
-from .admission import Admission
 from .arena.arena import Arena
-from .block_index import BlockIndex, Changes
+from .block_index import BlockIndex, Changes, key_words
+from .disk.slab import Stored
 from .disk.tier import DiskTier
-from .io_queues import ReadRequest, WriteQueue
+from .eviction.queues import Queues, allocate
 from .key_dict import BATCH_KEYS
 from .protocol import PAGE_BYTES, SlotState
-from .ram_tier import RamBlock, RamState, RamTier
+from .retry import Backoff
+from .segments import SegmentSpace
+
+_REMEMBERED = 200_000
+
+
+class Admission:
+    """Which committed blocks are worth a disk write.
+
+    Args:
+        name: `all`, `reused` (on second sight, while the first is among the last 200,000), `none`.
+
+    Raises:
+        ConfigError: there is no such policy; the message lists the names.
+    """
+
+    def __init__(self, name: str) -> None:
+        if name not in ("all", "none", "reused"):
+            raise ConfigError("admission", name, "one of all, none, reused")
+        self._name = name
+        # a plain dict would take longer and longer to find its first key
+        self._seen: OrderedDict[BlockKey, None] = OrderedDict()
+
+    def first(self, key: BlockKey) -> bool:
+        """A block is committed that the shard does not hold: write it to disk?"""
+        if self._name != "reused":
+            return self._name == "all"
+        if key in self._seen:
+            del self._seen[key]
+            return True
+        self._seen[key] = None
+        if len(self._seen) > _REMEMBERED:
+            self._seen.popitem(last=False)
+        return False
+
+    def again(self, key: BlockKey) -> bool:
+        """A block that is only in RAM was used or committed again: write it now?"""
+        self._seen.pop(key, None)
+        return self._name != "none"
+
+
+class RamState(IntEnum):
+    """What a slot is doing."""
+
+    RESERVED = 0
+    LOADING = 1
+    DIRTY = 2
+    WRITING = 3
+    CLEAN = 4
+    DEAD = 5
+
+
+LOADED = (RamState.DIRTY, RamState.WRITING, RamState.CLEAN)
+UNWRITTEN = (RamState.DIRTY, RamState.WRITING)
+
+
+class RamBlock:
+    """One slot in use.
+
+    Attributes:
+        slot, nbytes, generation: where, how big, and under which number it was given out.
+        handle: small integer for the eviction queues.
+        entry: of the block in it; -1 while RESERVED or DEAD.
+        leases: of all clients together.
+        busy: a read or a write is under way, and touches the slot.
+    """
+
+    __slots__ = ("busy", "entry", "generation", "handle", "leases", "nbytes", "slot", "state")
+
+    def __init__(self, slot: int, nbytes: int, generation: int, handle: int) -> None:
+        self.slot = slot
+        self.nbytes = nbytes
+        self.generation = generation
+        self.handle = handle
+        self.entry = -1
+        self.leases = 0
+        self.state = RamState.RESERVED
+        self.busy = False
+
+
+class WriteBatch(NamedTuple):
+    """Dirty blocks of one size and namespace that one request will write, and their keys."""
+
+    blocks: list[RamBlock]
+    keys: list[BlockKey]
+    pages: int
+    namespace: int
 
 
 class Tiers:
-    """The blocks of one shard.
+    """The blocks of one shard, in RAM and on disk.
 
     Args:
         arena: the RAM tier's memory.
         eviction: policy of the RAM tier.
         admission: which commits are written to disk.
         ttl_s: blocks older than this are misses; None: never.
-        metrics: where evictions and drops are counted.
+        metrics: where the shard counts.
 
     Attributes:
-        index, ram, disk: see their classes; without a disk RAM is all there is.
-        reads, writes: what `BlockIo` is to carry out.
+        lock: guards all of this; `changed` tells that a lease, a read or a write ended, `work` that
+            there is something to read or write.
+        index, disk: see their classes; without a disk RAM is all there is.
+        by_slot, blocks: slots in use, by where they lie and by handle.
+        space, queues: of the RAM tier.
+        growth: when the arena may grow again after there was no memory.
+        reads: LOADING blocks of one size in neighbouring disk slots, a request each.
+        dirty, dirty_bytes: DIRTY blocks in the order of their commits; those that died meanwhile
+            leave when they are met.
+        failed_writes: blocks that were dropped because the disk failed.
         changes: which keys came and went.
-        changed_on_disk: metadata of the disk tier changed by a read.
     """
 
     def __init__(
@@ -50,57 +155,66 @@ class Tiers:
         ttl_s: float | None,
         metrics: Metrics,
     ) -> None:
-        self.index = BlockIndex()
-        self.ram = RamTier(arena, eviction, self._on_ram_evict, self.index)
-        self.disk: DiskTier | None = None
+        self.lock = threading.Lock()
+        self.changed = threading.Condition(self.lock)
+        self.work = threading.Condition(self.lock)
+        self.arena = arena
+        self.metrics = metrics
         self._admission = admission
         self._ttl_s = ttl_s
-        self._metrics = metrics
-        self.writes = WriteQueue(self.index, self.ram)
-        self.reads: deque[ReadRequest] = deque()
+        self.index = BlockIndex()
+        self.disk: DiskTier | None = None
+        self.space = SegmentSpace(arena.segment_bytes, self._may_grow)
+        self.growth = Backoff()
+        self.queues = Queues(eviction, self)
+        self.by_slot: dict[int, RamBlock] = {}
+        self.blocks: dict[int, RamBlock] = {}
+        self._free_handles: list[int] = []
+        self._generation = 0
+        self.reads: deque[list[RamBlock]] = deque()
+        self.dirty: deque[RamBlock] = deque()
+        self.dirty_bytes = 0
+        self._writing: set[RamBlock] = set()
+        self.failed_writes = 0
         self.changes = Changes(arena.epoch)
-        self.changed_on_disk = False
         # used while others, committed before that, were on their way into the disk's queues
         self._early: dict[BlockKey, None] = {}
 
-    def on_disk_evict(self, entry: int) -> None:
-        """A disk copy was evicted; without one in RAM the key is gone."""
-        self._metrics.inc("litecache_evictions", tier="disk")
-        if not self.index.ram[entry]:
-            self._forget(entry)
+    def key_at(self, handle: int) -> BlockKey:
+        """Key of the block with a handle."""
+        return self.index.keys[self.blocks[handle].entry]
 
-    def _on_ram_evict(self, block: RamBlock) -> None:
-        self._metrics.inc("litecache_evictions", tier="ram")
-        self.index.ram[block.entry] = 0
-        if self.index.disk[block.entry]:
-            self._metrics.inc("litecache_demotions")
-        else:
-            self._forget(block.entry)
+    def parent_of(self, handle: int) -> BlockKey:
+        """Key of the block before the one with a handle."""
+        return self.index.parents[self.blocks[handle].entry]
 
-    def _forget(self, entry: int) -> None:
-        key = self.index.key_at(entry)
-        self.index.remove(entry)
-        self.changes.note(key, added=False)
+    def find(self, key: BlockKey) -> int:
+        """Handle of a key's block, or -1."""
+        entry = self.index.find(key)
+        return self.index.ram[entry] - 1 if entry >= 0 else -1
 
-    def find(self, keys: Sequence[BlockKey]) -> list[int]:
+    def look_up(self, keys: Sequence[BlockKey]) -> list[int]:
         """Entries of keys, -1 where missing; what has outlived its time is dropped."""
         found = self.index.find_many(keys)
-        if self._ttl_s is not None:
-            self._expire(found)
-            found = self.index.find_many(keys)
-        return found
-
-    def _expire(self, entries: Sequence[int]) -> None:
+        if self._ttl_s is None:
+            return found
         now = int(time.time())
-        for entry in set(entries):
+        for entry in set(found):
             if entry >= 0 and 0 < self.index.expires_s[entry] <= now:
-                self._metrics.inc("litecache_evictions", tier="expired")
+                self.metrics.inc("litecache_evictions", tier="expired")
                 self.drop(entry)
+        return self.index.find_many(keys)
 
     def block_of(self, entry: int) -> RamBlock | None:
         """The block's slot in RAM, if any."""
-        handle = self.index.ram[entry]
-        return self.ram.at(handle - 1) if handle else None
+        handle = self.index.ram[entry] if entry >= 0 else 0
+        return self.blocks[handle - 1] if handle else None
+
+    def stored(self, entry: int) -> Stored:
+        """Where the disk has a block."""
+        index = self.index
+        nbytes = index.pages[entry] * PAGE_BYTES
+        return Stored(index.keys[entry], index.disk[entry] - 1, nbytes, index.checksum[entry])
 
     def use(self, entries: Sequence[int]) -> None:
         """Count a hit each, refresh recency, and let admission think again."""
@@ -114,152 +228,303 @@ class Tiers:
 
     def touch(self, entries: Sequence[int]) -> None:
         """Blocks were used, and with them all that they follow."""
-        index = self.index
+        index, disk = self.index, self.disk
         keys, parents, ram = index.keys, index.parents, index.ram
         followed = {parents[entry] for entry in entries}
         for entry in entries:
             # the queues keep what comes before a block for as long as the block itself
             ends = keys[entry] not in followed
             if ram[entry]:
-                self.ram.queues.use(ram[entry] - 1, ends=ends)
-            if self.disk is not None:
-                self.disk.queues.use(entry, ends=ends)
-                if ends and not self.writes.idle:
+                self.queues.use(ram[entry] - 1, ends=ends)
+            if disk is not None:
+                disk.queues.use(entry, ends=ends)
+                if ends and (self.dirty or self._writing):
                     self._early.pop(keys[entry], None)
                     if len(self._early) < BATCH_KEYS:
                         self._early[keys[entry]] = None
 
     def consider_again(self, entry: int) -> None:
         """A block that is only in RAM was seen again: perhaps it is worth the disk now."""
-        block = self.block_of(entry)
-        if self.disk is None or block is None or block.state is not RamState.CLEAN:
+        block, disk = self.block_of(entry), self.disk
+        if disk is None or disk.lost or self.index.disk[entry]:
             return
-        if (
-            not self.disk.lost
-            and not self.index.disk[entry]
-            and self._admission.again(self.index.key_at(entry))
-        ):
-            self.ram.redirty(block)
-            self.writes.push(block)
+        if block is None or block.state is not RamState.CLEAN:
+            return
+        if self._admission.again(self.index.keys[entry]):
+            self.queues.remove(block.handle)
+            self._queue_write(block)
 
-    def lose_disk(self, reason: str) -> None:
-        """The disk tier's files are gone: it is taken out, RAM goes on alone."""
-        assert self.disk is not None
-        self.disk.lost = reason
-        entries = self.disk.on_disk().tolist()
-        self._metrics.inc("litecache_drops", len(entries), reason="folder_lost")
-        for entry in entries:
-            self.drop_disk_copy(entry)
+    def _may_grow(self, new_segments: int, new_slots: int) -> bool:
+        if not new_segments:
+            return True
+        bytes_then = (self.space.grown + new_segments) * self.arena.segment_bytes
+        return self.growth.due() and bytes_then <= self.arena.arena_bytes
+
+    def allocate(self, nbytes: int, n: int) -> list[RamBlock]:
+        """Up to `n` slots, RESERVED, evicting clean ones; fewer when the rest is dirty or leased,
+        or when the arena may still grow.
+        """
+        slots = allocate(
+            self.queues,
+            self.space,
+            nbytes // PAGE_BYTES,
+            n,
+            slot_of=lambda handle: self.blocks[handle].slot,
+            allowed=self._may_evict,
+            give_up=self._evict,
+        )
+        blocks = []
+        for slot in slots:
+            self._generation += 1
+            handle = self._free_handles.pop() if self._free_handles else len(self.blocks)
+            block = RamBlock(slot, nbytes, self._generation, handle)
+            self.blocks[handle] = self.by_slot[slot] = block
+            self.space.bind(slot, handle)
+            blocks.append(block)
+        return blocks
+
+    def _may_evict(self, handle: int) -> bool:
+        return not self.blocks[handle].leases
+
+    def _evict(self, handle: int) -> None:
+        block = self.blocks[handle]
+        self.metrics.inc("litecache_evictions", tier="ram")
+        if self.index.disk[block.entry]:
+            self.metrics.inc("litecache_demotions")
+        self._leave_ram(block.entry)
+        self._free(block)
+
+    def _settle(self, block: RamBlock) -> None:
+        block.state = RamState.CLEAN
+        self.queues.insert(block.handle, block.nbytes // PAGE_BYTES, 0)
+
+    def _kill(self, block: RamBlock, state: SlotState = SlotState.FREE) -> None:
+        if block.handle in self.queues:
+            self.queues.remove(block.handle)
+        block.state, block.entry = RamState.DEAD, -1
+        self.arena.set_state(block.slot, block.generation, state)
+        self._reap(block)
+
+    def let_go(self, block: RamBlock) -> None:
+        """A lease ended: a slot that was never committed, or is dead, goes back."""
+        if block.state is RamState.RESERVED and not block.leases:
+            block.state = RamState.DEAD
+        self._reap(block)
+
+    def _reap(self, block: RamBlock) -> None:
+        if block.state is RamState.DEAD and not block.leases and not block.busy:
+            self._free(block)
+
+    def _free(self, block: RamBlock) -> None:
+        # the next owner has another generation, so a late reader of this entry sees a miss
+        self.arena.set_state(block.slot, block.generation, SlotState.FREE)
+        del self.by_slot[block.slot], self.blocks[block.handle]
+        self._free_handles.append(block.handle)
+        self.space.free(block.slot)
 
     def publish(self, block: RamBlock, key: BlockKey, parent: BlockKey, namespace: str) -> int:
         """A reserved slot holds a block that the shard does not have; its entry."""
-        index = self.index
-        entry = index.insert(key, parent)
-        now = int(time.time())
+        index, now = self.index, int(time.time())
+        block.entry = entry = index.insert(key, parent)
         index.ram[entry] = block.handle + 1
         index.pages[entry] = block.nbytes // PAGE_BYTES
         index.created_s[entry] = index.used_s[entry] = now
         if self._ttl_s is not None:
             index.expires_s[entry] = max(1, int(now + self._ttl_s))
         self.changes.note(key, added=True)
+        self.arena.set_entry(block.slot, block.generation, SlotState.READY, key, block.nbytes)
         if self.disk is not None:
             index.namespace[entry] = self.disk.name_number(namespace)
         if self.disk is not None and self._admission.first(key):
-            self.ram.fill(block, key, entry, RamState.DIRTY)
-            self.writes.push(block)
+            self._queue_write(block)
         else:
-            self.ram.fill(block, key, entry, RamState.CLEAN)
+            self._settle(block)
         return entry
 
-    def begin_loads(self, entries: Sequence[int], blocks: Sequence[RamBlock]) -> None:
-        """Free slots of one size will receive entries from disk."""
+    def begin_loads(self, entries: Sequence[int], blocks: list[RamBlock], at_most: int) -> None:
+        """Queue reads from disk, about in the order given.
+
+        Args:
+            entries: what is wanted.
+            blocks: slots of one size, fresh from `allocate`.
+            at_most: bytes of one request.
+        """
         assert self.disk is not None
-        index, numbers = self.index, np.array(entries, np.int64)
-        self.ram.begin_loads(blocks, [index.keys[entry] for entry in entries], entries)
-        for entry, block in zip(entries, blocks, strict=True):
+        index, nbytes = self.index, blocks[0].nbytes
+        for block, entry in zip(blocks, entries, strict=True):
+            block.entry, block.state = entry, RamState.LOADING
             index.ram[entry] = block.handle + 1
-        self.disk.space.begin_reads((index.column("disk")[numbers] - np.uint32(1)).tolist())
+        self.arena.set_entries(
+            [block.slot for block in blocks],
+            [block.generation for block in blocks],
+            SlotState.LOADING,
+            key_words([index.keys[entry] for entry in entries]),
+            nbytes,
+        )
+        slots = index.column("disk")[np.array(entries, np.int64)].astype(np.int64) - 1
+        self.disk.in_use.begin(slots.tolist())
+        order = np.argsort(slots, kind="stable")
+        gaps = (np.flatnonzero(np.diff(slots[order]) != nbytes // PAGE_BYTES) + 1).tolist()
+        positions, count = order.tolist(), max(1, at_most // nbytes)
+        parts = [
+            positions[start : min(start + count, end)]
+            for first, end in zip([0, *gaps], [*gaps, len(positions)], strict=True)
+            for start in range(first, end, count)
+        ]
+        for part in sorted(parts, key=min):
+            self.reads.append([blocks[i] for i in part])
+
+    def take_reads(self) -> tuple[list[RamBlock], list[Stored]]:
+        """What is still wanted of the next request; from now on it can't be cancelled."""
+        blocks = [block for block in self.reads.popleft() if block.state is RamState.LOADING]
+        for block in blocks:
+            block.busy = True
+        return blocks, [self.stored(block.entry) for block in blocks]
 
     def cancel_load(self, block: RamBlock) -> None:
         """A read that has not begun will not happen."""
         self._end_disk_use(block)
         self.index.ram[block.entry] = 0
-        self.ram.kill(block)
+        self._kill(block)
 
     def _end_disk_use(self, block: RamBlock) -> None:
         assert self.disk is not None
         self.disk.space.end_reads([self.index.disk[block.entry] - 1])
 
-    def finish_loads(self, request: ReadRequest, reasons: Sequence[str | None]) -> None:
-        """A read ended.
+    def finish_loads(
+        self, blocks: list[RamBlock], read: Sequence[Stored], reasons: Sequence[str | None]
+    ) -> bool:
+        """A read ended; whether metadata changed by it.
 
         Args:
-            request: what it was.
+            blocks, read: as `take_reads` gave them.
             reasons: per block None, or why the bytes are not the block's.
         """
         assert self.disk is not None
-        self.disk.space.end_reads(request.slots)
-        whole: list[int] = []
-        for i, (block, reason) in enumerate(zip(request.blocks, reasons, strict=True)):
-            block.started = False
-            if block.dead:
-                self.ram.reap(block)
-            elif reason is None:
-                whole.append(i)
-            else:
-                self._metrics.inc("litecache_misses", tier="disk", reason=reason)
-                # its use of the disk slot has ended: no longer LOADING, so that drop() knows
-                block.state = RamState.RESERVED
+        self.disk.in_use.end([stored.slot for stored in read])
+        whole: list[RamBlock] = []
+        for block, reason in zip(blocks, reasons, strict=True):
+            if reason is not None and block.state is RamState.LOADING:
+                self.metrics.inc("litecache_misses", tier="disk", reason=reason)
                 self.drop(block.entry, SlotState.FAILED)
-        if whole:
-            blocks = [request.blocks[i] for i in whole]
-            self.ram.finish_loads(blocks)
-            self._metrics.inc("litecache_promotions", len(blocks))
-            self.changed_on_disk |= self.disk.trust([block.entry for block in blocks])
-
-    def finish_write(
-        self, blocks: Sequence[RamBlock], slots: Sequence[int], checksums: Sequence[int]
-    ) -> None:
-        """Blocks that were written whole: those still wanted are placed, in chain order."""
-        assert self.disk is not None
-        kept: list[tuple[int, int, int]] = []
-        for block, slot, checksum in zip(blocks, slots, checksums, strict=True):
-            block.started = False
-            if block.dead:
-                self.disk.space.free(slot)
-                self.ram.reap(block)
+            block.busy = False
+            if block.state is RamState.LOADING:
+                whole.append(block)
             else:
-                kept.append((block.entry, slot, checksum))
-        if kept:
-            self.disk.place(*zip(*kept, strict=True))
+                self._reap(block)
+        for block in whole:
+            self.arena.set_state(block.slot, block.generation, SlotState.READY)
+        for block in whole:
+            self._settle(block)
+        if whole:
+            self.metrics.inc("litecache_promotions", len(whole))
+        return self.disk.trust([block.entry for block in whole])
+
+    def _queue_write(self, block: RamBlock, *, first: bool = False) -> None:
+        block.state = RamState.DIRTY
+        (self.dirty.appendleft if first else self.dirty.append)(block)
+        self.dirty_bytes += block.nbytes
+
+    def take_writes(self, at_most: int) -> WriteBatch | None:
+        """The next blocks of one size and namespace, oldest first; they become WRITING."""
+        index = self.index
+        blocks: list[RamBlock] = []
+        kind = (0, 0)
+        while self.dirty:
+            block = self.dirty[0]
+            if block.state is RamState.DIRTY:
+                mine = (block.nbytes, index.namespace[block.entry])
+                if blocks and (mine != kind or (len(blocks) + 1) * block.nbytes > at_most):
+                    break
+                kind = mine
+                block.state, block.busy = RamState.WRITING, True
+                blocks.append(block)
+            self.dirty.popleft()
+            self.dirty_bytes -= block.nbytes
+        self._writing.update(blocks)
+        keys = [index.keys[block.entry] for block in blocks]
+        return WriteBatch(blocks, keys, kind[0] // PAGE_BYTES, kind[1]) if blocks else None
+
+    def unwritten(self) -> list[RamBlock]:
+        """All that is on its way to disk."""
+        return [block for block in (*self._writing, *self.dirty) if block.state in UNWRITTEN]
+
+    def _end_writes(self, blocks: Iterable[RamBlock]) -> list[RamBlock]:
+        """Blocks that were taken are not written any more; those that are still wanted."""
+        self._writing.difference_update(blocks)
+        wanted = []
         for block in blocks:
-            if not block.dead and block.state is RamState.WRITING:
-                self.ram.settle(block)
-        self.writes.done(blocks)
-        if self.writes.idle:
+            block.busy = False
+            if block.state is RamState.WRITING:
+                wanted.append(block)
+            else:
+                self._reap(block)
+        return wanted
+
+    def put_back(self, blocks: Sequence[RamBlock]) -> None:
+        """Blocks that found no disk slot come first again."""
+        for block in reversed(self._end_writes(blocks)):
+            self._queue_write(block, first=True)
+
+    def finish_writes(self, written: Sequence[tuple[RamBlock, int, int]]) -> None:
+        """Blocks, head of a chain first, that are whole in a disk slot with a checksum."""
+        disk = self.disk
+        assert disk is not None
+        wanted = self._end_writes([block for block, _, _ in written])
+        places: list[tuple[int, int, int]] = []
+        for block, slot, checksum in written:
+            if block.state is RamState.DEAD:
+                disk.space.free(slot)
+            else:
+                places.append((block.entry, slot, checksum))
+        if places:
+            disk.place(*zip(*places, strict=True))
+        for block in wanted:
+            self._settle(block)
+        if not self.dirty and not self._writing:
             for key in self._early:
-                self.disk.queues.use(self.index.find(key), ends=True)
+                disk.queues.use(self.index.find(key), ends=True)
             self._early.clear()
 
-    def fail_write(self, block: RamBlock, reason: str, *, keep: bool = False) -> None:
-        """A block that could not be written is dropped, and counted; or `keep` it in RAM."""
-        self._metrics.inc("litecache_drops", reason=reason)
-        self.writes.done([block])
-        block.started = False
-        if block.dead:
-            self.ram.reap(block)
-        elif keep:
-            self.ram.settle(block)
-        else:
-            self.drop(block.entry)
+    def fail_writes(self, blocks: Sequence[RamBlock], reason: str) -> list[BlockKey]:
+        """Blocks that could not be written are dropped and counted; the keys of those still wanted.
+
+        With the disk tier lost they stay in RAM.
+        """
+        assert self.disk is not None
+        self.failed_writes += len(blocks)
+        self.metrics.inc("litecache_drops", len(blocks), reason=reason)
+        wanted = self._end_writes(blocks)
+        keys = [self.index.keys[block.entry] for block in wanted]
+        for block in wanted:
+            if self.disk.lost:
+                self._settle(block)
+            else:
+                self.drop(block.entry)
+        return keys
+
+    def _forget(self, entry: int) -> None:
+        self.changes.note(self.index.keys[entry], added=False)
+        self.index.remove(entry)
+
+    def _leave_ram(self, entry: int) -> None:
+        self.index.ram[entry] = 0
+        if not self.index.disk[entry]:
+            self._forget(entry)
+
+    def on_disk_evict(self, entry: int) -> None:
+        """A disk copy was evicted; without one in RAM the key is gone."""
+        self.metrics.inc("litecache_evictions", tier="disk")
+        if not self.index.ram[entry]:
+            self._forget(entry)
 
     def drop(self, entry: int, state: SlotState = SlotState.FREE) -> None:
-        """Remove a block from every tier; leased slots return when they are released."""
+        """Remove a block from every tier; clients that lease its slot see `state` there."""
         block = self.block_of(entry)
         if block is not None:
-            if block.state is RamState.LOADING and not block.started:
+            if block.state is RamState.LOADING and not block.busy:
                 self._end_disk_use(block)
-            self.ram.kill(block, state)
+            self._kill(block, state)
         if self.index.disk[entry]:
             assert self.disk is not None
             self.disk.remove(entry)
@@ -277,30 +542,52 @@ class Tiers:
     def drop_ram_copy(self, entry: int) -> None:
         """Remove a clean, unleased block from RAM only."""
         block = self.block_of(entry)
-        if block is None or block.state is not RamState.CLEAN or block.leases:
-            return
-        self.ram.kill(block)
-        self.index.ram[entry] = 0
-        if not self.index.disk[entry]:
-            self._forget(entry)
+        if block is not None and block.state is RamState.CLEAN and not block.leases:
+            self._kill(block)
+            self._leave_ram(entry)
 
-    def check_integrity(self, writing_slots: set[int]) -> None:
-        """AssertionError unless index, RAM and disk agree."""
+    def lose_disk(self, reason: str) -> None:
+        """The disk tier's files are gone: it is taken out, RAM goes on alone."""
+        assert self.disk is not None
+        self.disk.lost = reason
+        entries = self.disk.on_disk().tolist()
+        self.metrics.inc("litecache_drops", len(entries), reason="folder_lost")
+        for entry in entries:
+            self.drop_disk_copy(entry)
+
+    def check_integrity(self, allocated: set[int]) -> None:
+        """AssertionError unless index, slots, queues, slot table, space and disk agree.
+
+        Args:
+            allocated: disk slots of writes that have not finished.
+        """
         self.index.check_integrity()
-        self.ram.check_integrity()
+        self.queues.check_integrity()
         if self.disk is not None:
-            self.disk.check_integrity(writing_slots)
+            self.disk.check_integrity(allocated)
         for entry in self.index.entries().tolist():
             block = self.block_of(entry)
             assert block is not None or self.index.disk[entry], "a key without bytes"
-            if block is None:
-                continue
-            assert block.entry == entry, "index and slot disagree"
-            assert not block.dead, "a dead slot is indexed"
-            assert block.key == self.index.key_at(entry), "a slot holds another key"
-            if block.state is RamState.LOADING:
-                assert self.index.disk[entry], "loading what is not on disk"
-        for block in self.ram.by_slot.values():
-            if block.entry >= 0:
-                assert self.index.ram[block.entry] == block.handle + 1, "a slot is not indexed"
-        self.writes.check_integrity()
+            assert block is None or block.entry == entry, "index and slot disagree"
+            loading = block is not None and block.state is RamState.LOADING
+            assert not loading or self.index.disk[entry], "loading what is not on disk"
+        pages = {slot: block.nbytes // PAGE_BYTES for slot, block in self.by_slot.items()}
+        self.space.check_integrity(pages, set())
+        queued = set(self.queues)
+        for slot, block in self.by_slot.items():
+            assert self.blocks[block.handle] is block, "a handle is off"
+            assert self.space.owner(slot) == block.handle, "a slot's owner is off"
+            assert self.arena.word(slot) >> 8 == block.generation, "the slot table is off"
+            assert block.leases >= 0, "negative leases"
+            clean, dead = block.state is RamState.CLEAN, block.state is RamState.DEAD
+            assert (block.handle in queued) == clean, f"slot {slot} is queued wrongly"
+            assert not dead or block.leases or block.busy, "a dead slot stayed"
+            named = not dead and block.state is not RamState.RESERVED
+            assert (block.entry >= 0) == named, "a slot holds a block wrongly"
+            assert not named or self.index.ram[block.entry] == block.handle + 1, "not indexed"
+        assert len(queued) == len(self.queues) <= len(self.by_slot), "a freed block is queued"
+        dirty = [block for block in self.by_slot.values() if block.state is RamState.DIRTY]
+        waiting = [block for block in self.dirty if block.state is RamState.DIRTY]
+        assert len(waiting) == len(set(waiting)), "a block is to be written twice"
+        assert set(waiting) == set(dirty), "the write queue is off"
+        assert self.dirty_bytes == sum(block.nbytes for block in self.dirty), "bytes are off"

@@ -89,15 +89,15 @@ def test_a_stopped_client_keeps_its_lease_and_a_killed_one_loses_it(store):
         fill(store, range(100, 140), NBYTES)  # more than fits: every other slot is recycled
         time.sleep(0.3)  # no clock may end the lease
         assert store.stats()["leases"] == 1
-        assert store._tiers.ram.by_slot[copier.ref.slot].generation == copier.ref.generation
+        assert store._tiers.by_slot[copier.ref.slot].generation == copier.ref.generation
         os.kill(copier.child.pid, signal.SIGCONT)
         copier.expect("copied")
         assert store.stats()["leases"] == 1
     finally:
         copier.end()
     wait_until(lambda: store.stats()["leases"] == 0)
-    assert copier.ref.slot not in store._tiers.ram.by_slot or (
-        store._tiers.ram.by_slot[copier.ref.slot].generation != copier.ref.generation
+    assert copier.ref.slot not in store._tiers.by_slot or (
+        store._tiers.by_slot[copier.ref.slot].generation != copier.ref.generation
     )
 
 

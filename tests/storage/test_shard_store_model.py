@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 from shard_machine import RamOnly, Roomy, ShardMachine, Tight
 
-from litecache.storage import block_io, ram_tier
+from litecache.storage import block_io, tiers
 
 pytestmark = pytest.mark.no_cover
 
@@ -45,6 +45,6 @@ def test_the_model_catches_a_skipped_checksum(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_model_catches_eviction_of_leased_slots(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ram_tier.RamTier, "_may_evict", lambda self, handle: True)
+    monkeypatch.setattr(tiers.Tiers, "_may_evict", lambda self, handle: True)
     with pytest.raises((AssertionError, KeyError)):
         run(RamOnly, 200, shrink=False)
