@@ -23,19 +23,8 @@ from .protocol import Deltas
 Entries = npt.NDArray[np.int64]
 KeyWords = npt.NDArray[np.uint64]
 
-_COLUMNS = {
-    "checksum": "Q",
-    "put_seq": "q",
-    "disk": "I",
-    "ram": "i",
-    "pages": "I",
-    "created_s": "I",
-    "expires_s": "I",
-    "used_s": "I",
-    "hits": "I",
-    "namespace": "H",
-    "flags": "B",
-}
+_RECORDED = ("checksum", "pages", "namespace", "created_s", "expires_s", "used_s", "hits", "flags")
+"""Columns that a record on disk holds as they are."""
 
 MOST_HITS = 1 << 31
 """Far from the column's end, so that one batch cannot carry a counter over it."""
@@ -76,25 +65,22 @@ class BlockIndex:
         high: entries ever given out.
     """
 
-    checksum: array[int]
-    put_seq: array[int]
-    disk: array[int]
-    ram: array[int]
-    pages: array[int]
-    created_s: array[int]
-    expires_s: array[int]
-    used_s: array[int]
-    hits: array[int]
-    namespace: array[int]
-    flags: array[int]
-
     def __init__(self) -> None:
+        self.checksum = array("Q")
+        self.put_seq = array("q")
+        self.disk = array("I")
+        self.ram = array("i")
+        self.pages = array("I")
+        self.created_s = array("I")
+        self.expires_s = array("I")
+        self.used_s = array("I")
+        self.hits = array("I")
+        self.namespace = array("H")
+        self.flags = array("B")
+        self._columns: list[array[int]] = list(vars(self).values())  # all of them so far
         self.entry_of = KeyDict()
         self.keys: list[BlockKey] = []
         self.parents: list[BlockKey] = []
-        for name, code in _COLUMNS.items():
-            setattr(self, name, array(code))
-        self._columns: list[array[int]] = [getattr(self, name) for name in _COLUMNS]
         self._free = array("i")
 
     @property
@@ -193,10 +179,8 @@ class BlockIndex:
         records["key"] = key_words([self.keys[entry] for entry in numbers])
         records["parent"] = key_words([self.parents[entry] for entry in numbers])
         records["slot"] = self.column("disk")[entries] - np.uint32(1)
-        for name in ("checksum", "pages", "namespace", "created_s", "expires_s", "hits"):
+        for name in _RECORDED:
             records[name] = self.column(name)[entries]
-        records["used_s"] = self.column("used_s")[entries]
-        records["flags"] = self.column("flags")[entries]
         return records
 
     def load(self, records: Records) -> Entries:
@@ -215,21 +199,18 @@ class BlockIndex:
             for at, parent in zip(before, parents, strict=True)
         ]
         self._extend(n)
-        np.frombuffer(self.disk, np.uint32)[:] = records["slot"] + np.uint32(1)
-        for name in ("checksum", "pages", "namespace", "created_s", "expires_s", "hits"):
+        self.column("disk")[:] = records["slot"] + np.uint32(1)
+        for name in _RECORDED:
             self.column(name)[:] = records[name]
-        self.column("used_s")[:] = records["used_s"]
-        self.column("flags")[:] = records["flags"]
         return np.arange(n, dtype=np.int64)
 
     def check_integrity(self) -> None:
         """AssertionError unless keys, entries and free list agree."""
-        live = np.ones(self.high, bool)
-        live[np.frombuffer(self._free, np.int32)] = False
+        live = self.entries().tolist()
         assert len(set(self._free)) == len(self._free), "an entry is free twice"
-        assert len(self.entry_of) == live.sum() == len(self), "counts differ"
-        for entry, key in compress(enumerate(self.keys), live.tolist()):
-            assert self.find(key) == entry, "a key is not found at its entry"
+        assert len(self.entry_of) == len(live) == len(self), "counts differ"
+        for entry in live:
+            assert self.find(self.keys[entry]) == entry, "a key is not found at its entry"
         assert all(not self.keys[entry] for entry in self._free), "a free entry has a key"
 
 

@@ -12,6 +12,7 @@ import select
 import threading
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 from ..errors import StorageError
 from ..threads import start_service
@@ -20,6 +21,7 @@ from .tiers import RamBlock, RamState, Tiers
 logger = logging.getLogger(__name__)
 
 
+@dataclass(slots=True)
 class Client:
     """One attached process.
 
@@ -28,12 +30,9 @@ class Client:
         leases: slot to how many. A leased slot keeps its generation.
     """
 
-    __slots__ = ("leases", "pid", "pidfd")
-
-    def __init__(self, pid: int, pidfd: int) -> None:
-        self.pid = pid
-        self.pidfd = pidfd
-        self.leases: dict[int, int] = {}
+    pid: int
+    pidfd: int
+    leases: dict[int, int] = field(default_factory=dict)
 
 
 class Leases:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from ..config import CacheConfig
+from ..config import FSYNC_POLICIES, CacheConfig
 from ..errors import ConfigError
 from .disk.log import META_FIXED_BYTES, META_SLOT_BYTES
 from .protocol import PAGE_BYTES
@@ -12,7 +12,6 @@ from .segments import pick_segment_bytes, region_size
 
 # of one namespace, of which the metadata keeps up to three copies
 _NAME_BYTES = 1536
-FSYNC_POLICIES = ("always", "interval", "never")
 
 
 def validate_options(

@@ -19,11 +19,13 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple
 
 import numpy as np
 
+from ..config import ADMISSION_POLICIES
 from ..errors import ConfigError
 from ..hashing import BlockKey
 from ..metrics import Metrics
@@ -51,8 +53,8 @@ class Admission:
     """
 
     def __init__(self, name: str) -> None:
-        if name not in ("all", "none", "reused"):
-            raise ConfigError("admission", name, "one of all, none, reused")
+        if name not in ADMISSION_POLICIES:
+            raise ConfigError("admission", name, "one of " + ", ".join(sorted(ADMISSION_POLICIES)))
         self._name = name
         # a plain dict would take longer and longer to find its first key
         self._seen: OrderedDict[BlockKey, None] = OrderedDict()
@@ -90,6 +92,7 @@ LOADED = (RamState.DIRTY, RamState.WRITING, RamState.CLEAN)
 UNWRITTEN = (RamState.DIRTY, RamState.WRITING)
 
 
+@dataclass(eq=False, slots=True)
 class RamBlock:
     """One slot in use.
 
@@ -101,17 +104,14 @@ class RamBlock:
         busy: a read or a write is under way, and touches the slot.
     """
 
-    __slots__ = ("busy", "entry", "generation", "handle", "leases", "nbytes", "slot", "state")
-
-    def __init__(self, slot: int, nbytes: int, generation: int, handle: int) -> None:
-        self.slot = slot
-        self.nbytes = nbytes
-        self.generation = generation
-        self.handle = handle
-        self.entry = -1
-        self.leases = 0
-        self.state = RamState.RESERVED
-        self.busy = False
+    slot: int
+    nbytes: int
+    generation: int
+    handle: int
+    entry: int = -1
+    leases: int = 0
+    state: RamState = RamState.RESERVED
+    busy: bool = False
 
 
 class WriteBatch(NamedTuple):
