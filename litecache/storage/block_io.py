@@ -268,8 +268,8 @@ class BlockIo:
         disk = self._disk
         with self._lock:
             # slots that reads or other writes hold come back
-            waits = not disk.lost and not disk.log_full() and (disk.in_use or self._writers > 1)
-            if progress or waits:
+            held = disk.space.readers or self._writers > 1
+            if progress or (held and not disk.lost and not disk.log_full()):
                 self._tiers.put_back(blocks)
                 if not progress:
                     self._tiers.changed.wait(0.05)

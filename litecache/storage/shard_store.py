@@ -354,7 +354,7 @@ class ShardStore(ShardBase):
                     in_ram[position] = block
                 elif tiers.disk is not None and tiers.index.disk[entry]:
                     on_disk[position] = tiers.stored(entry)
-                    tiers.disk.in_use.begin([on_disk[position].slot])
+                    tiers.disk.space.begin_reads([on_disk[position].slot])
                 else:
                     continue
                 total += nbytes

@@ -30,7 +30,7 @@ from ..errors import ConfigError
 from ..hashing import BlockKey
 from ..metrics import Metrics
 from .arena.arena import Arena
-from .block_index import BlockIndex, Changes, key_words
+from .block_index import BlockIndex, Changes
 from .disk.slab import Stored
 from .disk.tier import DiskTier
 from .eviction.queues import Queues, allocate
@@ -354,15 +354,10 @@ class Tiers:
         for block, entry in zip(blocks, entries, strict=True):
             block.entry, block.state = entry, RamState.LOADING
             index.ram[entry] = block.handle + 1
-        self.arena.set_entries(
-            [block.slot for block in blocks],
-            [block.generation for block in blocks],
-            SlotState.LOADING,
-            key_words([index.keys[entry] for entry in entries]),
-            nbytes,
-        )
+            key = index.keys[entry]
+            self.arena.set_entry(block.slot, block.generation, SlotState.LOADING, key, nbytes)
         slots = index.column("disk")[np.array(entries, np.int64)].astype(np.int64) - 1
-        self.disk.in_use.begin(slots.tolist())
+        self.disk.space.begin_reads(slots.tolist())
         order = np.argsort(slots, kind="stable")
         gaps = (np.flatnonzero(np.diff(slots[order]) != nbytes // PAGE_BYTES) + 1).tolist()
         positions, count = order.tolist(), max(1, at_most // nbytes)
@@ -401,7 +396,7 @@ class Tiers:
             reasons: per block None, or why the bytes are not the block's.
         """
         assert self.disk is not None
-        self.disk.in_use.end([stored.slot for stored in read])
+        self.disk.space.end_reads([stored.slot for stored in read])
         whole: list[RamBlock] = []
         for block, reason in zip(blocks, reasons, strict=True):
             if reason is not None and block.state is RamState.LOADING:
@@ -577,7 +572,7 @@ class Tiers:
         for slot, block in self.by_slot.items():
             assert self.blocks[block.handle] is block, "a handle is off"
             assert self.space.owner(slot) == block.handle, "a slot's owner is off"
-            assert self.arena.word(slot) >> 8 == block.generation, "the slot table is off"
+            assert self.arena.entry(slot)[1] == block.generation, "the slot table is off"
             assert block.leases >= 0, "negative leases"
             clean, dead = block.state is RamState.CLEAN, block.state is RamState.DEAD
             assert (block.handle in queued) == clean, f"slot {slot} is queued wrongly"

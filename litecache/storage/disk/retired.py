@@ -157,7 +157,7 @@ class Retired:
             if not refs and store.flush(1).failed:
                 return
         for ref in refs:
-            self._tiers.ram.arena.buffer(ref.slot, len(data))[:] = data
+            self._tiers.arena.buffer(ref.slot, len(data))[:] = data
             store.commit(client_id, [CommitItem(*ref, key, parent, name)])
         with self._lock:
             index = self._tiers.index
