@@ -120,23 +120,22 @@ class CoordinatorClient:
 
     def locate(self, keys: Sequence[BlockKey], exclude_node: str) -> list[str | None]:
         """See `LocationMap.locate`."""
-        self._check_not_quiet()
-        found: list[str | None] = self.call("locate", pack_keys(keys), exclude_node)
+        found: list[str | None] = self._ask("locate", pack_keys(keys), exclude_node)
         return found
 
     def route(self, keys: Sequence[BlockKey]) -> int | None:
         """See `Router.route`."""
-        self._check_not_quiet()
-        index: int | None = self.call("route", pack_keys(keys))
+        index: int | None = self._ask("route", pack_keys(keys))
         return index
 
     def report_shard(self, report: LocationReport) -> bool:
         """See `LocationMap.report`."""
         return bool(self.call("report_shard", *report.packed()))
 
-    def _check_not_quiet(self) -> None:
+    def _ask(self, method: str, *args: object) -> Any:
         if time.monotonic() < self._quiet_until:
             raise GroupUnavailableError(f"{self._name} did not answer a moment ago")
+        return self.call(method, *args)
 
     def call(self, method: str, *args: object, timeout_s: float | None = None) -> Any:
         """Call a method of the actor, whether it answered the last time or not."""

@@ -103,25 +103,21 @@ class GpuCache:
         return f"GpuCache({self._spec.group}:{self._index}, {self._spec.source.name}, {device})"
 
     async def where(self) -> dict[str, Any]:
-        """Process, node and state, without waiting for the model."""
-        return {
-            "pid": os.getpid(),
-            "node_id": self._node_id,
-            "name": self._name,
-            "epoch": self._epoch,
-            "ready": self._loading.done() and self._loading.exception() is None,
-            "address": await self._open_door(),
-        }
-
-    async def _open_door(self) -> str | None:
-        """The address of the socket for drivers of this machine; None where there can be none."""
+        """Process, node, state and the address of the socket, without waiting for the model."""
         if self._door is None:
             self._door = AsyncSocketServer(self._epoch, self._methods)
             try:
                 await self._door.start()
             except OSError as error:
                 logger.warning("%s has no socket: drivers call the actor: %s", self._name, error)
-        return self._door.address or None
+        return {
+            "pid": os.getpid(),
+            "node_id": self._node_id,
+            "name": self._name,
+            "epoch": self._epoch,
+            "ready": self._loading.done() and self._loading.exception() is None,
+            "address": self._door.address or None,
+        }
 
     async def call(self, code: int, message: bytes) -> bytes:
         """What the socket answers, for drivers that cannot reach it."""
@@ -261,12 +257,7 @@ class GpuCache:
         if self._outbox is None:
             engine = self._loading.result()
             self._loop = asyncio.get_running_loop()
-            self._outbox = Outbox(
-                self._epoch,
-                abort_client=engine.abort_client,
-                pause=engine.pause,
-                resume=engine.resume,
-            )
+            self._outbox = Outbox(self._epoch, engine)
         return self._outbox
 
     def _sink(self, items: list[tuple[str, TokenDelta]]) -> None:

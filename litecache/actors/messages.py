@@ -119,16 +119,9 @@ def unpack_reply(message: bytes) -> PollReply:
 
 def _delta(fields: Any) -> TokenDelta:
     name, token_ids, finish, error, error_type, reused, ttft_s, logprobs = fields
-    return TokenDelta(
-        name,
-        token_ids,
-        None if finish is None else _FINISH_REASONS[finish],
-        error,
-        error_type,
-        reused,
-        ttft_s,
-        tuple(TokenLogprobs(*each) for each in logprobs) if logprobs else (),
-    )
+    finish = None if finish is None else _FINISH_REASONS[finish]
+    logprobs = tuple(TokenLogprobs(*each) for each in logprobs) if logprobs else ()
+    return TokenDelta(name, token_ids, finish, error, error_type, reused, ttft_s, logprobs)
 
 
 def pack_value(value: str) -> bytes:

@@ -11,19 +11,20 @@ All methods run on one asyncio event loop; the engine's thread enters by `call_s
 from __future__ import annotations
 
 import asyncio
-import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, count
+from typing import TYPE_CHECKING
 
 from litecache.types import PollReply, TokenDelta
 
+if TYPE_CHECKING:
+    from litecache.engine.engine import Engine
+
 HEARTBEAT_TIMEOUT_S = 9.0
 MAX_UNACKNOWLEDGED_TOKENS = 8192
-
-RequestsHook = Callable[[Sequence[str]], None]
 
 
 @dataclass
@@ -38,10 +39,8 @@ class _Client:
         urgent: some of that should not wait.
         live: ids of requests that have not finished.
         num_tokens: tokens in `deltas` and `untold`.
-        last_seen: when the latest poll or submission arrived.
         waiter: of the poll that is held open, if any.
-        replied_at: when the last poll returned.
-        gap_s: the waiting poll asks for this time since then, unless something is urgent.
+        gap_s: it asks for this time since `replied_at`, unless something is urgent.
     """
 
     epoch: str
@@ -81,9 +80,8 @@ class Outbox:
 
     Args:
         epoch: of the actor's life.
-        abort_client: called with a client id when that client fell silent.
-        pause: called with the live requests of a client that is too far behind.
-        resume: called with the same when it caught up.
+        engine: told to abort a client that fell silent, and to pause the requests of one that is
+            too far behind until it has caught up.
         heartbeat_timeout_s: silence after which a client with live requests is given up.
         max_unacknowledged_tokens: per client, before its requests pause.
         clock: monotonic seconds.
@@ -92,21 +90,18 @@ class Outbox:
     def __init__(
         self,
         epoch: str,
+        engine: Engine,
         *,
-        abort_client: Callable[[str], None],
-        pause: RequestsHook,
-        resume: RequestsHook,
         heartbeat_timeout_s: float = HEARTBEAT_TIMEOUT_S,
         max_unacknowledged_tokens: int = MAX_UNACKNOWLEDGED_TOKENS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._epoch = epoch
-        self._abort_client, self._pause, self._resume = abort_client, pause, resume
+        self._epoch, self._engine = epoch, engine
         self._heartbeat_timeout_s = heartbeat_timeout_s
         self._max_unacknowledged_tokens = max_unacknowledged_tokens
         self._clock = clock
         self._clients: dict[str, _Client] = {}
-        self._records = itertools.count(1)
+        self._records = count(1)
         self._timer: asyncio.TimerHandle | None = None
 
     def register(self, client_id: str, request_ids: Iterable[str]) -> tuple[str, set[str]]:
@@ -138,10 +133,10 @@ class Outbox:
                 client.live.discard(delta.request_id)
             self._wake_in_time(client, first)
             if client.paused and delta.request_id in client.live:
-                self._pause([delta.request_id])  # submitted after the others had paused
+                self._engine.pause([delta.request_id])  # submitted after the others had paused
             elif client.num_tokens >= self._max_unacknowledged_tokens:
                 client.paused = True
-                self._pause(sorted(client.live))
+                self._engine.pause(sorted(client.live))
 
     async def poll(
         self, client_id: str, epoch: str, ack: int, hold_s: float, gap_s: float = 0.0
@@ -216,7 +211,7 @@ class Outbox:
             client.first_seq += 1
         if client.paused and client.num_tokens <= self._max_unacknowledged_tokens // 2:
             client.paused = False
-            self._resume(sorted(client.live))
+            self._engine.resume(sorted(client.live))
 
     def _arm_timer(self) -> None:
         # One timer for all, set for the client that would expire first: an actor without clients
@@ -235,7 +230,7 @@ class Outbox:
             client = self._clients.pop(client_id)
             client.wake()
             if client.live:
-                self._abort_client(client_id)
+                self._engine.abort_client(client_id)
         self._arm_timer()
 
 

@@ -5,7 +5,7 @@ import random
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import pytest
@@ -20,15 +20,15 @@ class Hooks:
         self.aborted = asyncio.Event()
 
     def outbox(self, **options: Any) -> Outbox:
-        return Outbox(
-            "life",
-            abort_client=self._abort,
-            pause=lambda ids: self.calls.append(("pause", list(ids))),
-            resume=lambda ids: self.calls.append(("resume", list(ids))),
-            **options,
-        )
+        return Outbox("life", self, **options)
 
-    def _abort(self, client_id: str) -> None:
+    def pause(self, ids: Sequence[str]) -> None:
+        self.calls.append(("pause", list(ids)))
+
+    def resume(self, ids: Sequence[str]) -> None:
+        self.calls.append(("resume", list(ids)))
+
+    def abort_client(self, client_id: str) -> None:
         self.calls.append(("abort", client_id))
         self.aborted.set()
 

@@ -57,9 +57,9 @@ def test_calls_of_the_actor_reach_the_engine_in_their_order_whatever_their_size(
     async def send() -> None:
         await asyncio.gather(fuzz.door.submit("c", large), fuzz.door.abort(names))
         outbox = fuzz.door._opened_outbox()
-        for hook in (outbox._pause, outbox._resume):
+        for hook in (outbox._engine.pause, outbox._engine.resume):
             hook(names)
-        outbox._abort_client("c")
+        outbox._engine.abort_client("c")
 
     fuzz.loop.run_until_complete(send())
     assert order == ["submit", "abort", "pause", "resume", "abort_client"]
