@@ -39,21 +39,6 @@ _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
-class _Pages:
-    """Address space; unmapped when nothing that numpy made from it lives any more."""
-
-    def __init__(self, address: int, nbytes: int) -> None:
-        self.address = address
-        self.__array_interface__ = {
-            "version": 3,
-            "shape": (nbytes,),
-            "typestr": "|u1",
-            "data": (address, False),
-        }
-        # at exit the process goes with its mappings; threads may still touch them until then
-        weakref.finalize(self, _munmap, address, nbytes).atexit = False
-
-
 class SharedMapping:
     """A file descriptor's memory, shared and writable.
 
@@ -71,7 +56,10 @@ class SharedMapping:
 
     def __init__(self, fd: int, nbytes: int, huge_bytes: int = 0) -> None:
         self._address = _map_aligned(fd, nbytes)
-        self.array: npt.NDArray[np.uint8] = np.asarray(_Pages(self._address, nbytes))
+        pages = (ctypes.c_uint8 * nbytes).from_address(self._address)
+        # at exit the process goes with its mappings; threads may still touch them until then
+        weakref.finalize(pages, _munmap, self._address, nbytes).atexit = False
+        self.array: npt.NDArray[np.uint8] = np.frombuffer(memoryview(pages), np.uint8)
         if huge_bytes:
             self._advise(0, huge_bytes, _MADV_HUGEPAGE)
 

@@ -20,7 +20,7 @@ from ..protocol import PAGE_BYTES
 _TRAILER_MAGIC = b"LCROWS\x00\x01"
 _TRAILER_BYTES = 16
 
-MAX_BLOCK_VARIABLE = "LIGHTMEM_MAX_BLOCK_SIZE_MB"
+_MAX_BLOCK_VARIABLE = "LIGHTMEM_MAX_BLOCK_SIZE_MB"
 _MAX_PAGES = 64
 
 Rows = npt.NDArray[np.uint8]
@@ -80,16 +80,16 @@ def integers(name: str, values: Any) -> npt.NDArray[Any]:
     return array
 
 
-def page_numbers(indices: Any, rows: int, name: str = "page_indices") -> npt.NDArray[np.int64]:
-    """Page indices, checked.
+def page_numbers(indices: Any, rows: int) -> npt.NDArray[np.int64]:
+    """Page indices of a tensor of `rows`.
 
     Raises:
         ConfigError: no flat list of integers, or out of range.
     """
-    pages = integers(name, indices).astype(np.int64)
-    if pages.size and (pages.min() < 0 or pages.max() >= rows):
-        bad = pages[(pages < 0) | (pages >= rows)][0]
-        raise ConfigError(name, int(bad), f"0 to {rows - 1}")
+    pages = integers("page_indices", indices).astype(np.int64)
+    bad = pages[(pages < 0) | (pages >= rows)]
+    if bad.size:
+        raise ConfigError("page_indices", int(bad[0]), f"0 to {rows - 1}")
     return pages
 
 
@@ -99,13 +99,13 @@ def pages_per_block(page_bytes: int) -> int:
     Raises:
         ConfigError: the variable is no positive number.
     """
-    text = os.environ.get(MAX_BLOCK_VARIABLE, "64")
+    text = os.environ.get(_MAX_BLOCK_VARIABLE, "64")
     try:
         limit = int(text)
     except ValueError:
         limit = 0
     if limit <= 0:
-        raise ConfigError(MAX_BLOCK_VARIABLE, text, "a positive whole number of MiB")
+        raise ConfigError(_MAX_BLOCK_VARIABLE, text, "a positive whole number of MiB")
     return max(1, min(_MAX_PAGES, limit * 2**20 // page_bytes))
 
 
