@@ -16,8 +16,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from litecache.errors import ConfigError, LiteCacheError, StorageFullError
 
@@ -152,8 +152,7 @@ def _errors_of(folder: Path) -> Iterator[None]:
         raise kind(f"cannot write {folder}: {error.strerror}") from error
 
 
-@dataclass(frozen=True)
-class StoredModel:
+class StoredModel(NamedTuple):
     """A folder of `models_folder`.
 
     Attributes:
@@ -182,7 +181,8 @@ def list_models() -> list[StoredModel]:
                     name = str(json.loads((folder / _NAME_FILE).read_text())["name"])
                 size = sum(f.lstat().st_size for f in folder.rglob("*") if not f.is_dir())
                 used = folder.stat().st_mtime
-                found.append(StoredModel(folder, name, size, used, _in_use(folder)))
+                with _alone(folder) as alone:
+                    found.append(StoredModel(folder, name, size, used, not alone))
     return sorted(found, key=lambda model: model.used_s)
 
 
@@ -203,36 +203,26 @@ def prune_models(most_bytes: int) -> list[StoredModel]:
             break
         if unfinished and time.time() - model.used_s < _UNLOCKED_S:
             continue
-        if _remove(model.path):
-            total -= model.bytes
-            removed.append(model)
+        with suppress(OSError), _alone(model.path) as alone:
+            if alone:
+                # whoever comes later finds it gone as a whole
+                name = f"{_UNFINISHED}going-{os.getpid()}-{model.path.name.lstrip('.')}"
+                going = model.path.rename(model.path.with_name(name))
+                total -= model.bytes
+                removed.append(model)
+                shutil.rmtree(going, ignore_errors=True)
     return removed
 
 
-def _in_use(folder: Path) -> bool:
+@contextmanager
+def _alone(folder: Path) -> Iterator[bool]:
+    """Whether nobody uses a folder; then nobody begins to meanwhile."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    alone = False
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # locked; or no locks here, and then nobody knows
-        return True
+        with suppress(OSError):  # locked; or no locks here, and then nobody knows
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            alone = True
+        yield alone
     finally:
         os.close(descriptor)
-    return False
-
-
-def _remove(folder: Path) -> bool:
-    """Remove a folder, unless somebody holds it; whoever comes later finds it gone as a whole."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        going = folder.with_name(f"{_UNFINISHED}going-{os.getpid()}-{folder.name.lstrip('.')}")
-        folder.rename(going)
-        shutil.rmtree(going, ignore_errors=True)
-    except OSError:
-        return False
-    finally:
-        os.close(descriptor)
-    return True

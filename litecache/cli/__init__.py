@@ -15,9 +15,8 @@ from typing import Any
 
 import typer
 
-from litecache.cli.folders import inspect, verify
 from litecache.cli.groups import down, generate, status, up
-from litecache.cli.machine import doctor, models, tune
+from litecache.cli.machine import doctor, inspect, models, tune, verify
 from litecache.errors import LiteCacheError, told
 
 logger = logging.getLogger(__name__)

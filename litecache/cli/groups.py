@@ -46,7 +46,8 @@ def up(
     check_model(model)
     check_group_name(group)
     check_integer("--replicas", replicas, 1, _MOST, f"an integer from 1 to {_MOST}")
-    _check_threads(num_threads)
+    if num_threads is not None:
+        check_integer("--num-threads", num_threads, 1, _MOST, f"an integer from 1 to {_MOST}")
     connect(address)
     from litecache.adapter import KVCacheAdapter
 
@@ -160,22 +161,13 @@ def generate(
                 message, add_generation_prompt=True, return_dict=True
             )["input_ids"]
         stream = adapter.stream(given, max_new_tokens=max_new_tokens, seed=seed, **sampling)
-        pieces = []
-        for piece in stream:
-            pieces.append(piece)
-            if not as_json:
+        if not as_json:
+            for piece in stream:
                 typer.echo(piece, nl=False)
-        if as_json:
-            print_json(
-                {
-                    "text": "".join(pieces),
-                    "tokens": len(stream.token_ids),
-                    "reused_tokens": stream.reused_tokens,
-                    "ttft_s": stream.ttft_s,
-                }
-            )
-        else:
             typer.echo()
+            return
+        result = {"text": "".join(stream), "tokens": len(stream.token_ids)}
+        print_json({**result, "reused_tokens": stream.reused_tokens, "ttft_s": stream.ttft_s})
 
 
 def _prompt(given: str) -> str:
@@ -188,11 +180,6 @@ def _prompt(given: str) -> str:
     if not text:
         raise ConfigError("prompt", outline(text), "a text, not empty")
     return text
-
-
-def _check_threads(num_threads: int | None) -> None:
-    if num_threads is not None:
-        check_integer("--num-threads", num_threads, 1, _MOST, f"an integer from 1 to {_MOST}")
 
 
 def _print_status(group: str, actors: dict[str, Any], stats: Any) -> None:

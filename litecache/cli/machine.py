@@ -1,9 +1,10 @@
-"""Commands about this machine: `tune`, `doctor` and `models`."""
+"""Commands about this machine and its folders: `inspect`, `verify`, `tune`, `doctor`, `models`."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 
@@ -11,6 +12,81 @@ from litecache.checks import check_path
 from litecache.cli.options import Address, AsJson, check_address, connect, print_json
 from litecache.config import parse_size
 from litecache.errors import ConfigError
+
+T = TypeVar("T")
+Folder = Annotated[str, typer.Argument(help="a storage_dir, or one shard's folder in it")]
+
+
+def inspect(directory: Folder, as_json: AsJson = False) -> None:
+    """Show what a storage folder holds; works beside a running group.
+
+    Exit status: 0, or 2 when there is no storage folder or its files cannot be read.
+    """
+    check_path("dir", directory)
+    from litecache.storage import inspect_store
+
+    reports = _read("shards", inspect_store, directory)
+    if as_json:
+        print_json([report.to_dict() for report in reports])
+        return
+    for report in reports:
+        typer.echo(
+            f"{report.path}: {report.blocks:,} blocks, {_size(report.bytes)} "
+            f"({_size(report.disk_bytes)} on disk), {report.hits:,} hits, "
+            f"{report.pinned:,} pinned, {report.damaged_records} damaged records"
+        )
+        sizes = [f"{count:,} of {size:,} bytes" for size, count in report.block_sizes.items()]
+        ages = [f"{count:,} under {age}" for age, count in report.ages.items() if count]
+        if report.blocks:
+            typer.echo(f"  blocks: {', '.join(sizes)}")
+            typer.echo(f"  age: {', '.join(ages).replace('under older', 'older')}")
+        for name in report.namespaces:
+            typer.echo(
+                f"  {name.name}: {name.blocks:,} blocks, {_size(name.bytes)}, {name.hits:,} hits, "
+                f"oldest written {name.age_s:,} s ago, last used {name.idle_s:,} s ago"
+            )
+
+
+def verify(directory: Folder, as_json: AsJson = False) -> None:
+    """Read every block of a storage folder and check it.
+
+    Exit status: 0 when all is sound, 1 when a block or a record is not, 2 when it could not be
+    checked (no storage folder, in use by a live store, or of another format).
+    """
+    check_path("dir", directory)
+    from litecache.storage import verify_store
+
+    reports = _read("blocks", verify_store, directory)
+    if as_json:
+        print_json([report.to_dict() for report in reports])
+    else:
+        for report in reports:
+            outcome = "sound" if report.ok else f"{len(report.bad)} bad"
+            typer.echo(
+                f"{report.path}: {report.checked:,} blocks, {_size(report.bytes)}: {outcome}, "
+                f"{report.damaged_records} damaged records"
+            )
+            for key, reason in report.bad:
+                typer.echo(f"  {key}: {reason}")
+    if not all(report.ok for report in reports):
+        raise typer.Exit(1)
+
+
+def _read(what: str, read: Callable[[str, Callable[[int, int], None]], T], directory: str) -> T:
+    """Call `read` behind a bar on stderr, where that is a terminal."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(f"reading {what}", total=None)
+        return read(
+            directory, lambda done, total: progress.update(task, completed=done, total=total)
+        )
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def tune(
@@ -61,7 +137,6 @@ def models(
     as_json: AsJson = False,
 ) -> None:
     """Show the models that were written to $LITECACHE_HOME/models, or remove the unused ones."""
-    import dataclasses
     from datetime import datetime
 
     from litecache.paths import list_models, prune_models
@@ -73,7 +148,7 @@ def models(
     left = list_models()
     if as_json:
         found = {"models": left, "removed": removed}
-        print_json({k: [dataclasses.asdict(m) for m in v] for k, v in found.items()})
+        print_json({k: [m._asdict() for m in v] for k, v in found.items()})
         return
     for model in left:
         used = datetime.fromtimestamp(model.used_s).isoformat(" ", "minutes")

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..hashing import KEY_BYTES, BlockKey
-from .disk.records import FLAG_PINNED, RECORD, Records
+from .disk.log import FLAG_PINNED, RECORD, Records
 from .key_dict import BATCH_KEYS, KeyDict, check_keys, split_keys
 from .protocol import Deltas
 

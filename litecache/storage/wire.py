@@ -21,7 +21,7 @@ import msgpack
 
 from ..errors import ConfigError, StorageError
 from ..hashing import KEY_BYTES, BlockKey
-from .key_dict import split_keys
+from .key_dict import check_keys, split_keys
 from .protocol import (
     PROTOCOL_VERSION,
     CommitItem,
@@ -87,9 +87,7 @@ def _check(kind: Kind, whole: bool) -> None:
 
 
 def _join(keys: Sequence[BlockKey]) -> bytes:
-    if keys and set(map(len, keys)) != {KEY_BYTES}:
-        bad = next(key for key in keys if len(key) != KEY_BYTES)
-        raise ConfigError("key", bad, f"{KEY_BYTES} bytes")
+    check_keys(keys)
     return b"".join(keys)
 
 
@@ -207,12 +205,10 @@ def unpack_commits(message: bytes) -> tuple[int, list[CommitItem]]:
     """Inverse of `pack_commits`: `(client_id, items)`."""
     client_id, columns = _unpack(message, Kind.COMMITS, bytes, bytes, bytes, tuple)
     fields, keys, parents, names = columns
-    count = len(fields) // 24
+    numbers, count = _numbers(Kind.COMMITS, fields, 3), len(fields) // 24
     _check(Kind.COMMITS, len(keys) == len(parents) == KEY_BYTES * count)
-    numbers = _numbers(Kind.COMMITS, fields, 3)
     of_items = numbers[2 * count :]
-    _check(Kind.COMMITS, set(map(type, names)) <= {str})
-    _check(Kind.COMMITS, set(of_items) <= set(range(len(names))))
+    _check(Kind.COMMITS, set(map(type, names)) <= {str} and set(of_items) <= {*range(len(names))})
     found = map(names.__getitem__, of_items)
     rest = split_keys(keys), split_keys(parents), found
     items = zip(numbers[:count], numbers[count : 2 * count], *rest, strict=True)

@@ -16,7 +16,7 @@ from storage_help import KIB, MIB, bytes_of, fast_folder, fill, key_of
 
 from litecache.errors import LiteCacheError
 from litecache.storage import ShardStore
-from litecache.storage.disk.records import DELETE, PUT, RECORD, RECORD_BYTES, of_kind, seal
+from litecache.storage.disk.log import DELETE, PUT, RECORD, RECORD_BYTES, of_kind, seal
 
 NBYTES = 4 * KIB
 OPTIONS = {"storage_bytes": 1 * MIB, "ram_bytes": 1 * MIB, "io_threads": 0}

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from litecache.storage import CommitItem, CommitStatus, LocalShardClient, ShardStore, SlotRef
-from litecache.storage.disk.records import PUT, of_kind
+from litecache.storage.disk.log import PUT, of_kind
 
 ROOT = b"\0" * 16
 KIB, MIB = 1 << 10, 1 << 20

@@ -20,17 +20,17 @@ from storage_help import KIB, MIB, bytes_of, fill, key_of, puts
 from litecache.errors import StorageFormatError, StorageFullError
 from litecache.storage import ShardStore
 from litecache.storage.block_index import BlockIndex
-from litecache.storage.disk import folder, log, records, upgrade
+from litecache.storage.disk import folder, log, upgrade
 from litecache.storage.disk.files import Files
 from litecache.storage.disk.inspect import inspect_store, verify_store
-from litecache.storage.disk.log import Log, write_new
-from litecache.storage.disk.records import (
+from litecache.storage.disk.log import (
     DELETE,
     FLAG_DOUBTFUL,
     PUT,
     RECORD,
     RECORD_BYTES,
     SYNC,
+    Log,
     head,
     is_sound,
     name_records,
@@ -38,6 +38,7 @@ from litecache.storage.disk.records import (
     recover,
     replay,
     seal,
+    write_new,
 )
 from litecache.storage.disk.tier import DiskTier
 
@@ -203,7 +204,7 @@ def test_records_of_an_older_file_on_the_same_sectors_are_ignored():
 def test_logs_of_other_versions_are_refused(monkeypatch):
     files = FaultFiles(random.Random(0))
     with monkeypatch.context() as future:
-        future.setattr(records, "VERSION", 3)
+        future.setattr(log, "VERSION", 3)
         fd = files.open("log", create=True)
         files.write(fd, [memoryview(seal(head(0, 0), 1))], 0)
     with pytest.raises(StorageFormatError, match="version 3, this version reads 2"):

@@ -19,7 +19,7 @@ from ...errors import ConfigError, StorageError, StorageFormatError
 from ..protocol import PAGE_BYTES
 from .files import Files
 from .folder import Folder, disk_used_bytes, open_folder, read_superblock
-from .records import FLAG_PINNED, Records, Recovered
+from .log import FLAG_PINNED, Records, Recovered
 from .slab import Slab, read_records
 from .upgrade import recover_any
 

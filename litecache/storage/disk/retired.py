@@ -22,7 +22,7 @@ from ...threads import start_job
 from ..protocol import PAGE_BYTES, CommitItem, SlotRef
 from .files import Files
 from .folder import FILE_NAMES, Folder, disk_used_bytes
-from .records import FLAG_PINNED
+from .log import FLAG_PINNED
 from .slab import Slab, read_records
 from .upgrade import recover_any
 

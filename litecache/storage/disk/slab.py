@@ -21,7 +21,7 @@ from ..key_dict import split_keys
 from ..protocol import PAGE_BYTES
 from ..retry import LogByRate
 from .files import IOV_MAX, Files
-from .records import Records
+from .log import Records
 
 logger = logging.getLogger(__name__)
 
@@ -107,11 +107,7 @@ class Slab:
         return None
 
     def sync(self) -> None:
-        """Force what was written to the device.
-
-        Raises:
-            OSError: EIO, ENOSPC.
-        """
+        """Force what was written to the device, or raise OSError."""
         self._files.sync(self.fd)
 
     def close(self) -> None:

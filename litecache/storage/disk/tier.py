@@ -26,8 +26,16 @@ from ..retry import Backoff, LogByRate
 from ..segments import SegmentSpace, pick_segment_bytes
 from .files import NO_SPACE, Files
 from .folder import Folder
-from .log import META_FIXED_BYTES, META_NAME_COPIES, META_SLOT_BYTES, Log
-from .records import FLAG_DOUBTFUL, FLAG_PINNED, Records, recover
+from .log import (
+    FLAG_DOUBTFUL,
+    FLAG_PINNED,
+    META_FIXED_BYTES,
+    META_NAME_COPIES,
+    META_SLOT_BYTES,
+    Log,
+    Records,
+    recover,
+)
 from .slab import Slab
 from .upgrade import upgrade
 
@@ -272,11 +280,7 @@ class DiskTier:
         return self.log.full(self.space.slots_assigned)
 
     def compact(self, lock: threading.Lock, sync_slab: Callable[[], None]) -> int:
-        """Write the log anew, never holding the store's `lock` for long; the number it covers.
-
-        Raises:
-            OSError: the disk refused.
-        """
+        """Write the log anew, never holding the store's `lock` for long; the number it covers."""
         with lock:
             seq = self.log.begin_compaction()
             entries = np.flatnonzero(self._index.column("disk"))
@@ -315,11 +319,7 @@ class DiskTier:
         return True
 
     def close(self, *, clean: bool) -> None:
-        """Close all files and give the lock up.
-
-        Args:
-            clean: a compaction has just succeeded.
-        """
+        """Close all files and give the lock up; `clean`: a compaction has just succeeded."""
         if clean:
             self.folder.note_clean()
         self.log.close()
@@ -327,11 +327,7 @@ class DiskTier:
         self.folder.close()
 
     def check_integrity(self, in_flight: set[int]) -> None:
-        """AssertionError unless index, space and queues agree.
-
-        Args:
-            in_flight: slots allocated to writes that have not finished.
-        """
+        """AssertionError unless index, space and queues agree, but for the slots of writes."""
         index = self._index
         entries = np.flatnonzero(index.column("disk")).tolist()
         used = {index.disk[entry] - 1: index.pages[entry] for entry in entries}

@@ -18,8 +18,7 @@ import xxhash
 from ...errors import StorageFormatError, StorageFullError
 from .files import NO_SPACE, Files
 from .folder import Folder
-from .log import write_new
-from .records import (
+from .log import (
     DELETE,
     MAX_NAMES,
     PUT,
@@ -33,6 +32,7 @@ from .records import (
     of_kind,
     recover,
     replay,
+    write_new,
 )
 
 _OLD_RECORD = np.dtype(
