@@ -229,23 +229,19 @@ class Folder:
         try:
             self._lock()
             os.fchmod(self._fd, 0o700)
-            if not files.exists("superblock"):
-                room = disk_room_bytes(path) + disk_used_bytes(path)
-                if storage_bytes > room:
-                    raise StorageFullError(
-                        f"storage_bytes={storage_bytes} is invalid: "
-                        f"the disk of {path} has {room} bytes"
-                    )
-            self.version, self.segment_bytes = self._open_superblock(segment_bytes)
+            if files.exists("superblock"):
+                self.version, self.segment_bytes = read_superblock(files, path)
+            else:
+                self._check_new(storage_bytes)
+                self.write_superblock(segment_bytes)
+                self.version, self.segment_bytes = FORMAT_VERSION, segment_bytes
         except BaseException:
             self.discard()
             raise
 
     def _lock(self) -> None:
         try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise self._held_by_another() from None
+            self._take(self._fd)
         except OSError as error:
             logger.info("%s cannot be locked itself: %s", self.path, error)
         self._take_lock_file()
@@ -254,34 +250,44 @@ class Folder:
         fresh = not self._files.exists("superblock")
         self.clean = before[1:] == ["clean"]
         self.intact = fresh or self.clean or before[1:] == [boot]
-        self._note(boot)
+        self.note(boot)
+
+    def _check_new(self, storage_bytes: int) -> None:
+        room = disk_room_bytes(self.path) + disk_used_bytes(self.path)
+        if storage_bytes > room:
+            raise StorageFullError(
+                f"storage_bytes={storage_bytes} is invalid: the disk of {self.path} has {room} "
+                "bytes"
+            )
+        if others := [name for name in FILE_NAMES[1:] if self._files.exists(name)]:
+            raise StorageFormatError(f"{self.path} has {', '.join(others)} but no superblock")
 
     def _take_lock_file(self) -> None:
         flags, path = os.O_RDWR | os.O_CREAT, f"{self.path}/lock"
         fd = open_private(self._fd, "lock", flags, os.geteuid(), path)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BaseException as error:
+            self._take(fd)
+        except BaseException:
             os.close(fd)
-            if isinstance(error, BlockingIOError):
-                raise self._held_by_another() from None
             raise
         if self._lock_fd >= 0:
             os.close(self._lock_fd)
         self._lock_fd = fd
 
-    def _held_by_another(self) -> StorageLockedError:
-        # whoever holds it owns the files: discard() must leave them alone
-        self._made = []
-        holder = ""
-        with contextlib.suppress(OSError):
-            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
-            fd = os.open("lock", flags, dir_fd=self._fd)
-            with open(fd, "rb") as lock:
-                holder = lock.read(32).decode(errors="replace").partition(" ")[0]
-        return StorageLockedError(
-            f"{self.path} is in use by another store (process {holder or 'unknown'})"
-        )
+    def _take(self, fd: int) -> None:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            # whoever holds it owns the files: discard() must leave them alone
+            self._made = []
+            holder = "unknown"
+            with contextlib.suppress(OSError):
+                flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
+                with open(os.open("lock", flags, dir_fd=self._fd), "rb") as lock:
+                    holder = lock.read(32).decode(errors="replace").partition(" ")[0] or holder
+            raise StorageLockedError(
+                f"{self.path} is in use by another store (process {holder})"
+            ) from None
 
     def trouble(self) -> str | None:
         """What has become of the folder under a live store; None: it is in its place.
@@ -304,12 +310,13 @@ class Folder:
             logger.warning("%s/lock was removed under a live store: made anew", self.path)
         try:
             self._take_lock_file()
-            self._note(self._files.boot_id())
+            self.note(self._files.boot_id())
         except (LiteCacheError, OSError) as error:
             return f"its lock was taken: {error}"
         return None
 
-    def _note(self, state: str) -> None:
+    def note(self, state: str) -> None:
+        """Say in `lock` how far the files can be trusted: `clean`, or this start of the machine."""
         # one sector, synced: an old "clean" must not come back after a power cut
         try:
             os.pwrite(self._lock_fd, f"{os.getpid()} {state}".ljust(127).encode() + b"\n", 0)
@@ -317,19 +324,6 @@ class Folder:
             # full, perhaps: no state at all is the one that promises nothing
             os.ftruncate(self._lock_fd, 0)
         os.fdatasync(self._lock_fd)
-
-    def note_clean(self) -> None:
-        """Everything is synced and nothing will be written any more."""
-        self._note("clean")
-
-    def _open_superblock(self, segment_bytes: int) -> tuple[int, int]:
-        files = self._files
-        if files.exists("superblock"):
-            return read_superblock(files, self.path)
-        if others := [name for name in FILE_NAMES[1:] if files.exists(name)]:
-            raise StorageFormatError(f"{self.path} has {', '.join(others)} but no superblock")
-        self.write_superblock(segment_bytes)
-        return FORMAT_VERSION, segment_bytes
 
     def write_superblock(self, segment_bytes: int) -> None:
         """Make this a folder of the present format, durably."""

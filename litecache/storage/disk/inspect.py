@@ -249,4 +249,4 @@ def _verify(report: VerifyReport) -> Iterator[int]:
                     yield _bytes(batch)
         finally:
             if folder.clean:
-                folder.note_clean()  # nothing was written meanwhile
+                folder.note("clean")  # nothing was written meanwhile

@@ -321,7 +321,7 @@ class DiskTier:
     def close(self, *, clean: bool) -> None:
         """Close all files and give the lock up; `clean`: a compaction has just succeeded."""
         if clean:
-            self.folder.note_clean()
+            self.folder.note("clean")
         self.log.close()
         self.slab.close()
         self.folder.close()
