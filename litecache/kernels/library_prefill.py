@@ -15,8 +15,8 @@ from dataclasses import replace
 import torch
 
 from litecache.kernels.metadata import Attention, AttentionMetadata, Geometry
-from litecache.kernels.triton_gather import gather, merge_two
-from litecache.kernels.triton_prefill import prefill
+from litecache.kernels.triton_prefill import merge_two, prefill
+from litecache.kernels.triton_store import gather
 
 MIN_QUERIES = 2048
 """Shortest chunk that is worth it: on an H200 530 against 335 TFLOP/s at 2,048 queries, but 313

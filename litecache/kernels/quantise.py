@@ -143,7 +143,7 @@ def convert_blocks(
     if src.shape[0] == 0:
         return
     if source.is_cuda:
-        from litecache.kernels.triton_convert import convert
+        from litecache.kernels.triton_store import convert
     else:
         convert = convert_reference
     convert(source, source_form, target, target_form, src, dst)

@@ -7,7 +7,7 @@ ones that programs take as they finish ("tail"). A cut inside a pair makes piece
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -207,7 +207,7 @@ def plan_decode(
     if metadata.deterministic:
         chunk = max(1, _FIXED_CHUNK // config.block_n)
         chunks = triton.cdiv(metadata.max_context_len, chunk * config.block_n)
-        config = replace(config, num_programs=num_seqs * kv_heads * max(1, chunks))
+        config = config._replace(num_programs=num_seqs * kv_heads * max(1, chunks))
     programs = config.num_programs
     # Where pairs of many rows are cut into many pieces, many programs merge them, in a launch of
     # its own; beyond 32 rows the merge would also spill the kernel's registers.

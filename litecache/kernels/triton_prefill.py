@@ -159,3 +159,47 @@ def prefill(
         DV_PAD=pad_dim(dims[1]), LSE=lse is not None, STAGES=config.num_stages,
         num_warps=config.num_warps,
     )  # fmt: skip
+
+
+@triton.jit
+def _merge_two_kernel(
+    a_ptr, a_token, a_head, a_lse_ptr, a_lse_head,
+    b_ptr, b_token, b_head, b_lse_ptr, b_lse_head,
+    out_ptr, out_token, out_head,
+    HEADS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, HEADS_PAD: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.arange(0, HEADS_PAD)
+    dim = tl.arange(0, D_PAD)
+    there = head < HEADS
+    mask = there[:, None] & (dim < D)[None, :]
+    a_lse = tl.load(a_lse_ptr + head * a_lse_head + token, mask=there, other=0.0)
+    b_lse = tl.load(b_lse_ptr + head * b_lse_head + token, mask=there, other=0.0)
+    a_share = 1.0 / (1.0 + tl.exp(b_lse - a_lse))
+    a = tl.load(a_ptr + token * a_token + head[:, None] * a_head + dim[None, :], mask=mask)
+    b = tl.load(b_ptr + token * b_token + head[:, None] * b_head + dim[None, :], mask=mask)
+    merged = a.to(tl.float32) * a_share[:, None] + b.to(tl.float32) * (1.0 - a_share)[:, None]
+    target = out_ptr + token * out_token + head[:, None] * out_head + dim[None, :]
+    tl.store(target, merged.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def merge_two(
+    a: torch.Tensor, a_lse: torch.Tensor, b: torch.Tensor, b_lse: torch.Tensor, out: torch.Tensor
+) -> None:
+    """Attention over two sets of keys from the attention over each.
+
+    Args:
+        a: `[T, heads, dim]`, over the first set.
+        a_lse: float32 `[heads, T]`, its log of the sum of exponentials.
+        b: `[T, heads, dim]`, over the second set.
+        b_lse: float32 `[heads, T]`.
+        out: `[T, heads, dim]`, written.
+    """
+    tokens, heads, dim = a.shape
+    _merge_two_kernel[(tokens,)](
+        a, a.stride(0), a.stride(1), a_lse, a_lse.stride(0),
+        b, b.stride(0), b.stride(1), b_lse, b_lse.stride(0),
+        out, out.stride(0), out.stride(1),
+        HEADS=heads, D=dim, D_PAD=triton.next_power_of_2(dim),
+        HEADS_PAD=triton.next_power_of_2(heads), num_warps=4,
+    )  # fmt: skip

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from litecache.errors import KernelError
 
 
-@dataclass(frozen=True)
-class DecodeConfig:
+class DecodeConfig(NamedTuple):
     """How the decode kernel is launched.
 
     Attributes:
@@ -39,16 +39,8 @@ class DecodeConfig:
     tail: int = 0
 
 
-@dataclass(frozen=True)
-class PrefillConfig:
-    """How the prefill kernel is launched.
-
-    Attributes:
-        block_m: rows (queries times heads of a group) a program.
-        block_n: keys a tile.
-        num_warps: warps a program.
-        num_stages: tiles in flight.
-    """
+class PrefillConfig(NamedTuple):
+    """How the prefill kernel is launched: like decode, `block_m` rows of a group a program."""
 
     block_m: int
     block_n: int
@@ -56,8 +48,7 @@ class PrefillConfig:
     num_stages: int
 
 
-@dataclass(frozen=True)
-class Shape:
+class Shape(NamedTuple):
     """What a decode configuration depends on.
 
     Attributes:
@@ -75,15 +66,15 @@ class Shape:
     fp8: bool = False
 
     @property
+    def element(self) -> str:
+        """The kind of a pool element."""
+        return "fp8" if self.fp8 else f"{self.itemsize}B"
+
+    @property
     def name(self) -> str:
         """The key of the shape in a tuning file."""
         kind = "grouped" if self.grouped else "single"
         return f"{self.element}-d{self.dim}-{kind}-r{self.rows}"
-
-    @property
-    def element(self) -> str:
-        """The kind of a pool element."""
-        return "fp8" if self.fp8 else f"{self.itemsize}B"
 
 
 Numbers = tuple[int, int, int, int, int]
@@ -122,7 +113,7 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 
 @cache
-def own_entries(path: str | None) -> dict[str, list[int]]:
+def own_entries(path: str | None) -> dict[str, Sequence[int]]:
     """Entries of a tuning file: shape name to `Numbers`; without the last one there is no tail.
 
     Raises:
@@ -144,25 +135,19 @@ def decode_config(device: torch.device, shape: Shape) -> DecodeConfig:
     multiprocessors = num_multiprocessors(device)
     if device.type != "cuda":
         return DecodeConfig(16, 4, 1, multiprocessors, tail=8)
+    key = (_capability(device), shape.element, shape.dim, shape.grouped)
     numbers = own_entries(os.environ.get("LITECACHE_TUNING")).get(shape.name)
+    if numbers is None and shape.rows <= _MOST_ROWS_MEASURED:
+        few = _MEASURED.get(key)
+        numbers = few if shape.rows <= 16 else _MEASURED_32_ROWS.get(key, few)
     if numbers is None:
-        numbers = list(_decode_numbers(_capability(device), shape))
+        # Reasoned, not measured: tiles of 16 KiB, two of them in flight, two programs of four warps
+        # a multiprocessor fit the 100 KB of an L4 or RTX 4090 as well as the 164 KB of an A100.
+        row_bytes = 2 * shape.dim * shape.itemsize
+        block_n = max(16, min(64, 1 << max(0, (16384 // row_bytes).bit_length() - 1)))
+        numbers = (block_n, 4, 2 if shape.rows > _MOST_ROWS_MEASURED else 3, 2, 0)
     block_n, warps, stages, programs, *tail = numbers
     return DecodeConfig(block_n, warps, stages, programs * multiprocessors, *tail)
-
-
-def _decode_numbers(capability: tuple[int, int], shape: Shape) -> Numbers:
-    key = (capability, shape.element, shape.dim, shape.grouped)
-    measured = _MEASURED.get(key)
-    if shape.rows > 16:
-        measured = _MEASURED_32_ROWS.get(key, measured)
-    if measured is not None and shape.rows <= _MOST_ROWS_MEASURED:
-        return measured
-    # Reasoned, not measured: tiles of 16 KiB, two of them in flight, two programs of four warps a
-    # multiprocessor fit the 100 KB of an L4 or RTX 4090 as well as the 164 KB of an A100.
-    row_bytes = 2 * shape.dim * shape.itemsize
-    block_n = max(16, min(64, 1 << max(0, (16384 // row_bytes).bit_length() - 1)))
-    return block_n, 4, 2 if shape.rows > _MOST_ROWS_MEASURED else 3, 2, 0
 
 
 def prefill_config(device: torch.device, dim: int, itemsize: int) -> PrefillConfig:

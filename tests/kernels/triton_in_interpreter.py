@@ -22,19 +22,20 @@ from litecache.kernels import (
     paged_attention,
     plan_attention,
     store_kv,
-    triton_convert,
     triton_decode,
     triton_plan,
     triton_prefill,
+    triton_store,
 )
 from litecache.kernels.quantise import BlockForm, convert_reference, dequantise, quantise
 from litecache.kernels.triton_backend import TritonPlan
-from litecache.kernels.triton_gather import gather, merge_two
 from litecache.kernels.triton_plan import (
     _MOST_PIECES,
     _TAIL_SEGMENTS,
     plan_decode,
 )
+from litecache.kernels.triton_prefill import merge_two
+from litecache.kernels.triton_store import gather
 from litecache.kernels.tuning import DecodeConfig
 
 torch.set_num_threads(1)
@@ -164,12 +165,12 @@ def test_convert_writes_what_the_reference_writes() -> None:
     wide.tokens(pool).normal_()
     ours, theirs = (torch.zeros(2, 5120, dtype=torch.uint8) for _ in range(2))
     src, dst = torch.tensor([2, 0]), torch.tensor([0, 1])
-    triton_convert.convert(pool, wide, ours, narrow, src, dst)
+    triton_store.convert(pool, wide, ours, narrow, src, dst)
     convert_reference(pool, wide, theirs, narrow, src, dst)
     assert torch.equal(narrow.scales(ours), narrow.scales(theirs))
     assert (narrow.tokens(ours).int() - narrow.tokens(theirs).int()).abs().max() <= 1
     back, expected = torch.zeros_like(pool), torch.zeros_like(pool)
-    triton_convert.convert(theirs, narrow, back, wide, dst, src)
+    triton_store.convert(theirs, narrow, back, wide, dst, src)
     convert_reference(theirs, narrow, expected, wide, dst, src)
     assert torch.equal(back, expected)
 
