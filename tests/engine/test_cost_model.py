@@ -375,6 +375,15 @@ def test_a_first_token_is_predicted_and_compared() -> None:
     assert statistics.median(errors[10:]) < 0.05
 
 
+def test_a_disk_slower_than_any_patience_is_found_out_and_then_used() -> None:
+    machine = Machine(model(), token_s=1e-3, disk_rate=0.05e9)  # as fast as computing
+    for _ in range(12):
+        machine.now += 5
+        taken = machine.run(96)
+        assert taken <= machine.cold(96 * BLOCK + 64) * 1.1
+    assert taken <= machine.ideal(96, 96 * BLOCK + 64) * 1.1
+
+
 def test_one_batch_that_was_held_up_changes_no_rate() -> None:
     costs = model()
     for _ in range(5):
@@ -424,3 +433,25 @@ def test_what_a_disk_has_read_ahead_is_credited_and_is_not_its_rate() -> None:
     alone = later()
     costs.begin(2, half, {"disk:0": BLOCK_BYTES}, at + 0.1)
     assert alone.load_from < later().load_from - 20
+
+
+def test_a_load_that_was_given_up_bounds_the_rate_and_idle_time_alone_changes_no_plan() -> None:
+    costs = model()
+    found = [Found("disk:0", BLOCK_BYTES)] * 512
+
+    def plan(now: float) -> LoadPlan:
+        return costs.plan(
+            num_tokens=8256, start=0, found=found, queued_tokens=0, num_decodes=0, now=now
+        )
+
+    costs.begin(1, plan(0.0), {"disk:0": 512 * BLOCK_BYTES}, 0.0)
+    assert not costs.sooner(1, {"disk:0": 512 * BLOCK_BYTES}, 2048, 0, 0.05)
+    costs.end(1)  # not a batch of 16 MiB in 50 ms
+    assert costs.stats()["sources"]["disk:0"]["bytes_per_s"] == pytest.approx(16 * MIB / 0.05)
+    costs.begin(2, plan(2.0), {"disk:0": 512 * BLOCK_BYTES}, 2.0)
+    for batch in range(1, 65):
+        costs.progress(2, "disk:0", 8 * BLOCK_BYTES, 2.0 + 0.012 * batch)
+    assert costs.stats()["sources"]["disk:0"]["bytes_per_s"] < 1.5e9
+    costs.end(2)
+    assert 0 < plan(3.0).load_from < 512
+    assert plan(3.0).load_from == plan(300.0).load_from

@@ -204,8 +204,10 @@ class Source:
         self._landed_s, self._first = now, False
 
     def end(self, ticket: int, now: float) -> None:
-        """A ticket wants nothing more; what is overdue then has not answered it."""
-        if ticket in self.ordered and self._overdue(now):
+        """A ticket wants nothing more; what is overdue then is slower than was believed."""
+        left = self.ordered.get(ticket, 0)
+        if left and self._overdue(now):
+            self.rate = min(self.rate, min(left, self._batch) / self._since(now))
             self.leave_out(now)
         self.ordered.pop(ticket, None)
 
@@ -236,20 +238,20 @@ class Source:
             self.leave_out(now)
         return not self.out or now >= self._probe_s
 
-    def speed(self, now: float) -> float:
-        """Bytes per second to plan with."""
-        if self.rate >= self.best:
+    def speed(self, now: float, hopeful: bool) -> float:
+        """Bytes per second to plan with; `hopeful`: as it may be by now, unasked for so long."""
+        if not hopeful or self.out:
             return self.rate
         age = min(max(0.0, now - self._read_s) / FORGET_S, 60.0)
         return min(self.best, self.rate * math.pow(2, age))
 
     def load_s(
-        self, wanted: Floats, ticket: int | None, now: float, asked_s: float | None
+        self, wanted: Floats, speed: float, ticket: int | None, now: float, asked_s: float | None
     ) -> Floats:
         """Seconds until so many bytes have landed, if they are ordered now."""
         others = sum(nbytes for owner, nbytes in self.ordered.items() if owner != ticket)
         ahead_s = others / self.rate if others else self._busy_since(now, asked_s) - now
-        spent = np.maximum(self.latency_s + ahead_s + wanted / self.speed(now), 0.0)
+        spent = np.maximum(self.latency_s + ahead_s + wanted / speed, 0.0)
         return np.asarray((wanted > 0) * np.maximum(spent, wanted / COPY_BYTES_PER_S))
 
     def arrival_s(self, nbytes: int, now: float) -> float:
@@ -371,32 +373,40 @@ class CostModel:
         # Where the gap-free run that a block is in ends, and when the run from it has landed.
         here = per_block(lambda name, _: name in sources or name == "gpu") > 0
         ends = np.minimum.accumulate(np.where(here, count, places)[::-1])[::-1]
-        load_s, nbytes = np.zeros(count), np.zeros(count)
-        for name, source in sources.items():
+        wanted: dict[str, Floats] = {}
+        for name in sources:
             below = _sums(per_block(lambda other, n, name=name: n * (other == name)))  # type: ignore[misc]
-            wanted = below[ends] - below[:-1]
-            nbytes += wanted * (source.tier != "ram")
-            load_s = np.maximum(load_s, source.load_s(wanted, ticket, now, asked_s))
+            wanted[name] = below[ends] - below[:-1]
         front_s = queued_s + compute_s(tokens[:-1], seconds[:-1], self._chunk)
         behind_s = seconds[-1] - seconds[ends] + rest_s
         behind_s = compute_s(tokens[-1] - tokens[ends] + rest, behind_s, self._chunk)
-        total_s = np.where(here, np.maximum(front_s, load_s) + behind_s, math.inf)
 
-        if self._loads == "model":
+        def chosen(first: int, load_s: Floats, total_s: Floats) -> LoadPlan:
+            told_s, end = float(total_s[first]) + self._overhead_s, start + int(ends[first])
+            return LoadPlan(start + first, told_s, float(load_s[first]), float(front_s[first]), end)
+
+        for hopeful in (False, True):
+            # A source too slow to be asked may have become faster: it is asked now and then.
+            load_s = np.max(
+                [
+                    source.load_s(wanted[name], source.speed(now, hopeful), ticket, now, asked_s)
+                    for name, source in sources.items()
+                ],
+                axis=0,
+            )
+            total_s = np.where(here, np.maximum(front_s, load_s) + behind_s, math.inf)
+            if self._loads != "model":
+                first = int(np.argmax(np.where(here, ends - places, 0)))
+                if callable(self._loads):
+                    asked = self._loads(start + first, start + int(ends[first])) - start
+                    first = max(first, min(asked, int(ends[first])))
+                return chosen(first, load_s, total_s) if first < count and here[first] else nothing
             near = total_s <= total_s.min() * TOLERANCE + TOLERANCE_S
-            first = int(np.argmin(np.where(near, nbytes, math.inf)))
-            if total_s[first] * WORTH + WORTH_S > all_s:
-                return nothing
-        else:
-            first = int(np.argmax(np.where(here, ends - places, 0)))
-            if callable(self._loads):
-                asked = self._loads(start + first, start + int(ends[first])) - start
-                first = max(first, min(asked, int(ends[first])))
-            if first == count or not here[first]:
-                return nothing
-        told_s = float(total_s[first]) + self._overhead_s
-        end = start + int(ends[first])
-        return LoadPlan(start + first, told_s, float(load_s[first]), float(front_s[first]), end)
+            disks = sum(wanted[name] for name in sources if sources[name].tier != "ram")
+            first = int(np.argmin(np.where(near, disks, math.inf)))
+            if total_s[first] * WORTH + WORTH_S <= all_s:
+                return chosen(first, load_s, total_s)
+        return nothing
 
     def begin(
         self,
