@@ -124,11 +124,8 @@ class GenerationSettings:
     ) -> SamplingParams:
         """Parameters of one sequence.
 
-        Args:
-            prompt_width: tokens of the input row, padding included, as HF counts.
-            max_positions: the model's `max_position_embeddings`; bounds the default length only.
-            seed: of the whole call.
-            sample_index: of the sequence in the call.
+        `prompt_width` counts the tokens of the input row with its padding, as HF does;
+        `max_positions` of the model bounds the default length only.
 
         Raises:
             ConfigError: the input is as long as `max_length` or longer.

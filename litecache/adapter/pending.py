@@ -48,10 +48,7 @@ class PendingRequest:
         finished_at: the same of the last one's.
         tried: names of replicas that stopped answering while they had it.
 
-    Args:
-        request: what to do.
-        streaming: see above.
-        stop: texts that end it, looked for in the tokens as they arrive.
+    `stop` are texts that end it, looked for in the tokens as they arrive.
     """
 
     def __init__(
@@ -215,11 +212,7 @@ def aborting(rows: Sequence[PendingRequest], abort: Callable[[str], None]) -> It
 
 
 class StopStrings:
-    """Looks for the end of a sequence.
-
-    Args:
-        tokenizer: the model's.
-        texts: any of these ends a sequence; the token that completes it is the last one.
+    """Looks for the end of a sequence: the token that completes any of some texts.
 
     Raises:
         ConfigError: no token of the tokenizer can ever complete one of them.
@@ -242,9 +235,7 @@ class StopStrings:
     def first_end(self, before: Sequence[int], tokens: Sequence[int]) -> int | None:
         """How many of `tokens` belong to the sequence, None when none of them ends it.
 
-        Args:
-            before: the tokens in front of them, prompt included; `last_of` them is enough.
-            tokens: the new ones.
+        Of the tokens before them, prompt included, `last_of` them is enough.
         """
         width = self._criterion.maximum_token_len
         seen = self.last_of(before)

@@ -48,15 +48,11 @@ _LOST = "lost"
 class ReplicaPoller:
     """Requests of one driver on one replica.
 
-    Args:
-        handle: the `GpuCache` actor.
-        client_id: names this driver.
-        name: of the replica, for messages.
-        move: called with this poller when the replica does not answer: who takes its requests
-            with `give_up` goes on with them elsewhere.
+    `move` is called with this poller when the replica does not answer: who takes its requests with
+    `give_up` goes on with them elsewhere.
 
     Attributes:
-        name: see above.
+        name: of the replica, for messages.
         silent_since: when the replica stopped answering; None while it answers, as far as known.
     """
 
@@ -302,10 +298,6 @@ class ReplicaPoller:
 
 class ReplicaSet:
     """Pollers of all replicas.
-
-    Args:
-        group: the actors.
-        client_id: names this driver.
 
     Attributes:
         pollers: one per replica, in the group's order.

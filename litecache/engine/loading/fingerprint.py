@@ -107,12 +107,7 @@ def model_fingerprint(folder: Path, *, trust_remote_code: bool = False) -> str:
 def module_fingerprint(module: nn.Module, config: Mapping[str, Any]) -> str:
     """The fingerprint of a model in memory, over its config, its state and all its buffers.
 
-    Args:
-        module: parameters and buffers on any device, of any dtype.
-        config: the model's configuration as plain values.
-
-    Returns:
-        32 hex digits; not the same as `model_fingerprint` of the module's files.
+    It is not the same as `model_fingerprint` of the module's files.
     """
     import torch
 

@@ -30,10 +30,7 @@ GRAPH_BYTES = 1 << 30
 def choose_num_blocks(loaded: LoadedModel, layout: KVLayout, config: CacheConfig) -> int:
     """Blocks per KV group, the trash block not counted.
 
-    Args:
-        loaded: the model; on a GPU its largest step is run once, without a pool.
-        layout: its KV groups.
-        config: `num_blocks`, or the fraction of memory to use.
+    On a GPU the model's largest step is run once, without a pool.
 
     Raises:
         CapacityError: the blocks cannot hold one sequence of the shortest useful length, or do

@@ -25,9 +25,6 @@ _TWO_CALLS = ("diffllama",)
 def check_config(hf_config: Any) -> None:
     """Refuse what cannot run over paged KV.
 
-    Args:
-        hf_config: the model's `PretrainedConfig`.
-
     Raises:
         ModelNotSupportedError: with the reason.
     """

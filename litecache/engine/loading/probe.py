@@ -223,14 +223,7 @@ def paged_logits(
 ) -> torch.Tensor:
     """Logits of a plan's sequences, run packed and in chunks over a small pool.
 
-    Args:
-        model: as for `record_specs`.
-        specs: what `record_specs` found.
-        block_size: tokens per block.
-        plan: the sequences.
-
-    Returns:
-        float32 `[rows, tokens, vocab]`.
+    Arguments as of `verify_paged`; float32 `[rows, tokens, vocab]`.
     """
     tokens, positions = plan.inputs(model)
     rows = len(plan.starts)
