@@ -34,9 +34,9 @@ SOME = (
 )
 REFUSED = {"phi3", "llama4_text", "deepseek_v32"}
 MANY = (
-    "afmoe", "cohere2", "deepseek_v3", "doge", "falcon", "gemma2", "gemma3_text", "gemma3n_text",
+    "afmoe", "cohere2", "deepseek_v3", "doge", "falcon", "gemma2", "gemma3n_text",
     "gemma4_text", "glm4_moe", "gpt2", "granite_swa", "llama", "modernbert-decoder", "olmo3",
-    "qwen3_moe", "smollm3", "starcoder2",
+    "qwen3_moe", "smollm3",
 )  # fmt: skip
 # A rotation without a length, one that is refused by its name, a window that no layer has: they
 # take the way of "plain".
