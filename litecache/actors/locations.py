@@ -296,33 +296,32 @@ class LocationReporter:
         Raises:
             LiteCacheError: the coordinator does not answer; the next report repairs it.
         """
-        while self._report_some():
-            pass
-
-    def _report_some(self) -> bool:
-        """Send one message of changes, or everything; whether there are more."""
-        # A message whose answer was lost is sent again: a resync of a large shard is dear.
-        deltas = self._unsent = self._unsent or self._store.drain_deltas()
-        report = LocationReport(self._shard_id, self._node_id, *deltas[:4])
-        if not deltas.resync and self._send(report):
+        more = True
+        while more:
+            # A message whose answer was lost is sent again: a resync of a large shard is dear.
+            deltas = self._unsent = self._unsent or self._store.drain_deltas()
+            report = LocationReport(self._shard_id, self._node_id, *deltas[:4])
+            more = deltas.more
+            if (deltas.resync or not self._send(report)) and not self._send_all(report):
+                return
             self._unsent = None
-            return deltas.more
+
+    def _send_all(self, report: LocationReport) -> bool:
+        """Send all keys, in parts; False when they are not taken."""
         # Keys that change from here on are in the next deltas, too; applying them twice is right.
         keys = self._store.keys()
         for part, start in enumerate(range(0, max(1, len(keys)), BATCH_KEYS)):
-            some = keys[start : start + BATCH_KEYS]
-            last = start + BATCH_KEYS >= len(keys)
-            if self._send(report._replace(added=some, removed=(), part=part, last=last)):
-                continue
-            if part == 0:
-                logger.warning(
-                    "%s: the coordinator follows no more shards; other nodes cannot use its blocks",
-                    self._shard_id,
-                )
-                self._unsent = None
-            return False
-        self._unsent = None
-        return deltas.more
+            some, last = keys[start : start + BATCH_KEYS], start + BATCH_KEYS >= len(keys)
+            if not self._send(report._replace(added=some, removed=(), part=part, last=last)):
+                if part == 0:
+                    self._unsent = None
+                    logger.warning(
+                        "%s: the coordinator follows no more shards; other nodes cannot use its "
+                        "blocks",
+                        self._shard_id,
+                    )
+                return False
+        return True
 
     def _run(self) -> None:
         while not self._stopped.is_set():

@@ -9,7 +9,7 @@ says why before, and is not chosen until it reports again.
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,8 +19,8 @@ from litecache.hashing import BlockKey
 # A replica may have this many requests more than the least loaded one and still be chosen.
 LOAD_SLACK = 8
 MAX_REMEMBERED_KEYS = 1 << 17
-# Failures of a replica are remembered for so long.
-FAILURE_WINDOW_S = 600.0
+# Failures of a replica are remembered for so long, and no more of them.
+FAILURE_WINDOW_S, _FAILURES = 600.0, 64
 
 
 @dataclass
@@ -41,7 +41,8 @@ class Router:
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._replicas: dict[int, _Replica] = {}
-        self._failures: dict[int, list[tuple[float, str]]] = {}
+        self._failures: defaultdict[int, deque[tuple[float, str]]]
+        self._failures = defaultdict(lambda: deque(maxlen=_FAILURES))
         self._sent: OrderedDict[BlockKey, int] = OrderedDict()
         self._clock = clock
 
@@ -52,15 +53,12 @@ class Router:
     def note_failure(self, index: int, reason: str) -> None:
         """A replica's process is about to end itself: it gets no requests until it reports."""
         self._replicas.pop(index, None)
-        self._failures[index] = [*self._recent_failures(index), (self._clock(), reason)]
+        self._failures[index].append((self._clock(), reason))
 
     def failures(self, index: int) -> list[str]:
         """Why a replica's process ended itself lately, the last reason last."""
-        return [reason for _, reason in self._recent_failures(index)]
-
-    def _recent_failures(self, index: int) -> list[tuple[float, str]]:
         oldest = self._clock() - FAILURE_WINDOW_S
-        return [each for each in self._failures.get(index, []) if each[0] >= oldest]
+        return [reason for at, reason in self._failures[index] if at >= oldest]
 
     def route(self, keys: Sequence[BlockKey], prefix_by_node: Mapping[str, int]) -> int | None:
         """Choose a replica for a prompt with these blocks and remember the choice.
