@@ -166,7 +166,7 @@ class Source:
     _begun_s: float = -math.inf
     _landed_s: float = -math.inf
     _read_s: float = 0.0
-    _first: bool = True
+    _busy: int = 0
     _span: tuple[float, int] = (0.0, 0)
     _last: deque[float] = field(default_factory=lambda: deque(maxlen=3))
 
@@ -174,7 +174,7 @@ class Source:
         """A ticket's blocks are wanted, and have been read ahead since `asked_s`."""
         if not self.ordered:
             self._begun_s = self._busy_since(now, asked_s)
-            self._first, self._span = True, (self._begun_s, 0)
+            self._busy, self._span = 0, (self._begun_s, 0)
         self.ordered[ticket] = self.ordered.get(ticket, 0) + nbytes
         if self.out:
             self._backoff_s = min(2 * self._backoff_s, MAX_PROBE_S)
@@ -186,7 +186,7 @@ class Source:
         if ticket not in self.ordered:
             return  # of a load that was given up
         since = self._since(now)
-        if self._first and self._measured and waited:
+        if not self._busy and self._measured and waited:
             extra = max(0.0, since - nbytes / self.rate)
             self.latency_s += 0.2 * (min(extra, 4 * self.latency_s + 1e-4) - self.latency_s)
         self.ordered[ticket] -= nbytes
@@ -196,12 +196,13 @@ class Source:
         total += nbytes
         taken = now - began - (self.latency_s if began == self._begun_s else 0.0)
         taken = max(taken, (now - began) / 4)
-        if waited and (taken >= SPAN_S or (not self.ordered and taken > 1e-5)):
+        counts = waited or self.tier != "disk"
+        if counts and (taken >= SPAN_S or (not self.ordered and taken > 1e-5)):
             self.note(total, taken, now)
             began, total = now, 0
         self._span = (began, total)
         self._batch += 0.3 * (nbytes - self._batch)
-        self._landed_s, self._first = now, False
+        self._landed_s, self._busy = now, self._busy + nbytes
 
     def end(self, ticket: int, now: float) -> None:
         """A ticket wants nothing more; what is overdue then is slower than was believed."""
@@ -259,13 +260,17 @@ class Source:
         since = self._since(now)
         if self._overdue(now):  # it will take as long again as it has
             return nbytes / self.rate + since
-        first = self.latency_s if self._first else 0.0
-        return max(0.0, first + nbytes / self.rate - since)
+        if not self._busy:
+            return max(0.0, self.latency_s + nbytes / self.rate - since)
+        # A disk that has become slow shows first in what it has done since it had something to do.
+        spent = max(self._landed_s - self._begun_s, 1e-6)
+        return max(0.0, nbytes / min(self.rate, self._busy / spent) - since)
 
     def _busy_since(self, now: float, asked_s: float | None) -> float:
         """When it began with what is asked for, nobody else waiting."""
-        asked = now if asked_s is None or self.tier != "disk" else min(asked_s, now)
-        return min(now, max(asked, self._landed_s))
+        if asked_s is None or self.tier != "disk" or not math.isfinite(asked_s):
+            return now
+        return min(now, max(asked_s, self._landed_s))
 
     def _since(self, now: float) -> float:
         return max(0.0, now - max(self._begun_s, self._landed_s))
