@@ -9,7 +9,7 @@ are a `KeyDict`, and columns grow by at most 65,536 rows at a time.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import compress, islice
 
 import numpy as np
@@ -21,7 +21,6 @@ from .key_dict import BATCH_KEYS, KeyDict, check_keys, split_keys
 from .protocol import Deltas
 
 Entries = npt.NDArray[np.int64]
-KeyWords = npt.NDArray[np.uint64]
 
 _RECORDED = ("checksum", "pages", "namespace", "created_s", "expires_s", "used_s", "hits", "flags")
 """Columns that a record on disk holds as they are."""
@@ -38,7 +37,7 @@ def grown_by(rows: int, missing: int) -> int:
     return max(missing, 256, min(rows // 8, _MOST_ROWS))
 
 
-def key_words(keys: Sequence[BlockKey]) -> KeyWords:
+def key_words(keys: Sequence[BlockKey]) -> npt.NDArray[np.uint64]:
     """Keys as uint64 `[n, 2]`, little-endian.
 
     Raises:
@@ -48,7 +47,7 @@ def key_words(keys: Sequence[BlockKey]) -> KeyWords:
     return np.frombuffer(b"".join(keys), dtype="<u8").reshape(-1, 2)
 
 
-class BlockIndex:
+class BlockIndex(KeyDict):
     """Blocks by key and by entry number. Not thread-safe.
 
     Attributes:
@@ -66,6 +65,7 @@ class BlockIndex:
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self.checksum = array("Q")
         self.put_seq = array("q")
         self.disk = array("I")
@@ -77,8 +77,7 @@ class BlockIndex:
         self.hits = array("I")
         self.namespace = array("H")
         self.flags = array("B")
-        self._columns: list[array[int]] = list(vars(self).values())  # all of them so far
-        self.entry_of = KeyDict()
+        self._columns: list[array[int]] = [c for c in vars(self).values() if isinstance(c, array)]
         self.keys: list[BlockKey] = []
         self.parents: list[BlockKey] = []
         self._free = array("i")
@@ -88,28 +87,14 @@ class BlockIndex:
         """Entries ever given out."""
         return len(self.keys)
 
-    def __len__(self) -> int:
-        return len(self.keys) - len(self._free)
-
-    def __contains__(self, key: BlockKey) -> bool:
-        return key in self.entry_of
-
     def find(self, key: BlockKey) -> int:
         """Entry of a key, or -1."""
-        return self.entry_of.get(key, -1)
-
-    def find_many(self, keys: Sequence[BlockKey]) -> list[int]:
-        """Entries of keys, -1 where missing.
-
-        Raises:
-            ConfigError: a key is not 16 bytes.
-        """
-        return self.entry_of.get_many(keys, -1)
+        return self.get(key)
 
     def insert(self, key: BlockKey, parent: BlockKey = bytes(KEY_BYTES)) -> int:
         """Add a key that is not there, and the key of the block before; its entry, all zero."""
         check_keys((key, parent))
-        parts = self.entry_of.parts
+        parts = self.parts
         before = parts[parent[-1]].get(parent, -1)
         if before >= 0:
             parent = self.keys[before]  # one object for both
@@ -132,7 +117,7 @@ class BlockIndex:
     def remove(self, entry: int) -> None:
         """Take an entry out; its columns are zeroed."""
         key = self.keys[entry]
-        del self.entry_of.parts[key[-1]][key]
+        del self.parts[key[-1]][key]
         self.keys[entry] = self.parents[entry] = _NO_KEY
         for column in self._columns:
             column[entry] = 0
@@ -156,9 +141,6 @@ class BlockIndex:
         live = np.ones(self.high, bool)
         live[np.frombuffer(self._free, np.int32)] = False
         return np.flatnonzero(live)
-
-    def __iter__(self) -> Iterator[BlockKey]:
-        return iter(self.entry_of)
 
     def note_hits(self, entries: Sequence[int], now_s: int) -> None:
         """Count one hit for each entry given; a counter near its end stays there."""
@@ -188,11 +170,11 @@ class BlockIndex:
         assert not self.keys, "loading needs an empty index"
         n = len(records)
         self.keys = split_keys(records["key"].tobytes())
-        parts = self.entry_of.parts
+        parts = self.parts
         for entry, key in enumerate(self.keys):
             parts[key[-1]][key] = entry
         parents = split_keys(records["parent"].tobytes())
-        before = self.find_many(parents)
+        before = self.get_many(parents)
         shared: dict[BlockKey, BlockKey] = {}
         self.parents = [
             self.keys[at] if at >= 0 else shared.setdefault(parent, parent)
@@ -208,7 +190,7 @@ class BlockIndex:
         """AssertionError unless keys, entries and free list agree."""
         live = self.entries().tolist()
         assert len(set(self._free)) == len(self._free), "an entry is free twice"
-        assert len(self.entry_of) == len(live) == len(self), "counts differ"
+        assert len(self) == len(live) == len(self.keys) - len(self._free), "counts differ"
         for entry in live:
             assert self.find(self.keys[entry]) == entry, "a key is not found at its entry"
         assert all(not self.keys[entry] for entry in self._free), "a free entry has a key"

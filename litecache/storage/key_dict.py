@@ -68,11 +68,11 @@ class KeyDict:
         for part in self.dicts:
             yield from part
 
-    def get(self, key: BlockKey, default: int) -> int:
+    def get(self, key: BlockKey, default: int = -1) -> int:
         """Number of a key."""
         return self.parts[key[-1]].get(key, default)
 
-    def get_many(self, keys: Sequence[BlockKey], default: int) -> list[int]:
+    def get_many(self, keys: Sequence[BlockKey], default: int = -1) -> list[int]:
         """Numbers of keys.
 
         Raises:

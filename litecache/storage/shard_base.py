@@ -313,7 +313,7 @@ class ShardBase:
     def keys(self) -> list[BlockKey]:
         """All keys that the shard holds; those that come or go meanwhile may be in it or not."""
         keys: list[BlockKey] = []
-        for part in self._tiers.index.entry_of.dicts:
+        for part in self._tiers.index.dicts:
             with self._lock:
                 keys += part
         return keys

@@ -5,7 +5,8 @@ All methods return at once except `flush`, `fetch`, `wait`, `clear` and `close`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from ..errors import ConfigError
@@ -87,30 +88,17 @@ class ShardStore(ShardBase):
         return results
 
     def _stage_once(self, client_id: int, keys: Sequence[BlockKey]) -> list[StageResult]:
-        tiers = self._tiers
+        index = self._tiers.index
         with self._lock:
             client = self._leases.get(client_id)
-            entries = tiers.look_up(keys)
-            wanting = self._wanting(entries)
-            if not wanting:
+            entries = self._tiers.look_up(keys)
+            needs = Counter(index.pages[e] for e in entries if e >= 0 and not index.ram[e])
+            if not needs:
                 return self._lease(client, entries)
-        for pages, count in wanting.items():
+        for pages, count in needs.items():
             self._grow_for(pages, count)
         with self._lock:
-            return self._lease(self._leases.get(client_id), tiers.look_up(keys))
-
-    def _wanting(self, entries: Iterable[int]) -> dict[int, int]:
-        """Block sizes in pages for whose loads the arena should grow, with the slots they need."""
-        index, space = self._tiers.index, self._tiers.space
-        needs: dict[int, int] = {}
-        for entry in entries:
-            if entry >= 0 and not index.ram[entry]:
-                needs[index.pages[entry]] = needs.get(index.pages[entry], 0) + 1
-        return {
-            pages: count
-            for pages, count in needs.items()
-            if space.available(pages) < count and space.growth(pages) is not None
-        }
+            return self._lease(self._leases.get(client_id), self._tiers.look_up(keys))
 
     def _lease(self, client: Client, entries: list[int]) -> list[StageResult]:
         tiers, leases, staged = self._tiers, client.leases, _staged
@@ -188,7 +176,7 @@ class ShardStore(ShardBase):
             if self._leases.end(client, block.slot, block.generation) is None:
                 return False
             if not block.leases:
-                self._tiers.cancel_load(block)
+                self._tiers.leave_ram(block)
             return True
 
         return self._each(keys, cancel)

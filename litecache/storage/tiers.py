@@ -195,7 +195,7 @@ class Tiers:
 
     def look_up(self, keys: Sequence[BlockKey]) -> list[int]:
         """Entries of keys, -1 where missing; what has outlived its time is dropped."""
-        found = self.index.find_many(keys)
+        found = self.index.get_many(keys)
         if self._ttl_s is None:
             return found
         now = int(time.time())
@@ -203,7 +203,7 @@ class Tiers:
             if entry >= 0 and 0 < self.index.expires_s[entry] <= now:
                 self.metrics.inc("litecache_evictions", tier="expired")
                 self.drop(entry)
-        return self.index.find_many(keys)
+        return self.index.get_many(keys)
 
     def block_of(self, entry: int) -> RamBlock | None:
         """The block's slot in RAM, if any."""
@@ -288,19 +288,30 @@ class Tiers:
 
     def _evict(self, handle: int) -> None:
         block = self.blocks[handle]
+        entry = block.entry
         self.metrics.inc("litecache_evictions", tier="ram")
-        if self.index.disk[block.entry]:
+        if self.index.disk[entry]:
             self.metrics.inc("litecache_demotions")
-        self._leave_ram(block.entry)
-        self._free(block)
+        self.leave_ram(block)
+        self._forget_if_gone(entry)
 
     def _settle(self, block: RamBlock) -> None:
         block.state = RamState.CLEAN
         self.queues.insert(block.handle, block.nbytes // PAGE_BYTES, 0)
 
-    def _kill(self, block: RamBlock, state: SlotState = SlotState.FREE) -> None:
+    def leave_ram(self, block: RamBlock, state: SlotState = SlotState.FREE) -> None:
+        """A slot's contents are void, and no copy of its block any more; a read is cancelled.
+
+        Args:
+            block: the slot; it goes back once no lease and no I/O holds it.
+            state: what clients that still lease it see.
+        """
+        if block.state is RamState.LOADING and not block.busy:
+            assert self.disk is not None
+            self.disk.space.end_reads([self.index.disk[block.entry] - 1])
         if block.handle in self.queues:
             self.queues.remove(block.handle)
+        self.index.ram[block.entry] = 0
         block.state, block.entry = RamState.DEAD, -1
         self.arena.set_state(block.slot, block.generation, state)
         self._reap(block)
@@ -375,16 +386,6 @@ class Tiers:
         for block in blocks:
             block.busy = True
         return blocks, [self.stored(block.entry) for block in blocks]
-
-    def cancel_load(self, block: RamBlock) -> None:
-        """A read that has not begun will not happen."""
-        self._end_disk_use(block)
-        self.index.ram[block.entry] = 0
-        self._kill(block)
-
-    def _end_disk_use(self, block: RamBlock) -> None:
-        assert self.disk is not None
-        self.disk.space.end_reads([self.index.disk[block.entry] - 1])
 
     def finish_loads(
         self, blocks: list[RamBlock], read: Sequence[Stored], reasons: Sequence[str | None]
@@ -502,24 +503,20 @@ class Tiers:
         self.changes.note(self.index.keys[entry], added=False)
         self.index.remove(entry)
 
-    def _leave_ram(self, entry: int) -> None:
-        self.index.ram[entry] = 0
-        if not self.index.disk[entry]:
+    def _forget_if_gone(self, entry: int) -> None:
+        if not self.index.ram[entry] and not self.index.disk[entry]:
             self._forget(entry)
 
     def on_disk_evict(self, entry: int) -> None:
         """A disk copy was evicted; without one in RAM the key is gone."""
         self.metrics.inc("litecache_evictions", tier="disk")
-        if not self.index.ram[entry]:
-            self._forget(entry)
+        self._forget_if_gone(entry)
 
     def drop(self, entry: int, state: SlotState = SlotState.FREE) -> None:
         """Remove a block from every tier; clients that lease its slot see `state` there."""
         block = self.block_of(entry)
         if block is not None:
-            if block.state is RamState.LOADING and not block.busy:
-                self._end_disk_use(block)
-            self._kill(block, state)
+            self.leave_ram(block, state)
         if self.index.disk[entry]:
             assert self.disk is not None
             self.disk.remove(entry)
@@ -538,8 +535,8 @@ class Tiers:
         """Remove a clean, unleased block from RAM only."""
         block = self.block_of(entry)
         if block is not None and block.state is RamState.CLEAN and not block.leases:
-            self._kill(block)
-            self._leave_ram(entry)
+            self.leave_ram(block)
+            self._forget_if_gone(entry)
 
     def lose_disk(self, reason: str) -> None:
         """The disk tier's files are gone: it is taken out, RAM goes on alone."""

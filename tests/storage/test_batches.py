@@ -21,7 +21,7 @@ def test_hits_of_a_key_that_is_given_twice_count_twice_and_never_wrap() -> None:
     first, second = index.insert(key_of(1)), index.insert(key_of(2))
     index.hits[second] = 0xFFFF_FFFF
     for _ in range(2):
-        index.note_hits(index.find_many([key_of(1), key_of(2), key_of(1)]), 77)
+        index.note_hits(index.get_many([key_of(1), key_of(2), key_of(1)]), 77)
     assert index.hits[first] == 4
     assert index.hits[second] == 0xFFFF_FFFF
     assert index.used_s[first] == index.used_s[second] == 77

@@ -40,7 +40,7 @@ def test_the_index_equals_a_dict(ops, big_endian):
         index.check_integrity()
         assert len(index) == len(model)
     assert set(index) == set(model)
-    for key, entry in zip(keys, index.find_many(keys), strict=True):
+    for key, entry in zip(keys, index.get_many(keys), strict=True):
         assert (entry >= 0) == (key in model) == (key in index)
         if entry >= 0:
             assert index.hits[entry] == model[key]
@@ -51,13 +51,13 @@ def test_the_index_equals_a_dict(ops, big_endian):
 def test_the_index_takes_many_at_once_and_refuses_keys_of_another_length():
     index = BlockIndex()
     index.load(puts(range(5000)))
-    assert index.find_many([key_of(n) for n in range(5000)]) == list(range(5000))
+    assert index.get_many([key_of(n) for n in range(5000)]) == list(range(5000))
     for n in range(5000, 7000):
         index.insert(key_of(n), key_of(n - 1))
     index.check_integrity()
     for bad in (b"", b"short", bytes(17)):
         with pytest.raises(ConfigError, match="16 bytes"):
-            index.find_many([key_of(0), bad])
+            index.get_many([key_of(0), bad])
         with pytest.raises(ConfigError, match="16 bytes"):
             index.insert(bad)
     assert len(index) == 7000
