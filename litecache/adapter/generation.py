@@ -236,15 +236,14 @@ def _merge(
         raise ConfigError("generation_config", given, "a transformers.GenerationConfig or None")
 
     # Not to_dict(): that copies deeply, and leaves out what does not serialise.
-    model, fields = (
-        {name: value for name, value in vars(config).items() if not name.startswith("_")}
-        for config in (defaults, given if given is not None else GenerationConfig())
-    )
-    fields |= {k: v for k, v in model.items() if v is not None and fields.get(k) is None}
-    settings = {*fields, *OWN_ARGUMENTS}
-    fields |= {name: value for name, value in overrides.items() if name in settings}
-    fields |= {name: value for name, value in _DEFAULTS.items() if fields.get(name) is None}
-    return fields, {name: value for name, value in overrides.items() if name not in settings}
+    fields = dict(vars(given if given is not None else GenerationConfig()))
+    model = vars(defaults).items()
+    fields |= {k: v for k, v in model if v is not None and fields.get(k) is None}
+    fields = {name: value for name, value in fields.items() if not name.startswith("_")}
+    rest = {k: v for k, v in overrides.items() if k not in fields and k not in OWN_ARGUMENTS}
+    fields |= {k: v for k, v in overrides.items() if k not in rest}
+    fields |= {k: v for k, v in _DEFAULTS.items() if fields.get(k) is None}
+    return fields, rest
 
 
 def _warn_ignored(given: GenerationConfig | None, overrides: dict[str, Any]) -> None:

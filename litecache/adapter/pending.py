@@ -121,7 +121,9 @@ class PendingRequest:
                 if delta.reused_tokens is not None:
                     self.reused_tokens = dict(delta.reused_tokens)
             reason = delta.finish_reason
-            if reason is FinishReason.ERROR:
+            if reason is None:
+                self._condition.notify_all()
+            elif reason is FinishReason.ERROR:
                 self.fail(remote_error(delta.error_type, delta.error))
             elif reason is FinishReason.ABORT:
                 self.abort()
@@ -152,10 +154,9 @@ class PendingRequest:
         """End it with an error."""
         self._finish(FinishReason.ERROR, error)
 
-    def _finish(self, reason: FinishReason | None, error: Exception | None = None) -> None:
-        """End it, unless it has ended or goes on (None), and wake who waits."""
+    def _finish(self, reason: FinishReason, error: Exception | None = None) -> None:
         with self._condition:
-            if not self.done and reason is not None:
+            if not self.done:
                 self._error, self.finished_at = error, time.perf_counter()
                 self.finish_reason = reason
             self._condition.notify_all()
