@@ -63,11 +63,15 @@ class GroupSpec:
 
     @classmethod
     def from_description(cls, group: str, description: dict[str, Any]) -> GroupSpec:
-        """The inverse of `describe`."""
-        source = ModelSource(**description["source"])
-        fields = {**description, "group": group, "source": source}
-        del fields["version"]
-        return cls(**{**fields, "config": CacheConfig(**description["config"])})
+        """The inverse of `describe`; GroupMismatchError: of a version that described otherwise."""
+        given = {**description, "group": group}
+        try:
+            fields = {field.name: given[field.name] for field in dataclasses.fields(cls)}
+            source, config = ModelSource(**given["source"]), CacheConfig(**given["config"])
+            return cls(**{**fields, "source": source, "config": config})
+        except (KeyError, TypeError):
+            version = description.get("version")
+            raise GroupMismatchError("version", version, f"{VERSION}, this side's") from None
 
 
 def digest(description: dict[str, Any]) -> str:

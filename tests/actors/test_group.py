@@ -138,6 +138,17 @@ def test_joining_with_other_settings_names_what_differs_and_both_digests(
     assert digest(spec.describe()) in text
 
 
+@pytest.mark.parametrize("lacks", ["config", "source", "replicas"])
+def test_a_group_whose_version_describes_itself_otherwise_is_refused_by_its_version(
+    spec: GroupSpec, lacks: str
+) -> None:
+    theirs = {**spec.describe(), "version": "0.0.1", "ranks": 2}
+    assert GroupSpec.from_description(spec.group, theirs) == spec
+    del theirs[lacks]
+    with pytest.raises(GroupMismatchError, match=r"version='0\.0\.1'"):
+        GroupSpec.from_description("shared", theirs)
+
+
 def test_a_group_cannot_be_started_twice(group: Group, spec: GroupSpec) -> None:
     with pytest.raises(GroupError, match="there already"):
         Group.start(spec)
