@@ -121,27 +121,25 @@ class _Batch:
     ) -> None:
         self._device = device
         self._made_for = [(s.sample, s.row, s.rules) for s in samples]
-        self.samples = self._to_device([s.sample for s in samples], torch.int64)
-        self.slots = self._to_device(slots, torch.int64)
-        self.lengths = self.slots
         rules = [s.rules.rules for s in samples]
-        self._num_prompt = self._to_device([s.rules.num_prompt for s in samples], torch.int64)
+        self.samples = self._ints([s.sample for s in samples])
+        self.slots = self.lengths = self._ints(slots)
+        self._num_prompt = self._ints([s.rules.num_prompt for s in samples])
         self._repetition = self._penalty([r.repetition_penalty for r in rules], 1.0)
         self._presence = self._penalty([r.presence_penalty for r in rules], 0.0)
         self._frequency = self._penalty([r.frequency_penalty for r in rules], 0.0)
         sizes = [r.no_repeat_ngram_size for r in rules]
         self._ngrams = [
-            (size, self._to_device([i for i, s in enumerate(sizes) if s == size], torch.int64))
+            (size, self._ints([i for i, own in enumerate(sizes) if own == size]))
             for size in sorted(set(sizes) - {0})
         ]
         biases = [(i, ids, b) for i, s in enumerate(samples) for ids, b in s.rules.biases]
-        self._rows = self._to_device([i for i, _, _ in biases], torch.int64)
-        self._last = self._to_device([ids[-1] for _, ids, _ in biases], torch.int64)
+        self._rows = self._ints([i for i, _, _ in biases])
+        self._last = self._ints([ids[-1] for _, ids, _ in biases])
         self._bias = self._to_device([b for _, _, b in biases], torch.float32)
         self._prefix_len = max((len(ids) - 1 for _, ids, _ in biases), default=0)
-        self._prefixes = self._to_device(
-            [[-1] * (self._prefix_len - len(ids) + 1) + list(ids[:-1]) for _, ids, _ in biases],
-            torch.int64,
+        self._prefixes = self._ints(
+            [[-1] * (self._prefix_len - len(ids) + 1) + list(ids[:-1]) for _, ids, _ in biases]
         )
 
     def following(
@@ -151,7 +149,7 @@ class _Batch:
         batch = self
         if self._made_for != [(s.sample, s.row, s.rules) for s in samples]:
             batch = _Batch(samples, [slots[s.row] for s in samples], device)
-        batch.lengths = batch._to_device([s.length for s in samples], torch.int64)
+        batch.lengths = batch._ints([s.length for s in samples])
         return batch
 
     def add_biases(self, scores: torch.Tensor, history: torch.Tensor) -> torch.Tensor:
@@ -223,6 +221,9 @@ class _Batch:
         if all(value == off for value in values):
             return None
         return self._to_device(values, torch.float32)[:, None]
+
+    def _ints(self, values: Sequence[object]) -> torch.Tensor:
+        return self._to_device(values, torch.int64)
 
     def _to_device(self, values: Sequence[object], dtype: torch.dtype) -> torch.Tensor:
         host = torch.from_numpy(np.array(values, dtype=str(dtype).removeprefix("torch.")))

@@ -151,26 +151,22 @@ def _parameters(linear: nn.Linear) -> Linear:
     return linear.weight.data, None if linear.bias is None else linear.bias.data
 
 
-def has_structure(layer: nn.Module) -> bool:
+def has_structure(layer: Any) -> bool:
     """Whether a layer's parts are those of a pre-norm decoder with rotary and gated MLP."""
-    if _parts(layer) != _LAYER:
+    if _parts(layer) != _LAYER or _parts(layer.mlp) != _MLP:
         return False
-    attention: Any = layer.self_attn
-    mlp: Any = layer.mlp
+    attention, mlp = layer.self_attn, layer.mlp
+    norms = [layer.input_layernorm, layer.post_attention_layernorm]
     inner = _parts(attention)
-    norms: list[Any] = [layer.input_layernorm, layer.post_attention_layernorm]
     if inner == _ATTENTION | _NORMS:
         norms += [attention.q_norm, attention.k_norm]
     elif inner != _ATTENTION:
-        return False
-    if _parts(mlp) != _MLP:
         return False
     return (
         isinstance(getattr(attention, "head_dim", None), int)
         and can_merge([attention.q_proj, attention.k_proj, attention.v_proj])
         and can_merge([mlp.gate_proj, mlp.up_proj])
-        and type(attention.o_proj) is nn.Linear
-        and type(mlp.down_proj) is nn.Linear
+        and type(attention.o_proj) is type(mlp.down_proj) is nn.Linear
         and "silu" in type(getattr(mlp, "act_fn", None)).__name__.lower()
         and all(hasattr(norm, "variance_epsilon") and hasattr(norm, "weight") for norm in norms)
     )
@@ -195,13 +191,9 @@ class _DenseContext:
         options: AttentionOptions,
     ) -> torch.Tensor:
         self.options = options
+        q, k, v = (x.transpose(0, 1) for x in (query, key, value))
         out = functional.scaled_dot_product_attention(
-            query.transpose(0, 1),
-            key.transpose(0, 1),
-            value.transpose(0, 1),
-            is_causal=True,
-            scale=options.scale,
-            enable_gqa=True,
+            q, k, v, is_causal=True, scale=options.scale, enable_gqa=True
         )
         return out.transpose(0, 1)
 
