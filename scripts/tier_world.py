@@ -213,6 +213,12 @@ class TierEngine:
         self.engine.call(lambda: setattr(self.engine._scheduler._tiers, "exist", on))
         self.saving(on)
 
+    def forgive(self) -> None:
+        """Plan with every source again, also those that were left out."""
+        costs = getattr(self.engine, "_costs", None)
+        sources = costs._sources.values() if costs is not None else ()
+        self.engine.call(lambda: [setattr(source, "out", False) for source in sources])
+
     def flush(self) -> None:
         """All that was ordered to be saved lies on disk."""
         report = self.engine.flush(120.0)
