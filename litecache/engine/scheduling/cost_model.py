@@ -328,6 +328,7 @@ class CostModel:
         ticket: int | None = None,
         asked_s: float | None = None,
         busy_s: float = 0.0,
+        num_waiting: int = 0,
     ) -> LoadPlan:
         """The plan with the soonest first token; of equal ones the one that asks least of disks.
 
@@ -341,6 +342,8 @@ class CostModel:
             ticket: of a load under way, whose own reservations are no queue.
             asked_s: when the blocks were looked up, which made disks read them ahead.
             busy_s: until the steps that are under way have ended, see `left_s`.
+            num_waiting: requests behind this one, which wait for all that it computes: a plan that
+                computes less is better by that, unless it is slower than computing all.
         """
         self._now = max(self._now, now)
         self._decodes = num_decodes
@@ -408,10 +411,13 @@ class CostModel:
                     asked = self._loads(start + first, start + int(ends[first])) - start
                     first = max(first, min(asked, int(ends[first])))
                 return chosen(first, load_s, total_s) if first < count and here[first] else nothing
-            near = total_s <= total_s.min() * TOLERANCE + TOLERANCE_S
+            cost_s = total_s + num_waiting * (front_s + behind_s - queued_s)
+            cost_s = np.where(total_s <= all_s, cost_s, math.inf)
+            near = cost_s <= cost_s.min() * TOLERANCE + TOLERANCE_S
             disks = sum(wanted[name] for name in sources if sources[name].tier != "ram")
             first = int(np.argmin(np.where(near, disks, math.inf)))
-            if total_s[first] * WORTH + WORTH_S <= all_s:
+            all_cost_s = all_s + num_waiting * (all_s - queued_s)
+            if cost_s[first] * WORTH + WORTH_S <= all_cost_s:
                 return chosen(first, load_s, total_s)
         return nothing
 
