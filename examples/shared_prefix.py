@@ -47,6 +47,7 @@ QUESTIONS = {
 SHOWN_ANSWERS = ("dam", "storm")
 MIN_NEW_TOKENS, MAX_NEW_TOKENS = 48, 64
 MIN_DISK_SHARE = 0.95
+TIERS = ("gpu", "ram", "disk")
 MARK = "LITECACHE_DEMO_RUN"  # in the environment of every process that a phase starts
 console = Console(width=None if sys.stdout.isatty() else 120)
 
@@ -168,7 +169,8 @@ def run_phase(phase: str, model_dir: str, store: str, result_file: Path) -> None
                     "id": name,
                     "ttft_s": clock.times[0],
                     "prompt_tokens": len(ids),
-                    "reused": {t: reuse.reused_tokens[0].get(t, 0) for t in ("gpu", "ram", "disk")},
+                    "reused": {t: reuse.reused_tokens[0].get(t, 0) for t in TIERS},
+                    "found": {t: reuse.found_tokens[0].get(t, 0) for t in TIERS},
                     "tokens_per_s": (len(answer) - 1) / decode_s,
                     "answer_sha256": hashlib.sha256(str(answer).encode()).hexdigest(),
                     "answer": tokenizer.decode(answer, skip_special_tokens=True),
@@ -231,14 +233,14 @@ def show(phases: list[dict[str, Any]], same: dict[str, bool]) -> None:
     table = Table(title="SmolLM2-135M-Instruct, float32: several questions about one document")
     table.add_column("phase")
     table.add_column("question")
-    for column in ("prompt", "first token", "from GPU", "RAM", "disk", "tokens/s"):
+    for column in ("prompt", "first token", "found on GPU", "in RAM", "on disk", "tokens/s"):
         table.add_column(column, justify="right")
     table.add_column("same answer")
     for phase in phases:
         for row in phase["questions"]:
             cells = [phase["phase"], row["id"], str(row["prompt_tokens"])]
             cells.append(f"{row['ttft_s'] * 1e3:,.0f} ms")
-            cells += [str(row["reused"][tier]) for tier in ("gpu", "ram", "disk")]
+            cells += [str(row["found"][tier]) for tier in TIERS]
             table.add_row(*cells, f"{row['tokens_per_s']:.1f}", "yes" if same[row["id"]] else "NO")
         table.add_section()
     console.print(table)
@@ -248,9 +250,9 @@ def figures(cold: dict[str, Any], warm: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows of the JSON file; each compares with a figure of the same run."""
     first, again = cold["questions"][0], warm["questions"][0]
     begin, end = cold["document"]
-    # A prompt's reused tokens lie in this order: from the pool, from RAM, from disk.
-    above = again["reused"]["gpu"] + again["reused"]["ram"]
-    from_disk = max(0, min(end, above + again["reused"]["disk"]) - max(begin, above))
+    # Where a prompt's tokens were found is in this order: in the pool, in RAM, on disk.
+    above = again["found"]["gpu"] + again["found"]["ram"]
+    from_disk = max(0, min(end, above + again["found"]["disk"]) - max(begin, above))
     hf = cold["hf_prefill_s"]
 
     def row(case: str, metric: str, value: float, unit: str, **rest: Any) -> dict[str, Any]:

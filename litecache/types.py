@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from litecache.token_ids import TokenIds
 
-MESSAGE_VERSION = 3
+MESSAGE_VERSION = 4
 
 
 class Tier(str, enum.Enum):
@@ -164,6 +164,8 @@ class TokenDelta(NamedTuple):
         reused_tokens: prompt tokens by tier that were not computed; sent with the first token.
         ttft_s: seconds from submission to the first token inside the engine; sent with it.
         logprobs: per token, where the request asked for them.
+        found_tokens: prompt tokens by tier where their KV was found; those beyond `reused_tokens`
+            were computed by plan, since that was sooner. Sent with the first token.
     """
 
     request_id: str
@@ -174,6 +176,7 @@ class TokenDelta(NamedTuple):
     reused_tokens: dict[str, int] | None = None
     ttft_s: float | None = None
     logprobs: tuple[TokenLogprobs, ...] = ()
+    found_tokens: dict[str, int] | None = None
 
 
 @dataclass(frozen=True)

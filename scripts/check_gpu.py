@@ -161,7 +161,7 @@ def copy_rates(device: str) -> dict[str, float]:
     pool = torch.randint(0, 255, (count, block), dtype=torch.uint8, device=device)
     host = torch.empty((count, block), dtype=torch.uint8, pin_memory=True)
     pinned = PinnedArenas()
-    copier = BlockCopier(torch.device(device), lambda: None, pinned)
+    copier = BlockCopier(torch.device(device), lambda step: None, pinned)
     views = copier.slots(client.arena, slots, block)
     order = random.Random(0).sample(range(count), count)
 

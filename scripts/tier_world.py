@@ -205,12 +205,13 @@ class TierEngine:
     def saving(self, on: bool) -> None:
         """Whether what is computed from now on is saved."""
         policy = self.config.admission if on else "none"
-        orders = self.engine._scheduler._tiers
-        self.engine.call(lambda: setattr(orders, "_admission", policy))
+        saves = self.engine._scheduler._saves
+        self.engine.call(lambda: setattr(saves, "_admission", policy))
 
     def tiers(self, on: bool) -> None:
         """Without them the engine neither looks up nor saves, as one that was made without."""
-        self.engine.call(lambda: setattr(self.engine._scheduler._tiers, "exist", on))
+        costs = self.engine._costs if on else None
+        self.engine.call(lambda: setattr(self.engine._scheduler._loads, "_cost", costs))
         self.saving(on)
 
     def forgive(self) -> None:

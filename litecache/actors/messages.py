@@ -118,10 +118,10 @@ def unpack_reply(message: bytes) -> PollReply:
 
 
 def _delta(fields: Any) -> TokenDelta:
-    name, token_ids, finish, error, error_type, reused, ttft_s, logprobs = fields
+    name, token_ids, finish, error, error_type, reused, ttft_s, logprobs, found = fields
     finish = None if finish is None else _FINISH_REASONS[finish]
     logprobs = tuple(TokenLogprobs(*each) for each in logprobs) if logprobs else ()
-    return TokenDelta(name, token_ids, finish, error, error_type, reused, ttft_s, logprobs)
+    return TokenDelta(name, token_ids, finish, error, error_type, reused, ttft_s, logprobs, found)
 
 
 def pack_value(value: str) -> bytes:

@@ -243,6 +243,7 @@ def _joined(deltas: Sequence[TokenDelta]) -> TokenDelta:
         token_ids=tuple(chain.from_iterable(delta.token_ids for delta in deltas)),
         logprobs=tuple(chain.from_iterable(delta.logprobs for delta in deltas)),
         reused_tokens=first.reused_tokens,
+        found_tokens=first.found_tokens,
         ttft_s=first.ttft_s,
     )
 

@@ -39,6 +39,7 @@ class PendingRequest:
         tokens: received so far; only ever appended to.
         logprobs: of these tokens, where the request asked for them.
         reused_tokens: prompt tokens by tier that were not computed, from the first submission.
+        found_tokens: where KV was found, those computed by plan included; from the same.
         ttft_s: seconds from submission to the first token, as the engine measured them.
         finish_reason: None while it goes on.
         epoch: of the replica's record that holds this attempt; None = not known yet.
@@ -62,6 +63,7 @@ class PendingRequest:
         self.tokens: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
         self.reused_tokens: dict[str, int] = {}
+        self.found_tokens: dict[str, int] = {}
         self.ttft_s: float | None = None
         self.finish_reason: FinishReason | None = None
         self.epoch: str | None = None
@@ -120,6 +122,7 @@ class PendingRequest:
                 self.ttft_s = delta.ttft_s
                 if delta.reused_tokens is not None:
                     self.reused_tokens = dict(delta.reused_tokens)
+                    self.found_tokens = dict(delta.found_tokens or {})
             reason = delta.finish_reason
             if reason is None:
                 self._condition.notify_all()
@@ -255,12 +258,15 @@ class ReuseReport:
 
     Attributes:
         reused_tokens: per row, prompt tokens by tier that were not computed.
+        found_tokens: per row, prompt tokens by tier where their KV was found; those that were not
+            reused were computed by plan, since that was sooner than to load them.
         ttft_s: per row, seconds from submission to the first token's arrival here.
         total_s: per row, seconds from submission to the last token's arrival.
         logprobs: per row and new token, with `logprobs=k`; else empty rows.
     """
 
     reused_tokens: tuple[dict[str, int], ...]
+    found_tokens: tuple[dict[str, int], ...]
     ttft_s: tuple[float | None, ...]
     total_s: tuple[float | None, ...]
     logprobs: tuple[tuple[TokenLogprobs, ...], ...]
@@ -275,6 +281,7 @@ class ReuseReport:
 
         return cls(
             tuple(row.reused_tokens for row in rows),
+            tuple(row.found_tokens for row in rows),
             since_submission("first_token_at"),
             since_submission("finished_at"),
             tuple(tuple(row.logprobs) for row in rows),

@@ -137,6 +137,11 @@ class TokenStream:
         return self._pending.reused_tokens
 
     @property
+    def found_tokens(self) -> dict[str, int]:
+        """Prompt tokens by tier where their KV was found, loaded or not; known as the others."""
+        return self._pending.found_tokens
+
+    @property
     def ttft_s(self) -> float | None:
         """Seconds to the first token inside the engine; None before it."""
         return self._pending.ttft_s

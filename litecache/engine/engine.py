@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import math
 import os
 import queue
 import threading
@@ -19,7 +20,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent import futures
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -33,9 +34,14 @@ from litecache.engine.loading.model_source import ModelSource
 from litecache.engine.progress import progress_bar
 from litecache.engine.request_checks import check_text, check_texts
 from litecache.engine.running.model_runner import ModelRunner
+from litecache.engine.scheduling.cost_model import CostModel, Loads, prior
 from litecache.engine.scheduling.orders import Schedule
 from litecache.engine.scheduling.prefix_cache import PrefixCache
-from litecache.engine.scheduling.scheduler import Scheduler
+from litecache.engine.scheduling.scheduler import (
+    LOAD_CHUNK_TOKENS,
+    LOOKUP_PATIENCE_S,
+    Scheduler,
+)
 from litecache.engine.scheduling.step_plan import Executor, Step
 from litecache.engine.transfer.lower_tiers import LowerTiers
 from litecache.engine.transfer.shard_set import RemoteSource
@@ -66,6 +72,9 @@ class Engine:
         config: sizes and limits.
         shards: clients of the shards on this node; none = no lower tiers.
         remote: blocks of other nodes.
+        loads: "model" chooses what is loaded of what the tiers hold, and what is computed instead;
+            "all", "none" or a function force it, see `CostModel`. None = `LITECACHE_LOADS`, or
+            "model".
         sink: receives (client id, delta) pairs, in order, on the engine's thread; must not block.
         num_threads: torch's threads on CPU; None = the machine's cores.
         metrics: where to count.
@@ -85,6 +94,7 @@ class Engine:
         sink: Sink,
         shards: Sequence[ShardClient] = (),
         remote: RemoteSource | None = None,
+        loads: Loads | None = None,
         num_threads: int | None = None,
         metrics: Metrics | None = None,
         on_death: Callable[[BaseException], None] | None = None,
@@ -118,15 +128,30 @@ class Engine:
         self.info = _describe(source, config, loaded, layout, num_blocks, self._num_threads)
         self._overlap = 1 if loaded.device.type == "cuda" else 0
         self._device = loaded.device
+        costs, loads = None, _chosen_loads(loads)
+        if shards:
+            num_parameters = sum(p.numel() for p in loaded.model.parameters())
+            token_s, step_s = prior(num_parameters, loaded.device.type)
+            costs = CostModel(
+                config.block_size,
+                token_s=token_s,
+                step_s=step_s,
+                chunk_tokens=min(LOAD_CHUNK_TOKENS, config.max_batch_tokens),
+                prefill_tokens=config.prefill_tokens(loaded.device.type),
+                loads=loads,
+            )
+        self._costs = costs
         self._scheduler = Scheduler(
             PrefixCache(layout.groups, num_blocks),
             self.info.roots,
             max_requests=config.max_requests,
             max_batch_tokens=config.max_batch_tokens,
             max_prefill_tokens=config.prefill_tokens(loaded.device.type),
-            lower_tiers=bool(shards),
+            cost=costs,
             admission=config.admission,
             deterministic=config.deterministic,
+            # who forces a plan has it carried out, however busy the machine
+            lookup_patience_s=LOOKUP_PATIENCE_S if loads == "model" else math.inf,
         )
         self._open: set[str] = set()
         self._open_lock = threading.Lock()
@@ -134,7 +159,7 @@ class Engine:
         self._in_flight: deque[tuple[int, Step]] = deque()
         self._failure: BaseException | None = None
         self._closing = False
-        self._compute_stream: torch.cuda.Stream | None = None
+        self._step_events: dict[int, torch.cuda.Event] = {}
         self._tiers: LowerTiers | None = None
         if shards:
             quota_salts = frozenset(config.salt_quotas)
@@ -144,7 +169,7 @@ class Engine:
                 post=self._inbox.put,
                 carry_out=self._carry_out,
                 device=self._device,
-                compute_stream=lambda: self._compute_stream,
+                event_of=self._step_events.get,
                 namespace_of=lambda salt: namespace_of(self.info.label, salt, quota_salts),
                 metrics=self.metrics,
             )
@@ -311,7 +336,6 @@ class Engine:
     def _run(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
-            self._compute_stream = torch.cuda.current_stream(self._device)
         while not self._closing:
             self._turn()
 
@@ -345,6 +369,11 @@ class Engine:
             self._in_flight.append((plan.step, self._runner.execute(plan)))
         except Exception as error:
             self._undo(plan.step, error)
+        else:
+            if self._tiers is not None and self._device.type == "cuda":
+                event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                event.record()
+                self._step_events[plan.step] = event
 
     def _finish_step(self) -> float:
         """Take the oldest step's result; returns the seconds that the thread waited for it."""
@@ -355,6 +384,8 @@ class Engine:
         except Exception as error:
             self._undo(step, error)
             return 0.0
+        finally:
+            self._step_events.pop(step, None)
         waited_s = time.perf_counter() - started
         self.metrics.observe("litecache_step_seconds", waited_s, kind="wait")
         self._carry_out(self._scheduler.on_result(result, time.monotonic()))
@@ -415,6 +446,8 @@ class Engine:
                 self.metrics.observe("litecache_ttft_seconds", delta.ttft_s)
                 for tier, tokens in (delta.reused_tokens or {}).items():
                     self.metrics.inc("litecache_reused_tokens", tokens, tier=tier)
+                for tier, tokens in (delta.found_tokens or {}).items():
+                    self.metrics.inc("litecache_found_tokens", tokens, tier=tier)
             if delta.finish_reason is not None:
                 self._open.discard(delta.request_id)
                 self.metrics.inc("litecache_requests", outcome=delta.finish_reason.value)
@@ -435,6 +468,7 @@ class Engine:
             "evictions": scheduler.cache.num_evictions,
             "pool_bytes": sum(pool.buffer.numel() for pool in self._pools),
             "metrics": self.metrics.snapshot(),
+            "costs": None if self._costs is None else self._costs.stats(),
         }
 
     def _check_alive(self) -> None:
@@ -442,6 +476,15 @@ class Engine:
             raise LiteCacheError(f"the engine has failed: {self._failure}") from self._failure
         if self._closing:
             raise ConfigError("engine", "closed", "an open engine")
+
+
+def _chosen_loads(loads: Loads | None) -> Loads:
+    if loads is not None:
+        return loads
+    name = os.environ.get("LITECACHE_LOADS", "model")
+    if name in ("model", "all", "none"):
+        return cast("Loads", name)
+    raise ConfigError("LITECACHE_LOADS", name, "'model', 'all' or 'none'")
 
 
 def check_device(device: torch.device, error: BaseException) -> None:

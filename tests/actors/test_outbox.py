@@ -207,7 +207,9 @@ def test_one_delta_tells_how_a_request_began_and_ended() -> None:
         outbox = Hooks().outbox()
         epoch, _ = outbox.register("c", ["r", "s"])
         likely = [TokenLogprobs(-0.5, ((token, -0.5),)) for token in (1, 2)]
-        begun = TokenDelta("r", (1,), reused_tokens={"gpu": 16}, ttft_s=0.1, logprobs=(likely[0],))
+        begun = TokenDelta(
+            *("r", (1,), None, None, None, {"gpu": 16}, 0.1, (likely[0],), {"gpu": 16, "disk": 32})
+        )
         outbox.push([("c", begun), ("c", delta("s", 7))])
         outbox.push([("c", TokenDelta("r", (2,), logprobs=(likely[1],)))])
         outbox.push([("c", TokenDelta("r", (), FinishReason.ERROR, "full", "CapacityError"))])
@@ -216,6 +218,7 @@ def test_one_delta_tells_how_a_request_began_and_ended() -> None:
             TokenDelta(
                 *("r", (1, 2), FinishReason.ERROR, "full", "CapacityError", {"gpu": 16}, 0.1),
                 tuple(likely),
+                {"gpu": 16, "disk": 32},
             ),
             delta("s", 7),
         ]

@@ -24,6 +24,9 @@ from litecache.adapter import KVCacheAdapter
 from litecache.config import CacheConfig
 from litecache.errors import LiteCacheError
 
+# Whatever is found is loaded, however fast so small a model computes it.
+os.environ["LITECACHE_LOADS"] = "all"
+
 TINY = LlamaConfig(
     vocab_size=211,
     hidden_size=64,

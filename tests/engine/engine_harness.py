@@ -14,6 +14,7 @@ from plan_driver import FAMILIES, VOCAB
 from litecache.config import CacheConfig
 from litecache.engine.engine import Engine
 from litecache.engine.loading.model_source import ModelSource
+from litecache.engine.scheduling.cost_model import Loads
 from litecache.storage.client import LocalShardClient
 from litecache.storage.shard_store import ShardStore
 from litecache.types import FinishReason, Request, SamplingParams, TokenDelta, TokenLogprobs
@@ -37,6 +38,7 @@ class Harness:
         folders: Sequence[Path | None] = (),
         ram_bytes: int = 32 << 20,
         storage_bytes: int = 256 << 20,
+        loads: Loads = "all",
         **config: object,
     ) -> None:
         self._names = itertools.count()
@@ -60,9 +62,11 @@ class Harness:
             CacheConfig(**{**fields, **config}),  # type: ignore[arg-type]
             sink=self.deltas.put,
             shards=clients,
+            loads=loads,
             num_threads=1,
         )
         self.reused: list[dict[str, int]] = []
+        self.found: list[dict[str, int]] = []
         self.reasons: list[FinishReason] = []
         self.errors: list[str | None] = []
         self.logprobs: list[list[TokenLogprobs]] = []
@@ -79,6 +83,7 @@ class Harness:
         outputs: dict[str, list[int]] = {name: [] for name in names}
         ends: dict[str, TokenDelta] = {}
         reused: dict[str, dict[str, int]] = {}
+        found: dict[str, dict[str, int]] = {}
         logprobs: dict[str, list[TokenLogprobs]] = {name: [] for name in names}
         while len(ends) < len(names):
             for _, delta in self.deltas.get(timeout=ANSWER_TIMEOUT_S):
@@ -86,9 +91,11 @@ class Harness:
                 logprobs[delta.request_id] += delta.logprobs
                 if delta.reused_tokens is not None:
                     reused[delta.request_id] = delta.reused_tokens
+                    found[delta.request_id] = delta.found_tokens or {}
                 if delta.finish_reason is not None:
                     ends[delta.request_id] = delta
         self.reused = [reused.get(name, {}) for name in names]
+        self.found = [found.get(name, {}) for name in names]
         self.reasons = [ends[name].finish_reason or FinishReason.ERROR for name in names]
         self.logprobs = [logprobs[name] for name in names]
         self.errors = [ends[name].error for name in names]

@@ -3,7 +3,8 @@
 The world executes plans on symbolic KV: what a block holds at an offset is the whole prefix of
 tokens up to that position, so attention can check that every visible position holds exactly what
 it must. Tokens are a function of the prefix; a plain loop gives the expected output. Events of
-lower tiers are delivered in any order, fail, and are late.
+lower tiers are delivered in any order, fail, and are late. A copy that has begun leaves anything in
+its block until it has landed.
 """
 
 from __future__ import annotations
@@ -13,10 +14,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from litecache.engine.kv_layout import TRASH_BLOCK, KVLayout, KVSpec
-from litecache.engine.scheduling.orders import LoadOrder, SaveOrder, Schedule, StageOrder
+from litecache.engine.scheduling.cost_model import CostModel
+from litecache.engine.scheduling.orders import (
+    CancelOrder,
+    LoadOrder,
+    LoadReport,
+    SaveOrder,
+    Schedule,
+    StageOrder,
+)
 from litecache.engine.scheduling.prefix_cache import PrefixCache
 from litecache.engine.scheduling.scheduler import Scheduler
-from litecache.engine.scheduling.step_plan import StepPlan, StepResult
+from litecache.engine.scheduling.sequence import BlockRef, Sequence
+from litecache.engine.scheduling.step_plan import RowStep, StepPlan, StepResult
 from litecache.hashing import BlockKey, root_key
 from litecache.types import FinishReason, Request, SamplingParams
 
@@ -49,10 +59,33 @@ def make_layout(windowed: bool, window: int = WINDOW) -> KVLayout:
     return KVLayout.from_specs([full, sliding] if windowed else [full], BLOCK_SIZE)
 
 
+class ForcedCosts(CostModel):
+    """Plans what a test says, and waits at the meeting as long as it says."""
+
+    def __init__(self) -> None:
+        self.load_from: Callable[[int, int], int] = lambda first, end: first
+        self.patient = True
+        super().__init__(BLOCK_SIZE, loads=lambda first, end: self.load_from(first, end))
+
+    def sooner(self, *args: object, **kwargs: object) -> bool:
+        return self.patient
+
+
 @dataclass
-class _Row:
+class Row:
     tokens: list[int]
     tables: list[list[int]]
+    computed: set[int] = field(default_factory=set)
+
+
+@dataclass
+class Load:
+    """A load order; `left` is not begun, what is in `begun` is being copied."""
+
+    order: LoadOrder
+    seq: Sequence
+    left: list[BlockRef]
+    begun: list[BlockRef] = field(default_factory=list)
 
 
 @dataclass
@@ -68,34 +101,41 @@ class World:
     max_batch_tokens: int = 24
     max_prefill_tokens: int | None = None
     deterministic: bool = False
-    rows: dict[int, _Row] = field(default_factory=dict)
+    load_chunk_tokens: int = 16
+    rows: dict[int, Row] = field(default_factory=dict)
     blocks: dict[tuple[int, int, int], tuple[int, ...]] = field(default_factory=dict)
     stored: dict[BlockKey, list[tuple[int, ...]]] = field(default_factory=dict)
     outputs: dict[str, list[int]] = field(default_factory=dict)
     finished: dict[str, FinishReason] = field(default_factory=dict)
     requests: dict[str, Request] = field(default_factory=dict)
     reused: dict[str, dict[str, int]] = field(default_factory=dict)
+    found: dict[str, dict[str, int]] = field(default_factory=dict)
+    plans: list[StepPlan] = field(default_factory=list)
     results: list[StepResult] = field(default_factory=list)
     stages: list[StageOrder] = field(default_factory=list)
-    loads: list[LoadOrder] = field(default_factory=list)
+    loads: list[Load] = field(default_factory=list)
+    reports: list[LoadReport] = field(default_factory=list)
     saves: list[SaveOrder] = field(default_factory=list)
-    landed: dict[int, set[tuple[int, int]]] = field(default_factory=dict)
-    leases: set[int] = field(default_factory=set)
+    leases: dict[int, set[BlockRef]] = field(default_factory=dict)
+    last_use: dict[tuple[int, int], int] = field(default_factory=dict)
+    landed: set[tuple[str, int, int]] = field(default_factory=set)
     now: float = 0.0
     computed_tokens: int = 0
 
     def __post_init__(self) -> None:
         layout = make_layout(self.windowed, self.window)
         self.groups = layout.groups
+        self.costs = ForcedCosts()
         self.scheduler = Scheduler(
             PrefixCache(layout.groups, self.num_blocks),
             self.roots,
             max_requests=self.max_requests,
             max_batch_tokens=self.max_batch_tokens,
             max_prefill_tokens=self.max_prefill_tokens,
-            lower_tiers=self.lower_tiers,
+            cost=self.costs if self.lower_tiers else None,
             admission=self.admission,
             deterministic=self.deterministic,
+            load_chunk_tokens=self.load_chunk_tokens,
         )
 
     def roots(self, salt: str) -> tuple[BlockKey, ...]:
@@ -123,17 +163,46 @@ class World:
 
     def take(self, out: Schedule) -> None:
         self.stages += out.stages
-        self.loads += out.loads
+        for order in out.loads:
+            self._order(order)
         self.saves += out.saves
-        for ticket in out.discards + out.cancels:
-            self.leases.discard(ticket)
+        for cancel in out.cancels:
+            self._cancel(cancel)
+        for ticket in out.discards:
+            self.leases.pop(ticket, None)
         for _, delta in out.deltas:
             assert delta.request_id not in self.finished, "a delta after the end"
             self.outputs[delta.request_id] += delta.token_ids
             if delta.reused_tokens is not None:
                 self.reused[delta.request_id] = delta.reused_tokens
+                self.found[delta.request_id] = delta.found_tokens or {}
             if delta.finish_reason is not None:
                 self.finished[delta.request_id] = delta.finish_reason
+
+    def _order(self, order: LoadOrder) -> None:
+        seq = self.scheduler._loads._copies[order.ticket][0]
+        running = {result.step for result in self.results}
+        for ref, (block, step) in order.blocks.items():
+            self.leases[order.ticket].remove(ref)  # each lease is taken once
+            used = self.last_use.get((ref[0], block), 0)
+            assert used <= step or used not in running, "a copy would overtake a step"
+        indices = [index for _, index in order.blocks]
+        assert indices == sorted(indices, reverse=True), "not ordered from the back"
+        self.loads.append(Load(order, seq, list(order.blocks)))
+
+    def _cancel(self, cancel: CancelOrder) -> None:
+        """What has not begun is lost; that is told some time later."""
+        if cancel.blocks is None:
+            self.leases.pop(cancel.ticket, None)
+        for load in [load for load in self.loads if load.order.ticket == cancel.ticket]:
+            lost = [ref for ref in load.left if cancel.blocks is None or ref in cancel.blocks]
+            load.left = [ref for ref in load.left if ref not in lost]
+            if lost:
+                self.reports.append(LoadReport(cancel.ticket, (), lost))
+        self._tidy()
+
+    def _tidy(self) -> None:
+        self.loads = [load for load in self.loads if load.left or load.begun]
 
     def finish_step(self) -> None:
         self.take(self.scheduler.on_result(self.results.pop(0), self.now))
@@ -145,39 +214,47 @@ class World:
 
     def answer_stage(self, position: int, have: Callable[[BlockKey], bool]) -> None:
         order = self.stages.pop(position)
-        found = {r: "ram" for r, key in order.blocks.items() if key in self.stored and have(key)}
-        self.leases.add(order.ticket)
-        if not found:
-            self.leases.discard(order.ticket)
+        found = {r: "ram:0" for r, key in order.blocks.items() if key in self.stored and have(key)}
+        if found:
+            self.leases.setdefault(order.ticket, set()).update(found)
         self.take(self.scheduler.on_staged(order.ticket, found))
 
-    def land_part(self, position: int, count: int) -> None:
-        """The first copies of a load have landed; others of it are still under way."""
-        order = self.loads[position]
-        landed = self.landed.setdefault(id(order), set())
-        part = [ref for ref in order.blocks if ref not in landed][:count]
-        self._copy_in(order, part)
-        landed.update(part)
-        self.scheduler.on_loaded(order, part, ended=False)
+    def begin_copies(self, position: int, count: int) -> None:
+        """The next copies of a load begin: whatever they are asked, they end."""
+        load = self.loads[position]
+        begun, load.left = load.left[:count], load.left[count:]
+        load.begun += begun
+        for ref in begun:
+            self._spoil(load, ref)
 
-    def answer_load(self, position: int, works: Callable[[int], bool]) -> None:
-        order = self.loads.pop(position)
-        self.leases.discard(order.ticket)
-        landed = self.landed.pop(id(order), set())
-        left = [ref for ref in order.blocks if ref not in landed]
-        done = [ref for number, ref in enumerate(left) if works(number)]
-        self._copy_in(order, done)
-        for group, index in set(left) - set(done):
-            # A failed copy may leave anything behind.
-            for offset in range(BLOCK_SIZE):
-                self.blocks[group, order.blocks[group, index], offset] = ()
-        self.scheduler.on_loaded(order, done, ended=True)
+    def land(self, position: int, count: int, works: Callable[[int], bool] = bool) -> None:
+        """The next copies of a load have landed, or were lost."""
+        self.begin_copies(position, max(0, count - len(self.loads[position].begun)))
+        load = self.loads[position]
+        part, load.begun = load.begun[:count], load.begun[count:]
+        done = [ref for number, ref in enumerate(part, start=1) if works(number)]
+        for group, index in done:
+            block = load.order.blocks[group, index][0]
+            for offset, prefix in enumerate(self.stored[load.seq.chain.keys[group][index]]):
+                self.blocks[group, block, offset] = prefix
+            if load.seq.ticket == load.order.ticket and (group, index) in load.seq.loading:
+                self.landed.add((load.seq.id, load.seq.life, index))
+        self._tidy()
+        lost = [ref for ref in part if ref not in done]
+        self.take(self.scheduler.on_loaded(LoadReport(load.order.ticket, done, lost)))
 
-    def _copy_in(self, order: LoadOrder, refs: list[tuple[int, int]]) -> None:
-        for group, index in refs:
-            content = self.stored[self._key_of(order, group, index)]
-            for offset, prefix in enumerate(content):
-                self.blocks[group, order.blocks[group, index], offset] = prefix
+    def answer_load(self, position: int, works: Callable[[int], bool] = bool) -> None:
+        """All the rest of a load ends."""
+        load = self.loads[position]
+        self.land(position, len(load.left) + len(load.begun), works)
+
+    def report(self, position: int) -> None:
+        """What a cancelled load has lost is told."""
+        self.take(self.scheduler.on_loaded(self.reports.pop(position)))
+
+    def _spoil(self, load: Load, ref: BlockRef) -> None:
+        for offset in range(BLOCK_SIZE):
+            self.blocks[ref[0], load.order.blocks[ref][0], offset] = ()
 
     def answer_save(self, position: int, works: bool) -> None:
         order = self.saves.pop(position)
@@ -187,31 +264,38 @@ class World:
             ]
         self.scheduler.on_saved([order] if works else [], [] if works else [order])
 
+    def run_steps(self) -> None:
+        """Deliver steps alone until nothing moves any more."""
+        while self.step() or self.results:
+            while self.results:
+                self.finish_step()
+
     def run_until_idle(self) -> None:
-        """Deliver everything until nothing moves any more."""
-        idle = 0
-        while idle < 2:
+        """Deliver everything until nothing moves any more: an engine would sleep then."""
+        moved = True
+        while moved:
             moved = self.step()
             while self.results:
                 self.finish_step()
                 moved = True
-            while self.stages or self.loads or self.saves:
+            while self.stages or self.loads or self.saves or self.reports:
                 if self.stages:
                     self.answer_stage(0, lambda key: True)
                 elif self.loads:
-                    self.answer_load(0, lambda number: True)
+                    self.answer_load(0)
+                elif self.reports:
+                    self.report(0)
                 else:
                     self.answer_save(0, True)
                 moved = True
             self.check()
-            idle = 0 if moved else idle + 1
 
     # The symbolic model
 
     def execute(self, plan: StepPlan) -> None:
         assert StepPlan.from_dict(plan.to_dict()) == plan
         for new in plan.new_rows:
-            self.rows[new.row] = _Row(list(new.token_ids), [[] for _ in self.groups])
+            self.rows[new.row] = Row(list(new.token_ids), [[] for _ in self.groups])
         written = [
             (update.group, update.row, update.start + offset)
             for update in plan.table_updates
@@ -233,12 +317,14 @@ class World:
         assert plan.num_tokens <= budget + self.max_requests
         sizes = [row.num_tokens > 1 for row in plan.rows]
         assert sizes == sorted(sizes), "rows of one token must come first"
-        assert len({row.row for row in plan.rows}) == len(plan.rows), "a row twice in one step"
+        self.plans.append(plan)
         tokens = []
+        # In every layer all of a step's keys and values are written before any is read.
+        for step in plan.rows:
+            if not step.cached:
+                self._write(step)
         for step in plan.rows:
             row = self.rows[step.row]
-            if not step.cached:
-                self._write(row, step.start, step.num_tokens)
             self.computed_tokens += step.num_tokens
             for position in range(step.start, step.start + step.num_tokens):
                 self._attend(row, position)
@@ -249,35 +335,42 @@ class World:
                 tokens.append(row.tokens[-1])
         self.results.append(StepResult(plan.step, tuple(tokens)))
 
-    def _write(self, row: _Row, start: int, count: int) -> None:
-        for position in range(start, start + count):
+    def _write(self, step: RowStep) -> None:
+        row = self.rows[step.row]
+        (seq,) = (seq for seq in self.scheduler._queues.running if seq.row == step.row)
+        being_copied = {
+            (ref[0], load.order.blocks[ref][0]) for load in self.loads for ref in load.begun
+        }
+        for position in range(step.start, step.start + step.num_tokens):
+            assert position not in row.computed, "computed twice"
+            row.computed.add(position)
+            if not self.windowed:
+                index = position // BLOCK_SIZE
+                assert (seq.id, seq.life, index) not in self.landed, "computes what has landed"
             for group, table in enumerate(row.tables):
                 block = table[position // BLOCK_SIZE]
                 assert block != TRASH_BLOCK, "writes to the trash block"
                 pool = self.scheduler.cache.pools[group]
                 assert pool.key(block) is None, "a published block is written to"
+                assert (group, block) not in being_copied, "computes into a block that loads"
                 prefix = tuple(row.tokens[: position + 1])
                 self.blocks[group, block, position % BLOCK_SIZE] = prefix
+                self.last_use[group, block] = self.plans[-1].step
 
-    def _attend(self, row: _Row, position: int) -> None:
+    def _attend(self, row: Row, position: int) -> None:
         for group, table in zip(self.groups, row.tables, strict=True):
             window = group.spec.window
             first = 0 if window is None else max(0, position - window + 1)
             for seen in range(first, position + 1):
                 block = table[seen // BLOCK_SIZE]
                 held = self.blocks.get((group.index, block, seen % BLOCK_SIZE))
+                self.last_use[group.index, block] = self.plans[-1].step
                 assert held == tuple(row.tokens[: seen + 1]), (
                     f"position {position} of group {group.index} sees wrong KV at {seen}"
                 )
 
-    def _key_of(self, order: LoadOrder, group: int, index: int) -> BlockKey:
-        active = self.scheduler._tiers._active.get(order.ticket)
-        if active is None:
-            return next(iter(self.stored))
-        return active.chain.keys[group][index]
-
     def check(self) -> None:
-        self.scheduler.check_integrity()
+        self.scheduler.check_integrity([(order.group, order.block) for order in self.saves])
 
     def check_outputs(self) -> None:
         """Finished requests have exactly the reference's tokens; aborted ones a prefix of them."""

@@ -22,18 +22,22 @@ class BlockPoolMachine(RuleBasedStateMachine):
         self.refs: dict[int, int] = {}
         self.keys: dict[int, bytes] = {}
         self.idle: list[int] = []
+        self.copying: list[int] = []
         self.next_key = 0
 
-    @rule(count=st.integers(0, 4), loading=st.booleans())
-    def allocate(self, count: int, loading: bool) -> None:
+    @rule(count=st.integers(0, 4), reserved=st.integers(0, 3))
+    def allocate(self, count: int, reserved: int) -> None:
         free = NUM_BLOCKS - len(self.refs) - len(self.idle)
-        if count > free + len(self.idle):
+        self.pool.reserved = min(reserved, free + len(self.idle))
+        if count > free + len(self.idle) - self.pool.reserved:
             with pytest.raises(CapacityError):
                 self.pool.allocate(count)
+            self.pool.reserved = 0
             return
         gone, self.idle = self.idle[: max(0, count - free)], self.idle[max(0, count - free) :]
         before = len(self.evicted)
-        blocks = self.pool.allocate(count, loading=loading)
+        blocks = self.pool.allocate(count)
+        self.pool.reserved = 0
         assert self.evicted[before:] == [self.keys.pop(block) for block in gone]
         assert len(set(blocks)) == count
         assert not set(blocks) & (set(self.refs) | set(self.idle)), "a block in use given out"
@@ -51,8 +55,11 @@ class BlockPoolMachine(RuleBasedStateMachine):
 
     @rule(picks=st.lists(st.integers(0, 30), max_size=4, unique=True))
     def release_chain(self, picks: list[int]) -> None:
-        held = sorted(self.refs)
-        chain = list(dict.fromkeys(held[p % len(held)] for p in picks)) if held else []
+        # a copy keeps the last reference to itself
+        held = [b for b in sorted(self.refs) if self.refs[b] > (b in self.copying)]
+        self.release_chain_of(list(dict.fromkeys(held[p % len(held)] for p in picks if held)))
+
+    def release_chain_of(self, chain: list[int]) -> None:
         self.pool.release([0, *chain])
         for block in reversed(chain):
             self.refs[block] -= 1
@@ -62,8 +69,25 @@ class BlockPoolMachine(RuleBasedStateMachine):
                     self.idle.append(block)
 
     @rule(pick=st.integers(0, 30))
+    def begin_copy(self, pick: int) -> None:
+        private = [block for block in sorted(self.refs) if self.pool.is_writable(block)]
+        if private:
+            block = private[pick % len(private)]
+            self.pool.begin_copy(block)
+            self.refs[block] += 1
+            self.copying.append(block)
+
+    @rule(pick=st.integers(0, 30))
+    def end_copy(self, pick: int) -> None:
+        if self.copying:
+            block = self.copying.pop(pick % len(self.copying))
+            self.pool.end_copy(block)
+            assert self.pool.is_writable(block)
+            self.release_chain_of([block])
+
+    @rule(pick=st.integers(0, 30))
     def publish(self, pick: int) -> None:
-        private = [block for block in sorted(self.refs) if block not in self.keys]
+        private = [block for block in sorted(self.refs) if self.pool.is_writable(block)]
         if private:
             block = private[pick % len(private)]
             self.next_key += 1
@@ -84,6 +108,8 @@ class BlockPoolMachine(RuleBasedStateMachine):
         for block in range(1, NUM_BLOCKS + 1):
             assert self.pool.ref_count(block) == self.refs.get(block, 0)
             assert self.pool.key(block) == self.keys.get(block)
+            writable = block in self.refs and block not in self.keys and block not in self.copying
+            assert self.pool.is_writable(block) == writable or block not in self.refs
         assert sum(self.pool.stats().values()) == NUM_BLOCKS
 
 
@@ -104,7 +130,8 @@ def test_eviction_takes_the_tail_of_a_chain_first() -> None:
 def test_every_state_is_reached_and_reported() -> None:
     pool = BlockPool(5)
     private, published, idle = pool.allocate(3)
-    (loading,) = pool.allocate(1, loading=True)
+    (loading,) = pool.allocate(1)
+    pool.begin_copy(loading)
     pool.publish(published, b"p" * 16)
     pool.publish(idle, b"i" * 16)
     pool.release([idle])

@@ -1,127 +1,164 @@
-"""Lookups and loads: neither waits behind the other, and a load tells what has landed."""
+"""Lookups and loads: neither waits behind the other, and each block is told once, as it ends."""
 
 from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator
 
 import pytest
 import torch
 
 from litecache.engine.kv_layout import KVLayout, KVPool, KVSpec
-from litecache.engine.scheduling.orders import LoadOrder, StageOrder
+from litecache.engine.scheduling.orders import CancelOrder, LoadOrder, LoadReport, StageOrder
+from litecache.engine.transfer import loader
 from litecache.engine.transfer.block_copier import BlockCopier, PinnedArenas, SameBytes
 from litecache.engine.transfer.loader import LOAD_THREADS, Loader
 from litecache.engine.transfer.shard_set import ShardSet
 from litecache.metrics import Metrics
 from litecache.storage.arena.view import ArenaView
 from litecache.storage.client import LocalShardClient
-from litecache.storage.protocol import CommitItem, SlotRef, SlotState
+from litecache.storage.protocol import CommitItem, SlotState
 from litecache.storage.shard_store import ShardStore
 
-KEYS = [bytes([n]) * 16 for n in range(1, LOAD_THREADS + 2)]
 
+class Rig:
+    """A loader over one pool and a shard in RAM; blocks in `slow` are being read until `read`."""
 
-class SlowToRelease(LocalShardClient):
-    """A shard that holds up every load, because giving back leases takes as long as it likes."""
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, num_blocks: int) -> None:
+        self.staged: queue.Queue[dict[tuple[int, int], str]] = queue.Queue()
+        self.told: queue.Queue[LoadReport] = queue.Queue()
+        self.read, self.slow = threading.Event(), set[int]()
+        original = ArenaView.state
 
-    go_on = threading.Event()
+        def state(arena: ArenaView, slot: int, generation: int) -> SlotState | None:
+            if slot in self.slow and not self.read.is_set():
+                return SlotState.LOADING
+            return original(arena, slot, generation)
 
-    def release(self, slots: Sequence[SlotRef]) -> None:
-        assert self.go_on.wait(60)
-        super().release(slots)
-
-
-def test_a_lookup_does_not_wait_behind_slow_loads() -> None:
-    staged: queue.Queue[int] = queue.Queue()
-    loaded: queue.Queue[int] = queue.Queue()
-    with ShardStore(None, ram_bytes=1 << 20) as store:
-        client = SlowToRelease(store)
-        slots = client.reserve(4096, len(KEYS))
+        monkeypatch.setattr(ArenaView, "state", state)
+        group = KVLayout.from_specs([KVSpec(1, 8, 8, "float32")], 8).groups[0]
+        self.pool = KVPool(group, num_blocks + 1, "cpu")
+        self.store = ShardStore(None, ram_bytes=1 << 20)
+        self.client = LocalShardClient(self.store)
+        self.slots = self.client.reserve(group.block_bytes, num_blocks)
+        for number, slot in enumerate(self.slots):
+            self.client.arena.block(slot.slot, group.block_bytes)[:] = number + 1
+        self.keys = [bytes([n]) * 16 for n in range(1, num_blocks + 1)]
         items = [
-            CommitItem(*slot, key, bytes(16), "t") for slot, key in zip(slots, KEYS, strict=True)
+            CommitItem(*s, k, bytes(16), "t") for s, k in zip(self.slots, self.keys, strict=True)
         ]
-        client.commit(items)
-        loader = Loader(
-            [],
-            ShardSet([client], None, Metrics()),
-            lambda: BlockCopier(torch.device("cpu"), lambda: None, PinnedArenas()),
-            staged=lambda ticket, _: staged.put(ticket),
-            loaded=lambda order, done, ended: loaded.put(order.ticket),
+        self.client.commit(items)
+        self.loader = Loader(
+            [self.pool],
+            ShardSet([self.client], None, Metrics()),
+            lambda: BlockCopier(torch.device("cpu"), lambda step: None, PinnedArenas()),
+            staged=lambda _, found: self.staged.put(found),
+            loaded=self.told.put,
             metrics=Metrics(),
             codec=SameBytes(),
         )
-        for ticket, key in enumerate(KEYS[:LOAD_THREADS]):
-            loader.stage(StageOrder(ticket, {(0, 0): key}))
-            assert staged.get(timeout=60) == ticket
-            loader.load(LoadOrder(ticket, {}))
-        loader.stage(StageOrder(99, {(0, 0): KEYS[-1]}))
-        assert staged.get(timeout=20) == 99
-        assert loaded.empty()
-        client.go_on.set()
-        assert sorted(loaded.get(timeout=60) for _ in range(LOAD_THREADS)) == list(
-            range(LOAD_THREADS)
-        )
-        loader.close()
-        client.close()
+
+    def load(self, ticket: int, *indices: int) -> None:
+        """Look blocks up and order them, each into the pool's block of its number."""
+        self.loader.stage(StageOrder(ticket, {(0, n): self.keys[n] for n in indices}))
+        assert self.staged.get(timeout=60) == {(0, n): "ram:local" for n in indices}
+        self.loader.load(LoadOrder(ticket, {(0, n): (n + 1, 0) for n in indices}))
+
+    def reports(self, count: int) -> tuple[list[int], list[int]]:
+        """Indices landed and lost, when so many have been told."""
+        landed: list[int] = []
+        lost: list[int] = []
+        while len(landed) + len(lost) < count:
+            report = self.told.get(timeout=60)
+            landed += [index for _, index in report.landed]
+            lost += [index for _, index in report.lost]
+        return sorted(landed), sorted(lost)
+
+    def close(self) -> None:
+        self.read.set()
+        self.loader.close()
+        assert self.told.empty(), "a block was told twice"
+        assert self.store.stats()["leases"] == 0
+        self.client.close()
+        self.store.close()
+
+
+@pytest.fixture
+def rig(monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
+    made = Rig(monkeypatch, LOAD_THREADS + 1)
+    yield made
+    made.close()
+
+
+def test_a_lookup_does_not_wait_behind_slow_loads(rig: Rig) -> None:
+    rig.slow.update(slot.slot for slot in rig.slots)
+    for ticket in range(LOAD_THREADS):
+        rig.load(ticket, ticket)
+    rig.loader.stage(StageOrder(99, {(0, 0): rig.keys[-1]}))
+    assert rig.staged.get(timeout=20) == {(0, 0): "ram:local"}
+    assert rig.told.empty()
+    rig.read.set()
+    assert rig.reports(LOAD_THREADS) == (list(range(LOAD_THREADS)), [])
 
 
 @pytest.mark.parametrize("given_up", [False, True])
 def test_a_load_tells_what_has_landed_while_the_rest_is_still_being_read(
-    monkeypatch: pytest.MonkeyPatch, given_up: bool
+    rig: Rig, given_up: bool
 ) -> None:
-    """And when it is cancelled it ends without waiting for that rest."""
-    told: queue.Queue[tuple[list[tuple[int, int]], bool]] = queue.Queue()
-    staged: queue.Queue[dict[tuple[int, int], str]] = queue.Queue()
-    group = KVLayout.from_specs([KVSpec(1, 8, 8, "float32")], 8).groups[0]
-    pool = KVPool(group, 8, "cpu")
-    read, slow = threading.Event(), set()
-    original = ArenaView.state
+    """And when it is cancelled the rest is lost at once, without waiting for the read."""
+    rig.slow.update(slot.slot for slot in rig.slots[2:])
+    rig.load(7, 0, 1, 2, 3)
+    assert rig.reports(2) == ([0, 1], [])
+    assert rig.pool.buffer[1:5, 0].tolist() == [1, 2, 0, 0]
+    if given_up:
+        rig.loader.cancel(CancelOrder(7))
+        assert rig.reports(2) == ([], [2, 3])
+    else:
+        rig.read.set()
+        assert rig.reports(2) == ([2, 3], [])
+    assert rig.pool.buffer[1:5, -1].tolist() == [1, 2, *((0, 0) if given_up else (3, 4))]
 
-    def state(self: ArenaView, slot: int, generation: int) -> SlotState | None:
-        if slot in slow and not read.is_set():
-            return SlotState.LOADING
-        return original(self, slot, generation)
 
-    with ShardStore(None, ram_bytes=1 << 20) as store:
-        client = LocalShardClient(store)
-        slots = client.reserve(group.block_bytes, 4)
-        for number, slot in enumerate(slots):
-            client.arena.block(slot.slot, group.block_bytes)[:] = number + 1
-        keys = KEYS[:4]
-        items = [
-            CommitItem(*slot, key, bytes(16), "t") for slot, key in zip(slots, keys, strict=True)
-        ]
-        client.commit(items)
-        slow.update(slot.slot for slot in slots[2:])
-        monkeypatch.setattr(ArenaView, "state", state)
-        loader = Loader(
-            [pool],
-            ShardSet([client], None, Metrics()),
-            lambda: BlockCopier(torch.device("cpu"), lambda: None, PinnedArenas()),
-            staged=lambda _, found: staged.put(found),
-            loaded=lambda order, done, ended: told.put((sorted(done), ended)),
-            metrics=Metrics(),
-            codec=SameBytes(),
-        )
-        loader.stage(StageOrder(7, {(0, n): key for n, key in enumerate(keys)}))
-        assert len(staged.get(timeout=60)) == 4
-        loader.load(LoadOrder(7, {(0, n): n + 1 for n in range(4)}))
-        assert told.get(timeout=60) == ([(0, 0), (0, 1)], False)
-        assert pool.buffer[1:5, 0].tolist() == [1, 2, 0, 0]
-        if given_up:
-            loader.cancel(7)
-            assert told.get(timeout=60) == ([], True)
-        else:
-            read.set()
-            rest, ended = told.get(timeout=60)
-            while not ended:
-                more, ended = told.get(timeout=60)
-                rest += more
-            assert sorted(rest) == [(0, 2), (0, 3)]
-            assert pool.buffer[1:5, -1].tolist() == [1, 2, 3, 4]
-        read.set()
-        loader.close()
-        assert store.stats()["leases"] == 0
-        client.close()
+def test_blocks_of_a_load_are_cancelled_one_by_one_and_others_are_ordered_later(rig: Rig) -> None:
+    rig.slow.update(slot.slot for slot in rig.slots)
+    rig.loader.stage(StageOrder(7, {(0, n): rig.keys[n] for n in range(5)}))
+    assert len(rig.staged.get(timeout=60)) == 5
+    rig.loader.load(LoadOrder(7, {(0, n): (n + 1, 0) for n in (4, 3, 2)}))
+    rig.loader.cancel(CancelOrder(7, ((0, 2), (0, 9))))
+    assert rig.reports(1) == ([], [2])
+    rig.loader.load(LoadOrder(7, {(0, n): (n + 1, 0) for n in (2, 1)}))
+    assert rig.reports(1) == ([], [2])  # its lease is gone
+    rig.read.set()
+    assert rig.reports(3) == ([1, 3, 4], [])
+    rig.loader.discard(7)
+
+
+def test_a_load_in_which_nothing_arrives_any_more_is_given_up_and_its_source_named(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader, "LOAD_TIMEOUT_S", 0.05)
+    rig.slow.update(slot.slot for slot in rig.slots)
+    rig.load(7, 0, 1)
+    report = rig.told.get(timeout=60)
+    assert sorted(report.lost) == [(0, 0), (0, 1)]
+    assert report.failed == {"ram:local"}
+
+
+def test_a_slot_that_changed_under_its_copy_is_lost(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ArenaView, "entry", lambda arena, slot: (SlotState.READY, -5, bytes(16)))
+    rig.load(7, 0, 1)
+    assert rig.reports(2) == ([], [0, 1])
+
+
+def test_copies_that_raise_are_lost_and_the_next_load_works(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as broken:
+        broken.setattr(SameBytes, "load", lambda self, copier, pairs: 1 / 0)
+        rig.load(7, 0, 1)
+        assert rig.reports(2) == ([], [0, 1])
+    rig.load(8, 0, 1)
+    assert rig.reports(2) == ([0, 1], [])

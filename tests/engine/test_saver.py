@@ -10,7 +10,7 @@ import torch
 from engine_harness import Harness, family_source
 from plan_driver import random_prompt
 
-from litecache.engine.scheduling import tier_orders
+from litecache.engine.scheduling import saves
 from litecache.engine.transfer import saver
 from litecache.storage.client import LocalShardClient
 from litecache.storage.protocol import SlotRef
@@ -137,7 +137,7 @@ def test_a_prefix_that_is_hit_in_the_pool_all_the_time_stays_on_disk(
     tmp_path: Path, shards: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Others' blocks pass through a disk that holds half of them."""
-    monkeypatch.setattr(tier_orders, "RUN_BYTES", 40 << 10)  # three blocks
+    monkeypatch.setattr(saves, "RUN_BYTES", 40 << 10)  # three blocks
     hot = random_prompt(161, seed=1)
     folders = [tmp_path / str(number) for number in range(shards)]
     limits = {"ram_bytes": 1 << 20, "storage_bytes": 1 << 20}

@@ -17,19 +17,25 @@ from hypothesis.stateful import (
 )
 from scheduler_world import BLOCK_SIZE, WINDOW, World, expected_output
 
+from litecache.engine.kv_layout import KVLayout, KVSpec
 from litecache.engine.scheduling.block_pool import BlockPool
-from litecache.engine.scheduling.orders import LoadOrder
+from litecache.engine.scheduling.loads import Loads
+from litecache.engine.scheduling.orders import LoadReport, Schedule
 from litecache.engine.scheduling.plan_builder import PlanBuilder
+from litecache.engine.scheduling.prefix_cache import PrefixCache
 from litecache.engine.scheduling.prefix_index import MISSING, PENDING, PartialMatch, PrefixIndex
-from litecache.engine.scheduling.sequence import KeyChain
-from litecache.engine.scheduling.tier_orders import TierOrders
+from litecache.engine.scheduling.saves import Saves
+from litecache.engine.scheduling.scheduler import Scheduler
+from litecache.engine.scheduling.sequence import BlockRef, KeyChain, Sequence
 from litecache.types import FinishReason
 
 PROMPTS = st.builds(
     lambda shared, own: (0, 1, 1, 0) * (shared // 4) + tuple(own),
-    st.sampled_from([0, 8, 16, 24, 40]),
+    st.sampled_from([0, 16, 24, 40, 40]),
     st.lists(st.integers(0, 1), min_size=0, max_size=20),
 ).filter(bool)
+
+SALTS = ["", "b", "c", "d"]
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -43,7 +49,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         lower_tiers=st.booleans(),
         admission=st.sampled_from(["all", "reused", "none"]),
         deterministic=st.booleans(),
-        warm=st.booleans(),
+        warm=st.sampled_from([True, True, True, False]),
     )
     def start(self, warm: bool, **settings: object) -> None:
         if warm:
@@ -51,13 +57,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.world = World(**settings)  # type: ignore[arg-type]
         if warm:
             # What an earlier life left in the lower tier.
-            self.world.submit((0, 1, 1, 0) * 10, 1)
-            self.world.run_until_idle()
-            self.world.scheduler.cache.evict_idle()
+            for salt in SALTS:
+                self.world.submit((0, 1, 1, 0) * 10, 1, cache_salt=salt)
+                self.world.run_until_idle()
+                self.world.scheduler.cache.evict_idle()
+        self.world.costs.load_from = lambda first, end: first + self.split * (end - first) // 4
+        self.split = 0
 
-    @rule(prompt=PROMPTS, new=st.integers(1, 20), salt=st.sampled_from(["", "", "", "b"]))
+    @rule(prompt=PROMPTS, new=st.integers(1, 20), salt=st.sampled_from(["", *SALTS]))
     def submit(self, prompt: tuple[int, ...], new: int, salt: str) -> None:
-        if len(self.world.requests) < 12:
+        if len(self.world.requests) < 16:
             self.world.submit(prompt, new, cache_salt=salt)
 
     @rule(times=st.integers(1, 4))
@@ -77,40 +86,74 @@ class SchedulerMachine(RuleBasedStateMachine):
         if self.world.stages:
             self.world.answer_stage(pick % len(self.world.stages), lambda key: have or key[0] % 4)
 
-    @rule(pick=st.integers(0, 9), fail=st.integers(0, 6))
+    @rule(split=st.integers(0, 4), patient=st.booleans())
+    def costs(self, split: int, patient: bool) -> None:
+        """From where to load, and whether to wait at the meeting."""
+        self.split, self.world.costs.patient = split, patient
+
+    @rule(pick=st.integers(0, 9), fail=st.integers(1, 7))
     def loaded(self, pick: int, fail: int) -> None:
         if self.world.loads:
             self.world.answer_load(pick % len(self.world.loads), lambda number: number != fail)
 
-    @rule(pick=st.integers(0, 9), count=st.integers(1, 3))
-    def lands(self, pick: int, count: int) -> None:
+    @rule(pick=st.integers(0, 9), count=st.integers(1, 3), fail=st.integers(1, 12))
+    def lands(self, pick: int, count: int, fail: int) -> None:
         if self.world.loads:
-            self.world.land_part(pick % len(self.world.loads), count)
+            position = pick % len(self.world.loads)
+            self.world.land(position, count, lambda number: number != fail)
 
-    @rule(fail=st.integers(0, 6), part=st.integers(0, 3))
-    def stage_and_load(self, fail: int, part: int) -> None:
+    @rule(pick=st.integers(0, 9), count=st.integers(1, 3))
+    def copies_begin(self, pick: int, count: int) -> None:
+        if self.world.loads:
+            self.world.begin_copies(pick % len(self.world.loads), count)
+
+    @rule(pick=st.integers(0, 9))
+    def cancelled(self, pick: int) -> None:
+        if self.world.reports:
+            self.world.report(pick % len(self.world.reports))
+
+    @rule(seconds=st.sampled_from([0.01, 0.2]))
+    def time_passes(self, seconds: float) -> None:
+        self.world.now += seconds
+
+    @rule(fail=st.integers(1, 7), part=st.integers(0, 3), split=st.integers(0, 4))
+    def stage_and_load(self, fail: int, part: int, split: int) -> None:
         """The usual order of things, which random rules hit rarely."""
+        self.split = split
         while self.world.stages:
             self.world.answer_stage(0, lambda key: True)
         self.step(1)
         if self.world.loads and part:
-            self.world.land_part(0, part)
+            self.world.land(0, part)
             self.step(1)
         while self.world.loads:
             self.world.answer_load(0, lambda number: number != fail)
         self.step(1)
+
+    @rule(split=st.integers(1, 4), part=st.integers(0, 3), salt=st.sampled_from(SALTS))
+    def meet(self, split: int, part: int, salt: str) -> None:
+        """A load is late: what is computed in front of it takes over."""
+        self.split, self.world.costs.patient = split, False
+        self.evict()
+        self.submit((0, 1, 1, 0) * 10 + (1,) * part, 3, salt)
+        while self.world.stages:
+            self.world.answer_stage(0, lambda key: True)
+        self.step(1)
+        if self.world.loads and part:
+            self.world.begin_copies(len(self.world.loads) - 1, part)
+        self.step(2)
 
     @rule(pick=st.integers(0, 9), works=st.booleans())
     def saved(self, pick: int, works: bool) -> None:
         if self.world.saves:
             self.world.answer_save(pick % len(self.world.saves), works)
 
-    @rule(pick=st.integers(0, 11))
+    @rule(pick=st.integers(0, 15))
     def abort(self, pick: int) -> None:
         if f"r{pick}" in self.world.requests:
             self.world.take(self.world.scheduler.abort([f"r{pick}"]))
 
-    @rule(pick=st.integers(0, 11), paused=st.booleans())
+    @rule(pick=st.integers(0, 15), paused=st.booleans())
     def pause(self, pick: int, paused: bool) -> None:
         self.world.scheduler.set_paused([f"r{pick}"], paused)
 
@@ -135,6 +178,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             return
         world = self.world
         world.scheduler.set_paused(list(world.requests), False)
+        world.costs.patient = True
         world.run_until_idle()
         assert set(world.finished) == set(world.requests), "a request starved"
         world.check_outputs()
@@ -172,27 +216,98 @@ def _match_one_token_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _publish_before_computed(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = TierOrders.publish_computed
+    original = Saves.publish_computed
 
-    def publish(self: TierOrders, seq: object, end: int, out: object) -> None:
-        original(self, seq, end + BLOCK_SIZE, out)  # type: ignore[arg-type]
+    def publish(self: Saves, seq: Sequence, start: int, end: int, out: Schedule) -> None:
+        original(self, seq, start, end + BLOCK_SIZE, out)
 
-    monkeypatch.setattr(TierOrders, "publish_computed", publish)
+    monkeypatch.setattr(Saves, "publish_computed", publish)
 
 
 def _skip_copy_on_write(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(PlanBuilder, "copy_block", lambda self, group, src, dst: None)
+    original = PlanBuilder._enter
+
+    def enter(self: PlanBuilder, seq: Sequence) -> None:
+        original(self, seq)
+        self._copies.clear()
+
+    monkeypatch.setattr(PlanBuilder, "_enter", enter)
 
 
 def _trust_failed_loads(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = TierOrders.on_loaded
+    original = Loads.on_loaded
 
-    def on_loaded(self: TierOrders, order: LoadOrder, loaded: object, *, ended: bool) -> None:
-        seq = self._active.get(order.ticket)
-        claimed = [ref for ref in order.blocks if seq is not None and ref in seq.loading]
-        original(self, order, claimed if ended else loaded, ended=ended)  # type: ignore[arg-type]
+    def on_loaded(self: Loads, report: LoadReport) -> Schedule:
+        everything = (*report.landed, *report.lost)
+        return original(self, report._replace(landed=everything, lost=()))
 
-    monkeypatch.setattr(TierOrders, "on_loaded", on_loaded)
+    monkeypatch.setattr(Loads, "on_loaded", on_loaded)
+
+
+def _compute_into_what_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    def is_writable(self: BlockPool, block: int) -> bool:
+        return bool(block) and self._keys[block] is None
+
+    monkeypatch.setattr(BlockPool, "is_writable", is_writable)
+
+
+def _let_copies_overtake_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = BlockPool.release
+    monkeypatch.setattr(BlockPool, "release", lambda self, blocks, step=0: original(self, blocks))
+
+
+def _free_blocks_under_their_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cancelled block counts as free, though its copy has begun."""
+    original = Loads.cancel
+
+    def cancel(self: Loads, seq: Sequence, refs: tuple[BlockRef, ...], out: Schedule) -> None:
+        for group, index in refs:
+            self._cache.pools[group]._loading.discard(seq.tables[group][index])
+        original(self, seq, refs, out)
+
+    monkeypatch.setattr(Loads, "cancel", cancel)
+    monkeypatch.setattr(BlockPool, "end_copy", lambda self, block: self._loading.discard(block))
+
+
+def _jump_over_a_hole(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = PrefixCache.ahead_end
+
+    def ahead_end(self: PrefixCache, seq: Sequence, first: int) -> int:
+        end = original(self, seq, first)
+        return min(end + (end > first), len(seq.chain.keys[0]))
+
+    monkeypatch.setattr(PrefixCache, "ahead_end", ahead_end)
+
+
+def _forget_what_windows_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = PrefixCache._runs
+
+    def runs(self: PrefixCache, has: object, group: int, first: int, limit: int) -> list[int]:
+        return [run + 1 for run in original(self, has, group, first, limit)]  # type: ignore[arg-type]
+
+    monkeypatch.setattr(PrefixCache, "_runs", runs)
+
+
+def _leak_what_is_taken_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Loads.on_loaded
+
+    def on_loaded(self: Loads, report: LoadReport) -> Schedule:
+        for group, index in report.lost:
+            self._cache.pools[group].acquire([self._copies[report.ticket][1][group, index]])
+        return original(self, report)
+
+    monkeypatch.setattr(Loads, "on_loaded", on_loaded)
+
+
+def _count_lost_blocks_as_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Sequence.count_computed
+
+    def count(self: Sequence, start: int, tokens: int) -> None:
+        original(self, start, tokens)
+        if self.loading:
+            self.num_own -= 1
+
+    monkeypatch.setattr(Sequence, "count_computed", count)
 
 
 @pytest.mark.no_cover
@@ -204,6 +319,13 @@ def _trust_failed_loads(monkeypatch: pytest.MonkeyPatch) -> None:
         _publish_before_computed,
         _skip_copy_on_write,
         _trust_failed_loads,
+        _compute_into_what_loads,
+        _let_copies_overtake_steps,
+        _free_blocks_under_their_copies,
+        _jump_over_a_hole,
+        _forget_what_windows_need,
+        _leak_what_is_taken_over,
+        _count_lost_blocks_as_found,
     ],
 )
 def test_planted_bug_is_caught(
@@ -297,76 +419,228 @@ def test_blocks_evicted_from_the_pool_come_back_from_the_lower_tier() -> None:
     world.check_outputs()
 
 
-def test_blocks_of_a_load_are_of_use_to_others_as_they_land() -> None:
-    """Another request starts from the landed half, while the rest is still being copied."""
-    world = World(num_blocks=40, max_requests=4)
-    prompt = (0, 1, 1, 0) * 8 + (1,)
+def stored(blocks: int, **fields: object) -> tuple[World, tuple[int, ...]]:
+    """A world whose lower tier holds so many blocks of a prompt, its pool none, and the prompt."""
+    world = World(num_blocks=fields.pop("num_blocks", 60), **fields)  # type: ignore[arg-type]
+    bits = "".join(f"{n + 170:08b}" for n in range(blocks))
+    prompt = (*map(int, bits), 1)
     world.submit(prompt, 1)
     world.run_until_idle()
     world.scheduler.cache.evict_idle()
-    first = world.submit(prompt, 1)
-    world.step()
+    world.plans.clear()
+    world.results.clear()
+    return world, prompt
+
+
+def steps_of(world: World) -> list[list[tuple[int, int]]]:
+    """(start, tokens) of all segments, per step since `stored`."""
+    return [[(row.start, row.num_tokens) for row in plan.rows] for plan in world.plans]
+
+
+def start_split(world: World, prompt: tuple[int, ...], load_from: int) -> str:
+    """A request has been looked up and planned, and its first step has been launched."""
+    world.costs.load_from = lambda first, end: load_from
+    late = world.submit(prompt, 1)
     world.answer_stage(0, lambda key: True)
     world.step()
-    (order,) = world.loads
-    assert len(order.blocks) == 4
-    world.land_part(0, 2)
-    world.check()
-    short = world.submit(prompt[:16], 1)
+    return late
+
+
+def test_chunks_go_from_the_front_while_blocks_land_from_the_back_until_they_meet() -> None:
+    world, prompt = stored(10)
+    late = start_split(world, prompt, 5)
+    (load,) = world.loads
+    assert [index for _, index in load.left] == [9, 8, 7, 6, 5]
+    assert world.step()  # the second chunk is planned while the first one runs
+    world.land(0, 5)
+    # The last piece of the front and the question are two segments of one row in one step.
     assert world.step()
-    assert world.reused.get(short) is None
-    world.finish_step()
-    assert world.reused[short] == {"gpu": 16}
-    assert first not in world.finished
+    assert steps_of(world) == [[(0, 16)], [(16, 16)], [(80, 1), (32, 8)]]
+    while world.results:
+        world.finish_step()
     world.run_until_idle()
-    assert world.reused[first] == {"ram": 32}
+    assert world.found[late] == {"ram": 80}
+    assert world.reused[late] == {"ram": 40}
+    world.check_outputs()
+
+
+def test_a_plan_that_loads_everything_launches_no_chunk_in_front() -> None:
+    world, prompt = stored(10)
+    late = start_split(world, prompt, 0)
+    assert not world.plans
+    world.answer_load(0)
+    world.run_until_idle()
+    assert steps_of(world) == [[(80, 1)]]
+    assert world.reused[late] == {"ram": 80}
+
+
+def test_a_plan_that_computes_everything_gives_all_leases_back_at_once() -> None:
+    world, prompt = stored(10)
+    late = start_split(world, prompt, 10)
+    assert not world.leases
+    assert not world.loads
+    world.run_until_idle()
+    assert world.found[late] == {"ram": 80}
+    assert world.reused[late] == {}
+
+
+@pytest.mark.parametrize("load_from", range(11))
+def test_a_load_split_anywhere_gives_the_same_tokens(load_from: int) -> None:
+    for windowed, tail in ((False, (1,)), (True, (1, 0, 1)), (False, ())):
+        world, prompt = stored(10, windowed=windowed, num_blocks=40)
+        late = start_split(world, prompt[:80] + tail, load_from)
+        while world.loads:
+            world.step()
+            world.land(0, 1)
+        world.run_until_idle()
+        world.check_outputs()
+        # Computed by plan: the front, and where windows slide what they need behind it.
+        assert world.reused[late].get("ram", 0) == 8 * (10 - load_from)
+
+
+def test_a_late_load_is_taken_over_chunk_by_chunk_into_fresh_blocks() -> None:
+    world, prompt = stored(8)
+    world.costs.patient = False
+    start_split(world, prompt, 2)
+    tables = world.scheduler._queues.running[0].tables
+    world.begin_copies(0, 6)  # all copies run: their blocks cannot be had
+    before = list(tables[0])
+    assert world.step()
+    after = list(tables[0])
+    assert [a != b for a, b in zip(after, before, strict=True)] == [False] * 2 + [True] * 2 + [
+        False
+    ] * 5
+    world.check()
+    assert world.step()
+    world.answer_load(0)  # too late for what was taken over
+    world.run_until_idle()
+    assert steps_of(world)[:3] == [[(0, 16)], [(16, 16)], [(32, 16)]]
+    world.check_outputs()
+
+
+def test_what_was_lost_is_a_hole_that_is_computed_and_the_rest_is_jumped_over() -> None:
+    world, prompt = stored(8)
+    late = start_split(world, prompt, 0)
+    world.answer_load(0, lambda number: number not in (3, 6))  # blocks 5 and 2
+    world.run_until_idle()
+    assert steps_of(world)[-1] == [(64, 1), (16, 8), (40, 8)]
+    assert world.found[late] == world.reused[late] == {"ram": 48}
+    world.check_outputs()
+
+
+def test_a_stored_tail_is_loaded_though_its_head_is_gone() -> None:
+    world, prompt = stored(10)
+    head = world.scheduler._roots("")
+    chain = KeyChain(tuple(head), BLOCK_SIZE)
+    chain.extend(np.array(prompt, dtype=np.int64))
+    for key in chain.keys[0][:4]:
+        del world.stored[key]
+    late = world.submit(prompt, 1)
+    world.run_until_idle()
+    assert world.reused[late] == world.found[late] == {"ram": 48}
+    assert sum(tokens for step in steps_of(world) for _, tokens in step) == 33
+    world.check_outputs()
+
+
+def test_a_purely_sliding_model_loads_only_its_window() -> None:
+    world = World(num_blocks=60)
+    layout = KVLayout.from_specs([KVSpec(1, 8, 8, "float32", window=16)], BLOCK_SIZE)
+    world.groups = layout.groups
+    world.windowed = True
+    cache = PrefixCache(layout.groups, 60)
+    world.scheduler = Scheduler(
+        cache, world.roots, max_requests=3, max_batch_tokens=24, cost=world.costs
+    )
+    prompt = (0, 1, 1, 0) * 20 + (1,)
+    world.submit(prompt, 1)
+    world.run_until_idle()
+    cache.evict_idle()
+    late = start_split(world, prompt, 0)
+    (load,) = world.loads
+    assert [index for _, index in load.left] == [9, 8, 7]
+    world.run_until_idle()
+    assert world.reused[late] == {"ram": 80}
+    world.check_outputs()
+
+
+def test_two_requests_that_need_the_same_blocks_load_them_once() -> None:
+    world, prompt = stored(8, max_requests=4)
+    first = start_split(world, prompt, 0)
+    second = world.submit((*prompt, 0), 1)
+    world.step()
+    assert len(world.loads) == 1
+    assert not world.stages
+    world.run_until_idle()
+    assert world.reused[first] == {"ram": 64}
+    assert world.reused[second] == {"gpu": 64}
+    world.check_outputs()
+
+
+@pytest.mark.parametrize("landed", [0, 3])
+def test_a_waiting_request_takes_over_when_the_owner_of_a_load_is_aborted(landed: int) -> None:
+    world, prompt = stored(8, max_requests=4)
+    first = start_split(world, prompt, 0)
+    second = world.submit((*prompt, 0), 1)
+    world.step()
+    if landed:
+        world.land(0, landed)
+    world.take(world.scheduler.abort([first]))
+    world.run_until_idle()
+    assert world.finished[first] is FinishReason.ABORT
+    # What had landed is of use though nobody had read it yet.
+    found = {"ram": 64 - 8 * landed, "gpu": 8 * landed} if landed else {"ram": 64}
+    assert world.reused[second] == found
     world.check_outputs()
 
 
 def test_a_load_that_is_given_up_is_cancelled_and_keeps_only_what_has_landed() -> None:
-    world = World(num_blocks=40)
-    prompt = (0, 1, 1, 0) * 8 + (1,)
-    world.submit(prompt, 1)
-    world.run_until_idle()
-    world.scheduler.cache.evict_idle()
-    late = world.submit(prompt, 1)
-    world.step()
-    world.answer_stage(0, lambda key: True)
-    world.step()
-    world.land_part(0, 1)
-    out = world.scheduler.abort([late])
-    assert out.cancels == [order.ticket for order in world.loads]
-    world.take(out)
+    world, prompt = stored(4)
+    late = start_split(world, prompt, 0)
+    world.land(0, 1)
+    world.begin_copies(0, 1)
+    world.take(world.scheduler.abort([late]))
     stats = world.scheduler.cache.stats()
     assert (stats["loading"], stats["idle"]) == (3, 1)
-    world.check()
+    world.report(0)
+    stats = world.scheduler.cache.stats()
+    assert (stats["loading"], stats["idle"]) == (1, 1)  # the copy that has begun
     world.answer_load(0, lambda number: False)
     stats = world.scheduler.cache.stats()
     assert (stats["loading"], stats["idle"]) == (0, 1)
-
-
-def test_a_load_may_be_followed_by_another_of_the_same_request() -> None:
-    """The seam for loads that grow: the request waits until the last of them has ended."""
-    world = World(num_blocks=40)
-    prompt = (0, 1, 1, 0) * 8 + (1,)
-    world.submit(prompt, 1)
-    world.run_until_idle()
-    world.scheduler.cache.evict_idle()
-    late = world.submit(prompt, 1)
-    world.step()
-    world.answer_stage(0, lambda key: True)
-    world.step()
-    (order,) = world.loads
-    refs = list(order.blocks.items())
-    tail, head = dict(refs[2:]), dict(refs[:2])
-    world.loads[:] = [LoadOrder(order.ticket, tail, more=True), LoadOrder(order.ticket, head)]
-    world.answer_load(0, lambda number: True)
     world.check()
-    assert not world.step(), "it started before its head was there"
-    world.answer_load(0, lambda number: True)
+
+
+def test_a_load_is_extended_and_given_up_as_the_plan_changes_while_blocks_land() -> None:
+    world, prompt = stored(40, num_blocks=90)
+    start_split(world, prompt, 20)
+    world.costs.load_from = lambda first, end: 10
+    world.land(0, 16)
+    world.step()
+    assert [index for _, index in world.loads[-1].left] == list(range(19, 9, -1))
+    world.costs.load_from = lambda first, end: 18
+    world.land(1, 2)
+    world.land(0, 4)
+    world.step()
+    world.land(0, 0) if world.loads else None
     world.run_until_idle()
-    assert world.reused[late] == {"ram": 32}
     world.check_outputs()
+    assert not world.leases
+
+
+def test_a_lookup_begins_when_a_request_arrives_and_holds_up_nobody_behind_it() -> None:
+    world, prompt = stored(8, max_requests=4)
+    slow = world.submit(prompt, 1)
+    assert len(world.stages) == 1
+    other = world.submit((1, 1, 0), 1)
+    world.run_steps()
+    assert other in world.finished
+    assert slow not in world.finished
+    # One that never answers is not waited for.
+    world.now += 1.0
+    world.run_steps()
+    assert slow in world.finished
+    world.run_until_idle()
+    assert not world.leases
 
 
 def test_a_look_at_a_prefix_tells_of_each_block_whether_it_is_there_coming_or_missing() -> None:

@@ -113,7 +113,7 @@ def test_a_preempted_request_resumes_by_loading_what_the_pool_lost() -> None:
         for prompt in endless(3, 40):
             world.submit(prompt, 40)
         while len(world.finished) < 3:
-            moved = world.step()
+            moved = world.step() or bool(world.loads or world.reports)
             while world.results:
                 world.finish_step()
             while world.saves:
@@ -124,7 +124,9 @@ def test_a_preempted_request_resumes_by_loading_what_the_pool_lost() -> None:
             while world.stages:
                 world.answer_stage(0, lambda key: True)
             while world.loads:
-                world.answer_load(0, lambda number: True)
+                world.answer_load(0)
+            while world.reports:
+                world.report(0)
             assert moved or world.scheduler.num_waiting
         world.run_until_idle()
         assert world.scheduler.preemptions > 0

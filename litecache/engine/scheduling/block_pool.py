@@ -1,9 +1,9 @@
 """Who owns which block of one KV group's pool; no bytes, no torch.
 
-A block is free, private (in use by sequences, its content still changing), loading (being filled
-from a lower tier), published (full, immutable, in the prefix index, in use) or idle (published,
-in use by nobody, evictable). References count the sequences and the copies in flight that need
-the block. Block 0 is the trash block and is never handed out.
+A block is free, private (in use by sequences, its content still changing), loading (a copy from a
+lower tier may write to it), published (full, immutable, in the prefix index, in use) or idle
+(published, in use by nobody, evictable). References count the sequences and the copies in flight
+that need the block. Block 0 is the trash block and is never handed out.
 
 The pool is used by the scheduler's thread alone.
 """
@@ -35,11 +35,18 @@ class BlockPool:
     Args:
         num_blocks: blocks to hand out, numbered from 1; the trash block comes on top.
         on_evict: called with the key of an idle block that is about to be used for other tokens.
+
+    Attributes:
+        evictions: published blocks dropped so far.
+        reserved: available blocks that are kept for sequences whose loads may be late.
+        used_in: per block, the last step of a sequence that has given it back.
     """
 
     def __init__(self, num_blocks: int, on_evict: Callable[[BlockKey], None] | None = None) -> None:
         self.num_blocks = num_blocks
         self.evictions = 0
+        self.reserved = 0
+        self.used_in = [0] * (num_blocks + 1)
         self._on_evict = on_evict
         self._refs = [0] * (num_blocks + 1)
         self._keys: list[BlockKey | None] = [None] * (num_blocks + 1)
@@ -49,10 +56,10 @@ class BlockPool:
 
     @property
     def num_available(self) -> int:
-        """Blocks that `allocate` could hand out now: free and idle ones."""
-        return len(self._free) + len(self._idle)
+        """Blocks that `allocate` could hand out now: free and idle ones, but for the reserve."""
+        return len(self._free) + len(self._idle) - self.reserved
 
-    def allocate(self, count: int, *, loading: bool = False) -> list[int]:
+    def allocate(self, count: int) -> list[int]:
         """Take `count` blocks with one reference each, evicting idle ones as needed.
 
         Raises:
@@ -67,8 +74,6 @@ class BlockPool:
             block = self._free.pop() if self._free else self._evict_oldest()
             self._refs[block] = 1
             blocks.append(block)
-        if loading:
-            self._loading.update(blocks)
         return blocks
 
     def acquire(self, blocks: Iterable[int]) -> None:
@@ -78,30 +83,50 @@ class BlockPool:
                 del self._idle[block]
             self._refs[block] += 1
 
-    def release(self, blocks: Sequence[int]) -> None:
+    def release(self, blocks: Sequence[int], step: int = 0) -> None:
         """Drop a reference to each block of a chain, given head first.
 
         The tail is released first, so that eviction takes tails before their heads. Entries of
         the trash block (what a sliding window has left behind) are passed over.
+
+        Args:
+            blocks: of the chain.
+            step: the last one that uses them for whoever gives them back.
         """
         for block in reversed(blocks):
             if block == TRASH_BLOCK:
                 continue
             assert self._refs[block] > 0, f"block {block} released more often than acquired"
             self._refs[block] -= 1
+            if step > self.used_in[block]:
+                self.used_in[block] = step
             if self._refs[block] == 0:
-                self._loading.discard(block)
                 if self._keys[block] is None:
                     self._free.append(block)
                 else:
                     self._idle[block] = None
 
+    def begin_copy(self, block: int) -> None:
+        """A copy will write to a private block: it is referenced until `end_copy`."""
+        assert self._refs[block] > 0, f"block {block} is not in use"
+        assert self._keys[block] is None, f"block {block} is published"
+        self._refs[block] += 1
+        self._loading.add(block)
+
+    def end_copy(self, block: int) -> None:
+        """The copy has ended, or never began; its reference is still to be released."""
+        self._loading.remove(block)
+
     def publish(self, block: int, key: BlockKey) -> None:
-        """Declare a private or loading block full and immutable under `key`."""
+        """Declare a private block full and immutable under `key`."""
         assert self._refs[block] > 0, f"block {block} is not in use"
         assert self._keys[block] is None, f"block {block} is already published"
-        self._loading.discard(block)
+        assert block not in self._loading, f"block {block} is still being copied to"
         self._keys[block] = key
+
+    def is_writable(self, block: int) -> bool:
+        """Whether its sequence may compute into a block: private, and no copy writes to it."""
+        return block != TRASH_BLOCK and self._keys[block] is None and block not in self._loading
 
     def ref_count(self, block: int) -> int:
         """References to a block."""
@@ -146,6 +171,7 @@ class BlockPool:
             assert (block in idle) == (unused and self._keys[block] is not None), (
                 f"block {block} published but neither in use nor idle"
             )
+        assert 0 <= self.reserved <= len(free) + len(idle), "more is reserved than there is"
         for block in self._loading:
             assert self._refs[block] > 0, f"block {block} is loading for nobody"
             assert self._keys[block] is None, f"block {block} was published before it was loaded"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -19,14 +20,39 @@ class StageOrder(NamedTuple):
 
 
 class LoadOrder(NamedTuple):
-    """Copy staged blocks into the pool: (group, index) -> block, in this order.
+    """Copy staged blocks into the pool, in this order: (group, index) -> (block, step).
 
-    The ticket's other leases end with it, unless `more` loads follow.
+    The copy into a block waits for that step, the last that uses it. Other orders of the ticket may
+    follow; its leases end by a discard or a cancel.
     """
 
     ticket: int
-    blocks: dict[BlockRef, int]
-    more: bool = False
+    blocks: dict[BlockRef, tuple[int, int]]
+
+
+class CancelOrder(NamedTuple):
+    """Copy none of these blocks unless it has begun; None = the whole ticket, its leases too."""
+
+    ticket: int
+    blocks: tuple[BlockRef, ...] | None = None
+
+
+class LoadReport(NamedTuple):
+    """What has become of ordered blocks: each is told once.
+
+    Attributes:
+        ticket: of the order.
+        landed: blocks that hold their bytes now.
+        lost: blocks into which nothing is copied, now or later.
+        failed: sources that did not answer as they must.
+        at_s: when, by `time.monotonic`.
+    """
+
+    ticket: int
+    landed: Sequence[BlockRef] = ()
+    lost: Sequence[BlockRef] = ()
+    failed: frozenset[str] = frozenset()
+    at_s: float = 0.0
 
 
 class SaveOrder(NamedTuple):
@@ -48,16 +74,16 @@ class SaveOrder(NamedTuple):
 class Schedule:
     """Everything one call of the scheduler decided.
 
-    Tickets name a request's dealings with the lower tiers. `discards`: leases that no load has
-    taken end. `cancels`: loads end early. `touches`: stored blocks that a request found in the
-    pool, of which the shards have heard nothing, tails first.
+    Tickets name the dealings of one life of a request with the lower tiers. `discards`: leases that
+    no load has taken end. `touches`: stored blocks that a request found in the pool, of which the
+    shards have heard nothing, tails first.
     """
 
     plan: StepPlan | None = None
     stages: list[StageOrder] = field(default_factory=list)
     loads: list[LoadOrder] = field(default_factory=list)
     discards: list[int] = field(default_factory=list)
-    cancels: list[int] = field(default_factory=list)
+    cancels: list[CancelOrder] = field(default_factory=list)
     saves: list[SaveOrder] = field(default_factory=list)
     touches: list[BlockKey] = field(default_factory=list)
     deltas: list[tuple[str, TokenDelta]] = field(default_factory=list)

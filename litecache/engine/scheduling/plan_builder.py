@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from litecache.engine.scheduling.sequence import Sequence
+from litecache.engine.scheduling.sequence import BlockRef, Sequence
 from litecache.engine.scheduling.step_plan import BlockCopy, NewRow, RowStep, StepPlan, TableUpdate
+from litecache.token_ids import TokenIds
 
 
 @dataclass
@@ -15,68 +16,102 @@ class Launched:
     Attributes:
         rows: (sequence, its part of the plan, the sequence's life at launch), in plan order.
         copied_from: (group, block) of copy-on-write sources, referenced until the result.
+        at_s: when it was planned.
     """
 
     rows: list[tuple[Sequence, RowStep, int]] = field(default_factory=list)
-    copied_from: list[tuple[int, int]] = field(default_factory=list)
+    copied_from: list[BlockRef] = field(default_factory=list)
+    at_s: float = 0.0
 
 
 class PlanBuilder:
-    """Collects the rows and deltas of one step within a token budget.
+    """Collects the segments of one step within a token budget, and what its rows have to be told.
 
     Args:
+        step: its number.
         budget: tokens that prefills may still take; decodes are not refused.
         chunk_grid: end prefill chunks at multiples of this many tokens; None = anywhere.
     """
 
-    def __init__(self, budget: int, chunk_grid: int | None) -> None:
+    def __init__(self, step: int, budget: int, chunk_grid: int | None) -> None:
         self.budget = budget
         self.launched = Launched()
-        self.new_rows: list[NewRow] = []
-        self.tables: list[TableUpdate] = []
+        self._step = step
+        self._new_rows: list[NewRow] = []
+        self._tables: list[TableUpdate] = []
         self._copies: list[BlockCopy] = []
         self._chunk_grid = chunk_grid
         self._prefill_tokens = 0
+        self._untold: dict[int, Sequence] = {}
+
+    def room(self, seq: Sequence) -> int:
+        """How many of the next positions of a prefill may be computed in this step."""
+        count = min(seq.num_todo, self.budget)
+        if self._chunk_grid is not None:
+            count = min(seq.num_todo, self._chunk_grid - seq.num_computed % self._chunk_grid)
+            if self._prefill_tokens and count > self.budget:
+                return 0
+        return count
+
+    def add_chunk(self, seq: Sequence, count: int) -> None:
+        """Compute the next `count` positions of a prefill."""
+        self._prefill_tokens += count
+        self.add_step(seq, count)
 
     def add_step(self, seq: Sequence, count: int) -> None:
         """Compute the next `count` positions of a running sequence."""
         sample = count == seq.num_todo
         step = RowStep(seq.row, seq.num_computed, count, sample, seq.cached)
+        if not seq.announced and not seq.cached:
+            seq.count_computed(seq.num_computed, count)
         seq.cached = False
         seq.num_computed += count
         seq.num_in_flight += sample
+        seq.last_step = self._step
         self.budget -= count
         self.launched.rows.append((seq, step, seq.life))
+        if seq.changed or not seq.entered:
+            self._untold[seq.row] = seq
 
-    def add_chunk(self, seq: Sequence) -> None:
-        """Compute as much of a prefill as the budget allows, possibly nothing."""
-        count = min(seq.num_todo, self.budget)
-        if self._chunk_grid is not None:
-            count = min(seq.num_todo, self._chunk_grid - seq.num_computed % self._chunk_grid)
-            if self._prefill_tokens and count > self.budget:
-                return
-        if count > 0:
-            self._prefill_tokens += count
-            self.add_step(seq, count)
+    def _enter(self, seq: Sequence) -> None:
+        """The row is new to the runner."""
+        tokens = TokenIds(seq.tokens)
+        self._new_rows.append(NewRow(seq.row, tokens, seq.num_prompt, seq.request.sampling))
+        for group, table in enumerate(seq.tables):
+            self._tables.append(TableUpdate(seq.row, group, 0, tuple(table)))
+        for group, source, target in seq.copies:
+            self._copies.append(BlockCopy(group, source, target))
+            self.launched.copied_from.append((group, source))
+        seq.copies = []
+        seq.changed.clear()
+        seq.entered = True
 
-    def copy_block(self, group: int, src: int, dst: int) -> None:
-        """Copy a block before the forward; the caller holds a reference to `src` for the step."""
-        self._copies.append(BlockCopy(group, src, dst))
-        self.launched.copied_from.append((group, src))
+    def _tell(self, seq: Sequence) -> None:
+        """Table entries have changed since the row's last step; neighbours are one update."""
+        entries = sorted(seq.changed)
+        first = 0
+        for place, (group, index) in enumerate(entries, start=1):
+            if place == len(entries) or entries[place] != (group, index + 1):
+                start = entries[first][1]
+                blocks = tuple(seq.tables[group][start : index + 1])
+                self._tables.append(TableUpdate(seq.row, group, start, blocks))
+                first = place
+        seq.changed.clear()
 
-    def forget_row(self, row: int) -> None:
-        """A row that has no step in this plan is given back: another request may take it now."""
-        self.tables = [update for update in self.tables if update.row != row]
-
-    def build(self, step: int) -> StepPlan | None:
+    def build(self) -> StepPlan | None:
         """The plan, single-token rows first; None when there is nothing to compute."""
         if not self.launched.rows:
             return None
         self.launched.rows.sort(key=lambda entry: entry[1].num_tokens > 1)
+        for seq in self._untold.values():
+            if seq.entered:
+                self._tell(seq)
+            else:
+                self._enter(seq)
         return StepPlan(
-            step,
-            tuple(self.new_rows),
-            tuple(self.tables),
+            self._step,
+            tuple(self._new_rows),
+            tuple(self._tables),
             tuple(self._copies),
             tuple(row_step for _, row_step, _ in self.launched.rows),
         )

@@ -9,34 +9,16 @@ sequences, loads and copies hold: each call gives all it is asked for or changes
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
-from typing import NamedTuple
 
 from litecache.engine.kv_layout import TRASH_BLOCK, KVGroup
 from litecache.engine.scheduling.block_pool import BlockPool
-from litecache.engine.scheduling.prefix_index import PartialMatch, PrefixIndex, TokenArray
+from litecache.engine.scheduling.prefix_index import PrefixIndex
 from litecache.engine.scheduling.sequence import BlockRef, KeyChain, Sequence
+from litecache.errors import CapacityError
 from litecache.hashing import BlockKey
-
-
-class PrefixMatch(NamedTuple):
-    """What the pools hold of a sequence.
-
-    Attributes:
-        num_blocks: full blocks of the reusable prefix.
-        blocks: per group, the block of each of them (the trash block where a sliding window no
-            longer reaches).
-        partials: per group, a block whose first tokens continue the prefix; empty if none.
-        num_tokens: reusable tokens, those of the partial block included.
-        pending_owner: who is computing or loading the next block, if somebody is.
-    """
-
-    num_blocks: int
-    blocks: list[list[int]]
-    partials: list[PartialMatch]
-    num_tokens: int
-    pending_owner: str | None
+from litecache.types import Tier
 
 
 class PrefixCache:
@@ -60,65 +42,58 @@ class PrefixCache:
             for group in range(len(groups))
         ]
 
-    def reusable_blocks(self, chain: KeyChain, limit: int, extra: Collection[BlockRef] = ()) -> int:
-        """Length in blocks of the longest reusable prefix of at most `limit` blocks.
-
-        Args:
-            chain: the sequence's keys.
-            limit: consider this many blocks.
-            extra: blocks that are not in the pools but count as present (found in lower tiers).
-        """
-        for group, index in zip(self.groups, self.indexes, strict=True):
-            if not group.policy.slides:
-                keys = chain.keys[group.index][:limit]
-                limit = index.match_run(keys)
-                while limit < len(keys) and (keys[limit] in index or (group.index, limit) in extra):
-                    limit += 1
-        sliding = [group for group in self.groups if group.policy.slides]
-        if not sliding:
-            return limit
-        runs = [self._runs(group, chain, limit, extra) for group in sliding]
-        for length in range(limit, 0, -1):
-            if all(
-                run[length] >= length - group.policy.first_needed(length)
-                for group, run in zip(sliding, runs, strict=True)
-            ):
-                return length
-        return 0
-
     def look(self, chain: KeyChain) -> list[list[int]]:
         """Per group, where each full block of a sequence is: its block, `PENDING` or `MISSING`."""
         return [index.look(keys) for keys, index in zip(chain.keys, self.indexes, strict=True)]
 
-    def match(self, chain: KeyChain, tokens: TokenArray) -> PrefixMatch:
-        """Find what the pools hold of a sequence; takes no references.
+    def run_end(self, has: Callable[[int, int], bool], first: int, limit: int) -> int:
+        """End of the longest run of blocks from `first` on behind which a sequence can go on.
 
-        The match covers all tokens only if they end with a full block: of a partial block at
-        least the last token is left to compute.
+        Args:
+            has: whether the KV of block (group, index) is there.
+            first: all in front of this block is there, as far as windows reach.
+            limit: consider blocks below this index.
         """
-        full_blocks = len(tokens) // self.block_size
-        length = self.reusable_blocks(chain, full_blocks)
-        blocks = []
-        for group, index in zip(self.groups, self.indexes, strict=True):
-            first = group.policy.first_needed(length)
-            held = [index.block(key) for key in chain.keys[group.index][first:length]]
-            blocks.append([TRASH_BLOCK] * first + [b for b in held if b is not None])
-        rest = tokens[length * self.block_size : len(tokens) - 1][: self.block_size]
-        partials: list[PartialMatch] = []
-        for group, index in zip(self.groups, self.indexes, strict=True):
-            partial = index.match_partial(chain.parent(group.index, length), rest)
-            if partial is None:
-                partials = []
-                break
-            partials.append(partial)
-        shared = min((partial.num_tokens for partial in partials), default=0)
-        owner = None
-        if length < full_blocks:
-            owners = (
-                index.pending_owner(chain.keys[g][length]) for g, index in enumerate(self.indexes)
-            )
-            owner = next((o for o in owners if o is not None), None)
-        return PrefixMatch(length, blocks, partials, length * self.block_size + shared, owner)
+        sliding = []
+        for group in self.groups:
+            if group.policy.slides:
+                sliding.append(group)
+                continue
+            end = first
+            while end < limit and has(group.index, end):
+                end += 1
+            limit = end
+        for group in sliding:
+            if limit > first and not any(has(group.index, i) for i in range(first, limit)):
+                return first
+        runs = [self._runs(has, group.index, first, limit) for group in sliding]
+        for end in range(limit, first, -1):
+            if all(
+                run[end - first] >= end - max(first, group.policy.first_needed(end))
+                for group, run in zip(sliding, runs, strict=True)
+            ):
+                return end
+        return first
+
+    def _runs(
+        self, has: Callable[[int, int], bool], group: int, first: int, limit: int
+    ) -> list[int]:
+        """`runs[n]`: how many blocks without a gap end at block first + n - 1."""
+        runs = [0]
+        for index in range(first, limit):
+            runs.append(runs[-1] + 1 if has(group, index) else 0)
+        return runs
+
+    def present(self, looked: Seq[Seq[int]]) -> int:
+        """Length in blocks of the reusable prefix, of what `look` has told."""
+        return self.run_end(lambda g, i: looked[g][i] >= 0, 0, len(looked[0]))
+
+    def pending_owner(self, chain: KeyChain, index: int) -> str | None:
+        """Who computes or loads a block right now, if somebody does."""
+        if index >= len(chain.keys[0]):
+            return None
+        owners = (known.pending_owner(chain.keys[g][index]) for g, known in enumerate(self.indexes))
+        return next((owner for owner in owners if owner is not None), None)
 
     def publish(self, seq: Sequence, group: int, index: int, block: int) -> bool:
         """Publish a block that is computed or loaded; False if its key is published already."""
@@ -136,62 +111,133 @@ class PrefixCache:
 
     # References of sequences
 
-    def start(self, seq: Sequence, match: PrefixMatch, spare: int) -> list[int] | None:
-        """Give a waiting sequence blocks for all its known tokens, the match's and fresh ones.
+    def start(self, seq: Sequence, looked: Seq[Seq[int]], spare: int) -> bool:
+        """Give a waiting sequence a table for all its known tokens: what the pools hold, the rest
+        fresh, and the cursor behind the prefix that is whole.
 
         Args:
-            seq: gets its block tables; what it held for the wait goes.
-            match: what the pools hold of it.
+            seq: its tables are empty.
+            looked: what `look` tells of it now.
             spare: blocks that must be left for others.
 
         Returns:
-            Per group, the first fresh block (the trash block if there is none); None when the
-            blocks do not fit now.
+            Whether the blocks fit now.
         """
-        wanted = -(-seq.num_tokens // self.block_size) - match.num_blocks
-        kept = [
-            [b for b in blocks if b != TRASH_BLOCK] + [p.block for p in match.partials[g : g + 1]]
-            for g, blocks in enumerate(match.blocks)
+        size = self.block_size
+        length = self.present(looked)
+        total = -(-seq.num_tokens // size)
+        kept: list[dict[int, int]] = []
+        room = []
+        for group, blocks in zip(self.groups, looked, strict=True):
+            first = group.policy.first_needed(length)
+            kept.append({i: b for i, b in enumerate(blocks) if b >= 0 and i >= first})
+            room.append(total - first - len(kept[-1]) + spare)
+        if not self._acquire([list(mine.values()) for mine in kept], room):
+            return False
+        for number, mine in enumerate(kept):
+            first = self.groups[number].policy.first_needed(length)
+            fresh = iter(self.pools[number].allocate(total - first - len(mine)))
+            seq.tables[number] = [TRASH_BLOCK] * first
+            seq.tables[number] += [mine.get(i) or next(fresh) for i in range(first, total)]
+            seq.ahead[number] = {i for i in mine if i >= length}
+            for key in seq.chain.keys[number][length:]:
+                self.indexes[number].set_pending(key, seq.id)
+        seq.num_computed = length * size
+        seq.num_published = length
+        return True
+
+    def copy_tail(self, seq: Sequence) -> None:
+        """Reuse to the token: copy the block that begins as does the one behind the hit.
+
+        Of a partial block at least the last token is left to compute. Nothing is changed where
+        not all groups have such a block.
+        """
+        size = self.block_size
+        end = seq.num_computed // size
+        if seq.loading or any(seq.ahead):
+            end = 1 + max(i for i in {i for _, i in seq.loading}.union(*seq.ahead))
+        rest = seq.tokens[end * size : seq.num_tokens - 1][:size]
+        partials = [
+            index.match_partial(seq.chain.parent(group, end), rest)
+            for group, index in enumerate(self.indexes)
         ]
-        if not self._acquire(kept, [wanted + spare] * len(self.pools)):
-            return None
-        firsts = []
-        for group, pool in enumerate(self.pools):
-            fresh = pool.allocate(wanted)
-            seq.tables[group] = match.blocks[group] + fresh
-            firsts.append(fresh[0] if fresh else TRASH_BLOCK)
-            for key in seq.chain.keys[group][match.num_blocks :]:
-                self.indexes[group].set_pending(key, seq.id)
-        self.release_held(seq)
-        return firsts
+        shared = min((partial.num_tokens if partial else 0 for partial in partials), default=0)
+        writable = all(
+            end < len(table) and pool.is_writable(table[end]) and (group, end) not in seq.staged
+            for group, (table, pool) in enumerate(zip(seq.tables, self.pools, strict=True))
+        )
+        if not shared or not writable:
+            return
+        for group, partial in enumerate(partials):
+            assert partial is not None
+            self.pools[group].acquire([partial.block])
+            seq.copies.append((group, partial.block, seq.tables[group][end]))
+        seq.tail = (end * size, end * size + shared)
 
-    def begin_load(self, seq: Sequence) -> bool:
-        """Give a waiting sequence `loading` blocks for what was staged and is of use.
+    def advance(self, seq: Sequence) -> None:
+        """Move the cursor over what is there."""
+        size = self.block_size
+        while not seq.num_computed % size:
+            if seq.tail is not None and seq.tail[0] == seq.num_computed:
+                if seq.tail[0] // size not in seq.tiers:
+                    seq.num_tail = seq.tail[1] - seq.tail[0]
+                seq.num_computed, seq.tail = seq.tail[1], None
+                return
+            first = seq.num_computed // size
+            end = self.ahead_end(seq, first)
+            if end == first:
+                return
+            for index in range(first, end):
+                seq.tiers.setdefault(index, Tier.GPU.value)
+            seq.ahead = [{i for i in mine if i >= end} for mine in seq.ahead]
+            seq.num_computed = end * size
 
-        The blocks of its reusable prefix that are in the pools already are held with them, so that
-        the prefix is whole when the load has ended.
+    def ahead_end(self, seq: Sequence, first: int) -> int:
+        """Where the cursor would stand if it came to block `first`."""
+        if not any(seq.ahead):
+            return first
+        return self.run_end(lambda g, i: i in seq.ahead[g], first, len(seq.chain.keys[0]))
+
+    def make_writable(self, seq: Sequence, count: int) -> int:
+        """Let a sequence compute its next `count` positions into blocks of its own.
+
+        What is published, or what a copy may still write to, is left to others for a fresh block.
 
         Returns:
-            False when the blocks do not fit now. Nothing to load is an empty `loading`.
+            How many of the positions have a block; fewer where there is no room.
         """
-        length = self.reusable_blocks(seq.chain, len(seq.chain.keys[0]), seq.staged)
-        present: list[list[int]] = []
-        missing: list[list[int]] = []
-        for kv_group, blocks in zip(self.groups, self.look(seq.chain), strict=True):
-            needed = range(kv_group.policy.first_needed(length), length)
-            present.append([blocks[i] for i in needed if blocks[i] >= 0])
-            missing.append([i for i in needed if blocks[i] < 0])
-        if not any(missing):
-            return True
-        if not self._acquire(present, [len(indices) for indices in missing]):
-            return False
-        for group, indices in enumerate(missing):
-            loading = self.pools[group].allocate(len(indices), loading=True)
-            seq.loading.update(zip(((group, i) for i in indices), loading, strict=True))
-            seq.held[group].extend(present[group])
-            for i in indices:
-                self.indexes[group].set_pending(seq.chain.keys[group][i], seq.id)
-        return True
+        size = self.block_size
+        for index in range(seq.num_computed // size, -(-(seq.num_computed + count) // size)):
+            for group, pool in enumerate(self.pools):
+                block = seq.tables[group][index]
+                if pool.is_writable(block):
+                    continue
+                if seq.reserve[group]:
+                    self.reserve(seq, group, seq.reserve[group] - 1)
+                try:
+                    (fresh,) = pool.allocate(1)
+                except CapacityError:
+                    return max(0, index * size - seq.num_computed)
+                pool.release([block], seq.last_step)
+                seq.tables[group][index] = fresh
+                seq.changed.add((group, index))
+                seq.ahead[group].discard(index)
+        return count
+
+    def reserve(self, seq: Sequence, group: int, count: int) -> None:
+        """Keep so many available blocks for a sequence, or as many as there are."""
+        pool = self.pools[group]
+        more = min(count - seq.reserve[group], pool.num_available)
+        pool.reserved += more
+        seq.reserve[group] += more
+
+    def begin_copies(self, seq: Sequence, refs: Iterable[BlockRef]) -> dict[BlockRef, int]:
+        """Blocks of a sequence's table that something is copied into; each gets a reference."""
+        blocks = {}
+        for group, index in refs:
+            blocks[group, index] = block = seq.tables[group][index]
+            self.pools[group].begin_copy(block)
+        return blocks
 
     def _acquire(self, blocks: Seq[Seq[int]], room: Seq[int]) -> bool:
         """Add references per group if that leaves `room` blocks to allocate; all or nothing."""
@@ -203,23 +249,18 @@ class PrefixCache:
             pool.release(mine)
         return False
 
-    def grow(self, seq: Sequence, group: int) -> int:
+    def grow(self, seq: Sequence, group: int) -> None:
         """Append a fresh block to a running sequence's table.
 
         Raises:
             CapacityError: no block is available; nothing changed.
         """
         (block,) = self.pools[group].allocate(1)
+        seq.changed.add((group, len(seq.tables[group])))
         seq.tables[group].append(block)
-        return block
 
-    def trim(self, seq: Sequence) -> list[tuple[int, int, int]]:
-        """Free the published blocks of a running sequence that no later position sees.
-
-        Returns:
-            (group, first, end) of the table entries that are the trash block now.
-        """
-        trimmed = []
+    def trim(self, seq: Sequence) -> None:
+        """Free the published blocks of a running sequence that no later position sees."""
         for kv_group, table in zip(self.groups, seq.tables, strict=True):
             group = kv_group.index
             end = min(kv_group.policy.left_behind(seq.num_computed), seq.num_published)
@@ -227,25 +268,17 @@ class PrefixCache:
             while first > 0 and table[first - 1] != TRASH_BLOCK:
                 first -= 1
             if first < end:
-                self.pools[group].release(table[first:end])
+                self.pools[group].release(table[first:end], seq.last_step)
                 table[first:end] = [TRASH_BLOCK] * (end - first)
-                trimmed.append((group, first, end))
-        return trimmed
-
-    def release_held(self, seq: Sequence) -> bool:
-        """Let go of what a waiting sequence holds besides a load; False if that is nothing."""
-        held = any(seq.held)
-        for pool, blocks in zip(self.pools, seq.held, strict=True):
-            pool.release(blocks)
-        seq.held = [[] for _ in self.pools]
-        return held
+                seq.changed.update((group, index) for index in range(first, end))
 
     def drop(self, seq: Sequence) -> None:
-        """Take back all references of a sequence, but for those of a load under way."""
+        """Take back all references of a sequence; those of copies under way stay."""
+        for group, source, _ in seq.copies:
+            self.pools[group].release([source])
         for group, pool in enumerate(self.pools):
-            pool.release(seq.tables[group])
-            seq.tables[group] = []
-        self.release_held(seq)
+            self.reserve(seq, group, 0)
+            pool.release(seq.tables[group], seq.last_step)
         self.clear_pending(seq)
 
     def clear_pending(self, seq: Sequence) -> None:
@@ -281,14 +314,3 @@ class PrefixCache:
                 assert pool.key(block) == key, "index and pool disagree"
             published = sum(pool.key(b) is not None for b in range(1, pool.num_blocks + 1))
             assert published == len(index), "a published block is not indexed"
-
-    def _runs(
-        self, group: KVGroup, chain: KeyChain, limit: int, extra: Collection[BlockRef]
-    ) -> list[int]:
-        """`runs[n]`: how many blocks without a gap end at block n - 1 (sliding groups only)."""
-        runs = [0]
-        index = self.indexes[group.index]
-        for i, key in enumerate(chain.keys[group.index][:limit]):
-            present = key in index or (group.index, i) in extra
-            runs.append(runs[-1] + 1 if present else 0)
-        return runs

@@ -3,38 +3,48 @@
 Messages go in (requests, staged and loaded blocks, step results, aborts), a `Schedule` comes
 out. Steps are continuous batches: decodes first, then chunks of running prefills, then newly
 admitted requests, within one token budget. A request is admitted when blocks for all its known
-tokens are there; when a decode finds no block, the youngest request is preempted, and resumes
-through the prefix cache and the tiers below it.
+tokens are there, in order of arrival and priority: one that does not fit holds those behind it, so
+that nobody is passed over for ever. When a decode finds no block, the youngest request is
+preempted, and resumes through the prefix cache and the tiers below it.
+
+A prefill goes from the front and jumps over what the pool holds or what has been loaded meanwhile
+(`loads.py`); a step may hold several segments of one row.
 
 Tokens of launched steps need not be known: a request counts the samples in flight, and the
 runner feeds a sampled token to the next step itself. So step n + 1 can be planned while step n
 runs. The stream order of the device makes it safe to hand out blocks that a running step still
-writes to; copies on other streams wait for the steps launched before them.
+writes to; a copy on another stream waits for the last step that uses its block.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 
-from litecache.engine.kv_layout import TRASH_BLOCK
-from litecache.engine.scheduling.admission import Admission
-from litecache.engine.scheduling.orders import LoadOrder, SaveOrder, Schedule
+from litecache.engine.scheduling.cost_model import CostModel
+from litecache.engine.scheduling.loads import Loads
+from litecache.engine.scheduling.orders import LoadReport, SaveOrder, Schedule
 from litecache.engine.scheduling.plan_builder import Launched, PlanBuilder
 from litecache.engine.scheduling.prefix_cache import PrefixCache
+from litecache.engine.scheduling.saves import Saves
 from litecache.engine.scheduling.sequence import (
     BlockRef,
     RequestQueues,
     Sequence,
     SequenceStatus,
 )
-from litecache.engine.scheduling.step_plan import StepResult, TableUpdate
-from litecache.engine.scheduling.tier_orders import TierOrders
+from litecache.engine.scheduling.step_plan import StepResult
 from litecache.errors import CapacityError
 from litecache.hashing import BlockKey
-from litecache.types import FinishReason, Request, TokenDelta, TokenLogprobs
+from litecache.types import FinishReason, Request, Tier, TokenDelta, TokenLogprobs
 
 REMEMBERED_ABORTS = 4096
+LOAD_CHUNK_TOKENS = 2048
+"""Of a prefill chunk beside a load: the longer it is, the later the meeting is seen."""
+LOOKUP_PATIENCE_S = 0.1
+MEETING_S = 0.005
+"""Who waits for loads looks again after so long: a source that stalls sends no message."""
 
 
 class Scheduler:
@@ -46,9 +56,12 @@ class Scheduler:
         max_requests: rows, so requests that run at once.
         max_batch_tokens: token budget of a step.
         max_prefill_tokens: the same for a step in which nothing decodes; None = no more.
-        lower_tiers: whether blocks can be staged from and saved to shards.
+        cost: what loading and computing cost; None = there are no lower tiers.
         admission: which published blocks are saved: "all", "reused" or "none".
         deterministic: end prefill chunks on a fixed grid.
+        load_chunk_tokens: of a prefill chunk beside a load.
+        lookup_patience_s: a request whose lookup takes longer starts without; a late answer is of
+            use all the same.
     """
 
     def __init__(
@@ -59,15 +72,19 @@ class Scheduler:
         max_requests: int,
         max_batch_tokens: int,
         max_prefill_tokens: int | None = None,
-        lower_tiers: bool = False,
+        cost: CostModel | None = None,
         admission: str = "all",
         deterministic: bool = False,
+        load_chunk_tokens: int = LOAD_CHUNK_TOKENS,
+        lookup_patience_s: float = LOOKUP_PATIENCE_S,
     ) -> None:
         self.cache = cache
         self.preemptions = 0
         self._roots = roots
         self._windowed = any(group.policy.slides for group in cache.groups)
-        self._tiers = TierOrders(cache, lower_tiers=lower_tiers, admission=admission)
+        self._cost = cost
+        self._loads = Loads(cache, cost, min(load_chunk_tokens, max_batch_tokens))
+        self._saves = Saves(cache, "none" if cost is None else admission)
         self._max_batch_tokens = max_batch_tokens
         self._max_prefill_tokens = max_prefill_tokens or max_batch_tokens
         self._chunk_grid = max(1, max_batch_tokens // 2) if deterministic else None
@@ -76,10 +93,12 @@ class Scheduler:
         self._early_aborts: dict[str, None] = {}
         self._suspects: dict[str, Sequence] = {}
         self._queues = RequestQueues(max_requests)
-        self._admission = Admission(cache, self._queues, self._tiers)
+        self._lookup_patience_s = lookup_patience_s
         self._launched: dict[int, Launched] = {}
         self._arrivals = 0
         self._step = 0
+        self._last_result_s = 0.0
+        self._wake_s: float | None = None
 
     # What comes in
 
@@ -93,7 +112,10 @@ class Scheduler:
         self._sequences[seq.id] = seq
         if seq.deadline_s is not None:
             self._timed[seq.id] = seq
-        return self.abort([seq.id] if seq.id in self._early_aborts else [])
+        out = self.abort([seq.id] if seq.id in self._early_aborts else [])
+        if seq.id in self._sequences and self._loads.has_room:
+            self._look_up(seq, self.cache.look(seq.chain), now, out)
+        return out
 
     def abort(self, request_ids: Iterable[str]) -> Schedule:
         """End requests; one that is not known may have been overtaken by its abort."""
@@ -112,24 +134,29 @@ class Scheduler:
         """Hold or resume requests whose client does not take their tokens."""
         for request_id in request_ids:
             if request_id in self._sequences:
-                self._sequences[request_id].paused = paused
+                seq = self._sequences[request_id]
+                seq.paused = paused
+                if paused:
+                    self.cache.clear_pending(seq)
 
     def on_staged(self, ticket: int, found: dict[BlockRef, str]) -> Schedule:
-        """The lower tiers hold these blocks (-> tier) and have leased their slots."""
-        return self._tiers.on_staged(ticket, found)
+        """The lower tiers hold these blocks (-> source) and have leased their slots."""
+        return self._loads.on_staged(ticket, found)
 
-    def on_loaded(self, order: LoadOrder, loaded: Iterable[BlockRef], *, ended: bool) -> None:
-        """Copies of a load have landed; once it has ended, what did not land is a miss."""
-        self._tiers.on_loaded(order, loaded, ended=ended)
+    def on_loaded(self, report: LoadReport) -> Schedule:
+        """Copies of a load have landed, or are a miss."""
+        return self._loads.on_loaded(report)
 
     def on_saved(self, orders: Iterable[SaveOrder], dropped: Iterable[SaveOrder] = ()) -> None:
         """Copies of save orders ended; dropped ones may be saved on a later sight."""
-        self._tiers.on_saved(orders, dropped)
+        self._saves.on_saved(orders, dropped)
 
     def on_result(self, result: StepResult, now: float) -> Schedule:
         """A launched step is done."""
         out = Schedule()
         launched = self._take_launched(result.step)
+        if self._cost is not None:
+            self._note_step(self._cost, launched, now)
         tokens, logprobs = result.tokens, result.logprobs
         place = -1
         for seq, step, life in launched.rows:
@@ -154,7 +181,7 @@ class Scheduler:
             if token is not None:
                 seq.append(token)
             if life == seq.life and seq.status is SequenceStatus.RUNNING:
-                self._tiers.publish_computed(seq, step.start + step.num_tokens, out)
+                self._saves.publish_computed(seq, step.start, step.start + step.num_tokens, out)
             if token is not None:
                 self._emit(seq, token, logprobs.get(place) if logprobs else None, now, out)
         return out
@@ -182,7 +209,7 @@ class Scheduler:
                 self._finish(seq, FinishReason.ERROR, out, message)
                 continue
             if seq.status is SequenceStatus.RUNNING and life == seq.life:
-                self._preempt(seq)
+                self._preempt(seq, out)
             if not out_of_memory:
                 self._suspects[seq.id] = seq
         return out
@@ -195,21 +222,28 @@ class Scheduler:
         for seq in list(self._timed.values()):
             if seq.deadline_s is not None and now >= seq.deadline_s:
                 self._finish(seq, FinishReason.LENGTH, out)
-        plan = PlanBuilder(self._max_batch_tokens, self._chunk_grid)
+        plan = PlanBuilder(self._step + 1, self._max_batch_tokens, self._chunk_grid)
+        plan.launched.at_s = now
+        self._wake_s = None
         alone = next(iter(self._suspects.values()), None)
         running = list(self._queues.running)
         if alone is not None:
             running = [seq for seq in running if seq is alone]
         for seq in running:
-            if seq.num_todo == 1 and self._may_step(seq) and self._grow(seq, plan):
+            if seq.num_todo == 1 and self._may_step(seq) and self._grow(seq, out):
                 plan.add_step(seq, 1)
-        if not plan.launched.rows:
+        num_decodes = len(plan.launched.rows)
+        if not num_decodes:
             plan.budget = self._max_prefill_tokens
+        queued = 0
         for seq in running:
             if seq.num_todo > 1 and self._may_step(seq):
-                plan.add_chunk(seq)
-        self._admission.admit(plan, out, alone)
-        out.plan = plan.build(self._step + 1)
+                if self._loads.wants_plan(seq):
+                    self._loads.plan(seq, now, queued, num_decodes, out)
+                self._prefill(seq, plan, now, out)
+                queued += seq.num_todo
+        self._admit(plan, alone, queued, num_decodes, now, out)
+        out.plan = plan.build()
         if out.plan is not None:
             self._step += 1
             self._launched[self._step] = plan.launched
@@ -226,65 +260,188 @@ class Scheduler:
         return len(self._queues.running)
 
     def next_deadline(self) -> float | None:
-        """Earliest deadline of any request."""
-        deadlines = (seq.deadline_s for seq in self._timed.values())
-        return min((d for d in deadlines if d is not None), default=None)
+        """When to plan again though nothing comes in: a request ends, or has waited enough."""
+        deadlines = [seq.deadline_s for seq in self._timed.values()]
+        return min((d for d in (*deadlines, self._wake_s) if d is not None), default=None)
 
     def open_requests(self) -> list[tuple[str, str]]:
         """(client id, request id) of all unfinished requests."""
         return [(seq.client_id, seq.id) for seq in self._sequences.values()]
 
-    def check_integrity(self) -> None:
-        """Assert that rows, block tables and references add up."""
+    def check_integrity(self, saving: Iterable[BlockRef] | None = None) -> None:
+        """Assert that rows, block tables and references add up.
+
+        Args:
+            saving: (group, block) of all saves under way; None = not known.
+        """
         self.cache.check_integrity()
         self._queues.check_integrity()
         live = sorted(seq.id for seq in self._queues.waiting + self._queues.running)
         assert live == sorted(self._sequences), "a request is in no queue, or in two"
+        refs = [[0] * (pool.num_blocks + 1) for pool in self.cache.pools]
+        self._loads.check_integrity(refs)
+        held = [(g, b) for seq in self._sequences.values() for g, b, _ in seq.copies]
+        for launched in self._launched.values():
+            held += launched.copied_from
+        for seq in self._sequences.values():
+            held += [(group, block) for group, table in enumerate(seq.tables) for block in table]
+        for group, block in (*held, *(saving or ())):
+            refs[group][block] += 1
         for group, pool in enumerate(self.cache.pools):
-            refs = [0] * (pool.num_blocks + 1)
-            for seq in self._sequences.values():
-                loading = [b for (g, _), b in seq.loading.items() if g == group]
-                for block in seq.tables[group] + seq.held[group] + loading:
-                    refs[block] += 1
-            for launched in self._launched.values():
-                for held_group, block in launched.copied_from:
-                    refs[block] += held_group == group
+            reserved = sum(seq.reserve[group] for seq in self._sequences.values())
+            assert pool.reserved == reserved, f"{pool.reserved} blocks reserved, not {reserved}"
             for block in range(1, pool.num_blocks + 1):
-                assert pool.ref_count(block) >= refs[block], f"block {block} used, not referenced"
+                count, known = pool.ref_count(block), refs[group][block]
+                assert count == known or (saving is None and count > known), (
+                    f"block {block} has {count} references, {known} are known"
+                )
 
     # Running requests
 
     def _may_step(self, seq: Sequence) -> bool:
         return seq.status is SequenceStatus.RUNNING and seq.wants_token and not seq.paused
 
-    def _grow(self, seq: Sequence, plan: PlanBuilder) -> bool:
+    def _grow(self, seq: Sequence, out: Schedule) -> bool:
         """Make room for the next token, preempting the youngest; False if `seq` had to give way."""
-        for group, first, end in self.cache.trim(seq) if self._windowed else ():
-            gone = (TRASH_BLOCK,) * (end - first)
-            plan.tables.append(TableUpdate(seq.row, group, first, gone))
+        if self._windowed:
+            self.cache.trim(seq)
         index = seq.num_computed // self.cache.block_size
         for group, table in enumerate(seq.tables):
             while index >= len(table):
                 try:
-                    block = self.cache.grow(seq, group)
+                    self.cache.grow(seq, group)
                 except CapacityError:
                     victim = self._queues.running[-1]
-                    plan.forget_row(victim.row)
-                    self._preempt(victim)
+                    self._preempt(victim, out)
                     if victim is seq:
                         return False
-                else:
-                    plan.tables.append(TableUpdate(seq.row, group, index, (block,)))
         return True
 
-    def _preempt(self, seq: Sequence) -> None:
+    def _prefill(self, seq: Sequence, plan: PlanBuilder, now: float, out: Schedule) -> None:
+        """Add what this step computes of a prefill: segments between what is there already."""
+        size = self.cache.block_size
+        room = self._loads.chunk_tokens if seq.loading else seq.num_tokens
+        while not seq.num_in_flight:
+            self.cache.advance(seq)
+            first = seq.num_computed // size
+            passed = [ref for ref in seq.loading if ref[1] < first]
+            if passed:
+                self._loads.cancel(seq, passed, out)
+            if not seq.num_todo:
+                # All is there: the last token is computed again, for its logits.
+                seq.num_computed -= 1
+                seq.cached = True
+            count = min(plan.room(seq), room)
+            if count <= 0:
+                return
+            if seq.cached:
+                return plan.add_chunk(seq, count)
+            if seq.loading and self._loads.loads(seq, first):
+                if self._loads.waits(seq, count, now):
+                    self._wake(now + MEETING_S)
+                    return
+                count = self._loads.take_over(seq, count, out)
+            count = self.cache.make_writable(seq, min(count, self._hole(seq, count)))
+            if not count:
+                self._wake(now + MEETING_S)
+                return
+            plan.add_chunk(seq, count)
+            room -= count
+
+    def _hole(self, seq: Sequence, count: int) -> int:
+        """How many of the next `count` positions are not there and not loading."""
+        if seq.tail is not None and seq.tail[0] > seq.num_computed:
+            count = min(count, seq.tail[0] - seq.num_computed)
+        if not seq.loading and not any(seq.ahead):
+            return count
+        size = self.cache.block_size
+        for index in range(seq.num_computed // size + 1, -(-(seq.num_computed + count) // size)):
+            if self._loads.loads(seq, index) or self.cache.ahead_end(seq, index) > index:
+                return index * size - seq.num_computed
+        return count
+
+    def _wake(self, at_s: float) -> None:
+        self._wake_s = at_s if self._wake_s is None else min(self._wake_s, at_s)
+
+    def _preempt(self, seq: Sequence, out: Schedule) -> None:
         self.preemptions += 1
+        self._loads.drop(seq, out)
         self.cache.drop(seq)
         self._queues.preempt(seq)
         seq.life += 1
-        seq.looked_up = seq.cached = False
-        seq.complete_at = None
-        seq.num_computed = 0
+        seq.begin_life()
+        seq.asked_s = -math.inf
+
+    # Waiting requests
+
+    def _admit(
+        self,
+        plan: PlanBuilder,
+        alone: Sequence | None,
+        queued: int,
+        num_decodes: int,
+        now: float,
+        out: Schedule,
+    ) -> None:
+        """Look up and start waiting requests in order; one that does not fit holds the rest."""
+        blocked, patience_s = False, self._lookup_patience_s
+        for seq in list(self._queues.waiting):
+            if alone not in (None, seq) or seq.num_in_flight or seq.paused:
+                continue
+            if seq.status is SequenceStatus.STAGING and now < seq.asked_s + patience_s:
+                self._wake(seq.asked_s + patience_s)
+                continue
+            blocked = blocked or not self._queues.has_row or (plan.budget <= 0 and not seq.staged)
+            if blocked:
+                if seq.asked_s == -math.inf and self._loads.has_room:
+                    self._look_up(seq, self.cache.look(seq.chain), now, out)
+                continue
+            chain = seq.chain
+            if seq.awaits is not None and self.cache.pending_owner(chain, seq.awaits) is not None:
+                continue
+            looked = self.cache.look(chain)
+            length = self.cache.present(looked)
+            owned = self.cache.pending_owner(chain, length) is not None
+            seq.awaits = length if owned else None
+            if owned or self._look_up(seq, looked, now, out):
+                continue
+            # Each running request will want a block soon: leave it one, or preemptions begin.
+            if not self.cache.start(seq, looked, spare=len(self._queues.running)):
+                blocked = True
+                continue
+            self._queues.start(seq)
+            seq.begin_account()
+            there = set.intersection(*seq.ahead).union(range(length))
+            seq.tiers = dict.fromkeys(there, Tier.GPU.value)
+            self._loads.plan(seq, now, queued, num_decodes, out)
+            self.cache.copy_tail(seq)
+            self._saves.on_hit(seq, length, out)
+            self._prefill(seq, plan, now, out)
+            queued += seq.num_todo
+
+    def _look_up(self, seq: Sequence, looked: Seq[Seq[int]], now: float, out: Schedule) -> bool:
+        """Ask below for what the pools lack; False when there is nothing to ask."""
+        seq.asked_s = now
+        wanted = self._loads.wanted(seq, looked)
+        if not wanted:
+            return False
+        # No place to ask now: those who have one go first, or nobody ever gives one back.
+        if self._loads.has_room or self._loads.give_way(self._queues.waiting, seq, out):
+            self._loads.ask(seq, wanted, now, out)
+        return True
+
+    def _note_step(self, cost: CostModel, launched: Launched, now: float) -> None:
+        chunks = [step for _, step, _ in launched.rows if step.num_tokens > 1]
+        began_s = max(launched.at_s, self._last_result_s)
+        self._last_result_s = now
+        tokens = sum(step.num_tokens for step in chunks)
+        if tokens:
+            cost.note_step(
+                prefill_tokens=tokens,
+                context_tokens=sum(step.num_tokens * step.start for step in chunks) // tokens,
+                num_decodes=len(launched.rows) - len(chunks),
+                seconds=now - began_s,
+            )
 
     # Ends
 
@@ -305,12 +462,18 @@ class Scheduler:
         if seq.announced:
             delta = TokenDelta(seq.id, (token,), reason, logprobs=told)
         else:
-            ttft_s = now - seq.submitted_s
-            reused = dict(seq.reused or {})
+            found, reused = seq.account()
             delta = TokenDelta(
-                seq.id, (token,), reason, reused_tokens=reused, ttft_s=ttft_s, logprobs=told
+                seq.id,
+                (token,),
+                reason,
+                reused_tokens=reused,
+                ttft_s=now - seq.submitted_s,
+                logprobs=told,
+                found_tokens=found,
             )
             seq.announced = True
+            self._loads.on_first_token(seq, now)
         out.deltas.append((seq.client_id, delta))
         if reason is not None:
             self._end(seq, out)
@@ -325,7 +488,7 @@ class Scheduler:
     def _end(self, seq: Sequence, out: Schedule) -> None:
         """Take a request out of its queue and give back all it holds."""
         self._queues.remove(seq)
-        self._tiers.drop(seq, out)
+        self._loads.drop(seq, out)
         self.cache.drop(seq)
         seq.status = SequenceStatus.FINISHED
         del self._sequences[seq.id]

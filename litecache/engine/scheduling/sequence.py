@@ -5,14 +5,16 @@ from __future__ import annotations
 
 import bisect
 import enum
+import math
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from litecache.engine.scheduling.cost_model import LoadPlan
 from litecache.engine.scheduling.prefix_index import TokenArray
 from litecache.hashing import BlockKey, chain_keys
-from litecache.types import Request
+from litecache.types import Request, Tier
 
 PRIORITY_STEP_S = 10.0
 """One level of priority is worth so many seconds of waiting, so that nobody starves."""
@@ -53,11 +55,13 @@ class KeyChain:
 
 
 class SequenceStatus(enum.Enum):
-    """Where a sequence stands; only RUNNING ones hold a row and a block table."""
+    """Where a sequence stands; only RUNNING ones hold a row and a block table.
+
+    STAGING ones wait for a lookup. There is no state for loads: they run beside the steps.
+    """
 
     WAITING = enum.auto()
     STAGING = enum.auto()
-    LOADING = enum.auto()
     RUNNING = enum.auto()
     FINISHED = enum.auto()
 
@@ -65,24 +69,44 @@ class SequenceStatus(enum.Enum):
 class Sequence:
     """State of one request inside the scheduler, which alone changes it.
 
+    Computing goes from the front: positions below the cursor `num_computed` are done. Beyond it a
+    block is *ahead* (its KV is there), *loading* (a copy is ordered), or a hole to be computed.
+
     Attributes:
-        ticket: number of its arrival, unique in the scheduler's life.
-        num_computed: positions whose KV is computed or cached once all launched steps are done.
+        arrival: number of its arrival, unique in the scheduler's life.
+        num_computed: the cursor: positions whose KV is there once all launched steps are done.
         num_in_flight: tokens that launched steps will sample and that are not known yet.
         num_published: blocks from the front that need no publishing any more.
-        tables: per KV group, the block table.
-        held: per KV group, blocks kept in the pool for this sequence while it waits (loaded).
-        staged: blocks found below, leased, and in which tier.
-        loading: the block that each of them is copied into, while a load is under way.
-        tiers: where loaded blocks came from, by index of the block.
+        tables: per KV group, the block table: a block for every known token.
+        changed: (group, index) of table entries that the runner has not been told.
+        entered: the runner knows the row.
+        last_step: the last plan with a step of this sequence.
+        ahead: per KV group, indices of blocks from the cursor on that hold their KV.
+        copies: (group, source, target) of blocks to be copied as the row enters; the sources are
+            referenced.
+        tail: (start, end): positions that these copies fill, from a block's first on.
         life: counts preemptions; results of steps of an earlier life publish nothing.
-        looked_up: the lower tiers were asked (in this life).
-        complete_at: the pools' evictions when they held all its full blocks, None = never seen.
         cached: the next step recomputes the last token of a full prefix hit.
+        ticket: names its dealings with the lower tiers in this life; 0 = none.
+        asked: blocks that the lower tiers were asked for in this life.
+        asked_s: when that was, or would have been; -inf = not yet.
+        awaits: while it waits, the block that another computes or loads; None = none.
+        staged: blocks found there whose leases no load has taken, and their sources.
+        loading: blocks being loaded, and their sources.
+        load_run: where windows slide, the blocks that will be jumped over once all that loads has
+            landed, those that no window reaches among them.
+        reserve: per KV group, blocks of the pool kept for taking over what is late.
+        num_landed: blocks that have landed since the plan was last made.
+        plan: the first plan of what to load.
+        planned_s: when it was made; None = nothing was found.
+        tiers: where found blocks were, by index: the reused ones and those computed by plan.
+        computed: tokens of found blocks that were computed, by tier.
+        num_own: positions of the prompt that were computed.
+        num_tail: positions that copies have filled, of no found block.
     """
 
     def __init__(
-        self, request: Request, roots: Seq[BlockKey], block_size: int, ticket: int, now: float
+        self, request: Request, roots: Seq[BlockKey], block_size: int, arrival: int, now: float
     ) -> None:
         self.request = request
         self.id = request.request_id
@@ -95,31 +119,81 @@ class Sequence:
         self.num_tokens = len(request.prompt)
         self.chain = KeyChain(tuple(roots), block_size)
         self.chain.extend(self.tokens)
-        self.ticket = ticket
+        self.arrival = arrival
         self.submitted_s = now
+        self.begin_account()
         self.deadline_s = None if request.max_time_s is None else now + request.max_time_s
         self.status = SequenceStatus.WAITING
         self.row = -1
-        self.tables: list[list[int]] = [[] for _ in roots]
-        self.held: list[list[int]] = [[] for _ in roots]
-        self.staged: dict[BlockRef, str] = {}
-        self.loading: dict[BlockRef, int] = {}
-        self.tiers: dict[int, str] = {}
-        self.reused: dict[str, int] | None = None
-        self.num_computed = 0
         self.num_in_flight = 0
-        self.num_published = 0
+        self.last_step = 0
         self.life = 0
-        self.looked_up = False
-        self.complete_at: int | None = None
-        self.cached = False
+        self.ticket = 0
+        self.asked: set[BlockRef] = set()
+        self.asked_s = -math.inf
+        self.awaits: int | None = None
+        self.staged: dict[BlockRef, str] = {}
         self.paused = False
         self.announced = False
+        self.begin_life()
+
+    def begin_life(self) -> None:
+        """Nothing is computed, held or loading."""
+        groups = len(self.chain.roots)
+        self.tables: list[list[int]] = [[] for _ in range(groups)]
+        self.changed: set[BlockRef] = set()
+        self.entered = False
+        self.num_computed = 0
+        self.num_published = 0
+        self.ahead: list[set[int]] = [set() for _ in range(groups)]
+        self.copies: list[tuple[int, int, int]] = []
+        self.tail: tuple[int, int] | None = None
+        self.cached = False
+        self.loading: dict[BlockRef, str] = {}
+        self.load_run = range(0)
+        self.reserve = [0] * groups
+        self.num_landed = 0
+        self.plan: LoadPlan | None = None
+        self.planned_s: float | None = None
+
+    def begin_account(self) -> None:
+        """Nothing of the prompt is found or computed."""
+        self.tiers: dict[int, str] = {}
+        self.computed: dict[str, int] = {}
+        self.num_own = 0
+        self.num_tail = 0
+
+    def count_computed(self, start: int, count: int) -> None:
+        """Positions before the first token are computed: which of them had been found?"""
+        end = min(start + count, len(self.request.prompt))
+        self.num_own += max(0, end - start)
+        size = self.chain.block_size
+        for index in range(start // size, -(-end // size)) if self.tiers else ():
+            tier = self.tiers.get(index)
+            if tier is not None:
+                tokens = min(end, (index + 1) * size) - max(start, index * size)
+                self.computed[tier] = self.computed.get(tier, 0) + tokens
+
+    def account(self) -> tuple[dict[str, int], dict[str, int]]:
+        """Tokens of the prompt by tier: what was found, and what of it was reused.
+
+        The difference was computed by plan; with what was not found it makes up the prompt.
+        """
+        found: dict[str, int] = {}
+        for tier in self.tiers.values():
+            found[tier] = found.get(tier, 0) + self.chain.block_size
+        if self.num_tail:
+            found[Tier.GPU.value] = found.get(Tier.GPU.value, 0) + self.num_tail
+        reused = {tier: found[tier] - self.computed.get(tier, 0) for tier in found}
+        assert sum(reused.values()) + self.num_own == len(self.request.prompt), (
+            f"{self.id}: {reused} reused and {self.num_own} computed of {len(self.request.prompt)}"
+        )
+        return found, {tier: tokens for tier, tokens in reused.items() if tokens}
 
     @property
     def order(self) -> tuple[float, int]:
         """Sort key: arrival, moved by priority; waiting long enough outweighs any priority."""
-        return (self.submitted_s + self.request.priority * PRIORITY_STEP_S, self.ticket)
+        return (self.submitted_s + self.request.priority * PRIORITY_STEP_S, self.arrival)
 
     @property
     def tokens(self) -> TokenArray:
@@ -151,7 +225,7 @@ class RequestQueues:
         max_requests: rows.
 
     Attributes:
-        waiting: requests without a row, STAGING and LOADING ones included.
+        waiting: requests without a row, STAGING ones included.
         running: requests with a row; the last one is the first to give way.
     """
 

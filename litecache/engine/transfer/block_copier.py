@@ -107,30 +107,29 @@ class BlockCopier:
 
     Args:
         device: of the pools.
-        compute_stream: returns the stream that steps run on; copies into the pool wait for the
-            steps launched so far, because a block may have been handed out while one still
-            writes to it.
+        event_of: the event behind a step that has not ended; a copy waits for the last step that
+            uses its block, which may have been handed out while that still runs.
         pinned: shared registry of pinned segments.
     """
 
     def __init__(
         self,
         device: torch.device,
-        compute_stream: Callable[[], torch.cuda.Stream | None],
+        event_of: Callable[[int], torch.cuda.Event | None],
         pinned: PinnedArenas,
     ) -> None:
         self._cuda = device.type == "cuda"
-        self._compute_stream = compute_stream
+        self._event_of = event_of
         self._pinned = pinned
         self._stream: torch.cuda.Stream | None = None
         if self._cuda:
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
-    def begin_load(self) -> None:
-        """Order the following `load`s after all steps launched so far."""
-        compute = self._compute_stream()
-        if self._stream is not None and compute is not None:
-            self._stream.wait_stream(compute)
+    def after(self, step: int) -> None:
+        """Order the following copies behind a step."""
+        event = self._event_of(step)
+        if self._stream is not None and event is not None:
+            self._stream.wait_event(event)
 
     def copy(self, pairs: Pairs) -> None:
         """Start copies (source, target) between host and pool; all uint8 `[block_bytes]`."""

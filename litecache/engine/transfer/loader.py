@@ -1,38 +1,52 @@
 """Finds blocks in the lower tiers and copies them into the pool.
 
 A lookup leases slots under the request's ticket; loads copy the wanted ones as their reads
-complete, tell what has landed as it lands, and give every lease back. Before a block counts as
-loaded, its slot's generation is read again: changed means miss. A failure of any kind is a miss
-with a counted reason. A load that is cancelled copies nothing that it has not begun.
+complete, in the order's order as far as the disk keeps it, and every lease is given back. Each
+ordered block is told once, as landed or as lost. Before a block counts as landed, its slot's
+generation is read again: changed means miss. A failure of any kind is a miss with a counted reason.
+A copy that has not begun can be cancelled: that is answered at once, however long a read takes.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
 from litecache.engine.kv_layout import KVPool
-from litecache.engine.scheduling.orders import LoadOrder, StageOrder
+from litecache.engine.scheduling.orders import CancelOrder, LoadOrder, LoadReport, StageOrder
 from litecache.engine.scheduling.sequence import BlockRef
 from litecache.engine.transfer.block_copier import BlockCopier, Codec
 from litecache.engine.transfer.shard_set import Lease, ShardSet
 from litecache.metrics import Metrics
 from litecache.storage.protocol import SlotState
-from litecache.types import Tier
 
 logger = logging.getLogger(__name__)
 
-LOAD_THREADS = 4
+LOAD_THREADS = 8
 LOOKUP_THREADS = 2
 LOAD_TIMEOUT_S = 10.0
+"""A load in which nothing arrives for so long is given up."""
 FETCH_BYTES = 32 << 20
 """Bytes of one message from a remote shard."""
+PART_BYTES = 64 << 20
+"""Bytes that are copied, and told, together."""
+POLLED_BLOCKS = 128
+"""Slots that are looked at in turn, of those still awaited: reads end about in their order."""
+
+
+class _Load:
+    """An order under way, and the leases of its blocks that nothing was begun with."""
+
+    def __init__(self, order: LoadOrder, waiting: dict[BlockRef, Lease]) -> None:
+        self.order = order
+        self.waiting = waiting
 
 
 class Loader:
@@ -42,8 +56,8 @@ class Loader:
         pools: one per KV group.
         shards: who is asked.
         make_copier: a copier for the calling thread.
-        staged: called with (ticket, found blocks -> tier).
-        loaded: called with (order, blocks that hold their bytes now, whether the load has ended).
+        staged: called with (ticket, found blocks -> source), a source being "tier:shard".
+        loaded: called with what has become of ordered blocks.
         codec: between the bytes of pool and tiers.
         metrics: counts bytes, misses and latencies.
     """
@@ -55,7 +69,7 @@ class Loader:
         make_copier: Callable[[], BlockCopier],
         *,
         staged: Callable[[int, dict[BlockRef, str]], None],
-        loaded: Callable[[LoadOrder, Iterable[BlockRef], bool], None],
+        loaded: Callable[[LoadReport], None],
         metrics: Metrics,
         codec: Codec,
     ) -> None:
@@ -67,8 +81,10 @@ class Loader:
         self._loaded = loaded
         self._metrics = metrics
         self._codec = codec
+        # of what is begun, what is cancelled: one of the two takes a lease out of `waiting`
+        self._lock = threading.Lock()
         self._leases: dict[int, dict[BlockRef, Lease]] = {}
-        self._cancelled: dict[int, threading.Event] = {}
+        self._under_way: dict[int, list[_Load]] = {}
         # a lookup takes a call, a load the time of its disk: none waits behind the other kind
         self._lookups = ThreadPoolExecutor(LOOKUP_THREADS, thread_name_prefix="litecache-lookup")
         self._loads = ThreadPoolExecutor(LOAD_THREADS, thread_name_prefix="litecache-load")
@@ -79,33 +95,54 @@ class Loader:
 
     def load(self, order: LoadOrder) -> None:
         """Copy staged blocks into the pool; answers through `loaded`."""
-        leases = self._leases.pop(order.ticket, {})
-        wanted = {ref: leases.pop(ref) for ref in order.blocks if ref in leases}
-        if order.more:
-            self._leases[order.ticket], leases = leases, {}
-        cancelled = self._cancelled.setdefault(order.ticket, threading.Event())
-        load = self._loads.submit(self._load, order, wanted, list(leases.values()), cancelled)
-        load.add_done_callback(_note_fault)
+        with self._lock:
+            leases = self._leases.get(order.ticket, {})
+            mine = {ref: leases.pop(ref) for ref in order.blocks if ref in leases}
+            far = {ref: lease for ref, lease in mine.items() if lease.slot is None}
+            near = {ref: lease for ref, lease in mine.items() if lease.slot is not None}
+            jobs = [
+                (job, _Load(order, part))
+                for job, part in ((self._load_near, near), (self._load_far, far))
+                if part
+            ]
+            self._under_way.setdefault(order.ticket, []).extend(load for _, load in jobs)
+        self._tell(order.ticket, lost=[ref for ref in order.blocks if ref not in mine])
+        for job, load in jobs:
+            self._loads.submit(self._run, job, load).add_done_callback(_note_fault)
 
-    def cancel(self, ticket: int) -> None:
-        """Let the loads of a ticket end early: nobody wants what they have not begun to copy."""
-        if ticket in self._cancelled:
-            self._cancelled[ticket].set()
-        self.discard(ticket)
+    def cancel(self, order: CancelOrder) -> None:
+        """Copy these blocks only where that has begun; the others are told as lost at once."""
+        with self._lock:
+            spare = {} if order.blocks is not None else self._leases.pop(order.ticket, {})
+            lost: dict[BlockRef, Lease] = {}
+            for load in self._under_way.get(order.ticket, ()):
+                refs = tuple(load.waiting) if order.blocks is None else order.blocks
+                lost |= {ref: load.waiting.pop(ref) for ref in refs if ref in load.waiting}
+        self._tell(order.ticket, lost=list(lost))
+        self._give_back([*spare.values(), *lost.values()])
 
     def discard(self, ticket: int) -> None:
         """Give back the leases of a lookup nobody wants any more."""
-        leases = self._leases.pop(ticket, {})
-        if leases:
-            self._lookups.submit(self._shards.give_back, list(leases.values()))
+        with self._lock:
+            leases = self._leases.pop(ticket, {})
+        self._give_back(list(leases.values()))
 
     def close(self) -> None:
-        """Finish the orders under way and end the threads."""
+        """Finish the lookups and the copies that have begun, and end the threads."""
         self._lookups.shutdown(wait=True)
+        with self._lock:
+            tickets = {*self._leases, *self._under_way}
+        for ticket in tickets:
+            self.cancel(CancelOrder(ticket))
         self._loads.shutdown(wait=True)
-        for leases in self._leases.values():
-            self._shards.give_back(list(leases.values()))
-        self._leases.clear()
+
+    def _give_back(self, leases: Sequence[Lease]) -> None:
+        """Without waiting for the shards."""
+        if leases:
+            try:
+                self._lookups.submit(self._shards.give_back, leases)
+            except RuntimeError:  # the loader is closing
+                self._shards.give_back(leases)
 
     def _stage(self, order: StageOrder) -> None:
         started = time.perf_counter()
@@ -118,152 +155,167 @@ class Loader:
         self._metrics.observe(
             "litecache_io_seconds", time.perf_counter() - started, direction="stage"
         )
-        self._leases[order.ticket] = found
-        self._staged(order.ticket, {ref: lease.tier.value for ref, lease in found.items()})
+        if found:
+            with self._lock:
+                self._leases.setdefault(order.ticket, {}).update(found)
+        self._staged(order.ticket, {ref: _source(lease) for ref, lease in found.items()})
 
-    def _load(
-        self,
-        order: LoadOrder,
-        wanted: dict[BlockRef, Lease],
-        others: list[Lease],
-        cancelled: threading.Event,
-    ) -> None:
+    def _run(self, job: Callable[[_Load], None], load: _Load) -> None:
         started = time.perf_counter()
-        last: list[BlockRef] = []
         try:
-            self._shards.give_back(others)
-            last = self._load_local(order, wanted, cancelled)
-            self._load_remote(order, wanted, cancelled)
+            job(load)
         except Exception:
             # Blocks that were not confirmed are misses; the request recomputes them.
-            logger.exception("loading %d blocks failed", len(order.blocks))
+            logger.exception("loading %d blocks failed", len(load.order.blocks))
             self._metrics.inc("litecache_misses", tier="shard", reason="error")
+            self._lose(load, list(load.waiting), "error")
+        finally:
+            with self._lock:
+                loads = self._under_way[load.order.ticket]
+                loads.remove(load)
+                if not loads:
+                    del self._under_way[load.order.ticket]
         elapsed = time.perf_counter() - started
         self._metrics.observe("litecache_io_seconds", elapsed, direction="load")
-        if not order.more:
-            self._cancelled.pop(order.ticket, None)
-        self._loaded(order, last, True)
 
-    def _load_local(
-        self, order: LoadOrder, wanted: dict[BlockRef, Lease], cancelled: threading.Event
-    ) -> list[BlockRef]:
-        """Copy what becomes ready; each part that was copied together lands together.
+    def _take(self, load: _Load, refs: Iterable[BlockRef]) -> dict[BlockRef, Lease]:
+        """Of these blocks, those that are not cancelled: they are this thread's from now on."""
+        with self._lock:
+            return {ref: load.waiting.pop(ref) for ref in refs if ref in load.waiting}
 
-        Returns:
-            The part that landed last, which has not been told.
-        """
+    def _lose(self, load: _Load, refs: Sequence[BlockRef], reason: str) -> None:
+        """Nothing can be begun with these blocks."""
+        mine = self._take(load, refs)
+        for lease in mine.values():
+            self._miss(lease, reason)
+        failed = {_source(lease) for lease in mine.values()}
+        self._tell(load.order.ticket, lost=list(mine), failed=frozenset(failed))
+        self._shards.give_back(list(mine.values()))
+
+    def _tell(
+        self,
+        ticket: int,
+        landed: Sequence[BlockRef] = (),
+        lost: Sequence[BlockRef] = (),
+        failed: frozenset[str] = frozenset(),
+    ) -> None:
+        if landed or lost:
+            self._loaded(LoadReport(ticket, landed, lost, failed, time.monotonic()))
+
+    def _load_near(self, load: _Load) -> None:
+        """Copy what becomes ready in slots of this node; a part is told as it lands."""
         copier = self._copier()
-        copier.begin_load()
-        waiting = [(ref, lease) for ref, lease in wanted.items() if lease.slot is not None]
-        copying: deque[tuple[Callable[[], bool], list[tuple[BlockRef, Lease]]]] = deque()
-        deadline = time.monotonic() + LOAD_TIMEOUT_S
-        pause_s = 0.0002
-        done: list[BlockRef] = []
+        copying: deque[tuple[Callable[[], bool], dict[BlockRef, Lease]]] = deque()
+        heard_s, pause_s = time.monotonic(), 0.0002
         try:
-            while waiting or copying:
-                if cancelled.is_set() or (waiting and time.monotonic() > deadline):
-                    for _, lease in waiting:
-                        self._miss(lease, "cancelled" if cancelled.is_set() else "timeout")
-                    self._shards.give_back([lease for _, lease in waiting])
-                    waiting = []
-                ready, gone, still = self._sorted(waiting)
-                self._shards.give_back([lease for _, lease in gone])
-                waiting = still + ready
-                if ready:
-                    self._copy_in(copier, order, ready)
-                    copying.append((copier.mark(), ready))
-                    waiting = still
+            while load.waiting or copying:
+                ready, gone = self._sorted(load)
+                if gone:
+                    self._lose(load, gone, "failed")
+                part = self._take(load, ready)
+                if part:
+                    copying.append((_never, part))
+                    self._copy_in(copier, load.order, part)
+                    copying[-1] = (copier.mark(), part)
                 landed = False
-                while copying and (copying[0][0]() or not waiting):
-                    if not waiting and not copying[0][0]():
+                while copying and (copying[0][0]() or not load.waiting):
+                    if not copying[0][0]():
                         copier.synchronize()
-                    if done:
-                        self._loaded(order, done, False)
-                    done = self._landed(copying[0][1])
+                    self._landed(load.order.ticket, copying[0][1])
                     copying.popleft()
                     landed = True
-                if done and waiting:
-                    self._loaded(order, done, False)
-                    done = []
-                if waiting and not (ready or gone or landed):
+                if part or gone or landed:
+                    heard_s, pause_s = time.monotonic(), 0.0002
+                elif load.waiting and time.monotonic() > heard_s + LOAD_TIMEOUT_S:
+                    self._lose(load, list(load.waiting), "timeout")
+                else:
                     # Progress shows in shared memory only; there is nothing to block on.
                     time.sleep(pause_s)
                     pause_s = min(pause_s * 2, 0.002)
         except BaseException:
             copier.synchronize()
-            left = [lease for _, part in copying for _, lease in part]
-            self._shards.give_back([lease for _, lease in waiting] + left)
+            for _, part in copying:
+                self._tell(load.order.ticket, lost=list(part))
+                self._shards.give_back(list(part.values()))
             raise
-        return done
 
-    def _sorted(
-        self, waiting: list[tuple[BlockRef, Lease]]
-    ) -> tuple[list[tuple[BlockRef, Lease]], ...]:
-        """Of these, what can be copied, what is a miss, and what is still being read."""
-        ready: list[tuple[BlockRef, Lease]] = []
-        gone: list[tuple[BlockRef, Lease]] = []
-        still: list[tuple[BlockRef, Lease]] = []
+    def _sorted(self, load: _Load) -> tuple[list[BlockRef], list[BlockRef]]:
+        """Of the next blocks, what can be copied and what will never come."""
+        ready: list[BlockRef] = []
+        gone: list[BlockRef] = []
+        room = PART_BYTES
+        with self._lock:
+            waiting = list(itertools.islice(load.waiting.items(), POLLED_BLOCKS))
         for ref, lease in waiting:
             assert lease.shard is not None
             assert lease.slot is not None
             state = lease.shard.arena.state(lease.slot.slot, lease.slot.generation)
             if state is SlotState.READY:
-                ready.append((ref, lease))
-            elif state is SlotState.LOADING and not lease.shard.lost:
-                still.append((ref, lease))
-            else:
-                self._miss(lease, "failed")
-                gone.append((ref, lease))
-        return ready, gone, still
+                ready.append(ref)
+                room -= self._tier_bytes(ref[0])
+                if room <= 0:
+                    break
+            elif state is not SlotState.LOADING or lease.shard.lost:
+                gone.append(ref)
+        return ready, gone
 
-    def _landed(self, part: list[tuple[BlockRef, Lease]]) -> list[BlockRef]:
-        """The copies of a part are done; returns what is confirmed to hold its bytes."""
-        done = [ref for ref, lease in part if self._confirm(lease)]
-        self._shards.give_back([lease for _, lease in part])
+    def _landed(self, ticket: int, part: Mapping[BlockRef, Lease]) -> None:
+        """The copies of a part are done: what is confirmed holds its bytes."""
+        done = [ref for ref, lease in part.items() if self._confirm(lease)]
+        self._tell(ticket, done, [ref for ref in part if ref not in set(done)])
+        self._shards.give_back(list(part.values()))
         total = sum(self._pools[group].group.block_bytes for group, _ in done)
         self._metrics.inc("litecache_copied_bytes", total, direction="load")
-        return done
 
-    def _load_remote(
-        self, order: LoadOrder, wanted: dict[BlockRef, Lease], cancelled: threading.Event
-    ) -> None:
+    def _load_far(self, load: _Load) -> None:
+        """Fetch blocks from shards of other nodes, many in a message."""
         copier = self._copier()
-        for shard_id in {le.shard_id for le in wanted.values() if le.tier is Tier.REMOTE}:
-            refs = [ref for ref, le in wanted.items() if le.shard_id == shard_id]
-            size = max(self._tier_bytes(group) for group, _ in refs)
-            count = max(1, FETCH_BYTES // size)
-            for start in range(0, len(refs), count):
-                if cancelled.is_set():
-                    return
-                part = refs[start : start + count]
-                blocks = self._shards.fetch([wanted[ref] for ref in part])
-                done: list[BlockRef] = []
-                for ref, data in zip(part, blocks, strict=True):
-                    if data is None or len(data) != self._tier_bytes(ref[0]):
-                        self._miss(wanted[ref], "absent" if data is None else "size")
-                        continue
+        while load.waiting:
+            with self._lock:
+                waiting = dict(load.waiting)
+            shard_id = next((lease.shard_id for lease in waiting.values()), "")
+            refs = [ref for ref, lease in waiting.items() if lease.shard_id == shard_id]
+            size = max((self._tier_bytes(group) for group, _ in refs), default=1)
+            refs = refs[: max(1, FETCH_BYTES // size)]
+            leases = [waiting[ref] for ref in refs]
+            blocks = self._shards.fetch(leases)
+            good = [
+                data is not None and len(data) == self._tier_bytes(group)
+                for (group, _), data in zip(refs, blocks, strict=True)
+            ]
+            lost = [ref for ref, fine in zip(refs, good, strict=True) if not fine]
+            if lost:
+                self._lose(load, lost, "absent")
+            part = self._take(load, refs)
+            for ref, data in zip(refs, blocks, strict=True):
+                if ref in part and data is not None:
+                    block, step = load.order.blocks[ref]
+                    copier.after(step)
                     source = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-                    target = self._pools[ref[0]].buffer[order.blocks[ref]]
-                    self._codec.load(copier, [(source, target)])
-                    self._metrics.inc("litecache_remote_blocks", shard=shard_id)
-                    done.append(ref)
-                copier.synchronize()
-                if done:
-                    self._loaded(order, done, False)
+                    self._codec.load(copier, [(source, self._pools[ref[0]].buffer[block])])
+            copier.synchronize()
+            self._metrics.inc("litecache_remote_blocks", len(part), shard=shard_id)
+            self._tell(load.order.ticket, list(part))
 
     def _copy_in(
-        self, copier: BlockCopier, order: LoadOrder, ready: list[tuple[BlockRef, Lease]]
+        self, copier: BlockCopier, order: LoadOrder, part: Mapping[BlockRef, Lease]
     ) -> None:
-        pairs: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
-        for ref, lease in ready:
-            assert lease.shard is not None
-            assert lease.slot is not None
-            size = self._tier_bytes(ref[0])
-            (view,) = copier.slots(lease.shard.arena, [lease.slot.slot], size)
-            target = self._pools[ref[0]].buffer[order.blocks[ref]]
-            pairs.setdefault(ref[0], []).append((view, target))
-        for group in pairs.values():
-            self._codec.load(copier, group)
+        def step(ref: BlockRef) -> int:
+            return order.blocks[ref][1]
+
+        for last, refs in itertools.groupby(sorted(part, key=step), key=step):
+            copier.after(last)
+            pairs: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+            for ref in refs:
+                lease = part[ref]
+                assert lease.shard is not None
+                assert lease.slot is not None
+                size = self._tier_bytes(ref[0])
+                (view,) = copier.slots(lease.shard.arena, [lease.slot.slot], size)
+                target = self._pools[ref[0]].buffer[order.blocks[ref][0]]
+                pairs.setdefault(ref[0], []).append((view, target))
+            for group in pairs.values():
+                self._codec.load(copier, group)
 
     def _tier_bytes(self, group: int) -> int:
         return self._codec.tier_bytes(self._pools[group].group)
@@ -285,6 +337,14 @@ class Loader:
             self._local.copier = self._make_copier()
         copier: BlockCopier = self._local.copier
         return copier
+
+
+def _source(lease: Lease) -> str:
+    return f"{lease.tier.value}:{lease.shard_id}"
+
+
+def _never() -> bool:
+    return False
 
 
 def _note_fault(order: Future[None]) -> None:

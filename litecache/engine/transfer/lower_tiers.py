@@ -7,13 +7,13 @@ they report comes back as messages for the engine's thread.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from litecache.engine.kv_layout import KVPool
-from litecache.engine.scheduling.orders import LoadOrder, SaveOrder, Schedule
+from litecache.engine.scheduling.orders import LoadReport, SaveOrder, Schedule
 from litecache.engine.scheduling.scheduler import Scheduler
 from litecache.engine.scheduling.sequence import BlockRef
 from litecache.engine.transfer.block_copier import BlockCopier, PinnedArenas, SameBytes
@@ -38,7 +38,7 @@ class LowerTiers:
         post: runs a function on the engine's thread.
         carry_out: for what the scheduler orders in return.
         device: of the pools.
-        compute_stream: the stream that steps run on, once there is one.
+        event_of: the event behind a step that has not ended.
         namespace_of: a cache salt's namespace on the shards.
         metrics: where to count.
     """
@@ -53,7 +53,7 @@ class LowerTiers:
         post: Callable[[Callable[[], None]], None],
         carry_out: Callable[[Schedule], None],
         device: torch.device,
-        compute_stream: Callable[[], torch.cuda.Stream | None],
+        event_of: Callable[[int], torch.cuda.Event | None],
         namespace_of: Callable[[str], str],
         metrics: Metrics,
     ) -> None:
@@ -62,13 +62,13 @@ class LowerTiers:
         codec = SameBytes()
 
         def copier() -> BlockCopier:
-            return BlockCopier(device, compute_stream, self._pinned)
+            return BlockCopier(device, event_of, self._pinned)
 
         def staged(ticket: int, found: dict[BlockRef, str]) -> None:
             post(lambda: carry_out(scheduler.on_staged(ticket, found)))
 
-        def loaded(order: LoadOrder, done: Iterable[BlockRef], ended: bool) -> None:
-            post(lambda: scheduler.on_loaded(order, done, ended=ended))
+        def loaded(report: LoadReport) -> None:
+            post(lambda: carry_out(scheduler.on_loaded(report)))
 
         def saved(orders: list[SaveOrder], dropped: list[SaveOrder]) -> None:
             post(lambda: scheduler.on_saved(orders, dropped))
@@ -98,10 +98,10 @@ class LowerTiers:
             self._loader.stage(stage)
         for load in schedule.loads:
             self._loader.load(load)
+        for cancel in schedule.cancels:
+            self._loader.cancel(cancel)
         for ticket in schedule.discards:
             self._loader.discard(ticket)
-        for ticket in schedule.cancels:
-            self._loader.cancel(ticket)
         if schedule.touches:
             self._saver.touch(schedule.touches)
         if schedule.saves:

@@ -1,0 +1,349 @@
+"""What the scheduler orders from the lower tiers: lookups and loads.
+
+A request is looked up as it arrives, and starts with its whole table. Of what was found below, a
+gap-free run of blocks [m, end) is loaded from the back while chunks are computed from the front;
+the cost model chooses m, again as blocks arrive. Where the cursor meets the loads it waits for
+them, if that is sooner than to compute the next chunk, or takes blocks over: their copies are
+cancelled, and those that have begun end in blocks that nobody reads.
+
+Every ordered copy holds a reference to its block until it is reported, whatever has become of the
+request meanwhile. What has landed is published. A lost block is a hole and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from collections.abc import Sequence as Seq
+
+from litecache.engine.kv_layout import KVGroup
+from litecache.engine.scheduling.cost_model import CostModel, Found, LoadPlan
+from litecache.engine.scheduling.orders import (
+    CancelOrder,
+    LoadOrder,
+    LoadReport,
+    Schedule,
+    StageOrder,
+)
+from litecache.engine.scheduling.prefix_cache import PrefixCache
+from litecache.engine.scheduling.prefix_index import MISSING
+from litecache.engine.scheduling.sequence import BlockRef, Sequence, SequenceStatus
+from litecache.types import Tier
+
+MAX_STAGING = 8
+"""Requests that may hold leases in the shards at once."""
+
+REPLAN_BLOCKS = 16
+"""A plan is made anew when so many have landed, or a quarter of what is left."""
+
+
+class Loads:
+    """Lookups and loads of all requests.
+
+    Args:
+        cache: pools and indexes.
+        cost: says what to load and what to compute; None = there are no lower tiers.
+        chunk_tokens: of a prefill chunk beside a load.
+    """
+
+    def __init__(self, cache: PrefixCache, cost: CostModel | None, chunk_tokens: int) -> None:
+        self.chunk_tokens = chunk_tokens
+        self._cache = cache
+        self._cost = cost
+        self._chunk_blocks = -(-chunk_tokens // cache.block_size)
+        self._tickets = 0
+        # requests that are looked up or hold leases
+        self._active: dict[int, Sequence] = {}
+        # copies under way, and whose request ordered them
+        self._copies: dict[int, tuple[Sequence, dict[BlockRef, int]]] = {}
+
+    # Lookups
+
+    @property
+    def has_room(self) -> bool:
+        """Another request may be looked up."""
+        return self._cost is not None and len(self._active) < MAX_STAGING
+
+    def wanted(self, seq: Sequence, looked: Seq[Seq[int]]) -> list[BlockRef]:
+        """Blocks that nobody here has or makes, and that were not asked for yet, from the back."""
+        if self._cost is None:
+            return []
+        return [
+            (group, index)
+            for index in reversed(range(len(looked[0])))
+            for group in range(len(looked))
+            if looked[group][index] == MISSING and (group, index) not in seq.asked
+        ]
+
+    def ask(self, seq: Sequence, refs: Seq[BlockRef], now: float, out: Schedule) -> None:
+        """Look blocks up in the lower tiers, which begin to read them from disk."""
+        if not seq.ticket:
+            self._tickets += 1
+            seq.ticket = self._tickets
+        self._active[seq.ticket] = seq
+        seq.status, seq.asked_s = SequenceStatus.STAGING, now
+        seq.asked.update(refs)
+        out.stages.append(StageOrder(seq.ticket, {(g, i): seq.chain.keys[g][i] for g, i in refs}))
+
+    def give_way(self, waiting: Seq[Sequence], seq: Sequence, out: Schedule) -> bool:
+        """Take a lookup from the last of those that wait behind `seq`; False if there is none."""
+        for other in reversed(waiting):
+            if other is seq:
+                return False
+            if other.ticket in self._active and other.status is SequenceStatus.WAITING:
+                self.drop(other, out)
+                return True
+        return False
+
+    def on_staged(self, ticket: int, found: dict[BlockRef, str]) -> Schedule:
+        """The lower tiers hold these blocks (-> source) and have leased their slots."""
+        out = Schedule()
+        seq = self._active.get(ticket)
+        if seq is None:
+            out.discards.append(ticket)
+            return out
+        if seq.status is SequenceStatus.STAGING:
+            seq.status = SequenceStatus.WAITING
+        seq.staged.update(found)
+        if not seq.staged and not seq.loading:
+            del self._active[ticket]
+        elif seq.status is SequenceStatus.RUNNING:
+            seq.num_landed = len(seq.tables[0]) + REPLAN_BLOCKS
+            if seq.num_todo <= 1:
+                self.cancel(seq, tuple(seq.loading), out)
+        return out
+
+    # Loads
+
+    def plan(
+        self, seq: Sequence, now: float, queued_tokens: int, num_decodes: int, out: Schedule
+    ) -> None:
+        """Choose what a running request loads, or choose again as blocks have arrived."""
+        seq.num_landed = 0
+        if self._cost is None or not (seq.staged or seq.loading):
+            return
+        first = -(-seq.num_computed // self._cache.block_size)
+        end = len(seq.chain.keys[0])
+        for _ in range(2):
+            found, end = self._found(seq, first, end)
+            for index, block in enumerate(found, start=first):
+                if block.source:
+                    seq.tiers.setdefault(index, block.source.partition(":")[0])
+            plan = self._cost.plan(
+                num_tokens=seq.num_tokens,
+                start=first,
+                found=found,
+                queued_tokens=queued_tokens,
+                num_decodes=num_decodes,
+                now=now,
+                ticket=seq.ticket,
+            )
+            if plan.load_end in (end, plan.load_from) or not self._windowed:
+                break
+            # What windows reach depends on where the load ends.
+            end = plan.load_end
+        else:
+            plan = plan._replace(load_from=plan.load_end)
+        self._carry_out(seq, plan, now, out)
+
+    @property
+    def _windowed(self) -> bool:
+        return any(group.policy.slides for group in self._cache.groups)
+
+    def _found(self, seq: Sequence, first: int, limit: int) -> tuple[list[Found], int]:
+        """Where the blocks from `first` to the end of the hit are, and that end."""
+        groups = self._cache.groups
+        sources = [
+            {i: s for refs in (seq.staged, seq.loading) for (g, i), s in refs.items() if g == group}
+            for group in range(len(groups))
+        ]
+
+        def has(group: int, index: int) -> bool:
+            return index in seq.ahead[group] or index in sources[group]
+
+        def whole(end: int) -> bool:
+            return all(
+                has(group.index, index)
+                for group in groups
+                for index in range(max(first, self._first_needed(group, end)), end)
+            )
+
+        ends = (
+            i + 1 for i in reversed(range(first, limit)) if all(has(g.index, i) for g in groups)
+        )
+        if self._windowed:
+            ends = (end for end in ends if whole(end))
+        end = next(ends, first)
+        found: list[Found] = []
+        behind = Tier.GPU.value
+        for index in reversed(range(first, end)):
+            needed = [
+                g for g in groups if not g.policy.slides or index >= g.policy.first_needed(end)
+            ]
+            missing = [g for g in needed if index not in seq.ahead[g.index]]
+            if not all(index in sources[g.index] for g in missing):
+                found.append(Found("", 0))
+                continue
+            # What no window reaches comes with what follows it.
+            if needed:
+                behind = sources[missing[-1].index][index] if missing else Tier.GPU.value
+            found.append(Found(behind, sum(g.block_bytes for g in missing)))
+        return found[::-1], end
+
+    def _first_needed(self, group: KVGroup, end: int) -> int:
+        """Full attention needs what is in front too, but it may have holes that are computed."""
+        return group.policy.first_needed(end) if group.policy.slides else end - 1
+
+    def _carry_out(self, seq: Sequence, plan: LoadPlan, now: float, out: Schedule) -> None:
+        assert self._cost is not None
+        blocks = range(plan.load_from, plan.load_end)
+        late = [ref for ref in seq.loading if ref[1] not in blocks]
+        if self._windowed:
+            seq.load_run = blocks
+        groups = self._cache.groups
+        first = [max(blocks.start, group.policy.first_needed(blocks.stop)) for group in groups]
+        refs = [
+            (g, i)
+            for i in reversed(blocks)
+            for g in range(len(groups))
+            if i >= first[g] and (g, i) in seq.staged and i not in seq.ahead[g]
+        ]
+        sources: dict[str, int] = {}
+        for ref in refs:
+            seq.loading[ref] = source = seq.staged.pop(ref)
+            sources[source] = sources.get(source, 0) + groups[ref[0]].block_bytes
+        if seq.planned_s is None:
+            seq.planned_s, seq.plan = now, plan
+            self._cost.begin(seq.ticket, plan, sources, now)
+        elif refs:
+            assert seq.plan is not None
+            self._cost.begin(seq.ticket, seq.plan, sources, now)
+        if refs:
+            copies = self._cache.begin_copies(seq, refs)
+            self._copies.setdefault(seq.ticket, (seq, {}))[1].update(copies)
+            used_in = [pool.used_in for pool in self._cache.pools]
+            targets = {ref: (block, used_in[ref[0]][block]) for ref, block in copies.items()}
+            out.loads.append(LoadOrder(seq.ticket, targets))
+        self.cancel(seq, late, out)
+        for group in range(len(groups)):
+            loading = sum(g == group for g, _ in seq.loading)
+            self._cache.reserve(seq, group, min(loading, self._chunk_blocks))
+
+    def on_loaded(self, report: LoadReport) -> Schedule:
+        """Copies have landed, or will never; only the first count."""
+        out = Schedule()
+        assert self._cost is not None
+        seq, copies = self._copies[report.ticket]
+        landed: dict[str, int] = {}
+        for ref in report.landed:
+            group, index = ref
+            block = copies.pop(ref)
+            self._cache.pools[group].end_copy(block)
+            source = seq.loading.pop(ref, None) if seq.ticket == report.ticket else None
+            published = self._cache.publish(seq, group, index, block)
+            if published and source is not None and source.startswith(Tier.REMOTE.value):
+                self._cache.unsaved[group].add(seq.chain.keys[group][index])
+            if source is not None:
+                seq.ahead[group].add(index)
+                seq.num_landed += 1
+                landed[source] = landed.get(source, 0) + self._cache.groups[group].block_bytes
+            self._cache.pools[group].release([block])
+        for source, nbytes in landed.items():
+            self._cost.progress(report.ticket, source, nbytes, report.at_s)
+        for ref in report.lost:
+            group, index = ref
+            block = copies.pop(ref)
+            self._cache.pools[group].end_copy(block)
+            self._cache.pools[group].release([block])
+            if seq.ticket == report.ticket and seq.loading.pop(ref, None) is not None:
+                seq.tiers.pop(index, None)
+                seq.load_run = range(0)
+        for source in report.failed:
+            self._cost.note_read(source, 0, 0.0)
+        if not copies:
+            del self._copies[report.ticket]
+        if seq.ticket == report.ticket and not seq.loading:
+            self._finish(seq, out)
+        return out
+
+    def wants_plan(self, seq: Sequence) -> bool:
+        """Enough has arrived to plan anew."""
+        return seq.num_landed >= max(REPLAN_BLOCKS, len(seq.loading) // 4)
+
+    def loads(self, seq: Sequence, index: int) -> bool:
+        """Whether a block is being loaded, or will be jumped over with what is."""
+        return bool(seq.loading) and (
+            index in seq.load_run
+            or any((group, index) in seq.loading for group in range(len(seq.tables)))
+        )
+
+    def waits(self, seq: Sequence, count: int, now: float) -> bool:
+        """At the meeting: what loads will be there before the next chunk would be."""
+        assert self._cost is not None
+        left: dict[str, int] = {}
+        for (group, _), source in seq.loading.items():
+            left[source] = left.get(source, 0) + self._cache.groups[group].block_bytes
+        return self._cost.sooner(seq.ticket, left, count, seq.num_computed, now)
+
+    def take_over(self, seq: Sequence, count: int, out: Schedule) -> int:
+        """Compute the next `count` positions, or the run of blocks that begins there, though it
+        loads; returns how many."""
+        size = self._cache.block_size
+        first = seq.num_computed // size
+        end = first + 1
+        while end * size < seq.num_computed + count and self.loads(seq, end):
+            end += 1
+        seq.load_run = range(end, max(end, seq.load_run.stop))
+        self.cancel(seq, [ref for ref in seq.loading if first <= ref[1] < end], out)
+        return min(count, end * size - seq.num_computed)
+
+    def cancel(self, seq: Sequence, refs: Iterable[BlockRef], out: Schedule) -> None:
+        """Do without these blocks, which are loading."""
+        refs = tuple(refs)
+        for ref in refs:
+            del seq.loading[ref]
+        if refs:
+            out.cancels.append(CancelOrder(seq.ticket, refs))
+        if not seq.loading:
+            self._finish(seq, out)
+
+    def drop(self, seq: Sequence, out: Schedule) -> None:
+        """Give up a request's lookups, leases and loads; copies that run are waited for."""
+        if self._active.pop(seq.ticket, None) is not None:
+            out.cancels.append(CancelOrder(seq.ticket))
+            self._end(seq)
+        seq.ticket = 0
+        seq.asked, seq.staged, seq.loading = set(), {}, {}
+        if seq.status is SequenceStatus.STAGING:
+            seq.status = SequenceStatus.WAITING
+
+    def on_first_token(self, seq: Sequence, now: float) -> None:
+        """Tell the cost model what the prediction was worth."""
+        if self._cost is not None and seq.planned_s is not None:
+            self._cost.note_first_token(seq.ticket, now - seq.planned_s)
+
+    def _finish(self, seq: Sequence, out: Schedule) -> None:
+        """Nothing is loaded any more: the leases that are left end."""
+        if seq.status is SequenceStatus.RUNNING and self._active.pop(seq.ticket, None) is not None:
+            out.discards.append(seq.ticket)
+            seq.staged = {}
+            self._end(seq)
+
+    def _end(self, seq: Sequence) -> None:
+        assert self._cost is not None
+        self._cost.end(seq.ticket)
+        for group in range(len(seq.tables)):
+            self._cache.reserve(seq, group, 0)
+
+    def check_integrity(self, refs: list[list[int]]) -> None:
+        """Add the references of copies to `refs`, and assert that they and requests agree."""
+        for _, copies in self._copies.values():
+            for (group, _), block in copies.items():
+                refs[group][block] += 1
+            assert copies, "a load without copies was kept"
+        for ticket, seq in self._active.items():
+            assert seq.ticket == ticket, "a lookup of an earlier life was kept"
+            copies = self._copies.get(ticket, (seq, {}))[1]
+            for ref in seq.loading:
+                group, index = ref
+                assert copies[ref] == seq.tables[group][index], "it loads into another's block"
+                assert index * self._cache.block_size >= seq.num_computed, "loads what is computed"

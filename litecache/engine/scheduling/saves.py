@@ -1,0 +1,88 @@
+"""What is published, what of it is saved to the lower tiers, and what they hear of its use.
+
+A key is published only after its bytes exist. What is published becomes eligible for saving by the
+admission policy: "all" at once, "reused" on second sight, "none" never. What was dropped is tried
+again when it is used again; a tail is of use without its head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from litecache.engine.kv_layout import TRASH_BLOCK
+from litecache.engine.scheduling.orders import SaveOrder, Schedule
+from litecache.engine.scheduling.prefix_cache import PrefixCache
+from litecache.engine.scheduling.sequence import Sequence
+
+RUN_BYTES = 16 << 20
+"""Bytes of a chain that go to one shard together."""
+
+
+class Saves:
+    """Publishes what was computed and orders its saving.
+
+    Args:
+        cache: pools and indexes.
+        admission: which published blocks are saved: "all", "reused" or "none".
+    """
+
+    def __init__(self, cache: PrefixCache, admission: str) -> None:
+        self._cache = cache
+        self._admission = admission
+
+    def publish_computed(self, seq: Sequence, start: int, end: int, out: Schedule) -> None:
+        """Publish the blocks that are full now that positions [start, end) are computed."""
+        size = self._cache.block_size
+        last = min(end // size, len(seq.chain.keys[0]))
+        for index in range(start // size, last):
+            for group, table in enumerate(seq.tables):
+                block = table[index]
+                if block != TRASH_BLOCK and self._cache.publish(seq, group, index, block):
+                    self._cache.unsaved[group].add(seq.chain.keys[group][index])
+                    if self._admission == "all":
+                        self._save(seq, group, index, block, out)
+        seq.num_published = max(seq.num_published, last)
+
+    def on_hit(self, seq: Sequence, num_blocks: int, out: Schedule) -> None:
+        """A request has found its first blocks in the pool: unsaved ones are saved, the shards
+        hear of all.
+
+        They are told the last key of each run of the chain: a use of a block is one of those
+        before it, and runs may lie on different shards.
+        """
+        if self._admission == "none":
+            return
+        if any(self._cache.unsaved):
+            for index in range(num_blocks):
+                for group, table in enumerate(seq.tables):
+                    if table[index] != TRASH_BLOCK:
+                        self._save(seq, group, index, table[index], out)
+        for group, keys in enumerate(seq.chain.keys):
+            run = self._run(group)
+            ends = [*range(run, num_blocks, run), num_blocks]
+            out.touches += [keys[end - 1] for end in reversed(ends) if end]
+
+    def on_saved(self, orders: Iterable[SaveOrder], dropped: Iterable[SaveOrder]) -> None:
+        """Copies ended: give their references back; the dropped ones are unsaved again."""
+        for order in orders:
+            self._cache.pools[order.group].release([order.block])
+        for order in dropped:
+            if order.key in self._cache.indexes[order.group]:
+                self._cache.unsaved[order.group].add(order.key)
+            self._cache.pools[order.group].release([order.block])
+
+    def _save(self, seq: Sequence, group: int, index: int, block: int, out: Schedule) -> None:
+        keys = seq.chain.keys[group]
+        if keys[index] not in self._cache.unsaved[group]:
+            return
+        self._cache.unsaved[group].discard(keys[index])
+        # The copy in flight keeps the block from being evicted under it.
+        self._cache.pools[group].acquire([block])
+        parent = seq.chain.parent(group, index)
+        run_key = keys[index - index % self._run(group)]
+        salt = seq.request.cache_salt
+        out.saves.append(SaveOrder(group, block, keys[index], parent, run_key, salt))
+
+    def _run(self, group: int) -> int:
+        """Blocks of a chain that go to one shard together."""
+        return max(1, RUN_BYTES // self._cache.groups[group].block_bytes)

@@ -1,0 +1,180 @@
+"""Loading and computing at once gives the tokens of an engine without tiers, whatever fails."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from engine_harness import Harness, family_source
+from plan_driver import random_prompt
+
+from litecache.engine.scheduling.cost_model import CostModel
+from litecache.engine.transfer import loader
+from litecache.errors import StorageError
+from litecache.storage.arena.view import ArenaView
+from litecache.storage.client import LocalShardClient, PendingStage
+from litecache.storage.protocol import SlotRef, SlotState
+
+NEW_TOKENS = 3
+# Chunks of two blocks: a load of ten is met after several of them.
+SMALL_STEPS = {"max_batch_tokens": 32, "max_prefill_tokens": 32}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def shared_prefixes(count: int, rng: random.Random) -> list[list[int]]:
+    """Prompts that share beginnings of any length with each other."""
+    heads = [random_prompt(176, seed=seed) for seed in range(3)]
+    return [
+        rng.choice(heads)[: rng.randrange(176)] + random_prompt(rng.randrange(1, 40), seed=100 + n)
+        for n in range(count)
+    ]
+
+
+def tokens_without_tiers(family: str, prompts: Sequence[list[int]]) -> list[list[int]]:
+    with Harness(family_source(family), **SMALL_STEPS) as harness:
+        return harness.run(prompts, NEW_TOKENS)
+
+
+def at_random_places(
+    family: str, prompts: Sequence[list[int]], folders: list[Path], rng: random.Random
+) -> int:
+    """Run prompts again and again from emptied tiers; returns how many tokens were loaded."""
+    wanted = tokens_without_tiers(family, prompts)
+    loaded = 0
+    with Harness(
+        family_source(family),
+        folders=folders,
+        loads=lambda first, end: rng.randint(first, end),
+        **SMALL_STEPS,
+    ) as harness:
+        harness.engine._overlap = 1  # the next step is planned while one runs, as on a GPU
+        assert harness.run(prompts, NEW_TOKENS) == wanted
+        for start in range(0, len(prompts), 5):
+            harness.empty(*rng.choice([("gpu",), ("gpu", "ram")]))
+            part = slice(start, start + 5)
+            assert harness.run(prompts[part], NEW_TOKENS) == wanted[part]
+            loaded += sum(n for row in harness.reused for tier, n in row.items() if tier != "gpu")
+    return loaded
+
+
+@pytest.mark.parametrize(
+    ("family", "count"),
+    [
+        ("llama", 40),
+        ("gemma2", 10),
+        ("mistral", 10),
+        *(pytest.param(f, 200, marks=pytest.mark.slow) for f in ("llama", "gemma2", "mistral")),
+    ],
+)
+def test_random_shared_prefixes_split_at_random_places_give_the_same_tokens(
+    family: str, count: int, tmp_path: Path
+) -> None:
+    rng = random.Random(family)
+    prompts = shared_prefixes(count, rng)
+    assert at_random_places(family, prompts, [tmp_path / "a", tmp_path / "b"], rng) > 16 * count
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mistral"])
+def test_a_prefix_split_at_every_place_gives_the_same_tokens(family: str, tmp_path: Path) -> None:
+    prompt = random_prompt(165, seed=3)
+    (wanted,) = tokens_without_tiers(family, [prompt])
+    place = 0
+    with Harness(
+        family_source(family),
+        folders=[tmp_path / "s"],
+        loads=lambda first, end: place,
+        **SMALL_STEPS,
+    ) as harness:
+        harness.run([prompt], NEW_TOKENS)
+        for place in range(11):
+            harness.empty("gpu")
+            assert harness.run([prompt], NEW_TOKENS) == [wanted]
+            reused = sum(harness.reused[0].values())
+            # A model that slides only goes on behind its window as soon as that has landed.
+            assert reused == 160 - 16 * place or (family == "mistral" and reused > 160 - 16 * place)
+
+
+class Chaos:
+    """Shards fail, stall, answer late with other contents, and die, at random but repeatably."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, rng: random.Random) -> None:
+        self.happened: set[str] = set()
+        state, entry = ArenaView.state, ArenaView.entry
+        stage, release = LocalShardClient.stage_async, LocalShardClient.release
+
+        def strikes(what: str, one_in: float) -> bool:
+            if rng.random() * one_in >= 1:
+                return False
+            self.happened.add(what)
+            return True
+
+        def broken_state(arena: ArenaView, slot: int, generation: int) -> SlotState | None:
+            if strikes("failed read", 60):
+                return SlotState.FAILED
+            return SlotState.LOADING if strikes("stall", 1.25) else state(arena, slot, generation)
+
+        def broken_entry(arena: ArenaView, slot: int) -> tuple[int, int, bytes]:
+            return (0, -1, b"") if strikes("changed slot", 8) else entry(arena, slot)
+
+        def broken_stage(
+            client: LocalShardClient, keys: Sequence[bytes], released: Sequence[SlotRef] = ()
+        ) -> PendingStage:
+            if strikes("lookup failed", 8):
+                raise StorageError("planted")
+            return stage(client, keys, released)
+
+        def broken_release(client: LocalShardClient, slots: Sequence[SlotRef]) -> None:
+            release(client, slots)
+            if strikes("release failed", 8):
+                raise StorageError("planted")
+
+        monkeypatch.setattr(ArenaView, "state", broken_state)
+        monkeypatch.setattr(ArenaView, "entry", broken_entry)
+        monkeypatch.setattr(LocalShardClient, "stage_async", broken_stage)
+        monkeypatch.setattr(LocalShardClient, "release", broken_release)
+        monkeypatch.setattr(
+            LocalShardClient, "lost", property(lambda self: strikes("shard died", 200))
+        )
+        monkeypatch.setattr(
+            CostModel, "sooner", lambda self, *args, **kwargs: not strikes("take-over", 2)
+        )
+        monkeypatch.setattr(loader, "LOAD_TIMEOUT_S", 0.05)
+
+
+@pytest.mark.parametrize("count", [10, pytest.param(120, marks=pytest.mark.slow)])
+def test_shards_that_fail_stall_and_die_in_mid_load_cost_no_token(
+    count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = random.Random(1)
+    prompts = shared_prefixes(count, rng)
+    with monkeypatch.context() as planted:
+        chaos = Chaos(planted, rng)
+        loaded = at_random_places("llama", prompts, [tmp_path / "a", tmp_path / "b"], rng)
+    assert loaded > 0
+    assert chaos.happened >= {"failed read", "stall", "changed slot", "take-over"}
+
+
+def test_what_was_found_and_what_of_it_was_computed_by_plan_is_told_by_tier(tmp_path: Path) -> None:
+    prompt = random_prompt(165, seed=3)
+    with Harness(
+        family_source("llama"), folders=[tmp_path / "s"], loads=lambda first, end: 6
+    ) as harness:
+        harness.run([prompt], 1)
+        assert harness.found == harness.reused == [{}]
+        harness.run([prompt], 1)
+        assert harness.found == harness.reused == [{"gpu": 160}]
+        for tiers, name in ((("gpu",), "ram"), (("gpu", "ram"), "disk")):
+            harness.empty(*tiers)
+            harness.run([prompt], 1)
+            assert (harness.found, harness.reused) == ([{name: 160}], [{name: 64}])
+            assert harness.engine.metrics.value("litecache_found_tokens", tier=name) == 160
+        costs = harness.engine.stats()["costs"]
+        assert costs["first_tokens"] == 2
+        assert {"ram:shard0", "disk:shard0"} <= costs["sources"].keys()
