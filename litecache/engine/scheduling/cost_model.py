@@ -345,16 +345,21 @@ class CostModel:
         size, count = self._block_size, len(found)
         base, token, pair, decode = self._steps.law
         base += decode * num_decodes
-        runs = [(kind, len(list(same))) for kind, same in itertools.groupby(found)]
-        names = {kind[0] for kind, _ in runs}
+        # Few kinds of blocks, in runs: what is computed of them is computed once for each kind.
+        kinds: dict[tuple[str, int], int] = {}
+        runs = [
+            (kinds.setdefault(kind, len(kinds)), len(list(same)))
+            for kind, same in itertools.groupby(found)
+        ]
+        codes = np.repeat(*np.array(runs or [(0, 0)]).T)
         sources = {
             name: self._source(name)
-            for name in names - {"", "gpu"}
+            for name in {name for name, _ in kinds} - {"", "gpu"}
             if self._source(name).usable(now) and self._loads != "none"
         }
 
         def per_block(value: Callable[[str, int], float]) -> Floats:
-            return np.repeat([float(value(*kind)) for kind, _ in runs], [n for _, n in runs])
+            return np.array([float(value(*kind)) for kind in kinds] or [0.0])[codes]
 
         def compute_s(tokens: Floats, seconds: Floats, chunk: int) -> Floats:
             return np.asarray(seconds + base * np.ceil(tokens / chunk))
