@@ -88,12 +88,12 @@ class ShardStore(ShardBase):
         return results
 
     def _stage_once(self, client_id: int, keys: Sequence[BlockKey]) -> list[StageResult]:
-        index = self._tiers.index
+        index, space = self._tiers.index, self._tiers.space
         with self._lock:
             client = self._leases.get(client_id)
             entries = self._tiers.look_up(keys)
             needs = Counter(index.pages[e] for e in entries if e >= 0 and not index.ram[e])
-            if not needs:
+            if all(space.available(p) >= n or space.growth(p) is None for p, n in needs.items()):
                 return self._lease(client, entries)
         for pages, count in needs.items():
             self._grow_for(pages, count)

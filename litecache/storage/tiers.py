@@ -292,7 +292,8 @@ class Tiers:
         self.metrics.inc("litecache_evictions", tier="ram")
         if self.index.disk[entry]:
             self.metrics.inc("litecache_demotions")
-        self.leave_ram(block)
+        self.index.ram[entry] = 0
+        self._free(block)
         self._forget_if_gone(entry)
 
     def _settle(self, block: RamBlock) -> None:

@@ -455,3 +455,44 @@ def test_a_load_that_was_given_up_bounds_the_rate_and_idle_time_alone_changes_no
     costs.end(2)
     assert 0 < plan(3.0).load_from < 512
     assert plan(3.0).load_from == plan(300.0).load_from
+
+
+def test_steps_under_way_stand_in_front_of_the_chunk_and_give_a_load_time() -> None:
+    costs = model()
+    found = [Found("disk:0", BLOCK_BYTES)] * 512
+    steps = [(2048, 0, 0), (2048, 2048, 0)]
+    whole = costs.left_s(steps, 10.0, 10.0)
+    assert whole == pytest.approx(sum(costs._steps.seconds(*step) for step in steps))
+    assert costs.left_s(steps, 10.0, 10.02) == pytest.approx(whole - 0.02)
+    assert costs.left_s(steps, 10.0, 99.0) == 0
+
+    def plan(busy_s: float) -> LoadPlan:
+        return costs.plan(
+            num_tokens=8256, start=0, found=found, queued_tokens=0, num_decodes=0, now=10.0,
+            busy_s=busy_s,
+        )  # fmt: skip
+
+    assert plan(0.05).load_from < plan(0.0).load_from
+    assert plan(0.05).first_token_s > plan(0.0).first_token_s
+    left = {"disk:0": 150 * MIB}
+    costs.begin(1, plan(0.0), left, 10.0)
+    assert not costs.sooner(1, left, 2048, 0, 10.0)
+    assert costs.sooner(1, left, 2048, 0, 10.0, busy_s=0.05)
+
+
+def test_more_is_loaded_while_others_wait_behind_but_never_slower_than_computing_all() -> None:
+    costs = model()
+    found = [Found("disk:0", BLOCK_BYTES)] * 512
+
+    def plan(num_waiting: int) -> LoadPlan:
+        return costs.plan(
+            num_tokens=8256, start=0, found=found, queued_tokens=0, num_decodes=0, now=0.0,
+            num_waiting=num_waiting,
+        )  # fmt: skip
+
+    alone, crowded = plan(0), plan(20)
+    cold_s = model(loads="none").plan(
+        num_tokens=8256, start=0, found=found, queued_tokens=0, num_decodes=0, now=0.0
+    ).first_token_s  # fmt: skip
+    assert crowded.load_from < alone.load_from
+    assert alone.first_token_s < crowded.first_token_s <= cold_s

@@ -16,7 +16,7 @@ import itertools
 import math
 import statistics
 from collections import OrderedDict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -327,6 +327,8 @@ class CostModel:
         now: float,
         ticket: int | None = None,
         asked_s: float | None = None,
+        busy_s: float = 0.0,
+        num_waiting: int = 0,
     ) -> LoadPlan:
         """The plan with the soonest first token; of equal ones the one that asks least of disks.
 
@@ -339,6 +341,9 @@ class CostModel:
             now: in seconds, of any clock, the same in all calls.
             ticket: of a load under way, whose own reservations are no queue.
             asked_s: when the blocks were looked up, which made disks read them ahead.
+            busy_s: until the steps that are under way have ended, see `left_s`.
+            num_waiting: requests behind this one, which wait for all that it computes: a plan that
+                computes less is better by that, unless it is slower than computing all.
         """
         self._now = max(self._now, now)
         self._decodes = num_decodes
@@ -372,7 +377,7 @@ class CostModel:
         rest = max(1, num_tokens - (start + count) * size)
         rest_s = rest * (token + pair * (num_tokens - rest / 2))
         mean_context = min(queued_tokens, 4 * self._lone_chunk) / 2
-        queued_s = queued_tokens * (token + pair * mean_context)
+        queued_s = busy_s + queued_tokens * (token + pair * mean_context)
         queued_s += base * math.ceil(queued_tokens / self._chunk)
         chunk = self._chunk if num_decodes else self._lone_chunk
         all_s = queued_s + float(compute_s(tokens[-1] + rest, seconds[-1] + rest_s, chunk))
@@ -411,10 +416,13 @@ class CostModel:
                     asked = self._loads(start + first, start + int(ends[first])) - start
                     first = max(first, min(asked, int(ends[first])))
                 return chosen(first, load_s, total_s) if first < count and here[first] else nothing
-            near = total_s <= total_s.min() * TOLERANCE + TOLERANCE_S
+            cost_s = total_s + num_waiting * (front_s + behind_s - queued_s)
+            cost_s = np.where(total_s <= all_s, cost_s, math.inf)
+            near = cost_s <= cost_s.min() * TOLERANCE + TOLERANCE_S
             disks = sum(wanted[name] for name in sources if sources[name].tier != "ram")
             first = int(np.argmin(np.where(near, disks, math.inf)))
-            if total_s[first] * WORTH + WORTH_S <= all_s:
+            all_cost_s = all_s + num_waiting * (all_s - queued_s)
+            if cost_s[first] * WORTH + WORTH_S <= all_cost_s:
                 return chosen(first, load_s, total_s)
         return nothing
 
@@ -454,6 +462,7 @@ class CostModel:
         chunk_tokens: int,
         context_tokens: int,
         now: float,
+        busy_s: float = 0.0,
     ) -> bool:
         """Whether what still loads is there before the next chunk would be computed.
 
@@ -463,11 +472,12 @@ class CostModel:
             ticket: whose load.
             remaining: bytes that have not landed, by source.
             chunk_tokens, context_tokens: of the chunk, and in front of it.
+            busy_s: as in `plan`: the chunk would begin after that.
         """
         self._now = max(self._now, now)
         if self._loads != "model":
             return True
-        compute_s = self._steps.seconds(chunk_tokens, context_tokens, self._decodes)
+        compute_s = busy_s + self._steps.seconds(chunk_tokens, context_tokens, self._decodes)
         arrival_s = 0.0
         for name, nbytes in remaining.items():
             source = self._source(name)
@@ -482,6 +492,16 @@ class CostModel:
     ) -> None:
         """A step has taken so long, see `StepLaw`."""
         self._steps.note(prefill_tokens, context_tokens, num_decodes, seconds)
+
+    def left_s(self, steps: Iterable[tuple[int, int, int]], began_s: float, now: float) -> float:
+        """Seconds until steps under way have ended, the first of which began at `began_s`.
+
+        Args:
+            steps: of each, prefill tokens, tokens in front of them, decodes.
+            began_s, now: as `now` in `plan`.
+        """
+        total_s = sum(self._steps.seconds(*step) for step in steps)
+        return max(0.0, total_s - max(0.0, now - began_s))
 
     def note_read(self, source: str, nbytes: int, seconds: float) -> None:
         """A source has delivered outside of tickets, or (0 bytes) failed."""

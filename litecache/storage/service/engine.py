@@ -215,8 +215,10 @@ class ShardEngine(StorageEngine):
                     left.append(i)
             while left:
                 refs = client.reserve(self._block_bytes, len(left))
-                self._fill(shard, client, items, left, refs, outcome)
-                left = left[len(refs) :]
+                now, left = left[: len(refs)], left[len(refs) :]
+                filled = self._fill(shard, client, [items[i] for i in now], refs)
+                for i, each in zip(now, filled, strict=True):
+                    outcome[i] = each
                 if left and (client.lost or stop() or time.monotonic() > deadline):
                     reason = LOST if client.lost else "stopped" if stop() else "dropped"
                     for i in left:
@@ -228,27 +230,17 @@ class ShardEngine(StorageEngine):
         return outcome
 
     def _fill(
-        self,
-        shard: Shard,
-        client: ShardClient,
-        items: Sequence[Put],
-        wanted: Sequence[int],
-        refs: Sequence[SlotRef],
-        outcome: list[str],
-    ) -> None:
-        """Fill and commit as many as there are slots."""
+        self, shard: Shard, client: ShardClient, items: Sequence[Put], refs: Sequence[SlotRef]
+    ) -> list[str]:
+        """Fill a slot for each item and commit."""
         commits: dict[int, CommitItem] = {}
-        unfilled: list[SlotRef] = []
-        for i, ref in zip(wanted, refs, strict=False):
-            item = items[i]
+        for i, (item, ref) in enumerate(zip(items, refs, strict=True)):
             if item.fill(client.arena.buffer(ref.slot, self._block_bytes)):
                 commits[i] = CommitItem(*ref, item.key, item.parent, _NAMESPACE)
-            else:
-                outcome[i] = "stopped"
-                unfilled.append(ref)
-        client.release(unfilled)
+        client.release([ref for i, ref in enumerate(refs) if i not in commits])
+        outcome = ["stopped"] * len(refs)
         if not commits:
-            return
+            return outcome
         fresh = shard.announce([commit.key for commit in commits.values()])
         statuses = client.commit(list(commits.values()))
         told = list(zip(commits, commits.values(), statuses, strict=True))
@@ -259,42 +251,41 @@ class ShardEngine(StorageEngine):
                 outcome[i] = _present(shard, commit.key)
             else:
                 outcome[i] = "pending" if status is CommitStatus.STORED else LOST
+        return outcome
 
     def get(self, items: Sequence[Get], stop: Callable[[], bool], wait_s: float) -> list[str]:
         """See `StorageEngine.get`."""
         deadline = time.monotonic() + wait_s
         outcome = ["miss"] * len(items)
-        for shard, client, positions in self._by_shard([item.key for item in items]):
-            left, tries = positions, 0
-            while left := self._take(shard, client, items, left, outcome):
-                if stop() or time.monotonic() > deadline:
+        for shard, client, left in self._by_shard([item.key for item in items]):
+            tries = 0
+            while left:
+                taken = self._take(client, [items[i] for i in left])
+                for i, each in zip(left, taken, strict=True):
+                    outcome[i] = each
+                left = [i for i in left if outcome[i] == "busy"]
+                if left and (stop() or time.monotonic() > deadline):
                     for i in left:
                         outcome[i] = "stopped" if stop() else "busy"
                     break
                 tries += 1
-                shard.wait_for_room(tries)
+                if left:
+                    shard.wait_for_room(tries)
         return outcome
 
-    def _take(
-        self,
-        shard: Shard,
-        client: ShardClient,
-        items: Sequence[Get],
-        wanted: Sequence[int],
-        outcome: list[str],
-    ) -> list[int]:
-        """One attempt; the positions that found no free slot."""
-        results = client.stage([items[i].key for i in wanted])
-        leased = [SlotRef(result.slot, result.generation) for result in results]
+    def _take(self, client: ShardClient, items: Sequence[Get]) -> list[str]:
+        """One attempt: per item `hit`, `miss`, or `busy` while there is no slot for it."""
+        results = client.stage([item.key for item in items])
+        outcome = ["busy" if each.status is StageStatus.BUSY else "miss" for each in results]
+        leased = [SlotRef(each.slot, each.generation) for each in results]
         try:
-            for i, ref in zip(wanted, leased, strict=True):
+            for i, (item, ref) in enumerate(zip(items, leased, strict=True)):
                 if ref.slot >= 0 and client.wait([ref], _LOAD_TIMEOUT_S)[0]:
-                    took = items[i].take(client.arena.buffer(ref.slot, self._block_bytes))
+                    took = item.take(client.arena.buffer(ref.slot, self._block_bytes))
                     outcome[i] = "hit" if took and client.arena.holds(*ref) else "miss"
         finally:
             client.release([ref for ref in leased if ref.slot >= 0])
-        pairs = zip(wanted, results, strict=True)
-        return [i for i, result in pairs if result.status is StageStatus.BUSY]
+        return outcome
 
     def flush(self, timeout_s: float) -> bool:
         """See `StorageEngine.flush`."""
