@@ -216,7 +216,7 @@ class TierEngine:
 
     def forgive(self) -> None:
         """Plan with every source again, also those that were left out."""
-        costs = getattr(self.engine, "_costs", None)
+        costs = self.engine._costs
         sources = costs._sources.values() if costs is not None else ()
         self.engine.call(lambda: [setattr(source, "out", False) for source in sources])
 

@@ -115,9 +115,18 @@ class Loads:
     # Loads
 
     def plan(
-        self, seq: Sequence, now: float, queued_tokens: int, num_decodes: int, out: Schedule
+        self, seq: Sequence, now: float, crowd: tuple[int, int, float, int], out: Schedule
     ) -> None:
-        """Choose what a running request loads, or choose again as blocks have arrived."""
+        """Choose what a running request loads, or choose again as blocks have arrived.
+
+        Args:
+            seq: the request.
+            now: of the engine's clock.
+            crowd: prefill tokens in front of it, decodes, seconds that the steps under way still
+                take, requests behind it: see `CostModel.plan`.
+            out: takes the orders.
+        """
+        queued_tokens, num_decodes, busy_s, num_waiting = crowd
         seq.num_landed = 0
         if self._cost is None or not (seq.staged or seq.loading):
             return
@@ -136,6 +145,9 @@ class Loads:
                 num_decodes=num_decodes,
                 now=now,
                 ticket=seq.ticket,
+                asked_s=seq.asked_s,
+                busy_s=busy_s,
+                num_waiting=num_waiting,
             )
             if plan.load_end in (end, plan.load_from) or not self._windowed:
                 break
@@ -213,10 +225,10 @@ class Loads:
             sources[source] = sources.get(source, 0) + groups[ref[0]].block_bytes
         if seq.planned_s is None:
             seq.planned_s, seq.plan = now, plan
-            self._cost.begin(seq.ticket, plan, sources, now)
+            self._cost.begin(seq.ticket, plan, sources, now, seq.asked_s)
         elif refs:
             assert seq.plan is not None
-            self._cost.begin(seq.ticket, seq.plan, sources, now)
+            self._cost.begin(seq.ticket, seq.plan, sources, now, seq.asked_s)
         if refs:
             copies = self._cache.begin_copies(seq, refs)
             self._copies.setdefault(seq.ticket, (seq, {}))[1].update(copies)
@@ -248,7 +260,7 @@ class Loads:
                 landed[source] = landed.get(source, 0) + self._cache.groups[group].block_bytes
             self._cache.pools[group].release([block])
         for source, nbytes in landed.items():
-            self._cost.progress(report.ticket, source, nbytes, report.at_s)
+            self._cost.progress(report.ticket, source, nbytes, report.at_s, waited=report.waited)
         for ref in report.lost:
             group, index = ref
             block = copies.pop(ref)
@@ -276,13 +288,13 @@ class Loads:
             or any((group, index) in seq.loading for group in range(len(seq.tables)))
         )
 
-    def waits(self, seq: Sequence, count: int, now: float) -> bool:
+    def waits(self, seq: Sequence, count: int, now: float, busy_s: float) -> bool:
         """At the meeting: what loads will be there before the next chunk would be."""
         assert self._cost is not None
         left: dict[str, int] = {}
         for (group, _), source in seq.loading.items():
             left[source] = left.get(source, 0) + self._cache.groups[group].block_bytes
-        return self._cost.sooner(seq.ticket, left, count, seq.num_computed, now)
+        return self._cost.sooner(seq.ticket, left, count, seq.num_computed, now, busy_s)
 
     def take_over(self, seq: Sequence, count: int, out: Schedule) -> int:
         """Compute the next `count` positions, or the run of blocks that begins there, though it

@@ -46,6 +46,7 @@ class LoadReport(NamedTuple):
         lost: blocks into which nothing is copied, now or later.
         failed: sources that did not answer as they must.
         at_s: when, by `time.monotonic`.
+        waited: what landed was waited for; False = it had been read before it was ordered.
     """
 
     ticket: int
@@ -53,6 +54,7 @@ class LoadReport(NamedTuple):
     lost: Sequence[BlockRef] = ()
     failed: frozenset[str] = frozenset()
     at_s: float = 0.0
+    waited: bool = True
 
 
 class SaveOrder(NamedTuple):

@@ -23,6 +23,14 @@ class Launched:
     copied_from: list[BlockRef] = field(default_factory=list)
     at_s: float = 0.0
 
+    @property
+    def work(self) -> tuple[int, int, int]:
+        """Prefill tokens, tokens in front of them on the mean, and decodes."""
+        chunks = [step for _, step, _ in self.rows if step.num_tokens > 1]
+        tokens = sum(step.num_tokens for step in chunks)
+        context = sum(step.num_tokens * step.start for step in chunks) // max(1, tokens)
+        return tokens, context, len(self.rows) - len(chunks)
+
 
 class PlanBuilder:
     """Collects the segments of one step within a token budget, and what its rows have to be told.

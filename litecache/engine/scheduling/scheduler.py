@@ -239,7 +239,8 @@ class Scheduler:
         for seq in running:
             if seq.num_todo > 1 and self._may_step(seq):
                 if self._loads.wants_plan(seq):
-                    self._loads.plan(seq, now, queued, num_decodes, out)
+                    crowd = (queued, num_decodes, self._busy_s(plan, now), self.num_waiting)
+                    self._loads.plan(seq, now, crowd, out)
                 self._prefill(seq, plan, now, out)
                 queued += seq.num_todo
         self._admit(plan, alone, queued, num_decodes, now, out)
@@ -337,7 +338,7 @@ class Scheduler:
             if seq.cached:
                 return plan.add_chunk(seq, count)
             if seq.loading and self._loads.loads(seq, first):
-                if self._loads.waits(seq, count, now):
+                if self._loads.waits(seq, count, now, self._busy_s(plan, now)):
                     self._wake(now + MEETING_S)
                     return
                 count = self._loads.take_over(seq, count, out)
@@ -413,7 +414,8 @@ class Scheduler:
             seq.begin_account()
             there = set.intersection(*seq.ahead).union(range(length))
             seq.tiers = dict.fromkeys(there, Tier.GPU.value)
-            self._loads.plan(seq, now, queued, num_decodes, out)
+            crowd = (queued, num_decodes, self._busy_s(plan, now), self.num_waiting)
+            self._loads.plan(seq, now, crowd, out)
             self.cache.copy_tail(seq)
             self._saves.on_hit(seq, length, out)
             self._prefill(seq, plan, now, out)
@@ -431,17 +433,25 @@ class Scheduler:
         return True
 
     def _note_step(self, cost: CostModel, launched: Launched, now: float) -> None:
-        chunks = [step for _, step, _ in launched.rows if step.num_tokens > 1]
         began_s = max(launched.at_s, self._last_result_s)
         self._last_result_s = now
-        tokens = sum(step.num_tokens for step in chunks)
-        if tokens:
-            cost.note_step(
-                prefill_tokens=tokens,
-                context_tokens=sum(step.num_tokens * step.start for step in chunks) // tokens,
-                num_decodes=len(launched.rows) - len(chunks),
-                seconds=now - began_s,
-            )
+        tokens, context, decodes = launched.work
+        cost.note_step(
+            prefill_tokens=tokens,
+            context_tokens=context,
+            num_decodes=decodes,
+            seconds=now - began_s,
+        )
+
+    def _busy_s(self, plan: PlanBuilder, now: float) -> float:
+        """Until the steps under way have ended, and what is in the plan already."""
+        if self._cost is None:
+            return 0.0
+        steps = [launched.work for launched in self._launched.values()]
+        if plan.launched.rows:
+            steps.append(plan.launched.work)
+        first = next(iter(self._launched.values()), plan.launched)
+        return self._cost.left_s(steps, max(first.at_s, self._last_result_s), now)
 
     # Ends
 

@@ -198,15 +198,16 @@ class Loader:
         landed: Sequence[BlockRef] = (),
         lost: Sequence[BlockRef] = (),
         failed: frozenset[str] = frozenset(),
+        waited: bool = True,
     ) -> None:
         if landed or lost:
-            self._loaded(LoadReport(ticket, landed, lost, failed, time.monotonic()))
+            self._loaded(LoadReport(ticket, landed, lost, failed, time.monotonic(), waited))
 
     def _load_near(self, load: _Load) -> None:
         """Copy what becomes ready in slots of this node; a part is told as it lands."""
         copier = self._copier()
-        copying: deque[tuple[Callable[[], bool], dict[BlockRef, Lease]]] = deque()
-        heard_s, pause_s = time.monotonic(), 0.0002
+        copying: deque[tuple[Callable[[], bool], dict[BlockRef, Lease], bool]] = deque()
+        heard_s, pause_s, waited = time.monotonic(), 0.0002, False
         try:
             while load.waiting or copying:
                 ready, gone = self._sorted(load)
@@ -214,14 +215,14 @@ class Loader:
                     self._lose(load, gone, "failed")
                 part = self._take(load, ready)
                 if part:
-                    copying.append((_never, part))
+                    copying.append((_never, part, waited))
                     self._copy_in(copier, load.order, part)
-                    copying[-1] = (copier.mark(), part)
+                    copying[-1] = (copier.mark(), part, waited)
                 landed = False
                 while copying and (copying[0][0]() or not load.waiting):
                     if not copying[0][0]():
                         copier.synchronize()
-                    self._landed(load.order.ticket, copying[0][1])
+                    self._landed(load.order.ticket, *copying[0][1:])
                     copying.popleft()
                     landed = True
                 if part or gone or landed:
@@ -231,10 +232,10 @@ class Loader:
                 else:
                     # Progress shows in shared memory only; there is nothing to block on.
                     time.sleep(pause_s)
-                    pause_s = min(pause_s * 2, 0.002)
+                    pause_s, waited = min(pause_s * 2, 0.002), True
         except BaseException:
             copier.synchronize()
-            for _, part in copying:
+            for _, part, _ in copying:
                 self._tell(load.order.ticket, lost=list(part))
                 self._shards.give_back(list(part.values()))
             raise
@@ -259,10 +260,10 @@ class Loader:
                 gone.append(ref)
         return ready, gone
 
-    def _landed(self, ticket: int, part: Mapping[BlockRef, Lease]) -> None:
+    def _landed(self, ticket: int, part: Mapping[BlockRef, Lease], waited: bool) -> None:
         """The copies of a part are done: what is confirmed holds its bytes."""
         done = [ref for ref, lease in part.items() if self._confirm(lease)]
-        self._tell(ticket, done, [ref for ref in part if ref not in set(done)])
+        self._tell(ticket, done, [ref for ref in part if ref not in set(done)], waited=waited)
         self._shards.give_back(list(part.values()))
         total = sum(self._pools[group].group.block_bytes for group, _ in done)
         self._metrics.inc("litecache_copied_bytes", total, direction="load")
