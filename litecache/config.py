@@ -231,6 +231,8 @@ class CacheConfig:
         ram_bytes: bound of the arenas of one node, together.
         storage_dir: absolute folder, or one per disk; None = no disk tier.
         storage_bytes: bound of the sum over all folders of a node, journals included.
+        storage_write_bytes_per_s: blocks are written to all folders of a node together at this
+            rate at most; None = no bound. Flushes and clean stops write the rest at once.
         storage_shards: shards per folder.
         fsync: "always", "interval" or "never".
         eviction: name of the shards' eviction policy.
@@ -265,6 +267,9 @@ class CacheConfig:
         "storage_dir", None, _folders, _parse_folders, null=True
     )
     storage_bytes: int = _setting("storage_bytes", "10GB", _size)
+    storage_write_bytes_per_s: int | None = _setting(
+        "storage_write_bytes_per_s", None, _size, null=True
+    )
     storage_shards: int = _setting("storage_shards", 1, _count, int)
     fsync: str = _setting("fsync", "interval", _one_of(FSYNC_POLICIES))
     eviction: str = _setting("eviction", "lru", _one_of(EVICTION_POLICIES))

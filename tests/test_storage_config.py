@@ -27,6 +27,10 @@ def test_the_environment_sets_them(monkeypatch: pytest.MonkeyPatch) -> None:
     config = CacheConfig()
     assert config.salt_quotas == {"alice": 5_000_000_000, "a=b": 1_000_000}
     assert config.ttl_s == 1.5
+    monkeypatch.setenv("LITECACHE_STORAGE_WRITE_BYTES_PER_S", "200MB")
+    assert CacheConfig().storage_write_bytes_per_s == 200_000_000
+    monkeypatch.setenv("LITECACHE_STORAGE_WRITE_BYTES_PER_S", "null")
+    assert CacheConfig().storage_write_bytes_per_s is None
     monkeypatch.setenv("LITECACHE_SALT_QUOTAS", "alice")
     with pytest.raises(ConfigError, match="LITECACHE_SALT_QUOTAS"):
         CacheConfig()
@@ -38,6 +42,8 @@ def test_the_environment_sets_them(monkeypatch: pytest.MonkeyPatch) -> None:
         ("ttl_s", 0),
         ("ttl_s", float("inf")),
         ("ttl_s", "soon"),
+        ("storage_write_bytes_per_s", 0),
+        ("storage_write_bytes_per_s", "fast"),
         ("salt_quotas", ["alice"]),
         ("salt_quotas", {"alice": "much"}),
         ("salt_quotas", {1: 5}),

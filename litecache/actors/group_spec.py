@@ -187,6 +187,7 @@ def shard_options(spec: GroupSpec, node_rank: int, nodes: int = 1) -> list[dict[
             for folder in config.storage_dir
             for index in range(first, first + config.storage_shards)
         ]
+    budget = config.storage_write_bytes_per_s
     quotas = {salt_digest(salt): q // len(folders) for salt, q in config.salt_quotas.items()}
     return [
         {
@@ -197,6 +198,7 @@ def shard_options(spec: GroupSpec, node_rank: int, nodes: int = 1) -> list[dict[
             "fsync": config.fsync,
             "eviction": config.eviction,
             "ttl_s": config.ttl_s,
+            "write_bytes_per_s": budget and max(1, budget // len(folders)),
             "quotas": quotas,
         }
         for folder in folders

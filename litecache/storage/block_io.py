@@ -1,8 +1,10 @@
 """The I/O of a shard: threads that read and write slots.
 
-Reads go before writes, and at least one thread is never used for writing. No lock is held during
-I/O. Idle threads sleep on a condition variable; nothing polls. With `threads=0` all work is done by
-whoever caused it, on its own thread, which makes tests deterministic.
+Reads go before writes: no write begins while a read waits, unless what is not written yet fills
+half of the arena, and at least one thread is never used for writing. A `WriteBudget` bounds writes
+over time. No lock is held during I/O. Idle threads sleep on a condition variable; nothing polls.
+With `threads=0` all work is done by whoever caused it, on its own thread, which makes tests
+deterministic.
 """
 
 from __future__ import annotations
@@ -11,7 +13,8 @@ import errno
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from ..hashing import BlockKey
 from ..threads import start_service
@@ -39,6 +42,36 @@ def request_bytes(total: int, threads: int) -> int:
     return min(max(total // max(1, threads), _MIN_REQUEST_BYTES), MAX_REQUEST_BYTES)
 
 
+class WriteBudget:
+    """A token bucket: saved-up tokens are one second's worth, and the last write may overdraw it.
+
+    Args:
+        bytes_per_s: None: no bound.
+    """
+
+    def __init__(self, bytes_per_s: int | None) -> None:
+        self._rate = bytes_per_s
+        self._left: float = bytes_per_s or 0
+        self._at = time.monotonic()
+
+    def at_most(self, nbytes: int) -> int:
+        """Of one request that may be as large as `nbytes`."""
+        return nbytes if self._rate is None else min(nbytes, self._rate)
+
+    def wait_s(self) -> float:
+        """How long no write may begin; 0: now."""
+        if self._rate is None:
+            return 0.0
+        now = time.monotonic()
+        self._left = min(self._rate, self._left + (now - self._at) * self._rate)
+        self._at = now
+        return max(0.0, -self._left / self._rate)
+
+    def spend(self, nbytes: int) -> None:
+        """A write begins; less than zero: some of it does not take place."""
+        self._left -= nbytes
+
+
 class BlockIo:
     """Carries out what `Tiers` queues.
 
@@ -47,6 +80,7 @@ class BlockIo:
         disk: its disk tier.
         durability: told of every write.
         threads: number of I/O threads.
+        write_bytes_per_s: what `take_writes` gives is written at this rate at most.
         on_written: told, without the lock, which keys reached the disk (None) or why not.
 
     Attributes:
@@ -60,6 +94,7 @@ class BlockIo:
         durability: Durability,
         *,
         threads: int,
+        write_bytes_per_s: int | None,
         on_written: OnWritten | None,
     ) -> None:
         self._tiers = tiers
@@ -69,6 +104,7 @@ class BlockIo:
         self._lock = tiers.lock
         self._threads = threads
         self._writers = self._reading = self._reading_bytes = 0
+        self._budget, self._hurried = WriteBudget(write_bytes_per_s), 0
         self._closing = False
         self.allocated: set[int] = set()
         self._resizing = threading.Lock()
@@ -89,6 +125,18 @@ class BlockIo:
                 pass
             self._durability.catch_up()
 
+    @contextmanager
+    def hurry(self) -> Iterator[None]:
+        """Somebody waits for all that is dirty: meanwhile writes keep to no budget."""
+        with self._lock:
+            self._hurried += 1
+            self._tiers.work.notify_all()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._hurried -= 1
+
     def _run(self) -> None:
         while self._step(wait=True):
             pass
@@ -100,7 +148,12 @@ class BlockIo:
         return bool(self._tiers.reads) and few
 
     def _may_write(self) -> bool:
-        return bool(self._tiers.dirty) and self._writers < max(1, self._threads - 1)
+        tiers = self._tiers
+        if not tiers.dirty or self._writers >= max(1, self._threads - 1):
+            return False
+        # dirty slots cannot be evicted: were they all, reads could get none either
+        yields = tiers.reads and 2 * tiers.dirty_bytes <= tiers.arena.arena_bytes
+        return bool(self._hurried) or not (yields or self._budget.wait_s())
 
     def _step(self, *, wait: bool) -> bool:
         """Do one piece of work; False when there is none, or no more is wanted."""
@@ -109,7 +162,7 @@ class BlockIo:
             while not (reads := self._may_read()) and not self._may_write():
                 if not wait or self._closing:
                     return False
-                tiers.work.wait()
+                tiers.work.wait((self._budget.wait_s() if tiers.dirty else 0) or None)
             if reads:
                 blocks, wanted = tiers.take_reads()
                 nbytes = sum(block.nbytes for block in blocks)
@@ -117,9 +170,11 @@ class BlockIo:
                 self._reading_bytes += nbytes
             else:
                 most = request_bytes(tiers.dirty_bytes, self._threads - 1)
-                batch = tiers.take_writes(most)
+                batch = tiers.take_writes(self._budget.at_most(most))
                 if batch is None:
                     return True
+                if not self._hurried:
+                    self._budget.spend(sum(block.nbytes for block in batch.blocks))
                 self._writers += 1
         if reads:
             self._read(blocks, wanted, nbytes)
@@ -267,6 +322,7 @@ class BlockIo:
         """Blocks found no disk slot: let them wait for one, or give them up."""
         disk = self._disk
         with self._lock:
+            self._budget.spend(-sum(block.nbytes for block in blocks))
             # slots that reads or other writes hold come back
             held = disk.space.readers or self._writers > 1
             if progress or (held and not disk.lost and not disk.log_full()):

@@ -60,6 +60,8 @@ class ShardBase:
         eviction: `lru`, `lfu`, `s3fifo` or a registered name.
         admission: `all`, `reused` or `none`: which blocks are written to disk.
         ttl_s: a block older than this is a miss.
+        write_bytes_per_s: blocks are written to disk at this rate at most, in bursts of at most a
+            second's worth; `flush`, `clear` and `close` write what is left at once. None: no bound.
         quotas: namespace, or digest of a salt (`namespaces.py`), to the disk bytes it may take.
         io_threads: threads that read and write; 0 does all I/O on the callers' threads.
         metrics: where to count; None makes an own set.
@@ -90,6 +92,7 @@ class ShardBase:
         eviction: str = "lru",
         admission: str = "all",
         ttl_s: float | None = None,
+        write_bytes_per_s: int | None = None,
         quotas: dict[str, int] | None = None,
         io_threads: int = 4,
         metrics: Metrics | None = None,
@@ -101,6 +104,8 @@ class ShardBase:
         on_written: OnWritten | None = None,
     ) -> None:
         validate_options(directory, storage_bytes, ram_bytes, fsync, io_threads, ttl_s)
+        if write_bytes_per_s is not None and write_bytes_per_s < 1:
+            raise ConfigError("write_bytes_per_s", write_bytes_per_s, "one or more, or None")
         get_policy(eviction)
         admit = Admission(admission)
         self.metrics = metrics or Metrics()
@@ -143,7 +148,12 @@ class ShardBase:
                 tiers, disk, threaded=io_threads > 0, fsync=fsync, interval_s=fsync_interval_s
             )
             self._io = BlockIo(
-                tiers, disk, self._durability, threads=io_threads, on_written=on_written
+                tiers,
+                disk,
+                self._durability,
+                threads=io_threads,
+                write_bytes_per_s=write_bytes_per_s,
+                on_written=on_written,
             )
         self._retired.begin(cast("ShardStore", self), tiers, self._lock)
 
@@ -223,7 +233,6 @@ class ShardBase:
         """Write and sync all that was committed before the call."""
         if self._io is None:
             return FlushReport(0, 0, 0, True)
-        self._io.drain()
         tiers = self._tiers
         pending: list[RamBlock] = []
 
@@ -232,11 +241,13 @@ class ShardBase:
             pending = [block for block in pending if block.state in UNWRITTEN]
             return self._closed or not pending
 
-        with self._changed:
-            mine = pending = tiers.unwritten()
-            failed = tiers.failed_writes
-            self._changed.wait_for(done, timeout_s)
-            failed = tiers.failed_writes - failed
+        with self._io.hurry():
+            self._io.drain()
+            with self._changed:
+                mine = pending = tiers.unwritten()
+                failed = tiers.failed_writes
+                self._changed.wait_for(done, timeout_s)
+                failed = tiers.failed_writes - failed
         synced = self._durability.sync(force=True)
         written = max(0, len(mine) - len(pending) - failed) if synced else 0
         complete = synced and not pending and not failed
