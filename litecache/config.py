@@ -21,6 +21,7 @@ from litecache.checks import check_flag, check_integer, check_path, check_real, 
 from litecache.errors import ConfigError, shown
 
 DTYPES = ("float32", "float16", "bfloat16")
+KV_DTYPES = (*DTYPES, "int8", "fp8")
 FSYNC_POLICIES = ("always", "interval", "never")
 EVICTION_POLICIES = ("lfu", "lru", "s3fifo")
 ADMISSION_POLICIES = ("all", "reused", "none")
@@ -92,8 +93,10 @@ def _one_of(choices: tuple[str, ...]) -> Check:
 
     def check(name: str, value: Any) -> str:
         # a torch dtype by its name, without importing torch
-        is_dtype = choices is DTYPES and shown(value).startswith("torch.")
+        is_dtype = choices in (DTYPES, KV_DTYPES) and shown(value).startswith("torch.")
         text = check_text(name, shown(value) if is_dtype else value, valid).removeprefix("torch.")
+        if text == "float8_e4m3fn" and "fp8" in choices:
+            text = "fp8"
         if text not in choices:
             raise ConfigError(name, value, valid)
         return text
@@ -223,7 +226,8 @@ class CacheConfig:
             None = as many as `gpu_memory_fraction` allows.
         gpu_memory_fraction: share of the device's memory for weights, activations and pool.
         dtype: of weights and activations; None = the model's own.
-        kv_dtype: of the KV pool; None = `dtype`.
+        kv_dtype: of the KV pool; None = `dtype`. "int8" and "fp8" (e4m3) hold half of bfloat16's
+            bytes, with a scale for each token and head; int8 is the more exact of the two.
         device: "cuda", "cuda:1", "cpu"; None = cuda if there is one.
         num_layers, num_heads, num_kv_heads, head_dim: the model's shape. Optional with a model
             (a value that disagrees is an error), required by `PagedAttentionCache`.
@@ -256,7 +260,7 @@ class CacheConfig:
     num_blocks: int | None = _setting("num_blocks", None, _count, int, null=True)
     gpu_memory_fraction: float = _setting("gpu_memory_fraction", 0.85, _fraction, float)
     dtype: str | None = _setting("dtype", None, _one_of(DTYPES), null=True)
-    kv_dtype: str | None = _setting("kv_dtype", None, _one_of(DTYPES), null=True)
+    kv_dtype: str | None = _setting("kv_dtype", None, _one_of(KV_DTYPES), null=True)
     device: str | None = _setting("device", None, _device, null=True)
     num_layers: int | None = _setting("num_layers", None, _shape, int, null=True)
     num_heads: int | None = _setting("num_heads", None, _shape, int, null=True)

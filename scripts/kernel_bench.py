@@ -113,24 +113,14 @@ class Bench:
     def __init__(self, shape: Shape) -> None:
         self.shape = shape
         item = getattr(torch, shape.dtype).itemsize
-        scale_bytes = 2 * shape.kv_heads * shape.block_size * 4 if item == 1 else 0
-        spec = KVSpec(shape.kv_heads, shape.dim, shape.dim, shape.dtype, scale_bytes=scale_bytes)
+        spec = KVSpec(shape.kv_heads, shape.dim, shape.dim, shape.dtype)
         group = KVLayout.from_specs([spec] * shape.layers, shape.block_size).groups[0]
         self.pool = KVPool(group, shape.pool_bytes // group.block_bytes, DEVICE)
         self.views = []
-        for index, layer in enumerate(group.layers):
+        for layer in group.layers:
             k, v = self.pool.layer(layer)
-            scales = (None, None)
+            scales = self.pool.scales(layer)
             if item == 1:
-                at = group.extents[index].scale_offset // 4
-                half = shape.kv_heads * shape.block_size
-                words = self.pool.buffer.view(-1).view(torch.float32)
-                scales = tuple(
-                    words.as_strided(
-                        k.shape[:3], (group.block_bytes // 4, shape.block_size, 1), at + part * half
-                    )
-                    for part in (0, 1)
-                )
                 for cache, scale in ((k, scales[0]), (v, scales[1])):
                     if shape.dtype == "int8":
                         cache.random_(-127, 128)

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from litecache.errors import ConfigError
 from litecache.kernels import TRASH_BLOCK as TRASH_BLOCK
+from litecache.kernels.quantise import LARGEST_CODE
 from litecache.machine_memory import available_memory_bytes
 
 LAYOUT_VERSION = 1
@@ -34,9 +35,9 @@ class KVSpec:
         kv_heads: number of KV heads.
         k_dim: head dimension of K.
         v_dim: head dimension of V (differs from `k_dim` in MLA models).
-        dtype: torch dtype by name, as stored in the pool.
+        dtype: of the pool, by the name that `CacheConfig.kv_dtype` gives it.
         window: sliding window in tokens (key visible iff kpos > qpos - window), None = full.
-        scale_bytes: bytes of quantisation scales per layer and block.
+        scale_bytes: of a token and head: a float32 each for K and V of eight bits, else 0.
     """
 
     kv_heads: int
@@ -44,12 +45,16 @@ class KVSpec:
     v_dim: int
     dtype: str
     window: int | None = None
-    scale_bytes: int = 0
+    scale_bytes: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scale_bytes", 8 if self.torch_dtype in LARGEST_CODE else 0)
 
     @property
     def torch_dtype(self) -> torch.dtype:
         """The dtype as an object."""
-        return getattr(torch, self.dtype)  # type: ignore[no-any-return]
+        name = "float8_e4m3fn" if self.dtype == "fp8" else self.dtype
+        return getattr(torch, name)  # type: ignore[no-any-return]
 
     @property
     def itemsize(self) -> int:
@@ -158,12 +163,12 @@ class KVLayout:
 def _make_group(index: int, spec: KVSpec, layers: tuple[int, ...], block_size: int) -> KVGroup:
     extents = []
     offset = 0
-    token_bytes = spec.kv_heads * block_size * spec.itemsize
+    rows = spec.kv_heads * block_size
     for _ in layers:
         k_offset = offset
-        v_offset = _align(k_offset + token_bytes * spec.k_dim, EXTENT_ALIGNMENT)
-        scale_offset = _align(v_offset + token_bytes * spec.v_dim, EXTENT_ALIGNMENT)
-        offset = _align(scale_offset + spec.scale_bytes, EXTENT_ALIGNMENT)
+        v_offset = _align(k_offset + rows * spec.k_dim * spec.itemsize, EXTENT_ALIGNMENT)
+        scale_offset = _align(v_offset + rows * spec.v_dim * spec.itemsize, EXTENT_ALIGNMENT)
+        offset = _align(scale_offset + rows * spec.scale_bytes, EXTENT_ALIGNMENT)
         extents.append(LayerExtent(k_offset, v_offset, scale_offset))
     block_bytes = _align(offset, BLOCK_ALIGNMENT)
     return KVGroup(index, layers, spec, block_size, tuple(extents), block_bytes)
@@ -181,13 +186,21 @@ class KVPool:
         self.group = group
         # Zeros, not empty: a trash block of NaN would poison padded rows of a batch.
         self.buffer = torch.zeros((num_blocks, group.block_bytes), dtype=torch.uint8, device=device)
-        self._views = {
-            layer: (
-                self._view(extent.k_offset, group.spec.k_dim),
-                self._view(extent.v_offset, group.spec.v_dim),
+        spec, size = group.spec, group.block_size
+        side = spec.kv_heads * size * 4
+        self._views = {}
+        self._scales: dict[int, tuple[torch.Tensor | None, torch.Tensor | None]] = {}
+        for layer, extent in zip(group.layers, group.extents, strict=True):
+            self._views[layer] = (
+                self._view(extent.k_offset, spec.torch_dtype, spec.k_dim),
+                self._view(extent.v_offset, spec.torch_dtype, spec.v_dim),
             )
-            for layer, extent in zip(group.layers, group.extents, strict=True)
-        }
+            self._scales[layer] = (None, None)
+            if spec.scale_bytes:
+                self._scales[layer] = (
+                    self._view(extent.scale_offset, torch.float32, 1).squeeze(3),
+                    self._view(extent.scale_offset + side, torch.float32, 1).squeeze(3),
+                )
 
     @property
     def num_blocks(self) -> int:
@@ -198,15 +211,39 @@ class KVPool:
         """K `[num_blocks, kv_heads, block_size, k_dim]` and V of one layer, as views."""
         return self._views[layer]
 
-    def _view(self, offset: int, dim: int) -> torch.Tensor:
-        spec, size = self.group.spec, self.group.block_size
-        typed = self.buffer.view(-1).view(spec.torch_dtype)
+    def scales(self, layer: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Scales of K and V of one layer, float32 `[num_blocks, kv_heads, block_size]`, as views.
+
+        None unless the pool has eight bits.
+        """
+        return self._scales[layer]
+
+    def _view(self, offset: int, dtype: torch.dtype, dim: int) -> torch.Tensor:
+        heads, size = self.group.spec.kv_heads, self.group.block_size
         return torch.as_strided(
-            typed,
-            (self.num_blocks, spec.kv_heads, size, dim),
-            (self.group.block_bytes // spec.itemsize, size * dim, dim, 1),
-            storage_offset=offset // spec.itemsize,
+            self.buffer.view(-1).view(dtype),
+            (self.num_blocks, heads, size, dim),
+            (self.group.block_bytes // dtype.itemsize, size * dim, dim, 1),
+            storage_offset=offset // dtype.itemsize,
         )
+
+
+def check_kv_dtype(specs: Sequence[KVSpec], device: torch.device) -> None:
+    """Refuse eight-bit KV where the kernels cannot read it.
+
+    Raises:
+        ConfigError: heads that do not fill words of four codes, or a GPU without fp8.
+    """
+    valid = "a dtype of 16 or 32 bits"
+    for spec in specs:
+        odd = [dim for dim in (spec.k_dim, spec.v_dim) if dim % 4]
+        if spec.scale_bytes and odd:
+            why = f"eight-bit KV is read in words of four, heads here have {odd[0]} dimensions"
+            raise ConfigError("kv_dtype", spec.dtype, f"{valid}: {why}")
+    fp8 = any(spec.dtype == "fp8" for spec in specs)
+    if fp8 and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        name = torch.cuda.get_device_name(device)
+        raise ConfigError("kv_dtype", "fp8", f'"int8", or {valid}: {name} has no fp8 e4m3')
 
 
 def choose_device(name: str | None) -> torch.device:

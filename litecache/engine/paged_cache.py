@@ -17,7 +17,14 @@ import torch
 
 from litecache.checks import check_integer
 from litecache.config import CacheConfig
-from litecache.engine.kv_layout import KVLayout, KVPool, KVSpec, choose_device, free_bytes
+from litecache.engine.kv_layout import (
+    KVLayout,
+    KVPool,
+    KVSpec,
+    check_kv_dtype,
+    choose_device,
+    free_bytes,
+)
 from litecache.engine.scheduling.block_pool import BlockPool
 from litecache.errors import CapacityError, ConfigError, KernelError, outline
 from litecache.kernels import (
@@ -81,6 +88,7 @@ class PagedAttentionCache:
         self.device = choose_device(config.device)
         dtype = config.kv_dtype or dtype
         spec = KVSpec(self.num_kv_heads, self.head_dim, self.head_dim, dtype)
+        check_kv_dtype([spec], self.device)
         group = KVLayout.from_specs([spec] * self.num_layers, config.block_size).groups[0]
         num_blocks = self._check_room(group.block_bytes)
         # An inference tensor could not be written to outside of inference mode.
@@ -141,7 +149,8 @@ class PagedAttentionCache:
         k_cache, v_cache = self._pool.layer(layer_idx)
         slots = torch.from_numpy(blocks * size + positions % size).to(self.device)
         with torch.no_grad():
-            store_kv(_rows(key), _rows(value), k_cache, v_cache, slots)
+            scales = self._pool.scales(layer_idx)
+            store_kv(_rows(key), _rows(value), k_cache, v_cache, slots, *scales)
         self._written[layer_idx, blocks] = positions % size + 1
         sequence.layer_lens[layer_idx] = first + count
 
@@ -227,7 +236,12 @@ class PagedAttentionCache:
         )
         packed = query.transpose(1, 2).flatten(0, 1) if query.ndim == 4 else query
         k_cache, v_cache = self._pool.layer(layer_idx)
-        layer = Attention(_rows(packed), k_cache, v_cache, self.head_dim**-0.5)
+        k_scale, v_scale = self._pool.scales(layer_idx)
+        layer = Attention(
+            *(_rows(packed), k_cache, v_cache, self.head_dim**-0.5),
+            k_scale=k_scale,
+            v_scale=v_scale,
+        )
         out = paged_attention(layer, plan_attention(metadata, layer))
         return out if query.ndim == 3 else out.view(batch, queries, *out.shape[1:]).transpose(1, 2)
 

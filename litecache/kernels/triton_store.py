@@ -24,13 +24,19 @@ _COPY_ELEMENTS = 2048
 
 
 @triton.jit
-def _quantise(wide, LARGEST: tl.constexpr, DTYPE: tl.constexpr):
-    """Codes and scales of float32 rows; `LARGEST` is the largest code."""
-    scale = tl.div_rn(tl.max(tl.abs(wide), 1), LARGEST)
+def to_codes(wide, scale, DTYPE: tl.constexpr):
+    """Codes of float32 rows with a scale each."""
     codes = tl.div_rn(wide, tl.where(scale > 0, scale, 1.0)[:, None])
     if tl.int8 == DTYPE:
         codes = tl.minimum(tl.maximum(tl.floor(codes + 0.5), -127.0), 127.0)
-    return codes.to(DTYPE), scale
+    return codes.to(DTYPE)
+
+
+@triton.jit
+def _quantise(wide, LARGEST: tl.constexpr, DTYPE: tl.constexpr):
+    """Codes and scales of float32 rows; `LARGEST` is the largest code."""
+    scale = tl.div_rn(tl.max(tl.abs(wide), 1), LARGEST)
+    return to_codes(wide, scale, DTYPE), scale
 
 
 @triton.jit

@@ -17,15 +17,14 @@ LAYERS, HEADS, SIZE, DIM = 3, 2, 8, 24
 def form(dtype: str) -> tuple[BlockForm, int]:
     """The form of a block as `kv_layout` lays it out, and the block's bytes."""
     torch_dtype = getattr(torch, dtype)
-    scale_bytes = 2 * HEADS * SIZE * 4 if torch_dtype.itemsize == 1 else 0
-    spec = KVSpec(HEADS, DIM, DIM, dtype, scale_bytes=scale_bytes)
+    spec = KVSpec(HEADS, DIM, DIM, dtype)
     group = KVLayout.from_specs([spec] * LAYERS, SIZE).groups[0]
     first, second = group.extents[:2]
     return BlockForm(
         torch_dtype, LAYERS, HEADS * SIZE, DIM,
         layer_bytes=second.k_offset - first.k_offset,
         v_offset=first.v_offset,
-        scale_offset=first.scale_offset if scale_bytes else 0,
+        scale_offset=first.scale_offset if spec.scale_bytes else 0,
     ), group.block_bytes  # fmt: skip
 
 

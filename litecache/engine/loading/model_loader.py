@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from litecache.config import CacheConfig
-from litecache.engine.kv_layout import KVSpec, choose_device
+from litecache.engine.kv_layout import KVSpec, check_kv_dtype, choose_device
 from litecache.engine.loading.fingerprint import (
     combined_fingerprint,
     file_digest,
@@ -33,7 +33,7 @@ from litecache.engine.loading.model_checks import (
     refusal,
 )
 from litecache.engine.loading.model_source import BUFFERS_FILE, ModelSource
-from litecache.engine.loading.probe import use_paged_attention
+from litecache.engine.loading.probe import use_paged_attention, verify_narrow
 from litecache.engine.loading.twin import probe_model
 from litecache.engine.running.hf_attention import IMPLEMENTATION, register
 from litecache.engine.running.passes import apply_passes, chosen_passes
@@ -132,13 +132,21 @@ def admit(
 
     Raises:
         ModelNotSupportedError: it would be wrong over paged KV, with the reason.
+        ConfigError: its heads, or the device, cannot have KV of `config.kv_dtype`.
     """
     use_paged_attention(model)
-    kv_dtype = config.kv_dtype or str(model.dtype).removeprefix("torch.")
+    own = str(model.dtype).removeprefix("torch.")
+    # An eight-bit pool would hide in its own error what is wrong otherwise.
+    narrow = config.kv_dtype if config.kv_dtype in ("int8", "fp8") else None
+    kv_dtype = own if narrow else config.kv_dtype or own
     specs, right = probe_model(model, kv_dtype, config.block_size, max_model_len)
+    narrow_specs = specs if narrow is None else tuple(replace(s, dtype=narrow) for s in specs)
+    check_kv_dtype(narrow_specs, next(model.parameters()).device)
     names = [name for name in chosen_passes() if name in right]
     tried = apply_passes(model, specs, config.block_size, max_model_len, names=names)
-    return specs, tuple(name for name, kept in tried.items() if kept)
+    if narrow is not None:
+        verify_narrow(model, narrow_specs, specs, config.block_size, max_model_len)
+    return narrow_specs, tuple(name for name, kept in tried.items() if kept)
 
 
 def random_model(hf_config: Any, seed: int, device: torch.device, dtype: torch.dtype) -> Any:

@@ -81,7 +81,7 @@ class PagedContext:
 
     def __init__(self, layout: KVLayout, pools: Sequence[KVPool]) -> None:
         self._layers = {
-            layer: (group.index, group.spec.window, *pool.layer(layer))
+            layer: (group.index, group.spec.window, *pool.layer(layer), *pool.scales(layer))
             for group, pool in zip(layout.groups, pools, strict=True)
             for layer in group.layers
         }
@@ -98,10 +98,12 @@ class PagedContext:
         self._metadata, self.needed = metadata, needed
         self._plans.clear()
 
-    def place(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The K and V views of a layer and the slots of the step's tokens in them."""
-        group, _, k_cache, v_cache = self._layers[layer]
-        return k_cache, v_cache, self._metadata[group].slot_mapping
+    def place(
+        self, layer: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """The K and V views of a layer, the slots of the step's tokens in them, and the scales."""
+        group, _, k_cache, v_cache, k_scale, v_scale = self._layers[layer]
+        return k_cache, v_cache, self._metadata[group].slot_mapping, k_scale, v_scale
 
     def attend(
         self,
@@ -140,11 +142,12 @@ class PagedContext:
         options: AttentionOptions,
     ) -> torch.Tensor:
         """As `attend`, for KV that is in its slots already."""
-        group, window, k_cache, v_cache = self._layers[layer]
+        group, window, k_cache, v_cache, k_scale, v_scale = self._layers[layer]
         scale, softcap, sinks = options
         asked = Attention(
-            query, k_cache, v_cache, scale, window, softcap, sinks, key=key, value=value
-        )
+            query, k_cache, v_cache, scale, window, softcap, sinks, None, key, value,
+            k_scale, v_scale,
+        )  # fmt: skip
         # The other numbers of a geometry are those of the group.
         name, checked = (group, query.shape[1]), layer in self._checked
         plan = self._plans.get(name)

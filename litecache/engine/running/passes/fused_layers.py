@@ -116,8 +116,8 @@ class FusedDecoderLayer(nn.Module):
         if stored:
             from litecache.engine.running.passes.triton_elementwise import rotate_and_store
 
-            k_cache, v_cache, slots = context.place(self._layer)
-            rotate_and_store(qkv, cos, sin, k_cache, v_cache, slots, queries, self._qk_norm)
+            place = context.place(self._layer)
+            rotate_and_store(qkv, cos, sin, *place, num_heads=queries, norm=self._qk_norm)
         else:
             query_key = self._normalise_and_rotate(query_key, cos, sin)
         query, key = query_key[:, :queries], query_key[:, queries:]

@@ -6,7 +6,9 @@ import torch
 import triton
 import triton.language as tl
 
-from litecache.kernels.triton_common import await_previous, use_pdl
+from litecache.kernels.quantise import LARGEST_CODE
+from litecache.kernels.triton_common import await_previous, cache_arguments, use_pdl
+from litecache.kernels.triton_store import to_codes
 
 
 @triton.jit
@@ -63,10 +65,10 @@ def silu_and_multiply(x: torch.Tensor) -> torch.Tensor:
 @triton.jit
 def _rotary_kernel(
     qkv_ptr, cos_ptr, sin_ptr, q_weight_ptr, k_weight_ptr, eps,
-    k_ptr, v_ptr, k_block, k_head, v_block, v_head, slots_ptr,
+    k_ptr, v_ptr, k_block, k_head, v_block, v_head, ks_ptr, vs_ptr, ks_block, vs_block, slots_ptr,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, ROT: tl.constexpr,
     HALF_PAD: tl.constexpr, REST_PAD: tl.constexpr, PAGE: tl.constexpr, NORM: tl.constexpr,
-    ROWS: tl.constexpr, PDL: tl.constexpr,
+    LARGEST: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     await_previous(PDL)
@@ -108,24 +110,44 @@ def _rotary_kernel(
     page, offset = slot // PAGE, slot % PAGE
     kv_head = head - HEADS
     is_key = (kv_head >= 0) & rotated
+    is_value = there & (kv_head >= KV_HEADS)
+    if DIM > ROT:
+        # The part of a head that no rotation touches, copied as it is.
+        rest = tl.arange(0, REST_PAD)
+        past = there[:, None] & (rest < DIM - ROT)[None, :]
+        tail = tl.load(line + ROT + rest[None, :], mask=past, other=0.0)
+    k_type = k_ptr.dtype.element_ty
+    if LARGEST > 0:
+        out1 = tl.where(is_key[:, None], out1, first).to(tl.float32)
+        out2 = tl.where(is_key[:, None], out2, second).to(tl.float32)
+        peak = tl.maximum(tl.max(tl.abs(out1), 1), tl.max(tl.abs(out2), 1))
+        if DIM > ROT:
+            tail = tail.to(tl.float32)
+            peak = tl.maximum(peak, tl.max(tl.abs(tail), 1))
+        scale = tl.div_rn(peak, LARGEST)
+        k_place = page * ks_block + kv_head * PAGE + offset
+        tl.store(ks_ptr + k_place, scale, mask=is_key)
+        v_place = page * vs_block + (kv_head - KV_HEADS) * PAGE + offset
+        tl.store(vs_ptr + v_place, scale, mask=is_value)
+        out1 = to_codes(out1, scale, k_type)
+        out2 = to_codes(out2, scale, k_type)
+        first, second = out1, out2
+        if DIM > ROT:
+            tail = to_codes(tail, scale, k_type)
     k_line = k_ptr + page * k_block + (kv_head.to(tl.int64) * k_head + offset * DIM)[:, None]
     key_mask = inside & is_key[:, None]
-    k_type = k_ptr.dtype.element_ty
     tl.store(k_line + low[None, :], out1.to(k_type), mask=key_mask)
     tl.store(k_line + half + low[None, :], out2.to(k_type), mask=key_mask)
     v_line = v_ptr + page * v_block + (
         (kv_head - KV_HEADS).to(tl.int64) * v_head + offset * DIM
     )[:, None]  # fmt: skip
-    value_mask = inside & (there & (kv_head >= KV_HEADS))[:, None]
+    value_mask = inside & is_value[:, None]
     tl.store(v_line + low[None, :], first.to(k_type), mask=value_mask)
     tl.store(v_line + half + low[None, :], second.to(k_type), mask=value_mask)
     if DIM > ROT:
-        # The part of a head that no rotation touches, copied as it is.
-        rest = tl.arange(0, REST_PAD)
-        past = there[:, None] & (rest < DIM - ROT)[None, :]
-        tail = tl.load(line + ROT + rest[None, :], mask=past, other=0.0).to(k_type)
+        tail = tail.to(k_type)
         tl.store(k_line + ROT + rest[None, :], tail, mask=past & is_key[:, None])
-        tl.store(v_line + ROT + rest[None, :], tail, mask=past & (kv_head >= KV_HEADS)[:, None])
+        tl.store(v_line + ROT + rest[None, :], tail, mask=past & is_value[:, None])
 
 
 def rotate_and_store(
@@ -135,6 +157,9 @@ def rotate_and_store(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     slots: torch.Tensor,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+    *,
     num_heads: int,
     norm: tuple[torch.Tensor, torch.Tensor, float] | None = None,
 ) -> None:
@@ -144,9 +169,12 @@ def rotate_and_store(
         qkv: `[T, (num_heads + 2 * kv_heads) * dim]`, contiguous; overwritten.
         cos: `[T, rotary_dim]`, contiguous; heads rotate their first `rotary_dim` elements.
         sin: likewise.
-        k_cache: `[num_blocks, kv_heads, block_size, dim]`, a layer's view.
+        k_cache: `[num_blocks, kv_heads, block_size, dim]`, a layer's view; eight-bit ones are
+            quantised on the way, as `store_kv` does it.
         v_cache: likewise, of the same dim.
         slots: int64 `[T]`.
+        k_scale: float32 `[num_blocks, kv_heads, block_size]` of an eight-bit pool, else None.
+        v_scale: likewise.
         num_heads: of the queries.
         norm: weights of the query and key norms over `dim` and their epsilon; only with a
             rotation over the whole head.
@@ -158,11 +186,11 @@ def rotate_and_store(
     pdl = use_pdl(qkv.device, qkv.shape[0])
     _rotary_kernel[(qkv.shape[0], triton.cdiv(num_heads + 2 * kv_heads, rows))](
         qkv, cos, sin, q_weight, k_weight, eps,
-        k_cache, v_cache, k_cache.stride(0), k_cache.stride(1),
-        v_cache.stride(0), v_cache.stride(1), slots,
+        *cache_arguments(k_cache, v_cache, k_scale, v_scale), slots,
         HEADS=num_heads, KV_HEADS=kv_heads, DIM=dim, ROT=rotary,
         HALF_PAD=triton.next_power_of_2(rotary // 2),
         REST_PAD=triton.next_power_of_2(max(1, dim - rotary)),
-        PAGE=page, NORM=norm is not None, ROWS=rows, PDL=pdl,
+        PAGE=page, NORM=norm is not None, LARGEST=LARGEST_CODE.get(k_cache.dtype, 0.0),
+        ROWS=rows, PDL=pdl,
         num_warps=1 if rows == 2 else 4, launch_pdl=pdl,
     )  # fmt: skip
