@@ -94,6 +94,7 @@ def test_tuning_without_a_gpu_or_a_folder_writes_nothing(tmp_path: Path) -> None
 
 def test_a_group_goes_up_answers_shows_itself_and_goes_down(ray_local: None, model: Path) -> None:
     settings = ["--set", "num_blocks=32", "--set", "ram_bytes=4MB", "--set", "dtype=float32"]
+    settings += ["--set", "kv_dtype=int8"]
     started = invoke("up", str(model), "--group", "cli", "--num-threads", "1", *settings)
     try:
         assert started["device"] == "cpu"
@@ -112,6 +113,7 @@ def test_a_group_goes_up_answers_shows_itself_and_goes_down(ray_local: None, mod
         assert shown["stats"]["hit_rate"] == pytest.approx(39 / 80)
         table = CliRunner().invoke(app, ["status", "--group", "cli"]).stdout
         assert "80 prompt tokens, 49% reused (gpu 39), 18 generated" in table
+        assert "int8 blocks" in " ".join(table.split())
     finally:
         stopped = invoke("down", "--group", "cli")
     assert list(stopped) == ["cli"]

@@ -76,12 +76,17 @@ def _platform() -> Iterator[Finding]:
 def _devices() -> Iterator[Finding]:
     import torch
 
+    from litecache.engine.kv_layout import FP8_CAPABILITY
+
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not count:
         yield Finding("gpu", "note", "none: models run on the CPU")
     for index in range(count):
         properties = torch.cuda.get_device_properties(index)
-        yield Finding(f"gpu {index}", "ok", f"{properties.name}, {_gib(properties.total_memory)}")
+        detail = f"{properties.name}, {_gib(properties.total_memory)}"
+        if (properties.major, properties.minor) < FP8_CAPABILITY:
+            detail += '; no fp8: kv_dtype and tier_codec take "int8" alone'
+        yield Finding(f"gpu {index}", "ok", detail)
 
 
 def _memory() -> Iterator[Finding]:

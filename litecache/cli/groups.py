@@ -209,7 +209,8 @@ def _state(actor: dict[str, Any]) -> str:
     if "engine" in actor:
         engine = actor["engine"]
         blocks = ", ".join(f"{count} {state}" for state, count in engine["blocks"].items() if count)
-        return f"{engine['running']} running, {engine['waiting']} waiting; blocks: {blocks}"
+        now = f"{engine['running']} running, {engine['waiting']} waiting"
+        return f"{now}; {engine['kv_dtype']} blocks: {blocks}"
     if "store" in actor:
         store = actor["store"]
         lost = f"; the disk tier is out: {store['disk_lost']}" if store.get("disk_lost") else ""

@@ -466,6 +466,7 @@ class Engine:
             "waiting": scheduler.num_waiting,
             "preemptions": scheduler.preemptions,
             "evictions": scheduler.cache.num_evictions,
+            "kv_dtype": self.info.kv_dtype,
             "pool_bytes": sum(pool.buffer.numel() for pool in self._pools),
             "metrics": self.metrics.snapshot(),
             "costs": None if self._costs is None else self._costs.stats(),

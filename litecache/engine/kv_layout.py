@@ -21,6 +21,8 @@ from litecache.machine_memory import available_memory_bytes
 LAYOUT_VERSION = 1
 EXTENT_ALIGNMENT = 256
 BLOCK_ALIGNMENT = 4096
+FP8_CAPABILITY = (8, 9)
+"""Of the oldest GPUs that convert fp8 e4m3."""
 
 
 def _align(size: int, alignment: int) -> int:
@@ -241,7 +243,7 @@ def check_kv_dtype(specs: Sequence[KVSpec], device: torch.device) -> None:
             why = f"eight-bit KV is read in words of four, heads here have {odd[0]} dimensions"
             raise ConfigError("kv_dtype", spec.dtype, f"{valid}: {why}")
     fp8 = any(spec.dtype == "fp8" for spec in specs)
-    if fp8 and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+    if fp8 and device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
         name = torch.cuda.get_device_name(device)
         raise ConfigError("kv_dtype", "fp8", f'"int8", or {valid}: {name} has no fp8 e4m3')
 
