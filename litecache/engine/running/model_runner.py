@@ -32,7 +32,7 @@ MAX_UNREAD_STEPS = 8
 """Steps that may be executed on a GPU before the result of the first is read."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StepHandle:
     """A step under way.
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 
-from litecache.engine.kv_layout import KVGroup
 from litecache.engine.scheduling.cost_model import CostModel, Found, LoadPlan
 from litecache.engine.scheduling.orders import (
     CancelOrder,
@@ -49,6 +48,7 @@ class Loads:
         self.chunk_tokens = chunk_tokens
         self._cache = cache
         self._cost = cost
+        self._windowed = any(group.policy.slides for group in cache.groups)
         self._chunk_blocks = -(-chunk_tokens // cache.block_size)
         self._tickets = 0
         # requests that are looked up or hold leases
@@ -157,53 +157,53 @@ class Loads:
             plan = plan._replace(load_from=plan.load_end)
         self._carry_out(seq, plan, now, out)
 
-    @property
-    def _windowed(self) -> bool:
-        return any(group.policy.slides for group in self._cache.groups)
-
     def _found(self, seq: Sequence, first: int, limit: int) -> tuple[list[Found], int]:
         """Where the blocks from `first` to the end of the hit are, and that end."""
-        groups = self._cache.groups
-        sources = [
-            {i: s for refs in (seq.staged, seq.loading) for (g, i), s in refs.items() if g == group}
-            for group in range(len(groups))
+        end = self._end_of_hit(seq, first, limit) if self._windowed else limit
+        groups = [
+            (group.index, group.policy.first_needed(end), group.block_bytes, seq.ahead[group.index])
+            for group in self._cache.groups
         ]
+        staged, loading = seq.staged, seq.loading
+        found: list[Found] = []
+        behind = gpu = Tier.GPU.value
+        for index in range(end - 1, first - 1, -1):
+            source, nbytes, needed = gpu, 0, False
+            for group, start, block_bytes, ahead in groups:
+                if index < start:
+                    continue
+                needed = True
+                if index not in ahead:
+                    ref = (group, index)
+                    source = staged.get(ref) or loading.get(ref) or ""
+                    if not source:
+                        nbytes = 0
+                        break
+                    nbytes += block_bytes
+            # What no window reaches comes with what follows it.
+            if not needed:
+                source = behind
+            elif source:
+                behind = source
+            if source or found:
+                found.append(Found(source, nbytes))
+        return found[::-1], first + len(found)
+
+    def _end_of_hit(self, seq: Sequence, first: int, limit: int) -> int:
+        """Behind the last block in front of which all is there, or found, that windows reach."""
 
         def has(group: int, index: int) -> bool:
-            return index in seq.ahead[group] or index in sources[group]
+            ref = (group, index)
+            return index in seq.ahead[group] or ref in seq.staged or ref in seq.loading
 
-        def whole(end: int) -> bool:
-            return all(
-                has(group.index, index)
-                for group in groups
-                for index in range(max(first, self._first_needed(group, end)), end)
-            )
-
-        ends = (
-            i + 1 for i in reversed(range(first, limit)) if all(has(g.index, i) for g in groups)
-        )
-        if self._windowed:
-            ends = (end for end in ends if whole(end))
-        end = next(ends, first)
-        found: list[Found] = []
-        behind = Tier.GPU.value
-        for index in reversed(range(first, end)):
-            needed = [
-                g for g in groups if not g.policy.slides or index >= g.policy.first_needed(end)
-            ]
-            missing = [g for g in needed if index not in seq.ahead[g.index]]
-            if not all(index in sources[g.index] for g in missing):
-                found.append(Found("", 0))
-                continue
-            # What no window reaches comes with what follows it.
-            if needed:
-                behind = sources[missing[-1].index][index] if missing else Tier.GPU.value
-            found.append(Found(behind, sum(g.block_bytes for g in missing)))
-        return found[::-1], end
-
-    def _first_needed(self, group: KVGroup, end: int) -> int:
-        """Full attention needs what is in front too, but it may have holes that are computed."""
-        return group.policy.first_needed(end) if group.policy.slides else end - 1
+        for end in range(limit, first, -1):
+            for group in self._cache.groups:
+                start = group.policy.first_needed(end) if group.policy.slides else end - 1
+                if not all(has(group.index, i) for i in range(max(first, start), end)):
+                    break
+            else:
+                return end
+        return first
 
     def _carry_out(self, seq: Sequence, plan: LoadPlan, now: float, out: Schedule) -> None:
         assert self._cost is not None

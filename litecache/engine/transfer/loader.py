@@ -207,6 +207,7 @@ class Loader:
         """Copy what becomes ready in slots of this node; a part is told as it lands."""
         copier = self._copier()
         copying: deque[tuple[Callable[[], bool], dict[BlockRef, Lease], bool]] = deque()
+        spent: list[Lease] = []
         heard_s, pause_s, waited = time.monotonic(), 0.0002, False
         try:
             while load.waiting or copying:
@@ -222,13 +223,16 @@ class Loader:
                 while copying and (copying[0][0]() or not load.waiting):
                     if not copying[0][0]():
                         copier.synchronize()
-                    self._landed(load.order.ticket, *copying[0][1:])
+                    spent += self._landed(load.order.ticket, *copying[0][1:])
                     copying.popleft()
                     landed = True
                 if part or gone or landed:
                     heard_s, pause_s = time.monotonic(), 0.0002
                 elif load.waiting and time.monotonic() > heard_s + LOAD_TIMEOUT_S:
                     self._lose(load, list(load.waiting), "timeout")
+                elif spent:
+                    self._shards.give_back(spent)  # a call, for which no copy has to wait
+                    spent = []
                 else:
                     # Progress shows in shared memory only; there is nothing to block on.
                     time.sleep(pause_s)
@@ -237,8 +241,10 @@ class Loader:
             copier.synchronize()
             for _, part, _ in copying:
                 self._tell(load.order.ticket, lost=list(part))
-                self._shards.give_back(list(part.values()))
+                spent += part.values()
             raise
+        finally:
+            self._shards.give_back(spent)
 
     def _sorted(self, load: _Load) -> tuple[list[BlockRef], list[BlockRef]]:
         """Of the next blocks, what can be copied and what will never come."""
@@ -260,13 +266,15 @@ class Loader:
                 gone.append(ref)
         return ready, gone
 
-    def _landed(self, ticket: int, part: Mapping[BlockRef, Lease], waited: bool) -> None:
-        """The copies of a part are done: what is confirmed holds its bytes."""
-        done = [ref for ref, lease in part.items() if self._confirm(lease)]
-        self._tell(ticket, done, [ref for ref in part if ref not in set(done)], waited=waited)
-        self._shards.give_back(list(part.values()))
+    def _landed(self, ticket: int, part: Mapping[BlockRef, Lease], waited: bool) -> list[Lease]:
+        """The copies of a part are done: what is confirmed holds its bytes; the leases are left."""
+        confirmed = {ref: self._confirm(lease) for ref, lease in part.items()}
+        done = [ref for ref, fine in confirmed.items() if fine]
+        lost = [ref for ref, fine in confirmed.items() if not fine]
+        self._tell(ticket, done, lost, waited=waited)
         total = sum(self._pools[group].group.block_bytes for group, _ in done)
         self._metrics.inc("litecache_copied_bytes", total, direction="load")
+        return list(part.values())
 
     def _load_far(self, load: _Load) -> None:
         """Fetch blocks from shards of other nodes, many in a message."""
