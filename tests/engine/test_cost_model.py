@@ -496,3 +496,19 @@ def test_more_is_loaded_while_others_wait_behind_but_never_slower_than_computing
     ).first_token_s  # fmt: skip
     assert crowded.load_from < alone.load_from
     assert alone.first_token_s < crowded.first_token_s <= cold_s
+
+
+def test_small_loads_tell_a_latency_and_not_a_rate() -> None:
+    costs = model()
+    plan = LoadPlan(0, 0.01, 0.01, 0.01, 8)
+    costs.begin(1, plan, {"ram:0": 1 << 30}, 0.0)
+    for part in range(16):
+        costs.progress(1, "ram:0", 1 << 26, 0.0013 * (part + 1))
+    rate = costs.stats()["sources"]["ram:0"]["bytes_per_s"]
+    assert rate == pytest.approx((1 << 26) / 0.0013, rel=0.1)
+    for ticket in range(2, 12):
+        costs.begin(ticket, plan, {"ram:0": 1 << 20}, float(ticket))
+        costs.progress(ticket, "ram:0", 1 << 20, ticket + 0.001)
+    source = costs.stats()["sources"]["ram:0"]
+    assert source["bytes_per_s"] == rate
+    assert source["latency_s"] == pytest.approx(0.001, rel=0.15)

@@ -186,7 +186,8 @@ class Source:
         if ticket not in self.ordered:
             return  # of a load that was given up
         since = self._since(now)
-        if not self._busy and self._measured and waited:
+        counts = waited or self.tier != "disk"
+        if not self._busy and counts:
             extra = max(0.0, since - nbytes / self.rate)
             self.latency_s += 0.2 * (min(extra, 4 * self.latency_s + 1e-4) - self.latency_s)
         self.ordered[ticket] -= nbytes
@@ -196,8 +197,9 @@ class Source:
         total += nbytes
         taken = now - began - (self.latency_s if began == self._begun_s else 0.0)
         taken = max(taken, (now - began) / 4)
-        counts = waited or self.tier != "disk"
-        if counts and (taken >= SPAN_S or (not self.ordered and taken > 1e-5)):
+        # What is little takes its latency, whatever the rate.
+        much = total > 2 * self.latency_s * self.rate
+        if counts and (taken >= SPAN_S or (much and not self.ordered)):
             self.note(total, taken, now)
             began, total = now, 0
         self._span = (began, total)
