@@ -113,7 +113,7 @@ def merge_kernel(
     await_previous(PDL)
     begins_in = segment_at(pair_begin, share, tail_begin, tail_share, num_programs)
     ends_in = segment_at(pair_end - 1, share, tail_begin, tail_share, num_programs)
-    if begins_in != ends_in:
+    if (begins_in != ends_in) & (seq_tiles > 0):
         first_token = tl.load(starts_ptr + seq)
         queries = tl.load(starts_ptr + seq + 1) - first_token
         merge_pieces(

@@ -48,6 +48,26 @@ class PrefillConfig(NamedTuple):
     num_stages: int
 
 
+class ChunkConfig(NamedTuple):
+    """How the prefill kernel is launched over pieces of keys.
+
+    Attributes:
+        block_m: rows a program, as for prefill.
+        block_n: keys a tile.
+        num_warps: warps a program.
+        num_stages: tiles in flight.
+        num_programs: how many programs the chip runs at once.
+        registers: the most a thread may have for that, None = what the compiler takes.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    num_programs: int
+    registers: int | None = None
+
+
 class Shape(NamedTuple):
     """What a decode configuration depends on.
 
@@ -162,3 +182,12 @@ def prefill_config(device: torch.device, dim: int, itemsize: int) -> PrefillConf
     if dim <= 128:
         return PrefillConfig(64, 64, 4, 2)
     return PrefillConfig(64, 32, 4, 2)
+
+
+def chunk_config(device: torch.device, dim: int, itemsize: int) -> ChunkConfig:
+    """The prefill launch over pieces of keys, for heads of `dim` elements of `itemsize` bytes."""
+    tiles = prefill_config(device, dim, itemsize)
+    # By the compiler's report two programs of any of these fit a multiprocessor; those of eight
+    # warps take 143 registers if they may, and lose nothing by the bound but 16 bytes of stack.
+    registers = 128 if tiles.num_warps == 8 else None
+    return ChunkConfig(*tiles, 2 * num_multiprocessors(device), registers)

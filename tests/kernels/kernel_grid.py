@@ -28,12 +28,35 @@ TINY = [
     Case((1, 20), (9, 37), block_size=32, dtype=torch.bfloat16),
     Case((1, 20), (9, 37), dtype=torch.float16, pool_dtype=torch.int8),
     Case((3, 3), (5, 18), heads=(2, 1), pool_dtype=torch.int8, window=9),
+    Case((1, 5, 30), (9, 21, 37)),  # cut into pieces, and too long for that
+    Case((30, 5), (30, 12), softcap=2.0, sinks=True, alibi=True),
+]
+
+PIECES = [  # few row tiles over keys enough to cut them
+    Case((1, 20, 7), (9, 130, 97)),
+    Case((5, 30, 1, 20), (90, 37, 70, 100)),
+    Case((20, 17), (20, 0)),  # no prefix, and no context
+    Case((1, 20, 9), (9, 130, 9), window=40),
+    Case((20, 3), (130, 77), softcap=2.0, sinks=True, alibi=True, window=100),
+    Case((20,), (130,), heads=(9, 3), dims=(24, 8), block_size=32, dtype=torch.bfloat16),
+    Case((20, 18), (70, 130), heads=(2, 2), dtype=torch.float16, pool_dtype=torch.int8),
+    Case((20,), (90,), pool_dtype=torch.float8_e4m3fn, sinks=True),
 ]
 
 _RAGGED = (1, 15, 16, 17, 129, 1000, 4097)
 _CHUNKS = (1, 1, 17, 64, 130, 300)
 _BEHIND = (40, 1000, 17, 100, 2000, 300)
+_QUESTIONS = (1, 64, 17, 300, 1), (900, 9000, 5000, 6000, 40)
 LARGE = [
+    *(Case(*_QUESTIONS, heads=heads, dims=(dim, dim), block_size=16, dtype=dtype, **extra)
+      for heads in ((8, 2), (9, 3), (4, 4), (16, 1))
+      for dim, dtype in ((128, torch.bfloat16), (64, torch.float16), (80, torch.float32))
+      for extra in ({}, {"window": 3000, "softcap": 3.0, "sinks": True})),
+    *(Case(*_QUESTIONS, heads=(8, 2), dims=(dim, dim), block_size=16, dtype=torch.bfloat16,
+           pool_dtype=pool) for dim in (64, 128) for pool in (torch.int8, torch.float8_e4m3fn)),
+    Case((64,), (131072,), heads=(8, 2), dims=(128, 128), block_size=16, dtype=torch.bfloat16),
+    Case((600, 5000, 64), (600, 6000, 9000), heads=(8, 2), dims=(128, 128), block_size=16,
+         dtype=torch.bfloat16),
     *(Case((1,) * 7, _RAGGED, heads=heads, dims=(128, 128), block_size=16, dtype=torch.bfloat16)
       for heads in ((32, 8), (8, 8), (12, 1), (9, 3), (128, 1), (5, 5))),
     *(Case((1,) * 7, _RAGGED, dims=(dim, dim), block_size=16, dtype=dtype)

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+import triton.language as tl
 from kernel_cases import Case, make_batch, worst_error
-from kernel_grid import TINY, tolerance
+from kernel_grid import PIECES, TINY, tolerance
 from kernel_oracle import attend
 from test_reference_attention import (
     test_segments_of_one_sequence_see_what_the_others_wrote,  # noqa: F401 - runs here, too
@@ -22,6 +23,8 @@ from litecache.kernels import (
     paged_attention,
     plan_attention,
     store_kv,
+    triton_backend,
+    triton_chunks,
     triton_decode,
     triton_plan,
     triton_prefill,
@@ -29,6 +32,7 @@ from litecache.kernels import (
 )
 from litecache.kernels.quantise import BlockForm, convert_reference, dequantise, quantise
 from litecache.kernels.triton_backend import TritonPlan
+from litecache.kernels.triton_chunks import plan_chunks
 from litecache.kernels.triton_plan import (
     _MOST_PIECES,
     _TAIL_SEGMENTS,
@@ -36,7 +40,7 @@ from litecache.kernels.triton_plan import (
 )
 from litecache.kernels.triton_prefill import merge_two
 from litecache.kernels.triton_store import gather
-from litecache.kernels.tuning import DecodeConfig
+from litecache.kernels.tuning import ChunkConfig, DecodeConfig
 
 torch.set_num_threads(1)
 GEOMETRY = Geometry(4, 2, 16, 16, torch.float32)
@@ -250,6 +254,116 @@ def test_deterministic_results_do_not_depend_on_the_batch(monkeypatch: pytest.Mo
         assert torch.equal(out[0], together[row])
 
 
+def cut_for(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of 16 for a chip that runs so many programs at once; to begin and merge is free."""
+    for name in ("_BEGIN_TILES", "_MERGE_TILES"):
+        monkeypatch.setattr(triton_chunks, name, tl.constexpr(0))
+    monkeypatch.setattr(
+        triton_chunks, "chunk_config", lambda *_: ChunkConfig(16, 16, 4, 1, programs)
+    )
+
+
+@pytest.mark.parametrize("case", PIECES, ids=lambda case: case.name)
+def test_pieces_of_keys_make_the_whole(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut_for(50, monkeypatch)
+    monkeypatch.setattr(triton_backend, "most_queries", lambda *_: 20)
+    monkeypatch.setattr(triton_chunks, "most_queries", lambda *_: 20)
+    batch = make_batch(case)
+    out = torch.full((batch.query.shape[0], case.heads[0], case.dims[1]), torch.nan).to(case.dtype)
+    plan = plan_attention(batch.metadata, batch.layer())
+    assert isinstance(plan, TritonPlan)
+    assert plan.chunks is not None
+    assert plan.longer == (max(case.query_lens) > 20)
+    paged_attention(batch.layer(out=out), plan)
+    expected = attend(batch.query, batch.wide_k, batch.wide_v, batch.metadata, **batch.options)
+    assert worst_error(out, expected) < tolerance(case)
+    assert plan.chunks.ends.diff().max() > 1
+
+
+def test_a_graph_cuts_by_the_lengths_it_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    # captured for a bucket of 32 tokens in 4 sequences beside 2 decodes, run with other lengths
+    cut_for(16, monkeypatch)
+    case = Case((1, 1, 20, 5, 0, 0), (9, 1, 100, 75, 0, 0))
+    batch = make_batch(case)
+    static = dataclasses.replace(
+        batch.metadata,
+        slot_mapping=torch.zeros(34, dtype=torch.int64),
+        max_query_len=32,
+        max_context_len=1000,
+        query_lens=(1, 1, 32, 0, 0, 0),
+        context_lens_host=None,
+    )
+    query = torch.randn(34, 4, 16)
+    plan = plan_attention(static, batch.layer(query=query))
+    for lengths in ((20, 100, 5, 75), (3, 90, 20, 20)):
+        first, first_context, second, second_context = lengths
+        starts = [0, 1, 2, 2 + first, 2 + first + second]
+        static.cu_seqlens_q.copy_(torch.tensor(starts + starts[-1:] * 2))
+        static.context_lens.copy_(torch.tensor([9, 1, first_context, second_context, 0, 0]))
+        plan = plan_attention(static, batch.layer(query=query))
+        out = paged_attention(batch.layer(query=query), plan)[: starts[-1]]
+        expected = attend(query, batch.wide_k, batch.wide_v, static, **batch.options)
+        assert worst_error(out, expected[: starts[-1]]) < 1e-5
+        assert isinstance(plan, TritonPlan)
+        assert plan.chunks is not None
+        assert plan.chunks.ends.diff().max() > 1
+
+
+QUESTION = Geometry(32, 8, 128, 128, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("queries", "contexts", "least"),
+    [
+        ([64], [32768], 0.95),
+        ([64], [8192], 0.9),
+        ([256], [32768], 0.95),
+        ([64] * 8, [8192] * 8, 0.95),
+        ([17, 64, 300], [3000, 32768, 9000], 0.7),
+        ([512] * 8, [512] * 8, 0.0),  # nothing is gained by cutting
+    ],
+)
+def test_pieces_keep_the_whole_chip_busy(
+    queries: list[int], contexts: list[int], least: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = ChunkConfig(128, 32, 8, 4, 264)
+    monkeypatch.setattr(triton_chunks, "chunk_config", lambda *_: config)
+    tables = [[0] * (context // 16 + 1) for context in contexts]
+    metadata = AttentionMetadata.build(queries, contexts, tables, 16)
+    plan = plan_chunks(metadata, QUESTION, 0, config)
+    pieces = plan.ends.diff()
+    total = int(pieces.sum()) * 8
+    assert (int(pieces.max()) > 1) == (least > 0)
+    assert total <= len(plan.owner)
+    assert pieces.max() == 1 or total * 128 * 128 <= len(plan.partial)
+    owners = plan.owner[:total]
+    assert torch.equal(owners, torch.arange(len(pieces)).repeat_interleave(pieces * 8).int())
+    assert plan.owner[total:].eq(-1).all()
+    tiles = -(-plan.contexts // 32)
+    longest = int((-(-tiles // pieces)).max())
+    waves = -(-total // config.num_programs)
+    assert int(tiles.sum()) * 8 / (waves * longest * config.num_programs) >= least
+
+
+def test_deterministic_chunks_do_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_chunks, "_FIXED_PIECE", 32)
+    case = Case((1, 5, 20, 30), (9, 70, 130, 50))
+    batch = make_batch(case)
+    metadata = dataclasses.replace(batch.metadata, deterministic=True)
+    together = batch.attend(metadata)
+    expected = attend(batch.query, batch.wide_k, batch.wide_v, batch.metadata, **batch.options)
+    assert worst_error(together, expected) < 1e-5
+    start = 0
+    for row, count in enumerate(case.query_lens):
+        rows = slice(start, start + count)
+        start += count
+        table = batch.metadata.block_tables[row].tolist()
+        alone = AttentionMetadata.build([count], [case.context_lens[row]], [table], 8)
+        alone.deterministic = True
+        out = batch.attend(alone, query=batch.query[rows])
+        assert torch.equal(out, together[rows])
+
+
 @pytest.mark.parametrize("many", [1, 100])
 @pytest.mark.parametrize("extras", [{}, {"sinks": True}, {"pool_dtype": torch.int8}])
 def test_many_rows_of_few_pairs_merge_in_either_launch(
@@ -270,20 +384,25 @@ def test_a_step_is_planned_once_and_its_layers_launch_attention_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     launches = counted_launches(monkeypatch, triton_plan, "_plan_kernel")
+    counted_launches(monkeypatch, triton_chunks, "_cut_kernel", launches)
     counted_launches(monkeypatch, triton_decode, "_decode_kernel", launches)
     counted_launches(monkeypatch, triton_prefill, "_prefill_kernel", launches)
+    counted_launches(monkeypatch, triton_prefill, "merge_kernel", launches)
+    plan, cut, pieces = ["_plan_kernel"], ["_cut_kernel"], ["_prefill_kernel", "merge_kernel"]
     for queries, planned, each in (
-        ((1, 1), 1, ["_decode_kernel"]),
-        ((1, 3), 2, ["_decode_kernel"] * 2),
-        ((1, 20), 1, ["_decode_kernel", "_prefill_kernel"]),
-        ((20, 20), 0, ["_prefill_kernel"]),
+        ((1, 1), plan, ["_decode_kernel"]),
+        ((1, 3), plan * 2, ["_decode_kernel"] * 2),
+        ((1, 20), plan + cut, ["_decode_kernel", *pieces]),
+        ((20, 20), cut, pieces),
+        ((5, 30), cut, [*pieces, "_prefill_kernel"]),
+        ((30, 30), [], ["_prefill_kernel"]),
     ):
         batch = make_batch(Case(queries, (30, 40)))
         launches.clear()
-        plan = plan_attention(batch.metadata, batch.layer())
+        step = plan_attention(batch.metadata, batch.layer())
         for _ in range(2):
-            paged_attention(batch.layer(), plan)
-        assert [name for name, _ in launches] == ["_plan_kernel"] * planned + 2 * each
+            paged_attention(batch.layer(), step)
+        assert [name for name, _ in launches] == planned + 2 * each
 
 
 def counted_launches(
