@@ -20,6 +20,7 @@ from kernel_bench import (
     DEVICE,
     GPT2,
     LLAMA,
+    QUESTIONS,
     SMOLLM,
     Bench,
     Shape,
@@ -154,6 +155,35 @@ def bench_prefill(report: Report) -> None:
     plan_cost(bench, report)
 
 
+def bench_questions(report: Report, limit: float) -> None:
+    """Short chunks over long prefixes: keys in pieces, against the kernel that walks all of them.
+
+    The limit of a row is the longer of reading the keys once and of computing at 600 TFLOP/s.
+    """
+    for dtype in ("bfloat16", "int8"):
+        torch.cuda.empty_cache()
+        bench = Bench(replace(LLAMA, dtype=dtype, pool_bytes=24 * 10**9))
+        config = prefill_config(DEVICE, 128, getattr(torch, dtype).itemsize)
+        for name, (queries, contexts) in QUESTIONS.items():
+            metadata = bench.metadata(queries, contexts)
+            layers = 8 if sum(queries) > 64 else 32
+            cut = summarise(bench.chunks_us(metadata, layers=layers))
+            whole = summarise(bench.prefill_us(metadata, config, 3, 4)).median
+            read = sum(contexts) * bench.shape.token_bytes / 1e3
+            flops = causal_flops(queries, contexts, bench.shape)
+            least = max(read / limit, flops / 600e6)
+            case = f"{name}, {bench.shape.name}"
+            report.add(
+                Row(case, "keys in pieces", cut.median, "us", least, least / cut.median,
+                    "memory or 600 TFLOP/s", spread=cut.spread, samples=cut.samples),
+                Row(case, "keys in pieces", flops / cut.median / 1e6, "TFLOP/s"),
+                Row(case, "keys in pieces", read / cut.median, "GB/s", limit,
+                    read / cut.median / limit, "memory limit"),
+                Row(case, "all keys a program", whole, "us", cut.median, whole / cut.median,
+                    "keys in pieces"),
+            )  # fmt: skip
+
+
 def plan_cost(bench: Bench, report: Report) -> None:
     """What cuDNN takes for lengths it has not seen: the first call against the second."""
     first, second = [], []
@@ -234,7 +264,9 @@ def bench_moves(report: Report) -> None:
 
 def main() -> None:
     arguments = parser(__doc__ or "")
-    arguments.add_argument("--only", default="", help="decode, quantised, prefill, moves")
+    arguments.add_argument(
+        "--only", default="", help="decode, quantised, prefill, questions, moves"
+    )
     options = arguments.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("bench_kernels.py needs a CUDA device")
@@ -243,7 +275,7 @@ def main() -> None:
     limit = max(limits.values())
     for name, value in limits.items():
         report.add(Row("limit", name, value, "GB/s"))
-    only = options.only.split(",") if options.only else ["decode", "quantised", "prefill", "moves"]
+    only = options.only.split(",")
     if options.quick:
         only = ["moves"]
     if "decode" in only:
@@ -253,6 +285,8 @@ def main() -> None:
         bench_quantised(report, bf16[0] if bf16 else float("nan"), limit)
     if "prefill" in only:
         bench_prefill(report)
+    if "questions" in only:
+        bench_questions(report, limit)
     if "moves" in only:
         # As in the engine, which copies on streams of its own.
         with torch.cuda.stream(torch.cuda.Stream()):

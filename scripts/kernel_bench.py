@@ -19,10 +19,11 @@ from bench_common import summarise
 
 from litecache.engine.kv_layout import KVLayout, KVPool, KVSpec
 from litecache.kernels import Attention, AttentionMetadata, paged_attention, plan_attention
+from litecache.kernels.triton_chunks import plan_chunks
 from litecache.kernels.triton_decode import decode
 from litecache.kernels.triton_plan import plan_decode
-from litecache.kernels.triton_prefill import prefill
-from litecache.kernels.tuning import DecodeConfig, PrefillConfig
+from litecache.kernels.triton_prefill import attend_chunks, prefill
+from litecache.kernels.tuning import ChunkConfig, DecodeConfig, PrefillConfig
 
 DEVICE = torch.device("cuda")
 GIB = 1 << 30
@@ -196,6 +197,24 @@ class Bench:
 
         return [ms * 1e3 / len(asked) for ms in event_ms(step, 5)]
 
+    def chunks_us(
+        self,
+        metadata: AttentionMetadata,
+        config: ChunkConfig | None = None,
+        rounds: int = 7,
+        layers: int = 32,
+    ) -> list[float]:
+        """Microseconds a layer of chunks whose keys are cut into pieces, the plan included."""
+        asked = self.layers(metadata)[:layers]
+        out = asked[0].output()
+
+        def step() -> None:
+            plan = plan_chunks(metadata, asked[0].geometry, 0, config)
+            for layer in asked:
+                attend_chunks(layer, plan, out)
+
+        return graph_us(step, len(asked), rounds)
+
     def prefill_us(
         self, metadata: AttentionMetadata, config: PrefillConfig, rounds: int = 5, layers: int = 4
     ) -> list[float]:
@@ -233,5 +252,22 @@ def causal_flops(queries: Sequence[int], contexts: Sequence[int], shape: Shape) 
     pairs = sum(q * c - q * (q - 1) / 2 for q, c in zip(queries, contexts, strict=True))
     return 4.0 * pairs * shape.heads * shape.dim
 
+
+QUESTIONS: dict[str, tuple[list[int], list[int]]] = {
+    "64 queries over 2,048": ([64], [2048 + 64]),
+    "64 queries over 8,192": ([64], [8192 + 64]),
+    "64 queries over 32,768": ([64], [32768 + 64]),
+    "32 queries over 32,768": ([32], [32768 + 32]),
+    "256 queries over 32,768": ([256], [32768 + 256]),
+    "1,000 queries over 32,768": ([1000], [32768 + 1000]),
+    "8 x 64 queries over 8,192": ([64] * 8, [8192 + 64] * 8),
+    "4 of 17 to 300 queries over 1,000 to 32,768": (
+        [17, 300, 64, 100],
+        [1017, 9300, 32832, 3100],
+    ),
+    "512 queries alone": ([512], [512]),
+    "8 x 128 queries alone": ([128] * 8, [128] * 8),
+}
+"""Questions behind what the pool holds, and two steps that have nothing to cut."""
 
 CHUNKS = ([512] * 16, [512 + 1024 * i for i in range(1, 17)])

@@ -7,6 +7,7 @@ Candidates are compiled in parallel first; each part ends with its candidates, b
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 from dataclasses import replace
 
@@ -16,6 +17,7 @@ from kernel_bench import (
     CHUNKS,
     GPT2,
     LLAMA,
+    QUESTIONS,
     QWEN,
     SMOLLM,
     Bench,
@@ -27,8 +29,10 @@ from kernel_bench import (
 )
 
 from litecache.kernels.tune import candidates
-from litecache.kernels.tuning import DecodeConfig, PrefillConfig
+from litecache.kernels.tuning import ChunkConfig, DecodeConfig, PrefillConfig
 from litecache.kernels.tuning import Shape as TunedShape
+
+Config = DecodeConfig | PrefillConfig | ChunkConfig
 
 
 def decode_candidates(shape: Shape, tails: list[int]) -> list[DecodeConfig]:
@@ -57,19 +61,33 @@ def prefill_candidates(shape: Shape) -> list[PrefillConfig]:
     ]  # fmt: skip
 
 
-def _compile(task: tuple[Shape, DecodeConfig | PrefillConfig, int]) -> None:
+def chunk_candidates(shape: Shape) -> list[ChunkConfig]:
+    """Configurations of chunks cut into pieces that are worth a try."""
+    numbers: list[tuple[int, int, int, int, int, int | None]] = [
+        (128, 32, 8, 4, 2, 128), (128, 32, 8, 3, 2, 128), (128, 32, 8, 4, 1, None),
+        (128, 32, 8, 4, 4, 128),
+        (128, 64, 8, 3, 1, None), (128, 64, 8, 2, 1, None), (128, 128, 8, 2, 1, None),
+        (64, 32, 4, 4, 2, None), (64, 64, 4, 3, 2, None), (64, 64, 4, 2, 2, None),
+        (64, 32, 4, 3, 3, 168), (128, 64, 4, 2, 2, None), (256, 32, 8, 3, 1, None),
+    ]  # fmt: skip
+    return [ChunkConfig(*tiles, programs * 132, bound) for *tiles, programs, bound in numbers]
+
+
+def _compile(task: tuple[Shape, Config, int]) -> None:
     shape, config, queries = task
     bench = Bench(replace(shape, pool_bytes=200 * (1 << 20)))
     try:
         if isinstance(config, DecodeConfig):
             bench.decode_us(bench.metadata([queries] * 2, [40] * 2), config, 1)
+        elif isinstance(config, ChunkConfig):
+            bench.chunks_us(bench.metadata([40], [40]), config, 1, 1)
         else:
             bench.prefill_us(bench.metadata([40], [40]), config, 1, 1)
     except Exception as error:
         print("failed", config, str(error)[:120], flush=True)
 
 
-def compile_all(tasks: list[tuple[Shape, DecodeConfig | PrefillConfig, int]]) -> None:
+def compile_all(tasks: list[tuple[Shape, Config, int]]) -> None:
     """Compiles kernels in parallel; the measuring process then finds them in Triton's cache."""
     with multiprocessing.get_context("spawn").Pool(14) as workers:
         workers.map(_compile, tasks, chunksize=1)
@@ -124,6 +142,25 @@ def sweep_prefill(bench: Bench, batches: list[tuple[list[int], list[int]]], repo
         print(bench.shape.name, config, *(f"{rate:.0f}" for rate in rates), flush=True)
 
 
+def sweep_chunks(bench: Bench, report: Report) -> None:
+    """Microseconds a layer of every candidate in each case, the fastest over all cases last."""
+    found, batches = [], [bench.metadata(*lengths) for lengths in QUESTIONS.values()]
+    for config in chunk_candidates(bench.shape):
+        try:
+            times = [summarise(bench.chunks_us(each, config, 3, 8)).median for each in batches]
+        except Exception as error:
+            print("failed", config, str(error)[:80], flush=True)
+            continue
+        found.append((math.prod(times), config, times))
+        report.extra.setdefault("sweep", []).append([bench.shape.name, repr(config), times])
+        report.write()
+    print("us a layer:", *QUESTIONS, sep="\n    ")
+    for _, config, times in sorted(found, key=lambda item: -item[0]):
+        numbers = f"m{config.block_m} n{config.block_n} w{config.num_warps} s{config.num_stages}"
+        print(bench.shape.name, numbers, f"x{config.num_programs // 132} r{config.registers}",
+              *(f"{time:.1f}" for time in times), flush=True)  # fmt: skip
+
+
 def sweep_all(report: Report, limit: float, names: list[str], tails: list[int]) -> None:
     """Compiles and measures the candidates of the named parts."""
     parts: dict[str, tuple[Shape, list[list[int]], int]] = {
@@ -137,7 +174,7 @@ def sweep_all(report: Report, limit: float, names: list[str], tails: list[int]) 
         "fp8": (replace(LLAMA, dtype="float8_e4m3fn", pool_bytes=40 * 10**9), [[4096] * 64], 1),
         "verify": (LLAMA, [[4096] * 64], 8),
     }
-    tasks: list[tuple[Shape, DecodeConfig | PrefillConfig, int]] = [
+    tasks: list[tuple[Shape, Config, int]] = [
         (shape, config, queries)
         for name, (shape, _, queries) in parts.items()
         if name in names
@@ -145,6 +182,8 @@ def sweep_all(report: Report, limit: float, names: list[str], tails: list[int]) 
     ]
     if "prefill" in names:
         tasks += [(LLAMA, config, 1) for config in prefill_candidates(LLAMA)]
+    if "chunks" in names:
+        tasks += [(shape, config, 1) for shape in CUT for config in chunk_candidates(shape)]
     compile_all(tasks)
     bench = None
     for name, (shape, contexts, queries) in parts.items():
@@ -163,10 +202,20 @@ def sweep_all(report: Report, limit: float, names: list[str], tails: list[int]) 
         batches = [([8192], [8192]), ([32768], [32768]), ([8192], [32768]), CHUNKS]
         sweep_prefill(bench, batches, report)
 
+    if "chunks" in names:
+        for shape in CUT:
+            bench = None
+            torch.cuda.empty_cache()
+            bench = Bench(shape)
+            sweep_chunks(bench, report)
+
+
+CUT = [replace(LLAMA, dtype=dtype, pool_bytes=24 * 10**9) for dtype in ("bfloat16", "int8")]
+
 
 def main() -> None:
     arguments = parser(__doc__ or "")
-    names = "llama,ragged,uniform,qwen,smollm,gpt2,int8,fp8,verify,prefill"
+    names = "llama,ragged,uniform,qwen,smollm,gpt2,int8,fp8,verify,prefill,chunks"
     arguments.add_argument("--parts", default=names, help=f"some of {names}")
     arguments.add_argument("--tails", default="8", help="one in so many tiles handed out; 0 = none")
     options = arguments.parse_args()
