@@ -136,9 +136,12 @@ def near(machine: Machine, blocks: int) -> None:
     tokens = blocks * BLOCK + 64
     taken = machine.run(blocks)
     assert taken <= machine.cold(tokens) * 1.05
-    # what the best is has no batches: half a batch more may be waited for
+    # what the best is has no batches: half a batch more may be waited for; and what would win less
+    # than a step by the disk is computed
     batch_s = 8 * BLOCK_BYTES / machine.disk_rate
-    assert taken <= machine.ideal(blocks, tokens) * 1.03 + min(batch_s, 0.01)
+    best_s = machine.ideal(blocks, tokens)
+    if best_s + machine.base_s < machine.cold(tokens) / 1.03:
+        assert taken <= best_s * 1.03 + min(batch_s, 0.01)
 
 
 @pytest.mark.parametrize("rate", [0.1e9, 0.2e9, 1.8e9, 7e9, 50e9])
@@ -303,7 +306,9 @@ def test_a_plan_loads_one_run_without_holes_and_no_other_choice_is_better(
     for place in range(whole.load_from, whole.load_end, 7):
         other = ask(loads=lambda first, end, place=place: place)
         assert (other.load_from, other.load_end) == (place, whole.load_end)
-        assert plan.first_token_s <= other.first_token_s * 1.03 + 6e-4
+        asked = {block.source.partition(":")[0] for block in found[place - start :]}
+        step_s = 5e-3 + 5e-5 * decodes if asked & {"disk", "remote"} else 0.0
+        assert plan.first_token_s <= other.first_token_s * 1.03 + 6e-4 + step_s
 
 
 def test_a_small_hit_is_not_worth_a_load_and_a_hole_does_not_cost_the_larger_part() -> None:

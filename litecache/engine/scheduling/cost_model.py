@@ -40,7 +40,8 @@ TOLERANCE, TOLERANCE_S = 1.01, 1e-4
 """Of the plans that are this near to the best, the one that takes least of the disks is taken, and
 of those the one that computes least: copies from RAM are cheaper than the GPU's time."""
 WORTH, WORTH_S = 1.02, 5e-4
-"""A plan that loads must beat computing all by this much."""
+"""A plan that loads must beat computing all by this much; one that asks a disk by a step, too: so
+much is lost where the disk does not answer."""
 SPAN_S = 0.02
 """Landings of a source are summed over so long before they count as one reading of its rate."""
 OVERDUE_S = 0.1
@@ -421,10 +422,13 @@ class CostModel:
             cost_s = total_s + num_waiting * (front_s + behind_s - queued_s)
             cost_s = np.where(total_s <= all_s, cost_s, math.inf)
             near = cost_s <= cost_s.min() * TOLERANCE + TOLERANCE_S
-            disks = sum(wanted[name] for name in sources if sources[name].tier != "ram")
+            disks = np.zeros(count)
+            for name, source in sources.items():
+                disks += wanted[name] * (source.tier != "ram")
             first = int(np.argmin(np.where(near, disks, math.inf)))
             all_cost_s = all_s + num_waiting * (all_s - queued_s)
-            if cost_s[first] * WORTH + WORTH_S <= all_cost_s:
+            stake_s = base if disks[first] > 0 else WORTH_S
+            if cost_s[first] * WORTH + stake_s <= all_cost_s:
                 return chosen(first, load_s, total_s)
         return nothing
 
