@@ -164,6 +164,62 @@ def test_a_graph_replays_whether_the_end_of_its_line_is_handed_out_or_not() -> N
     assert not handed_out[1]
 
 
+def test_a_graph_of_chunks_replays_at_other_lengths() -> None:
+    case = Case((1, 1, 64, 30, 0, 0), (900, 1, 9000, 700, 0, 0), heads=(32, 8), dims=(128, 128),
+                block_size=16, dtype=torch.bfloat16)  # fmt: skip
+    batch = make_batch(case, "cuda")
+    query = torch.randn(130, 32, 128, device="cuda", dtype=torch.bfloat16)
+    static = dataclasses.replace(
+        batch.metadata,
+        slot_mapping=torch.zeros(130, dtype=torch.int64, device="cuda"),
+        max_query_len=128,
+        max_context_len=16384,
+        query_lens=(1, 1, 128, 0, 0, 0),
+        context_lens_host=None,
+    )
+
+    def step() -> torch.Tensor:
+        plan = plan_attention(static, batch.layer(query=query))
+        for _ in range(2):  # layers that share a plan
+            out = paged_attention(batch.layer(query=query), plan)
+        return out
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+    for first, first_context, second, second_context in (
+        (64, 9000, 30, 700), (3, 17, 90, 90), (128, 8000, 0, 0), (100, 300, 28, 699),
+    ):  # fmt: skip
+        starts = [0, 1, 2, 2 + first, 2 + first + second]
+        static.cu_seqlens_q.copy_(torch.tensor(starts + starts[-1:] * 2))
+        static.context_lens.copy_(torch.tensor([900, 1, first_context, second_context, 0, 0]))
+        out.fill_(torch.nan)
+        graph.replay()
+        rows = slice(0, starts[-1])
+        expected = attend_wide(query, batch.wide_k, batch.wide_v, static, **batch.options)
+        assert worst_error(out[rows], expected[rows]) < tolerance(case)
+
+
+def test_deterministic_chunks_do_not_depend_on_the_batch() -> None:
+    case = Case((1, 5, 64, 300, 1200), (9, 3000, 20000, 900, 5000), heads=(32, 8), dims=(128, 128),
+                block_size=16, dtype=torch.bfloat16)  # fmt: skip
+    batch = make_batch(case, "cuda")
+    metadata = dataclasses.replace(batch.metadata, deterministic=True)
+    together = batch.attend(metadata)
+    expected = attend_wide(batch.query, batch.wide_k, batch.wide_v, metadata, **batch.options)
+    assert worst_error(together, expected) < 1e-2
+    start = 0
+    for row, count in enumerate(case.query_lens):
+        rows = slice(start, start + count)
+        start += count
+        table = metadata.block_tables[row].tolist()
+        alone = AttentionMetadata.build([count], [case.context_lens[row]], [table], 16, "cuda")
+        alone.deterministic = True
+        assert torch.equal(batch.attend(alone, query=batch.query[rows]), together[rows])
+
+
 def test_offsets_survive_a_pool_of_more_than_two_to_the_31_elements() -> None:
     block_bytes, num_blocks = 1 << 20, 4200
     buffer = torch.empty(num_blocks * block_bytes, dtype=torch.uint8, device="cuda")
