@@ -209,6 +209,10 @@ class StorageFullError(StorageError):
     """The disk, the shared memory or the configured bound has no room."""
 
 
+class PrefixFileError(StorageError):
+    """A file of `export_prefix` is damaged, of another version, or of another model or salt."""
+
+
 class GroupError(LiteCacheError, RuntimeError):
     """A group of actors could not be started, joined or reached."""
 

@@ -47,6 +47,7 @@ from litecache.paths import hold_model
 from litecache.sockets.frames import handler_of
 from litecache.sockets.server import AsyncHandler, AsyncSocketServer
 from litecache.threads import fault_counts, start_job, start_service
+from litecache.token_ids import TokenIds
 from litecache.types import PollReply, Request, TokenDelta
 
 if TYPE_CHECKING:
@@ -209,6 +210,16 @@ class GpuCache:
         """Drop the cached blocks of the pool, once they are saved; how many."""
         engine = await self._ready()
         return await asyncio.to_thread(engine.clear_pool)
+
+    async def delete_salt(self, salt: str) -> int:
+        """See `Engine.delete_salt`."""
+        engine = await self._ready()
+        return await asyncio.to_thread(engine.delete_salt, salt)
+
+    async def save_prefix(self, tokens: TokenIds, salt: str) -> None:
+        """See `Engine.save_prefix`."""
+        engine = await self._ready()
+        await asyncio.to_thread(engine.save_prefix, tokens, salt)
 
     async def stop(self, timeout_s: float) -> dict[str, Any]:
         """Flush and close the engine; the actor is of no use afterwards."""

@@ -51,6 +51,10 @@ from litecache.actors.naming import (
 from litecache.actors.storage_shard import StorageShard
 from litecache.errors import GroupError, GroupUnavailableError, LiteCacheError, RequestTimeout
 from litecache.hashing import BlockKey
+from litecache.storage.namespaces import salt_digest
+from litecache.storage.protocol import ShardMethod
+from litecache.storage.wire import pack_keys, unpack_flags
+from litecache.token_ids import TokenIds
 
 logger = logging.getLogger(__name__)
 
@@ -285,6 +289,66 @@ class Group:
             missed |= self._ask(kind, call, STOP_TIMEOUT_S, "clear", silent)[1]
         _refuse_missed("clear", missed)
 
+    def holders(self, keys: Sequence[BlockKey]) -> list[str | None]:
+        """For each key the name of a shard that holds it.
+
+        Raises:
+            GroupUnavailableError: names the shards that did not answer.
+        """
+        message = pack_keys(keys)
+        answers, missed = self._ask_named(
+            "shard", lambda s: s.call.remote(ShardMethod.QUERY, message), STOP_TIMEOUT_S, "query"
+        )
+        _refuse_missed("query", missed)
+        held = {name: unpack_flags(answer) for name, answer in answers.items()}
+        return [next((n for n, flags in held.items() if flags[i]), None) for i in range(len(keys))]
+
+    def fetch(self, shard: str, keys: Sequence[BlockKey]) -> list[bytes | None]:
+        """Bytes of blocks from a shard, None where it has them no more."""
+        asked = self.actors[shard].fetch.remote(list(keys))
+        blocks: list[bytes | None] = result(asked, STOP_TIMEOUT_S, f"{shard}: fetch")
+        return blocks
+
+    def store(
+        self, shard: str, blocks: Sequence[tuple[BlockKey, BlockKey, str, bytes]]
+    ) -> list[bool]:
+        """Give blocks to a shard: (key, parent, namespace, bytes); which of them it holds now."""
+        asked = self.actors[shard].take_in.remote(blocks)
+        held: list[bool] = result(asked, STOP_TIMEOUT_S, f"{shard}: store")
+        return held
+
+    def save_prefix(self, tokens: TokenIds, salt: str) -> None:
+        """Have every replica save what it alone holds of a prefix.
+
+        Raises:
+            GroupUnavailableError: names the replicas that did not answer; the others have done it.
+        """
+        _, missed = self._ask_named(
+            "gpu", lambda r: r.save_prefix.remote(tokens, salt), STOP_TIMEOUT_S, "save"
+        )
+        _refuse_missed("save", missed)
+
+    def delete_salt(self, salt: str) -> int:
+        """Drop all blocks of a cache salt from every tier; how many shards and pools held.
+
+        Twice: what a request loaded or fetched from a shard that had not deleted yet is gone after
+        the second time, because by then no shard has anything to give.
+
+        Raises:
+            GroupUnavailableError: names the actors that did not answer; the others have done it.
+        """
+        digest, roots = salt_digest(salt), self.info.roots(salt)
+        calls: dict[str, Callable[[Any], Any]] = {
+            "gpu": lambda replica: replica.delete_salt.remote(salt),
+            "shard": lambda shard: shard.delete_salt.remote(digest, roots),
+        }
+        count, missed = 0, set[str]()
+        for kind, call in [*calls.items(), *calls.items()]:
+            answers, silent = self._ask_named(kind, call, 2 * STOP_TIMEOUT_S, "delete")
+            count, missed = count + sum(answers.values()), missed | silent
+        _refuse_missed("delete", missed)
+        return count
+
     def set_pinned(self, keys: Sequence[BlockKey], pinned: bool) -> list[bool]:
         """Pin or unpin blocks on all shards; which of them some shard holds.
 
@@ -329,6 +393,19 @@ class Group:
         silent: set[str],
     ) -> tuple[list[Any], set[str]]:
         """Answers, and the names of those that do not answer now; any other error is raised."""
+        answers, missed = self._ask_named(kind, call, timeout_s, what, silent)
+        return list(answers.values()), missed
+
+    def _ask_named(
+        self,
+        kind: str,
+        call: Callable[[Any], Any],
+        timeout_s: float,
+        what: str,
+        silent: set[str] | None = None,
+    ) -> tuple[dict[str, Any], set[str]]:
+        """As `_ask`, with the answers by name; None: who is silent is found out."""
+        silent = self._silent() if silent is None else silent
         asked = self._of_kind(kind)
         missed = silent & asked.keys()
         able = {name: actor for name, actor in asked.items() if name not in silent}
@@ -338,7 +415,7 @@ class Group:
                 missed.add(name)
             elif isinstance(answer, LiteCacheError) and not isinstance(answer, ReplicaLeftError):
                 raise answer
-        return [a for a in answers.values() if not isinstance(a, LiteCacheError)], missed
+        return {n: a for n, a in answers.items() if not isinstance(a, LiteCacheError)}, missed
 
 
 def _refuse_missed(what: str, missed: set[str]) -> None:

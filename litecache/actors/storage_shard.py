@@ -165,6 +165,20 @@ class StorageShard:
         return store.pin(keys) if pinned else store.unpin(keys)
 
     @ray.method(concurrency_group="bulk")
+    def take_in(self, blocks: Sequence[tuple[BlockKey, BlockKey, str, bytes]]) -> list[bool]:
+        """See `ShardStore.take_in`."""
+        held = self._open_store.take_in(blocks)
+        self._notify()
+        return held
+
+    @ray.method(concurrency_group="bulk")
+    def delete_salt(self, digest: str, roots: Sequence[BlockKey]) -> int:
+        """See `ShardStore.delete_salt`."""
+        count = self._open_store.delete_salt(digest, roots)
+        self._notify()
+        return count
+
+    @ray.method(concurrency_group="bulk")
     def clear(self, tier: str) -> None:
         """See `ShardStore.clear`."""
         self._open_store.clear(tier)

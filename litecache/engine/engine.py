@@ -51,6 +51,7 @@ from litecache.storage.client import ShardClient
 from litecache.storage.namespaces import namespace_of
 from litecache.storage.shard_options import check_tiers
 from litecache.threads import start_job
+from litecache.token_ids import TokenIds
 from litecache.types import FinishReason, Request, TokenDelta
 
 logger = logging.getLogger(__name__)
@@ -265,6 +266,38 @@ class Engine:
             self.call(lambda: None)
             self._tiers.drain(timeout_s)
         return self.call(self._scheduler.cache.evict_idle)
+
+    def delete_salt(self, salt: str, timeout_s: float = CALL_TIMEOUT_S) -> int:
+        """Forget the pool's blocks of a salt and wait until none of them is being saved.
+
+        Requests of that salt that are open go on, and leave nothing behind from here on.
+
+        Returns:
+            How many blocks there were.
+
+        Raises:
+            RequestTimeout: saves are still under way.
+        """
+        count = self.call(lambda: self._scheduler.delete_salt(salt))
+        if self._tiers is not None and not self._tiers.drain(timeout_s):
+            raise RequestTimeout(f"blocks were still being saved after {timeout_s:g} s")
+        return count
+
+    def save_prefix(self, tokens: TokenIds, salt: str, timeout_s: float = CALL_TIMEOUT_S) -> None:
+        """Save what the pool alone holds of a prefix, and wait for it."""
+
+        def save(everything: bool) -> int:
+            schedule = self._scheduler.save_prefix(tokens, salt, everything=everything)
+            self._carry_out(schedule)
+            return len(schedule.saves)
+
+        if self._tiers is None:
+            return
+        left, before = self.call(lambda: save(True)), 0
+        # as many at a time as may wait to be saved
+        while left and left != before:
+            self._tiers.drain(timeout_s)
+            left, before = self.call(lambda: save(False)), left
 
     def set_shards(self, shards: Sequence[ShardClient]) -> None:
         """Use these local shards from now on: one came back, with another arena.

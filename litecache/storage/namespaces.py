@@ -2,9 +2,10 @@
 
 They are no part of a block's key.
 
-Blocks of a salt with a quota get a namespace of their own. It names the salt by a digest, because a
-salt may be a secret and names are written to disk. All other blocks go by the model's label alone,
-so that a new salt for each user does not fill the table of names.
+Blocks of a salt get a namespace of their own, so that all of a salt can be found and deleted. It
+names the salt by a digest, because a salt may be a secret and names are written to disk. Blocks
+without a salt go by the model's label alone, and so does "" with a quota of its own. Where the
+table of names is full, blocks of further salts share the namespace "".
 """
 
 from __future__ import annotations
@@ -48,7 +49,19 @@ def namespace_of(label: str, salt: str, with_quota: Collection[str]) -> str:
         salt: the request's.
         with_quota: salts that have a quota.
     """
-    return f"{label}{_MARK}{salt_digest(salt)}" if salt in with_quota else label
+    return f"{label}{_MARK}{salt_digest(salt)}" if salt or salt in with_quota else label
+
+
+def may_hold(namespace: str, digest: str) -> bool:
+    """Whether a salt's blocks may lie under this name, of whatever model.
+
+    Names that are lost (a damaged record), and the one for what found no room in the table, may
+    hold blocks of any salt.
+    """
+    if not namespace or namespace.startswith("unknown-"):
+        return True
+    _, marked, salt = namespace.rpartition(_MARK)
+    return (salt if marked else salt_digest("")) == digest
 
 
 def quota_of(namespace: str, quotas: Mapping[str, int]) -> int | None:

@@ -29,6 +29,7 @@ from .durability import Durability
 from .eviction import get_policy
 from .key_dict import batches
 from .leases import Leases
+from .namespaces import may_hold
 from .protocol import Attachment, Deltas, FlushReport, SlotRef
 from .segments import pick_segment_bytes
 from .shard_options import validate_options
@@ -279,6 +280,49 @@ class ShardBase:
                 yield entry >= 0
 
         return self._change(keys, delete)
+
+    def delete_salt(
+        self, digest: str, roots: Sequence[BlockKey] = (), timeout_s: float = 20.0
+    ) -> int:
+        """Drop all blocks of a cache salt, of every model, from every tier; over kill -9 too.
+
+        Found by namespace, and by parent links from `roots`, because earlier versions stored blocks
+        of most salts under their model's name alone.
+
+        Args:
+            digest: of the salt (`namespaces.salt_digest`).
+            roots: the salt's root keys of a model.
+            timeout_s: how long blocks of a retired shard may take to move in.
+
+        Returns:
+            How many there were.
+
+        Raises:
+            StorageError: blocks of a retired shard are still moving in; nothing was dropped.
+        """
+        if not self._retired.wait(timeout_s):
+            raise StorageError("shards of an earlier storage_shards still move in: try it later")
+        tiers, index = self._tiers, self._tiers.index
+        chained = set(roots)
+        dropped = 0
+
+        def drop(entries: Sequence[int]) -> Iterator[bool]:
+            for entry in entries:
+                key = index.keys[entry]
+                named = index.namespace[entry] in numbers
+                mine = bool(key) and (named or index.parents[entry] in chained)
+                if mine:
+                    chained.add(key)
+                    tiers.drop(entry)
+                yield mine
+
+        while True:
+            with self._lock:
+                numbers = {n for n, name in enumerate(tiers.names) if may_hold(name, digest)}
+            found = sum(self._change(range(index.high), drop))
+            dropped += found
+            if not found:
+                return dropped
 
     def clear(self, tier: str = "all", timeout_s: float = 60.0) -> None:
         """Empty a tier.

@@ -5,6 +5,8 @@ All methods return at once except `flush`, `fetch`, `wait`, `clear` and `close`.
 
 from __future__ import annotations
 
+import os
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -268,6 +270,30 @@ class ShardStore(ShardBase):
             statuses.append(CommitStatus.STORED)
         tiers.touch(used)
         return statuses
+
+    def take_in(
+        self, blocks: Sequence[tuple[BlockKey, BlockKey, str, bytes]], timeout_s: float = 20.0
+    ) -> list[bool]:
+        """Store blocks whose bytes are at hand: (key, parent, namespace, bytes) each.
+
+        Returns:
+            Which of them the shard holds now; False where no slot was free in time.
+        """
+        client_id, deadline = self.attach(os.getpid()).client_id, time.monotonic() + timeout_s
+        held: list[bool] = []
+        try:
+            for key, parent, namespace, data in blocks:
+                slots = self.reserve(client_id, len(data), 1)
+                while not slots and (left_s := deadline - time.monotonic()) > 0:
+                    self.wait_for_change(min(left_s, 0.1))
+                    slots = self.reserve(client_id, len(data), 1)
+                for slot in slots:
+                    self._arena.buffer(slot.slot, len(data))[:] = data
+                items = [CommitItem(*slot, key, parent, namespace) for slot in slots]
+                held.append(self.commit(client_id, items) not in ([], [CommitStatus.STALE]))
+        finally:
+            self.detach(client_id)
+        return held
 
     def query(self, keys: Sequence[BlockKey], *, touch: bool = False) -> list[bool]:
         """Which keys the shard holds; no lease, recency changes only with `touch`."""

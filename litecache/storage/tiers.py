@@ -31,6 +31,7 @@ from ..hashing import BlockKey
 from ..metrics import Metrics
 from .arena.arena import Arena
 from .block_index import BlockIndex, Changes
+from .disk.log import MAX_NAMES
 from .disk.slab import Stored
 from .disk.tier import DiskTier
 from .eviction.queues import Queues, allocate
@@ -115,7 +116,11 @@ class RamBlock:
 
 
 class WriteBatch(NamedTuple):
-    """Dirty blocks of one size and namespace that one request will write, and their keys."""
+    """Dirty blocks of one size that one request will write, and their keys.
+
+    Attributes:
+        namespace: of all of them, where it has a quota; else -1.
+    """
 
     blocks: list[RamBlock]
     keys: list[BlockKey]
@@ -177,6 +182,7 @@ class Tiers:
         self._writing: set[RamBlock] = set()
         self.failed_writes = 0
         self.changes = Changes(arena.epoch)
+        self._names: dict[str, int] = {"": 0}
         # used while others, committed before that, were on their way into the disk's queues
         self._early: dict[BlockKey, None] = {}
 
@@ -345,13 +351,24 @@ class Tiers:
             index.expires_s[entry] = max(1, int(now + self._ttl_s))
         self.changes.note(key, added=True)
         self.arena.set_entry(block.slot, block.generation, SlotState.READY, key, block.nbytes)
-        if self.disk is not None:
-            index.namespace[entry] = self.disk.name_number(namespace)
+        index.namespace[entry] = self._name_number(namespace)
         if self.disk is not None and self._admission.first(key):
             self._queue_write(block)
         else:
             self._settle(block)
         return entry
+
+    def _name_number(self, name: str) -> int:
+        if self.disk is not None:
+            return self.disk.name_number(name)
+        if len(self._names) < MAX_NAMES:
+            self._names.setdefault(name, len(self._names))
+        return self._names.get(name, 0)
+
+    @property
+    def names(self) -> list[str]:
+        """Namespaces by number."""
+        return list(self._names) if self.disk is None else self.disk.log.names
 
     def begin_loads(self, entries: Sequence[int], blocks: list[RamBlock], at_most: int) -> None:
         """Queue reads from disk, about in the order given.
@@ -423,14 +440,16 @@ class Tiers:
         self.dirty_bytes += block.nbytes
 
     def take_writes(self, at_most: int) -> WriteBatch | None:
-        """The next blocks of one size and namespace, oldest first; they become WRITING."""
-        index = self.index
+        """The next blocks of one size and quota, oldest first; they become WRITING."""
+        assert self.disk is not None
+        index, limited = self.index, self.disk.queues.quota_pages
         blocks: list[RamBlock] = []
         kind = (0, 0)
         while self.dirty:
             block = self.dirty[0]
             if block.state is RamState.DIRTY:
-                mine = (block.nbytes, index.namespace[block.entry])
+                namespace = index.namespace[block.entry]
+                mine = (block.nbytes, namespace if namespace in limited else -1)
                 if blocks and (mine != kind or (len(blocks) + 1) * block.nbytes > at_most):
                     break
                 kind = mine

@@ -148,6 +148,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         if self.world.saves:
             self.world.answer_save(pick % len(self.world.saves), works)
 
+    @rule(salt=st.sampled_from(["", *SALTS]))
+    def salt_is_deleted(self, salt: str) -> None:
+        self.world.scheduler.delete_salt(salt)
+        indexes = self.world.scheduler.cache.indexes
+        for index, root in zip(indexes, self.world.roots(salt), strict=True):
+            assert not index.of_root(root)
+
     @rule(pick=st.integers(0, 15))
     def abort(self, pick: int) -> None:
         if f"r{pick}" in self.world.requests:

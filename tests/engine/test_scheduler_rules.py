@@ -7,6 +7,7 @@ from scheduler_world import World, expected_output
 
 from litecache.engine.scheduling.orders import Schedule
 from litecache.engine.scheduling.step_plan import StepPlan, TableUpdate
+from litecache.token_ids import TokenIds
 from litecache.types import FinishReason
 
 PROMPT = (0, 1, 1, 0)
@@ -200,3 +201,54 @@ def test_a_plan_that_writes_a_table_entry_twice_cannot_be_made() -> None:
     with pytest.raises(AssertionError, match="writes entry 4 of row 0, group 0 twice"):
         StepPlan(1, table_updates=(second, first))
     StepPlan(1, table_updates=(second, TableUpdate(0, 1, 4, (7,)), TableUpdate(1, 0, 4, (7,))))
+
+
+def published(world: World, salt: str) -> list[int]:
+    """Per KV group, how many blocks of a salt the pool knows."""
+    found = zip(world.scheduler.cache.indexes, world.roots(salt), strict=True)
+    return [len(index.of_root(root)) for index, root in found]
+
+
+@pytest.mark.parametrize("windowed", [False, True])
+def test_a_request_whose_salt_is_deleted_ends_right_and_publishes_and_saves_no_more(
+    windowed: bool,
+) -> None:
+    prompt, other = endless(2, 30)
+    world = World(num_blocks=60, windowed=windowed, max_batch_tokens=64)
+    kept = world.submit(other, 20, cache_salt="other")
+    world.run_until_idle()
+    ends = world.submit(prompt, 30, cache_salt="gone")
+    while world.stages:
+        world.answer_stage(0, lambda key: True)
+    while len(world.outputs[ends]) < 10:
+        next_plan(world)
+    stored, others = set(world.stored), published(world, "other")
+    assert world.scheduler.delete_salt("nobody's") == 0
+    assert world.scheduler.delete_salt("gone") > 0
+    assert world.scheduler.delete_salt("gone") == 0
+    saves = [order.key for order in world.saves]
+    again = world.submit(prompt, 1, cache_salt="gone")
+    world.run_until_idle()
+    assert set(world.finished) == {kept, ends, again}
+    assert world.reused[again] == {}
+    world.check_outputs()
+    assert published(world, "gone") == [1] * len(world.groups), "of the later request alone"
+    assert published(world, "other") == others
+    fresh = set(world.stored) - stored - set(saves)
+    assert not fresh, "what the later request saved had been saved before, and nothing else"
+
+
+def test_a_prefix_is_saved_whatever_the_admission_and_again_when_it_was_evicted_below() -> None:
+    (prompt,) = endless(1, 4)
+    world = World(num_blocks=60, admission="none")
+    world.submit(prompt, 1, cache_salt="s")
+    world.run_until_idle()
+    assert not world.stored
+    for _ in range(2):
+        world.take(world.scheduler.save_prefix(TokenIds(prompt), "s", everything=True))
+        world.run_until_idle()
+        assert len(world.stored) == len(world.groups)
+        world.stored.clear()
+    world.take(world.scheduler.save_prefix(TokenIds(prompt), "s", everything=False))
+    world.take(world.scheduler.save_prefix(TokenIds(prompt), "another", everything=True))
+    assert not world.saves

@@ -124,6 +124,12 @@ class BlockPool:
         assert block not in self._loading, f"block {block} is still being copied to"
         self._keys[block] = key
 
+    def rename(self, block: int, key: BlockKey) -> None:
+        """Publish a published block in use under another key."""
+        assert self._refs[block] > 0, f"block {block} is not in use"
+        assert self._keys[block] is not None, f"block {block} is not published"
+        self._keys[block] = key
+
     def is_writable(self, block: int) -> bool:
         """Whether its sequence may compute into a block: private, and no copy writes to it."""
         return block != TRASH_BLOCK and self._keys[block] is None and block not in self._loading
@@ -143,6 +149,11 @@ class BlockPool:
         if self._keys[block] is not None:
             return BlockState.PUBLISHED
         return BlockState.LOADING if block in self._loading else BlockState.PRIVATE
+
+    def evict(self, block: int) -> None:
+        """Evict one idle block."""
+        self._idle.move_to_end(block, last=False)
+        self._free.append(self._evict_oldest())
 
     def evict_idle(self) -> int:
         """Evict every idle block; returns how many."""

@@ -9,15 +9,18 @@ sequences, loads and copies hold: each call gives all it is asked for or changes
 from __future__ import annotations
 
 import functools
+import secrets
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
+
+import numpy as np
 
 from litecache.engine.kv_layout import TRASH_BLOCK, KVGroup
 from litecache.engine.scheduling.block_pool import BlockPool
 from litecache.engine.scheduling.prefix_index import PrefixIndex
 from litecache.engine.scheduling.sequence import BlockRef, KeyChain, Sequence
 from litecache.errors import CapacityError
-from litecache.hashing import BlockKey
+from litecache.hashing import KEY_BYTES, BlockKey
 from litecache.types import Tier
 
 
@@ -96,11 +99,17 @@ class PrefixCache:
         return next((owner for owner in owners if owner is not None), None)
 
     def publish(self, seq: Sequence, group: int, index: int, block: int) -> bool:
-        """Publish a block that is computed or loaded; False if its key is published already."""
+        """Publish a block that is computed or loaded; False if its key is published already.
+
+        A sequence that shares nothing keeps its block to itself.
+        """
+        if seq.unshared:
+            return False
         size = self.block_size
         key, parent = seq.chain.keys[group][index], seq.chain.parent(group, index)
         tokens = seq.tokens[index * size : (index + 1) * size].copy()
-        if not self.indexes[group].insert(key, block, parent, tokens):
+        root = seq.chain.roots[group]
+        if not self.indexes[group].insert(key, block, parent, tokens, root):
             return False
         self.pools[group].publish(block, key)
         return True
@@ -108,6 +117,28 @@ class PrefixCache:
     def _forget(self, group: int, key: BlockKey) -> None:
         self.indexes[group].remove(key)
         self.unsaved[group].discard(key)
+
+    def delete(self, roots: Seq[BlockKey]) -> int:
+        """Evict all blocks under a salt's roots; what is in use gets a key that nobody asks for.
+
+        Returns:
+            How many there were.
+        """
+        count = 0
+        for group, root in enumerate(roots):
+            index, pool = self.indexes[group], self.pools[group]
+            for key in index.of_root(root):
+                count += 1
+                block = index.block(key)
+                assert block is not None
+                if not pool.ref_count(block):
+                    pool.evict(block)
+                    continue
+                self._forget(group, key)
+                unknown = secrets.token_bytes(KEY_BYTES)
+                index.insert(unknown, block, unknown, np.zeros(0, np.int64))
+                pool.rename(block, unknown)
+        return count
 
     # References of sequences
 
@@ -140,7 +171,7 @@ class PrefixCache:
             seq.tables[number] = [TRASH_BLOCK] * first
             seq.tables[number] += [mine.get(i) or next(fresh) for i in range(first, total)]
             seq.ahead[number] = {i for i in mine if i >= length}
-            for key in seq.chain.keys[number][length:]:
+            for key in () if seq.unshared else seq.chain.keys[number][length:]:
                 self.indexes[number].set_pending(key, seq.id)
         seq.num_computed = length * size
         seq.num_published = length

@@ -38,6 +38,7 @@ class Entry(NamedTuple):
     block: int
     parent: BlockKey
     tokens: TokenArray
+    root: BlockKey = b""
 
 
 class PartialMatch(NamedTuple):
@@ -99,12 +100,23 @@ class PrefixIndex:
                 best = PartialMatch(key, entry.block, shared)
         return best
 
-    def insert(self, key: BlockKey, block: int, parent: BlockKey, tokens: TokenArray) -> bool:
+    def of_root(self, root: BlockKey) -> list[BlockKey]:
+        """Keys of all published blocks whose chain began with `root`, whatever lies between."""
+        return [key for key, entry in self._entries.items() if entry.root == root]
+
+    def insert(
+        self,
+        key: BlockKey,
+        block: int,
+        parent: BlockKey,
+        tokens: TokenArray,
+        root: BlockKey = b"",
+    ) -> bool:
         """Add a published block; False when the key is present already (nothing changes)."""
         self._pending.pop(key, None)
         if key in self._entries:
             return False
-        self._entries[key] = Entry(block, parent, tokens)
+        self._entries[key] = Entry(block, parent, tokens, root)
         insort(self._children.setdefault(parent, []), (_sortable(tokens), key))
         return True
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from litecache.engine.kv_layout import TRASH_BLOCK
 from litecache.engine.scheduling.orders import SaveOrder, Schedule
 from litecache.engine.scheduling.prefix_cache import PrefixCache
-from litecache.engine.scheduling.sequence import Sequence
+from litecache.engine.scheduling.sequence import KeyChain, Sequence
 
 RUN_BYTES = 16 << 20
 """Bytes of a chain that go to one shard together."""
@@ -40,7 +40,7 @@ class Saves:
                 if block != TRASH_BLOCK and self._cache.publish(seq, group, index, block):
                     self._cache.unsaved[group].add(seq.chain.keys[group][index])
                     if self._admission == "all":
-                        self._save(seq, group, index, block, out)
+                        self._save(seq.chain, seq.request.cache_salt, group, index, block, out)
         seq.num_published = max(seq.num_published, last)
 
     def on_hit(self, seq: Sequence, num_blocks: int, out: Schedule) -> None:
@@ -56,11 +56,28 @@ class Saves:
             for index in range(num_blocks):
                 for group, table in enumerate(seq.tables):
                     if table[index] != TRASH_BLOCK:
-                        self._save(seq, group, index, table[index], out)
+                        block = table[index]
+                        self._save(seq.chain, seq.request.cache_salt, group, index, block, out)
         for group, keys in enumerate(seq.chain.keys):
             run = self._run(group)
             ends = [*range(run, num_blocks, run), num_blocks]
             out.touches += [keys[end - 1] for end in reversed(ends) if end]
+
+    def save_prefix(self, chain: KeyChain, salt: str, *, everything: bool) -> Schedule:
+        """Save what the pools hold of a prefix, whatever the admission policy says.
+
+        Args:
+            chain, salt: of the prefix.
+            everything: also what was saved once: the lower tiers may have evicted it since.
+        """
+        out = Schedule()
+        for group, blocks in enumerate(self._cache.look(chain)):
+            held = [index for index, block in enumerate(blocks) if block >= 0]
+            if everything:
+                self._cache.unsaved[group].update(chain.keys[group][index] for index in held)
+            for index in held:
+                self._save(chain, salt, group, index, blocks[index], out)
+        return out
 
     def on_saved(self, orders: Iterable[SaveOrder], dropped: Iterable[SaveOrder]) -> None:
         """Copies ended: give their references back; the dropped ones are unsaved again."""
@@ -71,16 +88,17 @@ class Saves:
                 self._cache.unsaved[order.group].add(order.key)
             self._cache.pools[order.group].release([order.block])
 
-    def _save(self, seq: Sequence, group: int, index: int, block: int, out: Schedule) -> None:
-        keys = seq.chain.keys[group]
+    def _save(
+        self, chain: KeyChain, salt: str, group: int, index: int, block: int, out: Schedule
+    ) -> None:
+        keys = chain.keys[group]
         if keys[index] not in self._cache.unsaved[group]:
             return
         self._cache.unsaved[group].discard(keys[index])
         # The copy in flight keeps the block from being evicted under it.
         self._cache.pools[group].acquire([block])
-        parent = seq.chain.parent(group, index)
+        parent = chain.parent(group, index)
         run_key = keys[index - index % self._run(group)]
-        salt = seq.request.cache_salt
         out.saves.append(SaveOrder(group, block, keys[index], parent, run_key, salt))
 
     def _run(self, group: int) -> int:

@@ -30,6 +30,7 @@ from litecache.engine.scheduling.prefix_cache import PrefixCache
 from litecache.engine.scheduling.saves import Saves
 from litecache.engine.scheduling.sequence import (
     BlockRef,
+    KeyChain,
     RequestQueues,
     Sequence,
     SequenceStatus,
@@ -37,6 +38,7 @@ from litecache.engine.scheduling.sequence import (
 from litecache.engine.scheduling.step_plan import StepResult
 from litecache.errors import CapacityError
 from litecache.hashing import BlockKey
+from litecache.token_ids import TokenIds
 from litecache.types import FinishReason, Request, Tier, TokenDelta, TokenLogprobs
 
 REMEMBERED_ABORTS = 4096
@@ -138,6 +140,23 @@ class Scheduler:
                 seq.paused = paused
                 if paused:
                     self.cache.clear_pending(seq)
+
+    def delete_salt(self, salt: str) -> int:
+        """Let nobody find the pools' blocks of a salt any more; how many there were.
+
+        Requests of that salt that are open go on, and publish and save nothing from here on.
+        """
+        for seq in self._sequences.values():
+            if seq.request.cache_salt == salt:
+                seq.unshared = True
+                self.cache.clear_pending(seq)
+        return self.cache.delete(self._roots(salt))
+
+    def save_prefix(self, tokens: TokenIds, salt: str, *, everything: bool) -> Schedule:
+        """Save what the pools hold of a prefix; see `Saves.save_prefix`."""
+        chain = KeyChain(tuple(self._roots(salt)), self.cache.block_size)
+        chain.extend(tokens.array)
+        return self._saves.save_prefix(chain, salt, everything=everything)
 
     def on_staged(self, ticket: int, found: dict[BlockRef, str]) -> Schedule:
         """The lower tiers hold these blocks (-> source) and have leased their slots."""

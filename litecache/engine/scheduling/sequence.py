@@ -103,6 +103,7 @@ class Sequence:
         computed: tokens of found blocks that were computed, by tier.
         num_own: positions of the prompt that were computed.
         num_tail: positions that copies have filled, of no found block.
+        unshared: its salt was deleted while it was open: nothing of it is published or saved.
     """
 
     def __init__(
@@ -134,6 +135,7 @@ class Sequence:
         self.awaits: int | None = None
         self.staged: dict[BlockRef, str] = {}
         self.paused = False
+        self.unshared = False
         self.announced = False
         self.begin_life()
 

@@ -93,6 +93,12 @@ class Retired:
         if self._open:
             self._thread = start_job(self._run, "retired")
 
+    def wait(self, timeout_s: float) -> bool:
+        """Wait until all blocks have moved; whether they have."""
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+        return not self._open
+
     def close(self) -> None:
         """Stop; what has not moved stays for the next start."""
         self._stopped.set()
