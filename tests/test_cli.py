@@ -92,7 +92,9 @@ def test_tuning_without_a_gpu_or_a_folder_writes_nothing(tmp_path: Path) -> None
         assert not path.exists()
 
 
-def test_a_group_goes_up_answers_shows_itself_and_goes_down(ray_local: None, model: Path) -> None:
+def test_a_group_goes_up_answers_shows_itself_and_goes_down(
+    ray_local: None, model: Path, tmp_path: Path
+) -> None:
     settings = ["--set", "num_blocks=32", "--set", "ram_bytes=4MB", "--set", "dtype=float32"]
     settings += ["--set", "kv_dtype=int8"]
     started = invoke("up", str(model), "--group", "cli", "--num-threads", "1", *settings)
@@ -114,10 +116,27 @@ def test_a_group_goes_up_answers_shows_itself_and_goes_down(ray_local: None, mod
         table = CliRunner().invoke(app, ["status", "--group", "cli"]).stdout
         assert "80 prompt tokens, 49% reused (gpu 39), 18 generated" in table
         assert "int8 blocks" in " ".join(table.split())
+        check_prefix_commands("cli", prompt, tmp_path)
     finally:
         stopped = invoke("down", "--group", "cli")
     assert list(stopped) == ["cli"]
     assert actor_names("cli") == []
+
+
+def check_prefix_commands(group: str, prompt: str, folder: Path) -> None:
+    """A prefix goes to a file and back, is warmed under a salt, and deleted with it."""
+    text, file = folder / "prompt.txt", folder / "prefix.kv"
+    text.write_text(prompt)
+    exported = invoke("export", str(text), "-o", str(file), "--group", group)
+    assert exported == {"tokens": 32, "asked": 40, "nbytes": file.stat().st_size}
+    assert invoke("export", prompt, "-o", str(file), "--group", group) == exported
+    imported = invoke("import", str(file), "--group", group)
+    assert imported == {**exported, "asked": 32}
+    here = ("--group", group, "--salt", "s")
+    assert invoke("warm", str(text), *here) == [{"file": str(text), "computed": 40}]
+    assert "another cache_salt" in refused("import", str(file), *here)
+    assert invoke("delete", *here)["blocks"] == 4  # two in the pool, and copies of them in RAM
+    assert invoke("delete", *here)["blocks"] == 0
 
 
 @pytest.mark.parametrize(
@@ -258,6 +277,10 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "status": ("--group", "--address", "--json"),
     "generate": ("MODEL", "PROMPT", "--group", "--set", "--max-new-tokens", "--temperature",
                  "--seed", "--chat", "--address", "--json"),
+    "export": ("PROMPT", "--output", "--model", "--group", "--salt", "--set", "--address"),
+    "import": ("FILE", "--model", "--group", "--salt", "--set", "--address", "--json"),
+    "warm": ("FILE", "--model", "--group", "--salt", "--set", "--address", "--json"),
+    "delete": ("--salt", "--model", "--group", "--set", "--address", "--json"),
     "inspect": ("DIRECTORY", "--json"),
     "verify": ("DIRECTORY", "--json"),
     "tune": ("FILE", "--json"),
@@ -272,10 +295,10 @@ def test_any_arguments_of_a_command_give_a_result_or_one_line(
     # beyond connecting a command may start actors: no argument that can be told to be wrong gets
     # that far, and here none does
     folder = tmp_path_factory.mktemp("cli")
-    connect = "litecache.cli.groups.connect"
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(connect, no_cluster)
+        for commands in ("groups", "prefixes"):
+            patch.setattr(f"litecache.cli.{commands}.connect", no_cluster)
         patch.setattr("litecache.adapter.KVCacheAdapter", no_cluster)
         command = data.draw(st.sampled_from(sorted(COMMANDS)))
         arguments = [command]
@@ -320,6 +343,14 @@ def no_cluster(*arguments: Any, **settings: Any) -> None:
         ["generate", "m", "text", "--temperature", "-1"],
         ["generate", "m", "text", "--max-new-tokens", "0"],
         ["generate", "m", "text", "--seed", "-1"],
+        ["export", "", "-o", "f", "--model", "m"],
+        ["export", "text", "--model", "m"],
+        ["export", "text", "-o", "", "--model", "m"],
+        ["export", "text", "-o", "f", "--model", "m", "--salt", "\udcff"],
+        ["import", "/no/such/file", "--model", "m"],
+        ["warm", "/no/such/file", "--model", "m"],
+        ["delete", "--model", "m"],
+        ["delete", "--salt", "s", "--group", "a b"],
         ["inspect", "x" * 300],
         ["verify", "\udcff"],
         ["tune", "/no/such/folder/file"],
@@ -332,7 +363,7 @@ def test_what_can_be_told_from_the_words_is_refused_before_anything_is_loaded(
     def unforeseen(*arguments: Any, **settings: Any) -> None:
         raise AssertionError("unforeseen")
 
-    for name in ("groups.connect", "machine.connect"):
+    for name in ("groups.connect", "machine.connect", "prefixes.connect"):
         monkeypatch.setattr(f"litecache.cli.{name}", unforeseen)
     monkeypatch.setattr("litecache.adapter.KVCacheAdapter", unforeseen)
     monkeypatch.setattr("litecache.adapter.doctor.examine", unforeseen)

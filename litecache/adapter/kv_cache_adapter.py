@@ -24,6 +24,7 @@ from litecache.actors.group_spec import GroupSpec, check_actor_options, choose_n
 from litecache.actors.naming import DEFAULT_GROUP, check_group_name
 from litecache.adapter.generation import GenerationSettings, draw_seed, translate
 from litecache.adapter.pending import PendingRequest, ReuseReport, StopStrings, aborting
+from litecache.adapter.prefix_files import PrefixReport, export_prefix, import_prefix
 from litecache.adapter.prompts import (
     append_rows,
     check_input_ids,
@@ -39,15 +40,17 @@ from litecache.adapter.replicas import ReplicaSet
 from litecache.adapter.sources import resolve_model
 from litecache.adapter.stats import CacheStats
 from litecache.adapter.streaming import TextDecoder, TokenStream, feed_streamer
-from litecache.checks import check_flag, check_integer, check_seconds, check_text
+from litecache.checks import check_flag, check_integer, check_path, check_seconds, check_text
 from litecache.config import CacheConfig
 from litecache.engine.loading.model_checks import check_config, check_limits
+from litecache.engine.progress import progress_bar
 from litecache.errors import ConfigError, GroupError, LiteCacheError
 from litecache.hashing import chain_keys
 from litecache.paths import ModelHold
 from litecache.token_ids import TokenIds
 from litecache.types import Request
 
+WARMED_AT_ONCE = 64
 TIERS = ("gpu", "ram", "disk", "all")
 
 
@@ -307,11 +310,7 @@ class KVCacheAdapter:
         settings = translate(generation_config, kwargs, self.generation_config)
         if settings.num_return_sequences != 1:
             raise ConfigError("num_return_sequences", settings.num_return_sequences, "1 in stream")
-        given = one_input(prompt, input_ids)
-        if isinstance(given, str):
-            with naming("prompt", given, "a text that the tokenizer takes"):
-                given = self.tokenizer(check_text("prompt", given))["input_ids"]
-        tokens = check_prompt(one_row(given), 0, self.info.max_model_len)
+        tokens = self._tokens(one_input(prompt, input_ids))
         check_flag("as_tokens", as_tokens)
         check_flag("skip_special_tokens", skip_special_tokens)
         decoder = None if as_tokens else TextDecoder.of(self.tokenizer, skip_special_tokens)
@@ -376,6 +375,126 @@ class KVCacheAdapter:
         held = dict(zip(keys, self.group.set_pinned(keys, pinned), strict=True))
         in_all = (all(held[key] for key in block) for block in zip(*chains, strict=True))
         return int(size) * sum(1 for _ in itertools.takewhile(bool, in_all))
+
+    def warm(
+        self, prompts: Sequence[Any], *, cache_salt: str | None = None
+    ) -> list[dict[str, int]]:
+        """Compute and store prefixes without generating, so that later calls find them.
+
+        They are stored as those of any call, by the group's `admission`.
+
+        Args:
+            prompts: texts, or token ids; of one as long as the model takes the last token is left
+                out.
+            cache_salt: share the blocks only with calls of the same salt.
+
+        Returns:
+            Per prompt its tokens by the tier where they were found, and those "computed" now.
+
+        Raises:
+            ConfigError: a prompt is invalid; nothing was sent.
+            LiteCacheError: a request failed.
+        """
+        self._check_open()
+        most = self.info.max_model_len
+        if isinstance(prompts, (list, tuple)):
+            prompts = [self._encode(p) if isinstance(p, str) else p for p in prompts]
+        # a request needs room for the token that it draws
+        checked = [tokens[: most - 1] for tokens in check_prompts(prompts, most)]
+        settings = translate(GenerationConfig(max_new_tokens=1), {}, GenerationConfig())
+        show = progress_bar("Warming") if len(checked) > WARMED_AT_ONCE else None
+        found: list[dict[str, int]] = []
+        for start in range(0, len(checked), WARMED_AT_ONCE):
+            batch = checked[start : start + WARMED_AT_ONCE]
+            jobs = [(tokens, len(tokens), settings) for tokens in batch]
+            rows = self._start(jobs, cache_salt, None, None)
+            with aborting(rows, self._replicas.abort):
+                for row in rows:
+                    row.wait()
+                    reused = row.reused_tokens
+                    computed = len(row.request.prompt) - sum(reused.values())
+                    found.append({**reused, "computed": computed})
+                    if show is not None:
+                        show(len(found), len(checked))
+        return found
+
+    def export_prefix(
+        self, prompt: Any, path: str | os.PathLike[str], *, cache_salt: str | None = None
+    ) -> PrefixReport:
+        """Write the stored KV of a prompt's beginning to one file, for `import_prefix`.
+
+        What is only in the pool is saved first; nothing is computed. The file holds the prompt's
+        token ids and its KV, readable by its owner alone; a file of that name is replaced.
+
+        Args:
+            prompt: text, or token ids.
+            path: of the file.
+            cache_salt: whose blocks; None = the group's own.
+
+        Returns:
+            How many tokens of how many are in the file: whole blocks from the start, as far as
+            any tier holds them in every KV group.
+
+        Raises:
+            ConfigError: no token ids, or no path.
+            StorageError: nothing of it is stored, or the file cannot be written: there is none.
+        """
+        self._check_open()
+        path = check_path("path", path)
+        return export_prefix(self.group, self._tokens(prompt), self._salt(cache_salt), path)
+
+    def import_prefix(
+        self, path: str | os.PathLike[str], *, cache_salt: str | None = None
+    ) -> PrefixReport:
+        """Store the KV of a file of `export_prefix` in the tiers, as if it had been computed here.
+
+        The whole file is checked before the first block is stored. Checksums find damage and not
+        forgery: import files of people whom you trust.
+
+        Args:
+            path: of the file.
+            cache_salt: the one that it was exported under; None = the group's own.
+
+        Returns:
+            How many tokens of how many are stored now.
+
+        Raises:
+            PrefixFileError: the file is damaged, of another version, model, layout or salt, or
+                cannot be read; nothing was stored.
+            StorageError: the group has no tiers to store it in.
+        """
+        self._check_open()
+        report = import_prefix(self.group, check_path("path", path), self._salt(cache_salt))
+        self.flush()
+        return report
+
+    def delete(self, *, cache_salt: str) -> int:
+        """Delete everything that is cached under a salt, in all tiers, of every model stored there.
+
+        Requests of that salt that are open go on; what they compute from here on is neither shared
+        nor stored. Calls that begin later store again.
+
+        Args:
+            cache_salt: the salt; "" = what was stored without one.
+
+        Returns:
+            How many blocks pools and shards held of it, each copy counted.
+
+        Raises:
+            ConfigError: no text.
+            GroupUnavailableError: names the actors that did not answer; the others have done it.
+        """
+        self._check_open()
+        return self.group.delete_salt(check_text("cache_salt", cache_salt))
+
+    def _encode(self, text: str) -> Any:
+        with naming("prompt", text, "a text that the tokenizer takes"):
+            return self.tokenizer(check_text("prompt", text))["input_ids"]
+
+    def _tokens(self, prompt: Any) -> TokenIds:
+        """Token ids of a text, a list or a tensor."""
+        given = self._encode(prompt) if isinstance(prompt, str) else prompt
+        return check_prompt(one_row(given), 0, self.info.max_model_len)
 
     def _salt(self, given: str | None) -> str:
         default: str = self.group.spec.config.cache_salt

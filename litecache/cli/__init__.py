@@ -1,5 +1,5 @@
-"""The command line: `litecache up`, `down`, `status`, `generate`, `inspect`, `verify`, `tune`,
-`doctor`, `models`.
+"""The command line: `litecache up`, `down`, `status`, `generate`, `export`, `import`, `warm`,
+`delete`, `inspect`, `verify`, `tune`, `doctor`, `models`.
 
 Every command takes `--json` for machines; errors are one line on stderr and exit with 2 (1 is a
 finding of `verify` or `doctor`). Commands import what they need when they run, so that
@@ -17,6 +17,7 @@ import typer
 
 from litecache.cli.groups import down, generate, status, up
 from litecache.cli.machine import doctor, inspect, models, tune, verify
+from litecache.cli.prefixes import delete, export, import_, warm
 from litecache.errors import LiteCacheError, told
 
 logger = logging.getLogger(__name__)
@@ -26,8 +27,11 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
 )
-for command in (up, down, status, generate, inspect, verify, tune, doctor, models):
+_groups = up, down, status, generate, export, warm, delete
+_machine: tuple[Any, ...] = inspect, verify, tune, doctor, models
+for command in (*_groups, *_machine):
     app.command()(command)
+app.command("import")(import_)
 
 
 def main() -> None:

@@ -6,7 +6,6 @@ stops Ray.
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated, Any
 
 import typer
@@ -22,11 +21,12 @@ from litecache.cli.options import (
     TrustRemoteCode,
     check_address,
     check_model,
+    check_prompt,
     connect,
     parse_settings,
     print_json,
 )
-from litecache.errors import ConfigError, outline
+from litecache.errors import ConfigError
 
 _MOST = 1024
 
@@ -143,7 +143,7 @@ def generate(
     if seed is not None:
         check_integer("--seed", seed, 0, 2**63 - 1, "an integer from 0 to 2**63 - 1")
     check_address(address)
-    text = _prompt(prompt)
+    text = check_prompt(prompt)
     if address is not None:
         connect(address)
     from litecache.adapter import KVCacheAdapter
@@ -168,18 +168,6 @@ def generate(
             return
         result = {"text": "".join(stream), "tokens": len(stream.token_ids)}
         print_json({**result, "reused_tokens": stream.reused_tokens, "ttft_s": stream.ttft_s})
-
-
-def _prompt(given: str) -> str:
-    """The text itself, or standard input for `-`."""
-    try:
-        text = sys.stdin.read() if given == "-" else given
-        text.encode()
-    except (OSError, UnicodeError) as error:
-        raise ConfigError("prompt", outline(given), "UTF-8 text") from error
-    if not text:
-        raise ConfigError("prompt", outline(text), "a text, not empty")
-    return text
 
 
 def _print_status(group: str, actors: dict[str, Any], stats: Any) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 from typing import Annotated, Any
 
 import typer
 
 from litecache.checks import check_path
-from litecache.errors import ConfigError
+from litecache.errors import ConfigError, outline
 
 Model = Annotated[str, typer.Argument(help="a hub name, a folder or a .gguf file")]
 GroupName = Annotated[str, typer.Option(help="name of the group of actors")]
@@ -59,6 +60,22 @@ def check_model(model: str) -> str:
     if path.endswith(".gguf") and not os.path.isfile(path):
         raise ConfigError("model", model, valid)
     return model
+
+
+def check_prompt(given: str) -> str:
+    """The text itself, or standard input for `-`.
+
+    Raises:
+        ConfigError: no text, or an empty one.
+    """
+    try:
+        text = sys.stdin.read() if given == "-" else given
+        text.encode()
+    except (OSError, UnicodeError) as error:
+        raise ConfigError("prompt", outline(given), "UTF-8 text") from error
+    if not text:
+        raise ConfigError("prompt", outline(text), "a text, not empty")
+    return text
 
 
 def check_address(address: str | None) -> None:

@@ -1,0 +1,172 @@
+"""Commands about cached prefixes of a group: `export`, `import`, `warm`, `delete`.
+
+They join a group that runs, whose model they know from it, or start one for themselves with
+`--model` and `--set storage_dir=...`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+
+from litecache.actors.naming import check_group_name
+from litecache.checks import check_path, check_text
+from litecache.cli.options import (
+    Address,
+    AsJson,
+    Settings,
+    TrustRemoteCode,
+    check_address,
+    check_model,
+    check_prompt,
+    connect,
+    parse_settings,
+    print_json,
+)
+from litecache.errors import ConfigError
+
+AModel = Annotated[str | None, typer.Option("--model", help="default: that of the group")]
+AGroup = Annotated[
+    str | None, typer.Option("--group", help="join it; default: default, or with --model none")
+]
+Salt = Annotated[str | None, typer.Option("--salt", help="cache salt; default: the group's own")]
+
+
+def export(
+    prompt: Annotated[str, typer.Argument(help="a text, a file that holds it, or - for stdin")],
+    output: Annotated[str, typer.Option("-o", "--output", help="file to write")],
+    model: AModel = None,
+    group: AGroup = None,
+    salt: Salt = None,
+    settings: Settings = None,
+    trust_remote_code: TrustRemoteCode = False,
+    address: Address = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write the stored KV of a prompt's beginning to one file; nothing is computed."""
+    check_path("--output", output)
+    text = _text(prompt)
+    with _adapter(model, group, settings, trust_remote_code, address, salt) as adapter:
+        report = adapter.export_prefix(text, output, cache_salt=salt)
+    if as_json:
+        print_json(report._asdict())
+        return
+    typer.echo(f"{report.tokens:,} of {report.asked:,} tokens, {report.nbytes:,} bytes: {output}")
+
+
+def import_(
+    file: Annotated[str, typer.Argument(help="a file of `litecache export`")],
+    model: AModel = None,
+    group: AGroup = None,
+    salt: Salt = None,
+    settings: Settings = None,
+    trust_remote_code: TrustRemoteCode = False,
+    address: Address = None,
+    as_json: AsJson = False,
+) -> None:
+    """Store the KV of an exported file, once all of it has been found sound."""
+    if not os.path.isfile(check_path("file", file)):
+        raise ConfigError("file", file, "a file of `litecache export`")
+    with _adapter(model, group, settings, trust_remote_code, address, salt) as adapter:
+        report = adapter.import_prefix(file, cache_salt=salt)
+    if as_json:
+        print_json(report._asdict())
+        return
+    typer.echo(f"{report.tokens:,} of {report.asked:,} tokens are stored")
+
+
+def warm(
+    files: Annotated[list[str], typer.Argument(help="each holds one prompt's text")],
+    model: AModel = None,
+    group: AGroup = None,
+    salt: Salt = None,
+    settings: Settings = None,
+    trust_remote_code: TrustRemoteCode = False,
+    address: Address = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compute and store prefixes without generating."""
+    texts = [check_prompt(_read(file)) for file in files]
+    with _adapter(model, group, settings, trust_remote_code, address, salt) as adapter:
+        counts = adapter.warm(texts, cache_salt=salt)
+        adapter.flush()
+    if as_json:
+        print_json([{"file": file, **count} for file, count in zip(files, counts, strict=True)])
+        return
+    for file, count in zip(files, counts, strict=True):
+        found = ", ".join(f"{n:,} {tier}" for tier, n in count.items())
+        typer.echo(f"{file}: {sum(count.values()):,} tokens: {found}")
+
+
+def delete(
+    salt: Annotated[str, typer.Option("--salt", help='cache salt; "" = what has none')],
+    model: AModel = None,
+    group: AGroup = None,
+    settings: Settings = None,
+    trust_remote_code: TrustRemoteCode = False,
+    address: Address = None,
+    as_json: AsJson = False,
+) -> None:
+    """Delete everything that is cached under a salt, in all tiers."""
+    with _adapter(model, group, settings, trust_remote_code, address, salt) as adapter:
+        count = adapter.delete(cache_salt=salt)
+    if as_json:
+        print_json({"blocks": count})
+        return
+    typer.echo(f"{count:,} blocks deleted")
+
+
+@contextmanager
+def _adapter(
+    model: str | None,
+    group: str | None,
+    settings: list[str] | None,
+    trust_remote_code: bool,
+    address: str | None,
+    salt: str | None,
+) -> Iterator[Any]:
+    config = parse_settings(settings or []) if settings else None
+    if group is not None:
+        check_group_name(group)
+    if salt is not None:
+        check_text("--salt", salt)
+    check_address(address)
+    if model is not None:
+        check_model(model)
+        if address is not None:
+            connect(address)
+    else:
+        group = group or "default"
+        connect(address)
+        from litecache.actors.group import Group
+
+        source = Group.attach(group, timeout_s=10).spec.source
+        model = source.path
+        if model is None:
+            raise ConfigError("--model", None, f"given: group {group!r} has a model without a name")
+        trust_remote_code |= source.trust_remote_code
+    from litecache.adapter import KVCacheAdapter
+
+    with KVCacheAdapter(
+        model, cache_config=config, group=group, trust_remote_code=trust_remote_code
+    ) as adapter:
+        yield adapter
+
+
+def _text(given: str) -> str:
+    """The prompt: standard input for `-`, a file's text, or the argument itself."""
+    is_file = given != "-" and len(given) < 4096 and "\0" not in given and os.path.isfile(given)
+    return check_prompt(_read(given) if is_file else given)
+
+
+def _read(file: str) -> str:
+    check_path("file", file)
+    try:
+        with open(file, encoding="utf-8", newline="") as opened:
+            return opened.read()
+    except (OSError, UnicodeError) as error:
+        raise ConfigError("file", file, "a readable file of UTF-8 text") from error
