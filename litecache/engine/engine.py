@@ -114,7 +114,7 @@ class Engine:
         num_blocks = choose_num_blocks(loaded, layout, config)
         with memory_for(f"a pool of {num_blocks} blocks", "lower num_blocks"):
             self._pools = [KVPool(group, num_blocks + 1, loaded.device) for group in layout.groups]
-        with memory_for("CUDA graphs beside the pool", "lower gpu_memory_fraction or num_blocks"):
+        with memory_for("the buffers of steps", "lower gpu_memory_fraction or num_blocks"):
             self._runner: Executor = ModelRunner(
                 loaded,
                 layout,
@@ -124,8 +124,6 @@ class Engine:
                 max_batch_tokens=config.prefill_tokens(loaded.device.type),
                 deterministic=config.deterministic,
             )
-            # CUDA graphs and their kernels now, so that no request waits for them.
-            self._runner.warm_up(progress_bar("Capturing CUDA graphs"))
         self.info = _describe(source, config, loaded, layout, num_blocks, self._num_threads)
         self._overlap = 1 if loaded.device.type == "cuda" else 0
         self._device = loaded.device
@@ -174,7 +172,13 @@ class Engine:
                 namespace_of=lambda salt: namespace_of(self.info.label, salt, quota_salts),
                 metrics=self.metrics,
             )
-        self._thread = start_job(self._run, "engine", self._died)
+        warm: Future[None] = Future()
+        self._thread = start_job(lambda: self._run(warm), "engine", self._died)
+        try:
+            warm.result()
+        except BaseException:
+            self.close()
+            raise
 
     # Callers' side
 
@@ -366,9 +370,18 @@ class Engine:
 
     # The engine's thread
 
-    def _run(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.set_device(self._device)
+    def _run(self, warm: Future[None]) -> None:
+        advice = "lower gpu_memory_fraction or num_blocks"
+        try:
+            if self._device.type == "cuda":
+                torch.cuda.set_device(self._device)
+            # On this thread, because the libraries keep handles and plans of their own for each.
+            with memory_for("CUDA graphs beside the pool", advice):
+                self._runner.warm_up(progress_bar("Preparing steps"))
+        except BaseException as error:
+            warm.set_exception(error)
+            return
+        warm.set_result(None)
         while not self._closing:
             self._turn()
 

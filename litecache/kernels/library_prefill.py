@@ -9,7 +9,7 @@ chunk's own keys, to the Triton kernel.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -37,16 +37,38 @@ def suits(metadata: AttentionMetadata, first_seq: int, geometry: Geometry) -> bo
         return False
     if geometry.window is not None or dim % 8 or dim > 128 or geometry.v_dim != dim:
         return False
-    # Building a plan is not possible inside a capture.
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-        return False
-    return torch.cuda.get_device_capability(device) >= (9, 0) and all(
+    return _has_library(device) and all(
         queries >= MIN_QUERIES
         and queries % CHUNK_UNIT == 0
         and context >= queries
         and len(_piece_ends(context - queries)) <= queries // QUERIES_A_PIECE
         for queries, context in zip(lens[first_seq:], contexts[first_seq:], strict=True)
     )
+
+
+def _has_library(device: torch.device) -> bool:
+    # Building a plan is not possible inside a capture.
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def plan_cases(most_queries: int, most_context: int) -> Iterator[tuple[int, int]]:
+    """(prefix, queries) of chunks that make cuDNN build every plan that any chunk can ask for.
+
+    Args:
+        most_queries: tokens of the longest chunk.
+        most_context: tokens of the longest sequence.
+    """
+    for queries in range(MIN_QUERIES, most_queries + 1, CHUNK_UNIT):
+        room = most_context - queries
+        prefixes = [sum(PIECES)]
+        if sum(PIECES) > room or len(PIECES) > queries // QUERIES_A_PIECE:
+            prefixes = list(PIECES)
+        if queries == MIN_QUERIES:
+            # With a remainder for the Triton kernel, alone and behind a piece.
+            prefixes += [1, PIECES[-1] + 1]
+        yield from ((prefix, queries) for prefix in (0, *prefixes) if prefix <= room)
 
 
 def usable(layer: Attention) -> bool:

@@ -19,7 +19,11 @@ itself and every read that does not depend on the kernel before. Three rules kee
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
@@ -296,6 +300,37 @@ def _supports_pdl(device: torch.device) -> bool:
     if device.type != "cuda" or os.environ.get("LITECACHE_PDL", "1") == "0":
         return False
     return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+_COMPILING_AHEAD = threading.Lock()
+
+
+@contextlib.contextmanager
+def compiling_ahead() -> Iterator[None]:
+    """Inside, this thread's launches of our kernels compile and do not run; outputs are undefined.
+
+    What is not compiled yet is compiled by threads beside the caller, all of it by the end: Triton
+    leaves Python's lock for most of the time. Other threads launch as ever.
+
+    Raises:
+        NotImplementedError: this Triton compiles where it launches.
+    """
+    mode = getattr(triton, "AsyncCompileMode", None)
+    if mode is None or INTERPRETED:
+        raise NotImplementedError("this Triton compiles where it launches")
+    caller = threading.get_ident()
+
+    def compile_only(kernel: Any, *args: Any, warmup: bool, **options: Any) -> Any:
+        ours = threading.get_ident() == caller and kernel.module.startswith("litecache.")
+        return run(kernel, *args, warmup=warmup or ours, **options)
+
+    with _COMPILING_AHEAD, ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool, mode(pool):
+        run = triton.JITFunction.run
+        triton.JITFunction.run = compile_only
+        try:
+            yield
+        finally:
+            triton.JITFunction.run = run
 
 
 @triton.jit

@@ -147,7 +147,7 @@ def _decode_kernel(
     tables_ptr, table_stride, contexts_ptr, starts_ptr, ends_ptr, cuts_ptr, owner_ptr,
     partial_ptr, state_ptr, counter_ptr, sinks_ptr, slopes_ptr,
     scale, softcap, window, num_seqs, num_programs,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, MAX_Q: tl.constexpr, BLOCK_M: tl.constexpr,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, SEVERAL: tl.constexpr, BLOCK_M: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, PAGE: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
     WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, ALIBI: tl.constexpr,
@@ -215,7 +215,7 @@ def _decode_kernel(
                     k_base, v_base, k_block, v_block, ks_base, vs_base, ks_block, vs_block,
                     qk_scale, softcap, window,
                     BLOCK_M, GROUP, BLOCK_N, PAGE, D, D_PAD, DV, DV_PAD,
-                    MAX_Q > 1, WINDOWED, SOFTCAP, ALIBI, FLOAT, ALIKE, STAGES,
+                    SEVERAL, WINDOWED, SOFTCAP, ALIBI, FLOAT, ALIKE, STAGES,
                 )  # fmt: skip
             else:
                 q = load_rows(
@@ -232,7 +232,7 @@ def _decode_kernel(
                         k_base, v_base, k_block, v_block, ks_base, vs_base, ks_block, vs_block,
                         qk_scale, softcap, window,
                         BLOCK_N, PAGE, D, D_PAD, DV, DV_PAD,
-                        True, MAX_Q > 1, WINDOWED, ALIKE, SOFTCAP, ALIBI, False,
+                        True, SEVERAL, WINDOWED, ALIKE, SOFTCAP, ALIBI, False,
                     )  # fmt: skip
 
             if stop - at == seq_tiles:
@@ -329,8 +329,8 @@ def decode(layer: Attention, plan: DecodePlan, out: torch.Tensor) -> None:
         plan.owner, plan.partial, plan.state, plan.counter, sinks, layer.alibi_slopes,
         layer.scale, layer.softcap or 1.0, layer.window or 0, num_seqs, config.num_programs,
         **layer_constants(layer),
-        KV_HEADS=geometry.kv_heads, MAX_Q=plan.max_queries, BLOCK_M=max(16, rows), ROWS=rows,
-        BLOCK_N=config.block_n, D_PAD=pad_dim(dims[0], quantised), DV_PAD=v_pad,
+        KV_HEADS=geometry.kv_heads, SEVERAL=plan.max_queries > 1, BLOCK_M=max(16, rows),
+        ROWS=rows, BLOCK_N=config.block_n, D_PAD=pad_dim(dims[0], quantised), DV_PAD=v_pad,
         FLOAT=geometry.dtype == torch.float8_e4m3fn, STAGES=config.num_stages,
         MERGE=merge_width(config, rows, v_pad, quantised), INLINE_MERGE=plan.inline,
         TAIL=plan.has_tail, PDL=pdl,

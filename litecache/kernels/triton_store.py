@@ -110,7 +110,7 @@ def store_kv(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["src_ptr", "dst_ptr"])
 def _copy_kernel(from_ptr, to_ptr, src_ptr, dst_ptr, words, BLOCK: tl.constexpr):
     word = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     src = tl.load(src_ptr + tl.program_id(0)) * words

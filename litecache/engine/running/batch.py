@@ -119,10 +119,10 @@ class StepBuffers:
     """
 
     def __init__(self, largest: Sizes, num_rows: int, device: torch.device) -> None:
-        self.first_id = num_rows + 1
+        self.first_id = _words("int64", num_rows + 1)
         words = self.first_id + _total_words(largest)
         self.words = torch.zeros(words, dtype=torch.int64, device=device)
-        self.last_tokens = self.words[: self.first_id]
+        self.last_tokens = self.words[: num_rows + 1]
         self.separate = device.type == "cuda"
         self._ring = [self.words]
         if self.separate:
@@ -169,4 +169,5 @@ def _total_words(sizes: Sizes) -> int:
 
 
 def _words(dtype: str, length: int) -> int:
-    return length if dtype == "int64" else -(-length // 2)
+    """In whole 16 bytes: kernels are compiled by whether a field begins at a multiple of them."""
+    return -(-length // 2) * 2 if dtype == "int64" else -(-length // 4) * 2

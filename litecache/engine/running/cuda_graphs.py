@@ -2,13 +2,14 @@
 
 A step is padded to the next bucket: decodes up to a batch size, a chunk's tokens up to a token
 count. Padded decodes read and write the trash block, padded tokens belong to no sequence. Graphs
-are captured when a bucket is first needed (or by `warm_up`), share one memory pool, and read all
-inputs from the step buffers in place.
+are captured by the runner's `warm_up` (or when a bucket is first needed), share one memory pool,
+and read all inputs from the step buffers in place.
 """
 
 from __future__ import annotations
 
 import bisect
+import itertools
 import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -115,6 +116,12 @@ class GraphCache:
         """A bucket that none exceeds in tokens or sequences."""
         decodes = max(self.decode_buckets[-1], self._mixed[-1])
         return GraphKey(decodes, self.chunk_buckets[-1], _CHUNK_SEQS[-1])
+
+    def all_keys(self) -> list[GraphKey]:
+        """Every bucket, the largest of a kind first, because all share one memory pool."""
+        mixed = itertools.product(_CHUNK_SEQS, self._mixed, self.chunk_buckets)
+        keys = [GraphKey(decodes, tokens, seqs) for seqs, decodes, tokens in mixed]
+        return [*(GraphKey(size) for size in reversed(self.decode_buckets)), *reversed(keys)]
 
     def key_for(self, decodes: int, chunk_tokens: int, chunk_seqs: int) -> GraphKey | None:
         """The bucket of a step, None when it is too large for any."""

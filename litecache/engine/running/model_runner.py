@@ -22,6 +22,7 @@ from litecache.engine.running.hf_attention import PagedContext, attention_contex
 from litecache.engine.running.logit_rules import RuleBook
 from litecache.engine.running.row_tables import MAX_DELTAS, RowTables
 from litecache.engine.running.sampler import INVALID_TOKEN, LogprobRows, sample, strike
+from litecache.engine.running.warm_steps import warm_steps
 from litecache.engine.scheduling.step_plan import BlockCopy, StepPlan, StepResult
 from litecache.kernels import AttentionMetadata, copy_blocks
 from litecache.kernels.decode_copies import DecodeCopies
@@ -30,6 +31,9 @@ logger = logging.getLogger(__name__)
 
 MAX_UNREAD_STEPS = 8
 """Steps that may be executed on a GPU before the result of the first is read."""
+
+_AHEAD_TOKENS = 4096
+"""Longer steps have no kernels of their own."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,6 +105,7 @@ class ModelRunner:
         self._device = device
         self._on_gpu = device.type == "cuda"
         self._max_model_len = max_model_len
+        self._limits = (max_requests, max_batch_tokens, max_model_len, len(layout.groups))
         self._keeps_logits = loaded.keeps_logits
         self._context = PagedContext(layout, pools)
         self._graphs: GraphCache | None = None
@@ -166,23 +171,46 @@ class ModelRunner:
             return StepHandle(plan.step, batch.sampled_rows, tokens, event, logprobs, handed_out)
 
     def warm_up(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Capture the graphs of all decode batches and of the usual chunks, so that none waits.
+        """On a GPU, capture all graphs and run a step of every kind, so that no request waits.
 
         Args:
-            progress: called with the number captured and the number of all.
+            progress: called with how much is done and of how much.
         """
-        if self._graphs is None:
-            return
-        keys = [GraphKey(size) for size in reversed(self._graphs.decode_buckets)]
-        for decodes in (1, 0):
-            found = [self._graphs.key_for(decodes, n, 1) for n in self._graphs.chunk_buckets]
-            keys += [key for key in reversed(found) if key is not None]
+        keys = [] if self._graphs is None else self._graphs.all_keys()
+        plans = list(warm_steps(*self._limits)) if self._on_gpu else []
         with torch.inference_mode():
+            if plans:
+                self._compile_ahead(keys, plans)
             for done, key in enumerate(keys, start=1):
                 if self._graph(key) is None:
-                    return  # refused: the log says why, and steps run without
+                    keys = keys[:done]  # refused: the log says why, and steps run without
+                    break
                 if progress is not None:
-                    progress(done, len(keys))
+                    progress(done, len(keys) + len(plans))
+        for done, plan in enumerate(plans, start=len(keys) + 1):
+            try:
+                self.execute(plan)
+                torch.cuda.synchronize(self._device)
+            except torch.OutOfMemoryError:
+                logger.warning("a step of %d tokens does not fit beside the pool", plan.num_tokens)
+                torch.cuda.empty_cache()
+            if progress is not None:
+                progress(done, len(keys) + len(plans))
+
+    def _compile_ahead(self, keys: Sequence[GraphKey], plans: Sequence[StepPlan]) -> None:
+        """Compile in parallel what the steps to come will ask for; what is missed comes then."""
+        from litecache.kernels.triton_common import compiling_ahead
+
+        try:
+            with compiling_ahead():
+                for key in keys:
+                    if key.decodes.bit_count() <= 1:  # one of all that are padded alike
+                        self._graph_step(key)()
+                for plan in plans:
+                    if plan.num_tokens <= _AHEAD_TOKENS and self._graph_key(plan) is None:
+                        self.execute(plan)
+        except (RuntimeError, NotImplementedError) as error:
+            logger.info("kernels are compiled one by one: %s", error)
 
     def _graph_key(self, plan: StepPlan) -> GraphKey | None:
         if self._graphs is None:
@@ -199,18 +227,22 @@ class ModelRunner:
         found = self._graphs.graphs.get(key)
         if found is not None:
             return found
+        try:
+            return self._graphs.capture(key, self._graph_step(key))
+        except RuntimeError:
+            logger.exception("no CUDA graphs for this model: %s cannot be captured", key)
+            self._graphs = None
+            return None
+
+    def _graph_step(self, key: GraphKey) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
+        """What a graph holds, over padding alone."""
         batch = self._tables.build(StepPlan(step=0), key)
 
         def step() -> tuple[torch.Tensor, torch.Tensor]:
             logits = self._forward(self._metadata(batch, key), batch)
             return logits, self._remember(logits, batch.fields)
 
-        try:
-            return self._graphs.capture(key, step)
-        except RuntimeError:
-            logger.exception("no CUDA graphs for this model: %s cannot be captured", key)
-            self._graphs = None
-            return None
+        return step
 
     def _apply_deltas(self, batch: Batch) -> None:
         index = batch.fields["delta_index"]

@@ -62,7 +62,7 @@ def silu_and_multiply(x: torch.Tensor) -> torch.Tensor:
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slots_ptr"])
 def _rotary_kernel(
     qkv_ptr, cos_ptr, sin_ptr, q_weight_ptr, k_weight_ptr, eps,
     k_ptr, v_ptr, k_block, k_head, v_block, v_head, ks_ptr, vs_ptr, ks_block, vs_block, slots_ptr,
