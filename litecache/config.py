@@ -24,7 +24,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 KV_DTYPES = (*DTYPES, "int8", "fp8")
 FSYNC_POLICIES = ("always", "interval", "never")
 EVICTION_POLICIES = ("lfu", "lru", "s3fifo")
-ADMISSION_POLICIES = ("all", "reused", "none")
+ADMISSION_POLICIES = ("all", "frequent", "reused", "none")
 
 _MOST_BYTES = 2**60
 _MOST_SHARDS = 1024
@@ -240,7 +240,8 @@ class CacheConfig:
         storage_shards: shards per folder.
         fsync: "always", "interval" or "never".
         eviction: name of the shards' eviction policy.
-        admission: which blocks are saved: "all", "reused" (on second sight) or "none".
+        admission: which blocks are saved: "all", "frequent" (to RAM all, to disk what was used at
+            least twice lately), "reused" (on second sight) or "none".
         ttl_s: seconds after which a stored block is a miss; None = never.
         salt_quotas: salt to the bytes that its blocks may take on the disks of a node, per model;
             sizes as above. As a variable: `LITECACHE_SALT_QUOTAS="alice=5GB,bob=500MB"`.

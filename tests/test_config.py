@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from litecache.cli.options import parse_settings
 from litecache.config import ADMISSION_POLICIES, EVICTION_POLICIES, CacheConfig
 from litecache.errors import ConfigError
+from litecache.storage.admission import Admission
 from litecache.storage.eviction import get_policy
-from litecache.storage.tiers import Admission
 
 FIELDS = [field.name for field in dataclasses.fields(CacheConfig)]
 

@@ -197,6 +197,8 @@ def shard_options(spec: GroupSpec, node_rank: int, nodes: int = 1) -> list[dict[
             "ram_bytes": config.ram_bytes // len(folders),
             "fsync": config.fsync,
             "eviction": config.eviction,
+            # of the others the engine copies nothing out that is not worth the disk
+            "admission": "frequent" if config.admission == "frequent" else "all",
             "ttl_s": config.ttl_s,
             "write_bytes_per_s": budget and max(1, budget // len(folders)),
             "quotas": quotas,

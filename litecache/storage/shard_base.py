@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 from ..errors import ConfigError, StorageError, StorageFullError
 from ..hashing import BlockKey
 from ..metrics import Metrics
+from .admission import Admission
 from .arena.arena import Arena
 from .block_io import BlockIo, OnWritten
 from .disk.files import NO_SPACE, Files
@@ -33,7 +34,7 @@ from .namespaces import may_hold
 from .protocol import Attachment, Deltas, FlushReport, SlotRef
 from .segments import pick_segment_bytes
 from .shard_options import validate_options
-from .tiers import LOADED, UNWRITTEN, Admission, RamBlock, RamState, Tiers
+from .tiers import LOADED, UNWRITTEN, RamBlock, RamState, Tiers
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -59,7 +60,7 @@ class ShardBase:
             kill -9, a power cut may lose it; synced by `flush` and `close` only).
         fsync_interval_s: see `fsync`.
         eviction: `lru`, `lfu`, `s3fifo` or a registered name.
-        admission: `all`, `reused` or `none`: which blocks are written to disk.
+        admission: `all`, `reused`, `frequent` or `none`: which blocks are written to disk.
         ttl_s: a block older than this is a miss.
         write_bytes_per_s: blocks are written to disk at this rate at most, in bursts of at most a
             second's worth; `flush`, `clear` and `close` write what is left at once. None: no bound.

@@ -302,7 +302,9 @@ class ShardStore(ShardBase):
             with self._lock:
                 entries = self._tiers.look_up(batch)
                 if touch:
-                    self._tiers.touch([entry for entry in entries if entry >= 0])
+                    self._tiers.use_elsewhere([entry for entry in entries if entry >= 0])
+                    if self._tiers.dirty:
+                        self._tiers.work.notify_all()
             found += [entry >= 0 for entry in entries]
         return found
 
@@ -313,6 +315,7 @@ class ShardStore(ShardBase):
         before it does. Under `lfu` and `s3fifo` only the blocks that are named count a use.
         """
         self.query(keys, touch=True)
+        self._drain()
 
     def durable(self, keys: Sequence[BlockKey]) -> list[bool]:
         """Which keys are on disk and covered by the fsync policy's promise."""

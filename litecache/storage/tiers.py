@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -25,10 +25,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..config import ADMISSION_POLICIES
-from ..errors import ConfigError
 from ..hashing import BlockKey
 from ..metrics import Metrics
+from .admission import Admission
 from .arena.arena import Arena
 from .block_index import BlockIndex, Changes
 from .disk.log import MAX_NAMES
@@ -39,43 +38,6 @@ from .key_dict import BATCH_KEYS
 from .protocol import PAGE_BYTES, SlotState
 from .retry import Backoff
 from .segments import SegmentSpace
-
-_REMEMBERED = 200_000
-
-
-class Admission:
-    """Which committed blocks are worth a disk write.
-
-    Args:
-        name: `all`, `reused` (on second sight, while the first is among the last 200,000), `none`.
-
-    Raises:
-        ConfigError: there is no such policy; the message lists the names.
-    """
-
-    def __init__(self, name: str) -> None:
-        if name not in ADMISSION_POLICIES:
-            raise ConfigError("admission", name, "one of " + ", ".join(sorted(ADMISSION_POLICIES)))
-        self._name = name
-        # a plain dict would take longer and longer to find its first key
-        self._seen: OrderedDict[BlockKey, None] = OrderedDict()
-
-    def first(self, key: BlockKey) -> bool:
-        """A block is committed that the shard does not hold: write it to disk?"""
-        if self._name != "reused":
-            return self._name == "all"
-        if key in self._seen:
-            del self._seen[key]
-            return True
-        self._seen[key] = None
-        if len(self._seen) > _REMEMBERED:
-            self._seen.popitem(last=False)
-        return False
-
-    def again(self, key: BlockKey) -> bool:
-        """A block that is only in RAM was used or committed again: write it now?"""
-        self._seen.pop(key, None)
-        return self._name != "none"
 
 
 class RamState(IntEnum):
@@ -226,9 +188,9 @@ class Tiers:
         """Count a hit each, refresh recency, and let admission think again."""
         self.index.note_hits(entries, int(time.time()))
         if self.disk is not None:
-            on_disk = self.index.disk
+            on_disk, count_all = self.index.disk, self._admission.sketch is not None
             for entry in entries:
-                if not on_disk[entry]:
+                if count_all or not on_disk[entry]:
                     self.consider_again(entry)
         self.touch(entries)
 
@@ -249,15 +211,33 @@ class Tiers:
                     if len(self._early) < BATCH_KEYS:
                         self._early[keys[entry]] = None
 
-    def consider_again(self, entry: int) -> None:
-        """A block that is only in RAM was seen again: perhaps it is worth the disk now."""
-        block, disk = self.block_of(entry), self.disk
-        if disk is None or disk.lost or self.index.disk[entry]:
+    def use_elsewhere(self, entries: Sequence[int]) -> None:
+        """Blocks were used, and with them all that they follow, of which nobody tells by itself."""
+        self.touch(entries)
+        if self._admission.sketch is not None:
+            for entry in entries:
+                self.consider_again(entry, chain=True)
+
+    def consider_again(self, entry: int, *, chain: bool = False) -> None:
+        """A block was seen again: perhaps it is worth the disk now.
+
+        Args:
+            entry: of the block.
+            chain: so are those that it follows, as far as they are in RAM alone.
+        """
+        index, disk = self.index, self.disk
+        if disk is None or not self._admission.again(index.keys[entry]) or disk.lost:
             return
-        if block is None or block.state is not RamState.CLEAN:
-            return
-        if self._admission.again(self.index.keys[entry]):
+        wanted: list[RamBlock] = []
+        while len(wanted) < (BATCH_KEYS if chain else 1):
+            block = self.block_of(entry)
+            if block is None or block.state is not RamState.CLEAN or index.disk[entry]:
+                break
             self.queues.remove(block.handle)
+            block.state = RamState.DIRTY  # a chain may bite its own tail
+            wanted.append(block)
+            entry = index.find(index.parents[entry])
+        for block in reversed(wanted):
             self._queue_write(block)
 
     def _may_grow(self, new_segments: int, new_slots: int) -> bool:

@@ -312,12 +312,13 @@ def test_every_policy_of_the_config_reaches_the_shards() -> None:
         fsync="always",
         eviction="s3fifo",
         ttl_s=60,
+        admission="frequent",
         storage_write_bytes_per_s="4MiB",
         salt_quotas={"alice": "1MiB"},
     )
     for options in shard_options(spec, 0):
         assert (options["fsync"], options["eviction"]) == ("always", "s3fifo")
-        assert options["ttl_s"] == 60
+        assert (options["ttl_s"], options["admission"]) == (60, "frequent")
         assert options["write_bytes_per_s"] == 2 << 20
         assert options["quotas"] == {salt_digest("alice"): 512 << 10}
     again = GroupSpec.from_description("x", json.loads(json.dumps(spec.describe())))

@@ -47,7 +47,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         # of whole blocks: a row trims its window in the very step in which it needs a block
         window=st.sampled_from([16, WINDOW]),
         lower_tiers=st.booleans(),
-        admission=st.sampled_from(["all", "reused", "none"]),
+        admission=st.sampled_from(["all", "frequent", "reused", "none"]),
         deterministic=st.booleans(),
         warm=st.sampled_from([True, True, True, False]),
     )

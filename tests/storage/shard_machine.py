@@ -45,7 +45,7 @@ class ShardMachine(RuleBasedStateMachine):
 
     @initialize(
         eviction=st.sampled_from(["lru", "lfu", "s3fifo"]),
-        admission=st.sampled_from(["all", "reused"]),
+        admission=st.sampled_from(["all", "frequent", "reused"]),
     )
     def start(self, eviction: str, admission: str) -> None:
         self.options = {"eviction": eviction, "admission": admission}

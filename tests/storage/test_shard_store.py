@@ -281,7 +281,9 @@ def test_a_block_older_than_its_ttl_is_a_miss(tmp_path, monkeypatch):
         store.check_integrity()
 
 
-@pytest.mark.parametrize(("admission", "on_disk"), [("all", 5), ("reused", 2), ("none", 0)])
+@pytest.mark.parametrize(
+    ("admission", "on_disk"), [("all", 5), ("frequent", 2), ("reused", 2), ("none", 0)]
+)
 def test_admission_decides_what_is_written(tmp_path, admission, on_disk):
     with make(tmp_path, admission=admission) as store:
         keys = fill(store, range(5), NBYTES)
@@ -465,7 +467,7 @@ def test_a_read_only_shard_serves_and_takes_nothing(tmp_path):
         ({"ram_bytes": 1 << 50}, StorageFullError, "ram_bytes"),
         ({"fsync": "sometimes"}, ConfigError, "always, interval, never"),
         ({"eviction": "fifo"}, ConfigError, "lfu, lru, s3fifo"),
-        ({"admission": "some"}, ConfigError, "all, none, reused"),
+        ({"admission": "some"}, ConfigError, "all, frequent, none, reused"),
         ({"storage_bytes": 5}, ConfigError, "1 MiB"),
         ({"ttl_s": 0}, ConfigError, "ttl_s"),
     ],

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from storage_help import key_of, puts
 
 from litecache.errors import ConfigError
-from litecache.storage import tiers
+from litecache.storage import admission
 from litecache.storage.block_index import BlockIndex
 from litecache.storage.eviction import get_policy, policies, register
 from litecache.storage.eviction.policies import Lru
@@ -359,8 +359,8 @@ def test_policies_register_by_name(monkeypatch):
 
 def test_remembering_what_was_seen_once_costs_the_same_when_much_is_remembered(monkeypatch):
     def seconds(remembered):
-        monkeypatch.setattr(tiers, "_REMEMBERED", remembered)
-        policy = tiers.Admission("reused")
+        monkeypatch.setattr(admission, "_REMEMBERED", remembered)
+        policy = admission.Admission("reused")
         keys = [n.to_bytes(16, "little") for n in range(remembered + 30_000)]
         begun = 0.0
         for n, key in enumerate(keys):

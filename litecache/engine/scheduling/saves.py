@@ -1,7 +1,8 @@
 """What is published, what of it is saved to the lower tiers, and what they hear of its use.
 
 A key is published only after its bytes exist. What is published becomes eligible for saving by the
-admission policy: "all" at once, "reused" on second sight, "none" never. What was dropped is tried
+admission policy: "all" and "frequent" at once (of the latter the shards write less to disk),
+"reused" on second sight, "none" never. What was dropped is tried
 again when it is used again; a tail is of use without its head.
 """
 
@@ -23,7 +24,7 @@ class Saves:
 
     Args:
         cache: pools and indexes.
-        admission: which published blocks are saved: "all", "reused" or "none".
+        admission: which published blocks are saved: "all", "frequent", "reused" or "none".
     """
 
     def __init__(self, cache: PrefixCache, admission: str) -> None:
@@ -39,7 +40,7 @@ class Saves:
                 block = table[index]
                 if block != TRASH_BLOCK and self._cache.publish(seq, group, index, block):
                     self._cache.unsaved[group].add(seq.chain.keys[group][index])
-                    if self._admission == "all":
+                    if self._admission in ("all", "frequent"):
                         self._save(seq.chain, seq.request.cache_salt, group, index, block, out)
         seq.num_published = max(seq.num_published, last)
 

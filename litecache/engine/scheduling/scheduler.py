@@ -59,7 +59,7 @@ class Scheduler:
         max_batch_tokens: token budget of a step.
         max_prefill_tokens: the same for a step in which nothing decodes; None = no more.
         cost: what loading and computing cost; None = there are no lower tiers.
-        admission: which published blocks are saved: "all", "reused" or "none".
+        admission: which published blocks are saved: "all", "frequent", "reused" or "none".
         deterministic: end prefill chunks on a fixed grid.
         load_chunk_tokens: of a prefill chunk beside a load.
         lookup_patience_s: a request whose lookup takes longer starts without; a late answer is of
