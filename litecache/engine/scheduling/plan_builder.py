@@ -70,15 +70,16 @@ class PlanBuilder:
         """Compute the next `count` positions of a running sequence."""
         sample = count == seq.num_todo
         step = RowStep(seq.row, seq.num_computed, count, sample, seq.cached)
-        if not seq.announced and not seq.cached:
+        if seq.cached:
+            seq.cached = False
+        elif not seq.announced:
             seq.count_computed(seq.num_computed, count)
-        seq.cached = False
         seq.num_computed += count
         seq.num_in_flight += sample
         seq.last_step = self._step
         self.budget -= count
         self.launched.rows.append((seq, step, seq.life))
-        if seq.changed or not seq.entered:
+        if seq.changed:
             self._untold[seq.row] = seq
 
     def _enter(self, seq: Sequence) -> None:

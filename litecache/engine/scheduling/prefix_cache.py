@@ -175,6 +175,7 @@ class PrefixCache:
                 self.indexes[number].set_pending(key, seq.id)
         seq.num_computed = length * size
         seq.num_published = length
+        seq.changed.update((group, 0) for group in range(len(self.groups)))  # all of it is new
         return True
 
     def copy_tail(self, seq: Sequence) -> None:

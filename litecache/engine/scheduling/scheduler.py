@@ -177,7 +177,7 @@ class Scheduler:
         if self._cost is not None:
             self._note_step(self._cost, launched, now)
         tokens, logprobs = result.tokens, result.logprobs
-        place = -1
+        place, size = -1, self.cache.block_size
         for seq, step, life in launched.rows:
             token = None
             if step.sample:
@@ -200,7 +200,9 @@ class Scheduler:
             if token is not None:
                 seq.append(token)
             if life == seq.life and seq.status is SequenceStatus.RUNNING:
-                self._saves.publish_computed(seq, step.start, step.start + step.num_tokens, out)
+                end = step.start + step.num_tokens
+                if end // size > step.start // size:
+                    self._saves.publish_computed(seq, step.start, end, out)
             if token is not None:
                 self._emit(seq, token, logprobs.get(place) if logprobs else None, now, out)
         return out
@@ -454,6 +456,8 @@ class Scheduler:
     def _note_step(self, cost: CostModel, launched: Launched, now: float) -> None:
         began_s = max(launched.at_s, self._last_result_s)
         self._last_result_s = now
+        if launched.rows[-1][1].num_tokens == 1:
+            return  # longer ones come last
         tokens, context, decodes = launched.work
         cost.note_step(
             prefill_tokens=tokens,
