@@ -358,9 +358,10 @@ def test_the_law_of_a_step_is_found_whatever_disturbs_a_few(
     pair_s = token_s * 4e-5
 
     def truth(tokens: int, context: int, decodes: int = 0) -> float:
-        return base_s + tokens * (token_s + pair_s * (context + tokens / 2)) + decodes * 1e-5
+        chunk_s = tokens * (token_s + pair_s * (context + tokens / 2))
+        return base_s + chunk_s + token_s * 0.05 * context + decodes * 1e-5
 
-    sizes = [(64, 0), (2048, 0), (2048, 2048), (2048, 30_000), (8192, 0), (512, 8192)]
+    sizes = [(64, 0), (64, 30_000), (2048, 0), (2048, 2048), (2048, 30_000), (8192, 0), (512, 8192)]
     for turn in range(5):
         for place, (tokens, context) in enumerate(sizes):
             slow = 20.0 if turn == 4 and place < disturbed else 1.0

@@ -3,9 +3,9 @@
 Pure: all times are given, nothing is asked of a clock. The scheduler, its only user, asks it for a
 plan when it admits a request and again while blocks arrive, and tells it what steps and reads took.
 From that it keeps two laws. A step of `t` prefill tokens behind `c` cached ones, beside `d`
-decodes, takes `base + token * t + pair * t * (c + t / 2) + decode * d` seconds; a source (a tier of
-a shard, "disk:2") takes `latency + nbytes / rate`. Requests in front of both are queues. Before
-anything was measured, priors that favour computing stand in.
+decodes, takes `base + token * t + pair * t * (c + t / 2) + read * c + decode * d` seconds; a source
+(a tier of a shard, "disk:2") takes `latency + nbytes / rate`. Requests in front of both are queues.
+Before anything was measured, priors that favour computing stand in.
 
 The plan "compute from the front while loading from the back" is Cake's (arXiv 2410.03065).
 """
@@ -36,6 +36,8 @@ COPY_BYTES_PER_S = 50e9
 """Of what was read ahead: it still has to be copied."""
 PAIR_SHARE = 4e-5
 """Prior of `pair` over `token`: attention's share in the cost of a Llama-like model."""
+READ_SHARE = 5e-3
+"""Prior of `read` over `token`: a chunk of few tokens still reads all keys in front of it."""
 TOLERANCE, TOLERANCE_S = 1.01, 1e-4
 """Of the plans that are this near to the best, the one that takes least of the disks is taken, and
 of those the one that computes least: copies from RAM are cheaper than the GPU's time."""
@@ -84,7 +86,7 @@ class StepLaw:
     """Seconds of a step, fitted to the last steps of every size class.
 
     Attributes:
-        law: base, token, pair, decode: see the module.
+        law: base, token, pair, read, decode: see the module.
         count: steps noted.
 
     A class (tokens, context and decodes, each by powers of two) counts with the median of its last
@@ -93,7 +95,8 @@ class StepLaw:
     """
 
     def __init__(self, token_s: float, step_s: float) -> None:
-        self._prior = np.array([step_s, token_s, token_s * PAIR_SHARE, step_s / 100])
+        shares = (1.0, PAIR_SHARE, READ_SHARE)
+        self._prior = np.array([step_s, *(token_s * share for share in shares), step_s / 100])
         self.law: tuple[float, ...] = tuple(self._prior.tolist())
         self._classes: dict[tuple[int, int, int], tuple[deque[tuple[float, ...]], int]] = {}
         self.count = 0
@@ -105,16 +108,17 @@ class StepLaw:
         self.count += 1
         size = (tokens.bit_length(), context.bit_length(), decodes.bit_length())
         steps = self._classes.get(size, (deque(maxlen=5), 0))[0]
-        steps.append((seconds, 1.0, tokens, tokens * (context + tokens / 2), decodes))
+        pairs = tokens * (context + tokens / 2)
+        steps.append((seconds, 1.0, tokens, pairs, context, decodes))
         self._classes[size] = (steps, self.count)
         if self.count < 32 or self.count % 8 == 0:
-            base, token, pair, decode = self._fit().tolist()
-            self.law = (base, token, pair, decode)
+            self.law = tuple(self._fit().tolist())
 
     def seconds(self, tokens: int, context: int, decodes: int) -> float:
         """Of one step."""
-        base, token, pair, decode = self.law
-        return base + decode * decodes + tokens * (token + pair * (context + tokens / 2))
+        base, token, pair, read, decode = self.law
+        alone_s = base + read * context + decode * decodes
+        return alone_s + tokens * (token + pair * (context + tokens / 2))
 
     def _fit(self) -> Floats:
         rows, weights = [], []
@@ -128,9 +132,9 @@ class StepLaw:
         # In units of the priors' proportions, brought to this machine's speed.
         scale = 1 / float(np.median(features.sum(axis=1)))
         features *= scale
-        pull = 2e-4 * np.eye(4)
-        keep = np.ones(4, dtype=bool)
-        law = np.zeros(4)
+        pull = 2e-4 * np.eye(5)
+        keep = np.ones(5, dtype=bool)
+        law = np.zeros(5)
         while True:
             part = features[:, keep]
             left = part.T @ (weight * part) + pull[keep][:, keep]
@@ -351,7 +355,7 @@ class CostModel:
         self._now = max(self._now, now)
         self._decodes = num_decodes
         size, count = self._block_size, len(found)
-        base, token, pair, decode = self._steps.law
+        base, token, pair, read, decode = self._steps.law
         base += decode * num_decodes
         # Few kinds of blocks, in runs: what is computed of them is computed once for each kind.
         kinds: dict[tuple[str, int], int] = {}
@@ -369,8 +373,10 @@ class CostModel:
         def per_block(value: Callable[[str, int], float]) -> Floats:
             return np.array([float(value(*kind)) for kind in kinds] or [0.0])[codes]
 
-        def compute_s(tokens: Floats, seconds: Floats, chunk: int) -> Floats:
-            return np.asarray(seconds + base * np.ceil(tokens / chunk))
+        def compute_s(
+            tokens: Floats, seconds: Floats, context: Floats | float, chunk: int
+        ) -> Floats:
+            return np.asarray(seconds + (base + read * context) * np.ceil(tokens / chunk))
 
         # Tokens to compute and their seconds, as sums over the blocks in front of each.
         places = np.arange(count)
@@ -383,7 +389,11 @@ class CostModel:
         queued_s = busy_s + queued_tokens * (token + pair * mean_context)
         queued_s += base * math.ceil(queued_tokens / self._chunk)
         chunk = self._chunk if num_decodes else self._lone_chunk
-        all_s = queued_s + float(compute_s(tokens[-1] + rest, seconds[-1] + rest_s, chunk))
+        all_s = queued_s + float(
+            compute_s(
+                tokens[-1] + rest, seconds[-1] + rest_s, (start * size + num_tokens) / 2, chunk
+            )
+        )
         nothing = LoadPlan(start + count, all_s + self._overhead_s, 0.0, all_s, start + count)
         if not sources:
             return nothing
@@ -395,9 +405,12 @@ class CostModel:
         for name in sources:
             below = _sums(per_block(lambda other, n, name=name: n * (other == name)))  # type: ignore[misc]
             wanted[name] = below[ends] - below[:-1]
-        front_s = queued_s + compute_s(tokens[:-1], seconds[:-1], self._chunk)
+        front_s = queued_s + compute_s(
+            tokens[:-1], seconds[:-1], (start + places / 2) * size, self._chunk
+        )
         behind_s = seconds[-1] - seconds[ends] + rest_s
-        behind_s = compute_s(tokens[-1] - tokens[ends] + rest, behind_s, self._chunk)
+        behind = tokens[-1] - tokens[ends] + rest
+        behind_s = compute_s(behind, behind_s, (start + ends) * size, self._chunk)
 
         def chosen(first: int, load_s: Floats, total_s: Floats) -> LoadPlan:
             told_s, end = float(total_s[first]) + self._overhead_s, start + int(ends[first])
@@ -523,9 +536,9 @@ class CostModel:
 
     def stats(self) -> dict[str, Any]:
         """The laws as they are, and how well they have predicted."""
-        base, token, pair, decode = self._steps.law
+        names = ("base_s", "token_s", "pair_s", "read_s", "decode_s")
         return {
-            "step": {"base_s": base, "token_s": token, "pair_s": pair, "decode_s": decode},
+            "step": dict(zip(names, self._steps.law, strict=True)),
             "measured": self._steps.count > 0,
             "sources": {
                 name: {
