@@ -33,14 +33,14 @@ TINY = [
 ]
 
 PIECES = [  # few row tiles over keys enough to cut them
-    Case((1, 20, 7), (9, 130, 97)),
-    Case((5, 30, 1, 20), (90, 37, 70, 100)),
-    Case((20, 17), (20, 0)),  # no prefix, and no context
-    Case((1, 20, 9), (9, 130, 9), window=40),
-    Case((20, 3), (130, 77), softcap=2.0, sinks=True, alibi=True, window=100),
-    Case((20,), (130,), heads=(9, 3), dims=(24, 8), block_size=32, dtype=torch.bfloat16),
-    Case((20, 18), (70, 130), heads=(2, 2), dtype=torch.float16, pool_dtype=torch.int8),
-    Case((20,), (90,), pool_dtype=torch.float8_e4m3fn, sinks=True),
+    Case((1, 20, 7), (9, 70, 50)),
+    Case((5, 30, 1, 9), (60, 37, 40, 50), heads=(2, 1)),
+    Case((17, 9), (17, 0)),  # no prefix, and no context
+    Case((1, 18, 9), (9, 60, 9), window=30),
+    Case((19, 3), (90, 77), heads=(2, 1), softcap=2.0, sinks=True, alibi=True, window=60),
+    Case((17,), (70,), heads=(6, 2), dims=(24, 8), block_size=32, dtype=torch.bfloat16),
+    Case((20, 18), (40, 60), heads=(2, 2), dtype=torch.float16, pool_dtype=torch.int8),
+    Case((17,), (60,), heads=(2, 1), pool_dtype=torch.float8_e4m3fn, sinks=True),
 ]
 
 _RAGGED = (1, 15, 16, 17, 129, 1000, 4097)

@@ -283,7 +283,7 @@ def test_pieces_of_keys_make_the_whole(case: Case, monkeypatch: pytest.MonkeyPat
 def test_a_graph_cuts_by_the_lengths_it_finds(monkeypatch: pytest.MonkeyPatch) -> None:
     # captured for a bucket of 32 tokens in 4 sequences beside 2 decodes, run with other lengths
     cut_for(16, monkeypatch)
-    case = Case((1, 1, 20, 5, 0, 0), (9, 1, 100, 75, 0, 0))
+    case = Case((1, 1, 20, 5, 0, 0), (9, 1, 60, 45, 0, 0), heads=(2, 1))
     batch = make_batch(case)
     static = dataclasses.replace(
         batch.metadata,
@@ -293,9 +293,9 @@ def test_a_graph_cuts_by_the_lengths_it_finds(monkeypatch: pytest.MonkeyPatch) -
         query_lens=(1, 1, 32, 0, 0, 0),
         context_lens_host=None,
     )
-    query = torch.randn(34, 4, 16)
+    query = torch.randn(34, 2, 16)
     plan = plan_attention(static, batch.layer(query=query))
-    for lengths in ((20, 100, 5, 75), (3, 90, 20, 20)):
+    for lengths in ((20, 60, 5, 45), (3, 60, 20, 20)):
         first, first_context, second, second_context = lengths
         starts = [0, 1, 2, 2 + first, 2 + first + second]
         static.cu_seqlens_q.copy_(torch.tensor(starts + starts[-1:] * 2))
@@ -347,7 +347,7 @@ def test_pieces_keep_the_whole_chip_busy(
 
 def test_deterministic_chunks_do_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_chunks, "_FIXED_PIECE", 32)
-    case = Case((1, 5, 20, 30), (9, 70, 130, 50))
+    case = Case((1, 5, 20, 50), (9, 70, 90, 50), heads=(2, 1))
     batch = make_batch(case)
     metadata = dataclasses.replace(batch.metadata, deterministic=True)
     together = batch.attend(metadata)
@@ -394,10 +394,10 @@ def test_a_step_is_planned_once_and_its_layers_launch_attention_alone(
         ((1, 3), plan * 2, ["_decode_kernel"] * 2),
         ((1, 20), plan + cut, ["_decode_kernel", *pieces]),
         ((20, 20), cut, pieces),
-        ((5, 30), cut, [*pieces, "_prefill_kernel"]),
-        ((30, 30), [], ["_prefill_kernel"]),
+        ((5, 49), cut, [*pieces, "_prefill_kernel"]),
+        ((49, 49), [], ["_prefill_kernel"]),
     ):
-        batch = make_batch(Case(queries, (30, 40)))
+        batch = make_batch(Case(queries, (50, 50), heads=(2, 1)))
         launches.clear()
         step = plan_attention(batch.metadata, batch.layer())
         for _ in range(2):
