@@ -45,9 +45,11 @@ def test_an_incomplete_character_at_the_end_is_given_out() -> None:
 def test_tokens_arrive_while_the_request_goes_on() -> None:
     row = pending()
     stream = TokenStream(row, None, lambda _: None)
-    row.feed(TokenDelta("r.0", (4,), reused_tokens={"ram": 2}, ttft_s=0.5))
+    found = {"ram": 2, "disk": 16}
+    row.feed(TokenDelta("r.0", (4,), reused_tokens={"ram": 2}, ttft_s=0.5, found_tokens=found))
     assert next(stream) == 4
     assert (stream.reused_tokens, stream.ttft_s) == ({"ram": 2}, 0.5)
+    assert stream.found_tokens == found
     threading.Timer(0.01, lambda: row.feed(TokenDelta("r.0", (5,), FinishReason.STOP))).start()
     assert list(stream) == [5]
     assert stream.token_ids == [4, 5]
