@@ -131,6 +131,7 @@ def _header(info: Any, salt: str, tokens: TokenIds) -> PrefixHeader:
         block_size=info.block_size,
         group_shapes=info.group_shapes,
         block_bytes=info.block_bytes,
+        namespace=b"".join(info.roots("")),
         salt=salt_digest(salt),
         tokens=tokens,
     )

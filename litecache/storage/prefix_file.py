@@ -49,6 +49,7 @@ class PrefixHeader:
         label: of the model, for people.
         fingerprint, dtype, kv_dtype, codec, layout, block_size: of the engine that wrote them.
         group_shapes, block_bytes: per KV group.
+        namespace: root keys of the KV groups without a salt: all else that changes KV bytes.
         salt: digest of the cache salt.
         tokens: of the prefix, in whole blocks.
     """
@@ -62,6 +63,7 @@ class PrefixHeader:
     block_size: int
     group_shapes: tuple[str, ...]
     block_bytes: tuple[int, ...]
+    namespace: bytes
     salt: str
     tokens: TokenIds
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import LlamaForCausalLM
 
 from litecache.adapter import KVCacheAdapter
 from litecache.errors import ConfigError, PrefixFileError, StorageError
+from litecache.hashing import chain_keys
 
 
 def prompt_of(seed: int, length: int = 100) -> list[int]:
@@ -23,6 +25,15 @@ def reuse(llm: KVCacheAdapter, prompt: list[int], **kwargs: object) -> dict[str,
         torch.tensor([prompt]), max_new_tokens=1, return_dict_in_generate=True, **kwargs
     )
     return dict(output.litecache.reused_tokens[0])
+
+
+def wait_for_locations(llm: KVCacheAdapter, prompt: list[int], salt: str, *, known: bool) -> None:
+    """Until the coordinator knows a prefix's blocks, or knows none of them."""
+    keys = [key for root in llm.info.roots(salt) for key in chain_keys(root, prompt, 16)]
+    deadline = time.monotonic() + 30
+    while {place is not None for place in llm.group.coordinator.locate(keys, "")} != {known}:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def test_warming_computes_each_prompt_once_and_tells_where_it_was(llm: KVCacheAdapter) -> None:
@@ -91,11 +102,14 @@ def test_deleting_a_salt_leaves_the_hits_of_others(llm: KVCacheAdapter, tmp_path
     for salt in ("alice", "bob", None):
         llm.warm([prompt], cache_salt=salt)
     assert llm.flush()["complete"]
+    wait_for_locations(llm, prompt, "alice", known=True)
     assert llm.delete(cache_salt="nobody") == 0
     assert llm.delete(cache_salt="alice") > 0
     assert llm.delete(cache_salt="alice") == 0
     with pytest.raises(StorageError, match="nothing of this prompt is stored"):
         llm.export_prefix(prompt, tmp_path / "it", cache_salt="alice")
+    wait_for_locations(llm, prompt, "alice", known=False)
+    wait_for_locations(llm, prompt, "bob", known=True)
     assert reuse(llm, prompt, cache_salt="bob") == {"gpu": 96}
     assert reuse(llm, prompt) == {"gpu": 96}
     llm.clear("gpu")

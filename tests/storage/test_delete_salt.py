@@ -95,6 +95,18 @@ def test_a_full_table_of_names_hides_nothing_from_a_deletion(
         assert held(store, of_others) == 10
 
 
+def test_blocks_that_still_move_in_from_an_earlier_shard_are_deleted_too(tmp_path: Path) -> None:
+    sizes = {"storage_bytes": 16 * MIB, "ram_bytes": 8 * MIB}
+    with ShardStore(f"{tmp_path}/shard-1", **sizes) as store:
+        of_alice = put(store, 0, namespace_of("model", "alice", {}))
+        of_bob = put(store, 100, namespace_of("model", "bob", {}))
+    with ShardStore(f"{tmp_path}/shard-0", shards=1, **sizes) as store:
+        assert store.delete_salt(ALICE) == 10
+        assert not os.path.exists(f"{tmp_path}/shard-1")
+        assert held(store, of_alice) == 0
+        assert held(store, of_bob) == 10
+
+
 def test_a_salt_with_leased_slots_is_deleted_under_its_readers(tmp_path: Path) -> None:
     with open_store(tmp_path) as store:
         keys = put(store, 0, namespace_of("model", "alice", {}))

@@ -28,6 +28,7 @@ HEADER = PrefixHeader(
     block_size=4,
     group_shapes=("full", "sliding"),
     block_bytes=(4096, 8192),
+    namespace=bytes(32),
     salt="0011223344556677",
     tokens=TokenIds(range(100, 112)),
 )
@@ -120,6 +121,7 @@ def test_a_file_of_a_newer_version_is_refused_by_its_number(path: str) -> None:
         ("block_size", 2),
         ("group_shapes", ("full", "full")),
         ("block_bytes", (4096, 4096)),
+        ("namespace", b"another"),
         ("salt", "another"),
     ],
 )
