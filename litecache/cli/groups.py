@@ -198,7 +198,8 @@ def _state(actor: dict[str, Any]) -> str:
         engine = actor["engine"]
         blocks = ", ".join(f"{count} {state}" for state, count in engine["blocks"].items() if count)
         now = f"{engine['running']} running, {engine['waiting']} waiting"
-        return f"{now}; {engine['kv_dtype']} blocks: {blocks}"
+        form = engine["kv_dtype"] + (f", {codec} below" if (codec := engine["tier_codec"]) else "")
+        return f"{now}; {form} blocks: {blocks}"
     if "store" in actor:
         store = actor["store"]
         lost = f"; the disk tier is out: {store['disk_lost']}" if store.get("disk_lost") else ""

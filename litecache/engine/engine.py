@@ -27,7 +27,7 @@ import torch
 from litecache.checks import check_real
 from litecache.config import CacheConfig
 from litecache.engine.engine_info import EngineInfo
-from litecache.engine.kv_layout import KVLayout, KVPool
+from litecache.engine.kv_layout import KVLayout, KVPool, check_tier_codec
 from litecache.engine.loading.memory import choose_num_blocks, memory_for
 from litecache.engine.loading.model_loader import LoadedModel, load_model
 from litecache.engine.loading.model_source import ModelSource
@@ -108,9 +108,10 @@ class Engine:
         torch.set_num_threads(self._num_threads)
         with memory_for(f"the weights of {source.name}", "take a smaller model or dtype"):
             loaded = load_model(source, config)
-        layout = KVLayout.from_specs(loaded.specs, config.block_size)
+        check_tier_codec(config.tier_codec, loaded.specs, loaded.device)
+        layout = KVLayout.from_specs(loaded.specs, config.block_size, config.tier_codec)
         if shards:
-            check_tiers(config, [group.block_bytes for group in layout.groups])
+            check_tiers(config, [group.tier_bytes for group in layout.groups])
         num_blocks = choose_num_blocks(loaded, layout, config)
         with memory_for(f"a pool of {num_blocks} blocks", "lower num_blocks"):
             self._pools = [KVPool(group, num_blocks + 1, loaded.device) for group in layout.groups]
@@ -513,6 +514,7 @@ class Engine:
             "preemptions": scheduler.preemptions,
             "evictions": scheduler.cache.num_evictions,
             "kv_dtype": self.info.kv_dtype,
+            "tier_codec": self.info.tier_codec,
             "pool_bytes": sum(pool.buffer.numel() for pool in self._pools),
             "metrics": self.metrics.snapshot(),
             "costs": None if self._costs is None else self._costs.stats(),
@@ -572,10 +574,11 @@ def _describe(
         block_size=config.block_size,
         num_blocks=num_blocks,
         group_shapes=shapes,
-        block_bytes=tuple(group.block_bytes for group in layout.groups),
+        block_bytes=tuple(group.tier_bytes for group in layout.groups),
         max_model_len=loaded.max_model_len,
         max_requests=config.max_requests,
         max_batch_tokens=config.max_batch_tokens,
         vocab_size=loaded.vocab_size,
         num_threads=num_threads,
+        tier_codec=config.tier_codec,
     )

@@ -25,11 +25,12 @@ class EngineInfo:
         model: name for people.
         fingerprint: digest of the model's config and all its weights.
         dtype, kv_dtype: of activations and of the pool, by name.
+        tier_codec: dtype of the blocks in the lower tiers; None = that of the pool.
         device: "cpu" or "cuda:N".
         block_size: tokens per block.
         num_blocks: blocks per KV group, the trash block not counted.
         group_shapes: one text per KV group (layers, heads, dims, window): part of its keys.
-        block_bytes: per KV group.
+        block_bytes: of a block in the lower tiers, per KV group.
         max_model_len: longest sequence in tokens.
         max_requests, max_batch_tokens: limits of a step.
         vocab_size: valid token ids are below it.
@@ -50,6 +51,7 @@ class EngineInfo:
     max_batch_tokens: int
     vocab_size: int
     num_threads: int
+    tier_codec: str | None = None
 
     @property
     def capacity_tokens(self) -> int:
@@ -59,7 +61,8 @@ class EngineInfo:
     @property
     def label(self) -> str:
         """Readable name of what the blocks belong to."""
-        details = f"@{self.fingerprint[:12]}/{self.kv_dtype}/{self.block_size}"
+        form = f"{self.kv_dtype}:{self.tier_codec}" if self.tier_codec else self.kv_dtype
+        details = f"@{self.fingerprint[:12]}/{form}/{self.block_size}"
         return label_of(self.model, details)
 
     def roots(self, cache_salt: str) -> tuple[BlockKey, ...]:
@@ -121,7 +124,7 @@ def _roots(info: EngineInfo, cache_salt: str) -> tuple[BlockKey, ...]:
                 "fingerprint": info.fingerprint,
                 "dtype": info.dtype,
                 "kv_dtype": info.kv_dtype,
-                "codec": "raw",
+                "codec": info.tier_codec or "raw",
                 "layout": LAYOUT_VERSION,
                 "block_size": info.block_size,
                 "group": group,

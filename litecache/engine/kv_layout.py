@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from litecache.errors import ConfigError
 from litecache.kernels import TRASH_BLOCK as TRASH_BLOCK
-from litecache.kernels.quantise import LARGEST_CODE
+from litecache.kernels.quantise import LARGEST_CODE, BlockForm
 from litecache.machine_memory import available_memory_bytes
 
 LAYOUT_VERSION = 1
@@ -112,6 +112,7 @@ class KVGroup:
         block_size: tokens per block.
         extents: one per entry of `layers`.
         block_bytes: size of a block, a multiple of 4096.
+        stored: how the lower tiers hold its blocks; None = as they are.
     """
 
     index: int
@@ -120,6 +121,12 @@ class KVGroup:
     block_size: int
     extents: tuple[LayerExtent, ...]
     block_bytes: int
+    stored: KVGroup | None = None
+
+    @property
+    def tier_bytes(self) -> int:
+        """Size of a block in the lower tiers."""
+        return (self.stored or self).block_bytes
 
     @functools.cached_property
     def policy(self) -> WindowPolicy:
@@ -135,12 +142,15 @@ class KVLayout:
     groups: tuple[KVGroup, ...]
 
     @classmethod
-    def from_specs(cls, specs: Sequence[KVSpec], block_size: int) -> KVLayout:
+    def from_specs(
+        cls, specs: Sequence[KVSpec], block_size: int, tier_codec: str | None = None
+    ) -> KVLayout:
         """Group layers of equal spec, in order of first appearance.
 
         Args:
             specs: one per layer of the model.
             block_size: tokens per block.
+            tier_codec: dtype of the blocks in the lower tiers, None = as in the pool.
 
         Raises:
             ConfigError: there is no layer.
@@ -151,7 +161,7 @@ class KVLayout:
         for layer, spec in enumerate(specs):
             members.setdefault(spec, []).append(layer)
         groups = tuple(
-            _make_group(index, spec, tuple(layers), block_size)
+            _make_group(index, spec, tuple(layers), block_size, tier_codec)
             for index, (spec, layers) in enumerate(members.items())
         )
         return cls(block_size, groups)
@@ -162,7 +172,12 @@ class KVLayout:
         return sum(group.block_bytes for group in self.groups)
 
 
-def _make_group(index: int, spec: KVSpec, layers: tuple[int, ...], block_size: int) -> KVGroup:
+def _make_group(
+    index: int, spec: KVSpec, layers: tuple[int, ...], block_size: int, tier_codec: str | None
+) -> KVGroup:
+    stored = None
+    if tier_codec is not None:
+        stored = _make_group(index, replace(spec, dtype=tier_codec), layers, block_size, None)
     extents = []
     offset = 0
     rows = spec.kv_heads * block_size
@@ -173,7 +188,22 @@ def _make_group(index: int, spec: KVSpec, layers: tuple[int, ...], block_size: i
         offset = _align(scale_offset + rows * spec.scale_bytes, EXTENT_ALIGNMENT)
         extents.append(LayerExtent(k_offset, v_offset, scale_offset))
     block_bytes = _align(offset, BLOCK_ALIGNMENT)
-    return KVGroup(index, layers, spec, block_size, tuple(extents), block_bytes)
+    return KVGroup(index, layers, spec, block_size, tuple(extents), block_bytes, stored)
+
+
+def block_form(group: KVGroup) -> BlockForm:
+    """A group's blocks as `convert_blocks` is told them; K and V must have one dimension."""
+    spec, first = group.spec, group.extents[0]
+    layer_bytes = group.extents[1].k_offset if len(group.extents) > 1 else group.block_bytes
+    return BlockForm(
+        spec.torch_dtype,
+        num_layers=len(group.layers),
+        rows=spec.kv_heads * group.block_size,
+        dim=spec.k_dim,
+        layer_bytes=layer_bytes,
+        v_offset=first.v_offset,
+        scale_offset=first.scale_offset if spec.scale_bytes else 0,
+    )
 
 
 class KVPool:
@@ -242,10 +272,28 @@ def check_kv_dtype(specs: Sequence[KVSpec], device: torch.device) -> None:
         if spec.scale_bytes and odd:
             why = f"eight-bit KV is read in words of four, heads here have {odd[0]} dimensions"
             raise ConfigError("kv_dtype", spec.dtype, f"{valid}: {why}")
-    fp8 = any(spec.dtype == "fp8" for spec in specs)
-    if fp8 and device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
-        name = torch.cuda.get_device_name(device)
-        raise ConfigError("kv_dtype", "fp8", f'"int8", or {valid}: {name} has no fp8 e4m3')
+    if any(spec.dtype == "fp8" for spec in specs):
+        _check_fp8("kv_dtype", f'"int8", or {valid}', device)
+
+
+def check_tier_codec(name: str | None, specs: Sequence[KVSpec], device: torch.device) -> None:
+    """Refuse a codec of the lower tiers where it cannot work.
+
+    Raises:
+        ConfigError: K and V of different dimensions, or a GPU without fp8.
+    """
+    for spec in specs if name is not None else ():
+        if spec.k_dim != spec.v_dim:
+            why = f"K of {spec.k_dim} and V of {spec.v_dim} dimensions are not converted together"
+            raise ConfigError("tier_codec", name, f"None: {why}")
+    if name == "fp8":
+        _check_fp8("tier_codec", '"int8" or None', device)
+
+
+def _check_fp8(field_name: str, valid: str, device: torch.device) -> None:
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
+        gpu = torch.cuda.get_device_name(device)
+        raise ConfigError(field_name, "fp8", f"{valid}: {gpu} has no fp8 e4m3")
 
 
 def choose_device(name: str | None) -> torch.device:

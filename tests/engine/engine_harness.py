@@ -15,6 +15,7 @@ from litecache.config import CacheConfig
 from litecache.engine.engine import Engine
 from litecache.engine.loading.model_source import ModelSource
 from litecache.engine.scheduling.cost_model import Loads
+from litecache.engine.transfer.shard_set import RemoteSource
 from litecache.storage.client import LocalShardClient
 from litecache.storage.shard_store import ShardStore
 from litecache.types import FinishReason, Request, SamplingParams, TokenDelta, TokenLogprobs
@@ -39,6 +40,7 @@ class Harness:
         ram_bytes: int = 32 << 20,
         storage_bytes: int = 256 << 20,
         loads: Loads = "all",
+        remote: RemoteSource | None = None,
         **config: object,
     ) -> None:
         self._names = itertools.count()
@@ -63,6 +65,7 @@ class Harness:
             sink=self.deltas.put,
             shards=clients,
             loads=loads,
+            remote=remote,
             num_threads=1,
         )
         self.reused: list[dict[str, int]] = []

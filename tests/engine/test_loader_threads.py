@@ -157,7 +157,7 @@ def test_copies_that_raise_are_lost_and_the_next_load_works(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as broken:
-        broken.setattr(SameBytes, "load", lambda self, copier, pairs: 1 / 0)
+        broken.setattr(SameBytes, "load", lambda *_: 1 / 0)
         rig.load(7, 0, 1)
         assert rig.reports(2) == ([], [0, 1])
     rig.load(8, 0, 1)

@@ -161,7 +161,7 @@ class Loads:
         """Where the blocks from `first` to the end of the hit are, and that end."""
         end = self._end_of_hit(seq, first, limit) if self._windowed else limit
         groups = [
-            (group.index, group.policy.first_needed(end), group.block_bytes, seq.ahead[group.index])
+            (group.index, group.policy.first_needed(end), group.tier_bytes, seq.ahead[group.index])
             for group in self._cache.groups
         ]
         staged, loading = seq.staged, seq.loading
@@ -222,7 +222,7 @@ class Loads:
         sources: dict[str, int] = {}
         for ref in refs:
             seq.loading[ref] = source = seq.staged.pop(ref)
-            sources[source] = sources.get(source, 0) + groups[ref[0]].block_bytes
+            sources[source] = sources.get(source, 0) + groups[ref[0]].tier_bytes
         if seq.planned_s is None:
             seq.planned_s, seq.plan = now, plan
             self._cost.begin(seq.ticket, plan, sources, now, seq.asked_s)
@@ -252,12 +252,14 @@ class Loads:
             self._cache.pools[group].end_copy(block)
             source = seq.loading.pop(ref, None) if seq.ticket == report.ticket else None
             published = self._cache.publish(seq, group, index, block)
-            if published and source is not None and source.startswith(Tier.REMOTE.value):
+            far = source is not None and source.startswith(Tier.REMOTE.value)
+            # What was loaded is never encoded again: each time would lose a little.
+            if published and far and self._cache.groups[group].stored is None:
                 self._cache.unsaved[group].add(seq.chain.keys[group][index])
             if source is not None:
                 seq.ahead[group].add(index)
                 seq.num_landed += 1
-                landed[source] = landed.get(source, 0) + self._cache.groups[group].block_bytes
+                landed[source] = landed.get(source, 0) + self._cache.groups[group].tier_bytes
             self._cache.pools[group].release([block])
         for source, nbytes in landed.items():
             self._cost.progress(report.ticket, source, nbytes, report.at_s, waited=report.waited)
@@ -293,7 +295,7 @@ class Loads:
         assert self._cost is not None
         left: dict[str, int] = {}
         for (group, _), source in seq.loading.items():
-            left[source] = left.get(source, 0) + self._cache.groups[group].block_bytes
+            left[source] = left.get(source, 0) + self._cache.groups[group].tier_bytes
         return self._cost.sooner(seq.ticket, left, count, seq.num_computed, now, busy_s)
 
     def take_over(self, seq: Sequence, count: int, out: Schedule) -> int:

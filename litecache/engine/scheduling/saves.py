@@ -104,4 +104,4 @@ class Saves:
 
     def _run(self, group: int) -> int:
         """Blocks of a chain that go to one shard together."""
-        return max(1, RUN_BYTES // self._cache.groups[group].block_bytes)
+        return max(1, RUN_BYTES // self._cache.groups[group].tier_bytes)

@@ -6,17 +6,19 @@ touches them, so that copies run at the link's speed. On CPU the copies are plai
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from litecache.engine.kv_layout import KVGroup
+from litecache.engine.kv_layout import TRASH_BLOCK, KVGroup, KVPool, block_form
 from litecache.kernels.batch_copy import copy_batch
+from litecache.kernels.quantise import convert_blocks
 from litecache.storage.arena.view import ArenaView
 from litecache.storage.protocol import PAGE_BYTES
 
@@ -28,38 +30,88 @@ def _cudart() -> Any:
 
 
 Pairs = Sequence[tuple[torch.Tensor, torch.Tensor]]
+Slots = Sequence[torch.Tensor]
+STAGING_BYTES = 32 << 20
+"""Of blocks on the device between their two forms, a copier."""
 
 
 class Codec(Protocol):
     """Between a block's bytes in the pool and its bytes in RAM and on disk."""
 
-    def tier_bytes(self, group: KVGroup) -> int:
-        """Bytes of a block of a group in the lower tiers."""
+    def save(self, copier: BlockCopier, pool: KVPool, blocks: Sequence[int], slots: Slots) -> None:
+        """Start to write blocks of a pool into slots, uint8 `[tier_bytes]` each."""
         ...
 
-    def save(self, copier: BlockCopier, pairs: Pairs) -> None:
-        """Start to write blocks of one group's pool into slots: (pool, slot)."""
-        ...
-
-    def load(self, copier: BlockCopier, pairs: Pairs) -> None:
-        """The inverse: (slot, pool)."""
+    def load(self, copier: BlockCopier, pool: KVPool, blocks: Sequence[int], slots: Slots) -> None:
+        """The inverse."""
         ...
 
 
 class SameBytes:
     """The codec of tiers that hold what the pool holds."""
 
-    def tier_bytes(self, group: KVGroup) -> int:
-        """As many."""
-        return group.block_bytes
-
-    def save(self, copier: BlockCopier, pairs: Pairs) -> None:
+    def save(self, copier: BlockCopier, pool: KVPool, blocks: Sequence[int], slots: Slots) -> None:
         """A plain copy."""
-        copier.copy(pairs)
+        copier.copy([(pool.buffer[b], slot) for b, slot in zip(blocks, slots, strict=True)])
 
-    def load(self, copier: BlockCopier, pairs: Pairs) -> None:
+    def load(self, copier: BlockCopier, pool: KVPool, blocks: Sequence[int], slots: Slots) -> None:
         """A plain copy."""
-        copier.copy(pairs)
+        copier.copy([(slot, pool.buffer[b]) for b, slot in zip(blocks, slots, strict=True)])
+
+
+class EightBits:
+    """The codec of tiers that hold a wide pool's blocks as `KVGroup.stored` lays them out.
+
+    Blocks are converted on the pool's device, so that the link, RAM and disk carry the codes. The
+    staging blocks in between belong to the copier's stream: its order is what keeps them apart.
+
+    Args:
+        copier: with it the conversions of `pools` are tried, so that no request compiles them.
+        pools: one per KV group.
+    """
+
+    def __init__(self, copier: BlockCopier, pools: Sequence[KVPool]) -> None:
+        for pool in pools:
+            slots = [torch.zeros(pool.group.tier_bytes, dtype=torch.uint8)]
+            self.save(copier, pool, [TRASH_BLOCK], slots)
+            self.load(copier, pool, [TRASH_BLOCK], slots)
+        copier.synchronize()
+
+    def save(self, copier: BlockCopier, pool: KVPool, blocks: Sequence[int], slots: Slots) -> None:
+        """Quantise, then copy."""
+        wide, narrow = (block_form(group) for group in _forms(pool))
+        with copier.on_stream():
+            for part, staging, order, places in _parts(pool, blocks):
+                convert_blocks(pool.buffer, wide, staging, narrow, places, order)
+                copier.copy(list(zip(staging, slots[part], strict=True)))
+
+    def load(self, copier: BlockCopier, pool: KVPool, blocks: Sequence[int], slots: Slots) -> None:
+        """Copy, then widen."""
+        wide, narrow = (block_form(group) for group in _forms(pool))
+        with copier.on_stream():
+            for part, staging, order, places in _parts(pool, blocks):
+                copier.copy(list(zip(slots[part], staging, strict=True)))
+                convert_blocks(staging, narrow, pool.buffer, wide, order, places)
+
+
+def _parts(
+    pool: KVPool, blocks: Sequence[int]
+) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Slices of the blocks, and for each: staging, its rows and the pool's, on the device."""
+    device, tier_bytes = pool.buffer.device, pool.group.tier_bytes
+    step = max(1, STAGING_BYTES // tier_bytes)
+    for first in range(0, len(blocks), step):
+        part = slice(first, first + step)
+        places = torch.tensor(blocks[part], dtype=torch.int64, device=device)
+        order = torch.arange(len(places), device=device)
+        # Zeros: what lies between the extents goes to disk, too.
+        shape = (len(places), tier_bytes)
+        yield part, torch.zeros(shape, dtype=torch.uint8, device=device), order, places
+
+
+def _forms(pool: KVPool) -> tuple[KVGroup, KVGroup]:
+    assert pool.group.stored is not None
+    return pool.group, pool.group.stored
 
 
 class PinnedArenas:
@@ -163,6 +215,10 @@ class BlockCopier:
                 self._pinned.ensure(arena, slot * PAGE_BYTES)
             views.append(torch.from_numpy(arena.block(slot, block_bytes)))
         return views
+
+    def on_stream(self) -> contextlib.AbstractContextManager[Any]:
+        """Have what is launched inside the `with` run in the order of the copies."""
+        return contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
     def mark(self) -> Callable[[], bool]:
         """Asks whether all copies started so far are done."""

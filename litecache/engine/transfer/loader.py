@@ -217,7 +217,8 @@ class Loader:
                 part = self._take(load, ready)
                 if part:
                     copying.append((_never, part, waited))
-                    self._copy_in(copier, load.order, part)
+                    slots = {ref: self._slot(copier, ref[0], le) for ref, le in part.items()}
+                    self._copy_in(copier, load.order, slots)
                     copying[-1] = (copier.mark(), part, waited)
                 landed = False
                 while copying and (copying[0][0]() or not load.waiting):
@@ -272,7 +273,7 @@ class Loader:
         done = [ref for ref, fine in confirmed.items() if fine]
         lost = [ref for ref, fine in confirmed.items() if not fine]
         self._tell(ticket, done, lost, waited=waited)
-        total = sum(self._pools[group].group.block_bytes for group, _ in done)
+        total = sum(self._tier_bytes(group) for group, _ in done)
         self._metrics.inc("litecache_copied_bytes", total, direction="load")
         return list(part.values())
 
@@ -296,38 +297,41 @@ class Loader:
             if lost:
                 self._lose(load, lost, "absent")
             part = self._take(load, refs)
-            for ref, data in zip(refs, blocks, strict=True):
-                if ref in part and data is not None:
-                    block, step = load.order.blocks[ref]
-                    copier.after(step)
-                    source = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-                    self._codec.load(copier, [(source, self._pools[ref[0]].buffer[block])])
+            views = {
+                ref: torch.frombuffer(bytearray(data), dtype=torch.uint8)
+                for ref, data in zip(refs, blocks, strict=True)
+                if ref in part and data is not None
+            }
+            self._copy_in(copier, load.order, views)
             copier.synchronize()
             self._metrics.inc("litecache_remote_blocks", len(part), shard=shard_id)
             self._tell(load.order.ticket, list(part))
 
+    def _slot(self, copier: BlockCopier, group: int, lease: Lease) -> torch.Tensor:
+        assert lease.shard is not None
+        assert lease.slot is not None
+        (view,) = copier.slots(lease.shard.arena, [lease.slot.slot], self._tier_bytes(group))
+        return view
+
     def _copy_in(
-        self, copier: BlockCopier, order: LoadOrder, part: Mapping[BlockRef, Lease]
+        self, copier: BlockCopier, order: LoadOrder, part: Mapping[BlockRef, torch.Tensor]
     ) -> None:
+        """Start to fill blocks of the pool from their bytes in the tiers."""
+
         def step(ref: BlockRef) -> int:
             return order.blocks[ref][1]
 
         for last, refs in itertools.groupby(sorted(part, key=step), key=step):
             copier.after(last)
-            pairs: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+            by_group: dict[int, list[BlockRef]] = {}
             for ref in refs:
-                lease = part[ref]
-                assert lease.shard is not None
-                assert lease.slot is not None
-                size = self._tier_bytes(ref[0])
-                (view,) = copier.slots(lease.shard.arena, [lease.slot.slot], size)
-                target = self._pools[ref[0]].buffer[order.blocks[ref][0]]
-                pairs.setdefault(ref[0], []).append((view, target))
-            for group in pairs.values():
-                self._codec.load(copier, group)
+                by_group.setdefault(ref[0], []).append(ref)
+            for group, mine in by_group.items():
+                blocks = [order.blocks[ref][0] for ref in mine]
+                self._codec.load(copier, self._pools[group], blocks, [part[ref] for ref in mine])
 
     def _tier_bytes(self, group: int) -> int:
-        return self._codec.tier_bytes(self._pools[group].group)
+        return self._pools[group].group.tier_bytes
 
     def _confirm(self, lease: Lease) -> bool:
         assert lease.shard is not None

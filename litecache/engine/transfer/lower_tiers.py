@@ -16,7 +16,7 @@ from litecache.engine.kv_layout import KVPool
 from litecache.engine.scheduling.orders import LoadReport, SaveOrder, Schedule
 from litecache.engine.scheduling.scheduler import Scheduler
 from litecache.engine.scheduling.sequence import BlockRef
-from litecache.engine.transfer.block_copier import BlockCopier, PinnedArenas, SameBytes
+from litecache.engine.transfer.block_copier import BlockCopier, EightBits, PinnedArenas, SameBytes
 from litecache.engine.transfer.loader import Loader
 from litecache.engine.transfer.saver import Saver
 from litecache.engine.transfer.shard_set import RemoteSource, ShardSet
@@ -59,10 +59,12 @@ class LowerTiers:
     ) -> None:
         self._shards = ShardSet(shards, remote, metrics)
         self._pinned = PinnedArenas()
-        codec = SameBytes()
 
         def copier() -> BlockCopier:
             return BlockCopier(device, event_of, self._pinned)
+
+        encoded = pools[0].group.stored is not None
+        codec = EightBits(copier(), pools) if encoded else SameBytes()
 
         def staged(ticket: int, found: dict[BlockRef, str]) -> None:
             post(lambda: carry_out(scheduler.on_staged(ticket, found)))

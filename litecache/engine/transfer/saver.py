@@ -172,7 +172,7 @@ class Saver:
         if not new:
             return []
         pool = self._pools[group]
-        block_bytes = self._codec.tier_bytes(pool.group)
+        block_bytes = pool.group.tier_bytes
         dropped: list[SaveOrder] = []
         while new:
             slots = self._reserve(shard, block_bytes, len(new))
@@ -180,8 +180,8 @@ class Saver:
                 dropped += self._drop(new, "no_slot")
                 break
             views = self._copier.slots(shard.arena, [slot.slot for slot in slots], block_bytes)
-            blocks = (pool.buffer[order.block] for order in new)
-            self._codec.save(self._copier, list(zip(blocks, views, strict=False)))
+            blocks = [order.block for order in new[: len(slots)]]
+            self._codec.save(self._copier, pool, blocks, views)
             self._copier.synchronize()
             items = [
                 CommitItem(*slot, order.key, order.parent, self._namespace_of(order.salt))
