@@ -48,12 +48,17 @@ def warm_steps(
     cases += [[(0, chunk)] for chunk in chunks]
     # Short questions: rows of a tile are their tokens times heads.
     cases += [[(0, queries)] * count for queries in (2, 4, 8, 16) for count in requests]
+    # Several chunks, short ones and such as fill a step: they are cut by the number of all.
+    cases += [
+        [(0, size)] * count for count in requests[2:] for size in (17, 65, max_tokens // count)
+    ]
     # Beside a chunk that no graph holds, decodes take kernels by their own number.
     cases += [[(0, 1)] * count + [(0, chunk)] for count in requests for chunk in chunks[-1:]]
     cases += [[case] for case in plan_cases(longest, max_model_len)]
     copies = tuple(BlockCopy(group, TRASH_BLOCK, TRASH_BLOCK) for group in range(num_groups))
     for case in cases:
-        if sum(count for _, count in case) <= max_tokens and max(case)[1] <= max_model_len:
+        start, count = max(case)
+        if 0 < start + count <= max_model_len and sum(n for _, n in case) <= max_tokens:
             yield _plan(case, SamplingParams(1), copies)
             copies = ()
     for sampling, count in itertools.product(_DRAWN, (1, max_requests)):
