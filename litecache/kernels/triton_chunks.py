@@ -57,6 +57,7 @@ def _cut_kernel(
     first_seq, num_seqs, most_queries, num_chunks, window, slots, places, num_segments,
     QUERIES: tl.constexpr, TILE: tl.constexpr, CHUNKS_PAD: tl.constexpr, BLOCK_P: tl.constexpr,
     KV_HEADS: tl.constexpr, WINDOWED: tl.constexpr, FIXED: tl.constexpr, MOST: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """Chunks of the sequences, pieces of each chunk, and the chunk of each piece."""
     chunk = tl.arange(0, CHUNKS_PAD)
@@ -88,13 +89,18 @@ def _cut_kernel(
         pieces = tl.minimum(tl.cdiv(tiles, FIXED), MOST)
     else:
         longest = tl.maximum(tl.max(tiles, 0), 1)
-        cut = 1 + tl.arange(0, _MOST_PIECES)
-        share = tl.cdiv(longest, cut)
-        counts = tl.sum((tiles[None, :] + share[:, None] - 1) // share[:, None], 1) * KV_HEADS
-        cost = tl.cdiv(counts, slots) * (share + _BEGIN_TILES)
-        cost += tl.where(cut > 1, _MERGE_TILES + counts // _PIECES_A_TILE, 0)
-        cost = tl.where((cut > 1) & (counts > places), 1 << 30, cost)
-        cheapest = tl.min(tl.where(cost == tl.min(cost, 0), cut, _MOST_PIECES), 0)
+        cheapest, lowest = 1, 1 << 30
+        for base in range(0, _MOST_PIECES, AT_ONCE):
+            cut = base + 1 + tl.arange(0, AT_ONCE)
+            share = tl.cdiv(longest, cut)
+            counts = tl.sum((tiles[None, :] + share[:, None] - 1) // share[:, None], 1) * KV_HEADS
+            cost = tl.cdiv(counts, slots) * (share + _BEGIN_TILES)
+            cost += tl.where(cut > 1, _MERGE_TILES + counts // _PIECES_A_TILE, 0)
+            cost = tl.where((cut > 1) & (counts > places), 1 << 30, cost)
+            low = tl.min(cost, 0)
+            first_low = tl.min(tl.where(cost == low, cut, _MOST_PIECES), 0)
+            cheapest = tl.where(low < lowest, first_low, cheapest)
+            lowest = tl.minimum(low, lowest)
         pieces = tl.cdiv(tiles, tl.cdiv(longest, cheapest))
     ends = tl.cumsum(pieces, 0)
     total = tl.sum(pieces, 0) * KV_HEADS
@@ -207,7 +213,11 @@ def plan_chunks(
         partial=torch.empty(rows * pad_dim(geometry.v_dim), dtype=torch.float32, device=device),
         state=torch.empty(rows * 2, dtype=torch.float32, device=device),
     )
-    chunks_pad = max(16, triton.next_power_of_2(num_chunks + 1))
+    # Few sizes, so that the engine's graphs and first steps have compiled them all.
+    chunks_pad = next(
+        (size for size in (16, 128, 1024) if num_chunks < size),
+        triton.next_power_of_2(num_chunks + 1),
+    )
     block_p = max(1, min(64, 16384 // chunks_pad))
     _cut_kernel[(triton.cdiv(segments, block_p),)](
         metadata.context_lens, metadata.cu_seqlens_q, plan.contexts, plan.starts, plan.seqs,
@@ -216,5 +226,6 @@ def plan_chunks(
         config.num_programs, places, segments,
         QUERIES=queries, TILE=config.block_n, CHUNKS_PAD=chunks_pad, BLOCK_P=block_p,
         KV_HEADS=kv_heads, WINDOWED=geometry.window is not None, FIXED=fixed, MOST=_MOST_FIXED,
+        AT_ONCE=max(1, min(64, 8192 // chunks_pad)),
     )  # fmt: skip
     return plan

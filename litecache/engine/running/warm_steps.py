@@ -54,6 +54,8 @@ def warm_steps(
     ]
     # Beside a chunk that no graph holds, decodes take kernels by their own number.
     cases += [[(0, 1)] * count + [(0, chunk)] for count in requests for chunk in chunks[-1:]]
+    # Many chunks in a step: of many short prompts, and of a few long ones.
+    cases += [[(0, size)] * min(max_requests, max(1, max_tokens // size)) for size in (17, 1024)]
     cases += [[case] for case in plan_cases(longest, max_model_len)]
     copies = tuple(BlockCopy(group, TRASH_BLOCK, TRASH_BLOCK) for group in range(num_groups))
     for case in cases:
