@@ -22,7 +22,17 @@ from .protocol import Deltas
 
 Entries = npt.NDArray[np.int64]
 
-_RECORDED = ("checksum", "pages", "namespace", "created_s", "expires_s", "used_s", "hits", "flags")
+_RECORDED = (
+    "checksum",
+    "pages",
+    "namespace",
+    "created_s",
+    "expires_s",
+    "used_s",
+    "hits",
+    "flags",
+    "retention",
+)
 """Columns that a record on disk holds as they are."""
 
 MOST_HITS = 1 << 31
@@ -61,6 +71,8 @@ class BlockIndex(KeyDict):
         hits: times it was staged.
         namespace: number of its name.
         flags: `FLAG_PINNED`.
+        retention: of `protocol.Retention`.
+        expiring: some block may expire.
         high: entries ever given out.
     """
 
@@ -77,10 +89,13 @@ class BlockIndex(KeyDict):
         self.hits = array("I")
         self.namespace = array("H")
         self.flags = array("B")
+        self.retention = array("B")
         self._columns: list[array[int]] = [c for c in vars(self).values() if isinstance(c, array)]
         self.keys: list[BlockKey] = []
         self.parents: list[BlockKey] = []
         self._free = array("i")
+        self.expiring = False
+        self._hand = 0
 
     @property
     def high(self) -> int:
@@ -150,6 +165,21 @@ class BlockIndex(KeyDict):
                 hits[entry] += 1
             used[entry] = now_s
 
+    def expire(self, entry: int, at_s: int) -> None:
+        """A block is a miss from a Unix second on; 0: never."""
+        self.expires_s[entry] = at_s
+        self.expiring = self.expiring or at_s > 0
+
+    def next_expired(self, now_s: int) -> list[int]:
+        """Expired entries among the next few thousand: a hand goes round over all of them."""
+        if not self.expiring:
+            return []
+        begin = self._hand if self._hand < self.high else 0
+        self._hand = begin + BATCH_KEYS
+        times = self.column("expires_s")[begin : self._hand].astype(np.int64)
+        found: list[int] = (np.flatnonzero((times > 0) & (times <= now_s)) + begin).tolist()
+        return found
+
     def pinned(self, entry: int) -> bool:
         """Whether it must not be evicted."""
         return bool(self.flags[entry] & FLAG_PINNED)
@@ -184,6 +214,7 @@ class BlockIndex(KeyDict):
         self.column("disk")[:] = records["slot"] + np.uint32(1)
         for name in _RECORDED:
             self.column(name)[:] = records[name]
+        self.expiring = bool(records["expires_s"].any())
         return np.arange(n, dtype=np.int64)
 
     def check_integrity(self) -> None:

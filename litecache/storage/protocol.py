@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from ..hashing import BlockKey
 
-PROTOCOL_VERSION = 6
+PROTOCOL_VERSION = 7
 PAGE_BYTES = 4096
 
 
@@ -59,6 +59,16 @@ class CommitStatus(IntEnum):
     EXISTS = 2
 
 
+class Retention(IntEnum):
+    """How long a block is worth keeping: all LOW ones leave before the first NORMAL one, and those
+    before the first HIGH one. Zero is what older stores hold.
+    """
+
+    NORMAL = 0
+    LOW = 1
+    HIGH = 2
+
+
 class SlotRef(NamedTuple):
     """A slot and the generation under which it was given out."""
 
@@ -83,6 +93,9 @@ class CommitItem(NamedTuple):
         parent: key of the block before it, or the chain's root key.
         namespace: readable name of what the block belongs to (model, group, salt), at most 200
             characters; quotas and `litecache inspect` go by it.
+        expires_s: Unix second from which on the block is a miss; 0: never, but for the shard's
+            own `ttl_s`. Of both the earlier counts.
+        retention: what leaves before it, and after it.
     """
 
     slot: int
@@ -90,6 +103,8 @@ class CommitItem(NamedTuple):
     key: BlockKey
     parent: BlockKey
     namespace: str = ""
+    expires_s: int = 0
+    retention: Retention = Retention.NORMAL
 
 
 class Attachment(NamedTuple):

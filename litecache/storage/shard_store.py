@@ -21,6 +21,7 @@ from .protocol import (
     PAGE_BYTES,
     CommitItem,
     CommitStatus,
+    Retention,
     SlotRef,
     SlotState,
     StageResult,
@@ -31,6 +32,8 @@ from .tiers import LOADED, UNWRITTEN, RamBlock, RamState
 
 MAX_FETCH_BYTES = 64 << 20
 """Of one answer of `fetch`; a block larger than this still goes, alone."""
+_LAST_S = 2**32 - 1
+_RETENTIONS = frozenset(Retention)
 _COUNTERS: tuple[tuple[StageStatus, str, dict[str, str]], ...] = (
     (StageStatus.READY, "litecache_hits", {"tier": "ram"}),
     (StageStatus.LOADING, "litecache_hits", {"tier": "disk"}),
@@ -212,6 +215,7 @@ class ShardStore(ShardBase):
             client = self._leases.get(client_id)
             if not self._accepts_writes or self._closed:
                 return []
+            self._tiers.drop_expired(int(time.time()))
             blocks = self._tiers.allocate(block_bytes, n)
             for block in blocks:
                 self._leases.give(client, block)
@@ -234,6 +238,10 @@ class ShardStore(ShardBase):
                 raise ConfigError("key", item[2:4], f"{KEY_BYTES} bytes each for key and parent")
             if len(item[4]) > LONGEST_NAMESPACE:
                 raise ConfigError("namespace", item[4], f"at most {LONGEST_NAMESPACE} characters")
+            if not 0 <= item[5] <= _LAST_S:
+                raise ConfigError("expires_s", item[5], f"a Unix second up to {_LAST_S}, or 0")
+            if item[6] not in _RETENTIONS:
+                raise ConfigError("retention", item[6], "NORMAL, LOW or HIGH")
         statuses: list[CommitStatus] = []
         for batch in batches(items):
             with self._lock:
@@ -250,7 +258,8 @@ class ShardStore(ShardBase):
         there = dict(zip((keys := [i[2] for i in items]), tiers.look_up(keys), strict=True))
         # what is stored here and now is young anyway: its parents and old blocks were used
         used: list[int] = []
-        for slot, generation, key, parent, namespace in items:
+        for item in items:
+            slot, generation, key, parent = item[:4]
             held = tiers.by_slot.get(slot)
             reserved = held is not None and held.state is RamState.RESERVED
             block = self._leases.end(client, slot, generation) if reserved else None
@@ -266,7 +275,7 @@ class ShardStore(ShardBase):
                 continue
             if parent not in there and (before := tiers.index.find(parent)) >= 0:
                 used.append(before)
-            there[key] = tiers.publish(block, key, parent, namespace)
+            there[key] = tiers.publish(block, item)
             statuses.append(CommitStatus.STORED)
         tiers.touch(used)
         return statuses

@@ -35,7 +35,7 @@ from .disk.slab import Stored
 from .disk.tier import DiskTier
 from .eviction.queues import Queues, allocate
 from .key_dict import BATCH_KEYS
-from .protocol import PAGE_BYTES, SlotState
+from .protocol import PAGE_BYTES, CommitItem, SlotState
 from .retry import Backoff
 from .segments import SegmentSpace
 
@@ -164,14 +164,22 @@ class Tiers:
     def look_up(self, keys: Sequence[BlockKey]) -> list[int]:
         """Entries of keys, -1 where missing; what has outlived its time is dropped."""
         found = self.index.get_many(keys)
-        if self._ttl_s is None:
+        if not self.index.expiring:
             return found
         now = int(time.time())
-        for entry in set(found):
-            if entry >= 0 and 0 < self.index.expires_s[entry] <= now:
+        self._drop_expired({entry for entry in found if entry >= 0}, now)
+        self.drop_expired(now)
+        return self.index.get_many(keys)
+
+    def drop_expired(self, now: int) -> None:
+        """Before anything else has to leave: a part of what has outlived its time goes."""
+        self._drop_expired(self.index.next_expired(now), now)
+
+    def _drop_expired(self, entries: Iterable[int], now: int) -> None:
+        for entry in entries:
+            if 0 < self.index.expires_s[entry] <= now:
                 self.metrics.inc("litecache_evictions", tier="expired")
                 self.drop(entry)
-        return self.index.get_many(keys)
 
     def block_of(self, entry: int) -> RamBlock | None:
         """The block's slot in RAM, if any."""
@@ -284,7 +292,8 @@ class Tiers:
 
     def _settle(self, block: RamBlock) -> None:
         block.state = RamState.CLEAN
-        self.queues.insert(block.handle, block.nbytes // PAGE_BYTES, 0)
+        retention = self.index.retention[block.entry]
+        self.queues.insert(block.handle, block.nbytes // PAGE_BYTES, 0, retention)
 
     def leave_ram(self, block: RamBlock, state: SlotState = SlotState.FREE) -> None:
         """A slot's contents are void, and no copy of its block any more; a read is cancelled.
@@ -320,18 +329,21 @@ class Tiers:
         self._free_handles.append(block.handle)
         self.space.free(block.slot)
 
-    def publish(self, block: RamBlock, key: BlockKey, parent: BlockKey, namespace: str) -> int:
+    def publish(self, block: RamBlock, item: CommitItem) -> int:
         """A reserved slot holds a block that the shard does not have; its entry."""
-        index, now = self.index, int(time.time())
-        block.entry = entry = index.insert(key, parent)
+        index, now, key = self.index, int(time.time()), item.key
+        block.entry = entry = index.insert(key, item.parent)
         index.ram[entry] = block.handle + 1
         index.pages[entry] = block.nbytes // PAGE_BYTES
         index.created_s[entry] = index.used_s[entry] = now
+        ends = [item.expires_s] if item.expires_s else []
         if self._ttl_s is not None:
-            index.expires_s[entry] = max(1, int(now + self._ttl_s))
+            ends.append(max(1, int(now + self._ttl_s)))
+        index.expire(entry, min(ends, default=0))
+        index.retention[entry] = item.retention
         self.changes.note(key, added=True)
         self.arena.set_entry(block.slot, block.generation, SlotState.READY, key, block.nbytes)
-        index.namespace[entry] = self._name_number(namespace)
+        index.namespace[entry] = self._name_number(item.namespace)
         if self.disk is not None and self._admission.first(key):
             self._queue_write(block)
         else:

@@ -26,6 +26,7 @@ from .protocol import (
     PROTOCOL_VERSION,
     CommitItem,
     CommitStatus,
+    Retention,
     SlotRef,
     StageResult,
     StageStatus,
@@ -33,6 +34,7 @@ from .protocol import (
 
 _MOST_ITEMS = 1 << 22
 _STATUSES = {status.value: status for status in StageStatus}
+_RETENTIONS = {retention.value: retention for retention in Retention}
 _COMMIT_STATUSES = {status.value: status for status in CommitStatus}
 # a NamedTuple's own constructor takes three times as long
 _staged = partial(tuple.__new__, StageResult)
@@ -194,10 +196,11 @@ def pack_commits(items: Sequence[CommitItem], client_id: int = 0) -> bytes:
     Raises:
         ConfigError: a key or a parent is not 16 bytes.
     """
-    slots, generations, keys, parents, namespaces = zip(*items, strict=True) if items else [()] * 5
+    columns = zip(*items, strict=True) if items else [()] * len(CommitItem._fields)
+    slots, generations, keys, parents, namespaces, expires, retentions = columns
     numbers = {name: number for number, name in enumerate(dict.fromkeys(namespaces))}
     per_item = map(numbers.__getitem__, namespaces)
-    column = _int64s((*slots, *generations, *per_item))
+    column = _int64s((*slots, *generations, *per_item, *expires, *retentions))
     return _pack(Kind.COMMITS, client_id, column, _join(keys), _join(parents), list(numbers))
 
 
@@ -205,13 +208,15 @@ def unpack_commits(message: bytes) -> tuple[int, list[CommitItem]]:
     """Inverse of `pack_commits`: `(client_id, items)`."""
     client_id, columns = _unpack(message, Kind.COMMITS, bytes, bytes, bytes, tuple)
     fields, keys, parents, names = columns
-    numbers, count = _numbers(Kind.COMMITS, fields, 3), len(fields) // 24
+    numbers, count = _numbers(Kind.COMMITS, fields, 5), len(fields) // 40
     _check(Kind.COMMITS, len(keys) == len(parents) == KEY_BYTES * count)
-    of_items = numbers[2 * count :]
+    cut = [numbers[at * count : (at + 1) * count] for at in range(5)]
+    slots, generations, of_items, expires, retentions = cut
     _check(Kind.COMMITS, set(map(type, names)) <= {str} and set(of_items) <= {*range(len(names))})
-    found = map(names.__getitem__, of_items)
-    rest = split_keys(keys), split_keys(parents), found
-    items = zip(numbers[:count], numbers[count : 2 * count], *rest, strict=True)
+    _check(Kind.COMMITS, set(retentions) <= _RETENTIONS.keys())
+    found = split_keys(keys), split_keys(parents), map(names.__getitem__, of_items)
+    rest = expires, map(_RETENTIONS.__getitem__, retentions)
+    items = zip(slots, generations, *found, *rest, strict=True)
     return client_id, list(map(_commit_item, items))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,10 @@ from engine_harness import Harness, family_source
 from plan_driver import random_prompt
 
 from litecache.engine.scheduling import saves
+from litecache.engine.scheduling.orders import SaveOrder
 from litecache.engine.transfer import saver
 from litecache.storage.client import LocalShardClient
-from litecache.storage.protocol import SlotRef
+from litecache.storage.protocol import Retention, SlotRef
 
 
 @pytest.fixture(autouse=True)
@@ -39,6 +41,20 @@ def test_blocks_that_were_dropped_once_are_all_stored_on_their_next_sight(
         harness.empty("gpu", "ram")
         assert harness.run([prompt], 1) == wanted
         assert harness.reused == [{"disk": 160}]
+
+
+def test_what_an_order_says_of_time_and_retention_goes_with_its_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order = partial(SaveOrder, expires_s=4_000_000_000, retention=Retention.HIGH)
+    monkeypatch.setattr(saves, "SaveOrder", order)
+    with Harness(family_source("llama"), folders=[tmp_path / "s"]) as harness:
+        harness.run([random_prompt(161, seed=4)], 1)
+        assert harness.engine.flush()["complete"]
+        index = harness.stores[0]._tiers.index
+        records = index.records(index.entries())
+        assert records["expires_s"].tolist() == [4_000_000_000] * 10
+        assert records["retention"].tolist() == [Retention.HIGH] * 10
 
 
 def test_the_blocks_after_a_dropped_one_are_stored(

@@ -252,7 +252,7 @@ def test_restored_queues_evict_as_those_that_were_filled(name):
     for n in range(300):
         filled.insert(n)
     column = np.ones(300, np.int64)
-    restored.queues.extend(np.arange(300), column, 0 * column)
+    restored.queues.extend(np.arange(300), column, 0 * column, 0 * column)
     restored.queues.check_integrity()
     order = [restored.evict() for _ in range(300)]
     assert order == [filled.evict() for _ in range(300)]

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from litecache.engine.scheduling.sequence import BlockRef
 from litecache.engine.scheduling.step_plan import StepPlan
 from litecache.hashing import BlockKey
+from litecache.storage.protocol import Retention
 from litecache.types import TokenDelta
 
 
@@ -61,7 +62,8 @@ class SaveOrder(NamedTuple):
     """Copy a published block down; the scheduler holds a reference until `on_saved`.
 
     `run_key` is the key of the first block of its run: it chooses the shard, so that a run of
-    about 16 MiB lies together. `salt` is the request's, for its quota.
+    about 16 MiB lies together. `salt` is the request's, for its quota; `expires_s` (a Unix second;
+    0: never) and `retention` go with the block, as in `CommitItem`.
     """
 
     group: int
@@ -70,6 +72,8 @@ class SaveOrder(NamedTuple):
     parent: BlockKey
     run_key: BlockKey
     salt: str = ""
+    expires_s: int = 0
+    retention: Retention = Retention.NORMAL
 
 
 @dataclass

@@ -184,7 +184,14 @@ class Saver:
             self._codec.save(self._copier, pool, blocks, views)
             self._copier.synchronize()
             items = [
-                CommitItem(*slot, order.key, order.parent, self._namespace_of(order.salt))
+                CommitItem(
+                    *slot,
+                    order.key,
+                    order.parent,
+                    self._namespace_of(order.salt),
+                    order.expires_s,
+                    order.retention,
+                )
                 for order, slot in zip(new, slots, strict=False)
             ]
             for order, status in zip(new, shard.commit(items), strict=False):

@@ -19,7 +19,7 @@ import numpy as np
 
 from ...errors import LiteCacheError, StorageLockedError
 from ...threads import start_job
-from ..protocol import PAGE_BYTES, CommitItem, SlotRef
+from ..protocol import PAGE_BYTES, CommitItem, Retention, SlotRef
 from .files import Files
 from .folder import FILE_NAMES, Folder, disk_used_bytes
 from .log import FLAG_PINNED
@@ -164,11 +164,12 @@ class Retired:
                 return
         for ref in refs:
             self._tiers.arena.buffer(ref.slot, len(data))[:] = data
-            store.commit(client_id, [CommitItem(*ref, key, parent, name)])
+            kept = [each for each in Retention if each == int(record["retention"])]
+            store.commit(client_id, [CommitItem(*ref, key, parent, name, 0, *kept)])
         with self._lock:
             index = self._tiers.index
             if (entry := index.find(key)) >= 0:
                 index.created_s[entry] = int(record["created_s"])
-                index.expires_s[entry] = int(record["expires_s"])
+                index.expire(entry, int(record["expires_s"]))
         if int(record["flags"]) & FLAG_PINNED:
             store.pin([key])

@@ -166,7 +166,7 @@ class DiskTier:
             kept["flags"] |= FLAG_DOUBTFUL
         entries = self._index.load(kept)
         self.queues.extend(
-            entries, kept["pages"].astype(np.int64), kept["namespace"].astype(np.int64)
+            entries, *(kept[name].astype(np.int64) for name in ("pages", "namespace", "retention"))
         )
         for entry in np.flatnonzero(kept["flags"] & FLAG_PINNED).tolist():
             self.queues.remove(entry)
@@ -234,7 +234,8 @@ class DiskTier:
 
     def _enqueue(self, entry: int) -> None:
         index = self._index
-        self.queues.insert(entry, index.pages[entry], index.namespace[entry])
+        retention = index.retention[entry]
+        self.queues.insert(entry, index.pages[entry], index.namespace[entry], retention)
 
     def set_pinned(self, entry: int, pinned: bool) -> None:
         """Take an entry out of eviction, or put it back, and remember that on disk."""

@@ -1,4 +1,5 @@
-"""All eviction queues of one tier: one per block size, and one more per namespace with a quota.
+"""All eviction queues of one tier: one per block size and retention, and more per namespace with a
+quota.
 
 A block leaves before the blocks that it follows: as long as one that follows it is in the same
 tier, it is *held*, out of its policy's order, and when the last of those leaves it takes that one's
@@ -8,7 +9,8 @@ may (all that follow are leased, or a chain bites its own tail).
 
 Room for a block of one size is made among blocks of that size, unless the oldest block of all is of
 another size: then the whole segment in which it lies is emptied. So a model that nobody uses any
-more gives its segments to those in use. A namespace over its quota pays first.
+more gives its segments to those in use. A namespace over its quota pays first, then what is of low
+retention, what is of high retention last.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import numpy as np
 from ...hashing import BlockKey
 from ..block_index import grown_by
 from ..key_dict import BATCH_KEYS
+from ..protocol import Retention
 from ..segments import Ints, SegmentSpace
 from .policies import Chain, EvictionPolicy, Links, get_policy
 
@@ -31,6 +34,9 @@ _MOST_LOOKS = 1024
 """Blocks in use that one search for a victim passes by; they go to the end of the line."""
 _MOST_MOVES = 16_384
 """Blocks that one search looks at."""
+
+
+_RANKS: dict[int, int] = {Retention.LOW: -1, Retention.NORMAL: 0, Retention.HIGH: 1}
 
 
 class Kin(Protocol):
@@ -50,15 +56,16 @@ class Kin(Protocol):
 
 
 class Queue:
-    """One policy and what it is for; `held` are blocks that others follow."""
+    """One policy and what it is for; `held` are blocks that others follow; low ranks go first."""
 
-    __slots__ = ("held", "namespace", "pages", "policy")
+    __slots__ = ("held", "namespace", "pages", "policy", "rank")
 
-    def __init__(self, policy: EvictionPolicy, pages: int, namespace: int) -> None:
+    def __init__(self, policy: EvictionPolicy, pages: int, namespace: int, rank: int) -> None:
         self.policy = policy
         self.held = Chain(policy.links)
         self.pages = pages
         self.namespace = namespace
+        self.rank = rank
 
     def __len__(self) -> int:
         return len(self.policy) + self.held.count
@@ -81,7 +88,7 @@ class Queues:
         self._kin = kin
         self._links = Links()
         self._queues: list[Queue] = []
-        self._by_kind: dict[tuple[int, int], int] = {}
+        self._by_kind: dict[tuple[int, int, int], int] = {}
         # by handle: number of its queue, order of its last use, how many in the tier follow it
         self._where = array("h")
         self._tick = array("q")
@@ -91,11 +98,13 @@ class Queues:
         # blocks that are in and whose parent is not, by the parent's key
         self._orphans: Counter[BlockKey] = Counter()
 
-    def _queue_of(self, pages: int, namespace: int) -> int:
-        kind = (pages, namespace if namespace in self.quota_pages else -1)
+    def _queue_of(self, pages: int, namespace: int, retention: int) -> int:
+        # what a damaged or later store says of it passes for normal
+        rank = _RANKS.get(retention, 0)
+        kind = (pages, namespace if namespace in self.quota_pages else -1, rank)
         if kind not in self._by_kind:
             self._by_kind[kind] = len(self._queues)
-            self._queues.append(Queue(self._policy(self._links), pages, kind[1]))
+            self._queues.append(Queue(self._policy(self._links), *kind))
         return self._by_kind[kind]
 
     def _ensure(self, handle: int) -> None:
@@ -118,11 +127,11 @@ class Queues:
             return -1, None
         return before if before in self else -1, parent
 
-    def insert(self, handle: int, pages: int, namespace: int) -> None:
-        """A handle enters the queue of its block size."""
+    def insert(self, handle: int, pages: int, namespace: int, retention: int = 0) -> None:
+        """A handle enters the queue of its block size and retention."""
         self._ensure(handle)
         key = self._kin.key_at(handle)
-        number = self._queue_of(pages, namespace)
+        number = self._queue_of(pages, namespace, retention)
         self._queues[number].policy.insert(handle, key)
         self._where[handle] = number
         self._touch(handle)
@@ -139,7 +148,7 @@ class Queues:
         self._clock += 1
         self._tick[handle] = self._clock
 
-    def extend(self, handles: Ints, pages: Ints, namespaces: Ints) -> None:
+    def extend(self, handles: Ints, pages: Ints, namespaces: Ints, retentions: Ints) -> None:
         """Many distinct handles enter empty queues, oldest first, while a store is read back."""
         if not len(handles):
             return
@@ -162,8 +171,8 @@ class Queues:
         held = youngest[handles] > places - BATCH_KEYS
         np.frombuffer(self._held, np.uint8)[handles] = held
         kinds = np.where(np.isin(namespaces, list(self.quota_pages)), namespaces, -1)
-        for kind in {*zip(pages.tolist(), kinds.tolist(), strict=True)}:
-            rows = (pages == kind[0]) & (kinds == kind[1])
+        for kind in {*zip(pages.tolist(), kinds.tolist(), retentions.tolist(), strict=True)}:
+            rows = (pages == kind[0]) & (kinds == kind[1]) & (retentions == kind[2])
             number = self._queue_of(*kind)
             np.frombuffer(self._where, np.int16)[handles[rows]] = number
             self._queues[number].policy.extend(handles[rows & ~held], self._kin.key_at)
@@ -238,8 +247,9 @@ class Queues:
         mine = [queue for queue in self._queues if queue.pages == pages and len(queue)]
         if namespace >= 0:
             mine = [queue for queue in mine if queue.namespace == namespace]
-        for queue in sorted(mine, key=self._debt) if len(mine) > 1 else mine:
-            for choose in (self._first, self._first_held):
+        mine = sorted(mine, key=self._debt) if len(mine) > 1 else mine
+        for choose in (self._first, self._first_held):
+            for queue in mine:
                 handle = choose(queue, allowed)
                 if handle is not None:
                     self._part(handle)
@@ -277,11 +287,11 @@ class Queues:
             held.add(handle)
         return None
 
-    def _debt(self, queue: Queue) -> tuple[bool, int]:
+    def _debt(self, queue: Queue) -> tuple[bool, int, int]:
         limit = self.quota_pages.get(queue.namespace)
         within = limit is None or len(queue) * queue.pages <= limit
         oldest = self._oldest(queue)
-        return within, self._tick[oldest] if oldest is not None else self._clock
+        return within, queue.rank, self._tick[oldest] if oldest is not None else self._clock
 
     def _oldest(self, queue: Queue) -> int | None:
         """About the next to go; held from now on is what others follow."""
@@ -297,12 +307,12 @@ class Queues:
         return sum(len(q) * q.pages for q in self._queues if q.namespace == namespace)
 
     def oldest_elsewhere(self, pages: int) -> int | None:
-        """The oldest of all, when it is of another block size than `pages`; else None."""
+        """The next to go of all, when it is of another block size than `pages`; else None."""
         if all(queue.pages == pages for queue in self._queues):
             return None
         oldest = [(queue, self._oldest(queue)) for queue in self._queues]
-        ages = [(self._tick[at], at, queue.pages) for queue, at in oldest if at is not None]
-        _, handle, size = min(ages, default=(0, -1, pages))
+        ages = [(q.rank, self._tick[at], at, q.pages) for q, at in oldest if at is not None]
+        *_, handle, size = min(ages, default=(-1, pages))
         return handle if size != pages else None
 
     def ticks(self, handles: Ints) -> Ints:
