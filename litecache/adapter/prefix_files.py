@@ -126,7 +126,7 @@ def _header(info: Any, salt: str, tokens: TokenIds) -> PrefixHeader:
         fingerprint=info.fingerprint,
         dtype=info.dtype,
         kv_dtype=info.kv_dtype,
-        codec="raw",
+        codec=info.tier_codec or "raw",
         layout=LAYOUT_VERSION,
         block_size=info.block_size,
         group_shapes=info.group_shapes,
