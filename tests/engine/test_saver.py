@@ -14,6 +14,7 @@ from plan_driver import random_prompt
 from litecache.engine.scheduling import saves
 from litecache.engine.scheduling.orders import SaveOrder
 from litecache.engine.transfer import saver
+from litecache.engine.transfer.shard_set import ShardSet
 from litecache.storage.client import LocalShardClient
 from litecache.storage.protocol import Retention, SlotRef
 
@@ -41,6 +42,21 @@ def test_blocks_that_were_dropped_once_are_all_stored_on_their_next_sight(
         harness.empty("gpu", "ram")
         assert harness.run([prompt], 1) == wanted
         assert harness.reused == [{"disk": 160}]
+
+
+def test_what_another_shard_of_the_node_holds_is_not_saved_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = random_prompt(161, seed=4)
+    folders = [tmp_path / "a", tmp_path / "b"]
+    with Harness(family_source("llama"), folders=folders) as harness:
+        for chosen in range(2):
+            monkeypatch.setattr(ShardSet, "choose", lambda self, key, i=chosen: self.shards[i])
+            harness.run([prompt], 1)
+            assert harness.engine.flush()["complete"]
+            assert [len(store.keys()) for store in harness.stores] == [10, 0]
+            harness.empty("gpu")
+            monkeypatch.setattr(ShardSet, "stage", lambda self, keys: [None] * len(keys))
 
 
 def test_what_an_order_says_of_time_and_retention_goes_with_its_blocks(

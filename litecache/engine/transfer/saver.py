@@ -146,7 +146,10 @@ class Saver:
         started = time.perf_counter()
         targets: dict[tuple[str, int], tuple[ShardClient, list[SaveOrder]]] = {}
         dropped: list[SaveOrder] = []
-        for order in batch:
+        stored = self._shards.query([order.key for order in batch])
+        for order, known in zip(batch, stored, strict=True):
+            if known:
+                continue
             shard = self._shards.choose(order.run_key)
             if shard is None:
                 dropped += self._drop([order], "no_shard")
@@ -165,12 +168,8 @@ class Saver:
             "litecache_io_seconds", time.perf_counter() - started, direction="save"
         )
 
-    def _save_to(self, shard: ShardClient, group: int, orders: list[SaveOrder]) -> list[SaveOrder]:
+    def _save_to(self, shard: ShardClient, group: int, new: list[SaveOrder]) -> list[SaveOrder]:
         """Save orders of one group to one shard; returns the dropped ones."""
-        stored = shard.query([order.key for order in orders])
-        new = [order for order, known in zip(orders, stored, strict=True) if not known]
-        if not new:
-            return []
         pool = self._pools[group]
         block_bytes = pool.group.tier_bytes
         dropped: list[SaveOrder] = []

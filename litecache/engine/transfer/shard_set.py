@@ -74,6 +74,22 @@ class ShardSet:
             default=None,
         )
 
+    def query(self, keys: Sequence[BlockKey]) -> list[bool]:
+        """Which keys some shard holds, be it another than `choose` names now."""
+        held = [False] * len(keys)
+        for shard in self._shards:
+            missing = [position for position, there in enumerate(held) if not there]
+            if shard.lost or not missing:
+                continue
+            try:
+                answers = shard.query([keys[position] for position in missing])
+            except Exception as error:
+                self._note("query", shard.shard_id, error)
+                continue
+            for position, there in zip(missing, answers, strict=True):
+                held[position] = there
+        return held
+
     def touch(self, keys: Sequence[BlockKey]) -> None:
         """Tell every shard that blocks were used; what it does not hold it passes over."""
         for shard in self._shards if keys else ():
