@@ -12,7 +12,10 @@ from typing import NamedTuple
 
 from litecache.token_ids import TokenIds
 
-MESSAGE_VERSION = 4
+MESSAGE_VERSION = 5
+
+CACHE_USES = ("default", "no-store", "read-only")
+"""What becomes of the blocks that a request computes: see `Request.cache`."""
 
 
 class Tier(str, enum.Enum):
@@ -120,6 +123,10 @@ class Request:
         num_resumed_tokens: how many tokens at the end of `prompt` were generated before; they
             count towards `max_new_tokens` and shift the generator's positions by nothing.
         cache_salt: blocks are shared only within one salt.
+        cache: all of them find what others have left. "default": what it computes is shared in the
+            pool and saved to the lower tiers. "read-only": shared in the pool, but neither that nor
+            what it finds there is saved on its account; a "default" request that finds it there
+            saves it. "no-store": nobody else ever finds what it computes, in the pool or below.
         priority: lower runs first; one level is worth ten seconds of waiting.
         max_time_s: ends the request with what it has after so many seconds; None = no limit.
     """
@@ -130,6 +137,7 @@ class Request:
     sampling: SamplingParams
     num_resumed_tokens: int = 0
     cache_salt: str = ""
+    cache: str = "default"
     priority: int = 0
     max_time_s: float | None = None
     version: int = MESSAGE_VERSION

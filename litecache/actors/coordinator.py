@@ -86,10 +86,11 @@ class Coordinator:
         """One shard on another node for each key."""
         return self._locations.locate(unpack_keys(keys), exclude_node)
 
-    async def route(self, keys: bytes) -> int | None:
+    async def route(self, keys: bytes, leaves_blocks: bool) -> int | None:
         """The replica for a prompt with these blocks."""
         unpacked = unpack_keys(keys)
-        return self._router.route(unpacked, self._locations.prefix_by_node(unpacked))
+        by_node = self._locations.prefix_by_node(unpacked)
+        return self._router.route(unpacked, by_node, leaves_blocks=leaves_blocks)
 
     async def keys_of(self, shard_id: str) -> bytes:
         """What the map believes a shard to hold, for checks."""
@@ -123,9 +124,9 @@ class CoordinatorClient:
         found: list[str | None] = self._ask("locate", pack_keys(keys), exclude_node)
         return found
 
-    def route(self, keys: Sequence[BlockKey]) -> int | None:
+    def route(self, keys: Sequence[BlockKey], *, leaves_blocks: bool = True) -> int | None:
         """See `Router.route`."""
-        index: int | None = self._ask("route", pack_keys(keys))
+        index: int | None = self._ask("route", pack_keys(keys), leaves_blocks)
         return index
 
     def report_shard(self, report: LocationReport) -> bool:

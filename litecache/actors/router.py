@@ -60,8 +60,14 @@ class Router:
         oldest = self._clock() - FAILURE_WINDOW_S
         return [reason for at, reason in self._failures[index] if at >= oldest]
 
-    def route(self, keys: Sequence[BlockKey], prefix_by_node: Mapping[str, int]) -> int | None:
-        """Choose a replica for a prompt with these blocks and remember the choice.
+    def route(
+        self,
+        keys: Sequence[BlockKey],
+        prefix_by_node: Mapping[str, int],
+        *,
+        leaves_blocks: bool = True,
+    ) -> int | None:
+        """Choose a replica for a prompt with these blocks; remember it where it leaves them.
 
         `prefix_by_node` says how many leading keys each node's shards hold. None: no replica is
         known to be alive.
@@ -79,7 +85,8 @@ class Router:
 
         chosen = max((i for i, replica in live.items() if replica.load <= most), key=rank)
         live[chosen].load += 1
-        self._remember(keys, chosen)
+        if leaves_blocks:
+            self._remember(keys, chosen)
         return chosen
 
     def replicas(self) -> dict[int, dict[str, object]]:

@@ -183,6 +183,7 @@ class KVCacheAdapter:
         *,
         streamer: Any = None,
         cache_salt: str | None = None,
+        cache: str = "default",
         seed: int | None = None,
         tokenizer: Any = None,
         **kwargs: Any,
@@ -194,6 +195,10 @@ class KVCacheAdapter:
             generation_config: settings; keyword arguments override it.
             streamer: gets the prompt and then each step's tokens.
             cache_salt: share cached blocks only with calls of the same salt.
+            cache: what becomes of the KV that this call computes; what others left is found in any
+                case. "default": later calls find it in the pool and in the tiers below.
+                "read-only": in the pool only, and nothing is saved because of this call.
+                "no-store": nowhere, so that samples of one prompt compute it each for itself.
             seed: of sampling; None = drawn from torch's default generator.
             tokenizer: for `stop_strings`; None = the adapter's.
             **kwargs: `attention_mask`, any field of `GenerationConfig`, and `logit_bias`,
@@ -223,7 +228,7 @@ class KVCacheAdapter:
         samples, pad = settings.num_return_sequences, settings.pad_token_id
         settings.check_padding(samples * len(prompts))
         jobs = [(prompt, input_ids.shape[1], settings) for prompt in prompts]
-        rows = self._start(jobs, cache_salt, seed, tokenizer, streaming=streamer is not None)
+        rows = self._start(jobs, cache_salt, cache, seed, tokenizer, streaming=streamer is not None)
         with aborting(rows, self._replicas.abort):
             if streamer is not None:
                 feed_streamer(streamer, input_ids.repeat_interleave(samples, dim=0), rows, pad)
@@ -241,6 +246,7 @@ class KVCacheAdapter:
         generation_config: GenerationConfig | Sequence[GenerationConfig] | None = None,
         *,
         cache_salt: str | None = None,
+        cache: str = "default",
         seed: int | None = None,
         tokenizer: Any = None,
         **kwargs: Any,
@@ -250,7 +256,7 @@ class KVCacheAdapter:
         Args:
             prompts: token ids.
             generation_config: settings of all prompts, or a list with those of each.
-            cache_salt, seed, tokenizer, **kwargs: as in `generate`; they hold for all prompts.
+            cache_salt, cache, seed, tokenizer, **kwargs: as in `generate`, for all prompts.
 
         Returns:
             The new tokens of each prompt, `num_return_sequences` lists in a row for each.
@@ -273,7 +279,7 @@ class KVCacheAdapter:
             if each.sampling.logprobs is not None:
                 raise ConfigError("logprobs", each.sampling.logprobs, "None in generate_batch")
         jobs = [(prompt, len(prompt), each) for prompt, each in zip(checked, settings, strict=True)]
-        rows = self._start(jobs, cache_salt, seed, tokenizer)
+        rows = self._start(jobs, cache_salt, cache, seed, tokenizer)
         with aborting(rows, self._replicas.abort):
             return [list(row.wait()) for row in rows]
 
@@ -286,6 +292,7 @@ class KVCacheAdapter:
         as_tokens: bool = False,
         skip_special_tokens: bool = True,
         cache_salt: str | None = None,
+        cache: str = "default",
         seed: int | None = None,
         tokenizer: Any = None,
         **kwargs: Any,
@@ -298,10 +305,11 @@ class KVCacheAdapter:
             input_ids: token ids, instead of `prompt`.
             as_tokens: iterate over token ids instead of text.
             skip_special_tokens: leave them out of the text.
-            cache_salt, seed, tokenizer, **kwargs: as in `generate`.
+            cache_salt, cache, seed, tokenizer, **kwargs: as in `generate`.
 
         Returns:
-            An iterator with `.request_id`, `.reused_tokens`, `.ttft_s`, `.logprobs` and `.close()`.
+            An iterator with `.request_id`, `.found_tokens`, `.reused_tokens`, `.ttft_s`,
+            `.logprobs` and `.close()`.
 
         Raises:
             ConfigError: a setting is invalid or not supported; nothing was sent.
@@ -315,7 +323,7 @@ class KVCacheAdapter:
         check_flag("skip_special_tokens", skip_special_tokens)
         decoder = None if as_tokens else TextDecoder.of(self.tokenizer, skip_special_tokens)
         jobs = [(tokens, len(tokens), settings)]
-        (row,) = self._start(jobs, cache_salt, seed, tokenizer, streaming=True)
+        (row,) = self._start(jobs, cache_salt, cache, seed, tokenizer, streaming=True)
         return TokenStream(row, decoder, self._replicas.abort)
 
     def abort(self, request_id: str) -> None:
@@ -407,7 +415,7 @@ class KVCacheAdapter:
         for start in range(0, len(checked), WARMED_AT_ONCE):
             batch = checked[start : start + WARMED_AT_ONCE]
             jobs = [(tokens, len(tokens), settings) for tokens in batch]
-            rows = self._start(jobs, cache_salt, None, None)
+            rows = self._start(jobs, cache_salt, "default", None, None)
             with aborting(rows, self._replicas.abort):
                 for row in rows:
                     row.wait()
@@ -534,6 +542,7 @@ class KVCacheAdapter:
         self,
         jobs: Sequence[tuple[TokenIds, int, GenerationSettings]],
         cache_salt: str | None,
+        cache: str,
         seed: int | None,
         tokenizer: Any,
         *,
@@ -544,7 +553,7 @@ class KVCacheAdapter:
         Args:
             jobs: of each prompt its ids, its tokens as HF counts them (padding included), and its
                 settings.
-            cache_salt, seed, tokenizer: as in `generate`.
+            cache_salt, cache, seed, tokenizer: as in `generate`.
             streaming: somebody looks at each token as it comes.
         """
         check_sequences("num_return_sequences", sum(job[2].num_return_sequences for job in jobs))
@@ -567,6 +576,7 @@ class KVCacheAdapter:
                     prompt=prompt,
                     sampling=sampling,
                     cache_salt=salt,
+                    cache=cache,
                     max_time_s=each.max_time_s,
                 )
                 self.info.check(request)

@@ -354,7 +354,8 @@ class ReplicaSet:
         info = self._group.info
         keys = chain_keys(info.roots(request.cache_salt)[0], request.prompt.array, info.block_size)
         try:
-            index = self._group.coordinator.route(keys)
+            leaves_blocks = request.cache != "no-store"
+            index = self._group.coordinator.route(keys, leaves_blocks=leaves_blocks)
         except LiteCacheError as error:
             logger.info("routed without the coordinator: %s", error)
             index = None

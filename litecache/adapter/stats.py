@@ -17,7 +17,8 @@ class CacheStats:
         requests: ended requests by outcome.
         running, waiting: requests now.
         prompt_tokens: tokens of all prompts.
-        reused_tokens: of those, not computed, by tier.
+        found_tokens: of those, whose KV was found, by tier.
+        reused_tokens: of those, not computed, by tier; the others were computed by plan.
         generated_tokens: tokens drawn.
         misses: looked up and not found, by "tier: reason".
         blocks: blocks of the pools by state.
@@ -32,6 +33,7 @@ class CacheStats:
     running: int = 0
     waiting: int = 0
     prompt_tokens: int = 0
+    found_tokens: dict[str, int] = field(default_factory=dict)
     reused_tokens: dict[str, int] = field(default_factory=dict)
     generated_tokens: int = 0
     misses: dict[str, int] = field(default_factory=dict)
@@ -76,6 +78,7 @@ class CacheStats:
             running=sum(int(engine["running"]) for engine in engines),
             waiting=sum(int(engine["waiting"]) for engine in engines),
             prompt_tokens=sum(by("prompt_tokens").values()),
+            found_tokens=by("found_tokens", "tier"),
             reused_tokens=by("reused_tokens", "tier"),
             generated_tokens=sum(by("generated_tokens").values()),
             misses=by("misses", "tier", "reason", between=": "),

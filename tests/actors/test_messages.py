@@ -58,6 +58,7 @@ REQUEST = st.builds(
     SAMPLING,
     INT,
     cache_salt=TEXT,
+    cache=TEXT,
     priority=INT,
     max_time_s=st.none() | FLOAT,
 )
@@ -72,6 +73,7 @@ DELTA = st.builds(
     st.none() | st.dictionaries(TEXT, INT, max_size=3),
     st.none() | FLOAT,
     st.lists(LOGPROBS, max_size=2).map(tuple),
+    found_tokens=st.none() | st.dictionaries(TEXT, INT, max_size=3),
 )
 ARGUMENTS = st.lists(st.none() | INT | FLOAT | TEXT, max_size=4).map(tuple)
 
@@ -102,6 +104,7 @@ def request(**changes: Any) -> Request:
     ("field", "changes"),
     [
         ("cache_salt", {"cache_salt": "secret\udcff"}),
+        ("cache", {"cache": "\udcff"}),
         ("request_id", {"request_id": "\ud800"}),
         ("priority", {"priority": 2**64}),
         ("priority", {"priority": np.int64(3)}),

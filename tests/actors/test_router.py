@@ -40,6 +40,14 @@ def test_a_prefix_returns_to_the_replica_that_computed_it() -> None:
     assert made.route([bytes([99]) * 16], {}) == 0
 
 
+def test_a_prompt_that_leaves_no_blocks_draws_nobody_after_it() -> None:
+    made = router()
+    made.report(0, "n0", 3)
+    assert made.route(KEYS[:4], {}, leaves_blocks=False) == 1
+    made.report(1, "n1", 6)
+    assert made.route(KEYS, {}) == 0
+
+
 def test_a_replica_with_too_much_to_do_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(router_module, "LOAD_SLACK", 4)
     made = router()

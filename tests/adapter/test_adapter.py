@@ -264,6 +264,8 @@ def test_another_salt_shares_nothing(llm: KVCacheAdapter) -> None:
         (["a"], {}, ConfigError, "a list of token ids"),
         ("text", {}, ConfigError, "a list of token ids"),
         ([5], {"cache_salt": 7}, ConfigError, "cache_salt=7"),
+        ([5], {"cache": "no_store"}, ConfigError, "cache='no_store'.*default, no-store, read-only"),
+        ([5], {"cache": None}, ConfigError, "cache=None"),
         ([5], {"seed": 1.5}, ConfigError, "seed=1.5"),
     ],
 )
@@ -308,7 +310,8 @@ def test_counters_add_up(llm: KVCacheAdapter) -> None:
     after = llm.stats()
     assert after.prompt_tokens - before.prompt_tokens == 66
     assert after.generated_tokens - before.generated_tokens == 6
-    assert after.reused_tokens["gpu"] - before.reused_tokens.get("gpu", 0) == 32
+    for name in ("found_tokens", "reused_tokens"):
+        assert getattr(after, name)["gpu"] - getattr(before, name).get("gpu", 0) == 32
     assert after.requests["length"] - before.requests["length"] == 2
     assert sum(after.blocks.values()) == 96
     assert after.unavailable == ()

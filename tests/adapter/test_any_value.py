@@ -99,7 +99,7 @@ def test_any_value_given_to_generate(llm: KVCacheAdapter, data: st.DataObject) -
     inputs = data.draw(st.one_of(st.just(GOOD), st.just(GOOD), VALUES), label="inputs")
     options = {
         name: data.draw(VALUES, label=name)
-        for name in data.draw(st.sets(st.sampled_from(["streamer", "cache_salt", "seed"])))
+        for name in data.draw(st.sets(st.sampled_from(["streamer", "cache", "cache_salt", "seed"])))
     }
     if data.draw(st.booleans()):
         options["generation_config"] = data.draw(VALUES, label="generation_config")
@@ -117,7 +117,9 @@ def test_any_value_given_to_generate_batch(llm: KVCacheAdapter, data: st.DataObj
     )
     options = {
         name: data.draw(VALUES, label=name)
-        for name in data.draw(st.sets(st.sampled_from(["generation_config", "cache_salt", "seed"])))
+        for name in data.draw(
+            st.sets(st.sampled_from(["generation_config", "cache", "cache_salt", "seed"]))
+        )
     }
     given = settings_of(data)
     given.pop("input_ids", None)

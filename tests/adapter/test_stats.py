@@ -9,6 +9,7 @@ def test_figures_of_all_actors_are_added_up() -> None:
     gpu.inc("litecache_prompt_tokens", 100)
     gpu.inc("litecache_reused_tokens", 30, tier="gpu")
     gpu.inc("litecache_reused_tokens", 20, tier="disk")
+    gpu.inc("litecache_found_tokens", 45, tier="disk")
     gpu.inc("litecache_requests", outcome="stop")
     gpu.inc("litecache_misses", 4, tier="shard", reason="absent")
     gpu.observe("litecache_ttft_seconds", 0.5)
@@ -25,6 +26,7 @@ def test_figures_of_all_actors_are_added_up() -> None:
     )
     assert stats.prompt_tokens == 200
     assert stats.reused_tokens == {"gpu": 60, "disk": 40}
+    assert stats.found_tokens == {"disk": 90}
     assert stats.hit_rate == 0.5
     assert stats.requests == {"stop": 2}
     assert stats.misses == {"shard: absent": 8}

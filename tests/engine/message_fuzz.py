@@ -30,7 +30,14 @@ from litecache.actors.gpu_cache import GpuCache
 from litecache.actors.messages import ReplicaMethod, answering, pack_call
 from litecache.errors import LiteCacheError
 from litecache.token_ids import TokenIds
-from litecache.types import MESSAGE_VERSION, FinishReason, Request, SamplingParams, TokenDelta
+from litecache.types import (
+    CACHE_USES,
+    MESSAGE_VERSION,
+    FinishReason,
+    Request,
+    SamplingParams,
+    TokenDelta,
+)
 
 ANSWER_TIMEOUT_S = 60.0
 POLL_S = 0.02
@@ -273,6 +280,8 @@ class MessageFuzz:
             return tuple(ids)
         if name == "request_ids":
             return [f"r{i}" for i in ids]
+        if name == "cache":
+            return rng.choice(CACHE_USES)
         if name in ("cache_salt", "request_id", "epoch", "client_id", "abort_client"):
             return good if rng.random() < 0.3 else "".join(rng.choices(string.printable, k=9))
         if name in ("top_p", "min_p"):

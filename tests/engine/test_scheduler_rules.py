@@ -252,3 +252,68 @@ def test_a_prefix_is_saved_whatever_the_admission_and_again_when_it_was_evicted_
     world.take(world.scheduler.save_prefix(TokenIds(prompt), "s", everything=False))
     world.take(world.scheduler.save_prefix(TokenIds(prompt), "another", everything=True))
     assert not world.saves
+
+
+@pytest.mark.parametrize("windowed", [False, True])
+def test_what_a_no_store_request_computes_is_found_by_nobody(windowed: bool) -> None:
+    (prompt,) = endless(1, 30)
+    world = World(num_blocks=60, windowed=windowed)
+    for _ in range(2):
+        name = world.submit(prompt, 30, cache_salt="s", cache="no-store")
+        world.run_until_idle()
+        assert world.found[name] == world.reused[name] == {}
+        assert published(world, "s") == [0] * len(world.groups)
+        assert not world.stored
+    world.check_outputs()
+
+
+@pytest.mark.parametrize("cache", ["no-store", "read-only"])
+def test_a_preempted_request_leaves_no_more_than_one_that_ran_through(cache: str) -> None:
+    world = World(num_blocks=8, max_requests=2)
+    for prompt in endless(2, 30):
+        world.submit(prompt, 30, cache_salt="s", cache=cache)
+    world.run_until_idle()
+    assert world.scheduler.preemptions > 0
+    assert not world.stored
+    assert bool(sum(published(world, "s"))) == (cache == "read-only")
+    world.check_outputs()
+
+
+@pytest.mark.parametrize("admission", ["all", "reused"])
+def test_what_a_read_only_request_computes_is_saved_by_the_first_other_that_uses_it(
+    admission: str,
+) -> None:
+    (prompt,) = endless(1, 30)
+    prompt = (*prompt, *(0, 1) * 8)
+    world = World(num_blocks=60, admission=admission)
+    blocks = len(prompt) // 8
+    for cache, reused in (("read-only", 0), ("read-only", blocks), ("no-store", blocks)):
+        name = world.submit(prompt, 1, cache_salt="s", cache=cache)
+        world.run_until_idle()
+        assert sum(world.reused[name].values()) // 8 == reused
+        assert published(world, "s") == [blocks]
+        assert not world.stored, f"{cache} saves nothing, not on second sight either"
+    world.submit(prompt, 1, cache_salt="s")
+    world.run_until_idle()
+    assert len(world.stored) == blocks
+    world.check_outputs()
+
+
+@pytest.mark.parametrize("windowed", [False, True])
+@pytest.mark.parametrize("cache", ["no-store", "read-only"])
+def test_blocks_of_the_lower_tiers_are_found_whatever_a_request_leaves(
+    cache: str, windowed: bool
+) -> None:
+    (prompt,) = endless(1, 30)
+    prompt = (*prompt, *(0, 1) * 8)
+    world = World(num_blocks=60, windowed=windowed)
+    world.submit(prompt, 1, cache_salt="s")
+    world.run_until_idle()
+    world.scheduler.cache.evict_idle()
+    stored = set(world.stored)
+    name = world.submit(prompt, 20, cache_salt="s", cache=cache)
+    world.run_until_idle()
+    assert world.reused[name] == {"ram": len(prompt) // 8 * 8}
+    assert set(world.stored) == stored
+    assert bool(sum(published(world, "s"))) == (cache == "read-only")
+    world.check_outputs()

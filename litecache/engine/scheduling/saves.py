@@ -40,20 +40,20 @@ class Saves:
                 block = table[index]
                 if block != TRASH_BLOCK and self._cache.publish(seq, group, index, block):
                     self._cache.unsaved[group].add(seq.chain.keys[group][index])
-                    if self._admission in ("all", "frequent"):
+                    if self._admission in ("all", "frequent") and seq.request.cache == "default":
                         self._save(seq.chain, seq.request.cache_salt, group, index, block, out)
         seq.num_published = max(seq.num_published, last)
 
     def on_hit(self, seq: Sequence, num_blocks: int, out: Schedule) -> None:
-        """A request has found its first blocks in the pool: unsaved ones are saved, the shards
-        hear of all.
+        """A request has found its first blocks in the pool: unsaved ones are saved if it is one
+        that saves, the shards hear of all.
 
         They are told the last key of each run of the chain: a use of a block is one of those
         before it, and runs may lie on different shards.
         """
         if self._admission == "none":
             return
-        if any(self._cache.unsaved):
+        if seq.request.cache == "default" and any(self._cache.unsaved):
             for index in range(num_blocks):
                 for group, table in enumerate(seq.tables):
                     if table[index] != TRASH_BLOCK:

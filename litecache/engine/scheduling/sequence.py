@@ -103,7 +103,8 @@ class Sequence:
         computed: tokens of found blocks that were computed, by tier.
         num_own: positions of the prompt that were computed.
         num_tail: positions that copies have filled, of no found block.
-        unshared: its salt was deleted while it was open: nothing of it is published or saved.
+        unshared: it is "no-store", or its salt was deleted while it was open: nothing of it is
+            published or saved.
     """
 
     def __init__(
@@ -135,7 +136,7 @@ class Sequence:
         self.awaits: int | None = None
         self.staged: dict[BlockRef, str] = {}
         self.paused = False
-        self.unshared = False
+        self.unshared = request.cache == "no-store"
         self.announced = False
         self.begin_life()
 

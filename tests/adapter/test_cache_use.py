@@ -1,0 +1,40 @@
+"""What a call leaves in pool and shards is what its `cache` says, and its tokens are the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from litecache.adapter import KVCacheAdapter
+
+PROMPT = [(i * i * 7 + i * 3) % 200 + 5 for i in range(100)]
+
+
+def call(llm: KVCacheAdapter, way: str, **kwargs: str) -> list[int]:
+    """New tokens of one of the ways to ask."""
+    if way == "generate":
+        row = llm.generate(torch.tensor([PROMPT]), max_new_tokens=30, **kwargs)[0]
+        return [int(token) for token in row[len(PROMPT) :]]
+    if way == "generate_batch":
+        return llm.generate_batch([PROMPT], max_new_tokens=30, **kwargs)[0]
+    return list(llm.stream(PROMPT, as_tokens=True, max_new_tokens=30, **kwargs))
+
+
+@pytest.mark.parametrize("way", ["generate", "generate_batch", "stream"])
+def test_a_no_store_call_leaves_no_block_and_a_read_only_one_none_below_the_pool(
+    llm: KVCacheAdapter, way: str
+) -> None:
+    salt = f"use of {way}"
+    tokens = call(llm, way, cache_salt=salt, cache="no-store")
+    assert llm.flush()["complete"]
+    assert llm.delete(cache_salt=salt) == 0
+    for _ in range(2):
+        assert call(llm, way, cache_salt=salt, cache="read-only") == tokens
+    llm.clear("gpu")  # saves what waits to be saved
+    assert llm.delete(cache_salt=salt) == 0
+    call(llm, way, cache_salt=salt, cache="read-only")
+    assert llm.delete(cache_salt=salt) == 8, "in the pool"
+    call(llm, way, cache_salt=salt)
+    llm.clear("gpu")
+    assert call(llm, way, cache_salt=salt, cache="no-store") == tokens, "from below"
+    assert llm.delete(cache_salt=salt) == 8, "in a shard, and not in the pool again"
