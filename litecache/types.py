@@ -17,6 +17,9 @@ MESSAGE_VERSION = 5
 CACHE_USES = ("default", "no-store", "read-only")
 """What becomes of the blocks that a request computes: see `Request.cache`."""
 
+RETENTIONS = ("normal", "low", "high")
+"""How long they are worth keeping, in the lower tiers: low ones leave first."""
+
 
 class Tier(str, enum.Enum):
     """Where a reused token's KV was found."""
@@ -127,6 +130,9 @@ class Request:
             pool and saved to the lower tiers. "read-only": shared in the pool, but neither that nor
             what it finds there is saved on its account; a "default" request that finds it there
             saves it. "no-store": nobody else ever finds what it computes, in the pool or below.
+        expires_s: Unix second from which on the lower tiers hold nothing that was saved for this
+            request; 0 = only their own `ttl_s` counts.
+        retention: one of `RETENTIONS`, of the same blocks.
         priority: lower runs first; one level is worth ten seconds of waiting.
         max_time_s: ends the request with what it has after so many seconds; None = no limit.
     """
@@ -138,6 +144,8 @@ class Request:
     num_resumed_tokens: int = 0
     cache_salt: str = ""
     cache: str = "default"
+    expires_s: int = 0
+    retention: str = "normal"
     priority: int = 0
     max_time_s: float | None = None
     version: int = MESSAGE_VERSION

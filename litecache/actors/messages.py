@@ -31,7 +31,7 @@ T = TypeVar("T")
 _SAMPLING_FIELDS = tuple(field.name for field in dataclasses.fields(SamplingParams))
 _COLUMNS = (
     *("request_id", "client_id", "input_ids", "sampling", "num_resumed_tokens"),
-    *("cache_salt", "cache", "priority", "max_time_s", "sampling"),
+    *("cache_salt", "cache", "expires_s", "retention", "priority", "max_time_s", "sampling"),
 )
 _MOST_ITEMS = 1 << 24
 _FINISH_REASONS = {reason.value: reason for reason in FinishReason}
@@ -74,6 +74,8 @@ def pack_call(*arguments: Any, requests: Sequence[Request] = ()) -> bytes:
         [request.num_resumed_tokens for request in requests],
         [request.cache_salt for request in requests],
         [request.cache for request in requests],
+        [request.expires_s for request in requests],
+        [request.retention for request in requests],
         [request.priority for request in requests],
         [request.max_time_s for request in requests],
         [[getattr(each, name) for name in _SAMPLING_FIELDS] for each in samplings.values()],

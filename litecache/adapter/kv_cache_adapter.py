@@ -8,7 +8,9 @@ share one poll per replica.
 from __future__ import annotations
 
 import itertools
+import math
 import os
+import time
 import uuid
 import weakref
 from collections.abc import Sequence
@@ -40,7 +42,14 @@ from litecache.adapter.replicas import ReplicaSet
 from litecache.adapter.sources import resolve_model
 from litecache.adapter.stats import CacheStats
 from litecache.adapter.streaming import TextDecoder, TokenStream, feed_streamer
-from litecache.checks import check_flag, check_integer, check_path, check_seconds, check_text
+from litecache.checks import (
+    check_flag,
+    check_integer,
+    check_path,
+    check_real,
+    check_seconds,
+    check_text,
+)
 from litecache.config import CacheConfig
 from litecache.engine.loading.model_checks import check_config, check_limits
 from litecache.engine.progress import progress_bar
@@ -51,6 +60,7 @@ from litecache.token_ids import TokenIds
 from litecache.types import Request
 
 WARMED_AT_ONCE = 64
+MAX_TTL_S = 10 * 366 * 86_400
 TIERS = ("gpu", "ram", "disk", "all")
 
 
@@ -184,6 +194,8 @@ class KVCacheAdapter:
         streamer: Any = None,
         cache_salt: str | None = None,
         cache: str = "default",
+        cache_ttl_s: float | None = None,
+        retention: str = "normal",
         seed: int | None = None,
         tokenizer: Any = None,
         **kwargs: Any,
@@ -199,6 +211,9 @@ class KVCacheAdapter:
                 case. "default": later calls find it in the pool and in the tiers below.
                 "read-only": in the pool only, and nothing is saved because of this call.
                 "no-store": nowhere, so that samples of one prompt compute it each for itself.
+            cache_ttl_s: what is saved because of this call leaves RAM and disk after so many
+                seconds, if the group's own `ttl_s` does not come first; None = only that counts.
+            retention: "low", "normal" or "high": where room is needed there, low leaves first.
             seed: of sampling; None = drawn from torch's default generator.
             tokenizer: for `stop_strings`; None = the adapter's.
             **kwargs: `attention_mask`, any field of `GenerationConfig`, and `logit_bias`,
@@ -228,7 +243,14 @@ class KVCacheAdapter:
         samples, pad = settings.num_return_sequences, settings.pad_token_id
         settings.check_padding(samples * len(prompts))
         jobs = [(prompt, input_ids.shape[1], settings) for prompt in prompts]
-        rows = self._start(jobs, cache_salt, cache, seed, tokenizer, streaming=streamer is not None)
+        rows = self._start(
+            jobs,
+            cache_salt,
+            (cache, cache_ttl_s, retention),
+            seed,
+            tokenizer,
+            streaming=streamer is not None,
+        )
         with aborting(rows, self._replicas.abort):
             if streamer is not None:
                 feed_streamer(streamer, input_ids.repeat_interleave(samples, dim=0), rows, pad)
@@ -247,6 +269,8 @@ class KVCacheAdapter:
         *,
         cache_salt: str | None = None,
         cache: str = "default",
+        cache_ttl_s: float | None = None,
+        retention: str = "normal",
         seed: int | None = None,
         tokenizer: Any = None,
         **kwargs: Any,
@@ -256,7 +280,8 @@ class KVCacheAdapter:
         Args:
             prompts: token ids.
             generation_config: settings of all prompts, or a list with those of each.
-            cache_salt, cache, seed, tokenizer, **kwargs: as in `generate`, for all prompts.
+            cache_salt, cache, cache_ttl_s, retention, seed, tokenizer, **kwargs: as in
+                `generate`, for all prompts.
 
         Returns:
             The new tokens of each prompt, `num_return_sequences` lists in a row for each.
@@ -279,7 +304,7 @@ class KVCacheAdapter:
             if each.sampling.logprobs is not None:
                 raise ConfigError("logprobs", each.sampling.logprobs, "None in generate_batch")
         jobs = [(prompt, len(prompt), each) for prompt, each in zip(checked, settings, strict=True)]
-        rows = self._start(jobs, cache_salt, cache, seed, tokenizer)
+        rows = self._start(jobs, cache_salt, (cache, cache_ttl_s, retention), seed, tokenizer)
         with aborting(rows, self._replicas.abort):
             return [list(row.wait()) for row in rows]
 
@@ -293,6 +318,8 @@ class KVCacheAdapter:
         skip_special_tokens: bool = True,
         cache_salt: str | None = None,
         cache: str = "default",
+        cache_ttl_s: float | None = None,
+        retention: str = "normal",
         seed: int | None = None,
         tokenizer: Any = None,
         **kwargs: Any,
@@ -305,7 +332,8 @@ class KVCacheAdapter:
             input_ids: token ids, instead of `prompt`.
             as_tokens: iterate over token ids instead of text.
             skip_special_tokens: leave them out of the text.
-            cache_salt, cache, seed, tokenizer, **kwargs: as in `generate`.
+            cache_salt, cache, cache_ttl_s, retention, seed, tokenizer, **kwargs: as in
+                `generate`.
 
         Returns:
             An iterator with `.request_id`, `.found_tokens`, `.reused_tokens`, `.ttft_s`,
@@ -323,7 +351,9 @@ class KVCacheAdapter:
         check_flag("skip_special_tokens", skip_special_tokens)
         decoder = None if as_tokens else TextDecoder.of(self.tokenizer, skip_special_tokens)
         jobs = [(tokens, len(tokens), settings)]
-        (row,) = self._start(jobs, cache_salt, cache, seed, tokenizer, streaming=True)
+        (row,) = self._start(
+            jobs, cache_salt, (cache, cache_ttl_s, retention), seed, tokenizer, streaming=True
+        )
         return TokenStream(row, decoder, self._replicas.abort)
 
     def abort(self, request_id: str) -> None:
@@ -415,7 +445,7 @@ class KVCacheAdapter:
         for start in range(0, len(checked), WARMED_AT_ONCE):
             batch = checked[start : start + WARMED_AT_ONCE]
             jobs = [(tokens, len(tokens), settings) for tokens in batch]
-            rows = self._start(jobs, cache_salt, "default", None, None)
+            rows = self._start(jobs, cache_salt, ("default", None, "normal"), None, None)
             with aborting(rows, self._replicas.abort):
                 for row in rows:
                     row.wait()
@@ -542,7 +572,7 @@ class KVCacheAdapter:
         self,
         jobs: Sequence[tuple[TokenIds, int, GenerationSettings]],
         cache_salt: str | None,
-        cache: str,
+        leaves: tuple[str, float | None, str],
         seed: int | None,
         tokenizer: Any,
         *,
@@ -553,11 +583,17 @@ class KVCacheAdapter:
         Args:
             jobs: of each prompt its ids, its tokens as HF counts them (padding included), and its
                 settings.
-            cache_salt, cache, seed, tokenizer: as in `generate`.
+            cache_salt, seed, tokenizer: as in `generate`.
+            leaves: its `cache`, `cache_ttl_s` and `retention`.
             streaming: somebody looks at each token as it comes.
         """
         check_sequences("num_return_sequences", sum(job[2].num_return_sequences for job in jobs))
         salt = self._salt(cache_salt)
+        cache, ttl_s, retention = leaves
+        expires_s = 0
+        if ttl_s is not None:
+            ttl_s = check_real("cache_ttl_s", ttl_s, 0, MAX_TTL_S, above=True)
+            expires_s = math.ceil(time.time() + ttl_s)
         drawn = draw_seed(seed, sampling=any(job[2].do_sample for job in jobs))
         limit = getattr(self.config.get_text_config(), "max_position_embeddings", None)
         rows: list[PendingRequest] = []
@@ -577,6 +613,8 @@ class KVCacheAdapter:
                     sampling=sampling,
                     cache_salt=salt,
                     cache=cache,
+                    expires_s=expires_s,
+                    retention=retention,
                     max_time_s=each.max_time_s,
                 )
                 self.info.check(request)

@@ -12,7 +12,7 @@ from litecache.errors import CapacityError, ConfigError
 from litecache.hashing import BlockKey, root_key
 from litecache.storage.namespaces import label_of
 from litecache.token_ids import TokenIds
-from litecache.types import CACHE_USES, MESSAGE_VERSION, Request
+from litecache.types import CACHE_USES, MESSAGE_VERSION, RETENTIONS, Request
 
 MAX_PRIORITY = 1 << 31
 
@@ -82,8 +82,11 @@ class EngineInfo:
         check_text("request_id", request.request_id)
         check_text("client_id", request.client_id)
         check_text("cache_salt", request.cache_salt, empty=True)
-        if not isinstance(request.cache, str) or request.cache not in CACHE_USES:
-            raise ConfigError("cache", request.cache, f"one of {', '.join(CACHE_USES)}")
+        for name, valid in (("cache", CACHE_USES), ("retention", RETENTIONS)):
+            value = getattr(request, name)
+            if not isinstance(value, str) or value not in valid:
+                raise ConfigError(name, value, f"one of {', '.join(valid)}")
+        check_integer("expires_s", request.expires_s, 0, (1 << 32) - 1)
         check_integer("priority", request.priority, -MAX_PRIORITY, MAX_PRIORITY)
         if request.max_time_s is not None:
             check_real("max_time", request.max_time_s, 0, above=True)

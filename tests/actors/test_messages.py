@@ -59,6 +59,8 @@ REQUEST = st.builds(
     INT,
     cache_salt=TEXT,
     cache=TEXT,
+    expires_s=INT,
+    retention=TEXT,
     priority=INT,
     max_time_s=st.none() | FLOAT,
 )

@@ -266,6 +266,9 @@ def test_another_salt_shares_nothing(llm: KVCacheAdapter) -> None:
         ([5], {"cache_salt": 7}, ConfigError, "cache_salt=7"),
         ([5], {"cache": "no_store"}, ConfigError, "cache='no_store'.*default, no-store, read-only"),
         ([5], {"cache": None}, ConfigError, "cache=None"),
+        ([5], {"cache_ttl_s": 0}, ConfigError, "cache_ttl_s=0"),
+        ([5], {"cache_ttl_s": "1"}, ConfigError, "cache_ttl_s='1'"),
+        ([5], {"retention": "top"}, ConfigError, "retention='top'.*normal, low, high"),
         ([5], {"seed": 1.5}, ConfigError, "seed=1.5"),
     ],
 )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from typing import Any
+
 import pytest
 import torch
 
@@ -10,7 +13,7 @@ from litecache.adapter import KVCacheAdapter
 PROMPT = [(i * i * 7 + i * 3) % 200 + 5 for i in range(100)]
 
 
-def call(llm: KVCacheAdapter, way: str, **kwargs: str) -> list[int]:
+def call(llm: KVCacheAdapter, way: str, **kwargs: Any) -> list[int]:
     """New tokens of one of the ways to ask."""
     if way == "generate":
         row = llm.generate(torch.tensor([PROMPT]), max_new_tokens=30, **kwargs)[0]
@@ -38,3 +41,20 @@ def test_a_no_store_call_leaves_no_block_and_a_read_only_one_none_below_the_pool
     llm.clear("gpu")
     assert call(llm, way, cache_salt=salt, cache="no-store") == tokens, "from below"
     assert llm.delete(cache_salt=salt) == 8, "in a shard, and not in the pool again"
+
+
+def test_what_a_call_saves_is_gone_after_its_ttl(llm: KVCacheAdapter) -> None:
+    salt = "for a second"
+    for ttl_s in (1, 600):
+        salt += "s"
+        call(llm, "generate", cache_salt=salt, cache_ttl_s=ttl_s, retention="high")
+        llm.clear("gpu")
+        time.sleep(2.1)  # the end is a whole second
+        out = llm.generate(
+            torch.tensor([PROMPT]),
+            max_new_tokens=1,
+            return_dict_in_generate=True,
+            cache_salt=salt,
+            cache="no-store",
+        )
+        assert bool(out.litecache.found_tokens[0]) == (ttl_s == 600)

@@ -33,6 +33,7 @@ from litecache.token_ids import TokenIds
 from litecache.types import (
     CACHE_USES,
     MESSAGE_VERSION,
+    RETENTIONS,
     FinishReason,
     Request,
     SamplingParams,
@@ -282,6 +283,8 @@ class MessageFuzz:
             return [f"r{i}" for i in ids]
         if name == "cache":
             return rng.choice(CACHE_USES)
+        if name == "retention":
+            return rng.choice(RETENTIONS)
         if name in ("cache_salt", "request_id", "epoch", "client_id", "abort_client"):
             return good if rng.random() < 0.3 else "".join(rng.choices(string.printable, k=9))
         if name in ("top_p", "min_p"):

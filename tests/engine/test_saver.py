@@ -6,17 +6,18 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+import engine_harness
 import pytest
 import torch
 from engine_harness import Harness, family_source
 from plan_driver import random_prompt
 
 from litecache.engine.scheduling import saves
-from litecache.engine.scheduling.orders import SaveOrder
 from litecache.engine.transfer import saver
 from litecache.engine.transfer.shard_set import ShardSet
 from litecache.storage.client import LocalShardClient
 from litecache.storage.protocol import Retention, SlotRef
+from litecache.types import Request
 
 
 @pytest.fixture(autouse=True)
@@ -59,11 +60,11 @@ def test_what_another_shard_of_the_node_holds_is_not_saved_again(
             monkeypatch.setattr(ShardSet, "stage", lambda self, keys: [None] * len(keys))
 
 
-def test_what_an_order_says_of_time_and_retention_goes_with_its_blocks(
+def test_what_a_request_says_of_time_and_retention_goes_with_its_blocks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    order = partial(SaveOrder, expires_s=4_000_000_000, retention=Retention.HIGH)
-    monkeypatch.setattr(saves, "SaveOrder", order)
+    request = partial(Request, expires_s=4_000_000_000, retention="high")
+    monkeypatch.setattr(engine_harness, "Request", request)
     with Harness(family_source("llama"), folders=[tmp_path / "s"]) as harness:
         harness.run([random_prompt(161, seed=4)], 1)
         assert harness.engine.flush()["complete"]

@@ -7,6 +7,7 @@ from scheduler_world import World, expected_output
 
 from litecache.engine.scheduling.orders import Schedule
 from litecache.engine.scheduling.step_plan import StepPlan, TableUpdate
+from litecache.storage.protocol import Retention
 from litecache.token_ids import TokenIds
 from litecache.types import FinishReason
 
@@ -317,3 +318,15 @@ def test_blocks_of_the_lower_tiers_are_found_whatever_a_request_leaves(
     assert set(world.stored) == stored
     assert bool(sum(published(world, "s"))) == (cache == "read-only")
     world.check_outputs()
+
+
+def test_what_is_saved_for_a_request_ends_and_is_kept_as_it_says() -> None:
+    (prompt,) = endless(1, 30)
+    world = World(num_blocks=60)
+    world.submit(prompt, 30, cache_salt="s", expires_s=99, retention="low")
+    while len(world.saves) < 3:
+        next_plan(world)
+        while world.stages:
+            world.answer_stage(0, lambda key: True)
+    kept = {(order.salt, order.expires_s, order.retention) for order in world.saves}
+    assert kept == {("s", 99, Retention.LOW)}

@@ -14,6 +14,8 @@ from litecache.engine.kv_layout import TRASH_BLOCK
 from litecache.engine.scheduling.orders import SaveOrder, Schedule
 from litecache.engine.scheduling.prefix_cache import PrefixCache
 from litecache.engine.scheduling.sequence import KeyChain, Sequence
+from litecache.storage.protocol import Retention
+from litecache.types import Request
 
 RUN_BYTES = 16 << 20
 """Bytes of a chain that go to one shard together."""
@@ -41,7 +43,7 @@ class Saves:
                 if block != TRASH_BLOCK and self._cache.publish(seq, group, index, block):
                     self._cache.unsaved[group].add(seq.chain.keys[group][index])
                     if self._admission in ("all", "frequent") and seq.request.cache == "default":
-                        self._save(seq.chain, seq.request.cache_salt, group, index, block, out)
+                        self._save(seq.chain, seq.request, group, index, block, out)
         seq.num_published = max(seq.num_published, last)
 
     def on_hit(self, seq: Sequence, num_blocks: int, out: Schedule) -> None:
@@ -58,7 +60,7 @@ class Saves:
                 for group, table in enumerate(seq.tables):
                     if table[index] != TRASH_BLOCK:
                         block = table[index]
-                        self._save(seq.chain, seq.request.cache_salt, group, index, block, out)
+                        self._save(seq.chain, seq.request, group, index, block, out)
         for group, keys in enumerate(seq.chain.keys):
             run = self._run(group)
             ends = [*range(run, num_blocks, run), num_blocks]
@@ -90,8 +92,15 @@ class Saves:
             self._cache.pools[order.group].release([order.block])
 
     def _save(
-        self, chain: KeyChain, salt: str, group: int, index: int, block: int, out: Schedule
+        self,
+        chain: KeyChain,
+        owner: Request | str,
+        group: int,
+        index: int,
+        block: int,
+        out: Schedule,
     ) -> None:
+        """Save a block if it is not saved yet, for a request or just under a salt."""
         keys = chain.keys[group]
         if keys[index] not in self._cache.unsaved[group]:
             return
@@ -100,7 +109,13 @@ class Saves:
         self._cache.pools[group].acquire([block])
         parent = chain.parent(group, index)
         run_key = keys[index - index % self._run(group)]
-        out.saves.append(SaveOrder(group, block, keys[index], parent, run_key, salt))
+        order = SaveOrder(group, block, keys[index], parent, run_key, "")
+        if isinstance(owner, str):
+            out.saves.append(order._replace(salt=owner))
+        else:
+            kept = Retention[owner.retention.upper()]
+            salt, end = owner.cache_salt, owner.expires_s
+            out.saves.append(order._replace(salt=salt, expires_s=end, retention=kept))
 
     def _run(self, group: int) -> int:
         """Blocks of a chain that go to one shard together."""
