@@ -162,6 +162,29 @@ def test_any_value_given_to_abort_pin_unpin_flush_and_clear(
     assert isinstance(ends_well(lambda: llm.clear(value)), LiteCacheError)
 
 
+@settings(PER_CALL, max_examples=15)
+@given(data=st.data())
+def test_any_value_given_to_warm_export_import_and_delete(
+    llm: KVCacheAdapter,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch_tokenizer: None,
+    data: st.DataObject,
+) -> None:
+    value = data.draw(VALUES)
+    file = tmp_path_factory.getbasetemp() / "any.kv"
+    for call in (
+        lambda: llm.warm(value),
+        lambda: llm.warm([value]),
+        lambda: llm.warm([[5] * 16], cache_salt=value),
+        lambda: llm.export_prefix(value, file),
+        lambda: llm.export_prefix([5] * 16, file, cache_salt=value),
+        lambda: llm.import_prefix(value),
+        lambda: llm.import_prefix(file, cache_salt=value),
+        lambda: llm.delete(cache_salt=value),
+    ):
+        ends_well(call)
+
+
 def test_after_all_that_the_adapter_works(llm: KVCacheAdapter) -> None:
     still_works(llm)
 
