@@ -427,7 +427,7 @@ class KVCacheAdapter:
             cache_salt: share the blocks only with calls of the same salt.
 
         Returns:
-            Per prompt its tokens by the tier where they were found, and those "computed" now.
+            Per prompt its tokens by the tier where they were found, and under "computed" the rest.
 
         Raises:
             ConfigError: a prompt is invalid; nothing was sent.
@@ -449,9 +449,9 @@ class KVCacheAdapter:
             with aborting(rows, self._replicas.abort):
                 for row in rows:
                     row.wait()
-                    reused = row.reused_tokens
-                    computed = len(row.request.prompt) - sum(reused.values())
-                    found.append({**reused, "computed": computed})
+                    there = row.found_tokens
+                    computed = len(row.request.prompt) - sum(there.values())
+                    found.append({**there, "computed": computed})
                     if show is not None:
                         show(len(found), len(checked))
         return found

@@ -19,12 +19,12 @@ def prompt_of(seed: int, length: int = 100) -> list[int]:
     return [(seed * 31 + i * i * 7 + i) % 200 + 5 for i in range(length)]
 
 
-def reuse(llm: KVCacheAdapter, prompt: list[int], **kwargs: object) -> dict[str, int]:
-    """By tier, what a call with this prompt did not compute."""
+def found(llm: KVCacheAdapter, prompt: list[int], **kwargs: object) -> dict[str, int]:
+    """By tier, where a call found this prompt's KV, whatever it planned to load of that."""
     output = llm.generate(
         torch.tensor([prompt]), max_new_tokens=1, return_dict_in_generate=True, **kwargs
     )
-    return dict(output.litecache.reused_tokens[0])
+    return dict(output.litecache.found_tokens[0])
 
 
 def wait_for_locations(llm: KVCacheAdapter, prompt: list[int], salt: str, *, known: bool) -> None:
@@ -58,10 +58,10 @@ def test_an_exported_prefix_is_found_again_after_everything_was_cleared(
     report = llm.export_prefix(prompt, path)
     assert report == (96, 100, path.stat().st_size)
     llm.clear("all")
-    assert reuse(llm, [*prompt[:96], 9]) == {}
+    assert found(llm, [*prompt[:96], 9]) == {}
     llm.clear("all")
     assert llm.import_prefix(path) == (96, 96, report.nbytes)
-    assert reuse(llm, prompt) == {"ram": 96}
+    assert found(llm, prompt) == {"ram": 96}
     assert llm.generate_batch([prompt], max_new_tokens=8) == wanted
     assert llm.import_prefix(path).tokens == 96, "what is there already counts"
 
@@ -93,7 +93,7 @@ def test_a_refused_file_stores_nothing(llm: KVCacheAdapter, tmp_path: Path) -> N
         path.write_bytes(damaged)
         with pytest.raises(PrefixFileError, match="cannot be imported"):
             llm.import_prefix(path, cache_salt="mine")
-        assert reuse(llm, prompt, cache_salt="mine") == {}
+        assert found(llm, prompt, cache_salt="mine") == {}
         llm.clear("all")
 
 
@@ -110,11 +110,11 @@ def test_deleting_a_salt_leaves_the_hits_of_others(llm: KVCacheAdapter, tmp_path
         llm.export_prefix(prompt, tmp_path / "it", cache_salt="alice")
     wait_for_locations(llm, prompt, "alice", known=False)
     wait_for_locations(llm, prompt, "bob", known=True)
-    assert reuse(llm, prompt, cache_salt="bob") == {"gpu": 96}
-    assert reuse(llm, prompt) == {"gpu": 96}
+    assert found(llm, prompt, cache_salt="bob") == {"gpu": 96}
+    assert found(llm, prompt) == {"gpu": 96}
     llm.clear("gpu")
-    assert reuse(llm, prompt, cache_salt="alice") == {}
-    assert reuse(llm, prompt, cache_salt="bob") == {"ram": 96}
+    assert found(llm, prompt, cache_salt="alice") == {}
+    assert found(llm, prompt, cache_salt="bob") == {"ram": 96}
     with pytest.raises(ConfigError, match="cache_salt"):
         llm.delete(cache_salt=None)  # type: ignore[arg-type]
 
@@ -127,7 +127,7 @@ def test_a_request_that_is_open_when_its_salt_is_deleted_ends_and_leaves_nothing
     stream = llm.stream(input_ids=prompt, as_tokens=True, max_new_tokens=300, cache_salt="open")
     tokens = [next(stream)]
     assert llm.delete(cache_salt="open") > 0
-    beside = reuse(llm, prompt, cache_salt="open")
+    beside = found(llm, prompt, cache_salt="open")
     assert beside == {}, "a later call neither finds the old blocks nor waits for their owner"
     assert llm.delete(cache_salt="open") > 0
     tokens += list(stream)
@@ -149,4 +149,4 @@ def test_a_prefix_goes_to_a_group_with_another_storage_and_gives_the_same_tokens
         assert other.generate_batch([prompt], max_new_tokens=12) == wanted
         other.clear("gpu")
         other.clear("ram")
-        assert reuse(other, prompt) == {"disk": 160}
+        assert found(other, prompt) == {"disk": 160}
