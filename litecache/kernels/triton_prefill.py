@@ -39,7 +39,7 @@ _MANY_PAIRS = 256
 
 
 @triton.jit(
-    do_not_specialize=["table_stride", "window", "first_seq", "least", "floor"],
+    do_not_specialize=["lse_head", "table_stride", "window", "first_seq", "least", "floor"],
     do_not_specialize_on_alignment=["tables_ptr", "contexts_ptr", "starts_ptr"],
 )
 def _prefill_kernel(
@@ -257,7 +257,7 @@ def _constants(layer: Attention, config: PrefillConfig | ChunkConfig) -> dict[st
     }  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["a_lse_head", "b_lse_head"])
 def _merge_two_kernel(
     a_ptr, a_token, a_head, a_lse_ptr, a_lse_head,
     b_ptr, b_token, b_head, b_lse_ptr, b_lse_head,

@@ -42,7 +42,7 @@ def test_no_prompt_of_any_size_compiles_a_kernel_or_builds_a_plan(monkeypatch):
         return asked(query, pair, scale, causal=causal, lse=lse)
 
     def note(*args, fn=None, **kwargs):
-        compiled.append(getattr(fn, "name", str(fn)))
+        compiled.append(f"{getattr(fn, 'name', fn)} {kwargs.get('repr')}")
 
     monkeypatch.setattr(library_prefill, "_cudnn", cudnn)
     monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", note)
