@@ -17,11 +17,23 @@ pytest.importorskip("triton")
 
 
 @pytest.mark.timeout(300)
-def test_triton_kernels_are_right_in_the_interpreter() -> None:
+@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_triton_kernels_are_right_in_the_interpreter(which: str) -> None:
     environment = dict(os.environ, TRITON_INTERPRET="1", LITECACHE_KERNELS="triton")
     script = Path(__file__).with_name("triton_in_interpreter.py")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(script)],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-x",
+            "-p",
+            "no:cacheprovider",
+            "-m",
+            which,
+            str(script),
+        ],
         env=environment,
         capture_output=True,
         text=True,

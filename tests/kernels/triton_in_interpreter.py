@@ -218,7 +218,14 @@ def test_rows_of_one_token_do_not_fall_to_one_program() -> None:
     assert share // tiles[1] <= 6
 
 
-@pytest.mark.parametrize("extras", [{}, {"window": 300}, {"pool_dtype": torch.int8}])
+@pytest.mark.parametrize(
+    "extras",
+    [
+        pytest.param({}, marks=pytest.mark.slow),
+        {"window": 300},
+        pytest.param({"pool_dtype": torch.int8}, marks=pytest.mark.slow),
+    ],
+)
 def test_the_end_of_a_long_line_is_handed_out(extras: dict[str, Any]) -> None:
     case = Case((1, 1, 1, 1), (17, 700, 1, 560), heads=(4, 2), **extras)
     batch = make_batch(case)
@@ -347,7 +354,8 @@ QUESTION = Geometry(32, 8, 128, 128, torch.bfloat16)
         ([256], [32768], 0.95),
         ([64] * 8, [8192] * 8, 0.95),
         ([17, 64, 300], [3000, 32768, 9000], 0.7),
-        ([512] * 8, [512] * 8, 0.0),  # nothing is gained by cutting
+        # nothing is gained by cutting
+        pytest.param([512] * 8, [512] * 8, 0.0, marks=pytest.mark.slow),
     ],
 )
 def test_pieces_keep_the_whole_chip_busy(

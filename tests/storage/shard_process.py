@@ -92,7 +92,10 @@ class ShardProcess:
 def _plain(value: Any) -> Any:
     if isinstance(value, list):
         return [_plain(each) for each in value]
-    return tuple(value) if isinstance(value, tuple) else value
+    if isinstance(value, tuple):
+        # enums are read back as the integers that they are
+        return tuple(int(each) if isinstance(each, int) else each for each in value)
+    return value
 
 
 def serve(folder: str, ram_bytes: int) -> None:
@@ -100,6 +103,9 @@ def serve(folder: str, ram_bytes: int) -> None:
     print(os.getpid(), flush=True)
     for line in sys.stdin:
         method, args = eval(line)
+        if method == "commit":
+            client_id, items = args
+            args = client_id, [CommitItem(*item) for item in items]
         try:
             answer = getattr(store, method)(*args)
         except StorageError as error:
