@@ -82,7 +82,10 @@ def test_the_blocks_after_a_dropped_one_are_stored(
     original, refusals = LocalShardClient.reserve, [1]
 
     def reserve(self: LocalShardClient, block_bytes: int, count: int) -> list[SlotRef]:
-        return [] if refusals and refusals.pop() else original(self, block_bytes, count)
+        if refusals and refusals.pop():
+            # on a busy machine the saver may come to its first slots when all blocks are there
+            return original(self, block_bytes, count - 2) if count == 10 else []
+        return original(self, block_bytes, count)
 
     fields = {"folders": [tmp_path / "s"], "max_batch_tokens": 32, "max_prefill_tokens": 32}
     with Harness(family_source("llama"), **fields) as harness:

@@ -47,4 +47,4 @@ def test_the_model_catches_a_skipped_checksum(monkeypatch: pytest.MonkeyPatch) -
 def test_the_model_catches_eviction_of_leased_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiers.Tiers, "_may_evict", lambda self, handle: True)
     with pytest.raises((AssertionError, KeyError)):
-        run(RamOnly, 200, shrink=False)
+        run(RamOnly, 800, shrink=False)
