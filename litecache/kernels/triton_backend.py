@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +15,6 @@ from litecache.kernels.triton_prefill import attend_chunks, prefill
 from litecache.kernels.triton_store import copy_blocks, store_kv
 
 __all__ = ["copy_blocks", "plan_attention", "store_kv"]
-
-_CUTS = os.environ.get("LITECACHE_CUT_CHUNKS", "1") == "1"
 
 _MAX_DECODE_ROWS = 128
 """Queries times heads of a group that the decode kernel keeps in registers."""
@@ -41,7 +38,7 @@ def plan_attention(metadata: AttentionMetadata, geometry: Geometry) -> TritonPla
     first = metadata.num_seqs if short else decodes
     if library_prefill.suits(metadata, first, geometry):
         return TritonPlan(metadata, plans, first, by_library=True)
-    most = most_queries(metadata.context_lens.device, geometry) if _CUTS else 0
+    most = most_queries(metadata.context_lens.device, geometry)
     known = metadata.query_lens if metadata.context_lens_host is not None else None
     fewest = 0 if known is None else min(known[first:], default=most + 1)
     chunks = None
