@@ -9,7 +9,7 @@ import statistics
 from dataclasses import dataclass, field
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from litecache.engine.scheduling.cost_model import CostModel, Found, LoadPlan, StepLaw, prior
@@ -272,6 +272,7 @@ stretches = st.lists(st.tuples(sources, st.integers(1, 40)), max_size=8)
 @given(
     stretches, st.integers(0, 200), st.integers(1, 300), st.integers(0, 20_000), st.integers(0, 16)
 )
+@example([("disk:0", 5), ("ram:0", 19)], 0, 1, 0, 0)  # worth it without the disk alone
 @settings(max_examples=60, deadline=None)
 def test_a_plan_loads_one_run_without_holes_and_no_other_choice_is_better(
     pieces: list[tuple[str, int]], start: int, question: int, queued: int, decodes: int

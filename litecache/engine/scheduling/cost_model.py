@@ -433,16 +433,17 @@ class CostModel:
                     first = max(first, min(asked, int(ends[first])))
                 return chosen(first, load_s, total_s) if first < count and here[first] else nothing
             cost_s = total_s + num_waiting * (front_s + behind_s - queued_s)
-            cost_s = np.where(total_s <= all_s, cost_s, math.inf)
-            near = cost_s <= cost_s.min() * TOLERANCE + TOLERANCE_S
             disks = np.zeros(count)
             for name, source in sources.items():
                 disks += wanted[name] * (source.tier != "ram")
-            first = int(np.argmin(np.where(near, disks, math.inf)))
+            # Each for itself: a load from RAM may be worth it where one from a disk is not.
             all_cost_s = all_s + num_waiting * (all_s - queued_s)
-            stake_s = base if disks[first] > 0 else WORTH_S
-            if cost_s[first] * WORTH + stake_s <= all_cost_s:
-                return chosen(first, load_s, total_s)
+            worth = cost_s * WORTH + np.where(disks > 0, base, WORTH_S) <= all_cost_s
+            if not (worth & (total_s <= all_s)).any():
+                continue
+            cost_s = np.where(worth & (total_s <= all_s), cost_s, math.inf)
+            near = cost_s <= cost_s.min() * TOLERANCE + TOLERANCE_S
+            return chosen(int(np.argmin(np.where(near, disks, math.inf))), load_s, total_s)
         return nothing
 
     def begin(
