@@ -48,6 +48,7 @@ class PendingRequest:
         first_token_at: `time.perf_counter()` of the first token's arrival.
         finished_at: the same of the last one's.
         tried: names of replicas that stopped answering while they had it.
+        pid: of the process that made it, the only one that receives its tokens.
 
     `stop` are texts that end it, looked for in the tokens as they arrive.
     """
@@ -73,7 +74,7 @@ class PendingRequest:
         self.finished_at: float | None = None
         self.tried: set[str] = set()
         self._error: Exception | None = None
-        self._attempt, self._pid = 0, os.getpid()
+        self._attempt, self.pid = 0, os.getpid()
         self._condition = threading.Condition()
 
     @property
@@ -182,7 +183,7 @@ class PendingRequest:
         """
         taken, done = 0, False
         while not done:
-            check_process(self._pid)
+            check_process(self.pid)
             with self._condition:
                 self._condition.wait_for(
                     lambda: self.done or (not whole and len(self.tokens) > taken)  # noqa: B023

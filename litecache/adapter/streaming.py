@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from litecache.actors.cluster import check_process
 from litecache.adapter.pending import PendingRequest
 from litecache.types import TokenLogprobs
 
@@ -129,6 +130,7 @@ class TokenStream:
         return self
 
     def __next__(self) -> Any:
+        check_process(self._pending.pid)  # tokens that came before the fork are not its own either
         return next(self._items)
 
     @property
