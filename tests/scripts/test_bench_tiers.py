@@ -42,6 +42,7 @@ def _quick(script: str, folder: Path, *args: str) -> dict[str, object]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(320)
 def test_bench_tiers_tells_first_tokens_by_source_beside_their_limits(tmp_path: Path) -> None:
     document = _quick("bench_tiers.py", tmp_path, "--only", "idle", "throttled")
     rows = {(row["case"], row["metric"]): row for row in document["rows"]}  # type: ignore[attr-defined]
@@ -169,6 +170,7 @@ def test_ideal_plans_gain_with_every_tier_and_never_lose() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(320)
 def test_bench_trace_replays_a_trace_with_and_without_tiers(tmp_path: Path) -> None:
     path = _write_trace(tmp_path / "t.jsonl", _conversations(12, 3))
     document = _quick("bench_trace.py", tmp_path, str(path))
