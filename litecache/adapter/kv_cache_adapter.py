@@ -7,13 +7,15 @@ share one poll per replica.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import itertools
 import math
 import os
 import time
 import uuid
 import weakref
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -355,6 +357,33 @@ class KVCacheAdapter:
             jobs, cache_salt, (cache, cache_ttl_s, retention), seed, tokenizer, streaming=True
         )
         return TokenStream(row, decoder, self._replicas.abort)
+
+    async def astream(
+        self,
+        prompt: str | Sequence[int] | torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        **kwargs: Any,
+    ) -> AsyncGenerator[Any, None]:
+        """`stream` on an event loop: `async for text in llm.astream(...)`.
+
+        Leaving the loop early, or cancelling its task, ends the request. For what was reused and
+        the like, iterate over `stream(...)` itself with `async for`.
+
+        Args:
+            prompt, generation_config, **kwargs: as in `stream`.
+
+        Yields:
+            Pieces of text, or token ids with `as_tokens`.
+
+        Raises:
+            ConfigError: a setting is invalid or not supported; nothing was sent.
+            LiteCacheError: the request failed.
+        """
+        # routing and submitting may wait for an actor
+        opened = await asyncio.to_thread(self.stream, prompt, generation_config, **kwargs)
+        with contextlib.closing(opened):
+            async for piece in opened:
+                yield piece
 
     def abort(self, request_id: str) -> None:
         """End a request; whoever waits for it gets `RequestAborted`. Unknown ids are passed over.

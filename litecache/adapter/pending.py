@@ -6,12 +6,13 @@ request again after its actor died: the prompt and every token received.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,6 +77,7 @@ class PendingRequest:
         self._error: Exception | None = None
         self._attempt, self.pid = 0, os.getpid()
         self._condition = threading.Condition()
+        self._wake: Callable[[], None] | None = None
 
     @property
     def wire_id(self) -> str:
@@ -126,7 +128,7 @@ class PendingRequest:
                     self.found_tokens = dict(delta.found_tokens or {})
             reason = delta.finish_reason
             if reason is None:
-                self._condition.notify_all()
+                self._tell()
             elif reason is FinishReason.ERROR:
                 self.fail(remote_error(delta.error_type, delta.error))
             elif reason is FinishReason.ABORT:
@@ -163,7 +165,14 @@ class PendingRequest:
             if not self.done:
                 self._error, self.finished_at = error, time.perf_counter()
                 self.finish_reason = reason
-            self._condition.notify_all()
+            self._tell()
+
+    def _tell(self) -> None:
+        """Wake those who wait for news; the lock is held."""
+        self._condition.notify_all()
+        if self._wake is not None:
+            with contextlib.suppress(RuntimeError):  # the event loop has been closed
+                self._wake()
 
     def wait(self) -> list[int]:
         """All tokens, when the request has ended.
@@ -192,6 +201,31 @@ class PendingRequest:
             if new:
                 taken += len(new)
                 yield new
+        if self._error is not None:
+            raise self._error
+
+    async def astream(self) -> AsyncGenerator[list[int], None]:
+        """`stream` for one reader on an event loop; no thread waits.
+
+        Raises:
+            LiteCacheError: as in `stream`.
+        """
+        loop, news, taken, done = asyncio.get_running_loop(), asyncio.Event(), 0, False
+
+        def wake() -> None:
+            loop.call_soon_threadsafe(news.set)
+
+        self._wake = wake
+        while not done:
+            check_process(self.pid)
+            news.clear()
+            with self._condition:
+                new, done = self.tokens[taken:], self.done
+            if new:
+                taken += len(new)
+                yield new
+            elif not done:
+                await news.wait()
         if self._error is not None:
             raise self._error
 

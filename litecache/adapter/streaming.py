@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -109,7 +109,7 @@ class TextDecoder:
 
 
 class TokenStream:
-    """Iterator over one request's output, text or token ids.
+    """Iterator over one request's output, text or token ids; `async for` reads it, too.
 
     Attributes:
         request_id: for `KVCacheAdapter.abort`.
@@ -122,6 +122,7 @@ class TokenStream:
         abandon: Callable[[str], None],
     ) -> None:
         self.request_id, self._pending, self._abandon = pending.request_id, pending, abandon
+        self._decoder = decoder
         self._items: Generator[Any, None, None]
         # No reference back to self: a stream that is dropped has to end at once.
         self._items = _text(pending, decoder) if decoder is not None else _one_by_one(pending)
@@ -132,6 +133,10 @@ class TokenStream:
     def __next__(self) -> Any:
         check_process(self._pending.pid)  # tokens that came before the fork are not its own either
         return next(self._items)
+
+    def __aiter__(self) -> AsyncIterator[Any]:
+        """From the beginning; not beside the ordinary iteration: one decoder serves both."""
+        return _pieces(self._pending, self._decoder)
 
     @property
     def reused_tokens(self) -> dict[str, int]:
@@ -205,3 +210,14 @@ def _text(row: PendingRequest, decoder: TextDecoder) -> Generator[str, None, Non
 def _one_by_one(row: PendingRequest) -> Generator[int, None, None]:
     for tokens in row.stream():
         yield from tokens
+
+
+async def _pieces(row: PendingRequest, decoder: TextDecoder | None) -> AsyncGenerator[Any, None]:
+    async for tokens in row.astream():
+        if decoder is None:
+            for token in tokens:
+                yield token
+        elif piece := decoder.add(tokens):
+            yield piece
+    if decoder is not None and (rest := decoder.add([], last=True)):
+        yield rest

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -220,6 +222,40 @@ def test_a_stream_that_is_closed_early_is_aborted(llm: KVCacheAdapter) -> None:
     with pytest.raises(RequestAborted):
         stream._pending.wait()
     assert llm.stats().requests["abort"] == before + 1
+
+
+def test_an_event_loop_streams_many_prompts_and_ends_those_it_leaves(llm: KVCacheAdapter) -> None:
+    rows = [row[0].tolist() for row in prompts(12, 13, 14, 15, seed=16)]
+    expected = llm.generate_batch(rows, max_new_tokens=20)
+    before = llm.stats().requests.get("abort", 0)
+    endless = {"as_tokens": True, "max_new_tokens": 450, "eos_token_id": 210}
+
+    async def read(row: list[int]) -> list[int]:
+        return [t async for t in llm.astream(row, as_tokens=True, max_new_tokens=20)]
+
+    async def leave(row: list[int]) -> None:
+        async for _ in llm.astream(row, **endless):
+            break
+
+    async def wait_for_ever(row: list[int], begun: asyncio.Event) -> None:
+        async for _ in llm.astream(row, **endless):
+            begun.set()
+
+    async def all_of_them() -> list[list[int]]:
+        begun = asyncio.Event()
+        cancelled = asyncio.ensure_future(wait_for_ever(rows[1], begun))
+        await begun.wait()
+        cancelled.cancel()
+        await leave(rows[0])
+        with pytest.raises(ConfigError, match="max_new_tokens"):
+            await llm.astream(rows[0], max_new_tokens=0).__anext__()
+        return await asyncio.gather(*map(read, rows))
+
+    assert asyncio.run(all_of_them()) == expected
+    deadline = time.monotonic() + 30
+    while (llm.stats().running, llm.stats().requests["abort"] - before) != (0, 2):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_requests_of_several_threads_share_the_connection(

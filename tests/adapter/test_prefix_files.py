@@ -61,7 +61,11 @@ def test_an_exported_prefix_is_found_again_after_everything_was_cleared(
     assert found(llm, [*prompt[:96], 9]) == {}
     llm.clear("all")
     assert llm.import_prefix(path) == (96, 96, report.nbytes)
-    assert found(llm, prompt) == {"ram": 96}
+    deadline = time.monotonic() + 30
+    # a shard that answers late is a miss for that moment, and what is computed then is not saved
+    while found(llm, prompt, cache="read-only") != {"ram": 96}:
+        assert time.monotonic() < deadline
+        llm.clear("gpu")
     assert llm.generate_batch([prompt], max_new_tokens=8) == wanted
     assert llm.import_prefix(path).tokens == 96, "what is there already counts"
 

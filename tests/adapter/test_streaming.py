@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import threading
 from typing import Any
 
@@ -53,6 +54,57 @@ def test_tokens_arrive_while_the_request_goes_on() -> None:
     threading.Timer(0.01, lambda: row.feed(TokenDelta("r.0", (5,), FinishReason.STOP))).start()
     assert list(stream) == [5]
     assert stream.token_ids == [4, 5]
+
+
+def test_an_event_loop_reads_tokens_as_they_come_from_another_thread() -> None:
+    rows = [pending() for _ in range(50)]
+
+    def feed() -> None:
+        for reason in (None, None, FinishReason.LENGTH):
+            for row in rows:
+                row.feed(TokenDelta("r.0", (4, 5), reason))
+
+    async def read(row: PendingRequest) -> list[int]:
+        return [token async for token in TokenStream(row, None, lambda _: None)]
+
+    async def read_all() -> list[list[int]]:
+        tasks = [asyncio.ensure_future(read(row)) for row in rows]
+        await asyncio.sleep(0)  # all of them wait
+        threading.Thread(target=feed).start()
+        return await asyncio.wait_for(asyncio.gather(*tasks), 30)
+
+    assert asyncio.run(read_all()) == [[4, 5] * 3] * 50
+
+
+def test_an_event_loop_gets_whole_characters_then_the_error() -> None:
+    row, pieces = pending(), []
+    row.feed(TokenDelta("r.0", tuple("é".encode())[:1]))
+
+    async def read() -> None:
+        asyncio.get_running_loop().call_soon(
+            row.feed,
+            TokenDelta("r.0", tuple("é".encode())[1:], FinishReason.ERROR, "x", "CapacityError"),
+        )
+        async for piece in TokenStream(row, TextDecoder(utf8), lambda _: None):
+            pieces.append(piece)
+
+    with pytest.raises(CapacityError, match="x"):
+        asyncio.run(read())
+    assert pieces == ["é"]
+
+
+def test_tokens_may_come_when_the_event_loop_has_gone() -> None:
+    row = pending()
+    row.feed(TokenDelta("r.0", (4,)))
+
+    async def first() -> int:
+        async for token in TokenStream(row, None, lambda _: None):
+            return int(token)
+        raise AssertionError
+
+    assert asyncio.run(first()) == 4
+    row.feed(TokenDelta("r.0", (5,), FinishReason.LENGTH))
+    assert row.wait() == [4, 5]
 
 
 def test_a_stream_that_is_dropped_early_aborts_its_request() -> None:
