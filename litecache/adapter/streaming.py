@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 
 from litecache.actors.cluster import check_process
 from litecache.adapter.pending import PendingRequest
+from litecache.errors import ConfigError
 from litecache.types import TokenLogprobs
 
 # An unfinished UTF-8 sequence decodes to this.
@@ -124,6 +126,7 @@ class TokenStream:
         self.request_id, self._pending, self._abandon = pending.request_id, pending, abandon
         self._decoder = decoder
         self._items: Generator[Any, None, None]
+        self._async_items: AsyncGenerator[Any, None] | None = None
         # No reference back to self: a stream that is dropped has to end at once.
         self._items = _text(pending, decoder) if decoder is not None else _one_by_one(pending)
 
@@ -131,12 +134,22 @@ class TokenStream:
         return self
 
     def __next__(self) -> Any:
+        if self._async_items is not None:
+            raise ConfigError("stream", "read by `async for`", "read in one way alone")
         check_process(self._pending.pid)  # tokens that came before the fork are not its own either
         return next(self._items)
 
     def __aiter__(self) -> AsyncIterator[Any]:
-        """From the beginning; not beside the ordinary iteration: one decoder serves both."""
-        return _pieces(self._pending, self._decoder)
+        """On one event loop, where an earlier `async for` left off.
+
+        Raises:
+            ConfigError: it has been read without `async`.
+        """
+        if self._async_items is None:
+            if inspect.getgeneratorstate(self._items) != inspect.GEN_CREATED:
+                raise ConfigError("stream", "read by `for`", "read in one way alone")
+            self._async_items = _pieces(self._pending, self._decoder)
+        return self._async_items
 
     @property
     def reused_tokens(self) -> dict[str, int]:

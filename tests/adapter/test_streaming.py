@@ -9,7 +9,7 @@ import torch
 
 from litecache.adapter.pending import PendingRequest, remote_error
 from litecache.adapter.streaming import TextDecoder, TokenStream, feed_streamer
-from litecache.errors import CapacityError, GroupUnavailableError, RequestAborted
+from litecache.errors import CapacityError, ConfigError, GroupUnavailableError, RequestAborted
 from litecache.types import FinishReason, Request, SamplingParams, TokenDelta
 
 
@@ -91,6 +91,29 @@ def test_an_event_loop_gets_whole_characters_then_the_error() -> None:
     with pytest.raises(CapacityError, match="x"):
         asyncio.run(read())
     assert pieces == ["é"]
+
+
+def test_an_event_loop_goes_on_where_it_left_and_no_other_loop_reads_beside_it() -> None:
+    text = "é日🙂"
+    row = pending(max_new_tokens=64)
+    row.feed(TokenDelta("r.0", tuple(text.encode()[:2])))
+    stream = TokenStream(row, TextDecoder(utf8), lambda _: None)
+
+    async def read() -> list[str]:
+        pieces = []
+        async for piece in stream:
+            pieces.append(piece)
+            break
+        row.feed(TokenDelta("r.0", tuple(text.encode()[2:]), FinishReason.LENGTH))
+        return pieces + [piece async for piece in stream]
+
+    assert "".join(asyncio.run(read())) == text
+    with pytest.raises(ConfigError, match="stream"):
+        next(stream)
+    other = TokenStream(ended(4, 5), None, lambda _: None)
+    assert next(other) == 4
+    with pytest.raises(ConfigError, match="stream"):
+        aiter(other)
 
 
 def test_tokens_may_come_when_the_event_loop_has_gone() -> None:
