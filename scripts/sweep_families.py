@@ -139,7 +139,6 @@ OWN_CASES: dict[str, dict[str, Case]] = {
 
 
 BY_RULE = {
-    ("any", "dynamic"),  # right only as long as no one goes beyond the model's positions
     ("llama4_text", "plain"),  # scales queries by their place in the packed batch
     ("llama4", "plain"),
     ("lfm2", "plain"),  # its default configuration alone has no convolution
@@ -357,7 +356,7 @@ def _refused(
                 return replace(result, outcome="UNTRUE", detail=f"wrong below: {error.reason}")
         except ModelNotSupportedError as second:
             return replace(result, outcome="UNTRUE", detail=f"{error.reason}; then {second.reason}")
-    if (family, name) not in BY_RULE and ("any", name) not in BY_RULE and not stock.looks_ahead():
+    if (family, name) not in BY_RULE and not stock.looks_ahead():
         try:
             model = made.build()
             use_paged_attention(model)

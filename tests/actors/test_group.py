@@ -185,7 +185,7 @@ def other_format(folder: Path) -> None:
     [
         (other_format, {}, StorageFormatError),
         (None, {"storage_bytes": "12TB"}, StorageFullError),
-        (None, {"model": {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}},
+        (None, {"model": {"mamba_d_state": 16}},
          ModelNotSupportedError),
     ],
 )  # fmt: skip

@@ -63,11 +63,9 @@ def test_bad_settings_are_refused_before_anything_starts(
 
 
 def test_unsupported_models_are_named_with_the_reason(no_ray: None) -> None:
-    dynamic = LlamaConfig(
-        **{**LLAMA.to_dict(), "rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}
-    )
-    with pytest.raises(ModelNotSupportedError, match=r"'llama' is not supported.*dynamic"):
-        KVCacheAdapter(dynamic, weights="random")
+    recurrent = LlamaConfig(**{**LLAMA.to_dict(), "mamba_d_state": 16})
+    with pytest.raises(ModelNotSupportedError, match=r"'llama' is not supported.*recurrent"):
+        KVCacheAdapter(recurrent, weights="random")
 
 
 def test_an_unknown_path_is_refused(no_ray: None, tmp_path: Path) -> None:

@@ -38,8 +38,8 @@ MANY = (
     "gemma4_text", "glm4_moe", "gpt2", "granite_swa", "llama", "modernbert-decoder", "olmo3",
     "qwen3_moe", "smollm3",
 )  # fmt: skip
-# A rotation without a length, one that is refused by its name, a window that no layer has: they
-# take the way of "plain".
+# A rotation without a length, one that changes only beyond the model's positions, a window that no
+# layer has: they take the way of "plain".
 WITHOUT_LENGTHS = ("linear", "dynamic", "window 8 unused")
 
 

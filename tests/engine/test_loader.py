@@ -7,8 +7,10 @@ import pickle
 import pytest
 import torch
 from plan_driver import FAMILIES, tiny_model
+from transformers import PretrainedConfig
 
 from litecache.config import CacheConfig
+from litecache.engine.loading.model_checks import UNSTATED_POSITIONS, check_limits
 from litecache.engine.loading.model_loader import load_model
 from litecache.engine.loading.model_source import ModelSource
 from litecache.errors import ConfigError, ModelNotSupportedError
@@ -71,10 +73,6 @@ def test_layers_with_windows_form_a_group_of_their_own():
         ({"model_type": "lfm2"}, "recurrent"),
         ({"model_type": "diffllama"}, "two attention calls"),
         ({"model_type": "t5"}, "encoder-decoder"),
-        (
-            {**LLAMA, "rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
-            "rope_type 'dynamic'",
-        ),
     ],
 )
 def test_unsupported_models_are_refused_by_name(config, reason):
@@ -96,6 +94,33 @@ def test_unsupported_models_are_refused_by_name(config, reason):
 def test_fields_that_disagree_with_the_model_are_named(field, value):
     with pytest.raises(ConfigError, match=f"{field}={value}"):
         load(LLAMA, **{field: value})
+
+
+def test_a_dynamic_rope_is_taken_up_to_the_length_from_which_it_follows_the_sequence():
+    config = {**LLAMA, "rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}
+    assert load(config).max_model_len == 256
+    with pytest.raises(ConfigError, match=r"max_model_len=257.*256.*dynamic rope"):
+        load(config, max_model_len=257)
+
+
+@pytest.mark.parametrize(
+    ("fields", "limit"),
+    [
+        ({"n_positions": 300}, 300),
+        ({"max_seq_len": 700, "n_ctx": 500}, 500),
+        ({"max_position_embeddings": None, "max_seq_len": 700}, 700),
+        ({}, UNSTATED_POSITIONS),
+    ],
+)
+def test_positions_are_read_from_the_field_that_a_family_has(fields, limit):
+    config = PretrainedConfig(**fields)
+    assert check_limits(config, CacheConfig()) == limit
+    assert check_limits(config, CacheConfig(max_model_len=100)) == 100
+    if fields:
+        with pytest.raises(ConfigError, match=f"at most {limit}"):
+            check_limits(config, CacheConfig(max_model_len=limit + 1))
+    else:
+        assert check_limits(config, CacheConfig(max_model_len=limit + 1)) == limit + 1
 
 
 def test_fields_that_agree_are_accepted():

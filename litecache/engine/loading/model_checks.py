@@ -21,6 +21,21 @@ _RECURRENT_LAYERS = re.compile(r"linear|mamba|recurrent|conv|hybrid|ssm|rwkv")
 _RECURRENT_FIELDS = ("ssm_cfg", "mamba_d_state", "mamba_expand", "state_size", "conv_L_cache")
 _TWO_CALLS = ("diffllama",)
 
+_POSITION_FIELDS = (
+    "max_position_embeddings",
+    "n_positions",
+    "n_ctx",
+    "max_seq_len",
+    "max_sequence_length",
+    "context_length",
+    "model_max_length",
+    "max_target_positions",
+)
+"""Where families state how many positions they have, the first that is there."""
+
+UNSTATED_POSITIONS = 2048
+"""Of a model that states no limit, as with ALiBi, when the user states none either."""
+
 
 def check_config(hf_config: Any) -> None:
     """Refuse what cannot run over paged KV.
@@ -35,8 +50,6 @@ def check_config(hf_config: Any) -> None:
         "an encoder-decoder model; only decoders have one KV sequence": getattr(
             hf_config, "is_encoder_decoder", False
         ),
-        "rope_type 'dynamic': its frequencies depend on the longest position of the batch, so"
-        " cached KV would be wrong for other lengths": "dynamic" in _rope_types(text),
         f"layers with recurrent state ({recurrent})": recurrent,
         "attention that treats generated tokens otherwise than the prompt": (
             "reference_sliding_attention" in kinds
@@ -55,11 +68,11 @@ def check_limits(hf_config: Any, config: CacheConfig) -> int:
     """Compare the shape and length in a CacheConfig with the model's.
 
     Returns:
-        The longest sequence in tokens: what the user set, bounded by what the model knows.
+        The longest sequence in tokens: what the user set, bounded by what the model knows. Where
+        neither says anything it is `UNSTATED_POSITIONS`.
 
     Raises:
-        ConfigError: naming the field that disagrees; longer than the model's positions, or neither
-            side states a limit.
+        ConfigError: naming the field that disagrees, or longer than the model's positions.
     """
     text = hf_config.get_text_config(decoder=True)
     heads = getattr(text, "num_attention_heads", None)
@@ -67,7 +80,7 @@ def check_limits(hf_config: Any, config: CacheConfig) -> int:
     shape = {
         "num_layers": getattr(text, "num_hidden_layers", None),
         "num_heads": heads,
-        "num_kv_heads": getattr(text, "num_key_value_heads", None) or heads,
+        "num_kv_heads": _kv_heads(text) or heads,
         "head_dim": getattr(text, "head_dim", None)
         or (hidden // heads if hidden and heads else None),
     }
@@ -75,14 +88,43 @@ def check_limits(hf_config: Any, config: CacheConfig) -> int:
         given = getattr(config, name)
         if given is not None and actual is not None and given != actual:
             raise ConfigError(name, given, f"{actual}, as the model has it, or None")
-    limit = getattr(text, "max_position_embeddings", None)
-    length = limit if config.max_model_len is None else config.max_model_len
+    limit, length = stated_positions(text), config.max_model_len
     if length is None:
-        valid = "a number of tokens, for a model that states no limit"
-        raise ConfigError("max_model_len", None, valid)
+        length = limit
+    if length is None:
+        length = UNSTATED_POSITIONS
+        logger.info(
+            "model type %r states no number of positions: max_model_len is %d unless it is set",
+            hf_config.model_type,
+            length,
+        )
     if limit is not None and length > limit:
-        raise ConfigError("max_model_len", length, f"at most {limit}, the model's positions")
+        valid = f"at most {limit}, the model's positions"
+        if "dynamic" in _rope_types(text):
+            # Frequencies that follow the length: keys of the cache would be those of a shorter one.
+            valid += "; beyond them its dynamic rope turns cached keys otherwise"
+        raise ConfigError("max_model_len", length, valid)
     return int(length)
+
+
+def stated_positions(text_config: Any) -> int | None:
+    """How many positions a text configuration states, under whatever name; None = it does not."""
+    for name in _POSITION_FIELDS:
+        value = getattr(text_config, name, None)
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            return value
+    return None
+
+
+def _kv_heads(text_config: Any) -> int | None:
+    if getattr(text_config, "multi_query", False) and not getattr(
+        text_config, "new_decoder_architecture", False
+    ):
+        return 1
+    for name in ("num_key_value_heads", "num_kv_heads"):
+        if getattr(text_config, name, None):
+            return int(getattr(text_config, name))
+    return None
 
 
 def read_config(source: ModelSource) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from litecache.engine.kv_layout import KVLayout, KVPool, KVSpec
-from litecache.engine.loading.model_checks import refusal
+from litecache.engine.loading.model_checks import refusal, stated_positions
 from litecache.engine.running.hf_attention import (
     IMPLEMENTATION,
     RECORDING,
@@ -142,7 +142,7 @@ def _window(config: Any, layer: int, call: LayerCall, max_model_len: int) -> int
     except (IndexError, RuntimeError):
         return call.window  # a rule over the tokens of this run: the twin tells whether it counts
     # As far as the model can go, so that its layout is the same for every `max_model_len`.
-    positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    positions = stated_positions(config.get_text_config(decoder=True))
     longest = max(max_model_len, positions or 0)
     window = None
     for start in range(0, longest, _MASK_STEP):
