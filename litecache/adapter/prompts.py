@@ -112,6 +112,9 @@ def check_prompts(prompts: Any, most: int) -> list[TokenIds]:
     if isinstance(prompts, (str, bytes, Mapping)):
         raise ConfigError("prompts", outline(prompts), valid)
     with naming("prompts", prompts, valid):
+        if isinstance(prompts, torch.Tensor):
+            # to iterate over it makes a tensor of every row first
+            check_sequences("prompts", len(prompts))
         given = list(itertools.islice(prompts, MOST_SEQUENCES + 1))
     check_sequences("prompts", len(given))
     return [check_prompt(prompt, index, most) for index, prompt in enumerate(given)]

@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from litecache.adapter.generation import refuse_arguments
-from litecache.adapter.prompts import append_rows, check_input_ids, check_prompt, split_rows
+from litecache.adapter.prompts import (
+    MOST_SEQUENCES,
+    append_rows,
+    check_input_ids,
+    check_prompt,
+    check_prompts,
+    split_rows,
+)
 from litecache.errors import ConfigError
 
 
@@ -30,6 +37,17 @@ def test_without_a_mask_the_pad_token_is_padding() -> None:
 def test_a_row_of_nothing_but_padding_is_refused() -> None:
     with pytest.raises(ConfigError, match="row 1"):
         split_rows(torch.tensor([[1, 2], [0, 0]]), torch.tensor([[1, 1], [0, 0]]), None)
+
+
+def test_a_tensor_of_too_many_prompts_is_refused_before_its_rows_are_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    prompts = torch.zeros((1, 1), dtype=torch.int64).expand(MOST_SEQUENCES + 1, 1)
+    made = []
+    monkeypatch.setattr(torch.Tensor, "__iter__", lambda rows: made.append(rows) or iter(()))
+    with pytest.raises(ConfigError, match="at most 65,536 sequences"):
+        check_prompts(prompts, 100)
+    assert not made
 
 
 @pytest.mark.parametrize("mask", [torch.ones(1, 3), torch.ones(2), [[1, 1]]])
