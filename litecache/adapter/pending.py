@@ -289,7 +289,7 @@ class StopStrings:
 
 @dataclass(frozen=True)
 class ReuseReport:
-    """What each row of a result reused: `.litecache` of a returned dict.
+    """What each row of a result reused, and how it ended: `.litecache` of a returned dict.
 
     Attributes:
         reused_tokens: per row, prompt tokens by tier that were not computed.
@@ -298,6 +298,10 @@ class ReuseReport:
         ttft_s: per row, seconds from submission to the first token's arrival here.
         total_s: per row, seconds from submission to the last token's arrival.
         logprobs: per row and new token, with `logprobs=k`; else empty rows.
+        finish_reasons: per row, "stop" (an end token or a stop string) or "length" (of tokens, or
+            of `max_time`).
+        prompt_tokens: per row, tokens of the prompt, without padding.
+        completion_tokens: per row, new tokens, the end token included.
     """
 
     reused_tokens: tuple[dict[str, int], ...]
@@ -305,6 +309,9 @@ class ReuseReport:
     ttft_s: tuple[float | None, ...]
     total_s: tuple[float | None, ...]
     logprobs: tuple[tuple[TokenLogprobs, ...], ...]
+    finish_reasons: tuple[str | None, ...]
+    prompt_tokens: tuple[int, ...]
+    completion_tokens: tuple[int, ...]
 
     @classmethod
     def of(cls, rows: Sequence[PendingRequest]) -> ReuseReport:
@@ -320,4 +327,7 @@ class ReuseReport:
             since_submission("first_token_at"),
             since_submission("finished_at"),
             tuple(tuple(row.logprobs) for row in rows),
+            tuple(row.finish_reason and row.finish_reason.value for row in rows),
+            tuple(len(row.request.prompt) for row in rows),
+            tuple(len(row.tokens) for row in rows),
         )

@@ -167,6 +167,12 @@ class TokenStream:
         return self._pending.ttft_s
 
     @property
+    def finish_reason(self) -> str | None:
+        """As in `ReuseReport`, or "abort" or "error"; None while the request goes on."""
+        reason = self._pending.finish_reason
+        return reason and reason.value
+
+    @property
     def token_ids(self) -> list[int]:
         """All tokens received so far."""
         return list(self._pending.tokens)

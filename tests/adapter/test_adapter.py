@@ -95,6 +95,26 @@ def test_a_sequence_ends_at_an_end_token_and_shorter_rows_are_padded(
     assert torch.equal(out, minimum)
 
 
+def test_a_result_tells_per_row_how_it_ended_and_how_many_tokens_it_took(
+    llm: KVCacheAdapter, tiny_llama: LlamaForCausalLM
+) -> None:
+    ids, mask = padded(prompts(5, 9, 9, seed=4), "left")
+    free = stock(tiny_llama, ids, attention_mask=mask, max_new_tokens=12, eos_token_id=210)
+    ends = {"eos_token_id": [int(free[1, 12]), int(free[2, 16])], "pad_token_id": 0}
+    expected = stock(tiny_llama, ids, attention_mask=mask, max_new_tokens=12, **ends)
+    lengths = [int((row[9:] != 0).sum()) for row in expected]
+    assert lengths[0] == 12 > max(lengths[1:])
+    out = llm.generate(
+        ids, attention_mask=mask, max_new_tokens=12, return_dict_in_generate=True, **ends
+    )
+    assert out.litecache.finish_reasons == ("length", "stop", "stop")
+    assert out.litecache.completion_tokens == tuple(lengths)
+    assert out.litecache.prompt_tokens == (5, 9, 9)
+    stream = llm.stream(ids[1].tolist(), as_tokens=True, max_new_tokens=12, **ends)
+    assert len(list(stream)) == lengths[1]
+    assert stream.finish_reason == "stop"
+
+
 def test_torchs_seed_reproduces_samples_and_samples_differ(llm: KVCacheAdapter) -> None:
     (ids,) = prompts(20, seed=5)
     settings = {"do_sample": True, "temperature": 1.0, "num_return_sequences": 3}
