@@ -63,9 +63,11 @@ def test_an_exported_prefix_is_found_again_after_everything_was_cleared(
     assert llm.import_prefix(path) == (96, 96, report.nbytes)
     deadline = time.monotonic() + 30
     # a shard that answers late is a miss for that moment, and what is computed then is not saved
-    while found(llm, prompt, cache="read-only") != {"ram": 96}:
-        assert time.monotonic() < deadline
+    seen: list[dict[str, int]] = []
+    while not seen or seen[-1] not in ({"ram": 96}, {"disk": 96}):
+        assert time.monotonic() < deadline, seen
         llm.clear("gpu")
+        seen.append(found(llm, prompt, cache="read-only"))
     assert llm.generate_batch([prompt], max_new_tokens=8) == wanted
     assert llm.import_prefix(path).tokens == 96, "what is there already counts"
 
