@@ -162,7 +162,7 @@ def copy_rates(device: str) -> dict[str, float]:
     host = torch.empty((count, block), dtype=torch.uint8, pin_memory=True)
     pinned = PinnedArenas()
     copier = BlockCopier(torch.device(device), lambda step: None, pinned)
-    views = copier.slots(client.arena, slots, block)
+    views = [view for (view,) in copier.slots(client.arena, slots, block)]
     order = random.Random(0).sample(range(count), count)
 
     def rate(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> float:

@@ -15,7 +15,7 @@ from litecache.engine.engine import Engine
 from litecache.engine.kv_layout import KVLayout, KVPool, KVSpec, check_tier_codec
 from litecache.engine.loading.model_source import ModelSource
 from litecache.engine.transfer import block_copier
-from litecache.engine.transfer.block_copier import BlockCopier, EightBits, PinnedArenas
+from litecache.engine.transfer.block_copier import BlockCopier, EightBits, PinnedArenas, Slot
 from litecache.errors import ConfigError
 from litecache.kernels.quantise import dequantise, quantise
 from litecache.storage.client import LocalShardClient
@@ -51,14 +51,20 @@ def test_a_block_comes_back_as_its_codes_say(
     for view in wide:
         view.normal_()
     kept = [view.clone() for view in wide]
-    slots = [torch.full((pool.group.tier_bytes,), 0xFF, dtype=torch.uint8) for _ in range(5)]
+    kept_bytes = torch.full((5, pool.group.tier_bytes), 0xFF, dtype=torch.uint8)
+    again = torch.zeros_like(kept_bytes)
+    # in one piece, and in several as where segments of an arena meet
+    cuts: list[tuple[int, ...]] = [(), (1000,), (256, 512), (), (4000,)]
     blocks = [7, 2, 11, 5, 3]
-    eight.save(copier, pool, blocks, slots)
+
+    def slots(rows: torch.Tensor) -> list[Slot]:
+        return [row.tensor_split(at) for row, at in zip(rows, cuts, strict=True)]
+
+    eight.save(copier, pool, blocks, slots(kept_bytes))
     assert all(torch.equal(view, before) for view, before in zip(wide, kept, strict=True))
-    again = [torch.zeros_like(slot) for slot in slots]
-    eight.save(copier, pool, blocks, again)
-    assert all(torch.equal(a, b) for a, b in zip(slots, again, strict=True)), "not all written"
-    eight.load(copier, pool, [1, 4, 6, 8, 9], slots)
+    eight.save(copier, pool, blocks, slots(again))
+    assert torch.equal(kept_bytes, again), "not all written"
+    eight.load(copier, pool, [1, 4, 6, 8, 9], slots(kept_bytes))
     for view, before in zip(wide, kept, strict=True):
         as_stored = dequantise(*quantise(before[blocks], TORCH[codec]), view.dtype)
         assert torch.equal(view[[1, 4, 6, 8, 9]], as_stored)

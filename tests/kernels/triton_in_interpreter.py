@@ -195,7 +195,7 @@ def test_blocks_of_a_pool_go_to_eight_bit_tiers_and_back_by_the_kernel(
             for side in pool.layer(layer):
                 side.copy_(torch.randn(side.shape, generator=torch.Generator().manual_seed(layer)))
         eight = EightBits(copier, [pool])
-        slots = [torch.zeros(group.tier_bytes, dtype=torch.uint8) for _ in range(3)]
+        slots = [[torch.zeros(group.tier_bytes, dtype=torch.uint8)] for _ in range(3)]
         eight.save(copier, pool, [4, 1, 5], slots)
         eight.load(copier, pool, [2, 3, 0], slots)
         results.append([pool.layer(layer) for layer in range(3)])

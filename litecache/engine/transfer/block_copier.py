@@ -7,6 +7,7 @@ touches them, so that copies run at the link's speed. On CPU the copies are plai
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import threading
 import weakref
@@ -30,7 +31,11 @@ def _cudart() -> Any:
 
 
 Pairs = Sequence[tuple[torch.Tensor, torch.Tensor]]
-Slots = Sequence[torch.Tensor]
+Slot = Sequence[torch.Tensor]
+"""A slot's bytes, uint8, in one piece or cut where two of the arena's segments meet.
+
+Segments are pinned one by one, and CUDA refuses a copy that leaves a range pinned in one piece.
+"""
 STAGING_BYTES = 32 << 20
 """Of blocks on the device between their two forms, a copier."""
 
@@ -38,11 +43,15 @@ STAGING_BYTES = 32 << 20
 class Codec(Protocol):
     """Between a block's bytes in the pool and its bytes in RAM and on disk."""
 
-    def save(self, copier: BlockCopier, pool: KVPool, blocks: Sequence[int], slots: Slots) -> None:
-        """Start to write blocks of a pool into slots, uint8 `[tier_bytes]` each."""
+    def save(
+        self, copier: BlockCopier, pool: KVPool, blocks: Sequence[int], slots: Sequence[Slot]
+    ) -> None:
+        """Start to write blocks of a pool into slots of `tier_bytes` each."""
         ...
 
-    def load(self, copier: BlockCopier, pool: KVPool, blocks: Sequence[int], slots: Slots) -> None:
+    def load(
+        self, copier: BlockCopier, pool: KVPool, blocks: Sequence[int], slots: Sequence[Slot]
+    ) -> None:
         """The inverse."""
         ...
 
@@ -50,13 +59,18 @@ class Codec(Protocol):
 class SameBytes:
     """The codec of tiers that hold what the pool holds."""
 
-    def save(self, copier: BlockCopier, pool: KVPool, blocks: Sequence[int], slots: Slots) -> None:
+    def save(
+        self, copier: BlockCopier, pool: KVPool, blocks: Sequence[int], slots: Sequence[Slot]
+    ) -> None:
         """A plain copy."""
-        copier.copy([(pool.buffer[b], slot) for b, slot in zip(blocks, slots, strict=True)])
+        copier.copy(_beside([pool.buffer[block] for block in blocks], slots))
 
-    def load(self, copier: BlockCopier, pool: KVPool, blocks: Sequence[int], slots: Slots) -> None:
+    def load(
+        self, copier: BlockCopier, pool: KVPool, blocks: Sequence[int], slots: Sequence[Slot]
+    ) -> None:
         """A plain copy."""
-        copier.copy([(slot, pool.buffer[b]) for b, slot in zip(blocks, slots, strict=True)])
+        pairs = _beside([pool.buffer[block] for block in blocks], slots)
+        copier.copy([(slot, row) for row, slot in pairs])
 
 
 class EightBits:
@@ -72,25 +86,30 @@ class EightBits:
 
     def __init__(self, copier: BlockCopier, pools: Sequence[KVPool]) -> None:
         for pool in pools:
-            slots = [torch.zeros(pool.group.tier_bytes, dtype=torch.uint8)]
+            slots = [[torch.zeros(pool.group.tier_bytes, dtype=torch.uint8)]]
             self.save(copier, pool, [TRASH_BLOCK], slots)
             self.load(copier, pool, [TRASH_BLOCK], slots)
         copier.synchronize()
 
-    def save(self, copier: BlockCopier, pool: KVPool, blocks: Sequence[int], slots: Slots) -> None:
+    def save(
+        self, copier: BlockCopier, pool: KVPool, blocks: Sequence[int], slots: Sequence[Slot]
+    ) -> None:
         """Quantise, then copy."""
         wide, narrow = (block_form(group) for group in _forms(pool))
         with copier.on_stream():
             for part, staging, order, places in _parts(pool, blocks):
                 convert_blocks(pool.buffer, wide, staging, narrow, places, order)
-                copier.copy(list(zip(staging, slots[part], strict=True)))
+                copier.copy(_beside(list(staging), slots[part]))
 
-    def load(self, copier: BlockCopier, pool: KVPool, blocks: Sequence[int], slots: Slots) -> None:
+    def load(
+        self, copier: BlockCopier, pool: KVPool, blocks: Sequence[int], slots: Sequence[Slot]
+    ) -> None:
         """Copy, then widen."""
         wide, narrow = (block_form(group) for group in _forms(pool))
         with copier.on_stream():
             for part, staging, order, places in _parts(pool, blocks):
-                copier.copy(list(zip(slots[part], staging, strict=True)))
+                pairs = _beside(list(staging), slots[part])
+                copier.copy([(slot, row) for row, slot in pairs])
                 convert_blocks(staging, narrow, pool.buffer, wide, order, places)
 
 
@@ -107,6 +126,18 @@ def _parts(
         # Zeros: what lies between the extents goes to disk, too.
         shape = (len(places), tier_bytes)
         yield part, torch.zeros(shape, dtype=torch.uint8, device=device), order, places
+
+
+def _beside(rows: Sequence[torch.Tensor], slots: Sequence[Slot]) -> Pairs:
+    """Blocks on the device with their slots, piece by piece."""
+    pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for row, slot in zip(rows, slots, strict=True):
+        # nearly all lie in one segment: to cut costs as much as to launch their copy
+        parts: Sequence[torch.Tensor] = (row,)
+        if len(slot) > 1:
+            parts = row.tensor_split(list(itertools.accumulate(map(len, slot[:-1]))))
+        pairs += zip(parts, slot, strict=True)
+    return pairs
 
 
 def _forms(pool: KVPool) -> tuple[KVGroup, KVGroup]:
@@ -184,7 +215,7 @@ class BlockCopier:
             self._stream.wait_event(event)
 
     def copy(self, pairs: Pairs) -> None:
-        """Start copies (source, target) between host and pool; all uint8 `[block_bytes]`."""
+        """Start copies (source, target) between host and pool; uint8, each pair of one length."""
         if self._stream is None:
             for source, target in pairs:
                 # numpy's is one memcpy on this thread; torch's would wake a second team of OpenMP
@@ -207,13 +238,17 @@ class BlockCopier:
         )
         return copy_batch(sources, targets, pairs[0][0].numel())
 
-    def slots(self, arena: ArenaView, slots: Sequence[int], block_bytes: int) -> list[torch.Tensor]:
-        """The slots' bytes as tensors, pinned where the device is CUDA."""
-        views = []
+    def slots(self, arena: ArenaView, slots: Sequence[int], block_bytes: int) -> list[Slot]:
+        """The slots' bytes, pinned where the device is CUDA."""
+        views: list[Slot] = []
         for slot in slots:
+            block, start = torch.from_numpy(arena.block(slot, block_bytes)), slot * PAGE_BYTES
+            meeting = arena.segment_bytes - start % arena.segment_bytes
+            cuts = list(range(meeting, block_bytes, arena.segment_bytes))
             if self._cuda:
-                self._pinned.ensure(arena, slot * PAGE_BYTES)
-            views.append(torch.from_numpy(arena.block(slot, block_bytes)))
+                for offset in (0, *cuts):
+                    self._pinned.ensure(arena, start + offset)
+            views.append(block.tensor_split(cuts) if cuts else (block,))
         return views
 
     def on_stream(self) -> contextlib.AbstractContextManager[Any]:

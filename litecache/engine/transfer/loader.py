@@ -22,7 +22,7 @@ import torch
 from litecache.engine.kv_layout import KVPool
 from litecache.engine.scheduling.orders import CancelOrder, LoadOrder, LoadReport, StageOrder
 from litecache.engine.scheduling.sequence import BlockRef
-from litecache.engine.transfer.block_copier import BlockCopier, Codec
+from litecache.engine.transfer.block_copier import BlockCopier, Codec, Slot
 from litecache.engine.transfer.shard_set import Lease, ShardSet
 from litecache.metrics import Metrics
 from litecache.storage.protocol import SlotState
@@ -298,7 +298,7 @@ class Loader:
                 self._lose(load, lost, "absent")
             part = self._take(load, refs)
             views = {
-                ref: torch.frombuffer(bytearray(data), dtype=torch.uint8)
+                ref: [torch.frombuffer(bytearray(data), dtype=torch.uint8)]
                 for ref, data in zip(refs, blocks, strict=True)
                 if ref in part and data is not None
             }
@@ -307,14 +307,14 @@ class Loader:
             self._metrics.inc("litecache_remote_blocks", len(part), shard=shard_id)
             self._tell(load.order.ticket, list(part))
 
-    def _slot(self, copier: BlockCopier, group: int, lease: Lease) -> torch.Tensor:
+    def _slot(self, copier: BlockCopier, group: int, lease: Lease) -> Slot:
         assert lease.shard is not None
         assert lease.slot is not None
         (view,) = copier.slots(lease.shard.arena, [lease.slot.slot], self._tier_bytes(group))
         return view
 
     def _copy_in(
-        self, copier: BlockCopier, order: LoadOrder, part: Mapping[BlockRef, torch.Tensor]
+        self, copier: BlockCopier, order: LoadOrder, part: Mapping[BlockRef, Slot]
     ) -> None:
         """Start to fill blocks of the pool from their bytes in the tiers."""
 
