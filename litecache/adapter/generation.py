@@ -93,6 +93,7 @@ class GenerationSettings:
         return_dict: return a `ModelOutput`.
         max_time_s: bound on the time of a sequence.
         stop_strings: texts that end a sequence as soon as one is complete.
+        bos_token_id: the whole prompt of a call without one; None = there is no such token.
     """
 
     sampling: SamplingParams
@@ -107,6 +108,7 @@ class GenerationSettings:
     return_dict: bool
     max_time_s: float | None
     stop_strings: tuple[str, ...]
+    bos_token_id: int | None
 
     def check_padding(self, rows: int) -> None:
         """Refuse a batch whose shorter rows could only be filled with a token of the text.
@@ -225,6 +227,7 @@ def translate(
         return_dict=check_flag("return_dict_in_generate", fields["return_dict_in_generate"]),
         max_time_s=None if fields.get("max_time") is None else real("max_time", 0, above=True),
         stop_strings=_texts("stop_strings", fields.get("stop_strings")),
+        bos_token_id=integer("bos_token_id", 0),
     )
 
 

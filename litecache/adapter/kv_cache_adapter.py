@@ -27,6 +27,7 @@ from litecache.actors.group import Group, exists
 from litecache.actors.group_spec import GroupSpec, check_actor_options, choose_num_gpus
 from litecache.actors.naming import DEFAULT_GROUP, check_group_name
 from litecache.adapter.generation import GenerationSettings, draw_seed, translate
+from litecache.adapter.model_surface import ModelSurface
 from litecache.adapter.pending import PendingRequest, ReuseReport, StopStrings, aborting
 from litecache.adapter.prefix_files import PrefixReport, export_prefix, import_prefix
 from litecache.adapter.prompts import (
@@ -53,6 +54,7 @@ from litecache.checks import (
     check_text,
 )
 from litecache.config import CacheConfig
+from litecache.engine.engine_info import EngineInfo
 from litecache.engine.loading.model_checks import check_config, check_limits
 from litecache.engine.progress import progress_bar
 from litecache.errors import ConfigError, GroupError, LiteCacheError
@@ -66,7 +68,7 @@ MAX_TTL_S = 10 * 366 * 86_400
 TIERS = ("gpu", "ram", "disk", "all")
 
 
-class KVCacheAdapter:
+class KVCacheAdapter(ModelSurface):
     """A model on Ray actors with a paged, tiered, persistent KV cache.
 
     Args:
@@ -161,9 +163,10 @@ class KVCacheAdapter:
         )
 
     @property
-    def info(self) -> Any:
+    def info(self) -> EngineInfo:
         """The engine's `EngineInfo`: limits, block size, device."""
-        return self.group.info
+        info: EngineInfo = self.group.info
+        return info
 
     @property
     def tokenizer(self) -> Any:
@@ -205,7 +208,8 @@ class KVCacheAdapter:
         """Continue every row of a batch, as `transformers`' `generate` does.
 
         Args:
-            inputs: `[batch, tokens]`, also by the name `input_ids`, padded on either side.
+            inputs: `[batch, tokens]`, also by the name `input_ids`, padded on either side. None =
+                one row of the model's `bos_token_id`.
             generation_config: settings; keyword arguments override it.
             streamer: gets the prompt and then each step's tokens.
             cache_salt: share cached blocks only with calls of the same salt.
@@ -240,6 +244,8 @@ class KVCacheAdapter:
             raise ConfigError(
                 "logprobs", settings.sampling.logprobs, "with return_dict_in_generate=True"
             )
+        if given is None and settings.bos_token_id is not None:
+            given = torch.tensor([[settings.bos_token_id]])
         input_ids = check_input_ids(given)
         prompts = split_rows(input_ids, mask, settings.mask_pad_token)
         samples, pad = settings.num_return_sequences, settings.pad_token_id

@@ -348,10 +348,15 @@ def test_a_stream_of_text_needs_a_tokenizer(llm: KVCacheAdapter) -> None:
         llm.stream("Once upon a time", max_new_tokens=3)
 
 
-def test_input_given_twice_or_not_at_all_is_refused(llm: KVCacheAdapter) -> None:
+def test_input_given_twice_is_refused_and_without_one_the_first_token_is_the_prompt(
+    llm: KVCacheAdapter, tiny_llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (ids,) = prompts(4)
     with pytest.raises(ConfigError, match="given twice"):
         llm.generate(ids, input_ids=ids, max_new_tokens=3)
+    expected = tiny_llama.generate(max_new_tokens=3, do_sample=False)
+    assert torch.equal(llm.generate(max_new_tokens=3), expected)
+    monkeypatch.setattr(llm.generation_config, "bos_token_id", None)
     with pytest.raises(ConfigError, match="input_ids=None"):
         llm.generate(max_new_tokens=3)
 

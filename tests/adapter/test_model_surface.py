@@ -1,0 +1,103 @@
+"""Programs that expect a transformers model find in an adapter what they read and call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from letter_tokenizer import letter_tokenizer
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, pipeline
+from transformers.pipelines import base as pipelines_base
+
+from litecache.adapter import KVCacheAdapter
+from litecache.errors import ConfigError
+
+TEXTS = ["abc", "edcbaabcde"]
+GREEDY = {"do_sample": False, "max_new_tokens": 12}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    made = letter_tokenizer()
+    made.pad_token = "<0>"
+    made.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    return made
+
+
+@pytest.mark.parametrize(
+    ("given", "options"),
+    [
+        ("abc", {}),
+        (TEXTS, {}),
+        (TEXTS, {"batch_size": 2, "return_full_text": False}),
+        ([{"role": "user", "content": "abcabc"}], {}),
+        ("abc", {"return_tensors": True}),
+        ("abc", {"stop_sequence": "d", "max_new_tokens": 60}),
+        ("abc", {"return_dict_in_generate": True}),
+        ("", {}),
+    ],
+    ids=["text", "texts", "batch", "chat", "tensors", "stop", "dict", "empty"],
+)
+def test_the_text_generation_pipeline_says_the_same_over_an_adapter_as_over_the_model(
+    llm: KVCacheAdapter,
+    tiny_llama: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    given: Any,
+    options: dict[str, Any],
+) -> None:
+    stock, ours = (
+        pipeline("text-generation", model=model, tokenizer=tokenizer)(
+            given, **{**GREEDY, **options}
+        )
+        for model in (tiny_llama, llm)
+    )
+    assert str(ours) == str(stock)
+
+
+def test_a_pipeline_takes_an_adapter_for_a_model_that_suits_it(
+    llm: KVCacheAdapter, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def complain(*message: object) -> None:
+        raise AssertionError(message)
+
+    monkeypatch.setattr(pipelines_base.logger, "error", complain)
+    made = pipeline("text-generation", model=llm, tokenizer=tokenizer, device="cpu", **GREEDY)
+    assert "KVCacheAdapter" in repr(made)
+
+
+def test_what_a_program_reads_on_its_model_is_what_the_model_says(
+    llm: KVCacheAdapter, tiny_llama: LlamaForCausalLM
+) -> None:
+    for name in ("device", "dtype", "training", "main_input_name"):
+        assert getattr(llm, name) == getattr(tiny_llama, name)
+    assert llm.num_parameters() == tiny_llama.num_parameters()
+    embeddings_out = {"exclude_embeddings": True}
+    assert llm.num_parameters(**embeddings_out) == tiny_llama.num_parameters(**embeddings_out)
+    assert llm.config.to_dict() == tiny_llama.config.to_dict()
+    assert llm.can_generate()
+    assert llm.name_or_path == "LlamaForCausalLM"
+
+
+def test_what_changes_nothing_is_done_and_what_cannot_be_done_is_refused(
+    llm: KVCacheAdapter,
+) -> None:
+    same = [llm.eval(), llm.train(False), llm.to("cuda:0"), llm.cuda(), llm.cpu(), llm.float()]
+    same += [llm.to(device="meta", dtype=torch.float32), llm.requires_grad_(False)]
+    assert all(each is llm for each in same)
+    llm.resize_token_embeddings(211)
+    refused = {
+        "mode=True": lambda: llm.train(),
+        r"dtype=torch.bfloat16.*CacheConfig\(dtype='bfloat16'\)": llm.bfloat16,
+        "dtype=torch.float16": lambda: llm.to(torch.zeros(1, dtype=torch.float16)),
+        "requires_grad=True": lambda: llm.requires_grad_(),
+        "new_num_tokens=220.*211": lambda: llm.resize_token_embeddings(220),
+    }
+    for message, call in refused.items():
+        with pytest.raises(ConfigError, match=message):
+            call()
+    assert not hasattr(llm, "parameters")
+    with pytest.raises(AttributeError, match="'parameters': the weights are in the actors"):
+        llm.parameters()
+    with pytest.raises(AttributeError, match=r"'no_such_thing'$"):
+        _ = llm.no_such_thing
