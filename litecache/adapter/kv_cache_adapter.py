@@ -42,6 +42,7 @@ from litecache.adapter.prompts import (
     split_rows,
 )
 from litecache.adapter.replicas import ReplicaSet
+from litecache.adapter.row_progress import Progress, check_progress, progress_of, show_progress
 from litecache.adapter.sources import resolve_model
 from litecache.adapter.stats import CacheStats
 from litecache.adapter.streaming import TextDecoder, TokenStream, feed_streamer
@@ -56,7 +57,6 @@ from litecache.checks import (
 from litecache.config import CacheConfig
 from litecache.engine.engine_info import EngineInfo
 from litecache.engine.loading.model_checks import check_config, check_limits
-from litecache.engine.progress import progress_bar
 from litecache.errors import ConfigError, GroupError, LiteCacheError
 from litecache.hashing import chain_keys
 from litecache.paths import ModelHold
@@ -197,6 +197,7 @@ class KVCacheAdapter(ModelSurface):
         generation_config: GenerationConfig | None = None,
         *,
         streamer: Any = None,
+        progress: bool | str = False,
         cache_salt: str | None = None,
         cache: str = "default",
         cache_ttl_s: float | None = None,
@@ -212,6 +213,8 @@ class KVCacheAdapter(ModelSurface):
                 one row of the model's `bos_token_id`.
             generation_config: settings; keyword arguments override it.
             streamer: gets the prompt and then each step's tokens.
+            progress: True draws a bar of rows and tokens to stderr where that is a terminal or a
+                notebook; "always" writes its last state to a file or a pipe, too.
             cache_salt: share cached blocks only with calls of the same salt.
             cache: what becomes of the KV that this call computes; what others left is found in any
                 case. "default": later calls find it in the pool and in the tiers below.
@@ -235,6 +238,7 @@ class KVCacheAdapter(ModelSurface):
             LiteCacheError: a request failed.
         """
         self._check_open()
+        progress = check_progress(progress)
         given = one_input(inputs, kwargs.pop("input_ids", None))
         mask = kwargs.pop("attention_mask", None)
         if streamer is not None and not _has_methods(streamer, "put", "end"):
@@ -259,7 +263,8 @@ class KVCacheAdapter(ModelSurface):
             tokenizer,
             streaming=streamer is not None,
         )
-        with aborting(rows, self._replicas.abort):
+        bar = show_progress(progress, "Generating", progress_of(rows))
+        with aborting(rows, self._replicas.abort), bar:
             if streamer is not None:
                 feed_streamer(streamer, input_ids.repeat_interleave(samples, dim=0), rows, pad)
             new_tokens = [row.wait() for row in rows]
@@ -275,6 +280,7 @@ class KVCacheAdapter(ModelSurface):
         prompts: Sequence[Sequence[int]],
         generation_config: GenerationConfig | Sequence[GenerationConfig] | None = None,
         *,
+        progress: bool | str = False,
         cache_salt: str | None = None,
         cache: str = "default",
         cache_ttl_s: float | None = None,
@@ -288,7 +294,7 @@ class KVCacheAdapter(ModelSurface):
         Args:
             prompts: token ids.
             generation_config: settings of all prompts, or a list with those of each.
-            cache_salt, cache, cache_ttl_s, retention, seed, tokenizer, **kwargs: as in
+            progress, cache_salt, cache, cache_ttl_s, retention, seed, tokenizer, **kwargs: as in
                 `generate`, for all prompts.
 
         Returns:
@@ -299,6 +305,7 @@ class KVCacheAdapter(ModelSurface):
             LiteCacheError: a request failed.
         """
         self._check_open()
+        progress = check_progress(progress)
         checked, given = check_prompts(prompts, self.info.max_model_len), generation_config
         if given is None or isinstance(given, GenerationConfig):
             settings = [translate(given, kwargs, self.generation_config)] * len(checked)
@@ -313,7 +320,8 @@ class KVCacheAdapter(ModelSurface):
                 raise ConfigError("logprobs", each.sampling.logprobs, "None in generate_batch")
         jobs = [(prompt, len(prompt), each) for prompt, each in zip(checked, settings, strict=True)]
         rows = self._start(jobs, cache_salt, (cache, cache_ttl_s, retention), seed, tokenizer)
-        with aborting(rows, self._replicas.abort):
+        bar = show_progress(progress, "Generating", progress_of(rows))
+        with aborting(rows, self._replicas.abort), bar:
             return [list(row.wait()) for row in rows]
 
     def stream(
@@ -450,7 +458,11 @@ class KVCacheAdapter(ModelSurface):
         return int(size) * sum(1 for _ in itertools.takewhile(bool, in_all))
 
     def warm(
-        self, prompts: Sequence[Any], *, cache_salt: str | None = None
+        self,
+        prompts: Sequence[Any],
+        *,
+        cache_salt: str | None = None,
+        progress: bool | str = False,
     ) -> list[dict[str, int]]:
         """Compute and store prefixes without generating, so that later calls find them.
 
@@ -460,6 +472,7 @@ class KVCacheAdapter(ModelSurface):
             prompts: texts, or token ids; of one as long as the model takes the last token is left
                 out.
             cache_salt: share the blocks only with calls of the same salt.
+            progress: as in `generate`; a bar of prompts.
 
         Returns:
             Per prompt its tokens by the tier where they were found, and under "computed" the rest.
@@ -469,26 +482,30 @@ class KVCacheAdapter(ModelSurface):
             LiteCacheError: a request failed.
         """
         self._check_open()
+        progress = check_progress(progress)
         most = self.info.max_model_len
         if isinstance(prompts, (list, tuple)):
             prompts = [self._encode(p) if isinstance(p, str) else p for p in prompts]
         # a request needs room for the token that it draws
         checked = [tokens[: most - 1] for tokens in check_prompts(prompts, most)]
         settings = translate(GenerationConfig(max_new_tokens=1), {}, GenerationConfig())
-        show = progress_bar("Warming") if len(checked) > WARMED_AT_ONCE else None
         found: list[dict[str, int]] = []
-        for start in range(0, len(checked), WARMED_AT_ONCE):
-            batch = checked[start : start + WARMED_AT_ONCE]
-            jobs = [(tokens, len(tokens), settings) for tokens in batch]
-            rows = self._start(jobs, cache_salt, ("default", None, "normal"), None, None)
-            with aborting(rows, self._replicas.abort):
-                for row in rows:
-                    row.wait()
-                    there = row.found_tokens
-                    computed = len(row.request.prompt) - sum(there.values())
-                    found.append({**there, "computed": computed})
-                    if show is not None:
-                        show(len(found), len(checked))
+
+        def so_far() -> Progress:
+            done, total = len(found), len(checked)
+            return Progress(done, total, f"{done:,}/{total:,} prompts")
+
+        with show_progress(progress, "Warming", so_far):
+            for start in range(0, len(checked), WARMED_AT_ONCE):
+                batch = checked[start : start + WARMED_AT_ONCE]
+                jobs = [(tokens, len(tokens), settings) for tokens in batch]
+                rows = self._start(jobs, cache_salt, ("default", None, "normal"), None, None)
+                with aborting(rows, self._replicas.abort):
+                    for row in rows:
+                        row.wait()
+                        there = row.found_tokens
+                        computed = len(row.request.prompt) - sum(there.values())
+                        found.append({**there, "computed": computed})
         return found
 
     def export_prefix(

@@ -92,7 +92,7 @@ def warm(
     """Compute and store prefixes without generating."""
     texts = [check_prompt(_read(file)) for file in files]
     with _adapter(model, group, settings, trust_remote_code, address, salt) as adapter:
-        counts = adapter.warm(texts, cache_salt=salt)
+        counts = adapter.warm(texts, cache_salt=salt, progress=True)
         adapter.flush()
     if as_json:
         print_json([{"file": file, **count} for file, count in zip(files, counts, strict=True)])
