@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from litecache.token_ids import TokenIds
 
-MESSAGE_VERSION = 5
+MESSAGE_VERSION = 6
 
 CACHE_USES = ("default", "no-store", "read-only")
 """What becomes of the blocks that a request computes: see `Request.cache`."""
@@ -135,6 +135,10 @@ class Request:
         retention: one of `RETENTIONS`, of the same blocks.
         priority: lower runs first; one level is worth ten seconds of waiting.
         max_time_s: ends the request with what it has after so many seconds; None = no limit.
+        logits: it draws nothing (`max_new_tokens` is 0): the logits of so many of its last
+            positions are handed out, or with `sampling.logprobs` the log-probabilities of the
+            tokens that follow them. They are computed, whatever is cached; what lies in front of
+            them is reused. 0 = it draws.
     """
 
     request_id: str
@@ -148,6 +152,7 @@ class Request:
     retention: str = "normal"
     priority: int = 0
     max_time_s: float | None = None
+    logits: int = 0
     version: int = MESSAGE_VERSION
 
     def __post_init__(self) -> None:
@@ -158,7 +163,8 @@ class TokenLogprobs(NamedTuple):
     """Natural logarithms of probabilities at one position.
 
     Attributes:
-        logprob: of the token that was drawn.
+        logprob: of the token that was drawn; of a prompt's position the token that follows it, at
+            the last one the likeliest.
         top: (token id, its log-probability) of the likeliest, best first.
     """
 
@@ -182,6 +188,8 @@ class TokenDelta(NamedTuple):
         logprobs: per token, where the request asked for them.
         found_tokens: prompt tokens by tier where their KV was found; those beyond `reused_tokens`
             were computed by plan, since that was sooner. Sent with the first token.
+        logits: `[Request.logits, vocab]`, rows one after the other in the model's dtype or in
+            float32, as the model gives them; sent at the end.
     """
 
     request_id: str
@@ -193,6 +201,7 @@ class TokenDelta(NamedTuple):
     ttft_s: float | None = None
     logprobs: tuple[TokenLogprobs, ...] = ()
     found_tokens: dict[str, int] | None = None
+    logits: bytes | None = None
 
 
 @dataclass(frozen=True)

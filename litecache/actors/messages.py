@@ -31,7 +31,8 @@ T = TypeVar("T")
 _SAMPLING_FIELDS = tuple(field.name for field in dataclasses.fields(SamplingParams))
 _COLUMNS = (
     *("request_id", "client_id", "input_ids", "sampling", "num_resumed_tokens"),
-    *("cache_salt", "cache", "expires_s", "retention", "priority", "max_time_s", "sampling"),
+    *("cache_salt", "cache", "expires_s", "retention", "priority", "max_time_s", "logits"),
+    "sampling",
 )
 _MOST_ITEMS = 1 << 24
 _FINISH_REASONS = {reason.value: reason for reason in FinishReason}
@@ -78,6 +79,7 @@ def pack_call(*arguments: Any, requests: Sequence[Request] = ()) -> bytes:
         [request.retention for request in requests],
         [request.priority for request in requests],
         [request.max_time_s for request in requests],
+        [request.logits for request in requests],
         [[getattr(each, name) for name in _SAMPLING_FIELDS] for each in samplings.values()],
     )
     return _pack(arguments, columns, ("arguments", _COLUMNS))
@@ -121,10 +123,10 @@ def unpack_reply(message: bytes) -> PollReply:
 
 
 def _delta(fields: Any) -> TokenDelta:
-    name, token_ids, finish, error, error_type, reused, ttft_s, logprobs, found = fields
+    name, token_ids, finish, error, kind, reused, ttft_s, logprobs, found, logits = fields
     finish = None if finish is None else _FINISH_REASONS[finish]
     logprobs = tuple(TokenLogprobs(*each) for each in logprobs) if logprobs else ()
-    return TokenDelta(name, token_ids, finish, error, error_type, reused, ttft_s, logprobs, found)
+    return TokenDelta(name, token_ids, finish, error, kind, reused, ttft_s, logprobs, found, logits)
 
 
 def pack_value(value: str) -> bytes:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 HEARTBEAT_TIMEOUT_S = 9.0
 MAX_UNACKNOWLEDGED_TOKENS = 8192
+MAX_REPLY_LOGITS_BYTES = 32 << 20
+"""Logits in one reply; what is left comes with the next."""
 
 
 @dataclass
@@ -68,11 +70,18 @@ class _Client:
         self.urgent = self.urgent or _is_urgent(delta)
 
     def reply(self) -> PollReply:
-        """All that has not been acknowledged."""
+        """All that has not been acknowledged, as far as it fits into a message."""
         self.deltas += map(_joined, self.untold.values())
         self.untold.clear()
         self.urgent = False
-        return PollReply(self.first_seq, tuple(self.deltas), self.epoch)
+        told: list[TokenDelta] = []
+        nbytes = 0
+        for delta in self.deltas:
+            nbytes += len(delta.logits or b"")
+            if told and nbytes > MAX_REPLY_LOGITS_BYTES:
+                break
+            told.append(delta)
+        return PollReply(self.first_seq, tuple(told), self.epoch)
 
 
 class Outbox:

@@ -10,9 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import math
 import os
-import time
 import uuid
 import weakref
 from collections.abc import AsyncGenerator, Sequence
@@ -21,12 +19,16 @@ from typing import Any, NoReturn
 import torch
 from transformers import GenerationConfig
 from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.modeling_outputs import CausalLMOutput
 
 from litecache.actors.cluster import open_ray, refuse_inherited_ray
 from litecache.actors.group import Group, exists
 from litecache.actors.group_spec import GroupSpec, check_actor_options, choose_num_gpus
 from litecache.actors.naming import DEFAULT_GROUP, check_group_name
-from litecache.adapter.generation import GenerationSettings, draw_seed, translate
+from litecache.adapter.cache_use import CacheUse
+from litecache.adapter.forward import ReplicaForward, prompt_logprobs, row_logits
+from litecache.adapter.generation import GenerationSettings, draw_seed, refuse_arguments, translate
 from litecache.adapter.model_surface import ModelSurface
 from litecache.adapter.pending import PendingRequest, ReuseReport, StopStrings, aborting
 from litecache.adapter.prefix_files import PrefixReport, export_prefix, import_prefix
@@ -50,7 +52,6 @@ from litecache.checks import (
     check_flag,
     check_integer,
     check_path,
-    check_real,
     check_seconds,
     check_text,
 )
@@ -61,10 +62,10 @@ from litecache.errors import ConfigError, GroupError, LiteCacheError
 from litecache.hashing import chain_keys
 from litecache.paths import ModelHold
 from litecache.token_ids import TokenIds
-from litecache.types import Request
+from litecache.types import Request, SamplingParams, TokenLogprobs
 
 WARMED_AT_ONCE = 64
-MAX_TTL_S = 10 * 366 * 86_400
+CACHE_ARGUMENTS = ("cache_salt", "cache", "cache_ttl_s", "retention")
 TIERS = ("gpu", "ram", "disk", "all")
 
 
@@ -257,8 +258,7 @@ class KVCacheAdapter(ModelSurface):
         jobs = [(prompt, input_ids.shape[1], settings) for prompt in prompts]
         rows = self._start(
             jobs,
-            cache_salt,
-            (cache, cache_ttl_s, retention),
+            self._use(cache_salt, cache, cache_ttl_s, retention),
             seed,
             tokenizer,
             streaming=streamer is not None,
@@ -319,7 +319,8 @@ class KVCacheAdapter(ModelSurface):
             if each.sampling.logprobs is not None:
                 raise ConfigError("logprobs", each.sampling.logprobs, "None in generate_batch")
         jobs = [(prompt, len(prompt), each) for prompt, each in zip(checked, settings, strict=True)]
-        rows = self._start(jobs, cache_salt, (cache, cache_ttl_s, retention), seed, tokenizer)
+        use = self._use(cache_salt, cache, cache_ttl_s, retention)
+        rows = self._start(jobs, use, seed, tokenizer)
         bar = show_progress(progress, "Generating", progress_of(rows))
         with aborting(rows, self._replicas.abort), bar:
             return [list(row.wait()) for row in rows]
@@ -368,7 +369,11 @@ class KVCacheAdapter(ModelSurface):
         decoder = None if as_tokens else TextDecoder.of(self.tokenizer, skip_special_tokens)
         jobs = [(tokens, len(tokens), settings)]
         (row,) = self._start(
-            jobs, cache_salt, (cache, cache_ttl_s, retention), seed, tokenizer, streaming=True
+            jobs,
+            self._use(cache_salt, cache, cache_ttl_s, retention),
+            seed,
+            tokenizer,
+            streaming=True,
         )
         return TokenStream(row, decoder, self._replicas.abort)
 
@@ -398,6 +403,114 @@ class KVCacheAdapter(ModelSurface):
         with contextlib.closing(opened):
             async for piece in opened:
                 yield piece
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        logits_to_keep: int = 0,
+        *,
+        cache_salt: str | None = None,
+        cache: str = "default",
+        cache_ttl_s: float | None = None,
+        retention: str = "normal",
+    ) -> torch.Tensor:
+        """Logits of a batch of prompts, as the model gives them.
+
+        What is cached is reused, but for the positions whose logits are asked for.
+
+        Args:
+            input_ids: `[batch, tokens]`, padded on either side.
+            attention_mask: `[batch, tokens]`; None = nothing is padding.
+            logits_to_keep: of so many of the last columns; 0 = of all.
+            cache_salt, cache, cache_ttl_s, retention: as in `generate`.
+
+        Returns:
+            `[batch, kept, vocab]` in the model's dtype, on the CPU; zeros where a row is padding.
+
+        Raises:
+            ConfigError: an argument is invalid; nothing was sent.
+            LiteCacheError: a request failed.
+        """
+        self._check_open()
+        ids = check_input_ids(input_ids)
+        check_integer("logits_to_keep", logits_to_keep, 0, ids.shape[1])
+        use = self._use(cache_salt, cache, cache_ttl_s, retention)
+        return row_logits(self._forward(use), ids, attention_mask, logits_to_keep)
+
+    def __call__(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        labels: torch.Tensor | None = None,
+        logits_to_keep: int = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutput:
+        """A call of the model, as of transformers': `.logits`, and with `labels` the `.loss`.
+
+        Args:
+            input_ids, attention_mask, logits_to_keep: as in `forward`.
+            labels: `[batch, tokens]`: the tokens to predict, -100 = none.
+            **kwargs: those of `forward`, and of transformers' what changes nothing here.
+
+        Raises:
+            ConfigError: an argument is invalid or not supported; nothing was sent.
+            LiteCacheError: a request failed.
+        """
+        own = {name: kwargs.pop(name) for name in CACHE_ARGUMENTS if name in kwargs}
+        given = {name: value for name, value in kwargs.items() if name not in ("use_cache",)}
+        if given.pop("return_dict", True) is not True:
+            raise ConfigError("return_dict", False, "True")
+        refuse_arguments(given)
+        if labels is not None and logits_to_keep:
+            raise ConfigError("logits_to_keep", logits_to_keep, "0 with labels")
+        logits = self.forward(input_ids, attention_mask, logits_to_keep, **own)
+        loss = None
+        if labels is not None:
+            with naming("labels", labels, f"an int64 tensor {list(logits.shape[:2])}"):
+                loss = ForCausalLMLoss(logits, labels.cpu(), logits.shape[-1])
+        return CausalLMOutput(loss=loss, logits=logits)
+
+    def prompt_logprobs(
+        self,
+        prompts: Sequence[Sequence[int]],
+        top: int = 0,
+        *,
+        first: int | Sequence[int] = 1,
+        cache_salt: str | None = None,
+        cache: str = "default",
+        cache_ttl_s: float | None = None,
+        retention: str = "normal",
+    ) -> list[tuple[TokenLogprobs, ...]]:
+        """Log-probabilities of the tokens of prompts: what a model makes of a given text.
+
+        What is cached is reused, but for the positions that give them.
+
+        Args:
+            prompts: token ids.
+            top: also tell so many of the likeliest tokens at each place.
+            first: index of the first token of interest, for all prompts or for each; at least 1,
+                since nothing tells of a prompt's first token.
+            cache_salt, cache, cache_ttl_s, retention: as in `generate`.
+
+        Returns:
+            Per prompt one for each token from `first` on.
+
+        Raises:
+            ConfigError: an argument is invalid; nothing was sent.
+            LiteCacheError: a request failed.
+        """
+        self._check_open()
+        checked = check_prompts(prompts, self.info.max_model_len)
+        check_integer("top", top, 0, self.info.vocab_size)
+        firsts = [first] * len(checked) if isinstance(first, int) else list(first)
+        if len(firsts) != len(checked):
+            raise ConfigError("first", len(firsts), f"one index, or {len(checked)}")
+        for each, tokens in zip(firsts, checked, strict=True):
+            check_integer("first", each, 1, len(tokens))
+        use = self._use(cache_salt, cache, cache_ttl_s, retention)
+        return prompt_logprobs(self._forward(use), checked, firsts, top)
 
     def abort(self, request_id: str) -> None:
         """End a request; whoever waits for it gets `RequestAborted`. Unknown ids are passed over.
@@ -499,7 +612,7 @@ class KVCacheAdapter(ModelSurface):
             for start in range(0, len(checked), WARMED_AT_ONCE):
                 batch = checked[start : start + WARMED_AT_ONCE]
                 jobs = [(tokens, len(tokens), settings) for tokens in batch]
-                rows = self._start(jobs, cache_salt, ("default", None, "normal"), None, None)
+                rows = self._start(jobs, self._use(cache_salt), None, None)
                 with aborting(rows, self._replicas.abort):
                     for row in rows:
                         row.wait()
@@ -586,6 +699,28 @@ class KVCacheAdapter(ModelSurface):
         given = self._encode(prompt) if isinstance(prompt, str) else prompt
         return check_prompt(one_row(given), 0, self.info.max_model_len)
 
+    def _use(
+        self, salt: str | None, cache: str = "default", ttl_s: float | None = None, *retention: str
+    ) -> CacheUse:
+        default: str = self.group.spec.config.cache_salt
+        return CacheUse.of(salt, default, cache, ttl_s, *retention)
+
+    def _forward(self, use: CacheUse) -> ReplicaForward:
+        """Forward passes of one call, which find what each other has computed."""
+        use = use.for_forwards()
+
+        def request_of(tokens: TokenIds, count: int, logprobs: int | None) -> Request:
+            return Request(
+                request_id=f"{self._client_id}-{next(self._numbers)}",
+                client_id=self._client_id,
+                prompt=tokens,
+                sampling=SamplingParams(0, logprobs=logprobs),
+                logits=count,
+                **use.fields(),
+            )
+
+        return ReplicaForward(self._replicas, self.info, request_of)
+
     def _salt(self, given: str | None) -> str:
         default: str = self.group.spec.config.cache_salt
         return default if given is None else check_text("cache_salt", given)
@@ -623,8 +758,7 @@ class KVCacheAdapter(ModelSurface):
     def _start(
         self,
         jobs: Sequence[tuple[TokenIds, int, GenerationSettings]],
-        cache_salt: str | None,
-        leaves: tuple[str, float | None, str],
+        use: CacheUse,
         seed: int | None,
         tokenizer: Any,
         *,
@@ -635,17 +769,11 @@ class KVCacheAdapter(ModelSurface):
         Args:
             jobs: of each prompt its ids, its tokens as HF counts them (padding included), and its
                 settings.
-            cache_salt, seed, tokenizer: as in `generate`.
-            leaves: its `cache`, `cache_ttl_s` and `retention`.
+            use: of the cache.
+            seed, tokenizer: as in `generate`.
             streaming: somebody looks at each token as it comes.
         """
         check_sequences("num_return_sequences", sum(job[2].num_return_sequences for job in jobs))
-        salt = self._salt(cache_salt)
-        cache, ttl_s, retention = leaves
-        expires_s = 0
-        if ttl_s is not None:
-            ttl_s = check_real("cache_ttl_s", ttl_s, 0, MAX_TTL_S, above=True)
-            expires_s = math.ceil(time.time() + ttl_s)
         drawn = draw_seed(seed, sampling=any(job[2].do_sample for job in jobs))
         limit = getattr(self.config.get_text_config(), "max_position_embeddings", None)
         rows: list[PendingRequest] = []
@@ -663,10 +791,7 @@ class KVCacheAdapter(ModelSurface):
                     client_id=self._client_id,
                     prompt=prompt,
                     sampling=sampling,
-                    cache_salt=salt,
-                    cache=cache,
-                    expires_s=expires_s,
-                    retention=retention,
+                    **use.fields(),
                     max_time_s=each.max_time_s,
                 )
                 self.info.check(request)

@@ -38,7 +38,9 @@ class PendingRequest:
         request: as first submitted.
         request_id: its name; the same through all attempts.
         tokens: received so far; only ever appended to.
-        logprobs: of these tokens, where the request asked for them.
+        logprobs: of these tokens, where the request asked for them; of the prompt's, where it asked
+            for its logits by `Request.logits`.
+        logits: what that gave, as `TokenDelta.logits`.
         reused_tokens: prompt tokens by tier that were not computed, from the first submission.
         found_tokens: where KV was found, those computed by plan included; from the same.
         ttft_s: seconds from submission to the first token, as the engine measured them.
@@ -64,6 +66,7 @@ class PendingRequest:
         self._seen = [] if stop is None else stop.last_of(request.prompt)
         self.tokens: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
+        self.logits: bytes | None = None
         self.reused_tokens: dict[str, int] = {}
         self.found_tokens: dict[str, int] = {}
         self.ttft_s: float | None = None
@@ -107,7 +110,7 @@ class PendingRequest:
             self.abort()
         elif self.tokens and self.tokens[-1] in sampling.eos_token_ids:
             self._finish(FinishReason.STOP)
-        elif len(self.tokens) >= sampling.max_new_tokens:
+        elif not self.request.logits and len(self.tokens) >= sampling.max_new_tokens:
             self._finish(FinishReason.LENGTH)
         return not self.done
 
@@ -121,6 +124,7 @@ class PendingRequest:
             delta = self._cut(delta)
             self.tokens.extend(delta.token_ids)
             self.logprobs.extend(delta.logprobs)
+            self.logits = delta.logits
             if self.ttft_s is None:  # else they are of a later attempt
                 self.ttft_s = delta.ttft_s
                 if delta.reused_tokens is not None:

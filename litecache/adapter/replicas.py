@@ -313,11 +313,13 @@ class ReplicaSet:
             for index, handle in enumerate(group.replicas)
         ]
 
-    def submit(self, rows: list[PendingRequest]) -> None:
-        """Start requests, all or none, each on the replica that holds most of its prefix."""
+    def submit(self, rows: list[PendingRequest], index: int | None = None) -> None:
+        """Start requests, all or none, each on the replica that holds most of its prefix, or all on
+        one."""
         by_replica: dict[int, list[PendingRequest]] = {}
         for row in rows:
-            by_replica.setdefault(self.route(row.request), []).append(row)
+            place = self.route(row.request) if index is None else index
+            by_replica.setdefault(place, []).append(row)
         try:
             for index, group in by_replica.items():
                 self.pollers[index].submit(group)

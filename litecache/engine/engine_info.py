@@ -15,6 +15,8 @@ from litecache.token_ids import TokenIds
 from litecache.types import CACHE_USES, MESSAGE_VERSION, RETENTIONS, Request
 
 MAX_PRIORITY = 1 << 31
+MAX_LOGITS_BYTES = 32 << 20
+"""Of one request's logits in float32; half of what a frame between processes may hold."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,11 @@ class EngineInfo:
         return self.num_blocks * self.block_size
 
     @property
+    def max_logits(self) -> int:
+        """Positions whose logits one request may ask for: a reply holds them all."""
+        return max(1, MAX_LOGITS_BYTES // (4 * self.vocab_size))
+
+    @property
     def label(self) -> str:
         """Readable name of what the blocks belong to."""
         form = f"{self.kv_dtype}:{self.tier_codec}" if self.tier_codec else self.kv_dtype
@@ -91,11 +98,15 @@ class EngineInfo:
         if request.max_time_s is not None:
             check_real("max_time", request.max_time_s, 0, above=True)
         self._check_prompt(request.prompt)
-        check_sampling(request.sampling, self.vocab_size)
+        check_integer("logits", request.logits, 0, len(request.prompt))
+        check_sampling(request.sampling, self.vocab_size, draws=not request.logits)
+        if request.logits and request.sampling.logprobs is None:
+            check_integer("logits", request.logits, 0, self.max_logits)
         resumed = request.num_resumed_tokens
-        check_integer("num_resumed_tokens", resumed, 0, len(request.prompt) - 1)
+        most = 0 if request.logits else len(request.prompt) - 1
+        check_integer("num_resumed_tokens", resumed, 0, most)
         new = request.sampling.max_new_tokens - resumed
-        if new < 1:
+        if new < 1 and not request.logits:
             raise ConfigError("max_new_tokens", request.sampling.max_new_tokens, "at least 1")
         total = len(request.prompt) + new
         if total > self.max_model_len:

@@ -39,19 +39,24 @@ def check_texts(name: str, values: Any) -> list[str]:
     return list(values)
 
 
-def check_sampling(sampling: Any, vocab_size: int) -> None:
+def check_sampling(sampling: Any, vocab_size: int, *, draws: bool = True) -> None:
     """Refuse settings that no step could honour.
 
     Args:
         sampling: of one request.
         vocab_size: token ids are below it.
+        draws: the request draws tokens; False = its logits are handed out.
 
     Raises:
         ConfigError: names the first bad field, its value and what is valid.
     """
     if not isinstance(sampling, SamplingParams):
         raise ConfigError("sampling", sampling, "a litecache.types.SamplingParams")
-    check_integer("max_new_tokens", sampling.max_new_tokens, 1)
+    if draws:
+        check_integer("max_new_tokens", sampling.max_new_tokens, 1)
+    else:
+        valid = "0 where logits are asked for"
+        check_integer("max_new_tokens", sampling.max_new_tokens, 0, 0, valid=valid)
     check_integer("seed", sampling.seed, -INT64_MAX - 1)
     for name in ("min_new_tokens", "top_k", "sample_index"):
         check_integer(name, getattr(sampling, name), 0)

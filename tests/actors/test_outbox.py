@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from litecache.actors import outbox as outbox_module
 from litecache.actors.outbox import Outbox
 from litecache.types import FinishReason, TokenDelta, TokenLogprobs
 
@@ -327,3 +328,21 @@ def test_the_load_can_be_read_by_another_thread_while_clients_come_and_go() -> N
     finally:
         sys.setswitchinterval(before)
     assert faults == []
+
+
+def test_logits_of_many_requests_come_in_several_replies() -> None:
+    async def body() -> None:
+        outbox = Hooks().outbox()
+        names = [f"r{number}" for number in range(5)]
+        epoch, _ = outbox.register("c", names)
+        part = bytes(outbox_module.MAX_REPLY_LOGITS_BYTES // 2)
+        told = [TokenDelta(name, (), FinishReason.LENGTH, logits=part) for name in names]
+        outbox.push([("c", each) for each in told])
+        seen: list[str] = []
+        while len(seen) < 5:
+            reply = await outbox.poll("c", epoch, len(seen), 1)
+            assert 1 <= len(reply.deltas) <= 2
+            seen += [each.request_id for each in reply.deltas]
+        assert seen == names
+
+    run(body)

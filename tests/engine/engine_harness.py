@@ -5,12 +5,15 @@ from __future__ import annotations
 import itertools
 import queue
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
 import plan_driver
+import torch
 from plan_driver import FAMILIES, VOCAB
 
+from litecache.adapter.forward import logits_tensor
 from litecache.config import CacheConfig
 from litecache.engine.engine import Engine
 from litecache.engine.loading.model_source import ModelSource
@@ -73,16 +76,37 @@ class Harness:
         self.reasons: list[FinishReason] = []
         self.errors: list[str | None] = []
         self.logprobs: list[list[TokenLogprobs]] = []
+        self.logits: list[bytes] = []
 
     def run(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int = 64, **fields: object
     ) -> list[list[int]]:
         """Generate for all prompts at once; `reused`, `reasons`, `errors` are set per prompt."""
         sampling = SamplingParams(max_new_tokens, **fields)  # type: ignore[arg-type]
-        names = [f"r{next(self._names)}" for _ in prompts]
-        self.engine.submit(
-            [Request(n, "c", tuple(p), sampling) for n, p in zip(names, prompts, strict=True)]
+        return self.serve([Request("", "c", tuple(p), sampling) for p in prompts])
+
+    def forward(
+        self, rows: Sequence[Sequence[int]], wanted: Sequence[int], salt: str = ""
+    ) -> list[torch.Tensor]:
+        """Logits `[wanted, vocab]` of the last positions of each row."""
+        info = self.engine.info
+        pairs = zip(rows, wanted, strict=True)
+        sampling = SamplingParams(0)
+        self.serve(
+            [Request("", "c", tuple(r), sampling, cache_salt=salt, logits=n) for r, n in pairs]
         )
+        assert not any(self.errors), self.errors
+        dtype = getattr(torch, info.dtype)
+        return [
+            logits_tensor(told, count, info.vocab_size, dtype)
+            for told, count in zip(self.logits, wanted, strict=True)
+        ]
+
+    def serve(self, requests: Sequence[Request]) -> list[list[int]]:
+        """Answer requests, all at once, under names of their own."""
+        names = [f"r{next(self._names)}" for _ in requests]
+        named = zip(requests, names, strict=True)
+        self.engine.submit([replace(request, request_id=name) for request, name in named])
         outputs: dict[str, list[int]] = {name: [] for name in names}
         ends: dict[str, TokenDelta] = {}
         reused: dict[str, dict[str, int]] = {}
@@ -102,6 +126,7 @@ class Harness:
         self.reasons = [ends[name].finish_reason or FinishReason.ERROR for name in names]
         self.logprobs = [logprobs[name] for name in names]
         self.errors = [ends[name].error for name in names]
+        self.logits = [ends[name].logits or b"" for name in names]
         return [outputs[name] for name in names]
 
     def empty(self, *tiers: str) -> None:
@@ -146,3 +171,15 @@ class Harness:
 
 
 __all__ = ["VOCAB", "Harness", "family_source"]
+
+
+class EngineForward:
+    """A `Forward` of the driver's over an engine in this process."""
+
+    def __init__(self, harness: Harness) -> None:
+        self.vocab_size = harness.engine.info.vocab_size
+        self.dtype: torch.dtype = getattr(torch, harness.engine.info.dtype)
+        self._harness = harness
+
+    def __call__(self, rows: Sequence[Sequence[int]], wanted: Sequence[int]) -> list[torch.Tensor]:
+        return self._harness.forward(rows, wanted)

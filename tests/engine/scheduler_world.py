@@ -52,6 +52,12 @@ def expected_output(prompt: tuple[int, ...], max_new_tokens: int) -> tuple[int, 
     return tokens[len(prompt) :]
 
 
+def logits_after(tokens: tuple[int, ...], count: int) -> bytes:
+    """What the last `count` positions hand out: a byte each."""
+    ends = range(len(tokens) - count + 1, len(tokens) + 1)
+    return bytes(next_token(tokens[:end]) for end in ends)
+
+
 def make_layout(windowed: bool, window: int = WINDOW) -> KVLayout:
     """One full-attention group, and a sliding-window one if asked for."""
     full = KVSpec(1, 8, 8, "float32")
@@ -106,6 +112,7 @@ class World:
     blocks: dict[tuple[int, int, int], tuple[int, ...]] = field(default_factory=dict)
     stored: dict[BlockKey, list[tuple[int, ...]]] = field(default_factory=dict)
     outputs: dict[str, list[int]] = field(default_factory=dict)
+    logits: dict[str, bytes | None] = field(default_factory=dict)
     finished: dict[str, FinishReason] = field(default_factory=dict)
     requests: dict[str, Request] = field(default_factory=dict)
     reused: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -145,6 +152,7 @@ class World:
 
     def submit(self, prompt: tuple[int, ...], max_new_tokens: int, **fields: object) -> str:
         name = f"r{len(self.requests)}"
+        assert not (max_new_tokens and fields.get("logits")), "either tokens or logits"
         sampling = SamplingParams(max_new_tokens, eos_token_ids=(EOS,))
         request = Request(name, "client", prompt, sampling, **fields)  # type: ignore[arg-type]
         self.requests[name] = request
@@ -178,6 +186,7 @@ class World:
                 self.found[delta.request_id] = delta.found_tokens or {}
             if delta.finish_reason is not None:
                 self.finished[delta.request_id] = delta.finish_reason
+                self.logits[delta.request_id] = delta.logits
 
     def _order(self, order: LoadOrder) -> None:
         seq = self.scheduler._loads._copies[order.ticket][0]
@@ -318,12 +327,12 @@ class World:
         sizes = [row.num_tokens > 1 for row in plan.rows]
         assert sizes == sorted(sizes), "rows of one token must come first"
         self.plans.append(plan)
-        tokens = []
+        tokens, logits = [], {}
         # In every layer all of a step's keys and values are written before any is read.
         for step in plan.rows:
             if not step.cached:
                 self._write(step)
-        for step in plan.rows:
+        for place, step in enumerate(plan.rows):
             row = self.rows[step.row]
             self.computed_tokens += step.num_tokens
             for position in range(step.start, step.start + step.num_tokens):
@@ -333,7 +342,10 @@ class World:
                 assert end == len(row.tokens), "samples before the last known token"
                 row.tokens.append(next_token(tuple(row.tokens)))
                 tokens.append(row.tokens[-1])
-        self.results.append(StepResult(plan.step, tuple(tokens)))
+            if step.logits:
+                seen = tuple(row.tokens[: step.start + step.num_tokens])
+                logits[place] = logits_after(seen, step.logits)
+        self.results.append(StepResult(plan.step, tuple(tokens), logits=logits))
 
     def _write(self, step: RowStep) -> None:
         row = self.rows[step.row]
@@ -377,6 +389,9 @@ class World:
         for name, reason in self.finished.items():
             request = self.requests[name]
             wanted = expected_output(request.prompt, request.sampling.max_new_tokens)
+            if request.logits and reason is FinishReason.LENGTH:
+                told = logits_after(tuple(request.prompt), request.logits)
+                assert self.logits[name] == told, f"{name} has other logits"
             if reason in (FinishReason.STOP, FinishReason.LENGTH):
                 assert tuple(self.outputs[name]) == wanted, f"{name} has other tokens"
             else:

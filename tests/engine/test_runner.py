@@ -302,12 +302,14 @@ def test_logits_of_all_positions_of_a_chunk_are_handed_out(llama, keeps_logits):
         driver.add(row, prompt)
     driver.step({1: 13})
     plan = driver.plan({0: 20, 1: 20, 2: 9})
-    rows = tuple(step._replace(logits=step.row != 0) for step in plan.rows)
-    handle = driver.runner.execute(replace(plan, rows=rows))
-    assert list(handle.result().tokens) == [stock_generate(llama, p, 1)[0] for p in prompts]
+    rows = tuple(step._replace(logits=step.num_tokens * (step.row != 0)) for step in plan.rows)
+    result = driver.runner.execute(replace(plan, rows=rows)).result()
+    assert list(result.tokens) == [stock_generate(llama, p, 1)[0] for p in prompts]
     stock = stock_model("llama", 0, llama.device.type)
-    assert sorted(handle.logits) == [1, 2]
-    for place, logits in handle.logits.items():
+    assert sorted(result.logits) == [1, 2]
+    for place, told in result.logits.items():
+        logits = torch.frombuffer(bytearray(told), dtype=llama.dtype)
+        logits = logits.view(-1, llama.vocab_size).to(llama.device)
         prompt = torch.tensor([prompts[rows[place].row]], device=llama.device)
         expected = stock(prompt, use_cache=False).logits[0, rows[place].start :]
         assert logits.shape == expected.shape

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -68,6 +69,14 @@ class SchedulerMachine(RuleBasedStateMachine):
     def submit(self, prompt: tuple[int, ...], new: int, salt: str) -> None:
         if len(self.world.requests) < 16:
             self.world.submit(prompt, new, cache_salt=salt)
+
+    @rule(prompt=PROMPTS, last=st.integers(1, 20), salt=st.sampled_from(["", *SALTS]))
+    def forward(self, prompt: tuple[int, ...], last: int, salt: str) -> None:
+        """Logits are asked for, of a prompt and then of one that goes on from it."""
+        for tokens in (prompt, (*prompt, 1, 1)):
+            if len(self.world.requests) < 16:
+                wanted = min(last, len(tokens))
+                self.world.submit(tokens, 0, cache_salt=salt, logits=wanted)
 
     @rule(times=st.integers(1, 4))
     def step(self, times: int) -> None:
@@ -204,7 +213,7 @@ def _fail_to_pin_shared_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     def acquire(self: BlockPool, blocks: list[int]) -> None:
         for block in blocks:
             if self._refs[block] == 0:
-                del self._idle[block]
+                del self._idle_like(block)[block]
                 self._refs[block] += 1
 
     monkeypatch.setattr(BlockPool, "acquire", acquire)
@@ -317,10 +326,32 @@ def _count_lost_blocks_as_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Sequence, "count_computed", count)
 
 
+def _reuse_what_gives_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    def look(self: PrefixCache, seq: Sequence) -> list[list[int]]:
+        return self.look_whole(seq.chain)
+
+    monkeypatch.setattr(PrefixCache, "look", look)
+
+
+def _publish_tails_that_are_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = PrefixIndex.insert
+
+    def insert(
+        self: PrefixIndex, key: bytes, block: int, parent: bytes, tokens: Any, *root: Any
+    ) -> bool:
+        if len(tokens) < BLOCK_SIZE:
+            tokens = np.append(tokens, 1)
+        return original(self, key, block, parent, tokens, *root)
+
+    monkeypatch.setattr(PrefixIndex, "insert", insert)
+
+
 @pytest.mark.no_cover
 @pytest.mark.parametrize(
     "plant",
     [
+        _reuse_what_gives_logits,
+        _publish_tails_that_are_too_long,
         _fail_to_pin_shared_blocks,
         _match_one_token_too_many,
         _publish_before_computed,
@@ -658,7 +689,7 @@ def test_a_look_at_a_prefix_tells_of_each_block_whether_it_is_there_coming_or_mi
     cache = world.scheduler.cache
     chain = KeyChain(world.roots(""), BLOCK_SIZE)
     chain.extend(np.array(prompt, dtype=np.int64))
-    (blocks,) = cache.look(chain)
+    (blocks,) = cache.look_whole(chain)
     assert min(blocks) > 0
     assert len(set(blocks)) == 4
     index = cache.indexes[0]
@@ -666,7 +697,7 @@ def test_a_look_at_a_prefix_tells_of_each_block_whether_it_is_there_coming_or_mi
         cache.pools[0].acquire([blocks[position]])
     cache.evict_idle()
     index.set_pending(chain.keys[0][3], "somebody")
-    assert cache.look(chain) == [[MISSING, blocks[1], blocks[2], PENDING]]
+    assert cache.look_whole(chain) == [[MISSING, blocks[1], blocks[2], PENDING]]
     index.clear_pending(chain.keys[0], "somebody")
     cache.pools[0].release(blocks[1:3])
 
@@ -716,3 +747,49 @@ def test_a_low_priority_request_does_not_starve_under_a_stream_of_urgent_ones() 
         world.step()
         world.finish_step()
     assert world.now > 20, "priority has no effect"
+
+
+def test_a_forward_whose_step_raises_hands_out_each_position_once() -> None:
+    world = World(num_blocks=40, lower_tiers=False, max_batch_tokens=16)
+    name = world.submit((0, 1, 1, 0) * 10, 0, logits=37)
+    world.step()
+    world.finish_step()
+    assert world.plans[-1].rows[0].logits == 13
+    world.step()
+    world.fail_last_step(out_of_memory=True)
+    world.run_until_idle()
+    assert world.finished[name] is FinishReason.LENGTH
+    world.check_outputs()
+
+
+def test_a_forward_of_one_token_more_computes_that_token_alone() -> None:
+    world = World(num_blocks=40, lower_tiers=False, max_batch_tokens=64)
+    prompt = (0, 1, 1, 0) * 5 + (1,)
+    row = (*prompt, 1, 0, 0, 1, 1, 0, 1, 1, 1, 0, 0, 1, 1, 0, 1)
+    for length in range(len(prompt), len(row) + 1):
+        name = world.submit(
+            (*prompt, 1, 0, 0, 1, 1, 0, 1, 1, 1, 0, 0, 1, 1, 0, 1)[:length], 0, logits=1
+        )
+        before = world.computed_tokens
+        world.run_until_idle()
+        assert world.computed_tokens - before == (1 if world.reused[name] else length)
+    world.check_outputs()
+    # what is left behind is the first to go
+    pool, index = world.scheduler.cache.pools[0], world.scheduler.cache.indexes[0]
+    full = [key for key in index.published_keys() if len(index._entries[key].tokens) == BLOCK_SIZE]
+    pool.release(pool.allocate(pool.num_available - len(full)))
+    assert set(full) == set(index.published_keys())
+    assert not pool.evictions
+
+
+def test_two_rows_go_on_from_one_tail_without_touching_it() -> None:
+    world = World(num_blocks=40, lower_tiers=False, max_batch_tokens=64)
+    prompt = (0, 1, 1, 0) * 5
+    world.submit(prompt, 0, logits=1)
+    world.run_until_idle()
+    before = world.computed_tokens
+    for last in (0, 1, 2):
+        world.submit((*prompt, last), 0, logits=1)
+    world.run_until_idle()
+    assert world.computed_tokens - before == 3
+    world.check_outputs()

@@ -7,9 +7,10 @@ fields in place. On CPU host and device are the same memory.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import torch
 
@@ -27,6 +28,7 @@ EVERY_TOKEN = 1 << 62
 """As `Batch.num_sorted`: the whole vocabulary."""
 
 Fields = dict[str, npt.NDArray[Any]]
+Ints = npt.NDArray[np.int64]
 
 Sizes = tuple[int, int, int, int, int]
 """Tokens, sequences, samples (with padding, all three), KV groups, table entries to change."""
@@ -69,7 +71,9 @@ class Batch:
         lives: life of each sequence's row, likewise.
         sampled_rows: row of each token that is drawn, without padding.
         handed_out: (place in the plan, first of its logits, how many) of the sequences whose logits
-            are handed out at all positions; they lie behind those of the samples.
+            are handed out; they lie behind those of the samples.
+        following: of the sequences that get log-probabilities instead, by place in the plan: the
+            tokens behind these positions (-1 = not known), and how many of the likeliest.
         every_token_sampled: logits are wanted at all tokens, in order.
         all_greedy: no sample draws.
         num_sorted: how many of the likeliest tokens must be put in order for top-k and top-p: the
@@ -87,6 +91,7 @@ class Batch:
     lives: tuple[int, ...] = ()
     sampled_rows: tuple[int, ...] = ()
     handed_out: tuple[tuple[int, int, int], ...] = ()
+    following: dict[int, tuple[Ints, int]] = field(default_factory=dict)
     every_token_sampled: bool = False
     all_greedy: bool = False
     num_sorted: int = 0

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -18,6 +18,7 @@ from litecache.engine.kv_layout import KVLayout, KVPool
 from litecache.engine.loading.model_loader import LoadedModel
 from litecache.engine.running.batch import STRUCK_TOKENS, Batch, StepBuffers
 from litecache.engine.running.cuda_graphs import GraphCache, GraphKey, StepGraph, longest_graph
+from litecache.engine.running.handed_out import HandedOut
 from litecache.engine.running.hf_attention import PagedContext, attention_context
 from litecache.engine.running.logit_rules import RuleBook
 from litecache.engine.running.row_tables import MAX_DELTAS, RowTables
@@ -46,8 +47,7 @@ class StepHandle:
         tokens: int64 `[>= len(rows)]` on the host, valid once `event` has passed.
         event: recorded behind the copy of the tokens; None when they are there already.
         logprobs: of the rows that asked for them; their copy lies before the event, too.
-        logits: by place in the plan, for the rows that ask for them: `[num_tokens, vocab]` of all
-            their positions, on the model's device, in the order of its stream.
+        handed_out: logits of the rows that ask for them; likewise.
     """
 
     step: int
@@ -55,7 +55,7 @@ class StepHandle:
     tokens: torch.Tensor
     event: torch.cuda.Event | None = None
     logprobs: LogprobRows | None = None
-    logits: dict[int, torch.Tensor] = field(default_factory=dict)
+    handed_out: HandedOut | None = None
 
     def ready(self) -> bool:
         """Whether `result` would return at once."""
@@ -70,7 +70,9 @@ class StepHandle:
             row for row, token in zip(self.rows, tokens, strict=True) if token == INVALID_TOKEN
         )
         logprobs = {} if self.logprobs is None else self.logprobs.read()
-        return StepResult(self.step, tokens, invalid, logprobs)
+        out = self.handed_out
+        told = ({}, {}) if out is None else (out.logits(), out.logprobs())
+        return StepResult(self.step, tokens, invalid, logprobs, *told)
 
 
 class ModelRunner:
@@ -107,6 +109,7 @@ class ModelRunner:
         self._max_model_len = max_model_len
         self._limits = (max_requests, max_batch_tokens, max_model_len, len(layout.groups))
         self._keeps_logits = loaded.keeps_logits
+        self._vocab_size = loaded.vocab_size
         self._context = PagedContext(layout, pools)
         self._graphs: GraphCache | None = None
         # A row may stand in a step with several segments, and draw at several positions.
@@ -153,9 +156,9 @@ class ModelRunner:
                 logits, tokens = graph.logits, graph.tokens
             else:
                 logits = self._forward(self._metadata(batch), batch)
-            handed_out = {
-                place: logits[first : first + count] for place, first, count in batch.handed_out
-            }
+            handed_out = None
+            if batch.handed_out:
+                handed_out = HandedOut(logits, batch, self._vocab_size)
             logprobs = LogprobRows(logits, batch.logprobs) if batch.logprobs else None
             if graph is None or batch.needs_torch or not batch.masks_fit:
                 tokens = self._draw(logits, batch)
@@ -217,9 +220,12 @@ class ModelRunner:
             return None
         counts = [row.num_tokens for row in plan.rows]
         decodes = counts.count(1)
-        if any(row.sample > 1 or row.logits for row in plan.rows):
+        key = self._graphs.key_for(decodes, sum(counts) - decodes, len(counts) - decodes)
+        # a graph has room for one position of each sequence
+        wanted = sum(row.sample + row.logits for row in plan.rows)
+        if key is None or wanted > key.sizes[2] or any(row.sample > 1 for row in plan.rows):
             return None
-        return self._graphs.key_for(decodes, sum(counts) - decodes, len(counts) - decodes)
+        return key
 
     def _graph(self, key: GraphKey) -> StepGraph | None:
         """The graph of a bucket, captured now if it was not; None when the model refuses."""

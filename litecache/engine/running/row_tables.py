@@ -16,15 +16,20 @@ import numpy.typing as npt
 import torch
 
 from litecache.engine.kv_layout import TRASH_BLOCK, KVLayout
-from litecache.engine.running.batch import EVERY_TOKEN, STRUCK_TOKENS, Batch, Fields, StepBuffers
+from litecache.engine.running.batch import (
+    EVERY_TOKEN,
+    STRUCK_TOKENS,
+    Batch,
+    Fields,
+    Ints,
+    StepBuffers,
+)
 from litecache.engine.running.cuda_graphs import GraphKey
 from litecache.engine.running.logit_rules import RowRules, RuledSample
 from litecache.engine.running.random_numbers import position_keys, stream_keys
 from litecache.engine.scheduling.step_plan import NewRow, RowStep, StepPlan, TableUpdate
 from litecache.errors import ConfigError
 from litecache.types import SamplingParams
-
-Ints = npt.NDArray[np.int64]
 
 MAX_DELTAS = 1 << 14
 """Block table entries that travel with a step; a step with more copies them by themselves."""
@@ -129,18 +134,24 @@ class RowTables:
             raise ConfigError("num_tokens", num_tokens, f"at most {self._max_tokens} in a step")
         if graph is not None:
             steps = self._pad_decodes(steps, graph.decodes)
-        rows, starts, counts, drawn, cached, whole = steps.T
+        rows, starts, counts, drawn, cached, wanted = steps.T
         ends, contexts = np.cumsum(counts), starts + counts
         # The last `drawn` positions of each sequence, in order: how far each is from its end.
         seqs = np.repeat(np.arange(len(rows)), drawn)
         back = np.cumsum(drawn)[seqs] - 1 - np.arange(len(seqs))
         places = ends[seqs] - 1 - back
         handed_out, last = [], len(seqs)
-        for seq in np.flatnonzero(whole).tolist():
-            count = int(counts[seq])
+        following: dict[int, tuple[Ints, int]] = {}
+        for seq in np.flatnonzero(wanted).tolist():
+            row, count, end = int(rows[seq]), int(wanted[seq]), int(contexts[seq])
             handed_out.append((seq, last, count))
             places = np.concatenate((places, np.arange(ends[seq] - count, ends[seq])))
             last += count
+            if row in self._with_logprobs:
+                known = self.tokens[row, end - count + 1 : min(end + 1, self.num_known[row])]
+                tokens = np.full(count, -1, dtype=np.int64)
+                tokens[: len(known)] = known
+                following[seq] = tokens, self.sampling[row].logprobs or 0
         sizes = (num_tokens, len(rows), last, self._groups, deltas)
         if graph is not None:
             sizes = (*graph.sizes, self._groups, deltas)
@@ -166,6 +177,7 @@ class RowTables:
             lives=tuple(self.life[rows].tolist()),
             sampled_rows=tuple(sampled_rows),
             handed_out=tuple(handed_out),
+            following=following,
             every_token_sampled=len(seqs) == sizes[0] and not handed_out,
             all_greedy=not len(drawing),
             num_sorted=num_sorted(top_k, top_p),

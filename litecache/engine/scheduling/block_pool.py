@@ -2,8 +2,9 @@
 
 A block is free, private (in use by sequences, its content still changing), loading (a copy from a
 lower tier may write to it), published (full, immutable, in the prefix index, in use) or idle
-(published, in use by nobody, evictable). References count the sequences and the copies in flight
-that need the block. Block 0 is the trash block and is never handed out.
+(published, in use by nobody, evictable). A partial block may be published, too, for others to copy
+its beginning; such blocks are the first to be evicted. References count the sequences and the
+copies in flight that need the block. Block 0 is the trash block and is never handed out.
 
 The pool is used by the scheduler's thread alone.
 """
@@ -37,7 +38,7 @@ class BlockPool:
         on_evict: called with the key of an idle block that is about to be used for other tokens.
 
     Attributes:
-        evictions: published blocks dropped so far.
+        evictions: full published blocks dropped so far.
         reserved: available blocks that are kept for sequences whose loads may be late.
         used_in: per block, the last step of a sequence that has given it back.
     """
@@ -52,12 +53,14 @@ class BlockPool:
         self._keys: list[BlockKey | None] = [None] * (num_blocks + 1)
         self._loading: set[int] = set()
         self._free = list(range(num_blocks, 0, -1))
+        self._partial: set[int] = set()
         self._idle: OrderedDict[int, None] = OrderedDict()
+        self._idle_partial: OrderedDict[int, None] = OrderedDict()
 
     @property
     def num_available(self) -> int:
         """Blocks that `allocate` could hand out now: free and idle ones, but for the reserve."""
-        return len(self._free) + len(self._idle) - self.reserved
+        return len(self._free) + len(self._idle) + len(self._idle_partial) - self.reserved
 
     def allocate(self, count: int) -> list[int]:
         """Take `count` blocks with one reference each, evicting idle ones as needed.
@@ -80,7 +83,7 @@ class BlockPool:
         """Add a reference to blocks in use or idle."""
         for block in blocks:
             if self._refs[block] == 0:
-                del self._idle[block]
+                del self._idle_like(block)[block]
             self._refs[block] += 1
 
     def release(self, blocks: Sequence[int], step: int = 0) -> None:
@@ -104,7 +107,10 @@ class BlockPool:
                 if self._keys[block] is None:
                     self._free.append(block)
                 else:
-                    self._idle[block] = None
+                    self._idle_like(block)[block] = None
+
+    def _idle_like(self, block: int) -> OrderedDict[int, None]:
+        return self._idle_partial if block in self._partial else self._idle
 
     def begin_copy(self, block: int) -> None:
         """A copy will write to a private block: it is referenced until `end_copy`."""
@@ -117,12 +123,14 @@ class BlockPool:
         """The copy has ended, or never began; its reference is still to be released."""
         self._loading.remove(block)
 
-    def publish(self, block: int, key: BlockKey) -> None:
-        """Declare a private block full and immutable under `key`."""
+    def publish(self, block: int, key: BlockKey, *, partial: bool = False) -> None:
+        """Declare a private block immutable under `key`: full, or with `partial` its beginning."""
         assert self._refs[block] > 0, f"block {block} is not in use"
         assert self._keys[block] is None, f"block {block} is already published"
         assert block not in self._loading, f"block {block} is still being copied to"
         self._keys[block] = key
+        if partial:
+            self._partial.add(block)
 
     def rename(self, block: int, key: BlockKey) -> None:
         """Publish a published block in use under another key."""
@@ -152,12 +160,13 @@ class BlockPool:
 
     def evict(self, block: int) -> None:
         """Evict one idle block."""
-        self._idle.move_to_end(block, last=False)
-        self._free.append(self._evict_oldest())
+        del self._idle_like(block)[block]
+        self._forget(block)
+        self._free.append(block)
 
     def evict_idle(self) -> int:
         """Evict every idle block; returns how many."""
-        count = len(self._idle)
+        count = len(self._idle) + len(self._idle_partial)
         for _ in range(count):
             self._free.append(self._evict_oldest())
         return count
@@ -171,7 +180,11 @@ class BlockPool:
 
     def check_integrity(self) -> None:
         """Assert that every block is in exactly one state and nothing is lost."""
-        free, idle = set(self._free), set(self._idle)
+        free, idle = set(self._free), {*self._idle, *self._idle_partial}
+        assert len(idle) == len(self._idle) + len(self._idle_partial), "a block is idle twice"
+        assert self._idle_partial.keys() <= self._partial, "a full block is evicted first"
+        assert not self._idle.keys() & self._partial, "a partial block is evicted as a full one"
+        assert all(self._keys[block] is not None for block in self._partial), "partial of nothing"
         assert len(free) == len(self._free), "a block is free twice"
         assert not free & idle, f"blocks both free and idle: {free & idle}"
         assert TRASH_BLOCK not in free | idle, "the trash block was handed in"
@@ -190,11 +203,17 @@ class BlockPool:
         assert len(keys) == len(set(keys)), "two blocks are published under one key"
 
     def _evict_oldest(self) -> int:
-        block, _ = self._idle.popitem(last=False)
+        block, _ = (self._idle_partial or self._idle).popitem(last=False)
+        self._forget(block)
+        return block
+
+    def _forget(self, block: int) -> None:
         key = self._keys[block]
         assert key is not None
         self._keys[block] = None
-        self.evictions += 1
+        if block in self._partial:
+            self._partial.remove(block)
+        else:
+            self.evictions += 1
         if self._on_evict is not None:
             self._on_evict(key)
-        return block

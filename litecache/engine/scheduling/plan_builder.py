@@ -8,6 +8,9 @@ from litecache.engine.scheduling.sequence import BlockRef, Sequence
 from litecache.engine.scheduling.step_plan import BlockCopy, NewRow, RowStep, StepPlan, TableUpdate
 from litecache.token_ids import TokenIds
 
+MAX_STEP_LOGITS = 256
+"""Positions whose logits a step hands out: each takes a row of the vocabulary, in float32 twice."""
+
 
 @dataclass
 class Launched:
@@ -50,6 +53,7 @@ class PlanBuilder:
         self._copies: list[BlockCopy] = []
         self._chunk_grid = chunk_grid
         self._prefill_tokens = 0
+        self._logits_left = MAX_STEP_LOGITS
         self._untold: dict[int, Sequence] = {}
 
     def room(self, seq: Sequence) -> int:
@@ -59,6 +63,8 @@ class PlanBuilder:
             count = min(seq.num_todo, self._chunk_grid - seq.num_computed % self._chunk_grid)
             if self._prefill_tokens and count > self.budget:
                 return 0
+        if seq.num_logits:
+            count = min(count, max(0, seq.num_reusable - seq.num_computed) + self._logits_left)
         return count
 
     def add_chunk(self, seq: Sequence, count: int) -> None:
@@ -68,8 +74,12 @@ class PlanBuilder:
 
     def add_step(self, seq: Sequence, count: int) -> None:
         """Compute the next `count` positions of a running sequence."""
-        sample = count == seq.num_todo
-        step = RowStep(seq.row, seq.num_computed, count, sample, seq.cached)
+        sample, logits = count == seq.num_todo, 0
+        if seq.num_logits:
+            sample, logits = False, min(count, seq.num_computed + count - seq.num_reusable)
+            logits = max(0, logits)
+            self._logits_left -= logits
+        step = RowStep(seq.row, seq.num_computed, count, sample, seq.cached, logits)
         if seq.cached:
             seq.cached = False
         elif not seq.announced:

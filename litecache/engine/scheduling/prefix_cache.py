@@ -20,7 +20,7 @@ from litecache.engine.scheduling.block_pool import BlockPool
 from litecache.engine.scheduling.prefix_index import PrefixIndex
 from litecache.engine.scheduling.sequence import BlockRef, KeyChain, Sequence
 from litecache.errors import CapacityError
-from litecache.hashing import KEY_BYTES, BlockKey
+from litecache.hashing import KEY_BYTES, BlockKey, block_key
 from litecache.types import Tier
 
 
@@ -45,8 +45,17 @@ class PrefixCache:
             for group in range(len(groups))
         ]
 
-    def look(self, chain: KeyChain) -> list[list[int]]:
-        """Per group, where each full block of a sequence is: its block, `PENDING` or `MISSING`."""
+    def look(self, seq: Sequence) -> list[list[int]]:
+        """Per group, where each full block that a sequence may reuse is: its block, `PENDING` or
+        `MISSING`."""
+        if not seq.num_logits:
+            return self.look_whole(seq.chain)
+        end = seq.num_reusable // self.block_size
+        pairs = zip(seq.chain.keys, self.indexes, strict=True)
+        return [index.look(keys[:end]) for keys, index in pairs]
+
+    def look_whole(self, chain: KeyChain) -> list[list[int]]:
+        """`look` for all full blocks of a chain."""
         return [index.look(keys) for keys, index in zip(chain.keys, self.indexes, strict=True)]
 
     def run_end(self, has: Callable[[int, int], bool], first: int, limit: int) -> int:
@@ -113,6 +122,21 @@ class PrefixCache:
             return False
         self.pools[group].publish(block, key)
         return True
+
+    def publish_tail(self, seq: Sequence) -> None:
+        """Let others copy the partial block at the end of a sequence whose positions are all
+        computed: who goes on from there has nothing else to compute. It is the first to be
+        evicted, and nothing saves it."""
+        end = seq.num_tokens // self.block_size
+        tokens = seq.tokens[end * self.block_size :]
+        if seq.unshared or not len(tokens):
+            return
+        for group, (index, pool) in enumerate(zip(self.indexes, self.pools, strict=True)):
+            parent, block = seq.chain.parent(group, end), seq.tables[group][end]
+            key = block_key(parent, tokens)
+            root = seq.chain.roots[group]
+            if pool.is_writable(block) and index.insert(key, block, parent, tokens.copy(), root):
+                pool.publish(block, key, partial=True)
 
     def _forget(self, group: int, key: BlockKey) -> None:
         self.indexes[group].remove(key)
@@ -188,7 +212,7 @@ class PrefixCache:
         end = seq.num_computed // size
         if seq.loading or any(seq.ahead):
             end = 1 + max(i for i in {i for _, i in seq.loading}.union(*seq.ahead))
-        rest = seq.tokens[end * size : seq.num_tokens - 1][:size]
+        rest = seq.tokens[end * size : seq.num_reusable][:size]
         partials = [
             index.match_partial(seq.chain.parent(group, end), rest)
             for group, index in enumerate(self.indexes)

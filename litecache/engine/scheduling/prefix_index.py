@@ -33,7 +33,7 @@ def _sortable(tokens: TokenArray) -> bytes:
 
 
 class Entry(NamedTuple):
-    """A published block."""
+    """A published block; of a partial one the first `len(tokens)` tokens."""
 
     block: int
     parent: BlockKey

@@ -74,7 +74,7 @@ class Saves:
             everything: also what was saved once: the lower tiers may have evicted it since.
         """
         out = Schedule()
-        for group, blocks in enumerate(self._cache.look(chain)):
+        for group, blocks in enumerate(self._cache.look_whole(chain)):
             held = [index for index, block in enumerate(blocks) if block >= 0]
             if everything:
                 self._cache.unsaved[group].update(chain.keys[group][index] for index in held)

@@ -35,7 +35,7 @@ from litecache.engine.scheduling.sequence import (
     Sequence,
     SequenceStatus,
 )
-from litecache.engine.scheduling.step_plan import StepResult
+from litecache.engine.scheduling.step_plan import RowStep, StepResult
 from litecache.errors import CapacityError
 from litecache.hashing import BlockKey
 from litecache.token_ids import TokenIds
@@ -116,7 +116,7 @@ class Scheduler:
             self._timed[seq.id] = seq
         out = self.abort([seq.id] if seq.id in self._early_aborts else [])
         if seq.id in self._sequences and self._loads.has_room:
-            self._look_up(seq, self.cache.look(seq.chain), now, out)
+            self._look_up(seq, self.cache.look(seq), now, out)
         return out
 
     def abort(self, request_ids: Iterable[str]) -> Schedule:
@@ -178,7 +178,7 @@ class Scheduler:
             self._note_step(self._cost, launched, now)
         tokens, logprobs = result.tokens, result.logprobs
         place, size = -1, self.cache.block_size
-        for seq, step, life in launched.rows:
+        for number, (seq, step, life) in enumerate(launched.rows):
             token = None
             if step.sample:
                 place += 1
@@ -203,6 +203,8 @@ class Scheduler:
                 end = step.start + step.num_tokens
                 if end // size > step.start // size:
                     self._saves.publish_computed(seq, step.start, end, out)
+                if step.logits:
+                    self._hand_out(seq, step, result, number, now, out)
             if token is not None:
                 self._emit(seq, token, logprobs.get(place) if logprobs else None, now, out)
         return out
@@ -321,7 +323,7 @@ class Scheduler:
     # Running requests
 
     def _may_step(self, seq: Sequence) -> bool:
-        return seq.status is SequenceStatus.RUNNING and seq.wants_token and not seq.paused
+        return seq.status is SequenceStatus.RUNNING and seq.wants_step and not seq.paused
 
     def _grow(self, seq: Sequence, out: Schedule) -> bool:
         """Make room for the next token, preempting the youngest; False if `seq` had to give way."""
@@ -350,6 +352,8 @@ class Scheduler:
             if passed:
                 self._loads.cancel(seq, passed, out)
             if not seq.num_todo:
+                if seq.num_logits:
+                    return
                 # All is there: the last token is computed again, for its logits.
                 seq.num_computed -= 1
                 seq.cached = True
@@ -416,14 +420,13 @@ class Scheduler:
             blocked = blocked or not self._queues.has_row or (plan.budget <= 0 and not seq.staged)
             if blocked:
                 if seq.asked_s == -math.inf and self._loads.has_room:
-                    self._look_up(seq, self.cache.look(seq.chain), now, out)
+                    self._look_up(seq, self.cache.look(seq), now, out)
                 continue
-            chain = seq.chain
-            if seq.awaits is not None and self.cache.pending_owner(chain, seq.awaits) is not None:
+            if seq.awaits is not None and self._is_pending(seq, seq.awaits):
                 continue
-            looked = self.cache.look(chain)
+            looked = self.cache.look(seq)
             length = self.cache.present(looked)
-            owned = self.cache.pending_owner(chain, length) is not None
+            owned = length < len(looked[0]) and self._is_pending(seq, length)
             seq.awaits = length if owned else None
             if owned or self._look_up(seq, looked, now, out):
                 continue
@@ -441,6 +444,9 @@ class Scheduler:
             self._saves.on_hit(seq, length, out)
             self._prefill(seq, plan, now, out)
             queued += seq.num_todo
+
+    def _is_pending(self, seq: Sequence, index: int) -> bool:
+        return self.cache.pending_owner(seq.chain, index) is not None
 
     def _look_up(self, seq: Sequence, looked: Seq[Seq[int]], now: float, out: Schedule) -> bool:
         """Ask below for what the pools lack; False when there is nothing to ask."""
@@ -492,24 +498,45 @@ class Scheduler:
         elif seq.num_tokens >= seq.max_tokens:
             reason = FinishReason.LENGTH
         told = () if logprobs is None else (logprobs,)
-        if seq.announced:
-            delta = TokenDelta(seq.id, (token,), reason, logprobs=told)
-        else:
-            found, reused = seq.account()
-            delta = TokenDelta(
-                seq.id,
-                (token,),
-                reason,
-                reused_tokens=reused,
-                ttft_s=now - seq.submitted_s,
-                logprobs=told,
-                found_tokens=found,
-            )
-            seq.announced = True
-            self._loads.on_first_token(seq, now)
+        delta = TokenDelta(seq.id, (token,), reason, logprobs=told)
+        if not seq.announced:
+            delta = self._announced(seq, delta, now)
         out.deltas.append((seq.client_id, delta))
         if reason is not None:
             self._end(seq, out)
+
+    def _hand_out(
+        self,
+        seq: Sequence,
+        step: RowStep,
+        result: StepResult,
+        place: int,
+        now: float,
+        out: Schedule,
+    ) -> None:
+        """Keep the logits of a segment; with the last one the request ends."""
+        seq.num_handed_out += step.logits
+        if place in result.logits:
+            seq.handed_out[step.start] = result.logits[place]
+        else:
+            seq.told[step.start] = result.prompt_logprobs[place]
+        if seq.num_handed_out < seq.num_logits:
+            return
+        # a step has its segments of one token first
+        logits = b"".join(part for _, part in sorted(seq.handed_out.items())) or None
+        told = tuple(one for _, part in sorted(seq.told.items()) for one in part)
+        delta = TokenDelta(seq.id, (), FinishReason.LENGTH, logprobs=told, logits=logits)
+        out.deltas.append((seq.client_id, self._announced(seq, delta, now)))
+        self.cache.publish_tail(seq)
+        self._end(seq, out)
+
+    def _announced(self, seq: Sequence, delta: TokenDelta, now: float) -> TokenDelta:
+        """The first news of a request, with what it found and how long it took."""
+        found, reused = seq.account()
+        seq.announced = True
+        self._loads.on_first_token(seq, now)
+        ttft_s = now - seq.submitted_s
+        return delta._replace(reused_tokens=reused, ttft_s=ttft_s, found_tokens=found)
 
     def _finish(
         self, seq: Sequence, reason: FinishReason, out: Schedule, error: str | None = None

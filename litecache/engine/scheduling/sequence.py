@@ -14,7 +14,7 @@ import numpy as np
 from litecache.engine.scheduling.cost_model import LoadPlan
 from litecache.engine.scheduling.prefix_index import TokenArray
 from litecache.hashing import BlockKey, chain_keys
-from litecache.types import Request, Tier
+from litecache.types import Request, Tier, TokenLogprobs
 
 PRIORITY_STEP_S = 10.0
 """One level of priority is worth so many seconds of waiting, so that nobody starves."""
@@ -102,6 +102,9 @@ class Sequence:
         tiers: where found blocks were, by index: the reused ones and those computed by plan.
         computed: tokens of found blocks that were computed, by tier.
         num_own: positions of the prompt that were computed.
+        handed_out: by first position, logits of the segments that they are asked for,
+        told: or their log-probabilities,
+        num_handed_out: and how many positions that is.
         num_tail: positions that copies have filled, of no found block.
         unshared: it is "no-store", or its salt was deleted while it was open: nothing of it is
             published or saved.
@@ -111,6 +114,7 @@ class Sequence:
         self, request: Request, roots: Seq[BlockKey], block_size: int, arrival: int, now: float
     ) -> None:
         self.request = request
+        self.num_logits = request.logits
         self.id = request.request_id
         self.client_id = request.client_id
         self.eos_token_ids = request.sampling.eos_token_ids
@@ -158,6 +162,9 @@ class Sequence:
         self.num_landed = 0
         self.plan: LoadPlan | None = None
         self.planned_s: float | None = None
+        self.handed_out: dict[int, bytes] = {}
+        self.told: dict[int, tuple[TokenLogprobs, ...]] = {}
+        self.num_handed_out = 0
 
     def begin_account(self) -> None:
         """Nothing of the prompt is found or computed."""
@@ -209,9 +216,17 @@ class Sequence:
         return self.num_tokens + self.num_in_flight - self.num_computed
 
     @property
-    def wants_token(self) -> bool:
-        """Another token may be sampled, counting those in flight."""
+    def wants_step(self) -> bool:
+        """Another token may be sampled, counting those in flight; or logits are to be computed."""
+        if self.num_logits:
+            return self.num_todo > 0
         return self.num_tokens + self.num_in_flight < self.max_tokens
+
+    @property
+    def num_reusable(self) -> int:
+        """Positions from the front that need not be computed: the last one gives the next token,
+        those whose logits are asked for give them."""
+        return self.num_tokens - max(1, self.num_logits)
 
     def append(self, token: int) -> None:
         """Add a sampled token."""

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 from litecache.token_ids import TokenIds
 from litecache.types import SamplingParams, TokenLogprobs
 
-PLAN_VERSION = 3
+PLAN_VERSION = 4
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,8 @@ class RowStep(NamedTuple):
         sample: how many of the last positions draw a token from their logits.
         cached: the KV of these positions is already in published blocks: attention reads it
             there, and what this step computes goes to the trash block (full prefix hit).
-        logits: the logits of all these positions are handed out (`StepHandle.logits`).
+        logits: of so many of the last positions the logits are handed out, or with
+            `SamplingParams.logprobs` the log-probabilities of the tokens that follow.
     """
 
     row: int
@@ -80,7 +81,7 @@ class RowStep(NamedTuple):
     num_tokens: int
     sample: int
     cached: bool = False
-    logits: bool = False
+    logits: int = 0
 
 
 @dataclass(frozen=True)
@@ -159,12 +160,17 @@ class StepResult:
         tokens: one token id per sampled position, in the plan's order.
         invalid_rows: rows whose logits were not finite; their token is void.
         logprobs: of the samples of rows that ask for them, by their place in `tokens`.
+        logits: by place in the plan's `rows`, what was handed out: `[RowStep.logits, vocab]` in the
+            model's dtype, as bytes.
+        prompt_logprobs: likewise, of rows that ask for log-probabilities.
     """
 
     step: int
     tokens: tuple[int, ...]
     invalid_rows: tuple[int, ...] = ()
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
+    logits: dict[int, bytes] = field(default_factory=dict)
+    prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
 
 
 class Step(Protocol):

@@ -1,0 +1,108 @@
+"""`forward`, a call of the adapter and `prompt_logprobs` give what the stock model gives."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from litecache.adapter import KVCacheAdapter
+from litecache.engine.engine_info import EngineInfo
+from litecache.errors import ConfigError
+
+IDS = torch.tensor([[(i * i * 7 + row * 31) % 200 + 5 for i in range(40)] for row in range(3)])
+
+
+def padded(side: str) -> tuple[torch.Tensor, torch.Tensor]:
+    mask = torch.ones_like(IDS)
+    for row, count in enumerate((0, 13, 39)):
+        mask[row, IDS.shape[1] - count :] = 0
+    return IDS, mask if side == "right" else mask.flip(1)
+
+
+def stock(model: LlamaForCausalLM, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Row by row, without padding; zeros elsewhere."""
+    logits = torch.zeros((*ids.shape, model.config.vocab_size))
+    with torch.inference_mode():
+        for row in range(len(ids)):
+            there = mask[row] != 0
+            logits[row, there] = model(ids[row, there][None]).logits[0]
+    return logits
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("keep", [0, 5])
+def test_logits_of_a_padded_batch_are_stocks(
+    llm: KVCacheAdapter, tiny_llama: LlamaForCausalLM, side: str, keep: int
+) -> None:
+    ids, mask = padded(side)
+    expected = stock(tiny_llama, ids, mask)[:, -keep:]
+    for cache in ("default", "no-store"):
+        logits = llm.forward(ids, mask, keep, cache=cache)
+        assert logits.dtype == llm.dtype
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+    assert llm.stats().running == 0
+
+
+def test_more_logits_than_a_message_holds_come_in_parts(
+    llm: KVCacheAdapter, tiny_llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(EngineInfo, "max_logits", 7)
+    ids, mask = padded("left")
+    logits = llm.forward(ids, mask)
+    torch.testing.assert_close(logits, stock(tiny_llama, ids, mask), atol=1e-4, rtol=1e-4)
+
+
+def test_a_call_gives_logits_and_loss_as_the_model_does(
+    llm: KVCacheAdapter, tiny_llama: LlamaForCausalLM
+) -> None:
+    labels = IDS.clone()
+    labels[:, :10] = -100
+    output = llm(IDS, labels=labels, use_cache=False, return_dict=True)
+    with torch.inference_mode():
+        expected = tiny_llama(IDS, labels=labels)
+    torch.testing.assert_close(output.logits, expected.logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(output.loss, expected.loss, atol=1e-4, rtol=1e-4)
+    assert llm(input_ids=IDS[:1, :3]).loss is None
+
+
+def test_logprobs_of_prompts_are_those_of_stocks_logits(
+    llm: KVCacheAdapter, tiny_llama: LlamaForCausalLM
+) -> None:
+    prompts = [IDS[0].tolist(), IDS[1, :20].tolist(), [7]]
+    told = llm.prompt_logprobs(prompts, 2, first=[1, 15, 1])
+    assert [len(each) for each in told] == [39, 5, 0]
+    for prompt, first, each in zip(prompts, (1, 15, 1), told, strict=True):
+        with torch.inference_mode():
+            scores = tiny_llama(torch.tensor([prompt])).logits[0].log_softmax(-1)
+        for place, one in enumerate(each, start=first):
+            assert math.isclose(one.logprob, scores[place - 1, prompt[place]], abs_tol=1e-4)
+            assert [token for token, _ in one.top] == scores[place - 1].topk(2).indices.tolist()
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("input_ids", lambda llm: llm.forward()),
+        ("input_ids", lambda llm: llm.forward(torch.tensor([[5, 211]]))),
+        ("attention_mask", lambda llm: llm.forward(IDS, torch.ones(2, 2))),
+        ("logits_to_keep", lambda llm: llm.forward(IDS, None, 41)),
+        ("logits_to_keep", lambda llm: llm(IDS, labels=IDS, logits_to_keep=1)),
+        ("labels", lambda llm: llm(IDS, labels=IDS[:, :2])),
+        ("return_dict", lambda llm: llm(IDS, return_dict=False)),
+        ("nonsense", lambda llm: llm(IDS, nonsense=3)),
+        ("top", lambda llm: llm.prompt_logprobs([[5, 6]], -1)),
+        ("first", lambda llm: llm.prompt_logprobs([[5, 6]], first=0)),
+        ("first", lambda llm: llm.prompt_logprobs([[5, 6]], first=[1, 1])),
+        ("prompts[0]", lambda llm: llm.prompt_logprobs([[]])),
+        ("cache", lambda llm: llm.forward(IDS, cache="some")),
+    ],
+)
+def test_a_bad_argument_is_named(llm: KVCacheAdapter, name: str, call: Any) -> None:
+    with pytest.raises(ConfigError) as error:
+        call(llm)
+    assert error.value.field == name
+    assert llm.stats().running == 0
