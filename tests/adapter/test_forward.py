@@ -106,3 +106,17 @@ def test_a_bad_argument_is_named(llm: KVCacheAdapter, name: str, call: Any) -> N
         call(llm)
     assert error.value.field == name
     assert llm.stats().running == 0
+
+
+def test_samples_of_a_prompt_compute_it_once(llm: KVCacheAdapter) -> None:
+    prompt = (IDS[:1] + 3) % 200 + 5
+    output = llm.generate(
+        prompt,
+        do_sample=True,
+        num_return_sequences=4,
+        max_new_tokens=4,
+        seed=1,
+        return_dict_in_generate=True,
+    )
+    found = output.litecache.reused_tokens
+    assert sorted(sum(row.values()) for row in found) == [0, 39, 39, 39]

@@ -793,3 +793,28 @@ def test_two_rows_go_on_from_one_tail_without_touching_it() -> None:
     world.run_until_idle()
     assert world.computed_tokens - before == 3
     world.check_outputs()
+
+
+@pytest.mark.parametrize("windowed", [False, True])
+def test_samples_of_one_prompt_are_one_prefill(windowed: bool) -> None:
+    world = World(num_blocks=60, windowed=windowed, lower_tiers=False, max_requests=5)
+    prompt = (0, 1, 1, 0) * 5 + (1,)
+    names = [world.submit(prompt, 6) for _ in range(4)]
+    world.step()
+    world.finish_step()
+    world.step()
+    assert [plan.num_tokens for plan in world.plans] == [len(prompt), 1 + 3]
+    world.run_until_idle()
+    assert [world.reused[name] for name in names] == [{}, *3 * [{"gpu": len(prompt) - 1}]]
+    world.check_outputs()
+
+
+def test_a_tail_of_a_sequence_that_shares_nothing_is_copied_by_nobody() -> None:
+    world = World(num_blocks=60, lower_tiers=False)
+    prompt = (0, 1, 1, 0) * 5 + (1,)
+    world.submit(prompt, 6, cache="no-store")
+    world.step()
+    world.finish_step()
+    name = world.submit(prompt, 6)
+    world.run_until_idle()
+    assert world.reused[name] == {}

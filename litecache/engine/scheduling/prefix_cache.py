@@ -17,7 +17,7 @@ import numpy as np
 
 from litecache.engine.kv_layout import TRASH_BLOCK, KVGroup
 from litecache.engine.scheduling.block_pool import BlockPool
-from litecache.engine.scheduling.prefix_index import PrefixIndex
+from litecache.engine.scheduling.prefix_index import PrefixIndex, TokenArray
 from litecache.engine.scheduling.sequence import BlockRef, KeyChain, Sequence
 from litecache.errors import CapacityError
 from litecache.hashing import KEY_BYTES, BlockKey, block_key
@@ -202,11 +202,12 @@ class PrefixCache:
         seq.changed.update((group, 0) for group in range(len(self.groups)))  # all of it is new
         return True
 
-    def copy_tail(self, seq: Sequence) -> None:
+    def copy_tail(self, seq: Sequence, running: Iterable[Sequence] = ()) -> None:
         """Reuse to the token: copy the block that begins as does the one behind the hit.
 
-        Of a partial block at least the last token is left to compute. Nothing is changed where
-        not all groups have such a block.
+        It is one that is published, or one that a running sequence is filling: what it holds by
+        now does not change. Of a partial block at least the last token is left to compute. Nothing
+        is changed where not all groups have such a block.
         """
         size = self.block_size
         end = seq.num_computed // size
@@ -218,17 +219,35 @@ class PrefixCache:
             for group, index in enumerate(self.indexes)
         ]
         shared = min((partial.num_tokens if partial else 0 for partial in partials), default=0)
+        blocks = [partial.block if partial else TRASH_BLOCK for partial in partials]
+        for donor in running if shared < len(rest) else ():
+            count = self._held_of(donor, seq, end, rest)
+            if count > shared:
+                shared, blocks = count, [table[end] for table in donor.tables]
         writable = all(
             end < len(table) and pool.is_writable(table[end]) and (group, end) not in seq.staged
             for group, (table, pool) in enumerate(zip(seq.tables, self.pools, strict=True))
         )
         if not shared or not writable:
             return
-        for group, partial in enumerate(partials):
-            assert partial is not None
-            self.pools[group].acquire([partial.block])
-            seq.copies.append((group, partial.block, seq.tables[group][end]))
+        for group, block in enumerate(blocks):
+            self.pools[group].acquire([block])
+            seq.copies.append((group, block, seq.tables[group][end]))
         seq.tail = (end * size, end * size + shared)
+
+    def _held_of(self, donor: Sequence, seq: Sequence, index: int, rest: TokenArray) -> int:
+        """How many of the tokens `rest` of block `index` of a sequence a running one holds for
+        certain, in the same place behind the same tokens."""
+        first = index * self.block_size
+        held = min(donor.num_confirmed - first, len(rest))
+        if donor is seq or donor.unshared or held <= 0:
+            return 0
+        if donor.chain.parent(0, index) != seq.chain.parent(0, index):
+            return 0
+        if any(table[index] == TRASH_BLOCK for table in donor.tables):
+            return 0
+        differs = donor.tokens[first : first + held] != rest[:held]
+        return int(np.argmax(differs)) if differs.any() else held
 
     def advance(self, seq: Sequence) -> None:
         """Move the cursor over what is there."""

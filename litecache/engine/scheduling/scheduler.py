@@ -201,6 +201,8 @@ class Scheduler:
                 seq.append(token)
             if life == seq.life and seq.status is SequenceStatus.RUNNING:
                 end = step.start + step.num_tokens
+                if token is not None:
+                    seq.num_confirmed = end
                 if end // size > step.start // size:
                     self._saves.publish_computed(seq, step.start, end, out)
                 if step.logits:
@@ -440,7 +442,7 @@ class Scheduler:
             seq.tiers = dict.fromkeys(there, Tier.GPU.value)
             crowd = (queued, num_decodes, self._busy_s(plan, now), self.num_waiting)
             self._loads.plan(seq, now, crowd, out)
-            self.cache.copy_tail(seq)
+            self.cache.copy_tail(seq, self._queues.running)
             self._saves.on_hit(seq, length, out)
             self._prefill(seq, plan, now, out)
             queued += seq.num_todo

@@ -75,6 +75,7 @@ class Sequence:
     Attributes:
         arrival: number of its arrival, unique in the scheduler's life.
         num_computed: the cursor: positions whose KV is there once all launched steps are done.
+        num_confirmed: positions from the front whose KV is there for certain: a step has told so.
         num_in_flight: tokens that launched steps will sample and that are not known yet.
         num_published: blocks from the front that need no publishing any more.
         tables: per KV group, the block table: a block for every known token.
@@ -151,6 +152,7 @@ class Sequence:
         self.changed: set[BlockRef] = set()
         self.entered = False
         self.num_computed = 0
+        self.num_confirmed = 0
         self.num_published = 0
         self.ahead: list[set[int]] = [set() for _ in range(groups)]
         self.copies: list[tuple[int, int, int]] = []
