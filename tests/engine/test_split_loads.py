@@ -11,6 +11,14 @@ import pytest
 import torch
 from engine_harness import Harness, family_source
 from plan_driver import random_prompt
+from split_world import (
+    NEW_TOKENS,
+    SMALL_STEPS,
+    SOURCES,
+    Splits,
+    shared_prefixes,
+    tokens_without_tiers,
+)
 
 from litecache.engine.scheduling.cost_model import CostModel
 from litecache.engine.transfer import loader
@@ -19,28 +27,10 @@ from litecache.storage.arena.view import ArenaView
 from litecache.storage.client import LocalShardClient, PendingStage
 from litecache.storage.protocol import SlotRef, SlotState
 
-NEW_TOKENS = 3
-# Chunks of two blocks: a load of ten is met after several of them.
-SMALL_STEPS = {"max_batch_tokens": 32, "max_prefill_tokens": 32}
-
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
-
-
-def shared_prefixes(count: int, rng: random.Random) -> list[list[int]]:
-    """Prompts that share beginnings of any length with each other."""
-    heads = [random_prompt(176, seed=seed) for seed in range(3)]
-    return [
-        rng.choice(heads)[: rng.randrange(176)] + random_prompt(rng.randrange(1, 40), seed=100 + n)
-        for n in range(count)
-    ]
-
-
-def tokens_without_tiers(family: str, prompts: Sequence[list[int]]) -> list[list[int]]:
-    with Harness(family_source(family), **SMALL_STEPS) as harness:
-        return harness.run(prompts, NEW_TOKENS)
 
 
 def at_random_places(
@@ -107,6 +97,20 @@ def test_a_prefix_split_at_every_place_gives_the_same_tokens(family: str, tmp_pa
             reused = sum(harness.reused[0].values())
             # A model that slides only goes on behind its window as soon as that has landed.
             assert reused == 160 - 16 * place or (family == "mistral" and reused > 160 - 16 * place)
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(40, marks=pytest.mark.slow)])
+def test_every_tier_together_and_any_split_give_the_tokens_of_an_engine_without(
+    count: int, tmp_path: Path
+) -> None:
+    # scripts/fuzz_splits.py is the long form
+    with Splits("llama", count, [tmp_path / "a", tmp_path / "b"]) as splits:
+        splits.compare_with_transformers()
+        splits.run_all()
+        assert splits.wrong == []
+        assert set(splits.runs) == set(SOURCES)
+        assert splits.reused.keys() == {"gpu", "ram", "disk", "remote"}
+        assert splits.split > 2 * count
 
 
 class Chaos:
