@@ -158,6 +158,53 @@ class Client:
         return got == expected, f"prompt {number}: {got} instead of {expected}"
 
 
+# Shared with chaos_loads.py
+
+
+def start_ray(folder: Path) -> str:
+    """A Ray of the run's own with its token, home and files under `folder`; its address."""
+    import ray
+
+    token = folder / "token"
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_hex(32))
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+    os.environ |= {"LITECACHE_HOME": str(folder / "home"), "RAY_worker_niceness": "0"}
+    os.environ.pop("RAY_ADDRESS", None)
+    context = ray.init(
+        address="local", num_cpus=8, include_dashboard=False, log_to_driver=False,
+        object_store_memory=128 * MIB, _temp_dir=str(folder / "r"), logging_level="error",
+    )  # fmt: skip
+    return str(context.address_info["address"])
+
+
+def processes_of(folder: Path) -> list[int]:
+    """Other processes whose command line or environment names the folder of a run."""
+    mark, found = str(folder).encode(), []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            with contextlib.suppress(OSError):
+                state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
+                said = (entry / "cmdline").read_bytes() + (entry / "environ").read_bytes()
+                if mark in said and state != "Z":
+                    found.append(int(entry.name))
+    return found
+
+
+def end_ray(folder: Path) -> list[str]:
+    """The inverse; processes that stay are a problem, and killed."""
+    import ray
+
+    ray.shutdown()
+    deadline = time.monotonic() + 30
+    while (left := processes_of(folder)) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    for pid in left:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    return [f"processes are left: {left}"] if left else []
+
+
 # The run
 
 
@@ -180,8 +227,6 @@ class Chaos:
         self.store = folder / "store"
 
     def start(self) -> None:
-        import ray
-
         from litecache.config import CacheConfig
 
         self.store.mkdir(mode=0o700)
@@ -189,17 +234,7 @@ class Chaos:
             size = f"size={2 * STORAGE_BYTES}"
             mount = ["mount", "-t", "tmpfs", "-o", size + ",mode=700", "chaos", str(self.store)]
             self.mounted = subprocess.run(mount, capture_output=True).returncode == 0
-        token = self.folder / "token"
-        token.touch(mode=0o600)
-        token.write_text(secrets.token_hex(32))
-        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
-        os.environ |= {"LITECACHE_HOME": str(self.folder / "home"), "RAY_worker_niceness": "0"}
-        os.environ.pop("RAY_ADDRESS", None)
-        context = ray.init(
-            address="local", num_cpus=8, include_dashboard=False, log_to_driver=False,
-            object_store_memory=128 * MIB, _temp_dir=str(self.folder / "r"), logging_level="error",
-        )  # fmt: skip
-        self.address = context.address_info["address"]
+        self.address = start_ray(self.folder)
         config = CacheConfig(
             num_blocks=96, dtype="float32", ram_bytes=RAM_BYTES, storage_dir=str(self.store),
             storage_bytes=STORAGE_BYTES, storage_shards=2, max_requests=16,
@@ -405,8 +440,6 @@ class Chaos:
         return {pid: n - before[pid] for pid, n in now.items() if n > before.get(pid, n) + 2}
 
     def stop(self) -> None:
-        import ray
-
         for client in self.clients.values():
             if client.poll() is None:
                 client.kill()
@@ -414,29 +447,9 @@ class Chaos:
             with contextlib.suppress(Exception):
                 self.llm.group.stop()
                 self.llm.close()
-        ray.shutdown()
-        deadline = time.monotonic() + 30
-        while (left := self.processes()) and time.monotonic() < deadline:
-            time.sleep(0.5)
-        if left:
-            self.problems.append(f"processes are left: {left}")
-            for pid in left:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+        self.problems += end_ray(self.folder)
         if self.mounted:
             subprocess.run(["umount", "-l", str(self.store)], check=False)
-
-    def processes(self) -> list[int]:
-        """Of this run: their command line or environment names its folder."""
-        mark, found = str(self.folder).encode(), []
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit() and int(entry.name) != os.getpid():
-                with contextlib.suppress(OSError):
-                    state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
-                    said = (entry / "cmdline").read_bytes() + (entry / "environ").read_bytes()
-                    if mark in said and state != "Z":
-                        found.append(int(entry.name))
-        return found
 
 
 def orphans() -> set[str]:

@@ -19,7 +19,7 @@ from litecache.engine.engine import Engine
 from litecache.engine.loading.model_source import ModelSource
 from litecache.engine.scheduling.cost_model import Loads
 from litecache.engine.transfer.shard_set import RemoteSource
-from litecache.storage.client import LocalShardClient
+from litecache.storage.client import LocalShardClient, ShardClient
 from litecache.storage.shard_store import ShardStore
 from litecache.types import FinishReason, Request, SamplingParams, TokenDelta, TokenLogprobs
 
@@ -33,7 +33,7 @@ def family_source(family: str, seed: int = 0) -> ModelSource:
 
 
 class Harness:
-    """Engine, optional shards, and a blocking `run`."""
+    """Engine, optional shards, and a blocking `run`; `shards` are clients that others close."""
 
     def __init__(
         self,
@@ -44,6 +44,7 @@ class Harness:
         storage_bytes: int = 256 << 20,
         loads: Loads = "all",
         remote: RemoteSource | None = None,
+        shards: Sequence[ShardClient] = (),
         **config: object,
     ) -> None:
         self._names = itertools.count()
@@ -66,7 +67,7 @@ class Harness:
             source,
             CacheConfig(**{**fields, **config}),  # type: ignore[arg-type]
             sink=self.deltas.put,
-            shards=clients,
+            shards=[*clients, *shards],
             loads=loads,
             remote=remote,
             num_threads=1,
