@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -64,6 +65,20 @@ def test_a_stream_goes_on_with_the_same_tokens_when_its_gpu_cache_is_killed(
     assert tokens == expected
     # What it had computed before the crash came back from the shard.
     assert llm.stats().reused_tokens.get("ram", 0) >= 48
+
+
+def test_logits_come_though_the_gpu_cache_is_killed_meanwhile(llm: KVCacheAdapter) -> None:
+    ids = torch.cat([prompt(300, seed=100 + row) for row in range(4)])
+    expected = llm.forward(ids, cache_salt="first")
+    pids = []
+    name = replica_name(llm.group.spec.group, 0)
+    timer = threading.Timer(0.02, lambda: pids.append(kill(llm, name)))
+    timer.start()
+    for turn in range(3):
+        found = llm.forward(ids, cache_salt=f"turn {turn}")
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+        timer.join()
+    assert llm.group.status()[name]["pid"] != pids[0]
 
 
 def test_requests_go_on_when_a_shard_is_killed_and_it_serves_again_when_it_is_back(
