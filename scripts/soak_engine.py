@@ -5,8 +5,9 @@
 The engine runs in this process over a pool that is far too small for the load, with a RAM tier
 below it, so that preemption, eviction, saving and loading all happen. At the end no block may be
 in use, no request unanswered, every book in order; greedy outputs of a sample of 200 requests are
-compared with stock transformers in float32, penalties, biases and forbidden tokens included. Exits
-1 when anything is wrong.
+compared with stock transformers in float32, penalties, biases and forbidden tokens included, and so
+are the logits of 200 of those that ask for them, many of which go on from earlier ones. Exits 1
+when anything is wrong.
 
 The share of slots that are taken and empty is told, too: about half a block per running request,
 which is much of this tiny pool (tests/engine/test_pool_waste.py measures usual lengths).
@@ -108,15 +109,31 @@ class Soak:
         self.requests: dict[str, Request] = {}
         self.outputs: dict[str, list[int]] = {}
         self.reasons: dict[FinishReason, int] = {}
+        self.rows: list[list[int]] = [[]]
         self.to_check: list[tuple[Request, list[int]]] = []
+        self.logits_to_check: list[tuple[Request, bytes]] = []
         self.problems: list[str] = []
         self.waste: list[float] = []
 
     def tokens(self, count: int) -> list[int]:
         return self.rng.choices(range(VOCAB), k=count)
 
+    def make_forward(self, number: int) -> Request:
+        """Logits of a new row, of one that goes on from an earlier one, or of a part of that."""
+        rng = self.rng
+        row = rng.choice(self.rows) if rng.random() < 0.8 else rng.choice(self.prefixes)
+        row = row[: rng.choice([len(row), len(row), rng.randrange(len(row) + 1)])]
+        row = [*row[:200], *self.tokens(rng.choice([1, 1, 1, 5, 40]))]
+        self.rows = [*self.rows[-15:], row]
+        wanted = rng.choice([1, 1, rng.randrange(1, len(row) + 1)])
+        salt = rng.choice(["", "", "tenant"])
+        name, sampling = f"r{number}", SamplingParams(0)
+        return Request(name, "soak", tuple(row), sampling, cache_salt=salt, logits=wanted)
+
     def make_request(self, number: int) -> Request:
         rng = self.rng
+        if rng.random() < 0.4:
+            return self.make_forward(number)
         prompt = rng.choice(self.prefixes) if rng.random() < 0.7 else []
         prompt = prompt[: rng.randrange(len(prompt) + 1)] + self.tokens(rng.randrange(1, 30))
         greedy = rng.random() < 0.6
@@ -228,7 +245,14 @@ class Soak:
             self.problems.append(f"{delta.request_id}: {delta.error}")
         if reason is FinishReason.LENGTH and len(output) != request.sampling.max_new_tokens:
             self.problems.append(f"{delta.request_id} ended after {len(output)} tokens")
-        if reason is not FinishReason.ABORT and request.sampling.temperature == 0:
+        if request.logits:
+            if delta.logits is not None:
+                self.logits_to_check.append((request, delta.logits))
+                if len(self.logits_to_check) > SAMPLE:
+                    self.logits_to_check.pop(self.rng.randrange(SAMPLE))
+            elif reason is not FinishReason.ABORT:
+                self.problems.append(f"{delta.request_id} has no logits")
+        elif reason is not FinishReason.ABORT and request.sampling.temperature == 0:
             # A reservoir, so that early and late requests are equally likely to be compared.
             self.to_check.append((request, output))
             if len(self.to_check) > SAMPLE * 4:
@@ -278,6 +302,18 @@ class Soak:
                 self.problems.append(f"{request.request_id} has other tokens than transformers")
         return len(sample)
 
+    def check_logits(self) -> int:
+        """The same for logits."""
+        model = random_model(tiny_llama(), 0, torch.device("cpu"), torch.float32).eval()
+        model.set_attn_implementation("sdpa")
+        for request, logits in self.logits_to_check:
+            with torch.inference_mode():
+                wanted = model(torch.tensor([request.prompt])).logits[0, -request.logits :]
+            found = torch.frombuffer(bytearray(logits), dtype=torch.float32).view(wanted.shape)
+            if not torch.allclose(found, wanted, atol=1e-3, rtol=1e-3):
+                self.problems.append(f"{request.request_id} has other logits than transformers")
+        return len(self.logits_to_check)
+
     def close(self) -> None:
         self.engine.close()
         self.client.close()
@@ -307,6 +343,7 @@ def main() -> int:
         "evictions": stats["evictions"],
         "reused tokens": stats["reused"],
         "greedy outputs compared": compared,
+        "logits compared": soak.check_logits(),
         "pool slots taken and empty, mean %": round(100 * sum(soak.waste) / len(soak.waste), 2)
         if soak.waste
         else None,
