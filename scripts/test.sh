@@ -25,16 +25,27 @@ if [ $# -gt 0 ]; then
 fi
 
 # Run the tests of $1 in two processes; the output of those with Ray is printed when they have ended.
+# A few that fail are tried once more, alone: one that had waited in vain for a machine with time for
+# it passes then, and stands in the output; one that is wrong fails again.
 in_two() {
-  local select=$1 status=0
+  local select=$1 status=0 failed
   shift
+  export LITECACHE_TEST_FAILED="$litecache_tmp/failed"
+  : >"$LITECACHE_TEST_FAILED"
   COVERAGE_FILE="$litecache_tmp/ray.coverage" \
     python -m pytest -m "($select) and ray" "$@" >"$litecache_tmp/ray.log" 2>&1 &
   local ray=$!
   COVERAGE_FILE="$litecache_tmp/rest.coverage" \
     python -m pytest -m "($select) and not ray" "$@" || status=$?
-  wait "$ray" || status=$?
+  wait "$ray" || status=$((status > $? ? status : $?))
   cat "$litecache_tmp/ray.log"
+  mapfile -t failed < <(sort -u "$LITECACHE_TEST_FAILED")
+  unset LITECACHE_TEST_FAILED
+  # 1 = tests have failed; what ended otherwise has not run all of them
+  if [ "$status" = 1 ] && [ "${#failed[@]}" -le 5 ]; then
+    printf '== once more, alone: %s\n' "${failed[@]}"
+    python -m pytest "${failed[@]}" && status=0
+  fi
   return "$status"
 }
 

@@ -32,7 +32,7 @@ _TOKEN.touch(mode=0o600)
 _TOKEN.write_text(secrets.token_hex(32))
 
 for _name in [name for name in os.environ if name.startswith("LITECACHE_")]:
-    if _name not in ("LITECACHE_TEST_PROFILE", "LITECACHE_KERNELS"):
+    if _name not in ("LITECACHE_TEST_PROFILE", "LITECACHE_TEST_FAILED", "LITECACHE_KERNELS"):
         del os.environ[_name]
 os.environ.pop("RAY_ADDRESS", None)
 os.environ.update(
@@ -79,6 +79,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         machine = getattr(getattr(item, "obj", None), "_hypothesis_state_machine_class", None)
         if machine is not None and item.cls.settings.max_examples == settings().max_examples:
             item.cls.settings = settings(item.cls.settings, max_examples=1000)
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Note what has failed for `scripts/test.sh`, which tries it once more."""
+    notes = os.environ.get("LITECACHE_TEST_FAILED")
+    if notes and report.failed:
+        with Path(notes).open("a") as file:
+            file.write(f"{report.nodeid}\n")
 
 
 def pytest_collection_finish() -> None:
