@@ -2,13 +2,17 @@
 
 The actors build the model from its config and load its tensors. Whatever else was done to a module
 would be lost on that way, and other tokens would come back; so it is refused here, by name. A
-second module of the same config, built without weights, tells what belongs to it.
+second module of the same config, built without weights, tells what belongs to it; given the same
+tensors, it must give the same logits.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
+import inspect
+import sys
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,6 +20,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from litecache.adapter.module_trial import trial_error
+from litecache.adapter.peft_models import has_adapters, is_peft, merged_copy
 from litecache.engine.loading.model_checks import loading_reason
 from litecache.errors import ConfigError, shown
 
@@ -23,61 +29,67 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 # Attributes of modules that change nothing in eval mode.
 _WITHOUT_EFFECT = (
     "training", "gradient_checkpointing", "name_or_path", "padding_idx", "p", "loss_type",
+    "is_quantized", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit",
 )  # fmt: skip
 # The shapes of tensors tell it; resizing the embeddings leaves it behind in an inner module.
-_IN_SHAPES = ("vocab_size",)
+_IN_SHAPES = ("vocab_size", "in_features", "out_features", "num_embeddings", "embedding_dim")
 _PLAIN = (bool, int, float, str, type(None))
+# Packages that the actors have, too, with code as it was installed.
+_INSTALLED = ("transformers", "transformers_modules", "torch")
+_STANDARD = sys.stdlib_module_names - {"__main__"}
+# Of a module, and replaced by accelerate on one that it placed.
+_PLACING = ("to", "cuda", "cpu", "hpu", "mlu", "musa", "neuron", "npu", "sdaa", "xpu")
+# Hooks of these packages look on, or prepare a backward pass.
+_ONLOOKERS = ("transformers.", "peft.")
+# What these do to a forward is move tensors between devices.
+_MOVERS = (
+    "AlignDevicesHook", "CpuOffload", "UserCpuOffloadHook",
+    "SequentialHook",
+)  # fmt: skip
 
 
 def check_module(module: nn.Module, *, trust_remote_code: bool = False) -> Any:
     """Refuse a module that its config and its tensors do not tell whole.
 
     Args:
-        module: as a user loaded or made it, on any device.
+        module: as a user loaded or made it, on any device; it stays as it is.
         trust_remote_code: whether it may be of a class that came with its weights.
 
     Returns:
-        The module, or the one that `torch.compile` wrapped.
+        The module, the one that `torch.compile` or `DataParallel` wrapped, or a copy on the CPU
+        with the adapters of PEFT that are active merged into its weights.
 
     Raises:
         ConfigError: names the hook, the method, the attribute or the tensor, and what to do.
     """
-    module = getattr(module, "_orig_mod", module)
-    for valid in _faults(module, trust_remote_code):
-        raise ConfigError("model", type(module).__name__, valid)
-    return module
+    inner = _unwrapped(module)
+    for valid in _early_faults(inner):
+        raise ConfigError("model", type(inner).__name__, valid)
+    plain = merged_copy(inner) if has_adapters(inner) else inner
+    for valid in _faults(plain, inner, trust_remote_code):
+        raise ConfigError("model", type(plain).__name__, valid)
+    return plain
 
 
-def _faults(module: Any, trust_remote_code: bool) -> Iterator[str]:
-    """What a module should be and is not, the cheapest to find first."""
-    if (
-        hasattr(module, "peft_config")
-        or getattr(module, "_hf_peft_config_loaded", False) is True
-        or any(type(each).__module__.startswith("peft.") for each in module.modules())
-    ):
-        yield "a model without adapters: merge the adapter first, as by merge_and_unload()"
+def _unwrapped(module: Any) -> Any:
+    """What `torch.compile` and torch's wrappers for many GPUs hold."""
+    while True:
+        if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            inner = module.module
+        elif isinstance(getattr(module, "_orig_mod", None), nn.Module):
+            inner = module._orig_mod
+        else:
+            return module
+        for difference in _hook_differences("its wrapper", module):
+            raise ConfigError("model", type(inner).__name__, f"without hooks; {difference}")
+        module = inner
+
+
+def _early_faults(module: Any) -> Iterator[str]:
+    """What a module should be and is not, before anything is copied."""
     config: Any = getattr(module, "config", None)
     if not isinstance(config, PretrainedConfig) or not hasattr(module, "save_pretrained"):
         yield "a transformers model with a config"
-    yield from _tensor_faults(module)
-    if type(module).__module__.startswith("transformers_modules.") and not trust_remote_code:
-        yield "of a class of transformers, or with trust_remote_code=True"
-    config = copy.deepcopy(config)
-    config._attn_implementation = "eager"
-    try:
-        with torch.device("meta"):  # what the actors will build, without memory for its tensors
-            plain: nn.Module = AutoModelForCausalLM.from_config(
-                config, trust_remote_code=trust_remote_code
-            )
-    except Exception as error:  # transformers raises whatever the config makes it trip over
-        yield f"a causal language model of transformers ({loading_reason(error)})"
-        return
-    for difference in _differences(module, plain):
-        what = "just what its class, config and weights say, which alone reach the actors"
-        yield f"{what}; {difference}"
-
-
-def _tensor_faults(module: Any) -> Iterator[str]:
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     meta = [key for key, tensor in tensors.items() if tensor.is_meta]
     if meta:
@@ -85,7 +97,51 @@ def _tensor_faults(module: Any) -> Iterator[str]:
         yield f"a model with its weights in memory: {lacking}; load it without offloading"
     integers = [k for k, p in module.named_parameters() if not p.is_floating_point()]
     if getattr(module, "is_quantized", False) or integers:
-        yield "a model that is not quantised: dequantize() it first, or give its name or folder"
+        yield (
+            "a model that is not quantised: give its name or folder, so that the actors load it"
+            " as it is, or dequantize() it first"
+        )
+    for key, tensor in tensors.items():
+        if type(tensor) not in (torch.Tensor, nn.Parameter, nn.Buffer):
+            what = f"{key} is a {type(tensor).__name__}"
+            yield f"a model of plain tensors: {what}; gather it first, or give its name or folder"
+    for name, part in module.named_modules():
+        if is_peft(part):  # merging leaves nothing of it that could be looked at later
+            yield from (f"without hooks; {found}" for found in _hook_differences(name, part))
+            if _home(vars(part).get("forward")) not in (None, "peft"):
+                yield f"with its own methods; forward of {name or 'the model'} was replaced"
+
+
+def _faults(module: Any, original: Any, trust_remote_code: bool) -> Iterator[str]:
+    """The same of what will be saved, the cheapest to find first."""
+    yield from _dtype_faults(module)
+    if type(module).__module__.startswith("transformers_modules.") and not trust_remote_code:
+        yield "of a class of transformers, or with trust_remote_code=True"
+    config = copy.deepcopy(module.config)
+    config._attn_implementation = "eager"
+    try:
+        with torch.device("meta"):  # what the actors will build, without memory for its tensors
+            plain: Any = AutoModelForCausalLM.from_config(
+                config, trust_remote_code=trust_remote_code
+            )
+    except Exception as error:  # transformers raises whatever the config makes it trip over
+        yield f"a causal language model of transformers ({loading_reason(error)})"
+        return
+    yield from _code_faults(plain)
+    what = "just what its class, config and weights say, which alone reach the actors"
+    yield from (f"{what}; {difference}" for difference in _differences(module, plain))
+    if module is original:
+        _use_tensors(plain, module)
+    else:  # merged, and of the same parts
+        plain = module
+    tried = trial_error(original, plain)
+    if tried is None and module is not original:
+        yield "a model whose merged adapters can be tried here: its forward fails; merge them first"
+    if tried is not None and not tried[0] <= tried[1]:
+        yield f"{what}; its logits differ from theirs by {tried[0]:.1e} relative"
+
+
+def _dtype_faults(module: Any) -> Iterator[str]:
     fields = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
     kept = [part for field in fields for part in getattr(module, field, None) or ()]
     dtypes: dict[torch.dtype, str] = {}
@@ -95,6 +151,53 @@ def _tensor_faults(module: Any) -> Iterator[str]:
     if len(dtypes) > 1:
         found = ", ".join(f"{key} is {dtype}" for dtype, key in dtypes.items())
         yield f"a model of one dtype: {found}; .to() one of them"
+
+
+def _code_faults(plain: nn.Module) -> Iterator[str]:
+    """Classes that are only in this process, and methods that were exchanged in it."""
+    for kind in dict.fromkeys(type(part) for part in plain.modules()):
+        package = kind.__module__.partition(".")[0]
+        if package not in _INSTALLED:
+            where = f"{kind.__name__} of {kind.__module__} is not in the actors"
+            way = "save it with its code (register_for_auto_class, save_pretrained)"
+            yield f"of a class of transformers: {where}; {way} and give the folder"
+        for owner in kind.__mro__:
+            for name, value in vars(owner).items():
+                home = _home(value)
+                if home is not None and owner.__module__.partition(".")[0] in _INSTALLED:
+                    what = f"{owner.__name__}.{name} was replaced by {_name(value)} of {home}"
+                    yield f"of a class as it was installed: {what}"
+    for module in dict.fromkeys(type(part).__module__ for part in plain.modules()):
+        for name, value in vars(sys.modules[module]).items():
+            home = _home(value)
+            if home is not None and _defines(sys.modules[module], name):
+                what = f"{module}.{name} was replaced by {_name(value)} of {home}"
+                yield f"of a class as it was installed: {what}"
+
+
+def _defines(module: types.ModuleType, name: str) -> bool:
+    """Whether a function stands in a module's source; those that it imports are not replaced."""
+    try:
+        return f"\ndef {name}(" in inspect.getsource(module)
+    except (OSError, TypeError):
+        return False
+
+
+def _home(value: Any) -> str | None:
+    """The package of a method, None where that says nothing."""
+    value = getattr(value, "__func__", getattr(value, "fget", value))
+    if not isinstance(value, types.FunctionType) or value.__module__ is None:
+        return None
+    package = value.__module__.partition(".")[0]
+    return None if package in _INSTALLED or package in _STANDARD else package
+
+
+def _use_tensors(plain: nn.Module, module: nn.Module) -> None:
+    """Give a model without weights those of another of the same parts, shared."""
+    theirs = dict(module.named_modules(remove_duplicate=False))
+    for name, part in plain.named_modules(remove_duplicate=False):
+        part._parameters.update(theirs[name]._parameters)
+        part._buffers.update(theirs[name]._buffers)
 
 
 def _differences(module: nn.Module, plain: nn.Module) -> Iterator[str]:
@@ -131,12 +234,10 @@ def _class_differences(place: str, theirs: type, ours: type) -> Iterator[str]:
 
 
 def _own_differences(place: str, theirs: nn.Module, ours: nn.Module) -> Iterator[str]:
-    for field in _HOOKS:
-        for hook in getattr(theirs, field).values():
-            # Those of transformers only look on.
-            if not getattr(hook, "__module__", "").startswith("transformers."):
-                yield f"the hook {_name(hook)} of {place} would be lost"
+    yield from _hook_differences(place, theirs)
     for name, value in vars(theirs).items():
+        if name in _PLACING:
+            continue
         if callable(getattr(type(ours), name, None)) and not _is_own_method(theirs, value, name):
             yield f"the method {name} of {place} was replaced by {_name(value)}"
         if name.startswith("_") or name in _WITHOUT_EFFECT + _IN_SHAPES or "dropout" in name:
@@ -144,6 +245,20 @@ def _own_differences(place: str, theirs: nn.Module, ours: nn.Module) -> Iterator
         expected = vars(ours).get(name)
         if type(value) in _PLAIN and type(expected) in _PLAIN and value != expected:
             yield f"{name} of {place} is {shown(value)}, not {shown(expected)}"
+
+
+def _hook_differences(place: str, part: nn.Module) -> Iterator[str]:
+    for field in _HOOKS:
+        for hook in getattr(part, field).values():
+            if not (getattr(hook, "__module__", None) or "").startswith(_ONLOOKERS):
+                yield f"the hook {_name(hook)} of {place} would be lost"
+    moving = [vars(part)["_hf_hook"]] if "_hf_hook" in vars(part) else []
+    while moving:  # accelerate's
+        hook = moving.pop()
+        kind = type(hook)
+        moving += getattr(hook, "hooks", ())
+        if kind.__module__ != "accelerate.hooks" or kind.__name__ not in _MOVERS:
+            yield f"the hook {kind.__name__} of {place} would be lost"
 
 
 def _is_own_method(part: nn.Module, value: Any, name: str) -> bool:
@@ -161,6 +276,7 @@ def _tensor_differences(module: nn.Module, plain: nn.Module) -> Iterator[str]:
             yield f"the tensor {key} is no part of it"
         elif tensor.shape != expected[key].shape:
             yield f"{key} is {list(tensor.shape)}, not {list(expected[key].shape)}"
+    yield from _shared_tensors(module, plain)
     tied: dict[int, list[str]] = {}
     for key, parameter in plain.named_parameters(remove_duplicate=False):
         tied.setdefault(id(parameter), []).append(key)
@@ -169,6 +285,16 @@ def _tensor_differences(module: nn.Module, plain: nn.Module) -> Iterator[str]:
         for key in others:
             if values[key] is not values[first] and not torch.equal(values[key], values[first]):
                 yield f"{key} is not {first}, to which its config ties it"
+
+
+def _shared_tensors(module: nn.Module, plain: nn.Module) -> Iterator[str]:
+    """Tensors under two names that would be two tensors there, and cannot be saved as one."""
+    ours = dict(plain.named_parameters(remove_duplicate=False))
+    seen: dict[int, str] = {}
+    for key, parameter in module.named_parameters(remove_duplicate=False):
+        other = seen.setdefault(parameter.data_ptr() or id(parameter), key)
+        if other != key and ours.get(other) is not ours.get(key):
+            yield f"{key} is {other}, to which its config does not tie it: give it a copy"
 
 
 def _name(hook: Callable[..., Any]) -> str:

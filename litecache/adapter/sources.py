@@ -30,6 +30,7 @@ from litecache.paths import ModelHold, find_or_make_model, hold_model, models_fo
 
 logger = logging.getLogger(__name__)
 
+_ADAPTER_FILE = "adapter_config.json"
 # `save_pretrained` writes these into the module's own config; the second time they are there.
 _SET_BY_SAVING = ("architectures", "dtype", "torch_dtype", "transformers_version")
 
@@ -103,7 +104,8 @@ def resolve_model(
         )
         defaults = getattr(module, "generation_config", None)
         defaults = defaults or GenerationConfig.from_model_config(module.config)
-        return ResolvedModel(source, module.config, defaults, hold)
+        # Of their own: what becomes of the module's later is not what the actors have.
+        return ResolvedModel(source, copy.deepcopy(module.config), copy.deepcopy(defaults), hold)
     if isinstance(model, (str, os.PathLike)) and os.fspath(model):
         seed = seed if weights == "random" else 0
         loading = {"weights": weights, "seed": seed, "trust_remote_code": trust_remote_code}
@@ -120,6 +122,13 @@ def _resolve_path(name: str, most_bytes: int | None, **loading: Any) -> Resolved
         path = str(folder)
     elif os.path.isdir(path):
         path = os.path.abspath(path)
+        holds = {name: os.path.exists(f"{path}/{name}") for name in (_ADAPTER_FILE, "config.json")}
+        if holds == {_ADAPTER_FILE: True, "config.json": False}:
+            valid = (
+                "a folder with a whole model, and not an adapter alone: load the adapter with its"
+                " model, as by PeftModel.from_pretrained, and give that"
+            )
+            raise ConfigError("model", name, valid)
     elif os.path.exists(path) or path.startswith((".", "/")) or path.count("/") > 1:
         raise ConfigError("model", name, "a folder with a saved model, or a file ending in .gguf")
     source = ModelSource(path=path, label=label, **loading)
@@ -164,6 +173,9 @@ def _save_module(module: Any, most_bytes: int | None) -> tuple[Path, ModelHold]:
                 module.save_pretrained(folder)
         except OSError as error:
             raise LiteCacheError(f"cannot write {folder}: {error.strerror}") from error
+        except Exception as error:  # transformers finds reasons of its own
+            valid = f"a module that save_pretrained writes ({told(error)})"
+            raise ConfigError("model", type(module).__name__, valid) from error
         saved = module.state_dict().keys()
         others = {k: v.detach().cpu() for k, v in module.named_buffers() if k not in saved}
         save_file({k: v.contiguous().clone() for k, v in others.items()}, folder / BUFFERS_FILE)

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import dispatch_model
+from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+)
+from transformers.models.llama import modeling_llama
 
 from litecache.adapter.sources import resolve_model
 from litecache.errors import ConfigError
@@ -77,9 +88,48 @@ CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "config": (lambda m: setattr(m.config, "head_dim", 64), r"not \[|head_dim of"),
     "dtype": (lambda m: m.lm_head.to(torch.bfloat16), r"one dtype.*lm_head\.weight is"),
     "meta": (lambda m: m.lm_head.to("meta"), r"meta device \(lm_head\.weight\)"),
-    "adapter": (lambda m: setattr(m, "peft_config", {}), "merge the adapter first"),
-    "quantised": (lambda m: setattr(m, "is_quantized", True), "dequantize"),
+    "quantised": (
+        lambda m: setattr(m, "is_quantized", True),
+        "give its name or folder.*dequantize",
+    ),
+    "packed weights": (
+        lambda m: setattr(m.lm_head, "weight", nn.Parameter(torch.ones(8, 8).byte(), False)),
+        "give its name or folder.*dequantize",
+    ),
+    "kind of tensor": (
+        lambda m: setattr(m.lm_head, "weight", nn.Parameter(Spread(torch.ones(64, 32)), False)),
+        r"lm_head\.weight is a Spread; gather it",
+    ),
+    "shared layer": (
+        lambda m: setattr(m.model.layers[1], "mlp", m.model.layers[0].mlp),
+        r"layers\.1\.\S+ is model\.layers\.0\.\S+, to which its config does not tie it",
+    ),
+    "hook of accelerate's kind": (
+        lambda m: add_hook_to_module(m.model.norm, Doubling(), append=True),
+        r"hook Doubling of model\.norm",
+    ),
+    "attention function": (
+        lambda m: m.set_attn_implementation("tests-sharper"),
+        "its logits differ from theirs by",
+    ),
 }
+
+
+class Spread(torch.Tensor):
+    """As a tensor over many processes, or of packed numbers."""
+
+
+class Doubling(ModelHook):
+    def post_forward(self, module: Any, output: Any) -> Any:
+        return 2 * output
+
+
+def sharper(module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
+    kwargs["scaling"] = 3 * kwargs["scaling"]
+    return modeling_llama.eager_attention_forward(module, query, key, value, mask, **kwargs)
+
+
+AttentionInterface.register("tests-sharper", sharper)
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -130,8 +180,15 @@ def test_a_hook_for_all_modules_is_refused() -> None:
         lambda m: m.set_attn_implementation("sdpa"),
         lambda m: setattr(m, "forward", torch.compile(m.forward)),
         lambda m: m.resize_token_embeddings(64),
+        lambda m: m.compile(),
+        lambda m: dispatch_model(m, {"": "cpu"}, force_hooks=True),
+        lambda m: setattr(m, "is_quantized", False),
+        lambda m: setattr(m.generation_config, "max_new_tokens", 3),
     ],
-    ids=["generate", "attentions", "train", "checkpointing", "grads", "sdpa", "compiled", "resize"],
+    ids=[
+        *("generate", "attentions", "train", "checkpointing", "grads", "sdpa", "compiled"),
+        *("resize", "in place", "dispatched", "dequantised", "generation config"),
+    ],
 )
 def test_what_leaves_the_tokens_as_they_are_is_accepted(use: Callable[[Any], Any]) -> None:
     module, plain = llama(), resolve_model(llama()).source
@@ -150,3 +207,55 @@ def test_resized_embeddings_travel_with_their_config() -> None:
     resolved = resolve_model(module)
     loaded = AutoModelForCausalLM.from_pretrained(resolved.source.path)
     assert torch.equal(loaded.lm_head.weight, module.lm_head.weight)
+
+
+@pytest.mark.parametrize("owner", ["LlamaMLP", "the module"])
+def test_code_that_was_exchanged_in_this_process_alone_is_refused(
+    owner: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if owner == "LlamaMLP":
+        monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", lambda self, x: x)
+        name = r"LlamaMLP\.forward"
+    else:
+        monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", lambda q, k, *rest: (q, k))
+        name = r"modeling_llama\.apply_rotary_pos_emb"
+    with pytest.raises(ConfigError, match=rf"{name} was replaced by .*lambda"):
+        resolve_model(llama())
+
+
+class OwnConfig(LlamaConfig):
+    model_type = "tests_own_llama"
+
+
+class Own(LlamaForCausalLM):
+    config_class = OwnConfig
+
+
+def test_a_class_that_is_registered_in_this_process_alone_is_refused() -> None:
+    AutoConfig.register("tests_own_llama", OwnConfig, exist_ok=True)
+    AutoModelForCausalLM.register(OwnConfig, Own, exist_ok=True)
+    with pytest.raises(ConfigError, match="Own of test_module_checks is not in the actors; save"):
+        resolve_model(Own(OwnConfig(**FIELDS)))
+
+
+def test_a_module_in_a_wrapper_for_many_gpus_is_the_one_inside() -> None:
+    wrapped = nn.DataParallel(llama())
+    assert resolve_model(wrapped).source == resolve_model(llama()).source
+    wrapped.register_forward_hook(double)
+    with pytest.raises(ConfigError, match="hook double of its wrapper"):
+        resolve_model(wrapped)
+
+
+def test_what_becomes_of_the_modules_configs_later_is_not_the_adapters_business() -> None:
+    module = llama()
+    module.generation_config.max_new_tokens = 3
+    resolved = resolve_model(module)
+    module.resize_token_embeddings(80)
+    module.generation_config.max_new_tokens = 5
+    assert (resolved.config.vocab_size, resolved.generation_config.max_new_tokens) == (64, 3)
+
+
+def test_a_folder_with_an_adapter_alone_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(ConfigError, match=r"not an adapter alone.*PeftModel\.from_pretrained"):
+        resolve_model(tmp_path)
