@@ -35,14 +35,10 @@ from rich.progress import track
 from rich.table import Table
 
 from litecache.config import CacheConfig
+from litecache.engine.loading.gather_probe import GATHERED
 from litecache.engine.loading.model_checks import check_config
-from litecache.engine.loading.model_loader import admit
-from litecache.engine.loading.probe import (
-    ProbePlan,
-    paged_logits,
-    record_specs,
-    use_paged_attention,
-)
+from litecache.engine.loading.model_loader import Admission, admit
+from litecache.engine.loading.probe import PAGED, ProbePlan, Way
 from litecache.engine.loading.twin import build_twin, lengths, shrink
 from litecache.engine.running.hf_attention import register
 from litecache.errors import ModelNotSupportedError
@@ -51,6 +47,7 @@ TOKENS = 150
 LIMIT = 160
 TOLERANCE = 2e-4
 PASSES = ("none", "fused,merged,small")
+WAYS = {way.name: way for way in (PAGED, GATHERED)}
 EACH = ("fused", "merged", "small")
 """Alone, too, where the positions matter."""
 
@@ -139,8 +136,6 @@ OWN_CASES: dict[str, dict[str, Case]] = {
 
 
 BY_RULE = {
-    ("llama4_text", "plain"),  # scales queries by their place in the packed batch
-    ("llama4", "plain"),
     ("lfm2", "plain"),  # its default configuration alone has no convolution
     ("deepseek_v4", "plain"),  # joins the keys of neighbours, also of other sequences in a batch
 }
@@ -279,25 +274,26 @@ def _run(family: str, name: str, case: Case) -> Result | None:
     worst, kept = 0.0, ()
     for chosen in (*PASSES, *(EACH if name == "plain" or case.known or case.reads else ())):
         try:
-            model, specs, passes = _admitted(made, LIMIT, chosen)
+            model, admission = _admitted(made, LIMIT, chosen)
         except ModelNotSupportedError as error:
             return _refused(family, name, made, stock, error)
-        error = stock.error(model, specs, TOKENS)
+        specs, passes, attention = admission
+        error = stock.error(model, WAYS[attention], specs, TOKENS)
         if not error <= TOLERANCE:
             return Result(family, name, "WRONG", f"by {error:.1e} with passes {chosen}", passes)
         worst = max(worst, error)
         kept = passes if len(passes) > len(kept) else kept
-    return Result(family, name, "right", f"within {worst:.0e}", kept)
+        if attention == GATHERED.name:
+            break  # it has no passes
+    return Result(family, name, "right", f"{attention}, within {worst:.0e}", kept)
 
 
-def _admitted(
-    made: Made, max_model_len: int, passes: str = PASSES[-1]
-) -> tuple[Any, Any, tuple[str, ...]]:
+def _admitted(made: Made, max_model_len: int, passes: str = PASSES[-1]) -> tuple[Any, Admission]:
     config = CacheConfig(device="cpu", dtype="float32", max_model_len=max_model_len)
     check_config(made.config)
     model = made.build()
     with mock.patch.dict(os.environ, LITECACHE_PASSES=passes):
-        return model, *admit(model, config, max_model_len)
+        return model, admit(model, config, max_model_len)
 
 
 class Stock:
@@ -314,12 +310,12 @@ class Stock:
             logits: torch.Tensor = self._model(self._ids[:, :tokens], use_cache=False).logits
         return logits
 
-    def error(self, model: Any, specs: Any, tokens: int) -> float:
-        """The largest relative error over the prompts' positions, run packed and paged."""
+    def error(self, model: Any, way: Way, specs: Any, tokens: int) -> float:
+        """The largest relative error over the prompts' positions, run over a pool."""
         plan = Prompts((0, 0, 0), tokens, self._ids[:, :tokens])
         if tokens not in self._logits:
             self._logits[tokens] = self._run(tokens)
-        return _distance(paged_logits(model, specs, 16, plan), self._logits[tokens])
+        return _distance(way.logits(model, specs, 16, plan), self._logits[tokens])
 
     def looks_ahead(self) -> bool:
         """Whether the first tokens' logits change when more tokens follow."""
@@ -350,21 +346,23 @@ def _refused(
     result = Result(family, name, "refused", error.reason, (), error.right_to)
     if error.right_to:
         try:
-            model, specs, _ = _admitted(made, error.right_to)
-            tokens = min(error.right_to, TOKENS)
-            if not stock.error(model, specs, tokens) <= TOLERANCE:
+            model, admission = _admitted(made, error.right_to)
+            tokens, way = min(error.right_to, TOKENS), WAYS[admission.attention]
+            if not stock.error(model, way, admission.specs, tokens) <= TOLERANCE:
                 return replace(result, outcome="UNTRUE", detail=f"wrong below: {error.reason}")
         except ModelNotSupportedError as second:
             return replace(result, outcome="UNTRUE", detail=f"{error.reason}; then {second.reason}")
     if (family, name) not in BY_RULE and not stock.looks_ahead():
-        try:
-            model = made.build()
-            use_paged_attention(model)
-            right = stock.error(model, record_specs(model, "float32", 2), TOKENS) <= TOLERANCE
-        except Exception:
-            right = False
-        if right:
-            return replace(result, outcome="NEEDLESS")
+        for way in WAYS.values():
+            try:
+                model = made.build()
+                way.choose(model)
+                specs = way.record(model, "float32", 2)
+                right = stock.error(model, way, specs, TOKENS) <= TOLERANCE
+            except Exception:
+                right = False
+            if right:
+                return replace(result, outcome="NEEDLESS", detail=f"{way.name}: {error.reason}")
     return result
 
 

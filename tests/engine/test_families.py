@@ -10,9 +10,17 @@ import torch
 from plan_driver import tiny_model
 
 from litecache.config import CacheConfig
-from litecache.engine.loading import twin
-from litecache.engine.loading.model_loader import admit
-from litecache.engine.loading.twin import TWIN_TOKENS, TwinOutcome, lengths, shrink, twin_outcome
+from litecache.engine.loading import model_loader, twin
+from litecache.engine.loading.model_loader import Admission, admit
+from litecache.engine.loading.probe import PAGED
+from litecache.engine.loading.twin import (
+    TWIN_TOKENS,
+    TwinOutcome,
+    lengths,
+    probe_model,
+    shrink,
+    twin_outcome,
+)
 from litecache.errors import ModelNotSupportedError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
@@ -32,7 +40,7 @@ SOME = (
     ("llama4_text", "plain"),
     ("deepseek_v32", "plain"),
 )
-REFUSED = {"phi3", "llama4_text", "deepseek_v32"}
+REFUSED = {"phi3", "deepseek_v32"}
 MANY = (
     "afmoe", "cohere2", "deepseek_v3", "doge", "falcon", "gemma2", "gemma3n_text",
     "gemma4_text", "glm4_moe", "gpt2", "granite_swa", "llama", "modernbert-decoder", "olmo3",
@@ -67,7 +75,7 @@ def test_layers_have_the_window_of_their_mask_and_no_other():
     windows = [spec.window for spec in tiny_model("mistral").specs]
     assert windows == [20, 20, 20]
     made = Made("qwen2_moe", cases_of("qwen2_moe")["window 32"])
-    specs, _ = admit(made.build(), CacheConfig(device="cpu"), 160)
+    specs, _, _ = admit(made.build(), CacheConfig(device="cpu"), 160)
     assert [spec.window for spec in specs] == [None, 32, None]
 
 
@@ -78,7 +86,7 @@ def test_a_pass_that_is_wrong_far_out_is_left_out(monkeypatch, tmp_path):
     monkeypatch.setattr(fused_layers, "_TOLERANCE", {torch.float32: float("inf")})
     monkeypatch.setenv("LITECACHE_HOME", str(tmp_path))
     made = Made("ministral3", cases_of("ministral3")["query scale from 40"])
-    outcome = twin_outcome(made.model_class, made.config)
+    outcome = twin_outcome(made.model_class, made.config, PAGED)
     assert outcome.wrong == ""
     assert outcome.wrong_passes == ["fused"]
 
@@ -89,14 +97,14 @@ def test_a_twin_is_tried_once_and_kept_on_disk(monkeypatch, tmp_path):
     real = twin._try
     monkeypatch.setattr(twin, "_try", lambda *args: tried.append(1) or real(*args))
     made = Made("llama", cases_of("llama")["plain"])
-    first = twin_outcome(made.model_class, made.config)
-    assert twin_outcome(made.model_class, made.config) == first
-    assert twin_outcome(made.model_class, made.config) == first
+    first = twin_outcome(made.model_class, made.config, PAGED)
+    assert twin_outcome(made.model_class, made.config, PAGED) == first
+    assert twin_outcome(made.model_class, made.config, PAGED) == first
     assert len(tried) == 1
     (file,) = (tmp_path / "probes").iterdir()
     assert file.stat().st_size < 1000
     file.write_text("{")
-    assert twin_outcome(made.model_class, made.config) == first
+    assert twin_outcome(made.model_class, made.config, PAGED) == first
     assert len(tried) == 2
 
 
@@ -107,10 +115,13 @@ def test_a_model_without_a_twin_is_tried_itself_and_refused_when_too_long(monkey
     with pytest.raises(ModelNotSupportedError, match=r"reasons.*up to 512 tokens"):
         admit(made.build(), CacheConfig(device="cpu"), 513)
     # With nothing but its own weights a window is still found out.
-    monkeypatch.setattr(twin, "record_specs", _without_windows(twin.record_specs))
+    blind = PAGED._replace(record=_without_windows(PAGED.record))
+    monkeypatch.setattr(model_loader, "PAGED", blind)
     windowed = Made("mistral", cases_of("mistral")["window 32"])
     with pytest.raises(ModelNotSupportedError, match="over paged KV differ"):
-        admit(windowed.build(), CacheConfig(device="cpu"), 160)
+        probe_model(windowed.build(), blind, "float32", 16, 160)
+    # What paged attention would be wrong for runs over gathered KV.
+    assert admit(windowed.build(), CacheConfig(device="cpu"), 160).attention == "gathered"
 
 
 def _without_windows(record):
@@ -164,7 +175,5 @@ def test_the_sweep_finds_what_is_wrong(monkeypatch):
 
 
 def _admit_unchecked(model, length):
-    from litecache.engine.loading.probe import record_specs, use_paged_attention
-
-    use_paged_attention(model)
-    return _without_windows(record_specs)(model, "float32", length), ()
+    PAGED.choose(model)
+    return Admission(_without_windows(PAGED.record)(model, "float32", length), (), "paged")

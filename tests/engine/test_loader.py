@@ -63,15 +63,9 @@ def test_layers_with_windows_form_a_group_of_their_own():
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        ({"model_type": "falcon", "hidden_size": 64}, "attention code of its own"),
-        (
-            {"model_type": "bloom", "vocab_size": 50, "hidden_size": 64, "n_layer": 2, "n_head": 4},
-            "attention code of its own",
-        ),
         ({"model_type": "mamba"}, "recurrent"),
         ({"model_type": "qwen3_next"}, "recurrent"),
         ({"model_type": "lfm2"}, "recurrent"),
-        ({"model_type": "diffllama"}, "two attention calls"),
         ({"model_type": "t5"}, "encoder-decoder"),
     ],
 )

@@ -15,7 +15,7 @@ from litecache.kernels import reference
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_right_models_pass_with_a_tiny_error(family):
     loaded = tiny_model(family)
-    assert probe.verify_paged(loaded.model, loaded.specs, 16) < 1e-5
+    assert probe.verify(loaded.model, probe.PAGED, loaded.specs, 16) < 1e-5
     assert loaded.model.config._attn_implementation == "litecache"
 
 
@@ -39,7 +39,7 @@ def test_a_wrong_attention_is_caught(monkeypatch, fault):
 
     monkeypatch.setattr(reference.ReferencePlan, "attend", faulty)
     with pytest.raises(ModelNotSupportedError, match=r"gemma2.*paged KV differ"):
-        probe.verify_paged(loaded.model, loaded.specs, 16)
+        probe.verify(loaded.model, probe.PAGED, loaded.specs, 16)
 
 
 def test_state_outside_the_pool_is_caught():
@@ -49,7 +49,7 @@ def test_state_outside_the_pool_is_caught():
         lambda module, args, out: out + args[0].roll(1, dims=1)
     )
     with pytest.raises(ModelNotSupportedError, match="paged KV differ"):
-        probe.verify_paged(loaded.model, loaded.specs, 16)
+        probe.verify(loaded.model, probe.PAGED, loaded.specs, 16)
 
 
 def test_a_layer_that_attends_twice_is_caught():

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -112,7 +113,14 @@ def profile_peak(loaded: LoadedModel, config: CacheConfig) -> int:
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     positions = torch.arange(tokens, device=device)[None]
-    last = {"logits_to_keep": samples} if loaded.keeps_logits else {}
+    options: dict[str, Any] = {"position_ids": positions, "use_cache": False}
+    if loaded.attention == "gathered":
+        from litecache.engine.running.gather_cache import LongestContext
+
+        cache = LongestContext(len(loaded.specs), tokens, loaded.max_model_len)
+        options = {"past_key_values": cache, "use_cache": True}
+    if loaded.keeps_logits:
+        options["logits_to_keep"] = samples
     ones = torch.ones(samples, device=device)
     rules = {
         "temperature": ones,
@@ -122,9 +130,7 @@ def profile_peak(loaded: LoadedModel, config: CacheConfig) -> int:
         "keys": torch.zeros(samples, dtype=torch.int64, device=device),
     }
     with torch.inference_mode(), attention_context(_Absent()):
-        logits = loaded.model(
-            positions % loaded.vocab_size, position_ids=positions, use_cache=False, **last
-        ).logits[0][-samples:]
+        logits = loaded.model(positions % loaded.vocab_size, **options).logits[0][-samples:]
         sample(logits, Batch(rules, num_sorted=EVERY_TOKEN, any_min_p=True))
     torch.cuda.synchronize(device)
     peak = torch.cuda.max_memory_allocated(device) - before

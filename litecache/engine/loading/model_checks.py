@@ -19,7 +19,6 @@ logger = logging.getLogger(__name__)
 
 _RECURRENT_LAYERS = re.compile(r"linear|mamba|recurrent|conv|hybrid|ssm|rwkv")
 _RECURRENT_FIELDS = ("ssm_cfg", "mamba_d_state", "mamba_expand", "state_size", "conv_L_cache")
-_TWO_CALLS = ("diffllama",)
 
 _POSITION_FIELDS = (
     "max_position_embeddings",
@@ -57,7 +56,6 @@ def check_config(hf_config: Any) -> None:
         "layers with recurrent state": any(
             getattr(text, name, None) is not None for name in _RECURRENT_FIELDS
         ),
-        "two attention calls in a layer": hf_config.model_type in _TWO_CALLS,
     }
     for reason, applies in reasons.items():
         if applies:

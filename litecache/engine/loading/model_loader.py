@@ -11,7 +11,7 @@ import logging
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file
@@ -24,6 +24,7 @@ from litecache.engine.loading.fingerprint import (
     model_fingerprint,
     random_fingerprint,
 )
+from litecache.engine.loading.gather_probe import GATHERED
 from litecache.engine.loading.model_checks import (
     check_complete,
     check_config,
@@ -33,9 +34,8 @@ from litecache.engine.loading.model_checks import (
     refusal,
 )
 from litecache.engine.loading.model_source import BUFFERS_FILE, ModelSource
-from litecache.engine.loading.probe import use_paged_attention, verify_narrow
+from litecache.engine.loading.probe import OWN_CODE, PAGED, verify_narrow
 from litecache.engine.loading.twin import probe_model
-from litecache.engine.running.hf_attention import IMPLEMENTATION, register
 from litecache.engine.running.passes import apply_passes, chosen_passes
 from litecache.errors import ConfigError, ModelNotSupportedError
 
@@ -50,7 +50,7 @@ class LoadedModel:
     """A model that passed the probe.
 
     Attributes:
-        model: the Hugging Face model in eval mode, with paged attention chosen and the passes
+        model: the Hugging Face model in eval mode, with its attention chosen and the passes
             applied.
         specs: KV shape of each layer.
         device: where weights and pool are.
@@ -59,6 +59,8 @@ class LoadedModel:
         vocab_size: number of logits.
         fingerprint: digest of config and all weights, equal for equal models.
         passes: names of the passes that made its forward faster.
+        attention: "paged" = by this package's attention function, over the blocks as they lie;
+            "gathered" = by the model's own code, which is given the KV of whole contexts.
     """
 
     model: Any
@@ -69,6 +71,7 @@ class LoadedModel:
     vocab_size: int
     fingerprint: str
     passes: tuple[str, ...] = ()
+    attention: str = "paged"
 
     @property
     def keeps_logits(self) -> bool:
@@ -94,7 +97,6 @@ def load_model(source: ModelSource, config: CacheConfig) -> LoadedModel:
     max_model_len = check_limits(hf_config, config)
     name = config.dtype or str(getattr(hf_config, "dtype", None) or "float32")
     dtype: torch.dtype = getattr(torch, name.removeprefix("torch."))
-    register()
     if source.weights == "random":
         model = random_model(hf_config, source.seed, device, dtype)
         identity = {**hf_config.to_dict(), "dtype": str(dtype), "device": device.type}
@@ -103,8 +105,9 @@ def load_model(source: ModelSource, config: CacheConfig) -> LoadedModel:
         model = _pretrained_model(source, hf_config, device, dtype)
         fingerprint = _fingerprint(source, model)
     model.eval().requires_grad_(False)
-    specs, passes = admit(model, config, max_model_len)
-    logger.info("%s: %d layers, passes: %s", source.name, len(specs), ", ".join(passes) or "none")
+    specs, passes, attention = admit(model, config, max_model_len)
+    made = ", ".join(passes) or "none"
+    logger.info("%s: %d layers, %s attention, passes: %s", source.name, len(specs), attention, made)
     return LoadedModel(
         model=model,
         specs=specs,
@@ -114,39 +117,63 @@ def load_model(source: ModelSource, config: CacheConfig) -> LoadedModel:
         vocab_size=hf_config.get_text_config(decoder=True).vocab_size,
         fingerprint=fingerprint,
         passes=passes,
+        attention=attention,
     )
 
 
-def admit(
-    model: Any, config: CacheConfig, max_model_len: int
-) -> tuple[tuple[KVSpec, ...], tuple[str, ...]]:
+class Admission(NamedTuple):
+    """How a model was admitted; the fields are those of `LoadedModel`."""
+
+    specs: tuple[KVSpec, ...]
+    passes: tuple[str, ...]
+    attention: str
+
+
+def admit(model: Any, config: CacheConfig, max_model_len: int) -> Admission:
     """Probe a model in eval mode and make it faster.
+
+    It is run paged where that is right, else over gathered KV where that is.
 
     Args:
         model: a causal language model.
         config: block size and KV dtype.
         max_model_len: longest sequence in tokens.
 
-    Returns:
-        Each layer's KV shape, and the names of the passes that were applied.
-
     Raises:
-        ModelNotSupportedError: it would be wrong over paged KV, with the reason.
-        ConfigError: its heads, or the device, cannot have KV of `config.kv_dtype`.
+        ModelNotSupportedError: it would be wrong in both ways, with the reason.
+        ConfigError: its heads, its attention code or the device cannot have KV of
+            `config.kv_dtype`.
     """
-    use_paged_attention(model)
     own = str(model.dtype).removeprefix("torch.")
     # An eight-bit pool would hide in its own error what is wrong otherwise.
     narrow = config.kv_dtype if config.kv_dtype in ("int8", "fp8") else None
     kv_dtype = own if narrow else config.kv_dtype or own
-    specs, right = probe_model(model, kv_dtype, config.block_size, max_model_len)
+    chosen = model.config._attn_implementation
+    try:
+        specs, right = probe_model(model, PAGED, kv_dtype, config.block_size, max_model_len)
+    except ModelNotSupportedError as refused:
+        if model.config._attn_implementation != chosen:
+            model.set_attn_implementation(chosen)
+        try:
+            specs, _ = probe_model(model, GATHERED, kv_dtype, config.block_size, max_model_len)
+        except ModelNotSupportedError as second:
+            if refused.reason == OWN_CODE or (second.right_to or 0) > (refused.right_to or 0):
+                raise second from None
+            reason = f"{refused.reason}; over gathered KV, {second.reason}"
+            raise refusal(model.config, reason, refused.right_to) from None
+        if narrow is not None:
+            valid = f"a dtype of 16 or 32 bits for gathered KV ({refused.reason})"
+            raise ConfigError("kv_dtype", narrow, valid) from None
+        logger.info("run over gathered KV, as paged attention is not for it: %s", refused)
+        return Admission(specs, (), GATHERED.name)
     narrow_specs = specs if narrow is None else tuple(replace(s, dtype=narrow) for s in specs)
     check_kv_dtype(narrow_specs, next(model.parameters()).device)
     names = [name for name in chosen_passes() if name in right]
     tried = apply_passes(model, specs, config.block_size, max_model_len, names=names)
     if narrow is not None:
         verify_narrow(model, narrow_specs, specs, config.block_size, max_model_len)
-    return narrow_specs, tuple(name for name, kept in tried.items() if kept)
+    passes = tuple(name for name, kept in tried.items() if kept)
+    return Admission(narrow_specs, passes, PAGED.name)
 
 
 def random_model(hf_config: Any, seed: int, device: torch.device, dtype: torch.dtype) -> Any:
@@ -157,9 +184,7 @@ def random_model(hf_config: Any, seed: int, device: torch.device, dtype: torch.d
     with torch.random.fork_rng(devices=devices), torch.device(device):
         torch.manual_seed(seed)
         try:
-            return AutoModelForCausalLM.from_config(
-                hf_config, dtype=dtype, attn_implementation=IMPLEMENTATION
-            )
+            return AutoModelForCausalLM.from_config(hf_config, dtype=dtype)
         except (KeyError, ValueError) as error:
             raise _not_a_decoder(hf_config, error) from error
 
@@ -183,7 +208,6 @@ def _pretrained_model(
             config=hf_config,
             dtype=dtype,
             revision=source.revision,
-            attn_implementation=IMPLEMENTATION,
             trust_remote_code=source.trust_remote_code,
             output_loading_info=True,
             # Not ignored: `check_complete` names them.
@@ -228,7 +252,5 @@ def _fingerprint(source: ModelSource, model: Any) -> str:
 
 
 def _not_a_decoder(hf_config: Any, error: Exception) -> ModelNotSupportedError:
-    if IMPLEMENTATION in str(error):
-        return refusal(hf_config, "it has attention code of its own")
     reason = f"it does not load as a causal language model: {loading_reason(error)}"
     return refusal(hf_config, reason)

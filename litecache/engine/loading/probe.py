@@ -3,13 +3,16 @@
 Reading a model's source is no basis for running it: some ignore the attention function, some call
 it twice, some keep state elsewhere. So the model is asked. One forward with a recording function
 gives each layer's KV shape; then two sequences run packed and in chunks over a small pool and must
-give the logits of the model's own attention. A model that fails is refused with the reason.
+give the logits of the model's own attention. A model that fails is refused with the reason. The
+other way of running a model, over gathered KV, is tried in gather_probe.py.
 """
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,6 +30,7 @@ from litecache.engine.running.hf_attention import (
 from litecache.kernels import AttentionMetadata
 
 PROBE_TOKENS = 24
+OWN_CODE = "it has attention code of its own"
 _MASK_STEP = 1 << 20
 
 TOLERANCE = {torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -66,6 +70,23 @@ class ProbePlan:
         return ids, starts + torch.arange(self.tokens, device=ids.device)
 
 
+class Way(NamedTuple):
+    """How a model's attention reaches the pool, for those who try whether it is right.
+
+    Attributes:
+        name: "paged" or "gathered", as in `LoadedModel.attention`.
+        choose: makes a model take this way; raises ModelNotSupportedError.
+        record: of model, dtype of the pool and `max_model_len`: each layer's KV shape.
+        logits: of model, KV shapes, block size and plan: float32 `[rows, tokens, vocab]`, run in
+            chunks over a small pool.
+    """
+
+    name: str
+    choose: Callable[[Any], None]
+    record: Callable[[Any, str, int], tuple[KVSpec, ...]]
+    logits: Callable[[Any, tuple[KVSpec, ...], int, ProbePlan], torch.Tensor]
+
+
 def _probe_tokens(model: Any, rows: int, tokens: int) -> torch.Tensor:
     vocab = int(model.config.get_text_config(decoder=True).vocab_size)
     ids = torch.arange(rows * tokens, dtype=torch.int64) * 7919 + 11
@@ -91,9 +112,7 @@ def record_specs(
             something else than all tokens or the last ones.
     """
     config = model.config
-    num_layers = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
-    if not isinstance(num_layers, int):
-        raise refusal(config, "its configuration does not tell the number of its layers")
+    num_layers = number_of_layers(config)
     recorder = Recorder()
     model.set_attn_implementation(RECORDING)
     try:
@@ -105,7 +124,7 @@ def record_specs(
         use_paged_attention(model)
     calls = recorder.calls
     if not calls:
-        raise refusal(config, "it has attention code of its own and ignores attention functions")
+        raise refusal(config, f"{OWN_CODE} and ignores attention functions")
     if sorted(calls) != list(range(num_layers)):
         rest = "; the others keep state in another way" if len(calls) < num_layers else ""
         ran = f"attention functions ran in layers {sorted(calls)} of {num_layers}"
@@ -121,6 +140,18 @@ def record_specs(
             windows[key] = _window(config, layer, call, max_model_len)
         specs.append(KVSpec(call.kv_heads, call.k_dim, call.v_dim, kv_dtype, window=windows[key]))
     return tuple(specs)
+
+
+def number_of_layers(config: Any) -> int:
+    """How many decoder layers a configuration has.
+
+    Raises:
+        ModelNotSupportedError: it does not tell.
+    """
+    num_layers = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
+    if not isinstance(num_layers, int):
+        raise refusal(config, "its configuration does not tell the number of its layers")
+    return num_layers
 
 
 def _window(config: Any, layer: int, call: LayerCall, max_model_len: int) -> int | None:
@@ -166,14 +197,15 @@ def _window(config: Any, layer: int, call: LayerCall, max_model_len: int) -> int
     return window
 
 
-def verify_paged(
-    model: Any, specs: tuple[KVSpec, ...], block_size: int, plan: ProbePlan = ProbePlan()
+def verify(
+    model: Any, way: Way, specs: tuple[KVSpec, ...], block_size: int, plan: ProbePlan = ProbePlan()
 ) -> float:
-    """Compare a packed, chunked, paged run with the model's own attention.
+    """Compare a chunked run over the pool with the model's own attention.
 
     Args:
-        model: as for `record_specs`.
-        specs: what `record_specs` found.
+        model: takes `way`.
+        way: how its attention reaches the pool.
+        specs: what `way.record` found.
         block_size: tokens per block.
         plan: the sequences.
 
@@ -185,10 +217,11 @@ def verify_paged(
     """
     reference = ordinary_logits(model, plan)
     try:
-        logits = paged_logits(model, specs, block_size, plan)
+        logits = way.logits(model, specs, block_size, plan)
     except Exception as error:
-        raise refusal(model.config, f"a packed forward fails: {error}") from error
-    return _compare(model, logits, reference, "over paged KV differ from its own attention")
+        raise refusal(model.config, f"a {way.name} forward fails: {error}") from error
+    what = f"over {way.name} KV differ from its own attention"
+    return _compare(model, logits, reference, what)
 
 
 def verify_narrow(
@@ -261,7 +294,7 @@ def paged_logits(
 ) -> torch.Tensor:
     """Logits of a plan's sequences, run packed and in chunks over a small pool.
 
-    Arguments as of `verify_paged`; float32 `[rows, tokens, vocab]`.
+    Arguments as of `verify`; float32 `[rows, tokens, vocab]`.
     """
     tokens, positions = plan.inputs(model)
     rows = len(plan.starts)
@@ -297,16 +330,20 @@ def paged_logits(
 
 
 def ordinary_logits(model: Any, plan: ProbePlan = ProbePlan()) -> torch.Tensor:
-    """Logits `[rows, tokens, vocab]` of a plan's sequences by the model's eager attention.
+    """Logits `[rows, tokens, vocab]` of a plan's sequences by the model's own attention.
 
-    Positions are handed over where a sequence does not start at 0; else the model counts them.
+    That is eager attention where it can be exchanged. Positions are handed over where a sequence
+    does not start at 0; else the model counts them.
 
     Raises:
         ModelNotSupportedError: that fails.
     """
     tokens, places = plan.inputs(model)
-    extra = {"position_ids": places} if any(plan.starts) else {}
-    model.set_attn_implementation("eager")
+    taken = "position_ids" in inspect.signature(model.forward).parameters
+    extra = {"position_ids": places} if any(plan.starts) and taken else {}
+    chosen = model.config._attn_implementation
+    if exchanged := chosen == IMPLEMENTATION:
+        model.set_attn_implementation("eager")
     try:
         with torch.inference_mode():
             logits: torch.Tensor = model(input_ids=tokens, use_cache=False, **extra).logits
@@ -314,7 +351,8 @@ def ordinary_logits(model: Any, plan: ProbePlan = ProbePlan()) -> torch.Tensor:
     except Exception as error:
         raise refusal(model.config, f"its own forward fails: {error}") from error
     finally:
-        use_paged_attention(model)
+        if exchanged:
+            model.set_attn_implementation(chosen)
 
 
 def use_paged_attention(model: Any) -> None:
@@ -324,9 +362,16 @@ def use_paged_attention(model: Any) -> None:
         ModelNotSupportedError: the model cannot exchange its attention.
     """
     register()
+    # Asked first, because transformers only logs that it was told in vain.
+    if not getattr(model, "_can_set_attn_implementation", lambda: True)():
+        raise refusal(model.config, OWN_CODE)
     try:
         model.set_attn_implementation(IMPLEMENTATION)
     except Exception as error:
         raise refusal(model.config, f"its attention cannot be exchanged: {error}") from error
     if model.config._attn_implementation != IMPLEMENTATION:
-        raise refusal(model.config, "it has attention code of its own")
+        raise refusal(model.config, OWN_CODE)
+
+
+PAGED = Way("paged", use_paged_attention, record_specs, paged_logits)
+"""The model calls this package's attention function with a packed batch."""

@@ -30,11 +30,10 @@ from litecache.engine.loading.model_checks import refusal
 from litecache.engine.loading.probe import (
     PROBE_TOKENS,
     ProbePlan,
+    Way,
     check_prefix,
     ordinary_logits,
-    record_specs,
-    use_paged_attention,
-    verify_paged,
+    verify,
 )
 from litecache.engine.running.passes import PASSES, apply_passes
 from litecache.errors import ModelNotSupportedError, told
@@ -113,12 +112,13 @@ class TwinOutcome:
 
 
 def probe_model(
-    model: Any, kv_dtype: str, block_size: int, max_model_len: int
+    model: Any, way: Way, kv_dtype: str, block_size: int, max_model_len: int
 ) -> tuple[tuple[KVSpec, ...], tuple[str, ...]]:
-    """Refuse a model that is not right over paged KV at every length up to `max_model_len`.
+    """Refuse a model that is not right over the pool at every length up to `max_model_len`.
 
     Args:
-        model: a causal language model with this package's attention function chosen.
+        model: a causal language model.
+        way: how its attention is to reach the pool.
         kv_dtype: of the pool, by name.
         block_size: tokens per block.
         max_model_len: longest sequence in tokens.
@@ -129,14 +129,15 @@ def probe_model(
     Raises:
         ModelNotSupportedError: with the `max_model_len` that would be accepted, if there is one.
     """
-    outcome = twin_outcome(type(model), model.config)
+    way.choose(model)
+    outcome = twin_outcome(type(model), model.config, way)
     real = lengths(model.config.to_dict())
     ends = sorted((real[name][0] - less, name) for name, less in outcome.fields.items())
     if ends and max_model_len > ends[0][0]:
         right_to, name = ends[0]
         reason = f"beyond its {name} of {real[name][0]} tokens, {outcome.wrong}"
         raise refusal(model.config, reason, right_to)
-    specs = record_specs(model, kv_dtype, max_model_len)
+    specs = way.record(model, kv_dtype, max_model_len)
     if outcome.wrong and not ends and max_model_len > PROBE_TOKENS:
         raise refusal(model.config, outcome.wrong)
     if outcome.no_twin and max_model_len > OWN_WEIGHTS_TOKENS:
@@ -147,19 +148,19 @@ def probe_model(
             " tokens at most",
             OWN_WEIGHTS_TOKENS,
         )
-    verify_paged(model, specs, block_size, ProbePlan.reaching(max_model_len))
+    verify(model, way, specs, block_size, ProbePlan.reaching(max_model_len))
     if outcome.no_twin:
         plan = ProbePlan((0, 0), max_model_len)
-        verify_paged(model, specs, block_size, plan)
+        verify(model, way, specs, block_size, plan)
         check_prefix(model, plan)
     return specs, tuple(name for name in PASSES if name not in outcome.wrong_passes)
 
 
-def twin_outcome(model_class: type, config: Any) -> TwinOutcome:
+def twin_outcome(model_class: type, config: Any, way: Way) -> TwinOutcome:
     """What the twin of a model shows, from disk where it has been tried before."""
     fields = config.to_dict()
     try:
-        key = _key(model_class, shrink(fields))
+        key = _key(model_class, way, shrink(fields))
     except Exception as error:  # a configuration of any kind of class
         return TwinOutcome(no_twin=told(error))
     file = litecache_home() / "probes" / f"{key}.json"
@@ -169,19 +170,19 @@ def twin_outcome(model_class: type, config: Any) -> TwinOutcome:
     # So small a model takes ten times as long with two threads on a busy machine.
     torch.set_num_threads(1)
     try:
-        found = _try(model_class, config, fields)
+        found = _try(model_class, config, way, fields)
     finally:
         torch.set_num_threads(threads)
     write_kept(file, asdict(found))
     return found
 
 
-def _try(model_class: type, config: Any, fields: dict[str, Any]) -> TwinOutcome:
+def _try(model_class: type, config: Any, way: Way, fields: dict[str, Any]) -> TwinOutcome:
     sizes = lengths(fields)
 
     def twin(keep: Iterable[str] = ()) -> Any:
         made = build_twin(model_class, type(config).from_dict(shrink(fields, frozenset(keep))))
-        use_paged_attention(made)
+        way.choose(made)
         return made
 
     try:
@@ -189,38 +190,40 @@ def _try(model_class: type, config: Any, fields: dict[str, Any]) -> TwinOutcome:
         ordinary_logits(model, ProbePlan((0,), 2))
     except Exception as error:
         return TwinOutcome(no_twin=told(error))
-    specs, wrong = _verify(model)
+    specs, wrong = _verify(model, way)
     found: dict[str, int] = {}
     if wrong:
         # Which of the lengths is it that the family does not stand?
-        if not sizes or _verify(twin(sizes))[1]:
+        if not sizes or _verify(twin(sizes), way)[1]:
             return TwinOutcome(wrong)
-        for name in [n for n in sizes if _verify(twin(set(sizes) - {n}))[1]] or [*sizes]:
+        for name in [n for n in sizes if _verify(twin(set(sizes) - {n}), way)[1]] or [*sizes]:
             alone = twin(set(sizes) - {name})
-            below = [_verify(alone, sizes[name][1] - less)[1] for less in (0, 1)]
+            below = [_verify(alone, way, sizes[name][1] - less)[1] for less in (0, 1)]
             if all(below):  # not even right up to the length
                 return TwinOutcome(f"also below its {name}, {below[1]}")
             found[name] = below.index("")
         model = twin(found)
-        specs, _ = _verify(model)
+        specs, _ = _verify(model, way)
+    if way.name != "paged":
+        return TwinOutcome(wrong, found)  # passes change paged forwards alone
     plan = ProbePlan((0, 0, 0), TWIN_TOKENS)
     results = apply_passes(model, specs, _BLOCK_SIZE, TWIN_TOKENS, names=PASSES, plan=plan)
     return TwinOutcome(wrong, found, [name for name, right in results.items() if not right])
 
 
-def _verify(model: Any, tokens: int = TWIN_TOKENS) -> tuple[tuple[KVSpec, ...], str]:
+def _verify(model: Any, way: Way, tokens: int = TWIN_TOKENS) -> tuple[tuple[KVSpec, ...], str]:
     """The KV shapes of a float32 model, and what is wrong over so many tokens."""
     plan = ProbePlan((0, 0, 0), tokens)
     try:
-        specs = record_specs(model, "float32", tokens)
-        verify_paged(model, specs, _BLOCK_SIZE, plan)
+        specs = way.record(model, "float32", tokens)
+        verify(model, way, specs, _BLOCK_SIZE, plan)
         check_prefix(model, plan)
     except ModelNotSupportedError as error:
         return (), error.reason
     return specs, ""
 
 
-def _key(model_class: type, twin_fields: dict[str, Any]) -> str:
+def _key(model_class: type, way: Way, twin_fields: dict[str, Any]) -> str:
     import transformers
 
     source = inspect.getsourcefile(model_class)
@@ -228,6 +231,7 @@ def _key(model_class: type, twin_fields: dict[str, Any]) -> str:
         transformers.__version__,
         torch.__version__,
         _own_code(),
+        way.name,
         f"{model_class.__module__}.{model_class.__qualname__}",
         xxhash.xxh3_128_hexdigest(Path(source).read_bytes()) if source else "",
         {k: v for k, v in twin_fields.items() if k not in ("_name_or_path", "dtype")},

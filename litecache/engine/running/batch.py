@@ -74,6 +74,7 @@ class Batch:
             are handed out; they lie behind those of the samples.
         following: of the sequences that get log-probabilities instead, by place in the plan: the
             tokens behind these positions (-1 = not known), and how many of the likeliest.
+        places: int64: the token of the batch that each row of the logits is of.
         every_token_sampled: logits are wanted at all tokens, in order.
         all_greedy: no sample draws.
         num_sorted: how many of the likeliest tokens must be put in order for top-k and top-p: the
@@ -92,6 +93,7 @@ class Batch:
     sampled_rows: tuple[int, ...] = ()
     handed_out: tuple[tuple[int, int, int], ...] = ()
     following: dict[int, tuple[Ints, int]] = field(default_factory=dict)
+    places: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
     every_token_sampled: bool = False
     all_greedy: bool = False
     num_sorted: int = 0

@@ -112,9 +112,10 @@ class ModelRunner:
         self._vocab_size = loaded.vocab_size
         self._context = PagedContext(layout, pools)
         self._graphs: GraphCache | None = None
+        paged = loaded.attention == "paged"
         # A row may stand in a step with several segments, and draw at several positions.
         most = max_batch_tokens
-        if self._on_gpu and os.environ.get("LITECACHE_GRAPHS", "1") != "0":
+        if paged and self._on_gpu and os.environ.get("LITECACHE_GRAPHS", "1") != "0":
             self._graphs = GraphCache(max_requests, longest_graph(loaded))
             most = max(most, *self._graphs.largest.sizes)
         largest = (most, most, most, len(layout.groups), MAX_DELTAS)
@@ -122,6 +123,12 @@ class ModelRunner:
         self._tables = RowTables(
             layout, self._buffers, max_requests, max_model_len, max_batch_tokens
         )
+        self._logits: Callable[[Batch], torch.Tensor] = self._paged
+        if not paged:
+            from litecache.engine.running.gathered_forward import GatheredForward
+
+            words, tables = self._buffers.words, self._tables.device_tables
+            self._logits = GatheredForward(loaded.model, layout, pools, words, tables)
         self._rules = RuleBook(max_model_len, device)
         self._decode_copies = None if self._on_gpu else DecodeCopies()
         self._results = []
@@ -155,7 +162,7 @@ class ModelRunner:
                 graph.graph.replay()
                 logits, tokens = graph.logits, graph.tokens
             else:
-                logits = self._forward(self._metadata(batch), batch)
+                logits = self._logits(batch)
             handed_out = None
             if batch.handed_out:
                 handed_out = HandedOut(logits, batch, self._vocab_size)
@@ -262,6 +269,10 @@ class ModelRunner:
             pool = self._pools[group].buffer
             src, dst = torch.tensor(pairs, dtype=torch.int64).T.contiguous().to(pool.device)
             copy_blocks(pool, src, dst)
+
+    def _paged(self, batch: Batch) -> torch.Tensor:
+        """Logits `[samples, vocab]` by the forward of models whose attention is exchanged."""
+        return self._forward(self._metadata(batch), batch)
 
     def _forward(self, metadata: list[AttentionMetadata], batch: Batch) -> torch.Tensor:
         """Logits `[samples, vocab]`."""

@@ -178,6 +178,7 @@ class RowTables:
             sampled_rows=tuple(sampled_rows),
             handed_out=tuple(handed_out),
             following=following,
+            places=places,
             every_token_sampled=len(seqs) == sizes[0] and not handed_out,
             all_greedy=not len(drawing),
             num_sorted=num_sorted(top_k, top_p),
