@@ -58,6 +58,7 @@ class ReplicaForward:
         vocab_size: width of the logits.
         dtype: of the logits.
         requests: how many were sent.
+        first_pass: the requests of the first forward pass, one for each row.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class ReplicaForward:
         self.vocab_size = info.vocab_size
         self.dtype: torch.dtype = getattr(torch, info.dtype)
         self.requests = 0
+        self.first_pass: list[PendingRequest] = []
         self._replicas = replicas
         self._info = info
         self._request_of = request_of
@@ -124,6 +126,7 @@ class ReplicaForward:
         with aborting(pending, self._replicas.abort):
             for row in pending:
                 row.wait()
+        self.first_pass = self.first_pass or pending
         return pending
 
     def _tensor(self, done: PendingRequest, count: int) -> torch.Tensor:

@@ -2,8 +2,9 @@
 
 The order is HF's: keyword arguments, then the given `GenerationConfig`, then the model's own, then
 the library's defaults. Lengths count as in HF, where the padded width of the input is the prompt's
-length. What the engine loop does not do is refused by name before anything leaves the driver: a
-setting that is silently ignored would return tokens that the caller did not ask for.
+length. What the engine loop does not do makes a call one of the driver loop
+(`adapter/driver_loop.py`), or is refused by name before anything leaves the driver: a setting that
+is silently ignored would return tokens that the caller did not ask for.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import Cache, CompileConfig, GenerationConfig
+from transformers.generation.configuration_utils import ALL_CACHE_IMPLEMENTATIONS
 
 from litecache.adapter.prompts import as_list
 from litecache.checks import FLOAT32_MAX, check_flag, check_integer, check_real, check_text
@@ -33,6 +35,10 @@ _DEFAULTS: dict[str, Any] = {
 _DEFAULT_MAX_NEW_TOKENS = 20
 _SAMPLING_ONLY = {"temperature": 1.0, "top_p": 1.0, "top_k": None, "min_p": None}
 _MOST_PAD_ID = 2**31 - 1
+_TAKES_OTHERS = "generate(..., loop='driver') takes others"
+
+LOOPS = ("auto", "engine", "driver")
+"""Which loop draws the tokens: see `KVCacheAdapter.generate`."""
 
 OWN_ARGUMENTS = (
     "frequency_penalty", "logit_bias", "logprobs", "presence_penalty", "stop_token_ids",
@@ -40,9 +46,9 @@ OWN_ARGUMENTS = (
 """Arguments of `generate` that transformers does not have, with the meaning they have elsewhere."""
 
 _ABSENT = (
-    "assistant_early_exit", "compile_config", "constraints", "dola_layers",
+    "assistant_early_exit", "constraints", "dola_layers",
     "exponential_decay_length_penalty", "force_words_ids", "forced_bos_token_id",
-    "forced_eos_token_id", "prefill_chunk_size", "prompt_lookup_num_tokens", "speculation_type",
+    "forced_eos_token_id", "prompt_lookup_num_tokens", "speculation_type",
     "watermarking_config",
 )  # fmt: skip
 _OFF = (
@@ -56,10 +62,8 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("encoder_repetition_penalty", "guidance_scale"), (None, 1.0)),
     **dict.fromkeys(("num_beam_groups", "num_beams"), (None, 1)),
     "encoder_no_repeat_ngram_size": (None, 0),
-    "cache_implementation": (None, "dynamic", "hybrid"),
-    "use_cache": (None, True),
 }
-"""Fields of GenerationConfig, and the values at which they change nothing; others are refused."""
+"""Fields of GenerationConfig, and the values at which the engine loop does what they say."""
 
 NEUTRAL_WHEN_SAMPLING: dict[str, tuple[Any, ...]] = {
     "epsilon_cutoff": (None, 0.0),
@@ -69,12 +73,37 @@ NEUTRAL_WHEN_SAMPLING: dict[str, tuple[Any, ...]] = {
 }
 """The same, for settings that only matter while sampling."""
 
-_UNSUPPORTED_ARGUMENTS = (
-    "assistant_model", "assistant_tokenizer", "cache_position", "continuous_batching_config",
-    "custom_generate", "encoder_outputs", "inputs_embeds", "logits_processor",
-    "negative_prompt_attention_mask", "negative_prompt_ids", "past_key_values", "position_ids",
-    "prefix_allowed_tokens_fn", "stopping_criteria", "synced_gpus", "token_type_ids",
+DRIVER_ARGUMENTS = (
+    "assistant_model", "assistant_tokenizer", "cache_position", "custom_generate",
+    "logits_processor", "negative_prompt_attention_mask", "negative_prompt_ids", "past_key_values",
+    "position_ids", "prefix_allowed_tokens_fn", "stopping_criteria", "synced_gpus",
+    "trust_remote_code",
 )  # fmt: skip
+"""Arguments of transformers' `generate` that its own loop takes in the driver."""
+
+_NO_LAYERS = "left out: the layers are in another process; run the model with transformers"
+_NO_DRAFTS = "left out: take an assistant_model or prompt_lookup_num_tokens for drafts"
+_NO_ENCODER = "left out: LiteCache serves models that are decoders alone"
+NEITHER_LOOP: dict[str, str] = {
+    **dict.fromkeys(("output_attentions", "output_hidden_states"), _NO_LAYERS),
+    **dict.fromkeys(("assistant_early_exit", "speculation_type", "use_mtp"), _NO_DRAFTS),
+    **dict.fromkeys(("decoder_input_ids", "encoder_outputs"), _NO_ENCODER),
+    "inputs_embeds": "input_ids instead: KV is found by token ids, and the replicas embed them",
+    "token_type_ids": "left out, or zeros: a row has tokens alone",
+}
+"""What neither loop takes, and what to do instead."""
+
+_CACHES = (*ALL_CACHE_IMPLEMENTATIONS, "paged")
+WAYS_TO_COMPUTE: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "cache_implementation": (
+        lambda value: isinstance(value, str) and value in _CACHES and value != "quantized",
+        "None, or a name other than 'quantized'; CacheConfig.kv_dtype says how KV is kept",
+    ),
+    "compile_config": (lambda value: isinstance(value, CompileConfig), "a CompileConfig or None"),
+    "prefill_chunk_size": (lambda value: type(value) is int and value > 0, "an integer from 1"),
+    "use_cache": (lambda value: isinstance(value, bool), "True or False"),
+}
+"""Fields that say how transformers computes and not what, with the values that are all the same."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +202,8 @@ def translate(
     Raises:
         ConfigError: a value is invalid or not supported.
     """
-    fields, rest = _merge(given, overrides, defaults)
+    fields, rest = merge_settings(given, overrides, defaults)
+    refuse_everywhere(fields, rest)
     refuse_arguments(rest)
 
     def integer(name: str, low: int, **limits: Any) -> Any:
@@ -184,7 +214,8 @@ def translate(
         return check_real(name, fields[name], low, high, **limits)
 
     do_sample = check_flag("do_sample", fields["do_sample"])
-    _refuse_settings(fields, sampling=do_sample)
+    for name, value, neutral in _beyond_engine(fields):
+        raise refusal(name, value, f"{neutral} in the engine loop; {_TAKES_OTHERS}")
     filters: dict[str, Any] = {}
     if do_sample:
         filters["temperature"] = real("temperature", 0, above=True)
@@ -196,18 +227,18 @@ def translate(
     samples = integer("num_return_sequences", 1)
     if samples > 1 and not do_sample:
         raise ConfigError("num_return_sequences", samples, "1, unless do_sample=True")
-    eos = _token_ids("eos_token_id", fields)
+    eos = token_ids("eos_token_id", fields)
     pad = integer("pad_token_id", 0, high=_MOST_PAD_ID)
     words = _sequences("bad_words_ids", fields.get("bad_words_ids"))
     sampling = SamplingParams(
         max_new_tokens=1,
-        eos_token_ids=eos + _token_ids("stop_token_ids", fields),
+        eos_token_ids=eos + token_ids("stop_token_ids", fields),
         logprobs=integer("logprobs", 0),
-        sequence_bias=(*_sequence_bias(fields), *_logit_bias(fields)),
+        sequence_bias=(*sequence_biases(fields), *logit_biases(fields)),
         # As in transformers, a bad word that is an end token alone is left out.
         bad_words_ids=tuple(w for w in words if len(w) > 1 or w[0] not in eos),
-        suppress_tokens=_token_ids("suppress_tokens", fields),
-        begin_suppress_tokens=_token_ids("begin_suppress_tokens", fields),
+        suppress_tokens=token_ids("suppress_tokens", fields),
+        begin_suppress_tokens=token_ids("begin_suppress_tokens", fields),
         repetition_penalty=real("repetition_penalty", 0, above=True),
         presence_penalty=real("presence_penalty", -FLOAT32_MAX),
         frequency_penalty=real("frequency_penalty", -FLOAT32_MAX),
@@ -231,10 +262,34 @@ def translate(
     )
 
 
-def _merge(
+def needs_driver(
+    given: GenerationConfig | None, overrides: dict[str, Any], defaults: GenerationConfig
+) -> bool:
+    """Whether a call asks for something that the engine loop does not do.
+
+    Args:
+        given, overrides, defaults: as in `translate`.
+
+    Raises:
+        ConfigError: neither loop does it.
+    """
+    fields, rest = merge_settings(given, overrides, defaults)
+    refuse_everywhere(fields, rest)
+    asked = any(k in DRIVER_ARGUMENTS and not _changes_nothing(k, v) for k, v in rest.items())
+    return asked or any(True for _ in _beyond_engine(fields))
+
+
+def merge_settings(
     given: GenerationConfig | None, overrides: dict[str, Any], defaults: GenerationConfig
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """All settings by name, and the arguments that are none."""
+    """All settings by name, and the arguments that are none.
+
+    Args:
+        given, overrides, defaults: as in `translate`.
+
+    Raises:
+        ConfigError: `given` is something else.
+    """
     if given is not None and not isinstance(given, GenerationConfig):
         raise ConfigError("generation_config", given, "a transformers.GenerationConfig or None")
 
@@ -262,15 +317,41 @@ def _warn_ignored(given: GenerationConfig | None, overrides: dict[str, Any]) -> 
         )
 
 
-def _refuse_settings(settings: Mapping[str, Any], *, sampling: bool) -> None:
-    """Refuse fields that the engine loop does not honour, unless they change nothing."""
+def _beyond_engine(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
+    """Name and value of the settings that are not the engine loop's, and what is."""
+    sampling = settings.get("do_sample") is True
     tables = (NEUTRAL_VALUES, NEUTRAL_WHEN_SAMPLING) if sampling else (NEUTRAL_VALUES,)
     for table in tables:
         for name, neutral in table.items():
             value = settings.get(name)
             if not any(value is n or (_comparable(value, n) and value == n) for n in neutral):
-                valid = " or ".join(repr(n) for n in neutral)
-                raise ConfigError(name, value, f"{valid}; LiteCache's engine loop has no other yet")
+                yield name, value, " or ".join(repr(n) for n in neutral)
+
+
+def refuse_everywhere(settings: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:
+    """Refuse what neither loop takes.
+
+    Args:
+        settings, arguments: of `merge_settings`.
+
+    Raises:
+        ConfigError: says what to do instead.
+    """
+    for name, value in arguments.items():
+        if name in NEITHER_LOOP and not _changes_nothing(name, value):
+            raise refusal(name, outline(value), "")
+    for name, value, _ in _beyond_engine(settings):
+        if name in NEITHER_LOOP:
+            raise refusal(name, value, "")
+    for name, (fits, valid) in WAYS_TO_COMPUTE.items():
+        value = settings.get(name)
+        if value is not None and not fits(value):
+            raise ConfigError(name, value, valid)
+
+
+def refusal(name: str, value: Any, valid: str) -> ConfigError:
+    """The error of a setting or an argument; `valid` unless neither loop takes it."""
+    return ConfigError(name, value, NEITHER_LOOP.get(name, valid))
 
 
 def _comparable(value: Any, neutral: Any) -> bool:
@@ -282,30 +363,30 @@ def _comparable(value: Any, neutral: Any) -> bool:
 def refuse_arguments(arguments: Mapping[str, Any]) -> None:
     """Refuse arguments that are neither settings nor inputs, unless they change nothing."""
     for name, value in arguments.items():
-        if _changes_nothing(value):
+        if _changes_nothing(name, value):
             continue
-        if name in _UNSUPPORTED_ARGUMENTS:
+        if name in DRIVER_ARGUMENTS:
             raise ConfigError(
-                f"generate({name}=...) is not supported by the engine loop yet: leave it out"
+                f"generate({name}=...) is not supported by the engine loop; {_TAKES_OTHERS}"
             )
         # it may be a prompt under a wrong name
         valid = "an argument of generate or a field of GenerationConfig"
-        raise ConfigError(name, outline(value), valid)
+        raise refusal(name, outline(value), valid)
 
 
-def _changes_nothing(value: Any) -> bool:
-    """None, False, an empty list, or a tensor of zeros (token types of a plain text)."""
+def _changes_nothing(name: str, value: Any) -> bool:
+    """None, False, an empty list, or token types of a plain text."""
     if value is None or value is False:
         return True
     try:
         if hasattr(value, "any") and hasattr(value, "shape"):
-            return not bool(value.any())
-        return hasattr(value, "__len__") and len(value) == 0
+            return name == "token_type_ids" and not bool(value.any())
+        return hasattr(value, "__len__") and not isinstance(value, Cache) and len(value) == 0
     except Exception:  # a tensor without numbers, an object of the caller's
         return False
 
 
-def _sequence_bias(fields: Mapping[str, Any]) -> list[tuple[tuple[int, ...], float]]:
+def sequence_biases(fields: Mapping[str, Any]) -> list[tuple[tuple[int, ...], float]]:
     """A dict from tuples of ids to biases, or a list of [ids, bias], as transformers takes both."""
     value = fields.get("sequence_bias")
     if value is None:
@@ -321,7 +402,8 @@ def _sequence_bias(fields: Mapping[str, Any]) -> list[tuple[tuple[int, ...], flo
     return list(dict(zip(sequences, biases, strict=True)).items())
 
 
-def _logit_bias(fields: Mapping[str, Any]) -> list[tuple[tuple[int, ...], float]]:
+def logit_biases(fields: Mapping[str, Any]) -> list[tuple[tuple[int, ...], float]]:
+    """A dict from ids to biases."""
     value = fields.get("logit_bias")
     if value is None:
         return []
@@ -349,7 +431,7 @@ def _sequences(name: str, value: Any) -> list[tuple[int, ...]]:
     return [tuple(check_integer(name, token, 0) for token in ids) for ids in value]
 
 
-def _token_ids(name: str, fields: Mapping[str, Any]) -> tuple[int, ...]:
+def token_ids(name: str, fields: Mapping[str, Any]) -> tuple[int, ...]:
     """One token id, or several in a list, a tuple or a tensor; None = none."""
     value = fields.get(name)
     value = () if value is None else as_list(name, value)

@@ -27,8 +27,16 @@ from litecache.actors.group import Group, exists
 from litecache.actors.group_spec import GroupSpec, check_actor_options, choose_num_gpus
 from litecache.actors.naming import DEFAULT_GROUP, check_group_name
 from litecache.adapter.cache_use import CacheUse
+from litecache.adapter.driver_loop import generate_in_driver
 from litecache.adapter.forward import ReplicaForward, prompt_logprobs, row_logits
-from litecache.adapter.generation import GenerationSettings, draw_seed, refuse_arguments, translate
+from litecache.adapter.generation import (
+    LOOPS,
+    GenerationSettings,
+    draw_seed,
+    needs_driver,
+    refuse_arguments,
+    translate,
+)
 from litecache.adapter.model_surface import ModelSurface
 from litecache.adapter.pending import PendingRequest, ReuseReport, StopStrings, aborting
 from litecache.adapter.prefix_files import PrefixReport, export_prefix, import_prefix
@@ -43,6 +51,7 @@ from litecache.adapter.prompts import (
     one_row,
     split_rows,
 )
+from litecache.adapter.proxy import ModelProxy
 from litecache.adapter.replicas import ReplicaSet
 from litecache.adapter.row_progress import Progress, check_progress, progress_of, show_progress
 from litecache.adapter.sources import resolve_model
@@ -197,6 +206,7 @@ class KVCacheAdapter(ModelSurface):
         inputs: torch.Tensor | None = None,
         generation_config: GenerationConfig | None = None,
         *,
+        loop: str = "auto",
         streamer: Any = None,
         progress: bool | str = False,
         cache_salt: str | None = None,
@@ -206,13 +216,17 @@ class KVCacheAdapter(ModelSurface):
         seed: int | None = None,
         tokenizer: Any = None,
         **kwargs: Any,
-    ) -> torch.Tensor | GenerateDecoderOnlyOutput:
+    ) -> Any:
         """Continue every row of a batch, as `transformers`' `generate` does.
 
         Args:
             inputs: `[batch, tokens]`, also by the name `input_ids`, padded on either side. None =
                 one row of the model's `bos_token_id`.
             generation_config: settings; keyword arguments override it.
+            loop: "engine": the replicas draw the tokens, by rules of their own. "driver":
+                transformers' own `generate` draws them here, with every argument and object that
+                it takes, over the replicas' logits. "auto": the engine loop, unless the call asks
+                for what it does not have; `.litecache.loop` says which it was.
             streamer: gets the prompt and then each step's tokens.
             progress: True draws a bar of rows and tokens to stderr where that is a terminal or a
                 notebook; "always" writes its last state to a file or a pipe, too.
@@ -224,15 +238,18 @@ class KVCacheAdapter(ModelSurface):
             cache_ttl_s: what is saved because of this call leaves RAM and disk after so many
                 seconds, if the group's own `ttl_s` does not come first; None = only that counts.
             retention: "low", "normal" or "high": where room is needed there, low leaves first.
-            seed: of sampling; None = drawn from torch's default generator.
+            seed: of sampling; None = drawn from torch's default generator. In the driver loop it
+                is torch's own: the tokens are those of a stock model on the CPU after
+                `torch.manual_seed(seed)`, and torch's generator is put back afterwards.
             tokenizer: for `stop_strings`; None = the adapter's.
-            **kwargs: `attention_mask`, any field of `GenerationConfig`, and `logit_bias`,
-                `presence_penalty`, `frequency_penalty`, `stop_token_ids`, `logprobs` (needs
+            **kwargs: `attention_mask`, any field of `GenerationConfig`, in the driver loop any
+                other argument of transformers' `generate`, and `logit_bias`, `presence_penalty`,
+                `frequency_penalty`, `stop_token_ids`, `logprobs` (of the engine loop alone; needs
                 `return_dict_in_generate`: see `ReuseReport.logprobs`).
 
         Returns:
-            `[batch * num_return_sequences, tokens + new]`, or with `return_dict_in_generate` a
-            `GenerateDecoderOnlyOutput` with a `ReuseReport` as `.litecache`.
+            `[batch * num_return_sequences, tokens + new]`, or with `return_dict_in_generate` what
+            transformers returns, with a `ReuseReport` as `.litecache`.
 
         Raises:
             ConfigError: a setting is invalid or not supported; nothing was sent.
@@ -241,9 +258,29 @@ class KVCacheAdapter(ModelSurface):
         self._check_open()
         progress = check_progress(progress)
         given = one_input(inputs, kwargs.pop("input_ids", None))
-        mask = kwargs.pop("attention_mask", None)
+        if not isinstance(loop, str) or loop not in LOOPS:
+            raise ConfigError("loop", loop, f"one of {', '.join(LOOPS)}")
         if streamer is not None and not _has_methods(streamer, "put", "end"):
             raise ConfigError("streamer", streamer, "an object with put() and end()")
+        use = self._use(cache_salt, cache, cache_ttl_s, retention)
+        asks = (generation_config, kwargs, self.generation_config)
+        if loop == "driver" or (loop == "auto" and needs_driver(*asks)):
+            forward = self._forward(use)
+            most = min(self.info.max_model_len, self.info.capacity_tokens)
+            proxy = ModelProxy(self.config, self.generation_config, forward, max_model_len=most)
+            with show_progress(progress, "Generating", proxy.progress):
+                return generate_in_driver(
+                    proxy,
+                    given,
+                    generation_config,
+                    kwargs,
+                    streamer=streamer,
+                    seed=seed,
+                    tokenizer=tokenizer,
+                    own_tokenizer=lambda: self.tokenizer,
+                    first_pass=lambda: forward.first_pass,
+                )
+        mask = kwargs.pop("attention_mask", None)
         settings = translate(generation_config, kwargs, self.generation_config)
         if settings.sampling.logprobs is not None and not settings.return_dict:
             raise ConfigError(
@@ -258,7 +295,7 @@ class KVCacheAdapter(ModelSurface):
         jobs = [(prompt, input_ids.shape[1], settings) for prompt in prompts]
         rows = self._start(
             jobs,
-            self._use(cache_salt, cache, cache_ttl_s, retention),
+            use,
             seed,
             tokenizer,
             streaming=streamer is not None,

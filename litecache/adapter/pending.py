@@ -303,9 +303,10 @@ class ReuseReport:
         total_s: per row, seconds from submission to the last token's arrival.
         logprobs: per row and new token, with `logprobs=k`; else empty rows.
         finish_reasons: per row, "stop" (an end token or a stop string) or "length" (of tokens, or
-            of `max_time`).
+            of `max_time`); in the driver loop "stop" for an end token, and else None.
         prompt_tokens: per row, tokens of the prompt, without padding.
         completion_tokens: per row, new tokens, the end token included.
+        loop: which drew the tokens, "engine" or "driver".
     """
 
     reused_tokens: tuple[dict[str, int], ...]
@@ -316,6 +317,7 @@ class ReuseReport:
     finish_reasons: tuple[str | None, ...]
     prompt_tokens: tuple[int, ...]
     completion_tokens: tuple[int, ...]
+    loop: str = "engine"
 
     @classmethod
     def of(cls, rows: Sequence[PendingRequest]) -> ReuseReport:

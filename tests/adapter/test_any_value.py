@@ -20,6 +20,7 @@ from small_tokenizers import small_tokenizer
 from transformers import GenerationConfig, LlamaForCausalLM
 
 from litecache.adapter import KVCacheAdapter
+from litecache.adapter.generation import DRIVER_ARGUMENTS, NEITHER_LOOP
 from litecache.errors import CapacityError, ConfigError, LiteCacheError
 
 GOOD = torch.tensor([[5, 6, 7]])
@@ -62,6 +63,7 @@ FIELDS = sorted(
     {name for name in vars(GenerationConfig()) if not name.startswith("_")}
     | {"logit_bias", "presence_penalty", "frequency_penalty", "stop_token_ids", "logprobs"}
     | {"attention_mask", "input_ids", "logits_processor", "past_key_values", "no_such_argument"}
+    | {*DRIVER_ARGUMENTS, *NEITHER_LOOP}
 )
 # Good values go on to run: what they come to must stay short.
 SHORT: dict[str, Any] = {"max_new_tokens": 2}
@@ -99,13 +101,17 @@ def test_any_value_given_to_generate(llm: KVCacheAdapter, data: st.DataObject) -
     inputs = data.draw(st.one_of(st.just(GOOD), st.just(GOOD), VALUES), label="inputs")
     options = {
         name: data.draw(VALUES, label=name)
-        for name in data.draw(st.sets(st.sampled_from(["streamer", "cache", "cache_salt", "seed"])))
+        for name in data.draw(
+            st.sets(st.sampled_from(["streamer", "cache", "cache_salt", "seed", "loop"]))
+        )
     }
     if data.draw(st.booleans()):
         options["generation_config"] = data.draw(VALUES, label="generation_config")
     if data.draw(st.booleans()):
         options["tokenizer"] = data.draw(st.one_of(VALUES, st.just(small_tokenizer("wordpiece"))))
     given = settings_of(data)
+    if data.draw(st.booleans()):
+        options["loop"] = "driver"
     ends_well(lambda: llm.generate(inputs, **{**options, **given}))
 
 

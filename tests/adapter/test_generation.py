@@ -5,13 +5,15 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GenerationConfig, LogitsProcessorList
+from transformers import CompileConfig, DynamicCache, GenerationConfig, LogitsProcessorList
 
 from litecache.adapter.generation import (
+    NEITHER_LOOP,
     NEUTRAL_VALUES,
     NEUTRAL_WHEN_SAMPLING,
     GenerationSettings,
     draw_seed,
+    needs_driver,
     translate,
 )
 from litecache.errors import ConfigError
@@ -112,30 +114,71 @@ def test_a_models_own_sampling_settings_warn_nobody() -> None:
         translate(None, {"do_sample": False}, GenerationConfig(temperature=0.6, top_p=0.9))
 
 
-# A value that changes the output, for every setting that the engine loop lacks.
-EFFECTIVE: dict[str, Any] = dict.fromkeys((*NEUTRAL_VALUES, *NEUTRAL_WHEN_SAMPLING), 2) | {
-    "use_cache": False,
-    "cache_implementation": "static",
-    "use_mtp": True,
-}
+def driven(given: GenerationConfig | None = None, **overrides: Any) -> bool:
+    return needs_driver(given, overrides, MODEL)
 
 
 @pytest.mark.parametrize("name", sorted(NEUTRAL_VALUES))
-def test_settings_that_the_engine_loop_lacks_are_refused_by_name(name: str) -> None:
+def test_settings_that_the_engine_loop_lacks_are_refused_there_by_name(name: str) -> None:
     with pytest.raises(ConfigError) as refusal:
-        settings(**{name: EFFECTIVE[name]})
+        settings(**{name: 2})
     assert refusal.value.field == name
+    assert ("loop='driver'" in str(refusal.value)) == (name not in NEITHER_LOOP)
+
+
+@pytest.mark.parametrize("name", sorted(NEUTRAL_VALUES.keys() - NEITHER_LOOP.keys()))
+def test_they_make_a_call_one_of_the_driver_loop(name: str) -> None:
+    given = GenerationConfig()
+    setattr(given, name, 2)
+    assert driven(**{name: 2})
+    assert driven(given)
+    assert needs_driver(None, {}, given)
+
+
+@pytest.mark.parametrize("name", sorted(NEITHER_LOOP))
+def test_what_neither_loop_has_is_refused_with_what_to_do_instead(name: str) -> None:
+    value = torch.ones(1, 2) if name == "token_type_ids" else 2
+    for call in (settings, driven):
+        with pytest.raises(ConfigError) as refusal:
+            call(**{name: value})
+        assert refusal.value.field == name
+        assert "loop=" not in str(refusal.value)
 
 
 @pytest.mark.parametrize("name", sorted(NEUTRAL_VALUES))
 def test_the_same_settings_at_their_neutral_values_pass(name: str) -> None:
     for value in NEUTRAL_VALUES[name]:
         assert settings(**{name: value}) == settings()
+        assert not driven(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "bad"),
+    [
+        ("cache_implementation", ("static", "offloaded", "dynamic", "paged"), "quantized"),
+        ("cache_implementation", ("hybrid",), 3),
+        ("compile_config", (CompileConfig(),), {"fullgraph": True}),
+        ("prefill_chunk_size", (1, 512), 0),
+        ("use_cache", (False, True), 2),
+    ],
+)
+def test_settings_of_how_transformers_computes_change_nothing(
+    name: str, values: tuple[Any, ...], bad: Any
+) -> None:
+    for value in values:
+        assert settings(**{name: value}) == settings()
+        assert not driven(**{name: value})
+    for call in (settings, driven):
+        with pytest.raises(ConfigError) as refusal:
+            call(**{name: bad})
+        assert refusal.value.field == name
 
 
 @pytest.mark.parametrize("name", sorted(NEUTRAL_WHEN_SAMPLING))
 def test_sampling_methods_that_are_missing_are_refused_only_when_they_would_act(name: str) -> None:
     assert not settings(**{name: 0.5}).do_sample
+    assert not driven(**{name: 0.5})
+    assert driven(do_sample=True, **{name: 0.5})
     with pytest.raises(ConfigError) as refusal:
         settings(do_sample=True, **{name: 0.5})
     assert refusal.value.field == name
@@ -154,24 +197,40 @@ def test_a_refusal_in_the_models_own_config_counts_too() -> None:
         ("stopping_criteria", [lambda ids, scores: True]),
         ("prefix_allowed_tokens_fn", lambda batch, ids: [1]),
         ("assistant_model", object()),
-        ("inputs_embeds", torch.ones(1, 2, 4)),
-        ("past_key_values", object()),
+        ("past_key_values", DynamicCache()),
+        ("position_ids", torch.zeros(1, 2)),
         ("negative_prompt_ids", torch.ones(1, 2)),
-        ("token_type_ids", torch.ones(1, 2)),
+        ("custom_generate", lambda model, input_ids: input_ids),
         ("synced_gpus", True),
     ],
 )
-def test_arguments_that_the_engine_loop_lacks_are_refused_by_name(name: str, value: Any) -> None:
-    with pytest.raises(ConfigError, match=f"{name}.*not supported"):
+def test_arguments_that_the_engine_loop_lacks_are_the_drivers(name: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"{name}.*not supported by the engine.*loop='driver'"):
         settings(**{name: value})
+    assert driven(**{name: value})
 
 
 def test_arguments_without_effect_pass() -> None:
-    settings(
-        logits_processor=LogitsProcessorList(),
-        stopping_criteria=None,
-        synced_gpus=False,
-        token_type_ids=torch.zeros(1, 3, dtype=torch.int64),
+    nothing = {
+        "logits_processor": LogitsProcessorList(),
+        "stopping_criteria": None,
+        "synced_gpus": False,
+        "token_type_ids": torch.zeros(1, 3, dtype=torch.int64),
+    }
+    settings(**nothing)
+    assert not driven(**nothing)
+
+
+def test_what_the_engine_loop_has_stays_there() -> None:
+    assert not driven(
+        do_sample=True,
+        top_k=5,
+        repetition_penalty=1.2,
+        num_return_sequences=3,
+        stop_strings=["a"],
+        max_time=2.0,
+        logprobs=2,
+        return_dict_in_generate=True,
     )
 
 
