@@ -737,10 +737,14 @@ class KVCacheAdapter(ModelSurface):
         return check_prompt(one_row(given), 0, self.info.max_model_len)
 
     def _use(
-        self, salt: str | None, cache: str = "default", ttl_s: float | None = None, *retention: str
+        self,
+        salt: str | None,
+        cache: str = "default",
+        ttl_s: float | None = None,
+        retention: str = "normal",
     ) -> CacheUse:
         default: str = self.group.spec.config.cache_salt
-        return CacheUse.of(salt, default, cache, ttl_s, *retention)
+        return CacheUse.of(salt, default, cache, ttl_s, retention)
 
     def _forward(self, use: CacheUse) -> ReplicaForward:
         """Forward passes of one call, which find what each other has computed."""
