@@ -125,7 +125,8 @@ def _faults(module: Any, original: Any, trust_remote_code: bool) -> Iterator[str
                 config, trust_remote_code=trust_remote_code
             )
     except Exception as error:  # transformers raises whatever the config makes it trip over
-        yield f"a causal language model of transformers ({loading_reason(error)})"
+        reason = loading_reason(error)
+        yield f"a model that AutoModelForCausalLM builds from its config alone ({reason})"
         return
     yield from _code_faults(plain)
     what = "just what its class, config and weights say, which alone reach the actors"

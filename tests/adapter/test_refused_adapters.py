@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import ray
-from transformers import FalconConfig, LlamaConfig, LlamaForCausalLM
+from transformers import FalconConfig, LlamaConfig, LlamaForCausalLM, ViTConfig
 
 from litecache.adapter import KVCacheAdapter
 from litecache.config import CacheConfig
@@ -66,6 +66,11 @@ def test_unsupported_models_are_named_with_the_reason(no_ray: None) -> None:
     recurrent = LlamaConfig(**{**LLAMA.to_dict(), "mamba_d_state": 16})
     with pytest.raises(ModelNotSupportedError, match=r"'llama' is not supported.*recurrent"):
         KVCacheAdapter(recurrent, weights="random")
+
+
+def test_what_is_no_language_model_is_refused(no_ray: None) -> None:
+    with pytest.raises(ModelNotSupportedError, match=r"'vit'.*no causal language model"):
+        KVCacheAdapter(ViTConfig(), weights="random")
 
 
 def test_an_unknown_path_is_refused(no_ray: None, tmp_path: Path) -> None:

@@ -9,13 +9,18 @@ from typing import Any
 import pytest
 import torch
 from engine_harness import Harness
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from litecache.adapter.sources import resolve_model
+from litecache.config import CacheConfig
+from litecache.engine.loading.model_checks import check_limits
 from litecache.errors import ConfigError
 
 peft = pytest.importorskip("peft")
 
+SEEING = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "output_channels": 8}
+SEEING |= {"num_attention_heads": 2, "num_key_value_heads": 2, "mlp_dim": 16, "head_dim": 8}
+SEEING |= {"image_size": 28, "patch_size": 14, "window_size": 2, "global_attn_indexes": []}
 PROMPTS = [[5, 17, 3, 60, 8, 41, 33, 2, 9], [60, 61, 62, 5, 5, 7]]
 FIELDS: dict[str, Any] = {
     "vocab_size": 96,
@@ -119,6 +124,43 @@ def test_a_module_gives_its_own_tokens_and_stays_as_it_is(kind: str) -> None:
         found = [engine.run(PROMPTS, max_new_tokens=16) for _ in range(2)]
     expected = [own_tokens(model, prompt) for prompt in PROMPTS]
     assert found == [expected, expected]
+
+
+EXPERTS = {"intermediate_size_mlp": 48, "num_local_experts": 2, "attention_chunk_size": 16}
+SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16}
+NESTED: dict[str, dict[str, Any]] = {
+    "fuyu": {},
+    "gemma3": SLIDING,
+    "gemma4": SLIDING,
+    "got_ocr2": {},
+    "llama4": {"layer_types": ["chunked_attention", "full_attention"], **EXPERTS},
+}
+
+
+def test_a_field_that_each_layer_has_for_itself_is_compared_with_no_setting() -> None:
+    text = CONFIG_MAPPING["gemma4_text"](**{**FIELDS, **SLIDING, "head_dim": 8})
+    assert check_limits(text, CacheConfig(head_dim=8, num_heads=4)) == 128
+    with pytest.raises(ConfigError, match="num_heads=5"):
+        check_limits(text, CacheConfig(num_heads=5))
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=[] if k == "gemma3" else pytest.mark.slow) for k in NESTED]
+)
+def test_the_decoder_of_a_model_that_also_sees_gives_its_own_tokens(kind: str) -> None:
+    text = {**FIELDS, "num_key_value_heads": 2, "head_dim": 8, **NESTED[kind]}
+    others = {"vision_config": None, "audio_config": None} if kind == "gemma4" else {}
+    config = CONFIG_MAPPING[kind](text_config=text, **others)
+    vision = getattr(config, "vision_config", None)
+    for name, value in SEEING.items():
+        if hasattr(vision, name):
+            setattr(vision, name, value)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    prompt = PROMPTS[0] * 3
+    with Harness(resolve_model(model).source) as engine:
+        assert engine.engine.info.max_model_len == 128
+        assert engine.run([prompt] * 2, max_new_tokens=16) == [own_tokens(model, prompt)] * 2
 
 
 def test_adapters_and_their_base_are_models_of_their_own() -> None:

@@ -42,7 +42,10 @@ def check_config(hf_config: Any) -> None:
     Raises:
         ModelNotSupportedError: with the reason.
     """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
     text = hf_config.get_text_config(decoder=True)
+    own_code = getattr(hf_config, "auto_map", None)
     kinds = sorted(set(getattr(text, "layer_types", None) or ()))
     recurrent = ", ".join(kind for kind in kinds if _RECURRENT_LAYERS.search(kind))
     reasons = {
@@ -55,6 +58,9 @@ def check_config(hf_config: Any) -> None:
         ),
         "layers with recurrent state": any(
             getattr(text, name, None) is not None for name in _RECURRENT_FIELDS
+        ),
+        "transformers has no causal language model of this configuration": (
+            type(hf_config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not own_code
         ),
     }
     for reason, applies in reasons.items():
@@ -73,14 +79,12 @@ def check_limits(hf_config: Any, config: CacheConfig) -> int:
         ConfigError: naming the field that disagrees, or longer than the model's positions.
     """
     text = hf_config.get_text_config(decoder=True)
-    heads = getattr(text, "num_attention_heads", None)
-    hidden = getattr(text, "hidden_size", None)
+    heads = common_field(text, "num_attention_heads")
     shape = {
-        "num_layers": getattr(text, "num_hidden_layers", None),
+        "num_layers": common_field(text, "num_hidden_layers"),
         "num_heads": heads,
         "num_kv_heads": _kv_heads(text) or heads,
-        "head_dim": getattr(text, "head_dim", None)
-        or (hidden // heads if hidden and heads else None),
+        "head_dim": _head_dim(text),
     }
     for name, actual in shape.items():
         given = getattr(config, name)
@@ -105,6 +109,14 @@ def check_limits(hf_config: Any, config: CacheConfig) -> int:
     return int(length)
 
 
+def common_field(text_config: Any, name: str) -> Any:
+    """A field that all layers share; None where there is none, or each layer has its own."""
+    try:
+        return getattr(text_config, name, None)
+    except RuntimeError:  # transformers says so of a field that differs from layer to layer
+        return None
+
+
 def stated_positions(text_config: Any) -> int | None:
     """How many positions a text configuration states, under whatever name; None = it does not."""
     for name in _POSITION_FIELDS:
@@ -114,14 +126,25 @@ def stated_positions(text_config: Any) -> int | None:
     return None
 
 
+def _head_dim(text_config: Any) -> int | None:
+    try:
+        stated = getattr(text_config, "head_dim", None)
+    except RuntimeError:
+        return None
+    hidden, heads = (common_field(text_config, n) for n in ("hidden_size", "num_attention_heads"))
+    if stated is not None or not isinstance(hidden, int) or not isinstance(heads, int):
+        return stated
+    return hidden // heads if heads else None
+
+
 def _kv_heads(text_config: Any) -> int | None:
     if getattr(text_config, "multi_query", False) and not getattr(
         text_config, "new_decoder_architecture", False
     ):
         return 1
     for name in ("num_key_value_heads", "num_kv_heads"):
-        if getattr(text_config, name, None):
-            return int(getattr(text_config, name))
+        if heads := common_field(text_config, name):
+            return int(heads)
     return None
 
 
