@@ -27,6 +27,7 @@ from litecache.actors.group import Group, exists
 from litecache.actors.group_spec import GroupSpec, check_actor_options, choose_num_gpus
 from litecache.actors.naming import DEFAULT_GROUP, check_group_name
 from litecache.adapter.cache_use import CacheUse
+from litecache.adapter.chat_surface import ChatSurface
 from litecache.adapter.driver_loop import generate_in_driver
 from litecache.adapter.forward import ReplicaForward, prompt_logprobs, row_logits
 from litecache.adapter.generation import (
@@ -78,7 +79,7 @@ CACHE_ARGUMENTS = ("cache_salt", "cache", "cache_ttl_s", "retention")
 TIERS = ("gpu", "ram", "disk", "all")
 
 
-class KVCacheAdapter(ModelSurface):
+class KVCacheAdapter(ChatSurface, ModelSurface):
     """A model on Ray actors with a paged, tiered, persistent KV cache.
 
     Args:
@@ -386,12 +387,12 @@ class KVCacheAdapter(ModelSurface):
             input_ids: token ids, instead of `prompt`.
             as_tokens: iterate over token ids instead of text.
             skip_special_tokens: leave them out of the text.
-            cache_salt, cache, cache_ttl_s, retention, seed, tokenizer, **kwargs: as in
-                `generate`.
+            tokenizer: for the texts; None = the adapter's.
+            cache_salt, cache, cache_ttl_s, retention, seed, **kwargs: as in `generate`.
 
         Returns:
             An iterator with `.request_id`, `.found_tokens`, `.reused_tokens`, `.ttft_s`,
-            `.logprobs` and `.close()`.
+            `.logprobs`, `.finish_reason` and `.close()`.
 
         Raises:
             ConfigError: a setting is invalid or not supported; nothing was sent.
@@ -400,10 +401,11 @@ class KVCacheAdapter(ModelSurface):
         settings = translate(generation_config, kwargs, self.generation_config)
         if settings.num_return_sequences != 1:
             raise ConfigError("num_return_sequences", settings.num_return_sequences, "1 in stream")
-        tokens = self._tokens(one_input(prompt, input_ids))
-        check_flag("as_tokens", as_tokens)
+        tokens = self._tokens(one_input(prompt, input_ids), tokenizer)
         check_flag("skip_special_tokens", skip_special_tokens)
-        decoder = None if as_tokens else TextDecoder.of(self.tokenizer, skip_special_tokens)
+        decoder = None
+        if not check_flag("as_tokens", as_tokens):
+            decoder = TextDecoder.of(self._tokenizer_of(tokenizer), skip_special_tokens)
         jobs = [(tokens, len(tokens), settings)]
         (row,) = self._start(
             jobs,
@@ -727,13 +729,19 @@ class KVCacheAdapter(ModelSurface):
         self._check_open()
         return self.group.delete_salt(check_text("cache_salt", cache_salt))
 
-    def _encode(self, text: str) -> Any:
-        with naming("prompt", text, "a text that the tokenizer takes"):
-            return self.tokenizer(check_text("prompt", text))["input_ids"]
+    def _tokenizer_of(self, given: Any) -> Any:
+        """The tokenizer of a call: given, or the adapter's."""
+        if given is not None and not _has_methods(given, "decode", "__call__"):
+            raise ConfigError("tokenizer", given, "a tokenizer of transformers, or None")
+        return self.tokenizer if given is None else given
 
-    def _tokens(self, prompt: Any) -> TokenIds:
+    def _encode(self, text: str, tokenizer: Any = None) -> Any:
+        with naming("prompt", text, "a text that the tokenizer takes"):
+            return self._tokenizer_of(tokenizer)(check_text("prompt", text))["input_ids"]
+
+    def _tokens(self, prompt: Any, tokenizer: Any = None) -> TokenIds:
         """Token ids of a text, a list or a tensor."""
-        given = self._encode(prompt) if isinstance(prompt, str) else prompt
+        given = self._encode(prompt, tokenizer) if isinstance(prompt, str) else prompt
         return check_prompt(one_row(given), 0, self.info.max_model_len)
 
     def _use(
