@@ -175,7 +175,7 @@ def row_logits(
     return logits
 
 
-def prompt_logprobs(
+def prompt_logprobs_of(
     forward: ReplicaForward, prompts: Sequence[TokenIds], firsts: Sequence[int], top: int
 ) -> list[tuple[TokenLogprobs, ...]]:
     """Log-probabilities of each prompt's tokens from index `firsts` on, and of the `top` likeliest

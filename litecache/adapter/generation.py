@@ -20,9 +20,10 @@ import torch
 from transformers import Cache, CompileConfig, GenerationConfig
 from transformers.generation.configuration_utils import ALL_CACHE_IMPLEMENTATIONS
 
-from litecache.adapter.prompts import as_list
+from litecache.adapter.prompts import as_list, check_input_ids, split_rows
 from litecache.checks import FLOAT32_MAX, check_flag, check_integer, check_real, check_text
 from litecache.errors import ConfigError, outline, shown
+from litecache.token_ids import TokenIds
 from litecache.types import SamplingParams
 
 _DEFAULTS: dict[str, Any] = {
@@ -277,6 +278,29 @@ def needs_driver(
     refuse_everywhere(fields, rest)
     asked = any(k in DRIVER_ARGUMENTS and not _changes_nothing(k, v) for k, v in rest.items())
     return asked or any(True for _ in _beyond_engine(fields))
+
+
+def prompts_to_score(
+    inputs: Any,
+    mask: Any,
+    given: GenerationConfig | None,
+    overrides: dict[str, Any],
+    defaults: GenerationConfig,
+) -> list[TokenIds]:
+    """The tokens of each prompt whose log-probabilities a call asks for.
+
+    Args:
+        inputs, mask: of the call.
+        given, overrides, defaults: as in `translate`.
+
+    Raises:
+        ConfigError: there are none, or the result could not hold them.
+    """
+    fields, _ = merge_settings(given, overrides, defaults)
+    if fields["return_dict_in_generate"] is not True:
+        raise ConfigError("prompt_logprobs", "given", "with return_dict_in_generate=True")
+    pad, ends = fields.get("pad_token_id"), token_ids("eos_token_id", fields)
+    return split_rows(check_input_ids(inputs), mask, None if pad in ends else pad)
 
 
 def merge_settings(

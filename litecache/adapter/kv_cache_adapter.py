@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import itertools
 import os
 import uuid
@@ -29,12 +30,13 @@ from litecache.actors.naming import DEFAULT_GROUP, check_group_name
 from litecache.adapter.cache_use import CacheUse
 from litecache.adapter.chat_surface import ChatSurface
 from litecache.adapter.driver_loop import generate_in_driver
-from litecache.adapter.forward import ReplicaForward, prompt_logprobs, row_logits
+from litecache.adapter.forward import ReplicaForward, prompt_logprobs_of, row_logits
 from litecache.adapter.generation import (
     LOOPS,
     GenerationSettings,
     draw_seed,
     needs_driver,
+    prompts_to_score,
     refuse_arguments,
     translate,
 )
@@ -216,6 +218,7 @@ class KVCacheAdapter(ChatSurface, ModelSurface):
         retention: str = "normal",
         seed: int | None = None,
         tokenizer: Any = None,
+        prompt_logprobs: int | None = None,
         **kwargs: Any,
     ) -> Any:
         """Continue every row of a batch, as `transformers`' `generate` does.
@@ -243,6 +246,9 @@ class KVCacheAdapter(ChatSurface, ModelSurface):
                 is torch's own: the tokens are those of a stock model on the CPU after
                 `torch.manual_seed(seed)`, and torch's generator is put back afterwards.
             tokenizer: for `stop_strings`; None = the adapter's.
+            prompt_logprobs: also tell each prompt token's log-probability and those of so many of
+                the likeliest in its place; needs `return_dict_in_generate`, see
+                `ReuseReport.prompt_logprobs`. The prompt is computed, not reused, for it.
             **kwargs: `attention_mask`, any field of `GenerationConfig`, in the driver loop any
                 other argument of transformers' `generate`, and `logit_bias`, `presence_penalty`,
                 `frequency_penalty`, `stop_token_ids`, `logprobs` (of the engine loop alone; needs
@@ -265,12 +271,16 @@ class KVCacheAdapter(ChatSurface, ModelSurface):
             raise ConfigError("streamer", streamer, "an object with put() and end()")
         use = self._use(cache_salt, cache, cache_ttl_s, retention)
         asks = (generation_config, kwargs, self.generation_config)
+        scored: list[TokenIds] = []
+        if prompt_logprobs is not None:
+            check_integer("prompt_logprobs", prompt_logprobs, 0, self.info.vocab_size)
+            scored = prompts_to_score(given, kwargs.get("attention_mask"), *asks)
         if loop == "driver" or (loop == "auto" and needs_driver(*asks)):
             forward = self._forward(use)
             most = min(self.info.max_model_len, self.info.capacity_tokens)
             proxy = ModelProxy(self.config, self.generation_config, forward, max_model_len=most)
             with show_progress(progress, "Generating", proxy.progress):
-                return generate_in_driver(
+                result = generate_in_driver(
                     proxy,
                     given,
                     generation_config,
@@ -281,6 +291,28 @@ class KVCacheAdapter(ChatSurface, ModelSurface):
                     own_tokenizer=lambda: self.tokenizer,
                     first_pass=lambda: forward.first_pass,
                 )
+        else:
+            options = (use, seed, tokenizer, streamer, progress)
+            result = self._generate(given, generation_config, kwargs, *options)
+        if prompt_logprobs is not None:
+            firsts = [1] * len(scored)
+            told = prompt_logprobs_of(self._forward(use), scored, firsts, prompt_logprobs)
+            whole = tuple((None, *row) for row in told)
+            result.litecache = dataclasses.replace(result.litecache, prompt_logprobs=whole)
+        return result
+
+    def _generate(
+        self,
+        given: Any,
+        generation_config: GenerationConfig | None,
+        kwargs: dict[str, Any],
+        use: CacheUse,
+        seed: int | None,
+        tokenizer: Any,
+        streamer: Any,
+        progress: bool | str,
+    ) -> torch.Tensor | GenerateDecoderOnlyOutput:
+        """`generate` in the engine loop."""
         mask = kwargs.pop("attention_mask", None)
         settings = translate(generation_config, kwargs, self.generation_config)
         if settings.sampling.logprobs is not None and not settings.return_dict:
@@ -549,7 +581,7 @@ class KVCacheAdapter(ChatSurface, ModelSurface):
         for each, tokens in zip(firsts, checked, strict=True):
             check_integer("first", each, 1, len(tokens))
         use = self._use(cache_salt, cache, cache_ttl_s, retention)
-        return prompt_logprobs(self._forward(use), checked, firsts, top)
+        return prompt_logprobs_of(self._forward(use), checked, firsts, top)
 
     def abort(self, request_id: str) -> None:
         """End a request; whoever waits for it gets `RequestAborted`. Unknown ids are passed over.

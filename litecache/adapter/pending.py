@@ -307,6 +307,8 @@ class ReuseReport:
         prompt_tokens: per row, tokens of the prompt, without padding.
         completion_tokens: per row, new tokens, the end token included.
         loop: which drew the tokens, "engine" or "driver".
+        prompt_logprobs: per prompt and token of it, with `prompt_logprobs=k`, None for the first,
+            which nothing tells of; else empty.
     """
 
     reused_tokens: tuple[dict[str, int], ...]
@@ -318,6 +320,7 @@ class ReuseReport:
     prompt_tokens: tuple[int, ...]
     completion_tokens: tuple[int, ...]
     loop: str = "engine"
+    prompt_logprobs: tuple[tuple[TokenLogprobs | None, ...], ...] = ()
 
     @classmethod
     def of(cls, rows: Sequence[PendingRequest]) -> ReuseReport:

@@ -120,3 +120,32 @@ def test_samples_of_a_prompt_compute_it_once(llm: KVCacheAdapter) -> None:
     )
     found = output.litecache.reused_tokens
     assert sorted(sum(row.values()) for row in found) == [0, 39, 39, 39]
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}])
+def test_generate_tells_of_its_prompts_tokens(
+    llm: KVCacheAdapter, tiny_llama: LlamaForCausalLM, options: dict[str, Any]
+) -> None:
+    ids, mask = padded("left")
+    output = llm.generate(
+        ids,
+        attention_mask=mask,
+        max_new_tokens=3,
+        pad_token_id=0,
+        prompt_logprobs=1,
+        return_dict_in_generate=True,
+        **options,
+    )
+    scores = stock(tiny_llama, ids, mask).log_softmax(-1)
+    assert output.litecache.loop == ("driver" if options else "engine")
+    for row, told in enumerate(output.litecache.prompt_logprobs):
+        width = int(mask[row].sum())
+        first = ids.shape[1] - width
+        assert told[0] is None
+        assert len(told) == width
+        for place, one in enumerate(told[1:], start=first + 1):
+            token = int(ids[row, place])
+            assert math.isclose(one.logprob, scores[row, place - 1, token], abs_tol=1e-4)
+            assert one.top[0][0] == int(scores[row, place - 1].argmax())
+    with pytest.raises(ConfigError, match="return_dict_in_generate"):
+        llm.generate(ids, prompt_logprobs=1)
