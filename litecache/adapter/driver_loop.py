@@ -21,6 +21,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.utils import ModelOutput
 
 from litecache.adapter.generation import (
+    DEFAULT_MAX_NEW_TOKENS,
     OWN_ARGUMENTS,
     logit_biases,
     merge_settings,
@@ -99,8 +100,8 @@ def generate_in_driver(
     if isinstance(result, torch.Tensor):
         return result.to(device)
     if isinstance(result, ModelOutput) and isinstance(result.get("sequences"), torch.Tensor):
-        ends = token_ids("eos_token_id", {**settings, **call})
-        result.litecache = _report(proxy, result.sequences, ids, count, ends, begun, first_pass())
+        settings = {**settings, **call}
+        result.litecache = _report(proxy, result.sequences, ids, settings, begun, first_pass())
         result.sequences = result.sequences.to(device)
     return result
 
@@ -109,8 +110,7 @@ def _report(
     proxy: ModelProxy,
     sequences: torch.Tensor,
     ids: torch.Tensor | None,
-    count: int,
-    ends: tuple[int, ...],
+    settings: Mapping[str, Any],
     begun: float,
     first_pass: Sequence[PendingRequest],
 ) -> ReuseReport:
@@ -120,12 +120,19 @@ def _report(
     asked, results = proxy.first_rows or [], len(sequences)
     each = [asked[index * len(asked) // results] if asked else -1 for index in range(results)]
     first = [first_pass[i] if 0 <= i < len(first_pass) else None for i in each]
-    reasons: list[str | None] = []
-    lengths: list[int] = []
+    ends, pad = token_ids("eos_token_id", settings), settings.get("pad_token_id")
+    most = settings.get("max_new_tokens")
+    if most is None:
+        most = (settings.get("max_length") or width + DEFAULT_MAX_NEW_TOKENS) - width
+    reasons, lengths = [], []
     for row in sequences[:, width:].tolist():
         end = next((index for index, token in enumerate(row) if token in ends), None)
-        reasons.append("stop" if end is not None else None)
-        lengths.append(len(row) if end is None else end + 1)
+        length = len(row) if end is None else end + 1
+        # a row that a stop string or a criterion ended before others is filled up
+        while end is None and results > 1 and length and row[length - 1] == pad:
+            length -= 1
+        reasons.append("stop" if end is not None or length < most else "length")
+        lengths.append(length)
     return ReuseReport(
         reused_tokens=tuple({} if row is None else row.reused_tokens for row in first),
         found_tokens=tuple({} if row is None else row.found_tokens for row in first),

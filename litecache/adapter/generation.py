@@ -33,7 +33,7 @@ _DEFAULTS: dict[str, Any] = {
     "no_repeat_ngram_size": 0,
 }  # fmt: skip
 """Of settings that must have a value: None, as an argument too, means "not given"."""
-_DEFAULT_MAX_NEW_TOKENS = 20
+DEFAULT_MAX_NEW_TOKENS = 20
 _SAMPLING_ONLY = {"temperature": 1.0, "top_p": 1.0, "top_k": None, "min_p": None}
 _MOST_PAD_ID = 2**31 - 1
 _TAKES_OTHERS = "generate(..., loop='driver') takes others"
@@ -166,7 +166,7 @@ class GenerationSettings:
         if max_new is None:
             max_length = self.max_length
             if max_length is None:
-                max_length = prompt_width + _DEFAULT_MAX_NEW_TOKENS
+                max_length = prompt_width + DEFAULT_MAX_NEW_TOKENS
                 max_length = min(max_length, max_positions or max_length)
             max_new = max_length - prompt_width
             if max_new < 1:

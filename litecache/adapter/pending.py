@@ -303,7 +303,8 @@ class ReuseReport:
         total_s: per row, seconds from submission to the last token's arrival.
         logprobs: per row and new token, with `logprobs=k`; else empty rows.
         finish_reasons: per row, "stop" (an end token or a stop string) or "length" (of tokens, or
-            of `max_time`); in the driver loop "stop" for an end token, and else None.
+            of `max_time`); in the driver loop "length" where all tokens were drawn that the
+            call allows, and "stop" for every other end.
         prompt_tokens: per row, tokens of the prompt, without padding.
         completion_tokens: per row, new tokens, the end token included.
         loop: which drew the tokens, "engine" or "driver".

@@ -260,3 +260,33 @@ def test_the_callers_settings_and_the_models_stay_as_they_were(forward: StockFor
 def test_max_time_ends_all_rows(forward: StockForward) -> None:
     out = drive(forward, max_time=1e-9, num_beams=2)
     assert out.shape[1] == 13
+
+
+def test_the_report_tells_how_each_row_ended_and_how_many_tokens_it_took(
+    forward: StockForward,
+) -> None:
+    free = stock()[:, 12:].tolist()
+    # one row draws an end token, one is ended by a criterion, the others go on to the end
+    end = free[0][3]
+    lengths = [row.index(end) + 1 if end in row else 8 for row in free]
+    other = next(index for index, length in enumerate(lengths) if length == 8)
+    lengths[other] = 5
+
+    def criterion(ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        done = torch.zeros(len(ids), dtype=torch.bool)
+        done[other] = ids.shape[1] >= 12 + 5
+        return done
+
+    for bound in ({"max_new_tokens": 8}, {"max_new_tokens": None, "max_length": 20}):
+        out = drive(
+            forward,
+            eos_token_id=end,
+            pad_token_id=0,
+            stopping_criteria=[criterion],
+            return_dict_in_generate=True,
+            **bound,
+        )
+        assert out.litecache.completion_tokens == tuple(lengths)
+        reasons = tuple("length" if length == 8 else "stop" for length in lengths)
+        assert out.litecache.finish_reasons == reasons
+        assert len(set(reasons)) == 2
