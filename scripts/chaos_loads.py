@@ -61,7 +61,8 @@ FAULTS = ("killed", "stopped", "restarted")
 SETTLE_S = 60.0
 # what Python, Ray and malloc keep comes and goes in steps
 MORE_MEMORY = 24 * MIB
-MORE_DESCRIPTORS = MORE_THREADS = 3
+MORE_DESCRIPTORS = 3
+MORE_THREADS = 6
 
 
 class Shard(StorageShard):
