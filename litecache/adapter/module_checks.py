@@ -99,7 +99,7 @@ def _early_faults(module: Any) -> Iterator[str]:
     if getattr(module, "is_quantized", False) or integers:
         yield (
             "a model that is not quantised: give its name or folder, so that the actors load it"
-            " as it is, or dequantize() it first"
+            " as it is, or dequantize(dtype=...) it first"
         )
     for key, tensor in tensors.items():
         if type(tensor) not in (torch.Tensor, nn.Parameter, nn.Buffer):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from collections.abc import Callable
@@ -250,3 +251,15 @@ def test_trusted_code_of_another_place_is_part_of_the_fingerprint(tmp_path: Path
     with (elsewhere / "own.py").open("a") as file:
         file.write("x = 1\n")
     assert load(folder, trust_remote_code=True).fingerprint != before
+
+
+@pytest.mark.parametrize(("kind", "package"), [("gptq", "optimum"), ("awq", "gptqmodel")])
+def test_a_quantised_folder_whose_package_is_not_installed_is_refused_by_that_name(
+    tmp_path: Path, kind: str, package: str
+) -> None:
+    if importlib.util.find_spec(package) is not None:
+        pytest.skip(f"{package} is installed")
+    settings = {"quant_method": kind, "bits": 4, "group_size": 32}
+    edit_json(save_llama(tmp_path) / "config.json", quantization_config=settings)
+    with pytest.raises(ConfigError, match=rf"pip install {package}"):
+        load(tmp_path)

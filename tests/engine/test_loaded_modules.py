@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -233,3 +234,38 @@ def test_adapters_that_change_more_than_weights_are_refused(kind: str) -> None:
     make, reason = REFUSED[kind]
     with pytest.raises(ConfigError, match=f"model=.*{reason}"):
         resolve_model(make())
+
+
+OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "tests_contrary_llama"
+
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = -output.logits
+        return output
+"""
+
+
+def test_a_model_with_code_of_its_own_gives_its_own_tokens_by_folder_and_as_a_module(
+    tmp_path: Path,
+) -> None:
+    llama().save_pretrained(tmp_path)
+    (tmp_path / "own.py").write_text(OWN_CODE)
+    config = json.loads((tmp_path / "config.json").read_text())
+    auto = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    config |= {"model_type": "tests_contrary_llama", "auto_map": auto}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
+    expected = [own_tokens(model, prompt) for prompt in PROMPTS]
+    assert expected != [own_tokens(llama(), prompt) for prompt in PROMPTS]
+    for given in (tmp_path, model):
+        with pytest.raises(ConfigError, match="trust_remote_code=True"):
+            resolve_model(given)
+        with Harness(resolve_model(given, trust_remote_code=True).source) as engine:
+            assert engine.run(PROMPTS, max_new_tokens=16) == expected
