@@ -13,7 +13,7 @@ from any_values import ANYTHING, good_or_refused
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from letter_tokenizer import letter_tokenizer
-from transformers import LlamaForCausalLM, TextIteratorStreamer
+from transformers import LlamaForCausalLM, TextIteratorStreamer, TextStreamer
 
 from litecache.adapter import KVCacheAdapter
 from litecache.adapter.chat import ChatReply, ChatStream, Message
@@ -332,18 +332,55 @@ def test_an_event_loop_asks_many_at_once_and_streams(chat_llm: KVCacheAdapter) -
     gc.collect()
 
 
+@pytest.mark.parametrize("loop", ["engine", "driver"])
 def test_streamers_and_stop_strings_work_in_a_chat(
-    chat_llm: KVCacheAdapter, tokenizer: Any
+    chat_llm: KVCacheAdapter, tokenizer: Any, loop: str
 ) -> None:
-    plain = chat_llm.chat([user("abc")], max_new_tokens=30)
+    options = {"max_new_tokens": 30, "loop": loop}
+    plain = chat_llm.chat([user("abc")], **options)
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    reply = chat_llm.chat([user("abc")], max_new_tokens=30, streamer=streamer)
+    reply = chat_llm.chat([user("abc")], streamer=streamer, **options)
     assert "".join(streamer) == reply.text == plain.text
     stop = plain.text[5:8]
-    reply = chat_llm.chat([user("abc")], max_new_tokens=30, stop_strings=stop)
+    reply, other = chat_llm.chat([[user("abc")], [user("d")]], stop_strings=stop, **options)
     assert reply.finish_reason == "stop"
     assert stop in reply.text
     assert plain.text.startswith(reply.text)
+    assert len(other.token_ids) > len(reply.token_ids) == reply.usage.completion_tokens
+
+
+@pytest.mark.parametrize("loop", ["engine", "driver"])
+def test_a_streamer_of_one_row_refuses_two_in_its_own_words(
+    chat_llm: KVCacheAdapter, tokenizer: Any, loop: str
+) -> None:
+    for made in (TextStreamer, TextIteratorStreamer):
+        with pytest.raises(ValueError, match="TextStreamer only supports batch size 1"):
+            chat_llm.generate(
+                torch.tensor([[3, 4], [5, 6]]), streamer=made(tokenizer), loop=loop, **LONG
+            )
+    assert chat_llm.chat([user("a")], max_new_tokens=1).finish_reason == "length"
+
+
+def test_beams_and_python_processors_answer_and_a_session_goes_on_from_them(
+    chat_llm: KVCacheAdapter, tiny_llama: LlamaForCausalLM, tokenizer: Any
+) -> None:
+    def only_letters(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        scores[:, :8] = scores[:, 158:] = -torch.inf
+        return scores
+
+    options: dict[str, Any] = {"num_beams": 3, "logits_processor": [only_letters]}
+    conversations = [[user("abc")], [user("dd" * 9)]]
+    replies = chat_llm.chat(conversations, max_new_tokens=20, **options)
+    for each, reply in zip(conversations, replies, strict=True):
+        assert list(reply.token_ids) == stock(tiny_llama, prompt_of(tokenizer, each), **options)
+        assert reply.finish_reason == "length"
+    session = chat_llm.session(max_new_tokens=20, **options)
+    first = session.send("abc")
+    assert first.token_ids == replies[0].token_ids
+    known = session._state.transcript.tokens
+    second = session.send("e")
+    assert session._state.transcript.tokens[: len(known)] == known
+    assert sum(second.usage.cached_tokens.values()) >= (len(known) - 1) // 16 * 16
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from small_tokenizers import KINDS, small_tokenizer
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from litecache.adapter.streaming import TextDecoder
 
@@ -100,3 +103,90 @@ def test_the_work_for_a_token_does_not_grow_with_the_text(kind: str, text: str) 
     given_out.append(decoder.add([], last=True))
     assert "".join(given_out) == whole(tokenizer, ids, True)
     assert decoded < 60 * len(ids) + 100
+
+
+CHARACTERS = st.one_of(
+    st.sampled_from(" the\n'.,()"),
+    st.sampled_from("éñạ̈안ก日本🙂🏳👩\u200d\ufe0f\u0301\u0e33\u3099"),
+    st.characters(codec="utf-8"),
+)
+_BYTES = [f"<0x{value:02X}>" for value in range(256)]
+
+
+def learned(words: list[list[str]], picks: list[int]) -> list[tuple[str, str]]:
+    """Merges as a trainer finds them, but of neighbours that `picks` choose."""
+    merges: list[tuple[str, str]] = []
+    for pick in picks:
+        pairs = sorted({pair for word in words for pair in pairwise(word)})
+        if not pairs:
+            break
+        first, second = pairs[pick % len(pairs)]
+        merges.append((first, second))
+        for word in words:
+            at = 0
+            while at < len(word) - 1:
+                if (word[at], word[at + 1]) == (first, second):
+                    word[at : at + 2] = [first + second]
+                at += 1
+    return list(dict.fromkeys(merges))
+
+
+@st.composite
+def tokenizers_of_any_kind(draw: st.DrawFn) -> tuple[Any, str]:
+    """A BPE tokenizer, whose tokens may hold parts of several characters, and a text like those
+    that it was made from."""
+    texts = draw(st.lists(st.text(CHARACTERS, min_size=1, max_size=12), min_size=1, max_size=4))
+    picks = draw(st.lists(st.integers(0, 1 << 16), max_size=24))
+    special = ["<s>", "</s>", "<unk>"]
+    if draw(st.booleans()):  # bytes are written as letters
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        split = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=draw(st.booleans()))
+        words = [list(w) for text in texts for w, _ in split.pre_tokenize_str(text)]
+        merges = learned(words, picks)
+        pieces = [*special, *alphabet, *map("".join, merges)]
+        vocab = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
+        made = Tokenizer(models.BPE(vocab, merges))
+        made.pre_tokenizer, made.decoder = split, decoders.ByteLevel()
+    else:  # characters, and bytes of those that are not in the vocabulary
+        known = draw(st.sets(st.sampled_from(sorted(set("".join(texts))))))
+        words = [["▁", *("▁" if c == " " else c for c in text if c in known)] for text in texts]
+        merges = learned(words, picks)
+        fallback = draw(st.booleans())
+        pieces = [*special, *(_BYTES if fallback else []), "▁", *sorted(known)]
+        pieces += map("".join, merges)
+        vocab = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
+        made = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=fallback))
+        metaspace = draw(st.booleans())
+        if metaspace:
+            made.pre_tokenizer = pre_tokenizers.Metaspace()
+            made.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
+        else:
+            made.normalizer = normalizers.Replace(" ", "▁")
+            steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+            if draw(st.booleans()):
+                steps.append(decoders.Strip(" ", 1, 0))
+            made.decoder = decoders.Sequence(steps)
+    added = draw(st.lists(st.sampled_from(["<think>", " <x>", "é🙂", "\n\n"]), unique=True))
+    made.add_tokens([AddedToken(text, special=False) for text in added])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    return fast, "".join(draw(st.permutations(texts)))
+
+
+@given(made=tokenizers_of_any_kind(), data=st.data())
+def test_the_pieces_add_up_with_any_tokenizer_and_no_character_is_split(
+    made: tuple[Any, str], data: st.DataObject
+) -> None:
+    tokenizer, text = made
+    sizes = data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=4))
+    skip = data.draw(st.booleans())
+    ids = tokenizer.encode(text * data.draw(st.integers(1, 4)), add_special_tokens=False)
+    pieces = pieces_of(tokenizer, ids, skip, sizes)
+    expected = whole(tokenizer, ids, skip)
+    assert "".join(pieces) == expected
+    if "\ufffd" not in expected:
+        assert not any("\ufffd" in piece for piece in pieces)
+    # what a model draws need not be the tokens of any text
+    drawn = data.draw(st.lists(st.integers(0, len(tokenizer) + 2), max_size=60))
+    assert "".join(pieces_of(tokenizer, drawn, skip, sizes)) == whole(tokenizer, drawn, skip)
