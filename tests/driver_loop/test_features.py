@@ -1,56 +1,97 @@
-"""Each thing that transformers' `generate` can do, over a proxy, against stock `generate`."""
+"""Each thing that transformers' `generate` can do, over an engine, against stock `generate`.
+
+The engine runs in this process; every call is made twice, and the second finds its prompt.
+"""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from features import FEATURES
-from stock_forward import StockForward
-from tiny_models import assert_same, tiny_model
+from engine_harness import EngineForward, Harness
+from features import FEATURES, Feature, Settings
+from scene import Scene, tiny_scene
+from tiny_models import assert_same
 
 from litecache.adapter.driver_loop import generate_in_driver
 from litecache.adapter.proxy import ModelProxy
+from litecache.engine.loading.model_source import ModelSource
+
+TEXT = frozenset({"stop_strings", "token_healing"})
+
+
+class Both:
+    """Stock generate of a scene, and LiteCache's over an engine with the same weights."""
+
+    def __init__(self, scene: Scene, harness: Harness) -> None:
+        self.scene, self.harness = scene, harness
+        self._stock = functools.cache(self._stock_plain)
+
+    def call(self, feature: Feature, settings: Settings) -> Settings:
+        """All arguments of a call."""
+        inputs = getattr(self.scene, feature.inputs)
+        call = {**inputs, "max_new_tokens": self.scene.new_tokens, **settings}
+        return {**call, "tokenizer": self.scene.tokenizer} if TEXT & {*settings} else call
+
+    def stock(self, call: Settings) -> tuple[Any, torch.Tensor]:
+        """What stock generate gives from a seed, and torch's random state after it."""
+        torch.manual_seed(17)
+        return self.scene.model.generate(**call), torch.get_rng_state()
+
+    def plain(self, feature: Feature) -> Any:
+        """What it gives without what changes the output."""
+        settings = feature.without(self.scene)
+        simple = all(isinstance(value, (bool, int, float, str)) for value in settings.values())
+        if simple:
+            return self._stock(feature.inputs, tuple(sorted(settings.items())))
+        return self.stock(self.call(feature, settings))[0]
+
+    def _stock_plain(self, inputs: str, settings: tuple[tuple[str, Any], ...]) -> Any:
+        return self.stock(self.call(Feature("", "", dict, (), inputs), dict(settings)))[0]
+
+    def ours(self, call: Settings) -> tuple[Any, list[list[int]]]:
+        """What LiteCache gives, and the tokens that each row of each forward reused."""
+        forward = EngineForward(self.harness)
+        model = self.scene.model
+        proxy = ModelProxy(model.config, model.generation_config, forward)
+        given, tokenizer = call.pop("generation_config", None), call.pop("tokenizer", None)
+        ids = call.pop("input_ids")
+        torch.manual_seed(17)
+        return generate_in_driver(proxy, ids, given, call, tokenizer=tokenizer), forward.reused
 
 
 @pytest.fixture(scope="module")
-def forward() -> StockForward:
-    return StockForward(tiny_model())
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Both]:
+    scene, folder = tiny_scene(), str(tmp_path_factory.mktemp("model"))
+    scene.model.save_pretrained(folder)
+    with Harness(ModelSource(path=folder)) as harness:
+        yield Both(scene, harness)
 
 
-def stock(inputs: dict[str, torch.Tensor], **settings: Any) -> tuple[Any, torch.Tensor]:
-    """What stock generate gives from a seed, and torch's random state after it."""
-    torch.manual_seed(17)
-    return tiny_model().generate(
-        **inputs, **{"max_new_tokens": 9, **settings}
-    ), torch.get_rng_state()
+def check(both: Both, feature: Feature) -> None:
+    expected, random_state = both.stock(both.call(feature, feature.settings(both.scene)))
+    both.harness.empty("gpu")
+    for _ in range(2):
+        result, reused = both.ours(both.call(feature, feature.settings(both.scene)))
+        assert_same(result, expected)
+        assert torch.equal(torch.get_rng_state(), random_state)
+    if feature.inputs != "word" and feature.asks != FEATURES["bos_token_id"].asks:
+        assert all(reused[0]), "the second call's first forward found nothing"
+    if feature.changes:
+        assert not same(both.plain(feature), expected), "this value changes nothing"
 
 
-def ours(forward: Any, inputs: dict[str, torch.Tensor], **settings: Any) -> Any:
-    model = tiny_model()
-    proxy = ModelProxy(model.config, model.generation_config, forward)
-    given = settings.pop("generation_config", None)
-    others = {**inputs, "max_new_tokens": 9, **settings}
-    return generate_in_driver(proxy, others.pop("input_ids"), given, others)
-
-
-@pytest.mark.parametrize("name", FEATURES)
-def test_a_feature_gives_what_stock_generate_gives(forward: StockForward, name: str) -> None:
-    inputs, settings, effective = FEATURES[name]
-    expected, random_state = stock(inputs, **settings())
-    torch.manual_seed(17)
-    assert_same(ours(forward, inputs, **settings()), expected)
-    assert torch.equal(torch.get_rng_state(), random_state)
-    if effective is not None:
-        without = {key: value for key, value in settings().items() if key not in effective}
-        plain, _ = stock(inputs, **without)
-        assert not equal_results(plain, expected), "this value changes nothing"
-
-
-def equal_results(one: Any, other: Any) -> bool:
+def same(one: Any, other: Any) -> bool:
     try:
         assert_same(one, other)
     except AssertionError:
         return False
     return True
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_a_feature_cold_and_with_a_prefix_hit(tiny: Both, name: str) -> None:
+    check(tiny, FEATURES[name])

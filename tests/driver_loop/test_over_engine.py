@@ -2,60 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from engine_harness import Harness, family_source
-from features import ALL, BATCH, ECHO, FEATURES
+from engine_harness import EngineForward, Harness, family_source
+from features import ALL, FEATURES
 from plan_driver import stock_model
+from scene import tiny_scene
 from tiny_models import assert_same, ragged
 
 from litecache.adapter.driver_loop import generate_in_driver
 from litecache.adapter.proxy import ModelProxy
-from litecache.token_ids import TokenIds
 
+BATCH, ECHO = tiny_scene().batch, tiny_scene().echo
 SLOW = pytest.mark.slow
 FAMILIES = (
-    "llama",
     "gemma2",
+    pytest.param("llama", marks=SLOW),
     pytest.param("gpt2", marks=SLOW),
     pytest.param("mistral", marks=SLOW),
 )
 NAMES = (
-    "scores and logits",
-    "sampling",
-    "beams, all of them",
-    "beam sampling",
-    "prompt lookup",
+    "output_logits",
+    "do_sample",
+    "num_beams, all of them",
+    "num_beams, sampling",
+    "prompt_lookup_num_tokens",
     "negative_prompt_ids",
-    "guided beams",
-    "prefix_allowed_tokens_fn",
+    "guidance_scale, beams",
+    "prefix_allowed_tokens_fn, beams",
     "logits_processor",
-    "use_cache=False",
+    "use_cache",
     "prefill_chunk_size",
     "custom_generate",
 )
-
-
-class EngineForward:
-    """Forward passes of an engine in this process.
-
-    Attributes:
-        reused: of each forward, per row, the tokens that were not computed.
-    """
-
-    def __init__(self, harness: Harness) -> None:
-        info = harness.engine.info
-        self._harness = harness
-        self.vocab_size, self.dtype = info.vocab_size, getattr(torch, info.dtype)
-        self.reused: list[list[int]] = []
-
-    def __call__(self, rows: Sequence[TokenIds], wanted: Sequence[int]) -> list[torch.Tensor]:
-        logits = self._harness.forward(rows, wanted)
-        self.reused.append([sum(found.values()) for found in self._harness.reused])
-        return logits
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -79,12 +61,13 @@ def drive(forward: Any, model: Any, **arguments: Any) -> Any:
 def test_a_feature_over_the_engine_gives_what_stock_generate_gives(
     harness: Harness, family: str, name: str
 ) -> None:
-    inputs, settings, _ = FEATURES[name]
+    feature, scene = FEATURES[name], tiny_scene()
+    call = {**getattr(scene, feature.inputs), **feature.settings(scene)}
     model = stock_model(family, 0, "cpu")
     torch.manual_seed(17)
-    expected = model.generate(**inputs, **{"max_new_tokens": 9, "pad_token_id": 0, **settings()})
+    expected = model.generate(**{"max_new_tokens": 9, "pad_token_id": 0, **call})
     torch.manual_seed(17)
-    assert_same(drive(EngineForward(harness), model, **inputs, **settings()), expected)
+    assert_same(drive(EngineForward(harness), model, **call), expected)
     harness.check()
 
 

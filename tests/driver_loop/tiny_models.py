@@ -6,34 +6,50 @@ import functools
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 VOCAB = 97
 
 
+_SHAPE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 160,
+}
+_MIXTURE = {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}
+_CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": _SHAPE,
+    "gpt2": {"n_embd": 32, "n_head": 4, "n_positions": 160},
+    "qwen3": {**_SHAPE, "head_dim": 16},
+    "gemma2": {**_SHAPE, "head_dim": 8, "sliding_window": 6, "query_pre_attn_scalar": 8},
+    "mistral": {**_SHAPE, "sliding_window": 7},
+    "mixtral": {**_SHAPE, **_MIXTURE},
+    "opt": {
+        "hidden_size": 32,
+        "word_embed_proj_dim": 32,
+        "ffn_dim": 48,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 160,
+        "init_std": 0.3,
+    },
+}
+TINY_FAMILIES = tuple(_CONFIGS)
+
+
 @functools.cache
-def tiny_model(family: str = "llama", layers: int = 2) -> Any:
+def tiny_model(family: str = "llama", layers: int = 2, vocab: int = VOCAB) -> Any:
     """Random weights in float32, the same in every process."""
     ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "initializer_range": 0.3}
-    if family == "gpt2":
-        config: Any = GPT2Config(
-            vocab_size=VOCAB, n_embd=32, n_layer=layers, n_head=4, n_positions=160, **ends
-        )
-    else:
-        config = LlamaConfig(
-            vocab_size=VOCAB,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=layers,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=160,
-            **ends,
-        )
+    fields = {"vocab_size": vocab, "num_hidden_layers": layers, **ends, **_CONFIGS[family]}
+    config = AutoConfig.for_model(family, **fields)
     before = torch.get_rng_state()
     torch.manual_seed(layers)
+    # the scores' soft cap of Gemma 2 is in its eager attention alone
+    attention = "eager" if family == "gemma2" else "sdpa"
     try:
-        return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+        return AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
     finally:
         torch.set_rng_state(before)
 

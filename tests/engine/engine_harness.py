@@ -45,6 +45,7 @@ class Harness:
         loads: Loads = "all",
         remote: RemoteSource | None = None,
         shards: Sequence[ShardClient] = (),
+        num_threads: int = 1,
         **config: object,
     ) -> None:
         self._names = itertools.count()
@@ -70,7 +71,7 @@ class Harness:
             shards=[*clients, *shards],
             loads=loads,
             remote=remote,
-            num_threads=1,
+            num_threads=num_threads,
         )
         self.reused: list[dict[str, int]] = []
         self.found: list[dict[str, int]] = []
@@ -171,16 +172,24 @@ class Harness:
             self.close()
 
 
-__all__ = ["VOCAB", "Harness", "family_source"]
-
-
 class EngineForward:
-    """A `Forward` of the driver's over an engine in this process."""
+    """A `Forward` of the driver's over an engine in this process.
+
+    Attributes:
+        reused: of each forward, per row, the tokens that were not computed.
+    """
 
     def __init__(self, harness: Harness) -> None:
-        self.vocab_size = harness.engine.info.vocab_size
-        self.dtype: torch.dtype = getattr(torch, harness.engine.info.dtype)
+        info = harness.engine.info
+        self.vocab_size = info.vocab_size
+        self.dtype: torch.dtype = getattr(torch, info.dtype)
+        self.reused: list[list[int]] = []
         self._harness = harness
 
     def __call__(self, rows: Sequence[Sequence[int]], wanted: Sequence[int]) -> list[torch.Tensor]:
-        return self._harness.forward(rows, wanted)
+        logits = self._harness.forward(rows, wanted)
+        self.reused.append([sum(found.values()) for found in self._harness.reused])
+        return logits
+
+
+__all__ = ["VOCAB", "EngineForward", "Harness", "family_source"]
