@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, pipeline
 from transformers.pipelines import base as pipelines_base
 
 from litecache.adapter import KVCacheAdapter
+from litecache.engine.loading.model_source import ModelSource
 from litecache.errors import ConfigError
 
 TEXTS = ["abc", "edcbaabcde"]
@@ -36,8 +38,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
         ("abc", {"stop_sequence": "d", "max_new_tokens": 60}),
         ("abc", {"return_dict_in_generate": True}),
         ("", {}),
+        ("abc", {"num_beams": 3, "num_return_sequences": 2}),
     ],
-    ids=["text", "texts", "batch", "chat", "tensors", "stop", "dict", "empty"],
+    ids=[
+        *("text", "texts", "batch", "chat", "tensors", "stop", "dict", "empty", "beams"),
+    ],
 )
 def test_the_text_generation_pipeline_says_the_same_over_an_adapter_as_over_the_model(
     llm: KVCacheAdapter,
@@ -53,6 +58,32 @@ def test_the_text_generation_pipeline_says_the_same_over_an_adapter_as_over_the_
         for model in (tiny_llama, llm)
     )
     assert str(ours) == str(stock)
+
+
+def test_a_pipeline_that_samples_says_the_same_for_a_seed_in_the_driver_loop(
+    llm: KVCacheAdapter, tiny_llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    said = []
+    for model, options in ((tiny_llama, {}), (llm, {"loop": "driver"})):
+        torch.manual_seed(5)
+        said.append(pipeline("text-generation", model=model, tokenizer=tokenizer)("ab", **options))
+    assert said[0] == said[1]
+
+
+def test_the_tokenizer_is_the_one_in_the_models_folder(
+    llm: KVCacheAdapter,
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tokenizer.save_pretrained(tmp_path)
+    monkeypatch.setattr(llm, "_source", ModelSource(path=str(tmp_path)))
+    monkeypatch.setattr(llm, "_tokenizer", None)
+    said = "".join(llm.stream("edcba", max_new_tokens=8))
+    ids = torch.tensor([tokenizer("edcba")["input_ids"]])
+    new = llm.generate(ids, max_new_tokens=8)[0, ids.shape[1] :]
+    assert said == tokenizer.decode(new, skip_special_tokens=True)
+    assert type(llm.tokenizer) is type(tokenizer)
 
 
 def test_a_pipeline_takes_an_adapter_for_a_model_that_suits_it(

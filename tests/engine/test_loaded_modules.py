@@ -139,7 +139,8 @@ NESTED: dict[str, dict[str, Any]] = {
 
 
 def test_a_field_that_each_layer_has_for_itself_is_compared_with_no_setting() -> None:
-    text = CONFIG_MAPPING["gemma4_text"](**{**FIELDS, **SLIDING, "head_dim": 8})
+    own = {"head_dim": 8, "num_global_key_value_heads": 1, "attention_k_eq_v": True}
+    text = CONFIG_MAPPING["gemma4_text"](**{**FIELDS, **SLIDING, **own})
     assert check_limits(text, CacheConfig(head_dim=8, num_heads=4)) == 128
     with pytest.raises(ConfigError, match="num_heads=5"):
         check_limits(text, CacheConfig(num_heads=5))
