@@ -297,10 +297,12 @@ class ChatStream:
 
     def close(self) -> None:
         """Stop early: the request is aborted unless it has ended."""
-        self._stream.close()
         ended, self._ended = self._ended, None
-        if ended is not None:
-            ended(self.reply)
+        try:
+            self._stream.close()
+        finally:  # whatever becomes of the request
+            if ended is not None:
+                ended(self.reply)
 
     def __enter__(self) -> Self:
         return self

@@ -152,8 +152,9 @@ class ChatSession:
         self, message: str | Message | Sequence[Message], *, stream: bool = False, **settings: Any
     ) -> Any:
         """`send` on an event loop: no thread waits for the answer."""
+        check_flag("stream", stream)
         opened = await asyncio.to_thread(self.send, message, stream=True, **settings)
-        return opened if check_flag("stream", stream) else await read(opened)
+        return opened if stream else await read(opened)
 
     def undo(self) -> list[Message]:
         """Take the last turn back; returns its messages.
