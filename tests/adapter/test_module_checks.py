@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import dispatch_model
-from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import nn
 from transformers import (
     AttentionInterface,
@@ -24,6 +22,8 @@ from transformers.models.llama import modeling_llama
 
 from litecache.adapter.sources import resolve_model
 from litecache.errors import ConfigError
+
+accelerate = pytest.importorskip("accelerate")
 
 FIELDS = {
     "vocab_size": 64,
@@ -105,7 +105,7 @@ CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
         r"layers\.1\.\S+ is model\.layers\.0\.\S+, to which its config does not tie it",
     ),
     "hook of accelerate's kind": (
-        lambda m: add_hook_to_module(m.model.norm, Doubling(), append=True),
+        lambda m: accelerate.hooks.add_hook_to_module(m.model.norm, Doubling(), append=True),
         r"hook Doubling of model\.norm",
     ),
     "attention function": (
@@ -119,7 +119,7 @@ class Spread(torch.Tensor):
     """As a tensor over many processes, or of packed numbers."""
 
 
-class Doubling(ModelHook):
+class Doubling(accelerate.hooks.ModelHook):
     def post_forward(self, module: Any, output: Any) -> Any:
         return 2 * output
 
@@ -181,7 +181,7 @@ def test_a_hook_for_all_modules_is_refused() -> None:
         lambda m: setattr(m, "forward", torch.compile(m.forward)),
         lambda m: m.resize_token_embeddings(64),
         lambda m: m.compile(),
-        lambda m: dispatch_model(m, {"": "cpu"}, force_hooks=True),
+        lambda m: accelerate.dispatch_model(m, {"": "cpu"}, force_hooks=True),
         lambda m: setattr(m, "is_quantized", False),
         lambda m: setattr(m.generation_config, "max_new_tokens", 3),
     ],
