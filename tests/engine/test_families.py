@@ -40,7 +40,8 @@ SOME = (
     ("llama4_text", "plain"),
     ("deepseek_v32", "plain"),
 )
-REFUSED = {"phi3", "deepseek_v32"}
+REFUSED = {"phi3", "deepseek_v32", "llama"}
+"""Llama's cache has a window where its configuration names one; its masks have not."""
 MANY = (
     "afmoe", "cohere2", "deepseek_v3", "doge", "falcon", "gemma2", "gemma3n_text",
     "gemma4_text", "glm4_moe", "gpt2", "granite_swa", "llama", "modernbert-decoder", "olmo3",
@@ -69,6 +70,14 @@ def test_a_refusal_tells_the_length_that_is_accepted():
     assert admit(made.build(), CacheConfig(device="cpu"), 40)
     with pytest.raises(ModelNotSupportedError, match="max_model_len of up to 40 tokens"):
         admit(made.build(), CacheConfig(device="cpu"), 41)
+
+
+def test_a_model_whose_own_cache_drops_what_its_masks_show_is_refused_beyond_that():
+    made = Made("moshi", cases_of("moshi")["known lengths"])
+    with pytest.raises(ModelNotSupportedError, match="decodes with its own cache") as error:
+        admit(made.build(), CacheConfig(device="cpu"), 160)
+    assert error.value.right_to == 8
+    assert admit(made.build(), CacheConfig(device="cpu"), 8).attention == "paged"
 
 
 def test_layers_have_the_window_of_their_mask_and_no_other():

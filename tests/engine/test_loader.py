@@ -66,6 +66,7 @@ def test_layers_with_windows_form_a_group_of_their_own():
         ({"model_type": "mamba"}, "recurrent"),
         ({"model_type": "qwen3_next"}, "recurrent"),
         ({"model_type": "lfm2"}, "recurrent"),
+        ({"model_type": "deepseek_v32"}, "index beside the keys"),
         ({"model_type": "t5"}, "encoder-decoder"),
     ],
 )

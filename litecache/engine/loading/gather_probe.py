@@ -48,6 +48,8 @@ def record_updates(model: Any, kv_dtype: str, max_model_len: int) -> tuple[KVSpe
     except Exception as error:
         raise refusal(model.config, f"its forward with a cache fails: {error}") from error
     num_layers = number_of_layers(model.config)
+    if not calls:
+        raise refusal(model.config, "it keeps no keys and values in a transformers cache")
     if sorted(calls) != list(range(num_layers)) or any(len(made) > 1 for made in calls.values()):
         made = {layer: len(found) for layer, found in sorted(calls.items())}
         raise refusal(
@@ -74,7 +76,7 @@ def gathered_logits(
     # Scattered and interleaved, as in a pool that has been in use.
     table = torch.arange(rows * width, 0, -1, device=device).view(width, rows).T
     tables = table.expand(len(pools), rows, width)
-    run = GatheredForward(model, layout, pools, tokens.view(-1), tables)
+    run = GatheredForward(model, layout, pools, tokens.reshape(-1), tables)
     # Different ends, so that the decodes are ragged and rows leave the batch one by one.
     ends = [max(1, plan.tokens - 3 - row % 3) for row in range(rows)]
     cuts = [min(plan.cut(row), end) for row, end in enumerate(ends)]

@@ -53,6 +53,9 @@ def check_config(hf_config: Any) -> None:
             hf_config, "is_encoder_decoder", False
         ),
         f"layers with recurrent state ({recurrent})": recurrent,
+        "an index beside the keys and values, which picks what its layers attend to": getattr(
+            text, "index_topk", None
+        ),
         "attention that treats generated tokens otherwise than the prompt": (
             "reference_sliding_attention" in kinds
         ),

@@ -9,8 +9,9 @@ other way of running a model, over gathered KV, is tried in gather_probe.py.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -269,6 +270,31 @@ def check_prefix(model: Any, plan: ProbePlan) -> None:
     _compare(model, part, whole[:, :few], "differ when more tokens follow, in its own code")
 
 
+def check_own_cache(model: Any, plan: ProbePlan) -> None:
+    """Refuse a model whose tokens depend on whether its own cache is used.
+
+    Some let their cache drop what their masks show: what stock `generate` says is then not what
+    the model says of the whole sequence. A model that takes no cache passes.
+
+    Raises:
+        ModelNotSupportedError: the last logits are others when it decodes with its own cache.
+    """
+    tokens, _ = ProbePlan((0,), plan.tokens).inputs(model)
+    whole, cut, cache = ordinary_logits(model, ProbePlan((0,), plan.tokens)), plan.tokens - 2, None
+    with own_attention(model), torch.inference_mode():
+        try:
+            cache = model(input_ids=tokens[:, :cut], use_cache=True).past_key_values
+            found = []
+            for place in range(cut, plan.tokens):
+                ids = tokens[:, place : place + 1]
+                found.append(model(input_ids=ids, past_key_values=cache, use_cache=True).logits)
+        except Exception:
+            return
+    if cache is not None:
+        what = "differ when it decodes with its own cache, in its own code"
+        _compare(model, torch.cat(found, dim=1).float(), whole[:, cut:], what)
+
+
 def _compare(model: Any, logits: torch.Tensor, reference: torch.Tensor, what: str) -> float:
     dtype = next(model.parameters()).dtype
     error, tolerance = relative_error(logits, reference), TOLERANCE[dtype]
@@ -341,17 +367,24 @@ def ordinary_logits(model: Any, plan: ProbePlan = ProbePlan()) -> torch.Tensor:
     tokens, places = plan.inputs(model)
     taken = "position_ids" in inspect.signature(model.forward).parameters
     extra = {"position_ids": places} if any(plan.starts) and taken else {}
+    with own_attention(model), torch.inference_mode():
+        try:
+            logits: torch.Tensor = model(input_ids=tokens, use_cache=False, **extra).logits
+        except Exception as error:
+            raise refusal(model.config, f"its own forward fails: {error}") from error
+    return logits.float()
+
+
+@contextlib.contextmanager
+def own_attention(model: Any) -> Iterator[None]:
+    """Have a model attend by itself, eagerly where its attention had been exchanged."""
     chosen = model.config._attn_implementation
-    if exchanged := chosen == IMPLEMENTATION:
+    if chosen == IMPLEMENTATION:
         model.set_attn_implementation("eager")
     try:
-        with torch.inference_mode():
-            logits: torch.Tensor = model(input_ids=tokens, use_cache=False, **extra).logits
-        return logits.float()
-    except Exception as error:
-        raise refusal(model.config, f"its own forward fails: {error}") from error
+        yield
     finally:
-        if exchanged:
+        if chosen == IMPLEMENTATION:
             model.set_attn_implementation(chosen)
 
 

@@ -31,6 +31,7 @@ from litecache.engine.loading.probe import (
     PROBE_TOKENS,
     ProbePlan,
     Way,
+    check_own_cache,
     check_prefix,
     ordinary_logits,
     verify,
@@ -153,6 +154,7 @@ def probe_model(
         plan = ProbePlan((0, 0), max_model_len)
         verify(model, way, specs, block_size, plan)
         check_prefix(model, plan)
+        check_own_cache(model, plan)
     return specs, tuple(name for name in PASSES if name not in outcome.wrong_passes)
 
 
@@ -216,8 +218,9 @@ def _verify(model: Any, way: Way, tokens: int = TWIN_TOKENS) -> tuple[tuple[KVSp
     plan = ProbePlan((0, 0, 0), tokens)
     try:
         specs = way.record(model, "float32", tokens)
-        verify(model, way, specs, _BLOCK_SIZE, plan)
         check_prefix(model, plan)
+        verify(model, way, specs, _BLOCK_SIZE, plan)
+        check_own_cache(model, plan)
     except ModelNotSupportedError as error:
         return (), error.reason
     return specs, ""
