@@ -134,13 +134,24 @@ def doctor(
 def models(
     prune: Annotated[bool, typer.Option("--prune", help="remove those that nobody uses")] = False,
     keep: Annotated[str, typer.Option(help="with --prune: bytes that may stay, as 20GB")] = "0",
+    families: Annotated[
+        bool, typer.Option("--families", help="show which model families run, and how")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show the models that were written to $LITECACHE_HOME/models, or remove the unused ones."""
+    """Show the models that were written to $LITECACHE_HOME/models, or remove the unused ones.
+
+    With --families: which decoder families of transformers run, as tried with small models of them.
+    """
     from datetime import datetime
 
     from litecache.paths import list_models, prune_models
 
+    if families:
+        if prune:
+            raise ConfigError("--families", True, "given without --prune")
+        _show_families(as_json)
+        return
     most_bytes = 0 if keep == "0" else parse_size(keep, "--keep")
     if most_bytes and not prune:
         raise ConfigError("--keep", keep, "given with --prune")
@@ -159,3 +170,17 @@ def models(
         typer.echo(f"removed {len(removed)} of {len(removed) + len(left)} models, {size:,.1f} MB")
     elif not left:
         typer.echo("no models")
+
+
+def _show_families(as_json: bool) -> None:
+    from litecache.engine.loading.families import notes, read_trials
+
+    trials = read_trials()
+    if as_json:
+        made = [row._asdict() for row in trials.rows]
+        print_json({"transformers": trials.transformers, "trials": made})
+        return
+    by_family = list(trials.by_family())
+    width = max(len(family) for family, _ in by_family)
+    for family, rows in by_family:
+        typer.echo(f"{family:{width}}  {rows[0].verdict:8}  {notes(rows)}".rstrip())

@@ -581,4 +581,5 @@ def _describe(
         vocab_size=loaded.vocab_size,
         num_threads=num_threads,
         tier_codec=config.tier_codec,
+        attention=loaded.attention,
     )

@@ -37,6 +37,7 @@ class EngineInfo:
         max_requests, max_batch_tokens: limits of a step.
         vocab_size: valid token ids are below it.
         num_threads: of torch on CPU.
+        attention: "paged" or "gathered", see `LoadedModel`.
     """
 
     model: str
@@ -54,6 +55,7 @@ class EngineInfo:
     vocab_size: int
     num_threads: int
     tier_codec: str | None = None
+    attention: str = "paged"
 
     @property
     def capacity_tokens(self) -> int:
