@@ -157,3 +157,40 @@ def test_longer_prompts_cold_and_from_every_tier(
     llm: KVCacheAdapter, model: Any, text_tokens: list[int], number: int
 ) -> None:
     Case(llm, model, prompts_of(LONG[number], text_tokens, number + 1)).from_every_tier()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300, func_only=True)
+def test_the_turns_of_a_chat_say_what_stock_says_and_find_the_turns_before_them(
+    llm: KVCacheAdapter, model: Any
+) -> None:
+    eos = llm.generation_config.eos_token_id
+    session = llm.session("You answer in one sentence.", max_new_tokens=24, eos_token_id=eos)
+    known: tuple[int, ...] = ()
+    for words in ("Why is the sky blue?", "And at night?", "Thank you."):
+        pieces = list(session.fork().send(words, stream=True))
+        reply = session.send(words)
+        assert "".join(pieces) == reply.text != ""
+        tokens = session._state.transcript.tokens
+        asked = tokens[: reply.usage.prompt_tokens]
+        if not known:
+            chat = llm.tokenizer.apply_chat_template(
+                session.messages[:-1], add_generation_prompt=True
+            )
+            assert list(asked) == chat["input_ids"]
+        assert asked[: len(known)] == known
+        assert sum(reply.usage.cached_tokens.values()) >= (len(known) - 1) // 16 * 16
+        ids = torch.tensor([asked])
+        wanted = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=24,
+            do_sample=False,
+            pad_token_id=0,
+            eos_token_id=eos,
+        )
+        assert wanted[0].tolist() == list(tokens)
+        assert llm.tokenizer.decode(tokens) == llm.tokenizer.apply_chat_template(
+            session.messages, tokenize=False
+        ).removesuffix("<|im_end|>\n" if reply.finish_reason == "length" else "\n")
+        known = tokens
