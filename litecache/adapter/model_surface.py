@@ -8,21 +8,30 @@ done, and what an adapter cannot do is refused with the way that leads there.
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from litecache.config import CacheConfig
 from litecache.engine.engine_info import EngineInfo
 from litecache.engine.loading.model_source import ModelSource
-from litecache.errors import ConfigError
+from litecache.errors import ConfigError, outline
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 # By class names the text-generation pipeline tells which models suit it.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault("litecache", "KVCacheAdapter")
+
+# Arguments of transformers' `from_pretrained` about how weights get into memory, or about what the
+# engine has of its own: they change no token.
+_PASSED_OVER = frozenset(
+    {"attn_implementation", "low_cpu_mem_usage", "use_safetensors", "use_cache", "offload_folder"}
+)
 
 
 class ModelSurface:
@@ -41,6 +50,58 @@ class ModelSurface:
     output_modalities = ("text",)
     framework = "pt"
     _source: ModelSource
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: Any,
+        *,
+        dtype: Any = None,
+        torch_dtype: Any = None,
+        device_map: Any = None,
+        cache_config: CacheConfig | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """An adapter by the arguments that programs give to `AutoModelForCausalLM`'s.
+
+        Such a program needs one other line:
+        `from litecache import KVCacheAdapter as AutoModelForCausalLM`.
+
+        Args:
+            name: what the adapter takes as its `model`.
+            dtype, torch_dtype: of weights and KV, torch's or its name; None and "auto" = the
+                model's.
+            device_map: a device, for the whole model; None and "auto" = a GPU if there is one.
+            cache_config: further settings.
+            **kwargs: the adapter's own; `attn_implementation`, `low_cpu_mem_usage` and their like
+                change nothing.
+
+        Raises:
+            ConfigError: an argument of transformers' that an adapter does not have.
+            LiteCacheError: as when an adapter is made.
+        """
+        own = inspect.signature(cls.__init__).parameters
+        given = {key: value for key, value in kwargs.items() if key not in _PASSED_OVER}
+        for key, value in given.items():
+            if key not in own:
+                valid = (
+                    "left out: load a module with it by transformers, and give that to the adapter"
+                )
+                raise ConfigError(key, outline(value), valid)
+        fields: dict[str, Any] = {}
+        chosen = torch_dtype if dtype is None else dtype
+        if chosen not in (None, "auto"):
+            fields["dtype"] = chosen
+        place = device_map[""] if isinstance(device_map, dict) and "" in device_map else device_map
+        if isinstance(place, dict) or place in ("balanced", "balanced_low_0", "sequential"):
+            raise ConfigError("device_map", outline(device_map), "one device, None or 'auto'")
+        if place not in (None, "auto"):
+            fields["device"] = f"cuda:{place}" if isinstance(place, int) else place
+        if fields:
+            cache_config = dataclasses.replace(cache_config or CacheConfig(), **fields)
+        made: Any = cls
+        adapter: Self = made(name, cache_config=cache_config, **given)
+        return adapter
 
     @property
     def info(self) -> EngineInfo:

@@ -11,7 +11,9 @@ from letter_tokenizer import letter_tokenizer
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, pipeline
 from transformers.pipelines import base as pipelines_base
 
+from litecache import CacheConfig
 from litecache.adapter import KVCacheAdapter
+from litecache.adapter.model_surface import ModelSurface
 from litecache.engine.loading.model_source import ModelSource
 from litecache.errors import ConfigError
 
@@ -132,3 +134,53 @@ def test_what_changes_nothing_is_done_and_what_cannot_be_done_is_refused(
         llm.parameters()
     with pytest.raises(AttributeError, match=r"'no_such_thing'$"):
         _ = llm.no_such_thing
+
+
+class Noted(ModelSurface):
+    """What `from_pretrained` makes of its arguments; nothing is started."""
+
+    def __init__(self, model: Any, *, cache_config: Any = None, group: Any = None) -> None:
+        self.given = (model, cache_config, group)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fields"),
+    [
+        ({}, None),
+        ({"dtype": "auto", "device_map": "auto", "attn_implementation": "sdpa"}, None),
+        ({"torch_dtype": torch.float16}, {"dtype": "float16"}),
+        ({"dtype": "bfloat16", "device_map": "cpu"}, {"dtype": "bfloat16", "device": "cpu"}),
+        ({"device_map": {"": 1}, "low_cpu_mem_usage": True}, {"device": "cuda:1"}),
+        ({"device_map": torch.device("cpu")}, {"device": "cpu"}),
+    ],
+)
+def test_from_pretrained_takes_what_programs_give_to_transformers_own(
+    arguments: dict[str, Any], fields: dict[str, Any] | None
+) -> None:
+    _, config, group = Noted.from_pretrained("name", group="g", **arguments).given
+    assert group == "g"
+    assert config == (None if fields is None else CacheConfig(**fields))
+
+
+def test_from_pretrained_adds_to_a_given_configuration() -> None:
+    given = CacheConfig(num_blocks=77)
+    _, config, _ = Noted.from_pretrained("name", dtype=torch.float32, cache_config=given).given
+    assert config == CacheConfig(num_blocks=77, dtype="float32")
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        {"quantization_config": {"load_in_8bit": True}},
+        {"revision": "v2"},
+        {"device_map": "balanced"},
+        {"device_map": {"model.layers.0": 0}},
+        {"dtype": "float7"},
+        {"grop": "misspelt"},
+    ],
+)
+def test_from_pretrained_names_an_argument_that_an_adapter_does_not_have(
+    argument: dict[str, Any],
+) -> None:
+    with pytest.raises(ConfigError, match=next(iter(argument))):
+        Noted.from_pretrained("name", **argument)
