@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import ray
-from transformers import FalconConfig, LlamaConfig, LlamaForCausalLM, ViTConfig
+from transformers import LlamaConfig, LlamaForCausalLM, RoFormerConfig, ViTConfig
 
 from litecache.adapter import KVCacheAdapter
 from litecache.config import CacheConfig
@@ -90,13 +90,20 @@ def test_a_gpu_that_the_cluster_lacks_is_refused(ray_local: None) -> None:
 
 @pytest.mark.slow
 def test_a_model_that_only_the_probe_can_judge_leaves_no_actor(ray_local: None) -> None:
-    falcon = FalconConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
-    with pytest.raises(ModelNotSupportedError, match="falcon"):
+    roformer = RoFormerConfig(
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        is_decoder=True,
+    )
+    with pytest.raises(ModelNotSupportedError, match="roformer"):
         KVCacheAdapter(
-            falcon, weights="random", group="falcon", cache_config=CacheConfig(max_model_len=64)
+            roformer, weights="random", group="roformer", cache_config=CacheConfig(max_model_len=64)
         )
     named = ray.util.list_named_actors(all_namespaces=True)
-    assert not [actor for actor in named if ":falcon:" in actor["name"]]
+    assert not [actor for actor in named if ":roformer:" in actor["name"]]
 
 
 @pytest.mark.slow
