@@ -2,7 +2,8 @@
 
 A thin shell over `LocationMap` and `Router`. All of its state is soft: after a restart the shards
 see that it does not know their epoch and send their keys again. It imports neither torch nor any
-engine, and it is never on the way of a token.
+engine, and it is never on the way of a token. What drivers and replicas tell it carries a version
+(`messages.py`): another one is refused, and nothing of it is used.
 
 `CoordinatorClient` is how shards, replicas and drivers call it. They must be able to go on without
 an answer: it knows nothing that is not known elsewhere. One that does not answer costs a caller one
@@ -12,28 +13,40 @@ without it.
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import logging
 import os
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import ray
 
 from litecache.actors.calls import UNREACHABLE, find_actor, result
 from litecache.actors.locations import LocationMap, LocationReport, pack_keys, unpack_keys
+from litecache.actors.messages import (
+    pack_load,
+    pack_routing,
+    pack_value,
+    unpack_load,
+    unpack_routing,
+    unpack_value,
+)
 from litecache.actors.naming import CALL_TIMEOUT_S, coordinator_name
-from litecache.actors.router import Router
-from litecache.errors import GroupUnavailableError, LiteCacheError
+from litecache.actors.router import ReplicaLoad, RoutedPrompt, Router
+from litecache.errors import GroupMismatchError, GroupUnavailableError, LiteCacheError, first_line
 from litecache.hashing import BlockKey
 from litecache.metrics import Metrics
+from litecache.storage.key_dict import BATCH_KEYS
 
 logger = logging.getLogger(__name__)
 
 _QUIET_S = 5.0
 _FETCH_TIMEOUT_S = 10.0
+# One message asks for no more prompts than have so many keys together, or for one.
+_MAX_ROUTED_KEYS = 1 << 18
 
 
 class Coordinator:
@@ -49,7 +62,7 @@ class Coordinator:
         self._description = description
         self._epoch = uuid.uuid4().hex
         self._locations = LocationMap()
-        self._router = Router()
+        self._router = Router(description.get("config", {}).get("block_size", 16))
         gc.collect()
         gc.freeze()  # millions of keys would be looked through again and again
 
@@ -69,8 +82,9 @@ class Coordinator:
         """See `LocationMap.report`; the fields of a packed `LocationReport`."""
         return self._locations.report(LocationReport.unpacked(*fields))
 
-    async def report_replica(self, index: int, node_id: str, load: int) -> int:
+    async def report_replica(self, message: bytes) -> int:
         """Heartbeat of a replica; returns how many live shards other nodes have."""
+        index, node_id, load = unpack_load(message)
         self._router.report(index, node_id, load)
         return self._locations.remote_shards(node_id)
 
@@ -86,11 +100,21 @@ class Coordinator:
         """One shard on another node for each key."""
         return self._locations.locate(unpack_keys(keys), exclude_node)
 
-    async def route(self, keys: bytes, leaves_blocks: bool) -> int | None:
-        """The replica for a prompt with these blocks."""
-        unpacked = unpack_keys(keys)
-        by_node = self._locations.prefix_by_node(unpacked)
-        return self._router.route(unpacked, by_node, leaves_blocks=leaves_blocks)
+    async def route(self, message: bytes) -> bytes:
+        """The replica for each of several prompts, or None; see `Router.route`."""
+        prompts, silent = unpack_routing(message)
+        for index, silent_s in silent.items():
+            self._router.note_silence(index, silent_s)
+        chosen: list[int | None] = []
+        num_keys = 0
+        for prompt in prompts:
+            by_node = self._locations.prefix_by_node(prompt.keys)
+            chosen.append(self._router.route(prompt, by_node, avoid=silent))
+            num_keys += len(prompt.keys)
+            if num_keys >= BATCH_KEYS:
+                num_keys = 0
+                await asyncio.sleep(0)  # others are answered in between
+        return pack_value(chosen)
 
     async def keys_of(self, shard_id: str) -> bytes:
         """What the map believes a shard to hold, for checks."""
@@ -124,10 +148,27 @@ class CoordinatorClient:
         found: list[str | None] = self._ask("locate", pack_keys(keys), exclude_node)
         return found
 
-    def route(self, keys: Sequence[BlockKey], *, leaves_blocks: bool = True) -> int | None:
-        """See `Router.route`."""
-        index: int | None = self._ask("route", pack_keys(keys), leaves_blocks)
-        return index
+    def route(
+        self, prompts: Sequence[RoutedPrompt], silent: Mapping[int, float] | None = None
+    ) -> list[int | None]:
+        """The replica for each prompt, None where none is known to be alive; see `Router.route`.
+
+        Args:
+            prompts: in one message, as far as one holds them.
+            silent: replicas that do not answer the caller, for so many seconds; not chosen.
+
+        Raises:
+            GroupMismatchError: the coordinator is of another version.
+        """
+        chosen: list[int | None] = []
+        for some in _messages(prompts):
+            chosen += unpack_value(self._ask("route", pack_routing(some, silent or {})))
+        return chosen
+
+    def report_replica(self, index: int, node_id: str, load: ReplicaLoad) -> int:
+        """Tell that a replica is alive, with so much to do; how many live shards other nodes
+        have."""
+        return int(self.call("report_replica", pack_load(index, node_id, load)))
 
     def report_shard(self, report: LocationReport) -> bool:
         """See `LocationMap.report`."""
@@ -143,7 +184,7 @@ class CoordinatorClient:
         if self._handle is None:
             self._handle = find_actor(self._name)
         try:
-            ref = getattr(self._handle, method).remote(*args)
+            ref = self._begin(method, args)
             answer = result(ref, timeout_s or self._timeout_s, f"{self._name}: {method}")
         except UNREACHABLE as error:
             self._quiet_until = time.monotonic() + _QUIET_S
@@ -152,6 +193,29 @@ class CoordinatorClient:
             raise
         self._quiet_until = 0.0
         return answer
+
+    def _begin(self, method: str, args: tuple[object, ...]) -> Any:
+        try:
+            return getattr(self._handle, method).remote(*args)
+        except (AttributeError, TypeError) as error:
+            # Ray knows what the methods of the actor's class take
+            raise GroupMismatchError(
+                f"{self._name}: {method}", first_line(error), "a coordinator of this version"
+            ) from error
+
+
+def _messages(prompts: Sequence[RoutedPrompt]) -> Iterator[list[RoutedPrompt]]:
+    """As many of them as one message holds at a time, in order."""
+    some: list[RoutedPrompt] = []
+    num_keys = 0
+    for prompt in prompts:
+        num_keys += len(prompt.keys)
+        if some and num_keys > _MAX_ROUTED_KEYS:
+            yield some
+            some, num_keys = [], len(prompt.keys)
+        some.append(prompt)
+    if some:
+        yield some
 
 
 class CoordinatedSource:

@@ -30,7 +30,7 @@ from litecache.actors.messages import ReplicaMethod, answering
 from litecache.actors.metrics_export import MetricsExporter
 from litecache.actors.naming import REPORT_INTERVAL_S, replica_name
 from litecache.actors.outbox import Outbox
-from litecache.actors.router import FAILURE_WINDOW_S
+from litecache.actors.router import FAILURE_WINDOW_S, ReplicaLoad
 from litecache.actors.shard_client import AttachedShards, RayShardClient
 from litecache.checks import check_integer, check_real
 from litecache.engine.request_checks import check_text
@@ -348,23 +348,29 @@ class GpuCache:
         gc.collect()
         gc.freeze()
         # Only now: a replica that reports is given requests.
-        self._report()
-        start_service(self._keep_reporting, "replica-report")
+        self._report(engine)
+        start_service(lambda: self._keep_reporting(engine), "replica-report")
         return engine
 
     def _connect(self, name: str, on_lost: Callable[..., None]) -> RayShardClient:
         shard_id = name.split(":shard:", 1)[1]
         return RayShardClient(find_actor(name), shard_id, metrics=self._metrics, on_lost=on_lost)
 
-    def _keep_reporting(self) -> None:
+    def _keep_reporting(self, engine: Engine) -> None:
         while not self._stopped.wait(REPORT_INTERVAL_S):
-            self._report()
+            self._report(engine)
 
-    def _report(self) -> None:
-        load = self._outbox.live_requests if self._outbox is not None else 0
+    def _report(self, engine: Engine) -> None:
+        load = ReplicaLoad(
+            queued_tokens=engine.queued_tokens(),
+            requests=self._outbox.live_requests if self._outbox is not None else 0,
+            rows=engine.info.max_requests,
+            pool_blocks=engine.info.num_blocks,
+            epoch=self._epoch,
+        )
         try:
-            report = self._index, self._node_id, load
-            self._remote.remote_shards = self._coordinator.call("report_replica", *report)
+            shards = self._coordinator.report_replica(self._index, self._node_id, load)
+            self._remote.remote_shards = shards
         except LiteCacheError as error:
             # What it said last stands: the other nodes' shards are still there.
             logger.info("%s: not reported: %s", self._name, error)

@@ -1,4 +1,4 @@
-"""What driver and replica say to each other, as msgpack: no byte of it is ever run.
+"""What driver, replica and coordinator say to each other, as msgpack: no byte of it is ever run.
 
 A message is a tuple that begins with its version; requests travel as columns, those that draw
 alike share their sampling. What cannot be carried (an integer of more than 64 bits, half a
@@ -9,13 +9,15 @@ does not read as a message is refused where it arrives, and changes nothing.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from enum import IntEnum
 from typing import Any, TypeVar
 
 import msgpack
 
+from litecache.actors.router import ReplicaLoad, RoutedPrompt
 from litecache.errors import ConfigError, GroupMismatchError, LiteCacheError, Shown
+from litecache.storage.key_dict import check_keys, split_keys
 from litecache.token_ids import TokenIds
 from litecache.types import (
     MESSAGE_VERSION,
@@ -129,7 +131,44 @@ def _delta(fields: Any) -> TokenDelta:
     return TokenDelta(name, token_ids, finish, error, kind, reused, ttft_s, logprobs, found, logits)
 
 
-def pack_value(value: str) -> bytes:
+def pack_routing(prompts: Sequence[RoutedPrompt], silent: Mapping[int, float]) -> bytes:
+    """Prompts whose replicas are asked for, and the replicas that have been silent, in seconds."""
+    rows = [(b"".join(each.keys), each.num_tokens, each.leaves_blocks) for each in prompts]
+    return _pack(tuple(silent.items()), rows, ("silent", "prompts"))
+
+
+def unpack_routing(message: bytes) -> tuple[list[RoutedPrompt], dict[int, float]]:
+    """Inverse of `pack_routing`; raises as `unpack_call`."""
+
+    def read(silent: Any, rows: Any) -> tuple[list[RoutedPrompt], dict[int, float]]:
+        prompts = []
+        for joined, num_tokens, leaves_blocks in rows:
+            keys = split_keys(joined)
+            check_keys(keys)
+            prompts.append(RoutedPrompt(keys, int(num_tokens), bool(leaves_blocks)))
+        return prompts, {int(index): float(seconds) for index, seconds in silent}
+
+    return _unpack(message, read)
+
+
+def pack_load(index: int, node_id: str, load: ReplicaLoad) -> bytes:
+    """What a replica reports of itself."""
+    return _pack((index, node_id), tuple(load), ("replica", "load"))
+
+
+def unpack_load(message: bytes) -> tuple[int, str, ReplicaLoad]:
+    """Inverse of `pack_load`; raises as `unpack_call`."""
+
+    def read(replica: Any, fields: Any) -> tuple[int, str, ReplicaLoad]:
+        index, node_id = replica
+        queued_tokens, requests, rows, pool_blocks, epoch = fields
+        numbers = int(queued_tokens), int(requests), int(rows), int(pool_blocks)
+        return int(index), str(node_id), ReplicaLoad(*numbers, str(epoch))
+
+    return _unpack(message, read)
+
+
+def pack_value(value: Any) -> bytes:
     """A plain answer."""
     return _pack((), value, ("answer", "answer"))
 

@@ -1,59 +1,144 @@
 """Which replica of the model a request goes to.
 
-The replica with the longest prefix among those whose load is acceptable. A prefix counts where
-the shards of the replica's node hold it, or where earlier requests with it were sent: what those
-left in the pool of the GPU is not reported, but it is there. A replica whose process ends itself
-says why before, and is not chosen until it reports again.
+The one whose load, in tokens, and what it would have to compute of the prompt add up to least. A
+prefix counts where earlier requests with it were sent, as far as the pool of that replica goes
+back (what lies in it is not reported, but it is there), and less where the shards of the
+replica's node hold it, because it has to be loaded. Where no prefix matters this is the replica
+with the least work in front of it.
+
+Load is what a replica last reported and what was sent to it since, less what replicas compute in
+such a time. A replica whose process ends itself says why before; one that a driver found silent is
+no longer chosen. Both are chosen again from their next report on.
 """
 
 from __future__ import annotations
 
 import time
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from litecache.actors.naming import MEMBER_TIMEOUT_S
+from litecache.actors.naming import MEMBER_TIMEOUT_S, REPORT_INTERVAL_S
 from litecache.hashing import BlockKey
 
-# A replica may have this many requests more than the least loaded one and still be chosen.
-LOAD_SLACK = 8
-MAX_REMEMBERED_KEYS = 1 << 17
+# A token that need not be computed outweighs so many that wait: whoever computes a prefix a second
+# time makes all later requests wait, too. With 1, a real trace finds 0.87 to 0.92 of what one large
+# cache finds, with 4, 0.97 to 0.98 (scripts/bench_routing.py).
+REUSE_WORTH = 4
+# What it takes to load a token from RAM or disk, in tokens that could be computed meanwhile.
+LOAD_COST = 0.3
+# An open request slows the others down by its decoding, and waits for one of them where all rows
+# are taken.
+ROW_TOKENS, WAITING_TOKENS = 16, 4096
+# Keys remembered of all replicas together, about 200 bytes each.
+MAX_REMEMBERED_KEYS = 1 << 19
 # Failures of a replica are remembered for so long, and no more of them.
 FAILURE_WINDOW_S, _FAILURES = 600.0, 64
+# So soon the replicas' speed is forgotten by half.
+_SPEED_HALF_LIFE_S = 60.0
+
+
+class ReplicaLoad(NamedTuple):
+    """What a replica has to do, as it reports it.
+
+    Attributes:
+        queued_tokens: of prompts, still to be computed.
+        requests: that have not ended, running or waiting.
+        rows: requests that may run at once; 0 = any number.
+        pool_blocks: that its pool holds; 0 = any number.
+        epoch: of its life; another one has an empty pool.
+    """
+
+    queued_tokens: int = 0
+    requests: int = 0
+    rows: int = 0
+    pool_blocks: int = 0
+    epoch: str = ""
+
+
+class RoutedPrompt(NamedTuple):
+    """What the choice of a replica depends on.
+
+    Attributes:
+        keys: of its whole blocks.
+        num_tokens: of the prompt.
+        leaves_blocks: others may find what it computes.
+    """
+
+    keys: Sequence[BlockKey]
+    num_tokens: int
+    leaves_blocks: bool = True
 
 
 @dataclass
 class _Replica:
-    """A replica that reports; requests sent to it since then count in its `load`."""
+    """A replica that reports.
+
+    Attributes:
+        silent: it did not answer somebody, and has not reported since.
+        sent_tokens, sent_requests: to be computed, given to it since it reported.
+        turn: of the last request that it was given.
+        pool: keys that requests left there, the one that will be forgotten first in front.
+    """
 
     node_id: str
-    load: int
+    load: ReplicaLoad
     last_seen: float
+    silent: bool = False
+    sent_tokens: float = 0.0
+    sent_requests: int = 0
+    turn: int = -1
+    pool: OrderedDict[BlockKey, None] = field(default_factory=OrderedDict)
 
 
 class Router:
     """Chooses replicas; remembers where prefixes went.
 
     Args:
+        block_size: tokens of a key.
         clock: monotonic seconds.
     """
 
-    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, block_size: int = 16, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._block_size = block_size
         self._replicas: dict[int, _Replica] = {}
         self._failures: defaultdict[int, deque[tuple[float, str]]]
         self._failures = defaultdict(lambda: deque(maxlen=_FAILURES))
-        self._sent: OrderedDict[BlockKey, int] = OrderedDict()
+        # of the busiest replica, and when that was
+        self._tokens_per_s, self._speed_at = 0.0, 0.0
+        self._turn = 0
         self._clock = clock
 
-    def report(self, index: int, node_id: str, load: int) -> None:
-        """Take a replica for alive, with so many requests running and waiting."""
-        self._replicas[index] = _Replica(node_id, load, self._clock())
+    def report(self, index: int, node_id: str, load: ReplicaLoad) -> None:
+        """Take a replica for alive, with so much to do."""
+        now = self._clock()
+        known = self._replicas.get(index)
+        if known is None or (known.node_id, known.load.epoch) != (node_id, load.epoch):
+            self._replicas[index] = _Replica(node_id, load, now)
+            return
+        if now - known.last_seen >= REPORT_INTERVAL_S / 2:  # over less, a step's end makes it wild
+            done = known.load.queued_tokens + known.sent_tokens - load.queued_tokens
+            self._note_speed(done / (now - known.last_seen), now)
+        known.load, known.last_seen, known.silent = load, now, False
+        known.sent_tokens, known.sent_requests = 0.0, 0
 
     def note_failure(self, index: int, reason: str) -> None:
         """A replica's process is about to end itself: it gets no requests until it reports."""
         self._replicas.pop(index, None)
         self._failures[index].append((self._clock(), reason))
+
+    def note_silence(self, index: int, silent_s: float) -> None:
+        """Somebody has had no answer from a replica for so long.
+
+        It gets no requests until it reports, unless it has reported in that time: then it does not
+        answer that one alone.
+        """
+        replica = self._replicas.get(index)
+        if replica is not None and replica.last_seen < self._clock() - silent_s:
+            replica.silent = True
 
     def failures(self, index: int) -> list[str]:
         """Why a replica's process ended itself lately, the last reason last."""
@@ -62,57 +147,102 @@ class Router:
 
     def route(
         self,
-        keys: Sequence[BlockKey],
+        prompt: RoutedPrompt,
         prefix_by_node: Mapping[str, int],
         *,
-        leaves_blocks: bool = True,
+        avoid: Iterable[int] = (),
     ) -> int | None:
-        """Choose a replica for a prompt with these blocks; remember it where it leaves them.
+        """Choose a replica for a prompt; remember it where the prompt leaves blocks.
 
-        `prefix_by_node` says how many leading keys each node's shards hold. None: no replica is
-        known to be alive.
+        Args:
+            prompt: what is to be computed.
+            prefix_by_node: how many of its leading keys each node's shards hold.
+            avoid: replicas that are not to be chosen.
+
+        Returns:
+            Its index; None: no such replica is known to be alive.
         """
-        live = {i: r for i, r in self._replicas.items() if self._is_live(r)}
-        if not live:
+        now = self._clock()
+        speed = self._speed(now)
+        avoided = set(avoid)
+        best: tuple[float, int, int, float] | None = None
+        for index, replica in self._replicas.items():
+            if index in avoided or not self._is_live(replica):
+                continue
+            in_pool = self._reusable(_held(replica.pool, prompt.keys), prompt)
+            in_node = self._reusable(prefix_by_node.get(replica.node_id, 0), prompt)
+            found = max(in_pool, in_node)
+            work = prompt.num_tokens - found + LOAD_COST * (found - in_pool)
+            load = _waiting_tokens(replica, speed * (now - replica.last_seen))
+            rank = (load + REUSE_WORTH * work, replica.turn, index, work)
+            best = rank if best is None else min(best, rank)
+        if best is None:
             return None
-        sent = self._sent_prefixes(keys)
-        most = min(replica.load for replica in live.values()) + LOAD_SLACK
-
-        def rank(index: int) -> tuple[int, int, int, int]:
-            replica, in_pool = live[index], sent.get(index, 0)
-            in_shards = prefix_by_node.get(replica.node_id, 0)
-            return (max(in_shards, in_pool), in_pool, -replica.load, -index)
-
-        chosen = max((i for i, replica in live.items() if replica.load <= most), key=rank)
-        live[chosen].load += 1
-        if leaves_blocks:
-            self._remember(keys, chosen)
-        return chosen
+        *_, index, work = best
+        replica = self._replicas[index]
+        replica.sent_tokens += work
+        replica.sent_requests += 1
+        replica.turn, self._turn = self._turn, self._turn + 1
+        if prompt.leaves_blocks:
+            self._remember(replica, prompt.keys)
+        return index
 
     def replicas(self) -> dict[int, dict[str, object]]:
-        """Replica index to node, load and whether it is alive."""
+        """Replica index to node, load in tokens, open requests and whether it is alive."""
+        now = self._clock()
+        speed = self._speed(now)
         return {
-            index: {"node_id": r.node_id, "load": r.load, "alive": self._is_live(r)}
+            index: {
+                "node_id": r.node_id,
+                "load": round(_waiting_tokens(r, speed * (now - r.last_seen))),
+                "requests": r.load.requests + r.sent_requests,
+                "alive": self._is_live(r),
+            }
             for index, r in self._replicas.items()
         }
 
     def _is_live(self, replica: _Replica) -> bool:
-        return replica.last_seen >= self._clock() - MEMBER_TIMEOUT_S
+        return not replica.silent and replica.last_seen >= self._clock() - MEMBER_TIMEOUT_S
 
-    def _sent_prefixes(self, keys: Sequence[BlockKey]) -> dict[int, int]:
-        lengths: dict[int, int] = {}
-        for position, key in enumerate(keys):
-            index = self._sent.get(key)
-            if index is None:
-                break
-            # The key says who had it last; whoever got it had all keys before it, too.
-            lengths[index] = position + 1
-        return lengths
+    def _reusable(self, num_keys: int, prompt: RoutedPrompt) -> int:
+        """Tokens of so many keys; the last token of a prompt is always computed."""
+        return max(0, min(num_keys * self._block_size, prompt.num_tokens - 1))
 
-    def _remember(self, keys: Sequence[BlockKey], index: int) -> None:
+    def _note_speed(self, tokens_per_s: float, now: float) -> None:
+        if tokens_per_s >= self._speed(now):
+            self._tokens_per_s, self._speed_at = tokens_per_s, now
+
+    def _speed(self, now: float) -> float:
+        return float(self._tokens_per_s * 0.5 ** ((now - self._speed_at) / _SPEED_HALF_LIFE_S))
+
+    def _remember(self, replica: _Replica, keys: Sequence[BlockKey]) -> None:
+        most = max(1, MAX_REMEMBERED_KEYS // len(self._replicas))
+        most = min(most, replica.load.pool_blocks or most)
+        pool = replica.pool
         # Tail first, so that the head of a chain is the last to be forgotten.
-        for key in reversed(keys[:MAX_REMEMBERED_KEYS]):
-            self._sent[key] = index
-            self._sent.move_to_end(key)
-        while len(self._sent) > MAX_REMEMBERED_KEYS:
-            self._sent.popitem(last=False)
+        for key in reversed(keys[:most]):
+            pool[key] = None
+            pool.move_to_end(key)
+        while len(pool) > most:
+            pool.popitem(last=False)
+
+
+def _held(pool: Mapping[BlockKey, None], keys: Sequence[BlockKey]) -> int:
+    """How many leading keys are in a pool, where heads are forgotten after their tails."""
+    low, high = 0, len(keys)
+    while low < high:
+        middle = (low + high) // 2
+        if keys[middle] in pool:
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+def _waiting_tokens(replica: _Replica, done_tokens: float) -> float:
+    """What a new request finds in front of it, in tokens to be computed."""
+    load = replica.load
+    requests = load.requests + replica.sent_requests
+    queued = max(0.0, load.queued_tokens + replica.sent_tokens - done_tokens)
+    waiting = max(0, requests + 1 - load.rows) if load.rows else 0
+    return queued + ROW_TOKENS * requests + WAITING_TOKENS * waiting

@@ -105,6 +105,21 @@ class ReplicaStub(Stub):
         super().__init__(handle, name)
         self._connection = RayConnection.current()
         self._tried_at = 0.0
+        self._asked: Any = None
+
+    def is_ready(self) -> bool:
+        """Whether the replica answers in time, and has loaded its model."""
+        # a replica that hangs is not asked a second time before it has answered the first
+        self._asked = self._asked or self._handle.where.remote()
+        try:
+            ready = bool(result(self._asked, CALL_TIMEOUT_S, f"{self._name}: where")["ready"])
+        except RequestTimeout:
+            return False
+        except (LiteCacheError, RayError) as error:
+            logger.info("%s is still gone: %s", self._name, error)
+            ready = False
+        self._asked = None
+        return ready
 
     def find_socket(self) -> None:
         """Look for the replica's socket, at most once a second, unless there is one in use."""

@@ -119,7 +119,7 @@ class ReplicaForward:
         for request in requests:
             self._info.check(request)
         if self._index is None or self._replicas.pollers[self._index].silent_since is not None:
-            self._index = self._replicas.route(requests[0])
+            (self._index,) = self._replicas.route(requests[:1])
         pending = [PendingRequest(request) for request in requests]
         self.requests += len(pending)
         self._replicas.submit(pending, self._index)

@@ -26,10 +26,11 @@ from litecache.actors.naming import (
     STREAM_GAP_S,
     replica_name,
 )
+from litecache.actors.router import ReplicaLoad, RoutedPrompt, Router
 from litecache.actors.stub import Answer, ReplicaStub
 from litecache.adapter.pending import PendingRequest
-from litecache.errors import GroupUnavailableError, LiteCacheError, told
-from litecache.hashing import chain_keys
+from litecache.errors import GroupMismatchError, GroupUnavailableError, LiteCacheError, told
+from litecache.hashing import BlockKey, chain_keys
 from litecache.threads import start_service
 from litecache.types import PollReply, Request
 
@@ -39,17 +40,17 @@ logger = logging.getLogger(__name__)
 _GIVE_UP_S = 300.0
 # One that Ray calls ended gets a moment, too: a moved actor is announced late.
 _GIVE_UP_ENDED_S = 5.0
-# A replica that is silent for so long gives its requests to others, where there are any.
-_MOVE_S = 5.0
 _RETRY_S = 0.1
+# So often a silent replica without requests is asked whether it is there again.
+_PROBE_S = 1.0
 _LOST = "lost"
 
 
 class ReplicaPoller:
     """Requests of one driver on one replica.
 
-    `move` is called with this poller when the replica does not answer: who takes its requests with
-    `give_up` goes on with them elsewhere.
+    `move` is called with this poller when the replica does not answer, at the first sign of it: who
+    takes its requests with `give_up` goes on with them elsewhere.
 
     Attributes:
         name: of the replica, for messages.
@@ -79,6 +80,12 @@ class ReplicaPoller:
     def load(self) -> int:
         """Open requests."""
         return len(self._open)
+
+    @property
+    def waiting_tokens(self) -> int:
+        """Tokens of prompts that have no answer yet."""
+        with self._condition:
+            return sum(len(p.request.prompt) for p in self._open.values() if not p.tokens)
 
     def submit(self, pending: Sequence[PendingRequest]) -> None:
         """Start requests; their tokens arrive from now on.
@@ -121,8 +128,9 @@ class ReplicaPoller:
             answer = self._replica.submit(self._client_id, requests)
             epoch = answer.get(CALL_TIMEOUT_S, f"{self.name}: submit")
         except UNREACHABLE as error:
-            # The poll thread submits them again when the actor is back.
+            # The poll thread submits them again when the actor is back, or lets others do it.
             logger.warning("%s", error)
+            self.silent_since = self.silent_since or time.monotonic()
         except LiteCacheError:
             self._drop(ids)
             raise
@@ -174,49 +182,57 @@ class ReplicaPoller:
             ids = [w for w, pending in self._open.items() if len(pending.tried) < num_replicas]
             return [pending for pending in self._drop(ids) if pending.next_attempt()]
 
-    def _move_after(self, patience_s: float) -> float:
-        """The replica does nothing: let others go on after so long; how long it was silent."""
+    def _not_answered(self) -> float:
+        """The replica does nothing: others go on, where there are any; how long it was silent."""
         now = time.monotonic()
         self.silent_since = self.silent_since or now
         self._end_abandoned()
-        silent_s = now - self.silent_since
-        if self._move is not None and silent_s >= patience_s:
+        if self._move is not None:
             self._move(self)
-        return silent_s
+        return now - self.silent_since
 
     def _run(self) -> None:
+        # Alone it is waited for a little longer: nobody else could go on.
+        late_s = POLL_HOLD_S + CALL_TIMEOUT_S + (POLL_HOLD_S if self._move is None else 0.0)
         while True:
-            if not self._open:
+            if not self._open and self._move is None:
                 self.silent_since = None  # what is not asked is not silent
             if self.silent_since is None:
                 with contextlib.suppress(LiteCacheError):  # the poll will say it
                     self._replica.find_socket()
             with self._condition:
                 self._polling = bool(self._open)
-                self._condition.wait_for(lambda: self._closed or self._polling)
+                # Others get the requests of a silent one: it is asked until it answers.
+                wait_s = None if self.silent_since is None else _PROBE_S
+                asked = self._condition.wait_for(lambda: self._closed or self._polling, wait_s)
                 if self._closed:
                     break
                 first, self._first_poll = self._first_poll, None
+            if not asked:
+                if self._replica.is_ready():
+                    self.silent_since = None
+                continue
             ids: list[str] = []
             try:
                 answer, ids = first if first is not None else (self._send_poll(()), [])
-                reply = answer.get(2 * POLL_HOLD_S + CALL_TIMEOUT_S, f"{self.name}: poll")
+                reply = answer.get(late_s, f"{self.name}: poll")
                 self._mark(ids, reply.epoch or _LOST)
                 self._take(reply)
                 if reply.epoch:
                     self.silent_since = None
                 else:
-                    self._move_after(_MOVE_S)  # it is loading its model, which may take minutes
+                    self._not_answered()  # it is loading its model, which may take minutes
             except UNREACHABLE as error:
                 self._replica.disconnect()
                 self._mark(ids, _LOST)
                 logger.info("%s", error)
                 ended = isinstance(error, ActorEndedError)
-                move_s, patience_s = (0.0, _GIVE_UP_ENDED_S) if ended else (_MOVE_S, _GIVE_UP_S)
-                if self._move_after(move_s) > patience_s:
+                patience_s = _GIVE_UP_ENDED_S if ended else _GIVE_UP_S
+                if self._not_answered() > patience_s:
                     text = f"{self.name} has not answered for {patience_s:g} s: {error}"
                     self._fail(list(self._open), GroupUnavailableError(text))
-                    self.silent_since = None
+                    if self._move is None:
+                        self.silent_since = None
                 time.sleep(_RETRY_S)
             except LiteCacheError as error:
                 # With a submission: it was refused. Without: the model cannot be loaded again, or
@@ -307,6 +323,9 @@ class ReplicaSet:
         self._group = group
         # While a request moves no poller has it, so an abort waits.
         self._moving = threading.RLock()
+        # What this driver knows by itself, for when the coordinator does not answer.
+        self._local = Router(group.info.block_size)
+        self._local_lock = threading.Lock()
         move = self._move if len(group.replicas) > 1 else None
         self.pollers = [
             ReplicaPoller(handle, client_id, replica_name(group.spec.group, index), move=move)
@@ -314,15 +333,15 @@ class ReplicaSet:
         ]
 
     def submit(self, rows: list[PendingRequest], index: int | None = None) -> None:
-        """Start requests, all or none, each on the replica that holds most of its prefix, or all on
-        one."""
+        """Start requests, all or none, each where it is done soonest, or all on one replica."""
+        requests = [row.request for row in rows]
+        places = self.route(requests) if index is None else [index] * len(rows)
         by_replica: dict[int, list[PendingRequest]] = {}
-        for row in rows:
-            place = self.route(row.request) if index is None else index
+        for row, place in zip(rows, places, strict=True):
             by_replica.setdefault(place, []).append(row)
         try:
-            for index, group in by_replica.items():
-                self.pollers[index].submit(group)
+            for place, group in by_replica.items():
+                self.pollers[place].submit(group)
         except BaseException:
             for row in rows:
                 self.abort(row.request_id)
@@ -339,29 +358,77 @@ class ReplicaSet:
     def _move(self, silent: ReplicaPoller) -> None:
         """Go on elsewhere with the requests of a replica that does not answer."""
         with self._moving:
+            by_target: dict[ReplicaPoller, list[PendingRequest]] = {}
             for row in silent.give_up(len(self.pollers)):
                 others = [poller for poller in self.pollers if poller.name not in row.tried]
-                target = min(others, key=lambda p: (p.silent_since is not None, p.load))
-                what = "%s does not answer: %s goes on with its request"
-                logger.warning(what, silent.name, target.name)
+                target = min(
+                    others,
+                    key=lambda p: (p.silent_since is not None, p.load + len(by_target.get(p, ()))),
+                )
+                by_target.setdefault(target, []).append(row)
+            for target, rows in by_target.items():
+                what = "%s does not answer: %s goes on with %d request(s)"
+                logger.warning(what, silent.name, target.name, len(rows))
                 try:
-                    target.submit([row])
+                    target.submit(rows)
                 except LiteCacheError as error:
-                    row.fail(error)
+                    for row in rows:
+                        row.fail(error)
 
-    def route(self, request: Request) -> int:
-        """The coordinator's choice; without it the replica with the fewest open requests."""
-        if len(self.pollers) == 1:
-            return 0
-        info = self._group.info
-        keys = chain_keys(info.roots(request.cache_salt)[0], request.prompt.array, info.block_size)
+    def route(self, requests: Sequence[Request]) -> list[int]:
+        """A replica for each of several requests, by one question to the coordinator.
+
+        What it leaves open, or all without it, goes where this driver itself has least to wait for;
+        none goes to a replica that does not answer, as long as another one does.
+
+        Raises:
+            GroupMismatchError: the coordinator is of another version.
+        """
+        count = len(self.pollers)
+        if count == 1:
+            return [0] * len(requests)
+        now = time.monotonic()
+        since = {index: poller.silent_since for index, poller in enumerate(self.pollers)}
+        silent = {index: now - at for index, at in since.items() if at is not None}
+        prompts = self._prompts(requests)
+        chosen: list[int | None] = [None] * len(prompts)
         try:
-            leaves_blocks = request.cache != "no-store"
-            index = self._group.coordinator.route(keys, leaves_blocks=leaves_blocks)
+            chosen = self._group.coordinator.route(prompts, silent)
+        except GroupMismatchError:
+            raise
         except LiteCacheError as error:
             logger.info("routed without the coordinator: %s", error)
-            index = None
-        rank = [(poller.silent_since is not None, poller.load) for poller in self.pollers]
-        if index is None or index >= len(rank) or rank[index][0]:
-            index = rank.index(min(rank))  # of those that answer, if any does
-        return index
+        usable = set(range(count)) - (silent.keys() if len(silent) < count else set())
+        left = [i for i, index in enumerate(chosen) if index not in usable]
+        found = self._route_locally([prompts[i] for i in left], usable) if left else []
+        places = dict(enumerate(chosen)) | dict(zip(left, found, strict=True))
+        return [place for place in places.values() if place is not None]
+
+    def _route_locally(self, prompts: Sequence[RoutedPrompt], usable: set[int]) -> list[int]:
+        """Where each goes by what this driver itself has open."""
+        others = set(range(len(self.pollers))) - usable
+        places = []
+        with self._local_lock:
+            for index in usable:
+                poller, rows = self.pollers[index], self._group.info.max_requests
+                load = ReplicaLoad(poller.waiting_tokens, poller.load, rows)
+                self._local.report(index, "", load)
+            for prompt in prompts:
+                place = self._local.route(prompt, {}, avoid=others)
+                assert place is not None, "all of these have just reported"
+                places.append(place)
+        return places
+
+    def _prompts(self, requests: Sequence[Request]) -> list[RoutedPrompt]:
+        info = self._group.info
+        keys: dict[tuple[str, int], list[BlockKey]] = {}
+        prompts = []
+        for request in requests:
+            array = request.prompt.array
+            known = request.cache_salt, id(array)  # samples of one prompt share its array
+            if known not in keys:
+                root = info.roots(request.cache_salt)[0]
+                keys[known] = chain_keys(root, array, info.block_size)
+            leaves_blocks = request.cache != "no-store"
+            prompts.append(RoutedPrompt(keys[known], len(array), leaves_blocks))
+        return prompts

@@ -249,6 +249,11 @@ class Engine:
         """Blocks by state, requests and counters, consistent with one moment."""
         return self.call(self._stats)
 
+    def queued_tokens(self) -> int:
+        """Tokens of prompts that are still to be computed; any thread may ask, and none waits."""
+        scheduler = getattr(self, "_scheduler", None)
+        return 0 if scheduler is None else scheduler.num_queued_tokens
+
     def flush(self, timeout_s: float = CALL_TIMEOUT_S) -> dict[str, Any]:
         """Save what is only in the pool and make the shards write it out.
 

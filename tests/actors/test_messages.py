@@ -19,12 +19,17 @@ import litecache
 from litecache.actors import messages
 from litecache.actors.messages import (
     pack_call,
+    pack_load,
     pack_reply,
+    pack_routing,
     pack_value,
     unpack_call,
+    unpack_load,
     unpack_reply,
+    unpack_routing,
     unpack_value,
 )
+from litecache.actors.router import ReplicaLoad, RoutedPrompt
 from litecache.errors import ConfigError, GroupMismatchError, LiteCacheError
 from litecache.types import (
     MESSAGE_VERSION,
@@ -77,6 +82,7 @@ DELTA = st.builds(
     st.lists(LOGPROBS, max_size=2).map(tuple),
     found_tokens=st.none() | st.dictionaries(TEXT, INT, max_size=3),
 )
+UNPACK = (unpack_call, unpack_reply, unpack_value, unpack_routing, unpack_load)
 ARGUMENTS = st.lists(st.none() | INT | FLOAT | TEXT, max_size=4).map(tuple)
 
 
@@ -95,6 +101,27 @@ def test_a_reply_comes_out_as_it_went_in(reply: PollReply) -> None:
     assert got == reply
     assert repr(got) == repr(reply)
     assert all(type(delta) is TokenDelta for delta in got.deltas)
+
+
+COUNT = st.integers(0, 2**40)
+LOAD = st.builds(ReplicaLoad, COUNT, COUNT, COUNT, COUNT, TEXT)
+ROUTED = st.builds(
+    RoutedPrompt, st.lists(st.binary(min_size=16, max_size=16), max_size=4), COUNT, st.booleans()
+)
+
+
+@given(COUNT, TEXT, LOAD)
+def test_a_replicas_report_comes_out_as_it_went_in(
+    index: int, node: str, load: ReplicaLoad
+) -> None:
+    assert unpack_load(pack_load(index, node, load)) == (index, node, load)
+
+
+@given(st.lists(ROUTED, max_size=4), st.dictionaries(COUNT, FLOAT, max_size=3))
+def test_a_question_for_replicas_comes_out_as_it_went_in(
+    prompts: list[RoutedPrompt], silent: dict[int, float]
+) -> None:
+    assert unpack_routing(pack_routing(prompts, silent)) == (prompts, silent)
 
 
 def request(**changes: Any) -> Request:
@@ -133,7 +160,7 @@ def test_an_argument_that_cannot_be_carried_is_refused() -> None:
 
 def test_a_message_of_another_version_is_refused_with_both() -> None:
     message = msgpack.packb((MESSAGE_VERSION - 1, (), ()))
-    for unpack in (unpack_call, unpack_reply, unpack_value):
+    for unpack in UNPACK:
         with pytest.raises(
             GroupMismatchError, match=f"={MESSAGE_VERSION - 1} .*{MESSAGE_VERSION}, "
         ):
@@ -146,12 +173,14 @@ def test_damage_is_refused_and_never_run(data: st.DataObject) -> None:
         pack_call("c", "e", 1, 2.0, requests=[request(), request(prompt=[])]),
         pack_reply(PollReply(1, (TokenDelta("r", (1,), FinishReason.STOP, logprobs=()),), "e")),
         pack_value("epoch"),
+        pack_routing([RoutedPrompt([bytes(16)], 20)], {0: 1.5}),
+        pack_load(1, "node", ReplicaLoad(3, 2, 1, 4, "e")),
     ]
     message = bytearray(data.draw(st.sampled_from(good)))
     for _ in range(data.draw(st.integers(1, 3))):
         message[data.draw(st.integers(0, len(message) - 1))] = data.draw(st.integers(0, 255))
     cut = bytes(message[: data.draw(st.integers(0, len(message)))])
-    for unpack in (unpack_call, unpack_reply, unpack_value):
+    for unpack in UNPACK:
         with contextlib.suppress(LiteCacheError):
             unpack(cut)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import signal
 import time
 from typing import Any
 
@@ -14,6 +16,7 @@ from litecache.actors.calls import ActorEndedError, result
 from litecache.actors.coordinator import CoordinatorClient
 from litecache.actors.gpu_cache import MAX_RESTARTS
 from litecache.actors.group import Group
+from litecache.actors.router import RoutedPrompt
 from litecache.adapter.pending import PendingRequest
 from litecache.adapter.replicas import ReplicaSet
 from litecache.errors import LiteCacheError
@@ -78,7 +81,7 @@ def test_an_engine_that_dies_is_replaced_until_that_has_not_helped(ray_local: No
         # it stays as it is, and says why
         (said,) = (each["error"] for name, each in group.status().items() if ":gpu:" in name)
         assert "has left its group" in said
-        assert coordinator.route([bytes(16)]) is None
+        assert coordinator.route([RoutedPrompt([bytes(16)], 16)]) == [None]
     finally:
         group.stop(1.0)
 
@@ -111,6 +114,44 @@ def test_what_a_replica_that_left_was_doing_goes_on_with_the_others(ray_local: N
         assert group.flush(30.0)["complete"]
         joined = Group.attach("leaving", timeout_s=60)
         assert joined.info == group.info
+        for poller in replicas.pollers:
+            poller.close()
+    finally:
+        group.stop(1.0)
+
+
+def test_a_replica_that_hangs_is_left_out_and_its_requests_end_elsewhere(ray_local: None) -> None:
+    group = Group.start(dataclasses.replace(make_spec("hanging"), replicas=2))
+    try:
+        replicas = ReplicaSet(group, "c")
+        sampling = SamplingParams(max_new_tokens=60, temperature=1.0, seed=7)
+
+        def begin(name: str) -> PendingRequest:
+            pending = PendingRequest(Request(name, "c", range(1, 20), sampling), streaming=True)
+            replicas.submit([pending])
+            return pending
+
+        expected = begin("undisturbed").wait()
+        for replica in group.replicas:
+            slow_down(replica)
+        disturbed = begin("disturbed")
+        next(disturbed.stream())
+        (running,) = (i for i, poller in enumerate(replicas.pollers) if poller.load)
+        pid = ray.get(group.replicas[running].where.remote())["pid"]
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            assert disturbed.wait() == expected
+            assert disturbed.tried == {replicas.pollers[running].name}
+            for number in range(3):
+                later = begin(f"later {number}")
+                assert later.wait() == expected
+                assert later.tried == set(), "it was tried once more"
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        deadline = time.monotonic() + 60
+        while replicas.pollers[running].silent_since is not None:
+            assert time.monotonic() < deadline, "it answers, and is still taken for silent"
+            time.sleep(0.1)
         for poller in replicas.pollers:
             poller.close()
     finally:

@@ -330,3 +330,16 @@ def test_what_is_saved_for_a_request_ends_and_is_kept_as_it_says() -> None:
             world.answer_stage(0, lambda key: True)
     kept = {(order.salt, order.expires_s, order.retention) for order in world.saves}
     assert kept == {("s", 99, Retention.LOW)}
+
+
+def test_queued_tokens_are_those_of_prompts_that_the_pool_does_not_hold() -> None:
+    world = World(num_blocks=60, lower_tiers=False, max_batch_tokens=16)
+    prompt = PROMPT * 12
+    world.submit(prompt, 8)
+    counts = [world.scheduler.num_queued_tokens]
+    for _ in range(4):
+        next_plan(world)
+        counts.append(world.scheduler.num_queued_tokens)
+    assert counts == [48, 32, 16, 0, 0], "decoding is no queue"
+    world.submit(prompt + (1,) * 10, 1)
+    assert world.scheduler.num_queued_tokens == 10

@@ -115,8 +115,11 @@ class Scheduler:
         if seq.deadline_s is not None:
             self._timed[seq.id] = seq
         out = self.abort([seq.id] if seq.id in self._early_aborts else [])
-        if seq.id in self._sequences and self._loads.has_room:
-            self._look_up(seq, self.cache.look(seq), now, out)
+        if seq.id in self._sequences:
+            looked = self.cache.look(seq)
+            seq.num_found = self.cache.present(looked) * self.cache.block_size
+            if self._loads.has_room:
+                self._look_up(seq, looked, now, out)
         return out
 
     def abort(self, request_ids: Iterable[str]) -> Schedule:
@@ -284,6 +287,23 @@ class Scheduler:
     def num_running(self) -> int:
         """Requests with a row."""
         return len(self._queues.running)
+
+    @property
+    def num_queued_tokens(self) -> int:
+        """Positions of prompts that will be computed before what comes next, as far as is known.
+
+        Any thread may ask, so that nobody who wants to know waits for a step.
+        """
+        size = self.cache.block_size
+        # a list is copied in one step of the interpreter
+        waiting, running = list(self._queues.waiting), list(self._queues.running)
+        tokens = 0
+        for seq in waiting:
+            tokens += max(1, seq.num_todo - max(seq.num_found, size * len(seq.staged)))
+        for seq in running:
+            if seq.num_todo > 1:
+                tokens += max(1, seq.num_todo - size * len(seq.ahead[0]))
+        return tokens
 
     def next_deadline(self) -> float | None:
         """When to plan again though nothing comes in: a request ends, or has waited enough."""

@@ -92,6 +92,7 @@ class Sequence:
         asked: blocks that the lower tiers were asked for in this life.
         asked_s: when that was, or would have been; -inf = not yet.
         awaits: while it waits, the block that another computes or loads; None = none.
+        num_found: positions from the front whose KV the pool held when it came.
         staged: blocks found there whose leases no load has taken, and their sources.
         loading: blocks being loaded, and their sources.
         load_run: where windows slide, the blocks that will be jumped over once all that loads has
@@ -139,6 +140,7 @@ class Sequence:
         self.asked: set[BlockRef] = set()
         self.asked_s = -math.inf
         self.awaits: int | None = None
+        self.num_found = 0
         self.staged: dict[BlockRef, str] = {}
         self.paused = False
         self.unshared = request.cache == "no-store"
