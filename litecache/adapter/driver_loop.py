@@ -36,7 +36,10 @@ from litecache.checks import FLOAT32_MAX, check_integer, check_real
 from litecache.errors import ConfigError, LiteCacheError, outline, told
 
 # Frames of these in a traceback are no code of the caller's.
-_LIBRARIES = frozenset({"litecache", "numpy", "torch", "transformers", *sys.stdlib_module_names})
+_LIBRARIES = frozenset(
+    {"httpx", "huggingface_hub", "litecache", "numpy", "torch", "transformers"}
+    | sys.stdlib_module_names
+)
 _DEEPEST = 6
 
 
@@ -51,6 +54,7 @@ def generate_in_driver(
     tokenizer: Any = None,
     own_tokenizer: Callable[[], Any] = lambda: None,
     first_pass: Callable[[], Sequence[PendingRequest]] = list,
+    most_threads: int | None = None,
 ) -> Any:
     """Transformers' `generate` over a proxy.
 
@@ -65,6 +69,7 @@ def generate_in_driver(
         tokenizer: the caller's.
         own_tokenizer: called where one is needed and the caller gave none.
         first_pass: gives the requests of the first forward pass, for the report.
+        most_threads: of torch, where the caller has not set fewer; None = as many as the caller's.
 
     Returns:
         What transformers returns, `sequences` on the device of `inputs`; with
@@ -94,7 +99,7 @@ def generate_in_driver(
     if seed is not None:
         check_integer("seed", seed, 0, valid="an integer from 0 to 2**63 - 1")
     begun = time.perf_counter()
-    with _seeded(seed), _in_words_of_transformers():
+    with _seeded(seed), _at_most_threads(most_threads), _in_words_of_transformers():
         result = proxy.generate(ids, given, streamer=streamer, tokenizer=tokenizer, **call)
     device = torch.device("cpu") if ids is None else inputs.device
     if isinstance(result, torch.Tensor):
@@ -293,6 +298,20 @@ def _seeded(seed: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_rng_state(before)
+
+
+@contextlib.contextmanager
+def _at_most_threads(most: int | None) -> Iterator[None]:
+    """Fewer threads of torch than the caller has set, and afterwards as many as before."""
+    before = torch.get_num_threads()
+    if most is None or before <= most:
+        yield
+        return
+    torch.set_num_threads(most)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextlib.contextmanager

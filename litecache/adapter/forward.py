@@ -122,8 +122,8 @@ class ReplicaForward:
             (self._index,) = self._replicas.route(requests[:1])
         pending = [PendingRequest(request) for request in requests]
         self.requests += len(pending)
-        self._replicas.submit(pending, self._index)
         with aborting(pending, self._replicas.abort):
+            self._replicas.submit(pending, self._index)
             for row in pending:
                 row.wait()
         self.first_pass = self.first_pass or pending

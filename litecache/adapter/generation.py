@@ -121,6 +121,7 @@ class GenerationSettings:
         mask_pad_token: without an attention mask this token of the input is taken for padding.
         num_return_sequences: samples per prompt.
         return_dict: return a `ModelOutput`.
+        use_cache: with a cache for the next turn.
         max_time_s: bound on the time of a sequence.
         stop_strings: texts that end a sequence as soon as one is complete.
         bos_token_id: the whole prompt of a call without one; None = there is no such token.
@@ -136,6 +137,7 @@ class GenerationSettings:
     mask_pad_token: int | None
     num_return_sequences: int
     return_dict: bool
+    use_cache: bool
     max_time_s: float | None
     stop_strings: tuple[str, ...]
     bos_token_id: int | None
@@ -257,6 +259,7 @@ def translate(
         mask_pad_token=pad if pad not in eos else None,
         num_return_sequences=samples,
         return_dict=check_flag("return_dict_in_generate", fields["return_dict_in_generate"]),
+        use_cache=fields.get("use_cache") is not False,
         max_time_s=None if fields.get("max_time") is None else real("max_time", 0, above=True),
         stop_strings=_texts("stop_strings", fields.get("stop_strings")),
         bos_token_id=integer("bos_token_id", 0),

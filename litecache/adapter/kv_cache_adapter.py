@@ -52,9 +52,10 @@ from litecache.adapter.prompts import (
     naming,
     one_input,
     one_row,
+    real_columns,
     split_rows,
 )
-from litecache.adapter.proxy import ModelProxy
+from litecache.adapter.proxy import ModelProxy, TokenRows
 from litecache.adapter.replicas import ReplicaSet
 from litecache.adapter.row_progress import Progress, check_progress, progress_of, show_progress
 from litecache.adapter.sources import resolve_model
@@ -270,7 +271,14 @@ class KVCacheAdapter(ChatSurface, ModelSurface):
         if streamer is not None and not _has_methods(streamer, "put", "end"):
             raise ConfigError("streamer", streamer, "an object with put() and end()")
         use = self._use(cache_salt, cache, cache_ttl_s, retention)
-        asks = (generation_config, kwargs, self.generation_config)
+        past, asked = kwargs.get("past_key_values"), dict(kwargs)
+        if (
+            isinstance(past, TokenRows)
+            and given is not None
+            and past.begins(check_input_ids(given), kwargs.get("attention_mask"))
+        ):
+            del asked["past_key_values"]  # the engine finds the KV of these tokens, too
+        asks = (generation_config, asked, self.generation_config)
         scored: list[TokenIds] = []
         if prompt_logprobs is not None:
             check_integer("prompt_logprobs", prompt_logprobs, 0, self.info.vocab_size)
@@ -290,10 +298,13 @@ class KVCacheAdapter(ChatSurface, ModelSurface):
                     tokenizer=tokenizer,
                     own_tokenizer=lambda: self.tokenizer,
                     first_pass=lambda: forward.first_pass,
+                    # threads of torch spin for a while after each operation, on cores that a
+                    # replica on the CPU computes with
+                    most_threads=1 if self.info.device == "cpu" else None,
                 )
         else:
             options = (use, seed, tokenizer, streamer, progress)
-            result = self._generate(given, generation_config, kwargs, *options)
+            result = self._generate(given, generation_config, asked, past, *options)
         if prompt_logprobs is not None:
             firsts = [1] * len(scored)
             told = prompt_logprobs_of(self._forward(use), scored, firsts, prompt_logprobs)
@@ -306,13 +317,14 @@ class KVCacheAdapter(ChatSurface, ModelSurface):
         given: Any,
         generation_config: GenerationConfig | None,
         kwargs: dict[str, Any],
+        past: TokenRows | None,
         use: CacheUse,
         seed: int | None,
         tokenizer: Any,
         streamer: Any,
         progress: bool | str,
     ) -> torch.Tensor | GenerateDecoderOnlyOutput:
-        """`generate` in the engine loop."""
+        """`generate` in the engine loop; `past` is brought up to date, as transformers does."""
         mask = kwargs.pop("attention_mask", None)
         settings = translate(generation_config, kwargs, self.generation_config)
         if settings.sampling.logprobs is not None and not settings.return_dict:
@@ -339,9 +351,14 @@ class KVCacheAdapter(ChatSurface, ModelSurface):
                 feed_streamer(streamer, input_ids.repeat_interleave(samples, dim=0), rows, pad)
             new_tokens = [row.wait() for row in rows]
         sequences = append_rows(given.repeat_interleave(samples, dim=0), new_tokens, pad)
+        if past is None and settings.return_dict and settings.use_cache:
+            past = TokenRows()
+        if past is not None:
+            real = real_columns(input_ids, mask, settings.mask_pad_token)
+            past.follow(sequences, real.repeat(samples, axis=0))
         if not settings.return_dict:
             return sequences
-        output = GenerateDecoderOnlyOutput(sequences=sequences)
+        output = GenerateDecoderOnlyOutput(sequences=sequences, past_key_values=past)
         output.litecache = ReuseReport.of(rows)
         return output
 

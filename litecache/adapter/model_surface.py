@@ -13,7 +13,7 @@ import inspect
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from litecache.config import CacheConfig
@@ -49,6 +49,8 @@ class ModelSurface:
     input_modalities = "text"
     output_modalities = ("text",)
     framework = "pt"
+    # of a result's scores, without the model
+    compute_transition_scores = GenerationMixin.compute_transition_scores
     _source: ModelSource
 
     @classmethod

@@ -11,6 +11,8 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from litecache.errors import CapacityError, ConfigError, LiteCacheError, outline
@@ -130,10 +132,10 @@ def check_sequences(name: str, count: int) -> None:
         raise ConfigError(name, count, f"at most {MOST_SEQUENCES:,} sequences in one call")
 
 
-def split_rows(
+def real_columns(
     input_ids: torch.Tensor, attention_mask: Any, pad_token_id: int | None
-) -> list[TokenIds]:
-    """The tokens of each row without its padding.
+) -> npt.NDArray[np.bool_]:
+    """Which places of a batch hold tokens and not padding, bool `[batch, tokens]`.
 
     Args:
         input_ids: int64 `[batch, tokens]`.
@@ -141,22 +143,35 @@ def split_rows(
         pad_token_id: taken for padding where there is no mask; None = nothing is.
 
     Raises:
-        ConfigError: the mask has another shape, or leaves a row empty.
+        ConfigError: the mask has another shape.
     """
     # By numpy: torch wakes all its threads for a few thousand tokens, which takes milliseconds.
-    ids = input_ids.numpy()
-    keep = None
-    if attention_mask is not None:
-        shape = getattr(attention_mask, "shape", None)
-        if not isinstance(attention_mask, torch.Tensor) or shape != input_ids.shape:
-            what = outline(attention_mask) if shape is None else list(shape)
-            valid = f"a tensor of input_ids' shape {list(input_ids.shape)}"
-            raise ConfigError("attention_mask", what, valid)
-        with naming("attention_mask", attention_mask, "a dense tensor of numbers"):
-            keep = attention_mask.numpy(force=True) != 0
-    elif pad_token_id is not None:
-        keep = ids != pad_token_id
-    rows = [TokenIds(row if keep is None else row[keep[i]]) for i, row in enumerate(ids)]
+    if attention_mask is None:
+        ids = input_ids.numpy()
+        return np.ones(ids.shape, np.bool_) if pad_token_id is None else ids != pad_token_id
+    shape = getattr(attention_mask, "shape", None)
+    if not isinstance(attention_mask, torch.Tensor) or shape != input_ids.shape:
+        what = outline(attention_mask) if shape is None else list(shape)
+        valid = f"a tensor of input_ids' shape {list(input_ids.shape)}"
+        raise ConfigError("attention_mask", what, valid)
+    with naming("attention_mask", attention_mask, "a dense tensor of numbers"):
+        real: npt.NDArray[np.bool_] = attention_mask.numpy(force=True) != 0
+    return real
+
+
+def split_rows(
+    input_ids: torch.Tensor, attention_mask: Any, pad_token_id: int | None
+) -> list[TokenIds]:
+    """The tokens of each row without its padding.
+
+    Args:
+        input_ids, attention_mask, pad_token_id: as in `real_columns`.
+
+    Raises:
+        ConfigError: the mask has another shape, or leaves a row empty.
+    """
+    real = real_columns(input_ids, attention_mask, pad_token_id)
+    rows = [TokenIds(row[there]) for row, there in zip(input_ids.numpy(), real, strict=True)]
     for index, row in enumerate(rows):
         if not row:
             raise ConfigError("input_ids", f"row {index}", "at least one token that is no padding")

@@ -106,6 +106,32 @@ class TokenRows(Cache):  # type: ignore[misc]  # transformers is untyped
         """Hold these rows from now on."""
         self.tokens, self.real = tokens, real
 
+    def begins(self, ids: torch.Tensor, mask: Any) -> bool:
+        """Whether rows begin with these, so that they say all that the cache does.
+
+        Args:
+            ids: int64 `[batch, tokens]`.
+            mask: `[batch, tokens]`; None = nothing is padding.
+        """
+        width = self.get_seq_length()
+        if ids.shape[0] != len(self.tokens) or ids.shape[1] <= width:
+            return False
+        real = np.ones(ids.shape, dtype=np.bool_) if mask is None else _mask(mask)
+        if real is None or real.shape != ids.shape or (real[:, :width] != self.real).any():
+            return False
+        return not (ids.numpy()[:, :width] != self.tokens)[self.real].any()
+
+    def follow(self, sequences: torch.Tensor, real: Mask) -> None:
+        """Hold what a loop elsewhere has been through: all but the last column.
+
+        Args:
+            sequences: `[batch, tokens + new]`.
+            real: `[batch, tokens]` of the prompts, False = padding.
+        """
+        tokens = sequences.numpy(force=True).astype(np.int64)[:, :-1]
+        grown = np.ones((len(tokens), tokens.shape[1] - real.shape[1]), dtype=np.bool_)
+        self.assign(tokens, np.concatenate([real, grown], axis=1))
+
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Row i becomes what row `beam_idx[i]` was."""
         self.batch_select_indices(beam_idx)
@@ -299,12 +325,17 @@ class ModelProxy(GenerationMixin):  # type: ignore[misc]
             self._first_columns = tokens.shape[1]
         shape = (len(tokens), places.shape[1], self._forward.vocab_size)
         # a model may give logits of another dtype than its own
-        logits = torch.zeros(shape, dtype=answers[0].dtype if answers else self.dtype)
+        logits = torch.empty(shape, dtype=answers[0].dtype if answers else self.dtype)
         for index, found in enumerate(source):
-            if found >= 0:
-                start = int(lengths[index]) - counts[found]
-                (columns,) = np.nonzero(places[index] >= 0)
-                logits[index, columns] = answers[found][places[index, columns] - start]
+            if found < 0:
+                logits[index] = 0
+                continue
+            own = places[index] - (lengths[index] - counts[found])
+            if places[index, 0] >= 0 and (np.diff(own) == 1).all():
+                logits[index] = answers[found][own[0] : own[-1] + 1]
+            else:  # padding inside, before or behind
+                logits[index] = answers[found][torch.from_numpy(own.clip(min=0))]
+                logits[index, torch.from_numpy(places[index] < 0)] = 0
         return logits
 
     def _sample(

@@ -159,7 +159,7 @@ def test_the_same_settings_at_their_neutral_values_pass(name: str) -> None:
         ("cache_implementation", ("hybrid",), 3),
         ("compile_config", (CompileConfig(),), {"fullgraph": True}),
         ("prefill_chunk_size", (1, 512), 0),
-        ("use_cache", (False, True), 2),
+        ("use_cache", (True,), 2),
     ],
 )
 def test_settings_of_how_transformers_computes_change_nothing(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import _thread
+import signal
 import threading
 from typing import Any
 
 import pytest
 import torch
 from letter_tokenizer import letter_tokenizer
-from transformers import GenerationConfig, LlamaForCausalLM, LogitsProcessorList
+from transformers import DynamicCache, GenerationConfig, LlamaForCausalLM, LogitsProcessorList
 
 from litecache.adapter import KVCacheAdapter
 from litecache.errors import CapacityError, ConfigError
@@ -92,6 +93,18 @@ def test_the_driver_loop_gives_what_stock_generate_gives(
     assert out.litecache.loop == "driver"
 
 
+def test_transition_scores_of_beams_are_those_of_stock(
+    llm: KVCacheAdapter, tiny_llama: LlamaForCausalLM
+) -> None:
+    settings = {"num_beams": 3, "max_new_tokens": 6, "output_scores": True, **FULL}
+    ours, stocks = (
+        model.compute_transition_scores(out.sequences, out.scores, out.beam_indices)
+        for model in (llm, tiny_llama)
+        for out in [model.generate(**BATCH, **settings, output_logits=True)]
+    )
+    torch.testing.assert_close(ours, stocks, atol=1e-4, rtol=1e-4)
+
+
 def test_drafts_of_an_assistant_and_of_the_prompt_are_tried(
     llm: KVCacheAdapter, tiny_llama: LlamaForCausalLM
 ) -> None:
@@ -138,6 +151,12 @@ def test_stop_strings_and_token_healing_take_the_adapters_tokenizer(
     expected = tiny_llama.generate(ids, tokenizer=tokenizer, **settings)
     assert torch.equal(llm.generate(ids, **settings), expected)
     assert torch.equal(llm.generate(ids, tokenizer=tokenizer, **settings), expected)
+    tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token = "<1>", "<2>", "<0>"
+    letters = torch.tensor([[3, 5, 4, 7, 3]])  # the last one may become the beginning of a longer
+    settings = {"max_new_tokens": 6, "token_healing": True}
+    expected = tiny_llama.generate(letters, tokenizer=tokenizer, **settings)
+    assert not torch.equal(expected[:, :5], letters)
+    assert torch.equal(llm.generate(letters, **settings), expected)
 
 
 def test_the_report_tells_what_the_first_forward_reused_and_salts_are_kept_apart(
@@ -181,13 +200,75 @@ def test_ctrl_c_in_the_midst_of_a_forward_leaves_nothing_open(
     llm: KVCacheAdapter, tiny_llama: LlamaForCausalLM
 ) -> None:
     timer = threading.Timer(0.2, _thread.interrupt_main)
-    timer.start()
-    with pytest.raises(KeyboardInterrupt):
-        llm.generate(**BATCH, max_new_tokens=400, num_beams=3, eos_token_id=None)
-    timer.join()
+    # a process that was started in the background ignores it
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate(**BATCH, max_new_tokens=400, num_beams=3, eos_token_id=None)
+    finally:
+        timer.join()
+        signal.signal(signal.SIGINT, before)
     nothing_is_open(llm, tiny_llama)
 
 
 def test_a_row_that_would_grow_beyond_the_model_is_refused_at_once(llm: KVCacheAdapter) -> None:
     with pytest.raises(CapacityError, match="tokens long: the model takes"):
         llm.generate(**BATCH, max_new_tokens=4000, num_beams=2)
+
+
+@pytest.mark.parametrize("only_new", [False, True])
+def test_a_returned_cache_goes_from_turn_to_turn_and_from_loop_to_loop(
+    llm: KVCacheAdapter, tiny_llama: LlamaForCausalLM, only_new: bool
+) -> None:
+    def turns(model: Any, first: dict[str, Any], second: dict[str, Any]) -> list[Any]:
+        one = model.generate(**BATCH, max_new_tokens=6, **FULL, **first)
+        past = one.past_key_values
+        ids = torch.cat([one.sequences, BATCH["input_ids"][:, -4:]], dim=1)
+        mask = torch.ones_like(ids)
+        mask[:, :30] = BATCH["attention_mask"]
+        new = ids[:, past.get_seq_length() :] if only_new else ids
+        length = past.get_seq_length()
+        two = model.generate(
+            new, attention_mask=mask, past_key_values=past, max_new_tokens=6, **FULL, **second
+        )
+        assert two.past_key_values is past
+        return [length, past.get_seq_length(), one.sequences, two.sequences, two]
+
+    expected = turns(tiny_llama, {}, {})
+    for first, second in (({}, {}), ({}, {"loop": "driver"}), ({"loop": "driver"}, {})):
+        ours = turns(llm, first, second)
+        assert ours[:2] == expected[:2]
+        assert torch.equal(ours[2], expected[2])
+        assert torch.equal(ours[3], expected[3])
+        # tokens that are not there cannot be given to the engine
+        driver = only_new or bool(second)
+        assert ours[4].litecache.loop == ("driver" if driver else "engine")
+    beams = {"num_beams": 2}
+    assert torch.equal(turns(llm, {}, {})[3], expected[3])
+    past = llm.generate(**BATCH, max_new_tokens=6, **FULL).past_key_values
+    past.batch_repeat_interleave(2)
+    reference = tiny_llama.generate(**BATCH, max_new_tokens=6, **FULL)
+    reference.past_key_values.batch_repeat_interleave(2)
+    ids = torch.cat([reference.sequences, BATCH["input_ids"][:, -4:]], dim=1)
+    mask = torch.ones_like(ids)
+    mask[:, :30] = BATCH["attention_mask"]
+    ours, stocks = (
+        model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=6, **beams)
+        for model, cache in ((llm, past), (tiny_llama, reference.past_key_values))
+    )
+    assert torch.equal(ours, stocks)
+
+
+def test_another_cache_or_other_tokens_than_the_caches_are_no_case_for_the_engine(
+    llm: KVCacheAdapter,
+) -> None:
+    past = llm.generate(**BATCH, max_new_tokens=2, **FULL, use_cache=True).past_key_values
+    assert llm.generate(**BATCH, max_new_tokens=2, **FULL, use_cache=False).past_key_values is None
+    ids = torch.cat([BATCH["input_ids"], torch.full((3, 5), 9)], dim=1)
+    mask = torch.cat([BATCH["attention_mask"], torch.ones((3, 5), dtype=torch.int64)], dim=1)
+    settings = {"max_new_tokens": 1, **FULL, "past_key_values": past}
+    out = llm.generate(ids, attention_mask=mask, **settings)
+    assert out.litecache.loop == "driver"
+    with pytest.raises(ConfigError, match=r"past_key_values.*that this adapter returned"):
+        llm.generate(ids, attention_mask=mask, max_new_tokens=1, past_key_values=DynamicCache())

@@ -31,7 +31,7 @@ def forward() -> StockForward:
 def drive(forward: Any, given: GenerationConfig | None = None, **arguments: Any) -> Any:
     model = tiny_model()
     proxy = ModelProxy(model.config, model.generation_config, forward)
-    options = ("streamer", "seed", "tokenizer", "own_tokenizer")
+    options = ("streamer", "seed", "tokenizer", "own_tokenizer", "most_threads")
     own = {name: arguments.pop(name) for name in options if name in arguments}
     arguments = {**BATCH, "max_new_tokens": 8, **arguments}
     return generate_in_driver(proxy, arguments.pop("input_ids"), given, arguments, **own)
@@ -82,9 +82,10 @@ def test_logit_bias_is_added_to_sequence_bias(forward: StockForward) -> None:
 
 def test_stop_tokens_end_rows_as_end_tokens_do(forward: StockForward) -> None:
     free = stock()
-    stops = [int(free[0, 13]), int(free[1, 15])]
-    out = drive(forward, stop_token_ids=stops)
-    assert torch.equal(out, stock(eos_token_id=[2, *stops]))
+    end, stops = int(free[2, 14]), [int(free[0, 13]), int(free[1, 15])]
+    out = drive(forward, stop_token_ids=stops, eos_token_id=end)
+    assert torch.equal(out, stock(eos_token_id=[end, *stops]))
+    assert not torch.equal(out, stock(eos_token_id=stops))
     with pytest.raises(ConfigError, match="pad_token_id=None"):
         drive(
             forward, GenerationConfig(), stop_token_ids=stops, eos_token_id=None, pad_token_id=None
@@ -240,6 +241,26 @@ def test_a_streamer_gets_what_it_gets_from_stock(forward: StockForward) -> None:
         drive(forward, streamer=ours, seed=3, **settings)
         assert ours.got == stocks.got
         assert ours.got[-1] == "end"
+
+
+def test_fewer_threads_are_taken_for_the_time_of_the_call_and_never_more(
+    forward: StockForward,
+) -> None:
+    seen: list[int] = []
+
+    def look(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        seen.append(torch.get_num_threads())
+        return scores
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for most in (1, 2, 3, None):
+            drive(forward, logits_processor=[look], max_new_tokens=1, most_threads=most)
+            assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [1, 2, 2, 2]
 
 
 def test_without_an_input_the_models_first_token_begins(forward: StockForward) -> None:

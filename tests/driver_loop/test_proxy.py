@@ -9,7 +9,7 @@ import pytest
 import torch
 from stock_forward import StockForward
 from tiny_models import VOCAB, assert_same, ragged, tiny_model
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig
 
 from litecache.adapter.proxy import ModelProxy, TokenRows
 from litecache.errors import CapacityError, ConfigError, GroupUnavailableError
@@ -105,6 +105,32 @@ def test_rows_that_have_ended_are_not_asked_for_unless_somebody_looks_at_their_s
     assert rows(return_dict_in_generate=True, output_logits=True) == [3] * 6
     assert rows(logits_processor=[lambda ids, scores: scores]) == [3] * 6
     assert rows(prefix_allowed_tokens_fn=lambda row, ids: range(VOCAB)) == [3] * 6
+
+
+def test_rows_that_go_on_after_their_end_are_asked_for(forward: StockForward) -> None:
+    def first_row_ends(ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.tensor([ids.shape[1] >= 14, False, False])
+
+    # without end tokens there is no padding: transformers goes on with every row until all ended
+    settings = {"stopping_criteria": [first_row_ends], "max_new_tokens": 6, "eos_token_id": None}
+    models = (copy.copy(tiny_model()), proxy_over(forward))
+    for model in models:
+        model.generation_config = GenerationConfig(pad_token_id=0)
+    stocks, ours = (model.generate(**BATCH, **settings) for model in models)
+    assert torch.equal(ours, stocks)
+    assert [len(lengths) for lengths, _ in forward.calls] == [3] * 6
+
+
+def test_rows_that_ended_in_one_turn_are_asked_for_in_the_next(forward: StockForward) -> None:
+    free = tiny_model().generate(**BATCH, max_new_tokens=4, eos_token_id=[96])
+    ends = {"eos_token_id": [int(free[0, 12])], "pad_token_id": 0, "max_new_tokens": 4}
+    results = []
+    for model in (tiny_model(), proxy_over(forward)):
+        first = model.generate(**BATCH, **ends, return_dict_in_generate=True)
+        assert first.sequences[:, -1].tolist()[0] == 0
+        past, turn = first.past_key_values, longer(first.sequences, BATCH["attention_mask"])
+        results.append(model.generate(**turn, past_key_values=past, max_new_tokens=4))
+    assert torch.equal(*results)
 
 
 def test_drafts_are_tried_in_one_forward_of_several_positions(
