@@ -311,3 +311,19 @@ def test_the_report_tells_how_each_row_ended_and_how_many_tokens_it_took(
         reasons = tuple("length" if length == 8 else "stop" for length in lengths)
         assert out.litecache.finish_reasons == reasons
         assert len(set(reasons)) == 2
+
+
+def test_a_call_tells_how_far_it_has_come(forward: StockForward) -> None:
+    model = tiny_model()
+    proxy = ModelProxy(model.config, model.generation_config, forward)
+    told = []
+
+    def criterion(ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        told.append(proxy.progress()[:2])
+        return torch.zeros(len(ids), dtype=torch.bool)
+
+    arguments = {**BATCH, "max_new_tokens": 4, "stopping_criteria": [criterion]}
+    generate_in_driver(proxy, arguments.pop("input_ids"), None, arguments)
+    # what was drawn last is never forwarded
+    assert told == [(done, 3) for done in range(4)]
+    assert proxy.progress().words == "4 forward passes"
