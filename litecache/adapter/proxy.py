@@ -37,7 +37,9 @@ Tokens = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
 
 # Arguments that transformers hands from its loops to `forward`, where they mean nothing.
-_PASSED_OVER = frozenset({"tokenizer", "assistant_tokenizer", "trust_remote_code"})
+_PASSED_OVER = frozenset(
+    {"assistant_model", "assistant_tokenizer", "tokenizer", "trust_remote_code"}
+)
 
 
 class TokenRows(Cache):  # type: ignore[misc]  # transformers is untyped

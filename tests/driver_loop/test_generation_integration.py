@@ -278,6 +278,11 @@ def test_lengths_of_drafted_outputs_are_kept(model: Any, scene: Scene) -> None:
         ours(model, **draft, min_new_tokens=10, max_length=25, max_new_tokens=None)
 
 
+def test_an_assistant_beside_beams_has_nothing_to_do(model: Any, scene: Scene) -> None:
+    call = {"assistant_model": scene.assistant, "num_beams": 3}
+    assert torch.equal(ours(model, **call), stock(model, **call))
+
+
 @pytest.mark.parametrize(("schedule", "then"), [("heuristic", 7), ("heuristic_transient", 5)])
 def test_the_number_of_drafts_follows_its_schedule(model: Any, schedule: str, then: int) -> None:
     found = []
@@ -315,6 +320,7 @@ def test_a_watermark_is_found_by_its_detector(model: Any) -> None:
     assert detector(ours(model, **call)[:, 11:]).tolist() == [False]
 
 
+@pytest.mark.slow
 def test_a_synthid_watermark_raises_its_mean(model: Any) -> None:
     config = synthid(debug_mode=True)
     processor = config.construct_processor(VOCAB, "cpu")
