@@ -347,7 +347,9 @@ FEATURES: dict[str, Feature] = {
         '`early_stopping="never"`',
         lambda s: {
             **BEAMS,
-            **ends(s),
+            "eos_token_id": s.many_ends,
+            "pad_token_id": 0,
+            "max_new_tokens": s.new_tokens + 2,
             "early_stopping": "never",
             "length_penalty": 3.0,
             "num_return_sequences": 3,
@@ -498,7 +500,7 @@ FEATURES: dict[str, Feature] = {
     "logits_processor, beams": Feature(
         PYTHON,
         "`logits_processor` of beams",
-        lambda s: {"logits_processor": LogitsProcessorList([falling]), **BEAMS},
+        lambda s: {"logits_processor": [Alternating()], **BEAMS},
         ("logits_processor",),
     ),
     "logits_processor, sampling": Feature(

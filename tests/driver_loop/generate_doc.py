@@ -93,11 +93,12 @@ the tokens of a stock model on the CPU.
 _FEATURES_HEAD = """## Features
 
 {changing} calls whose value changes what stock `generate` gives, and {others} that change how it is
-computed. Each is made twice, from an empty pool and with its prompt in the pool, and each time
-tokens are equal, scores and logits to 1e-4, torch's random state afterwards the same, on a random
-Llama of two layers. The test is a case of `{test}`
-(tests/driver_loop/test_features.py), all of them in the driver loop; the loop below is the one that
-`auto` takes.
+computed. Each is made from an empty pool and again with its prompt in the pool, and both times
+tokens are equal, scores and logits to 1e-4, and torch's random state afterwards is the same: on a
+random Llama of two layers in the fast tests; and with the prompt in the pool on SmolLM2-135M in the
+slow ones. The test is a case of `{test}` and of
+`test_a_feature_on_smollm2_with_a_prefix_hit` (tests/driver_loop/test_features.py), in the driver
+loop; the loop below is the one that `auto` takes.
 """
 
 _OTHERS_HEAD = """## Shown by tests of their own

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from letter_tokenizer import letter_tokenizer
 from tiny_models import VOCAB, ragged, tiny_model
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 Inputs = dict[str, torch.Tensor]
 
@@ -84,6 +84,12 @@ class Scene:
         others = self._free[1][:, 1:, 1:].flatten().tolist()
         return sorted({*others, self.free[0][1], self.free[1][2]} - going_on)
 
+    @property
+    def many_ends(self) -> list[int]:
+        """Tokens that end several beams of each row early."""
+        firsts = {row[0] for row in self.free}
+        return sorted({*self._free[1][:, 1:].flatten().tolist()} - firsts)
+
 
 @functools.cache
 def tiny_scene() -> Scene:
@@ -102,4 +108,29 @@ def tiny_scene() -> Scene:
         cut=dict(tokenizer("abcdea", return_tensors="pt", return_token_type_ids=False)),
         negative=ragged(6, 3, 5, seed=8),
         new_tokens=9,
+    )
+
+
+def smollm2_scene(folder: str) -> Scene:
+    """SmolLM2, and its first layers as an assistant."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    config = type(model.config).from_dict({**model.config.to_dict(), "num_hidden_layers": 3})
+    assistant = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+
+    def rows(*texts: str) -> Inputs:
+        found = tokenizer(list(texts), return_tensors="pt", padding=True)
+        return {name: found[name] for name in ("input_ids", "attention_mask")}
+
+    return Scene(
+        model,
+        assistant.eval(),
+        tokenizer,
+        batch=rows("The capital of France is", "Two and two are", "one, two, one, two, one,"),
+        one=rows("The quick brown fox jumps over"),
+        echo=rows("a b c d e f g a b c d e f g a b c"),
+        word=rows("The", "One"),
+        cut=rows("The quick brown fox jum"),
+        negative=rows("Berlin is a city in", "Nothing", "three, four"),
+        new_tokens=4,
     )

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from engine_harness import EngineForward, Harness
 from features import FEATURES, Feature, Settings
-from scene import Scene, tiny_scene
+from scene import Scene, smollm2_scene, tiny_scene
 from tiny_models import assert_same
 
 from litecache.adapter.driver_loop import generate_in_driver
@@ -71,15 +72,27 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Both]:
         yield Both(scene, harness)
 
 
-def check(both: Both, feature: Feature) -> None:
+@pytest.fixture(scope="module")
+def smollm2(smollm2_dir: Path) -> Iterator[Both]:
+    """With every prompt in the pool."""
+    threads = torch.get_num_threads()
+    with Harness(ModelSource(path=str(smollm2_dir)), num_threads=2) as harness:
+        torch.set_num_threads(2)
+        both = Both(smollm2_scene(str(smollm2_dir)), harness)
+        for inputs in ("batch", "one", "echo", "word", "cut"):
+            both.ours(both.call(Feature("", "", dict, (), inputs), {"max_new_tokens": 1}))
+        yield both
+    torch.set_num_threads(threads)
+
+
+def check(both: Both, feature: Feature, calls: int) -> None:
     expected, random_state = both.stock(both.call(feature, feature.settings(both.scene)))
-    both.harness.empty("gpu")
-    for _ in range(2):
+    for _ in range(calls):
         result, reused = both.ours(both.call(feature, feature.settings(both.scene)))
         assert_same(result, expected)
         assert torch.equal(torch.get_rng_state(), random_state)
-    if feature.inputs != "word" and feature.asks != FEATURES["bos_token_id"].asks:
-        assert all(reused[0]), "the second call's first forward found nothing"
+    if feature.inputs != "word" and feature is not FEATURES["bos_token_id"]:
+        assert all(reused[0]), "the last call's first forward found nothing"
     if feature.changes:
         assert not same(both.plain(feature), expected), "this value changes nothing"
 
@@ -94,4 +107,12 @@ def same(one: Any, other: Any) -> bool:
 
 @pytest.mark.parametrize("name", FEATURES)
 def test_a_feature_cold_and_with_a_prefix_hit(tiny: Both, name: str) -> None:
-    check(tiny, FEATURES[name])
+    tiny.harness.empty("gpu")
+    check(tiny, FEATURES[name], calls=2)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("name", FEATURES)
+def test_a_feature_on_smollm2_with_a_prefix_hit(smollm2: Both, name: str) -> None:
+    check(smollm2, FEATURES[name], calls=1)
