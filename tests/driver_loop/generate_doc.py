@@ -98,7 +98,8 @@ tokens are equal, scores and logits to 1e-4, and torch's random state afterwards
 random Llama of two layers in the fast tests; and with the prompt in the pool on SmolLM2-135M in the
 slow ones. The test is a case of `{test}` and of
 `test_a_feature_on_smollm2_with_a_prefix_hit` (tests/driver_loop/test_features.py), in the driver
-loop; the loop below is the one that `auto` takes.
+loop; the loop below is the one that `auto` takes. Eighty calls with two to four features drawn at
+random give what stock `generate` gives, too, or are refused by both.
 """
 
 _OTHERS_HEAD = """## Shown by tests of their own

@@ -6,6 +6,7 @@ The engine runs in this process; every call is made twice, and the second finds 
 from __future__ import annotations
 
 import functools
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from tiny_models import assert_same
 from litecache.adapter.driver_loop import generate_in_driver
 from litecache.adapter.proxy import ModelProxy
 from litecache.engine.loading.model_source import ModelSource
+from litecache.errors import ConfigError
 
 TEXT = frozenset({"stop_strings", "token_healing"})
 
@@ -116,3 +118,35 @@ def test_a_feature_cold_and_with_a_prefix_hit(tiny: Both, name: str) -> None:
 @pytest.mark.parametrize("name", FEATURES)
 def test_a_feature_on_smollm2_with_a_prefix_hit(smollm2: Both, name: str) -> None:
     check(smollm2, FEATURES[name], calls=1)
+
+
+# Behind a clock, or with inputs of their own.
+ALONE = frozenset({"max_time", "forced_bos_token_id", "token_healing"})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
+def test_random_combinations_of_features_give_what_stock_gives_or_are_refused_by_both(
+    tiny: Both, seed: int
+) -> None:
+    drawn = random.Random(seed)
+    for _ in range(20):
+        names = drawn.sample(sorted(FEATURES.keys() - ALONE), drawn.choice((2, 2, 3, 4)))
+        drafts = any(FEATURES[name].group == "Drafts" for name in names)
+        feature = Feature("", "", dict, (), "one" if drafts else "batch")
+
+        def call(names: list[str] = names, feature: Feature = feature) -> Settings:
+            merged: Settings = {}
+            for name in names:
+                merged |= FEATURES[name].settings(tiny.scene)
+            return tiny.call(feature, merged)
+
+        try:
+            expected, random_state = tiny.stock(call())
+        except Exception:
+            with pytest.raises(ConfigError):
+                tiny.ours(call())
+            continue
+        assert_same(tiny.ours(call())[0], expected)
+        assert torch.equal(torch.get_rng_state(), random_state), names
+    tiny.harness.check()
