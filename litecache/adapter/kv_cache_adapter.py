@@ -28,7 +28,7 @@ from litecache.actors.group import Group, exists
 from litecache.actors.group_spec import GroupSpec, check_actor_options, choose_num_gpus
 from litecache.actors.naming import DEFAULT_GROUP, check_group_name
 from litecache.adapter.cache_use import CacheUse
-from litecache.adapter.chat_surface import ChatSurface
+from litecache.adapter.chat.surface import ChatSurface
 from litecache.adapter.driver_loop import generate_in_driver
 from litecache.adapter.forward import ReplicaForward, prompt_logprobs_of, row_logits
 from litecache.adapter.generation import (

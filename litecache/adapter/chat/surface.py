@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from litecache.adapter.chat import (
+from litecache.adapter.chat.replies import (
     ChatStream,
     ChatTemplate,
     Generates,
@@ -16,7 +16,7 @@ from litecache.adapter.chat import (
     check_settings,
     read,
 )
-from litecache.adapter.chat_session import ChatSession
+from litecache.adapter.chat.session import ChatSession
 from litecache.adapter.prompts import check_sequences
 from litecache.checks import check_flag, check_text
 from litecache.errors import ConfigError, outline

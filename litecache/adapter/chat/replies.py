@@ -1,6 +1,6 @@
 """One conversation and its answer: the chat template, the reply, the reply while it comes.
 
-`ChatSurface` (chat_surface.py) is what users call, `ChatSession` (chat_session.py) goes on from
+`ChatSurface` (surface.py) is what users call, `ChatSession` (session.py) goes on from
 turn to turn. Both make their prompts by `ChatTemplate`, which is `apply_chat_template` of
 transformers and nothing else, and ask by `ask` or `ChatStream`.
 """

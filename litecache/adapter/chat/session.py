@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-from litecache.adapter.chat import (
+from litecache.adapter.chat.replies import (
     ChatReply,
     ChatStream,
     ChatTemplate,

@@ -20,8 +20,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from litecache.adapter.module_trial import trial_error
-from litecache.adapter.peft_models import has_adapters, is_peft, merged_copy
+from litecache.adapter.modules.module_trial import trial_error
+from litecache.adapter.modules.peft_models import has_adapters, is_peft, merged_copy
 from litecache.engine.loading.model_checks import loading_reason
 from litecache.errors import ConfigError, shown
 

@@ -1,0 +1,1 @@
+"""Modules of the caller's process: which can be served as they are, and what is saved of them."""
