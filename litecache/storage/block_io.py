@@ -325,7 +325,9 @@ class BlockIo:
             self._budget.spend(-sum(block.nbytes for block in blocks))
             # slots that reads or other writes hold come back
             held = disk.space.readers or self._writers > 1
-            if progress or (held and not disk.lost and not disk.log_full()):
+            if disk.log_full():
+                held = self._durability.makes_room()
+            if progress or (held and not disk.lost):
                 self._tiers.put_back(blocks)
                 if not progress:
                     self._tiers.changed.wait(0.05)

@@ -186,16 +186,30 @@ class Durability:
     def _run(self) -> None:
         while True:
             with self._lock:
-                self._wake.wait_for(lambda: self._closing or self._due())
+                while not (self._closing or self._due()):
+                    # one that failed is tried again, whether anything else happens or not
+                    held = self._disk.wants_compaction()
+                    self._wake.wait(self._compaction.left_s() if held else None)
                 if self._unsynced and self._fsync == "interval":
-                    self._wake.wait_for(lambda: self._closing, self._interval_s)
+                    self._wake.wait_for(
+                        lambda: self._closing or self._compacts_now(), self._interval_s
+                    )
                 if self._closing:
                     return
             self._maintain(sync=self._fsync != "never")
 
     def _due(self) -> bool:
         unsynced = self._unsynced and self._fsync == "interval"
-        return unsynced or (self._disk.wants_compaction() and self._compaction.due())
+        return unsynced or self._compacts_now()
+
+    def _compacts_now(self) -> bool:
+        return self._disk.wants_compaction() and self._compaction.due()
+
+    def makes_room(self) -> bool:
+        """Whether a log that is full is about to be written anew; the lock is held."""
+        self._wake.notify()
+        compacts = self._disk.log.compacting or self._compacts_now()
+        return self._thread is not None and not self._closing and compacts
 
     def _maintain(self, *, sync: bool) -> None:
         synced = self.sync() if sync else True

@@ -29,6 +29,10 @@ class Backoff:
         """Whether it may be tried now."""
         return time.monotonic() >= self._next
 
+    def left_s(self) -> float:
+        """Seconds until it may be tried."""
+        return max(0.0, self._next - time.monotonic())
+
     def hurry(self) -> None:
         """The next attempt need not wait: nothing else is left to try."""
         self._next = 0.0

@@ -32,15 +32,16 @@ def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def drawn_on_a_terminal(body: Callable[[], None]) -> str:
     """What is written to stderr while that is a terminal."""
     theirs, ours = os.openpty()
-    os.set_blocking(theirs, False)
     drawn = b""
     with pytest.MonkeyPatch.context() as patch, os.fdopen(ours, "w") as stderr:
         patch.setenv("TERM", "xterm")
         patch.setenv("COLUMNS", "120")
         patch.setattr(sys, "stderr", stderr)
         body()
-        with contextlib.suppress(BlockingIOError):
-            drawn = os.read(theirs, 1 << 16)
+    # a terminal hands out what was written piece by piece, and an error once nobody writes any more
+    with contextlib.suppress(OSError):
+        while part := os.read(theirs, 1 << 16):
+            drawn += part
     os.close(theirs)
     return drawn.decode()
 

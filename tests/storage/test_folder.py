@@ -511,3 +511,42 @@ def test_verify_leaves_a_store_that_was_closed_cleanly_so(tmp_path):
     assert before == b"clean"
     assert verify_store(str(tmp_path))[0].ok
     assert (tmp_path / "shard-0" / "lock").read_bytes().split()[1] == before
+
+
+def test_a_small_store_that_is_overwritten_fast_drops_nothing_for_want_of_room_in_its_log(tmp_path):
+    with ShardStore(str(tmp_path / "s"), storage_bytes=2_000_000, ram_bytes=16_000_000) as store:
+        client = LocalShardClient(store)
+        for first in range(0, 3000, 20):
+            put(client, [key_of(n) for n in range(first, first + 20)], 8 * KIB)
+        assert store.flush(30).complete
+        stats = store.stats()
+        assert stats["evictions"]["disk"] > 2000
+        assert not stats["drops"]
+        client.close()
+
+
+def test_a_full_log_is_written_anew_after_a_failure_though_nothing_else_happens(
+    tmp_path, monkeypatch
+):
+    real = durability.Durability._compact_locked
+
+    def failing(self):
+        return self._compaction.note(False)
+
+    monkeypatch.setattr(durability.Durability, "_compact_locked", failing)
+    with ShardStore(str(tmp_path / "s"), storage_bytes=2_000_000, ram_bytes=16_000_000) as store:
+        client = LocalShardClient(store)
+        first = 0
+        while not store.stats()["drops"]:
+            put(client, [key_of(n) for n in range(first, first + 20)], 8 * KIB)
+            first += 20
+        monkeypatch.setattr(durability.Durability, "_compact_locked", real)
+        deadline = time.monotonic() + 20
+        while store._durability._disk.log_full():
+            assert time.monotonic() < deadline, "nobody writes the log anew"
+            time.sleep(0.01)
+        put(client, [key_of(first)], 8 * KIB)
+        assert store.flush(30).complete
+        store.clear("ram")
+        assert get(client, [key_of(first)], 8 * KIB) == [True]
+        client.close()
