@@ -174,7 +174,9 @@ class Engine:
                 metrics=self.metrics,
             )
         warm: Future[None] = Future()
-        self._thread = start_job(lambda: self._run(warm), "engine", self._died)
+        self._thread = start_job(
+            lambda: self._run(warm), "engine", lambda error: self._died(error, warm)
+        )
         try:
             warm.result()
         except BaseException:
@@ -391,13 +393,15 @@ class Engine:
         while not self._closing:
             self._turn()
 
-    def _died(self, error: BaseException) -> None:
+    def _died(self, error: BaseException, warm: Future[None]) -> None:
         # A bug, or the device.
         if self._on_death is not None:
             self._on_death(error)
         self._failure = error
         for client_id, request_id in self._scheduler.open_requests():
             self._fail(client_id, request_id, error)
+        if not warm.done():  # whoever makes the engine still waits for it
+            warm.set_exception(error)
 
     def _turn(self) -> None:
         """Take messages, launch one step, finish the one before."""
