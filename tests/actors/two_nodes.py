@@ -54,7 +54,7 @@ def wait_for(condition: Callable[[], Any], what: str, timeout_s: float = 60) -> 
 
 
 def ask(llm: KVCacheAdapter, replica: int, ids: torch.Tensor) -> tuple[list[int], dict[str, int]]:
-    llm._replicas.route = lambda request: replica  # type: ignore[method-assign]
+    llm._replicas.route = lambda requests: [replica] * len(requests)  # type: ignore[method-assign]
     out = llm.generate(ids, max_new_tokens=8, return_dict_in_generate=True)
     del llm._replicas.route
     return out.sequences[0].tolist(), out.litecache.reused_tokens[0]
