@@ -291,25 +291,24 @@ class CommandLine(Entry):
     }  # fmt: skip
 
     def run(self, arguments: list[str]) -> tuple[int, str]:
+        import litecache.actors.cluster
         import litecache.cli
-        import litecache.cli.groups
 
         out, err = io.StringIO(), io.StringIO()
-        connect, argv = litecache.cli.groups.connect, sys.argv
+        connect, argv = litecache.actors.cluster.open_ray, sys.argv
 
-        def refuse(address: str | None) -> None:
-            litecache.cli.options.check_address(address)
+        def refuse(address: str, **options: object) -> None:
             raise GroupUnavailableError("no cluster")
 
         try:
-            litecache.cli.groups.connect = refuse
+            litecache.actors.cluster.open_ray = refuse
             sys.argv = ["litecache", *arguments]
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
                 litecache.cli.main()
         except SystemExit as exit_:
             return int(exit_.code or 0), out.getvalue() + err.getvalue()
         finally:
-            litecache.cli.groups.connect, sys.argv = connect, argv
+            litecache.actors.cluster.open_ray, sys.argv = connect, argv
         raise AssertionError("the command did not exit")
 
     def call(self) -> Any:

@@ -3,7 +3,9 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -19,14 +21,16 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from litecache.actors.group import actor_names
+from litecache.actors.watch import ActorView
 from litecache.adapter.doctor import group_findings
 from litecache.adapter.stats import CacheStats
 from litecache.cli import app, main
-from litecache.cli.groups import _print_status
-from litecache.cli.options import parse_settings
+from litecache.cli.options import group_names, parse_settings
+from litecache.cli.status import print_status
 from litecache.config import CacheConfig
 from litecache.errors import ConfigError, GroupUnavailableError, KernelError
 from litecache.storage import CommitItem, LocalShardClient, ShardStore
@@ -116,11 +120,31 @@ def test_a_group_goes_up_answers_shows_itself_and_goes_down(
         table = CliRunner().invoke(app, ["status", "--group", "cli"]).stdout
         assert "80 prompt tokens, 49% reused (gpu 39), 18 generated" in table
         assert "int8 blocks" in " ".join(table.split())
+        assert group_names("cl") == ["cli"]
+        assert group_names("x") == []
+        check_silent_replica("cli", shown["actors"]["litecache:cli:gpu:0"]["pid"])
         check_prefix_commands("cli", prompt, tmp_path)
     finally:
         stopped = invoke("down", "--group", "cli")
     assert list(stopped) == ["cli"]
     assert actor_names("cli") == []
+
+
+def check_silent_replica(group: str, pid: int) -> None:
+    """A replica that is stopped is named in time, and its figures come when it runs on."""
+    name = f"litecache:{group}:gpu:0"
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        begun = time.perf_counter()
+        shown = invoke("status", "--group", group, "--timeout", "0.5")
+        assert time.perf_counter() - begun < 5
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert shown["states"].pop(name) == "silent"
+    assert set(shown["states"].values()) == {"up"}
+    assert shown["stats"]["unavailable"] == [name]
+    assert "no answer" in shown["actors"][name]["error"]
+    assert invoke("status", "--group", group, "--timeout", "20")["states"][name] == "up"
 
 
 def check_prefix_commands(group: str, prompt: str, folder: Path) -> None:
@@ -259,7 +283,7 @@ def test_status_and_doctor_say_what_was_not_saved_and_why(
         shard = {"pid": 1, "store": store.stats(), "metrics": store.metrics.snapshot()}
         stats = CacheStats.from_status({"shard": shard})
     assert stats.drops["queue_full"] == 3
-    _print_status("g", {"shard": shard}, stats)
+    print_status("group g", {"shard": ActorView("up", shard)}, stats)
     shown = " ".join(capsys.readouterr().out.split())
     assert "3 queue_full" in shown
     assert "the disk tier is out" in shown
@@ -274,7 +298,7 @@ ANY_TEXT = st.sampled_from(WORDS_OF_NOBODY) | st.text(st.characters(exclude_char
 COMMANDS: dict[str, tuple[str, ...]] = {
     "up": ("MODEL", "--group", "--set", "--replicas", "--num-threads", "--address", "--json"),
     "down": ("--group", "--all", "--timeout", "--address", "--json"),
-    "status": ("--group", "--address", "--json"),
+    "status": ("--group", "--timeout", "--address", "--json"),
     "generate": ("MODEL", "PROMPT", "--group", "--set", "--max-new-tokens", "--temperature",
                  "--seed", "--chat", "--address", "--json"),
     "export": ("PROMPT", "--output", "--model", "--group", "--salt", "--set", "--address"),
@@ -297,8 +321,7 @@ def test_any_arguments_of_a_command_give_a_result_or_one_line(
     folder = tmp_path_factory.mktemp("cli")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        for commands in ("groups", "prefixes"):
-            patch.setattr(f"litecache.cli.{commands}.connect", no_cluster)
+        patch.setattr("litecache.actors.cluster.open_ray", no_cluster)
         patch.setattr("litecache.adapter.KVCacheAdapter", no_cluster)
         command = data.draw(st.sampled_from(sorted(COMMANDS)))
         arguments = [command]
@@ -337,6 +360,7 @@ def no_cluster(*arguments: Any, **settings: Any) -> None:
         ["down", "--timeout", "nan"],
         ["down", "--timeout", "-1"],
         ["status", "--group", "x" * 100],
+        ["status", "--timeout", "-1"],
         ["generate", "m", ""],
         ["generate", "m", "\udcff"],
         ["generate", "m", "text", "--temperature", "nan"],
@@ -363,8 +387,7 @@ def test_what_can_be_told_from_the_words_is_refused_before_anything_is_loaded(
     def unforeseen(*arguments: Any, **settings: Any) -> None:
         raise AssertionError("unforeseen")
 
-    for name in ("groups.connect", "machine.connect", "prefixes.connect"):
-        monkeypatch.setattr(f"litecache.cli.{name}", unforeseen)
+    monkeypatch.setattr("litecache.actors.cluster.open_ray", unforeseen)
     monkeypatch.setattr("litecache.adapter.KVCacheAdapter", unforeseen)
     monkeypatch.setattr("litecache.adapter.doctor.examine", unforeseen)
     assert "unforeseen" not in refused(*arguments)
@@ -393,6 +416,29 @@ def test_the_command_refuses_in_time_without_loading_torch(arguments: list[str])
     assert done.returncode == 2
     assert not {"torch", "transformers", "ray"} & set(done.stdout.split())
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", sorted(get_command(app).commands))  # type: ignore[attr-defined]
+def test_every_command_has_an_example_in_its_help_and_takes_json(name: str) -> None:
+    text = " ".join(CliRunner().invoke(app, [name, "--help"]).stdout.split())
+    assert f"Example: litecache {name}" in text
+    assert "--json" in text
+
+
+def test_a_shell_completes_commands_and_is_shown_nothing_where_there_is_no_cluster(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("litecache.actors.cluster.open_ray", no_cluster)
+
+    def completed(words: str) -> tuple[str, str]:
+        place = {"COMP_WORDS": words, "COMP_CWORD": str(len(words.split(" ")) - 1)}
+        env = {"_LITECACHE_COMPLETE": "complete_bash", **place}
+        done = CliRunner().invoke(app, [], prog_name="litecache", env=env)
+        return done.stdout, done.stderr
+
+    assert completed("litecache stat") == ("status\n", "")
+    assert completed("litecache status --gr") == ("--group\n", "")
+    assert completed("litecache status --group c") == ("\n", "")
 
 
 def test_without_arguments_there_is_help() -> None:

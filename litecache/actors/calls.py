@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -119,6 +119,23 @@ def _done(refs: Iterable[Any], timeout_s: float) -> set[Any]:
         return set(_wait(refs, num_returns=len(refs), timeout=timeout_s)[0]) if refs else set()
     except RayError as error:
         raise GroupError(f"waiting failed in Ray: {first_line(error)}") from error
+
+
+def first_ended(refs: Sequence[Any], deadline: float) -> dict[Any, float]:
+    """When each of these calls ended (`time.monotonic`), of those that end before `deadline`."""
+    ended: dict[Any, float] = {}
+    open_ = list(refs)
+    while open_:
+        left_s = max(0.0, deadline - time.monotonic())
+        try:
+            done, open_ = _wait(open_, num_returns=1, timeout=left_s)
+        except RayError as error:
+            raise GroupError(f"waiting failed in Ray: {first_line(error)}") from error
+        now = time.monotonic()
+        ended.update(dict.fromkeys(done, now))
+        if not done:
+            break
+    return ended
 
 
 def was_restarted() -> bool:

@@ -15,9 +15,10 @@ from typing import Any
 
 import typer
 
-from litecache.cli.groups import down, generate, status, up
+from litecache.cli.groups import down, generate, up
 from litecache.cli.machine import doctor, inspect, models, tune, verify
 from litecache.cli.prefixes import delete, export, import_, warm
+from litecache.cli.status import status as show_status
 from litecache.errors import LiteCacheError, told
 
 logger = logging.getLogger(__name__)
@@ -25,9 +26,8 @@ logger = logging.getLogger(__name__)
 app = typer.Typer(
     help="A paged, tiered and persistent KV cache for Hugging Face models on Ray.",
     no_args_is_help=True,
-    add_completion=False,
 )
-_groups = up, down, status, generate, export, warm, delete
+_groups: tuple[Any, ...] = up, down, show_status, generate, export, warm, delete
 _machine: tuple[Any, ...] = inspect, verify, tune, doctor, models
 for command in (*_groups, *_machine):
     app.command()(command)

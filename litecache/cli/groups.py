@@ -1,4 +1,4 @@
-"""Commands about groups of actors: `up`, `down`, `status`, `generate`.
+"""Commands about groups of actors: `up`, `down`, `generate`.
 
 A group started by `up` is detached: it outlives the command, until `down`. Neither ever starts or
 stops Ray.
@@ -23,6 +23,7 @@ from litecache.cli.options import (
     check_model,
     check_prompt,
     connect,
+    group_names,
     parse_settings,
     print_json,
 )
@@ -41,7 +42,10 @@ def up(
     address: Address = None,
     as_json: AsJson = False,
 ) -> None:
-    """Start a group of actors that stays, or check that it runs with these settings."""
+    """Start a group of actors that stays, or check that it runs with these settings.
+
+    Example: litecache up HuggingFaceTB/SmolLM2-135M-Instruct --set ram_bytes=4GB
+    """
     config = parse_settings(settings or [])
     check_model(model)
     check_group_name(group)
@@ -80,7 +84,10 @@ def down(
     address: Address = None,
     as_json: AsJson = False,
 ) -> None:
-    """Save what is cached and stop a group's actors; Ray goes on."""
+    """Save what is cached and stop a group's actors; Ray goes on.
+
+    Example: litecache down --group chat --timeout 60
+    """
     timeout = check_seconds("--timeout", timeout)
     check_group_name(group)
     connect(address)
@@ -101,25 +108,13 @@ def down(
         typer.echo("no group is running")
 
 
-def status(group: GroupName = "default", address: Address = None, as_json: AsJson = False) -> None:
-    """Show a group's actors and counters."""
-    check_group_name(group)
-    connect(address)
-    from litecache.actors.group import Group
-    from litecache.adapter.stats import CacheStats
-
-    actors = Group.attach(group, timeout_s=10).status()
-    stats = CacheStats.from_status(actors)
-    if as_json:
-        print_json({"group": group, "actors": actors, "stats": stats.to_dict()})
-        return
-    _print_status(group, actors, stats)
-
-
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Argument(help="text to continue; - reads it from stdin")],
-    group: Annotated[str | None, typer.Option(help="join or name a group; default private")] = None,
+    group: Annotated[
+        str | None,
+        typer.Option(help="join or name a group; default private", autocompletion=group_names),
+    ] = None,
     settings: Settings = None,
     max_new_tokens: Annotated[int, typer.Option(help="tokens to generate")] = 64,
     temperature: Annotated[float | None, typer.Option(help="sample at this temperature")] = None,
@@ -129,7 +124,10 @@ def generate(
     address: Address = None,
     as_json: AsJson = False,
 ) -> None:
-    """Continue a text, printing it as it comes."""
+    """Continue a text, printing it as it comes.
+
+    Example: litecache generate HuggingFaceTB/SmolLM2-135M-Instruct "Why is the sky blue?" --chat
+    """
     config = parse_settings(settings or [])
     check_model(model)
     if group is not None:
@@ -168,40 +166,3 @@ def generate(
             return
         result = {"text": "".join(stream), "tokens": len(stream.token_ids)}
         print_json({**result, "reused_tokens": stream.reused_tokens, "ttft_s": stream.ttft_s})
-
-
-def _print_status(group: str, actors: dict[str, Any], stats: Any) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"group {group}", title_justify="left")
-    for column in ("actor", "pid", "state"):
-        table.add_column(column)
-    for name, actor in sorted(actors.items()):
-        table.add_row(name, str(actor.get("pid", "")), _state(actor))
-    console = Console()
-    console.print(table)
-    reused = ", ".join(f"{tier} {count:,}" for tier, count in sorted(stats.reused_tokens.items()))
-    console.print(
-        f"{stats.prompt_tokens:,} prompt tokens, {stats.hit_rate:.0%} reused ({reused or 'none'}), "
-        f"{stats.generated_tokens:,} generated"
-    )
-    if stats.drops:
-        drops = ", ".join(f"{count:,} {reason}" for reason, count in sorted(stats.drops.items()))
-        console.print(f"not saved, by reason: {drops}")
-
-
-def _state(actor: dict[str, Any]) -> str:
-    if "error" in actor:
-        return f"no answer: {actor['error']}"
-    if "engine" in actor:
-        engine = actor["engine"]
-        blocks = ", ".join(f"{count} {state}" for state, count in engine["blocks"].items() if count)
-        now = f"{engine['running']} running, {engine['waiting']} waiting"
-        form = engine["kv_dtype"] + (f", {codec} below" if (codec := engine["tier_codec"]) else "")
-        return f"{now}; {form} blocks: {blocks}"
-    if "store" in actor:
-        store = actor["store"]
-        lost = f"; the disk tier is out: {store['disk_lost']}" if store.get("disk_lost") else ""
-        return f"{store['blocks']:,} blocks, {store['disk_blocks']:,} on disk{lost}"
-    return f"{actor.get('keys', 0):,} keys"

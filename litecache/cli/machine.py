@@ -20,6 +20,8 @@ Folder = Annotated[str, typer.Argument(help="a storage_dir, or one shard's folde
 def inspect(directory: Folder, as_json: AsJson = False) -> None:
     """Show what a storage folder holds; works beside a running group.
 
+    Example: litecache inspect /data/litecache
+
     Exit status: 0, or 2 when there is no storage folder or its files cannot be read.
     """
     check_path("dir", directory)
@@ -49,6 +51,8 @@ def inspect(directory: Folder, as_json: AsJson = False) -> None:
 
 def verify(directory: Folder, as_json: AsJson = False) -> None:
     """Read every block of a storage folder and check it.
+
+    Example: litecache verify /data/litecache
 
     Exit status: 0 when all is sound, 1 when a block or a record is not, 2 when it could not be
     checked (no storage folder, in use by a live store, or of another format).
@@ -93,7 +97,10 @@ def tune(
     file: Annotated[Path, typer.Argument(help="JSON file to write; LITECACHE_TUNING uses it")],
     as_json: AsJson = False,
 ) -> None:
-    """Measure the decode kernel's launch configurations on this machine's GPU."""
+    """Measure the decode kernel's launch configurations on this machine's GPU.
+
+    Example: litecache tune ~/tuning.json
+    """
     check_path("file", file)
     if not file.absolute().parent.is_dir():
         raise ConfigError("file", str(file), "a path in a folder that exists")
@@ -111,7 +118,10 @@ def doctor(
     address: Address = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check this machine; exit with 1 when something will not work."""
+    """Check this machine; exit with 1 when something will not work.
+
+    Example: litecache doctor --storage-dir /data/litecache
+    """
     if storage_dir is not None:
         check_path("--storage-dir", storage_dir)
     check_address(address)
@@ -142,6 +152,8 @@ def models(
     """Show the models that were written to $LITECACHE_HOME/models, or remove the unused ones.
 
     With --families: which decoder families of transformers run, as tried with small models of them.
+
+    Example: litecache models --prune --keep 20GB
     """
     from datetime import datetime
 

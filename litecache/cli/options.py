@@ -13,8 +13,35 @@ import typer
 from litecache.checks import check_path
 from litecache.errors import ConfigError, outline
 
+
+def group_names(incomplete: str) -> list[str]:
+    """Groups of the cluster whose names begin so, for the shell's completion.
+
+    Whoever presses a key must be shown nothing else, whatever is wrong, and not wait for long.
+    """
+    import contextlib
+    import io
+    import logging
+
+    names: list[str] = []
+    with (
+        contextlib.ExitStack() as restored,
+        contextlib.suppress(Exception),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
+        restored.callback(logging.disable, logging.root.manager.disable)
+        logging.disable()
+        connect(None)
+        from litecache.actors.group import list_groups
+
+        names = [name for name in list_groups() if name.startswith(incomplete)]
+    return names
+
+
 Model = Annotated[str, typer.Argument(help="a hub name, a folder or a .gguf file")]
-GroupName = Annotated[str, typer.Option(help="name of the group of actors")]
+GroupName = Annotated[
+    str, typer.Option(help="name of the group of actors", autocompletion=group_names)
+]
 Address = Annotated[str | None, typer.Option(help="Ray's address; default RAY_ADDRESS or auto")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 TrustRemoteCode = Annotated[
@@ -99,6 +126,14 @@ def connect(address: str | None) -> None:
     from litecache.actors.cluster import open_ray
 
     open_ray(address or "auto", logging_level="warning")
+
+
+def size_text(nbytes: float) -> str:
+    """Bytes for people, in decimal units as the settings take them."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if nbytes >= size:
+            return f"{nbytes / size:.1f} {unit}"
+    return f"{nbytes:.0f} B"
 
 
 def print_json(value: object) -> None:

@@ -24,6 +24,7 @@ from litecache.cli.options import (
     check_model,
     check_prompt,
     connect,
+    group_names,
     parse_settings,
     print_json,
 )
@@ -31,7 +32,12 @@ from litecache.errors import ConfigError
 
 AModel = Annotated[str | None, typer.Option("--model", help="default: that of the group")]
 AGroup = Annotated[
-    str | None, typer.Option("--group", help="join it; default: default, or with --model none")
+    str | None,
+    typer.Option(
+        "--group",
+        help="join it; default: default, or with --model none",
+        autocompletion=group_names,
+    ),
 ]
 Salt = Annotated[str | None, typer.Option("--salt", help="cache salt; default: the group's own")]
 
@@ -47,7 +53,10 @@ def export(
     address: Address = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write the stored KV of a prompt's beginning to one file; nothing is computed."""
+    """Write the stored KV of a prompt's beginning to one file; nothing is computed.
+
+    Example: litecache export document.txt -o document.kv --group chat
+    """
     check_path("--output", output)
     text = _text(prompt)
     with _adapter(model, group, settings, trust_remote_code, address, salt) as adapter:
@@ -68,7 +77,10 @@ def import_(
     address: Address = None,
     as_json: AsJson = False,
 ) -> None:
-    """Store the KV of an exported file, once all of it has been found sound."""
+    """Store the KV of an exported file, once all of it has been found sound.
+
+    Example: litecache import document.kv --group chat
+    """
     if not os.path.isfile(check_path("file", file)):
         raise ConfigError("file", file, "a file of `litecache export`")
     with _adapter(model, group, settings, trust_remote_code, address, salt) as adapter:
@@ -89,7 +101,10 @@ def warm(
     address: Address = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compute and store prefixes without generating."""
+    """Compute and store prefixes without generating.
+
+    Example: litecache warm system.txt document.txt --group chat
+    """
     texts = [check_prompt(_read(file)) for file in files]
     with _adapter(model, group, settings, trust_remote_code, address, salt) as adapter:
         counts = adapter.warm(texts, cache_salt=salt, progress=True)
@@ -111,7 +126,10 @@ def delete(
     address: Address = None,
     as_json: AsJson = False,
 ) -> None:
-    """Delete everything that is cached under a salt, in all tiers."""
+    """Delete everything that is cached under a salt, in all tiers.
+
+    Example: litecache delete --salt alice --group chat
+    """
     with _adapter(model, group, settings, trust_remote_code, address, salt) as adapter:
         count = adapter.delete(cache_salt=salt)
     if as_json:

@@ -426,6 +426,10 @@ class Engine:
         except Exception as error:
             self._undo(plan.step, error)
         else:
+            # a row of one token decodes
+            prefill = sum(row.num_tokens for row in plan.rows if row.num_tokens > 1)
+            if prefill:
+                self.metrics.inc("litecache_computed_tokens", prefill)
             if self._tiers is not None and self._device.type == "cuda":
                 event = torch.cuda.Event()  # type: ignore[no-untyped-call]
                 event.record()

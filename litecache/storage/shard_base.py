@@ -31,7 +31,7 @@ from .eviction import get_policy
 from .key_dict import batches
 from .leases import Leases
 from .namespaces import may_hold
-from .protocol import Attachment, Deltas, FlushReport, SlotRef
+from .protocol import PAGE_BYTES, Attachment, Deltas, FlushReport, SlotRef
 from .segments import pick_segment_bytes
 from .shard_options import validate_options
 from .tiers import LOADED, UNWRITTEN, RamBlock, RamState, Tiers
@@ -393,6 +393,7 @@ class ShardBase:
         with self._lock:
             blocks = list(tiers.by_slot.values())
             on_disk = int((tiers.index.column("disk") != 0).sum())
+            disk_pages = disk.queues.total_pages() if disk is not None else 0
         # what follows may be a moment off: nobody has to wait while so many are counted
         states = Counter(block.state for block in blocks)
         result: dict[str, object] = {
@@ -405,6 +406,8 @@ class ShardBase:
             "leases": sum(block.leases for block in blocks),
             "disk_blocks": 0,
             "slab_bytes": 0,
+            "disk_bytes_used": 0,
+            "storage_bytes": 0,
             "journal_bytes": 0,
             "queued_reads": sum(map(len, tuple(tiers.reads))),
             "hits": _by_tier(metrics, "litecache_hits", "ram", "disk"),
@@ -417,6 +420,8 @@ class ShardBase:
             result |= {
                 "disk_blocks": on_disk,
                 "slab_bytes": disk.space.present * disk.space.segment_bytes,
+                "disk_bytes_used": disk_pages * PAGE_BYTES,
+                "storage_bytes": disk.limit,
                 "journal_bytes": disk.log.bytes,
                 "retired_bytes": disk.retired_bytes,
                 "disk_lost": disk.lost or "",

@@ -302,6 +302,10 @@ class Queues:
             self._hold(handle)
         return None
 
+    def total_pages(self) -> int:
+        """Pages of all blocks."""
+        return sum(len(queue) * queue.pages for queue in self._queues)
+
     def held_pages(self, namespace: int) -> int:
         """Pages taken by a namespace that has a quota."""
         return sum(len(q) * q.pages for q in self._queues if q.namespace == namespace)

@@ -1,0 +1,175 @@
+"""A group looked at from outside, whatever state its actors are in: for `status`, `top`, `doctor`.
+
+Actors are found by name at every look, so those that come and go are seen to; none has to answer
+for the others to be shown. Nothing here keeps a group alive, starts it or waits for it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from litecache.actors.calls import (
+    UNREACHABLE,
+    ActorEndedError,
+    ReplicaLeftError,
+    find_actor,
+    first_ended,
+    result,
+)
+from litecache.actors.coordinator import CoordinatorClient
+from litecache.actors.group import actor_names, list_groups
+from litecache.actors.group_spec import GroupSpec
+from litecache.actors.naming import CALL_TIMEOUT_S, check_group_name, coordinator_name
+from litecache.errors import GroupUnavailableError, LiteCacheError, RequestTimeout
+
+KINDS = ("gpu", "shard", "coordinator")
+# So long an actor that is no longer there is still shown.
+GONE_S = 30.0
+
+
+class ActorView(NamedTuple):
+    """What was seen of an actor.
+
+    Attributes:
+        state: "up"; "busy" (it is there, but has not told its figures in time: a replica tells
+            them between two steps); "loading" (its model); "silent" (no answer in time);
+            "restarting" (its process is gone, Ray makes another); "failed" (it says why); "gone".
+        stats: what it told of itself, at this look; None where it did not.
+        answer_s: until it said that it is there; None where it did not.
+        error: why there are no figures, or "".
+    """
+
+    state: str
+    stats: Mapping[str, Any] | None = None
+    answer_s: float | None = None
+    error: str = ""
+
+
+@dataclass
+class _Asked:
+    """An actor, and the calls to it that have not been answered yet."""
+
+    handle: Any
+    alive: Any = None
+    stats: Any = None
+    since_s: float = 0.0
+
+
+class GroupWatch:
+    """Looks at one group again and again.
+
+    An actor that has not answered is not asked anew: its answer is waited for with the next look,
+    so that one that hangs for an hour finds a single question when it runs on.
+
+    Args:
+        group: its name.
+    """
+
+    def __init__(self, group: str) -> None:
+        self.group = check_group_name(group)
+        self._asked: dict[str, _Asked] = {}
+        self._listed_s: dict[str, float] = {}
+
+    def look(self, timeout_s: float = CALL_TIMEOUT_S) -> dict[str, ActorView]:
+        """Every actor of the group by name, those of earlier looks included, after at most so long.
+
+        Raises:
+            GroupUnavailableError: there is no such group, and there was none before.
+        """
+        begun = time.monotonic()
+        names = actor_names(self.group)
+        self._listed_s.update(dict.fromkeys(names, begun))
+        for name in [name for name, at in self._listed_s.items() if at < begun - GONE_S]:
+            del self._listed_s[name]
+            self._asked.pop(name, None)
+        if not self._listed_s:
+            raise _no_group(self.group)
+        views = {name: ActorView("gone", error="it is gone") for name in self._listed_s}
+        for name in names:
+            try:
+                self._ask(name)
+            except GroupUnavailableError as error:  # it went in this moment
+                views[name] = ActorView("gone", error=str(error))
+        asked = {name: self._asked[name] for name in names if name in self._asked}
+        refs = [ref for each in asked.values() for ref in (each.alive, each.stats)]
+        ended = first_ended(refs, begun + timeout_s)
+        for name, each in asked.items():
+            views[name] = self._view(name, each, ended)
+        return dict(sorted(views.items(), key=lambda item: _place(item[0])))
+
+    def settings(self, views: Mapping[str, ActorView]) -> GroupSpec | None:
+        """What the group was started with; None where its coordinator does not tell.
+
+        Raises:
+            GroupMismatchError: the group is of another version.
+        """
+        name = coordinator_name(self.group)
+        if name not in views or views[name].state != "up":
+            return None
+        try:
+            described = CoordinatorClient(self.group).call("describe")
+        except UNREACHABLE:
+            return None
+        return GroupSpec.from_description(self.group, described)
+
+    def _ask(self, name: str) -> None:
+        each = self._asked.get(name)
+        if each is None:
+            each = self._asked[name] = _Asked(find_actor(name))
+        now = time.monotonic()
+        if each.alive is None:
+            # A replica tells on its event loop whether its model is there.
+            ask = each.handle.where if ":gpu:" in name else each.handle.__ray_ready__
+            each.alive, each.since_s = ask.remote(), now
+        if each.stats is None:
+            each.stats = each.handle.stats.remote()
+
+    def _view(self, name: str, each: _Asked, ended: Mapping[Any, float]) -> ActorView:
+        answer_s = ended[each.alive] - each.since_s if each.alive in ended else None
+        waited_s = time.monotonic() - each.since_s
+        try:
+            alive = result(each.alive, None if each.alive in ended else 0.0, name)
+            stats = result(each.stats, None if each.stats in ended else 0.0, name)
+        except RequestTimeout:
+            if answer_s is None:
+                return ActorView("silent", error=f"no answer for {waited_s:.1f} s")
+            each.alive = None
+            if isinstance(alive, dict) and not alive["ready"]:
+                return ActorView("loading", None, answer_s, "its model is being loaded")
+            return ActorView("busy", None, answer_s, "it is there, and has told no figures in time")
+        except (ReplicaLeftError, ActorEndedError) as error:
+            self._asked.pop(name)  # another one of this name has another handle
+            state = "failed" if isinstance(error, ReplicaLeftError) else "gone"
+            return ActorView(state, None, answer_s, str(error))
+        except GroupUnavailableError as error:
+            each.alive = each.stats = None
+            return ActorView("restarting", None, None, str(error))
+        except LiteCacheError as error:
+            each.alive = each.stats = None
+            return ActorView("failed", None, answer_s, str(error))
+        each.alive = each.stats = None
+        return ActorView("up", stats, answer_s)
+
+
+def statuses(views: Mapping[str, ActorView]) -> dict[str, dict[str, Any]]:
+    """As `Group.status` tells it: by actor its figures, or an "error"."""
+    return {
+        name: dict(view.stats) if view.stats is not None else {"error": view.error or view.state}
+        for name, view in views.items()
+    }
+
+
+def _place(name: str) -> tuple[int, list[str | int]]:
+    kind = next((i for i, kind in enumerate(KINDS) if f":{kind}" in name), len(KINDS))
+    return kind, [int(part) if part.isdigit() else part for part in name.split(":")[3:]]
+
+
+def _no_group(group: str) -> GroupUnavailableError:
+    others = ", ".join(list_groups()) or "none"
+    return GroupUnavailableError(
+        f"there is no group {group!r} in this cluster (running: {others}): start it with "
+        f"`litecache up MODEL --group {group}`"
+    )
