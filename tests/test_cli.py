@@ -1,14 +1,18 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import io
 import json
 import os
+import pty
 import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -96,38 +100,88 @@ def test_tuning_without_a_gpu_or_a_folder_writes_nothing(tmp_path: Path) -> None
         assert not path.exists()
 
 
-def test_a_group_goes_up_answers_shows_itself_and_goes_down(
-    ray_local: None, model: Path, tmp_path: Path
-) -> None:
+@pytest.fixture(scope="module")
+def group(ray_local: None, model: Path) -> Iterator[str]:
+    """A group that `up` has started and `down` stops."""
     settings = ["--set", "num_blocks=32", "--set", "ram_bytes=4MB", "--set", "dtype=float32"]
     settings += ["--set", "kv_dtype=int8"]
     started = invoke("up", str(model), "--group", "cli", "--num-threads", "1", *settings)
     try:
         assert started["device"] == "cpu"
         assert started["actors"] == actor_names("cli")
-        prompt = " ".join(WORDS[1:41])
-        first, second = (
-            invoke("generate", str(model), prompt, "--group", "cli", "--max-new-tokens", "9")
-            for _ in range(2)
-        )
-        assert first["text"] == second["text"]
-        assert len(first["text"].split()) == first["tokens"] == 9
-        assert (first["reused_tokens"], second["reused_tokens"]) == ({}, {"gpu": 39})
-        shown = invoke("status", "--group", "cli")
-        assert sorted(shown["actors"]) == started["actors"]
-        assert shown["stats"]["prompt_tokens"] == 80
-        assert shown["stats"]["hit_rate"] == pytest.approx(39 / 80)
-        table = CliRunner().invoke(app, ["status", "--group", "cli"]).stdout
-        assert "80 prompt tokens, 49% reused (gpu 39), 18 generated" in table
-        assert "int8 blocks" in " ".join(table.split())
-        assert group_names("cl") == ["cli"]
-        assert group_names("x") == []
-        check_silent_replica("cli", shown["actors"]["litecache:cli:gpu:0"]["pid"])
-        check_prefix_commands("cli", prompt, tmp_path)
+        yield "cli"
     finally:
         stopped = invoke("down", "--group", "cli")
     assert list(stopped) == ["cli"]
     assert actor_names("cli") == []
+
+
+def test_a_group_answers_and_shows_itself(group: str, model: Path, tmp_path: Path) -> None:
+    prompt = " ".join(WORDS[1:41])
+    first, second = (
+        invoke("generate", str(model), prompt, "--group", group, "--max-new-tokens", "9")
+        for _ in range(2)
+    )
+    assert first["text"] == second["text"]
+    assert len(first["text"].split()) == first["tokens"] == 9
+    assert (first["reused_tokens"], second["reused_tokens"]) == ({}, {"gpu": 39})
+    shown = invoke("status", "--group", group)
+    assert sorted(shown["actors"]) == actor_names(group)
+    assert shown["stats"]["prompt_tokens"] == 80
+    assert shown["stats"]["hit_rate"] == pytest.approx(39 / 80)
+    table = CliRunner().invoke(app, ["status", "--group", group]).stdout
+    assert "80 prompt tokens, 49% reused (gpu 39), 18 generated" in table
+    assert "int8 blocks" in " ".join(table.split())
+    assert group_names("cl") == ["cli"]
+    assert group_names("x") == []
+    check_silent_replica(group, shown["actors"]["litecache:cli:gpu:0"]["pid"])
+    check_top(group)
+    check_prefix_commands(group, prompt, tmp_path)
+
+
+def check_top(group: str) -> None:
+    """One interval as JSON and as plain text."""
+    seen = invoke("top", "--once", "--interval", "0.1", "--group", group)
+    assert (seen["model"], seen["coordinator"], seen["without_figures"]) == ("model0", "up", {})
+    assert [replica["state"] for replica in seen["replicas"]] == ["up"]
+    assert sum(seen["replicas"][0]["blocks"].values()) == 32
+    assert seen["hit_share_ever"] == pytest.approx(39 / 80)
+    text = CliRunner().invoke(app, ["top", "--once", "--interval", "0.1", "--group", group]).stdout
+    assert "\x1b" not in text
+    assert "gpu:0" in text
+    assert "RAM" in text
+
+
+@pytest.mark.slow
+def test_top_leaves_the_terminal_as_it_was_when_it_is_interrupted(group: str) -> None:
+    import ray
+
+    outside, inside = pty.openpty()
+    before = termios.tcgetattr(inside)
+    address = ray.get_runtime_context().gcs_address
+    command = [sys.executable, "-m", "litecache.cli", "top", "--group", group, "--interval", "0.2"]
+    begun = subprocess.Popen(
+        [*command, "--address", address],
+        stdin=inside,
+        stdout=inside,
+        stderr=inside,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        env={**os.environ, "TERM": "xterm-256color", "COLUMNS": "100", "LINES": "30"},
+    )
+    shown = b""
+    while b"gpu:0" not in shown:
+        shown += os.read(outside, 65536)
+    os.write(outside, b"\x03")
+    while b"\x1b[?1049l" not in shown:
+        shown += os.read(outside, 65536)
+    assert begun.wait(30) == 0
+    assert shown.count(b"\x1b[?1049h") == shown.count(b"\x1b[?1049l") == 1
+    assert shown.rindex(b"\x1b[?25h") > shown.rindex(b"\x1b[?25l")
+    assert b"Traceback" not in shown
+    assert termios.tcgetattr(inside) == before
+    for end in (outside, inside):
+        os.close(end)
 
 
 def check_silent_replica(group: str, pid: int) -> None:
@@ -299,6 +353,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "up": ("MODEL", "--group", "--set", "--replicas", "--num-threads", "--address", "--json"),
     "down": ("--group", "--all", "--timeout", "--address", "--json"),
     "status": ("--group", "--timeout", "--address", "--json"),
+    "top": ("--group", "--interval", "--once", "--address", "--json"),
     "generate": ("MODEL", "PROMPT", "--group", "--set", "--max-new-tokens", "--temperature",
                  "--seed", "--chat", "--address", "--json"),
     "export": ("PROMPT", "--output", "--model", "--group", "--salt", "--set", "--address"),
@@ -328,7 +383,7 @@ def test_any_arguments_of_a_command_give_a_result_or_one_line(
         for name in data.draw(st.lists(st.sampled_from(COMMANDS[command]), max_size=5)):
             if name.startswith("-"):
                 arguments.append(name)
-            if name not in ("--json", "--all", "--chat"):
+            if name not in ("--json", "--all", "--chat", "--once"):
                 arguments.append(data.draw(ANY_TEXT))
         begun = time.perf_counter()
         status, out, err = run(*arguments)
@@ -361,6 +416,9 @@ def no_cluster(*arguments: Any, **settings: Any) -> None:
         ["down", "--timeout", "-1"],
         ["status", "--group", "x" * 100],
         ["status", "--timeout", "-1"],
+        ["top", "--interval", "0"],
+        ["top", "--interval", "nan"],
+        ["top", "--group", "a b"],
         ["generate", "m", ""],
         ["generate", "m", "\udcff"],
         ["generate", "m", "text", "--temperature", "nan"],

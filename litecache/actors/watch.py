@@ -6,6 +6,7 @@ for the others to be shown. Nothing here keeps a group alive, starts it or waits
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -100,20 +101,21 @@ class GroupWatch:
             views[name] = self._view(name, each, ended)
         return dict(sorted(views.items(), key=lambda item: _place(item[0])))
 
-    def settings(self, views: Mapping[str, ActorView]) -> GroupSpec | None:
-        """What the group was started with; None where its coordinator does not tell.
+    def model(self, views: Mapping[str, ActorView]) -> str | None:
+        """Name of the group's model, of a path its end; None where its coordinator does not tell.
 
         Raises:
             GroupMismatchError: the group is of another version.
         """
-        name = coordinator_name(self.group)
-        if name not in views or views[name].state != "up":
+        view = views.get(coordinator_name(self.group))
+        if view is None or view.state != "up":
             return None
         try:
             described = CoordinatorClient(self.group).call("describe")
         except UNREACHABLE:
             return None
-        return GroupSpec.from_description(self.group, described)
+        name = GroupSpec.from_description(self.group, described).source.name
+        return os.path.basename(name.rstrip("/")) if os.path.isabs(name) else name
 
     def _ask(self, name: str) -> None:
         each = self._asked.get(name)
@@ -144,9 +146,9 @@ class GroupWatch:
             self._asked.pop(name)  # another one of this name has another handle
             state = "failed" if isinstance(error, ReplicaLeftError) else "gone"
             return ActorView(state, None, answer_s, str(error))
-        except GroupUnavailableError as error:
+        except GroupUnavailableError:
             each.alive = each.stats = None
-            return ActorView("restarting", None, None, str(error))
+            return ActorView("restarting", None, None, "its process is gone, Ray makes another")
         except LiteCacheError as error:
             each.alive = each.stats = None
             return ActorView("failed", None, answer_s, str(error))

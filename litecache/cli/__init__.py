@@ -19,6 +19,7 @@ from litecache.cli.groups import down, generate, up
 from litecache.cli.machine import doctor, inspect, models, tune, verify
 from litecache.cli.prefixes import delete, export, import_, warm
 from litecache.cli.status import status as show_status
+from litecache.cli.top import top as show_top
 from litecache.errors import LiteCacheError, told
 
 logger = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ app = typer.Typer(
     help="A paged, tiered and persistent KV cache for Hugging Face models on Ray.",
     no_args_is_help=True,
 )
-_groups: tuple[Any, ...] = up, down, show_status, generate, export, warm, delete
+_groups: tuple[Any, ...] = up, down, show_status, show_top, generate, export, warm, delete
 _machine: tuple[Any, ...] = inspect, verify, tune, doctor, models
 for command in (*_groups, *_machine):
     app.command()(command)

@@ -32,21 +32,20 @@ def status(
 
     watch = GroupWatch(group)
     views = watch.look(timeout)
-    settings = watch.settings(views)
+    model = watch.model(views)
     actors = statuses(views)
     stats = CacheStats.from_status(actors)
     if as_json:
         shown = {
             "group": group,
-            "model": settings.source.name if settings else None,
+            "model": model,
             "actors": actors,
             "states": {name: view.state for name, view in views.items()},
             "stats": stats.to_dict(),
         }
         print_json(shown)
         return
-    model = f": {settings.source.name}" if settings else ""
-    print_status(f"group {group}{model}", views, stats)
+    print_status(f"group {group}: {model}" if model else f"group {group}", views, stats)
 
 
 def print_status(title: str, views: Mapping[str, Any], stats: Any) -> None:

@@ -12,7 +12,7 @@ The pool is used by the scheduler's thread alone.
 from __future__ import annotations
 
 import enum
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 
 from litecache.engine.kv_layout import TRASH_BLOCK
@@ -173,10 +173,17 @@ class BlockPool:
 
     def stats(self) -> dict[str, int]:
         """Blocks by state; the values add up to `num_blocks`."""
-        counts = {state.value: 0 for state in BlockState}
-        for block in range(1, self.num_blocks + 1):
-            counts[self.state(block).value] += 1
-        return counts
+        # On the engine's thread, between two steps: nothing here goes through the blocks in Python.
+        idle = len(self._idle) + len(self._idle_partial)
+        keyed = len(self._keys) - self._keys.count(None)
+        in_use = self.num_blocks - len(self._free) - keyed
+        return {
+            BlockState.FREE.value: len(self._free),
+            BlockState.PRIVATE.value: in_use - len(self._loading),
+            BlockState.LOADING.value: len(self._loading),
+            BlockState.PUBLISHED.value: keyed - idle,
+            BlockState.IDLE.value: idle,
+        }
 
     def check_integrity(self) -> None:
         """Assert that every block is in exactly one state and nothing is lost."""
@@ -199,6 +206,8 @@ class BlockPool:
         for block in self._loading:
             assert self._refs[block] > 0, f"block {block} is loading for nobody"
             assert self._keys[block] is None, f"block {block} was published before it was loaded"
+        states = Counter(self.state(block).value for block in range(1, self.num_blocks + 1))
+        assert {state: n for state, n in self.stats().items() if n} == states, "stats disagree"
         keys = [key for key in self._keys if key is not None]
         assert len(keys) == len(set(keys)), "two blocks are published under one key"
 
