@@ -21,6 +21,12 @@ ANSWER_TIMEOUT_S = 5.0
 # What an HTTP/2 client says first: the preface and empty settings. A server answers with its own.
 _HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 
+_TOKEN_HELP = (
+    "run `export RAY_AUTH_MODE=token`, and put the token that the cluster was started with (the "
+    "head's ~/.ray/auth_token, or what its RAY_AUTH_TOKEN_PATH names) into ~/.ray/auth_token here, "
+    "or `export RAY_AUTH_TOKEN_PATH=FILE`"
+)
+
 _ray_is_inherited = False
 
 
@@ -94,7 +100,7 @@ def open_ray(address: str | None = None, **options: Any) -> None:
     refuse_inherited_ray()
     if ray.is_initialized():
         return
-    _refuse_silent_cluster(address)
+    _check_cluster(address)
     try:
         ray.init(address, log_to_driver=False, **options)
     except (OSError, ValueError, RuntimeError, RayError) as error:
@@ -104,7 +110,12 @@ def open_ray(address: str | None = None, **options: Any) -> None:
         ) from error
 
 
-def _refuse_silent_cluster(address: str | None) -> None:
+def _check_cluster(address: str | None) -> None:
+    """Refuse a cluster that does not answer, or not with this process's token.
+
+    Raises:
+        GroupUnavailableError: says what to run; Ray itself would try for 20 s to ten minutes.
+    """
     origin = "given"
     if address in (None, "auto"):
         address, origin = os.environ.get("RAY_ADDRESS") or None, "of RAY_ADDRESS"
@@ -115,12 +126,44 @@ def _refuse_silent_cluster(address: str | None) -> None:
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if not colon or not port.isdigit() or not 0 < int(port) < 1 << 16:
         return  # Ray says what is wrong with it
-    if not _answers(host.strip("[]"), int(port)):
+    is_client = address.startswith("ray://")
+    if _answers(host.strip("[]"), int(port)):
+        _refuse_wrong_token(address, f"{host}:{port}", is_client)
+    else:
         raise GroupUnavailableError(
             f"the Ray cluster {address} ({origin}) does not answer within {ANSWER_TIMEOUT_S:g} s: "
             "start it again; or forget it, by `ray stop` or another RAY_ADDRESS; or call "
             'ray.init(address="local") first for a Ray of this process\'s own'
         )
+
+
+def _refuse_wrong_token(address: str, server: str, is_client: bool) -> None:
+    """Make one call with the token that Ray would send, which it repeats for 20 s if refused."""
+    if os.environ.get("RAY_USE_TLS", "0") in ("1", "true"):
+        return
+    import grpc  # type: ignore[import-untyped]
+
+    # Ray offers no public way to ask.
+    from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
+
+    method = "RayletDriver/ClusterInfo" if is_client else "NodeInfoGcsService/GetClusterId"
+    try:
+        loader = AuthenticationTokenLoader.instance()
+        token = loader.get_token_for_http_header() if loader.has_token() else {}
+    except (RuntimeError, OSError, RayError) as error:
+        why = f"RAY_AUTH_MODE asks for a token, and there is none ({first_line(error)})"
+        raise GroupUnavailableError(f"{why}: {_TOKEN_HELP}") from error
+    channel = grpc.insecure_channel(server, options=[("grpc.enable_http_proxy", 0)])
+    with channel:
+        call = channel.unary_unary(f"/ray.rpc.{method}")
+        try:
+            call(b"", metadata=tuple(token.items()), timeout=ANSWER_TIMEOUT_S)
+        except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.UNAUTHENTICATED:
+                what = "takes another token than this process's" if token else "asks for a token"
+                raise GroupUnavailableError(
+                    f"the Ray cluster {address} {what}: {_TOKEN_HELP}"
+                ) from error
 
 
 def _recorded_address() -> str | None:

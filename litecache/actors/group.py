@@ -234,7 +234,7 @@ class Group:
         """
         check_group_name(group)
         if not exists(group):
-            raise GroupUnavailableError(f"there is no group {group!r} to join")
+            raise _no_group(group, "join")
         description = CoordinatorClient(group).call("describe", timeout_s=PLACE_TIMEOUT_S)
         if expected is not None:
             check_same(group, description, expected)
@@ -468,6 +468,14 @@ def _find_all(names: Sequence[str]) -> dict[str, Any]:
     return found
 
 
+def _no_group(group: str, what: str) -> GroupUnavailableError:
+    running = ", ".join(list_groups()) or "none"
+    start = f"; start it with `litecache up MODEL --group {group}`" if what == "join" else ""
+    return GroupUnavailableError(
+        f"there is no group {group!r} to {what}{start} (groups that run here: {running})"
+    )
+
+
 def exists(group: str) -> bool:
     """Whether the group has a coordinator, alive or restarting."""
     return bool(_find_all([coordinator_name(group)]))
@@ -481,7 +489,7 @@ def stop_group(group: str, timeout_s: float = STOP_TIMEOUT_S) -> dict[str, Any]:
     """
     check_group_name(group)
     if not actor_names(group):
-        raise GroupUnavailableError(f"there is no group {group!r} to stop")
+        raise _no_group(group, "stop")
     return _stop(group, timeout_s)
 
 

@@ -71,7 +71,16 @@ class GroupSpec:
             return cls(**{**fields, "source": source, "config": config})
         except (KeyError, TypeError):
             version = description.get("version")
-            raise GroupMismatchError("version", version, f"{VERSION}, this side's") from None
+            raise GroupMismatchError(
+                "version", version, f"{VERSION}, {_same_version(group)}"
+            ) from None
+
+
+def _same_version(group: str) -> str:
+    return (
+        "this side's: install that version of LiteCache here, or run "
+        f"`litecache down --group {group}` and start the group anew with this one"
+    )
 
 
 def digest(description: dict[str, Any]) -> str:
@@ -100,6 +109,8 @@ def check_same(group: str, theirs: dict[str, Any], mine: dict[str, Any]) -> None
         mine = {**mine, "config": theirs["config"]}
     if digest(theirs) == digest(mine):
         return
+    if theirs["version"] != mine["version"]:
+        raise GroupMismatchError("version", theirs["version"], f"{VERSION}, {_same_version(group)}")
     left, right = _comparable(theirs), _comparable(mine)
     differing = [
         f"{name} is {shown(left.get(name))}, not {shown(right.get(name))}"
@@ -109,7 +120,8 @@ def check_same(group: str, theirs: dict[str, Any], mine: dict[str, Any]) -> None
     raise GroupMismatchError(
         f"group {group!r} runs with other settings: {'; '.join(differing)} "
         f"(its digest {digest(theirs)}, yours {digest(mine)}); "
-        "join with the same settings, use another group name, or stop it with `litecache down`"
+        "join with the same settings, use another group name, or stop it with "
+        f"`litecache down --group {group}`"
     )
 
 

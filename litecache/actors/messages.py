@@ -232,4 +232,9 @@ def _unpack(message: bytes, read: Callable[[Any, Any], T]) -> T:
         # msgpack and the constructors of what is read raise many classes; none passes this door
         kind = type(error).__name__
         raise ConfigError("message", f"{len(message)} bytes", f"a whole message ({kind})") from None
-    raise GroupMismatchError("message version", version, f"{MESSAGE_VERSION}, this side's")
+    raise GroupMismatchError(
+        "message version",
+        version,
+        f"{MESSAGE_VERSION}, this side's: use one version of LiteCache on both sides, or run "
+        "`litecache down` with the group's and start the group anew with this one",
+    )

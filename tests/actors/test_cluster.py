@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -98,3 +100,50 @@ def test_a_cluster_that_runs_is_joined(ray_local: None, monkeypatch: pytest.Monk
     open_ray()
     assert calls[1:] == [(None,)]
     assert os.environ["RAY_ADDRESS"] == running
+
+
+TOKENS = """
+import os, sys, time
+from litecache.actors.cluster import open_ray
+from litecache.errors import GroupUnavailableError
+from ray._raylet import AuthenticationTokenLoader
+
+address, *paths = sys.argv[1:]
+for path in paths:
+    os.environ["RAY_AUTH_TOKEN_PATH"] = path
+    AuthenticationTokenLoader.instance().reset_cache()
+    begun = time.monotonic()
+    try:
+        open_ray(address)
+    except GroupUnavailableError as error:
+        print(time.monotonic() - begun < 5, error)
+"""
+
+
+def test_a_cluster_that_takes_another_token_is_named_at_once_with_what_to_run(
+    ray_local: None, tmp_path: Path
+) -> None:
+    wrong, missing = tmp_path / "wrong", tmp_path / "missing"
+    wrong.touch(mode=0o600)
+    wrong.write_text("f" * 64)
+    address = ray.get_runtime_context().gcs_address
+    # Ray reads its mode once in a process
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", TOKENS, address, *map(str, paths)],
+            env={**os.environ, "RAY_AUTH_MODE": mode},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for mode, paths in (("token", (wrong, missing)), ("disabled", (wrong,)))
+    ]
+    said = [line for each in processes for line in each.communicate(timeout=60)[0].splitlines()]
+    beginnings = (
+        f"True the Ray cluster {address} takes another token than this process's: ",
+        "True RAY_AUTH_MODE asks for a token, and there is none",
+        f"True the Ray cluster {address} asks for a token: ",
+    )
+    for line, begins in zip(said, beginnings, strict=True):
+        assert line.startswith(begins)
+        assert "`export RAY_AUTH_MODE=token`" in line
+        assert "f" * 64 not in line

@@ -18,6 +18,7 @@ from litecache.actors.group import Group, actor_names, exists, list_groups
 from litecache.actors.group_spec import (
     GroupSpec,
     check_actor_options,
+    check_same,
     digest,
     node_ranks,
     shard_options,
@@ -145,8 +146,18 @@ def test_a_group_whose_version_describes_itself_otherwise_is_refused_by_its_vers
     theirs = {**spec.describe(), "version": "0.0.1", "ranks": 2}
     assert GroupSpec.from_description(spec.group, theirs) == spec
     del theirs[lacks]
-    with pytest.raises(GroupMismatchError, match=r"version='0\.0\.1'"):
+    with pytest.raises(GroupMismatchError, match=r"version='0\.0\.1'.*`litecache down --group"):
         GroupSpec.from_description("shared", theirs)
+
+
+def test_a_group_of_another_version_says_what_to_run(group: Group, spec: GroupSpec) -> None:
+    mine = {**spec.describe(), "version": "0.0.1"}
+    with pytest.raises(GroupMismatchError) as mismatch:
+        check_same("shared", mine, spec.describe())
+    text = str(mismatch.value)
+    assert text.startswith("version='0.0.1' is invalid: ")
+    assert "install that version" in text
+    assert "`litecache down --group shared`" in text
 
 
 def test_a_group_cannot_be_started_twice(group: Group, spec: GroupSpec) -> None:
@@ -156,7 +167,7 @@ def test_a_group_cannot_be_started_twice(group: Group, spec: GroupSpec) -> None:
 
 
 def test_a_group_that_is_not_there_cannot_be_joined(ray_local: None) -> None:
-    with pytest.raises(GroupUnavailableError, match="no group 'nobody'"):
+    with pytest.raises(GroupUnavailableError, match=r"no group 'nobody'.*`litecache up MODEL"):
         Group.attach("nobody")
 
 
