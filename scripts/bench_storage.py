@@ -23,7 +23,8 @@ from storage_bench.cases import SIZES, Settings, SizeBench
 from storage_bench.key_index import bench_index
 from storage_bench.peer import bench_light_mem
 from storage_bench.plots import plot
-from storage_bench.raw_disk import RawDisk
+
+from litecache.storage.disk.raw_disk import RawDisk
 
 
 def arguments() -> Namespace:

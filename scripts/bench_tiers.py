@@ -134,7 +134,7 @@ class Bench:
 
     def read_disk(self) -> None:
         """One sample of D."""
-        from storage_bench.raw_disk import MIB, RawDisk
+        from litecache.storage.disk.raw_disk import MIB, RawDisk
 
         turn = 64 * MIB if self.options.quick else 512 * MIB
         if self._raw is None:

@@ -429,7 +429,7 @@ def _speeds(
     world: TierEngine, chosen: Sequence[Turn], prompts: Prompts, options: Any, folder: Path
 ) -> Speeds:
     """This machine's, for the simulation."""
-    from storage_bench.raw_disk import MIB, RawDisk
+    from litecache.storage.disk.raw_disk import MIB, RawDisk
 
     longest = prompts.of(max(chosen, key=lambda turn: turn.length))
     lengths = [len(longest) // part for part in (8, 4, 2, 1)]

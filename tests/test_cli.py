@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pty
+import resource
 import shutil
 import signal
 import subprocess
@@ -38,6 +39,7 @@ from litecache.cli.status import print_status
 from litecache.config import CacheConfig
 from litecache.errors import ConfigError, GroupUnavailableError, KernelError
 from litecache.storage import CommitItem, LocalShardClient, ShardStore
+from litecache.storage.disk.raw_disk import RawDisk
 
 WORDS = [f"w{number}" for number in range(64)]
 
@@ -320,11 +322,47 @@ def test_the_doctor_finds_what_works_and_what_does_not(
     assert findings["torch"]["status"] == "ok"
     assert findings["storage_dir"]["status"] == "ok"
     assert findings["ray auth"] == {"name": "ray auth", "status": "ok", "detail": "token"}
+    for name in ("kernels", "huge pages", "open files", "memlock", "/dev/shm", "direct I/O"):
+        assert findings[name]["status"] in ("ok", "note")
+    assert "GB/s" in findings["disk"]["detail"]
+    assert list(tmp_path.iterdir()) == []
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "no-token"))
     done = CliRunner().invoke(app, ["doctor", "--storage-dir", "relative"])
     assert done.exit_code == 1
     assert "bad   ray auth" in done.stdout
     assert "relative is not absolute" in done.stdout
+
+
+def test_the_doctor_says_what_to_do_about_a_limit_and_a_folder_that_is_missing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 2048), hard))
+    try:
+        findings = {f["name"]: f for f in invoke("doctor")}
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert findings["open files"]["status"] == "note"
+    assert "`ulimit -n 65536`" in findings["open files"]["detail"]
+    assert findings["storage_dir"]["status"] == "note"
+    assert "--storage-dir FOLDER" in findings["storage_dir"]["detail"]
+
+
+@pytest.mark.parametrize("kind", ["read", "write"])
+def test_a_bare_disk_is_measured_by_a_file_that_has_no_name(tmp_path: Path, kind: str) -> None:
+    disk = RawDisk(str(tmp_path / "probe"), 2 << 20, 1 << 20)
+    try:
+        assert list(tmp_path.iterdir()) == []
+        assert disk.turn(kind, 2, 1 << 18) > 0
+    finally:
+        disk.close()
+
+
+def test_a_bare_disk_takes_no_file_that_is_there(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("mine")
+    with pytest.raises(FileExistsError):
+        RawDisk(str(tmp_path / "mine"), 2 << 20, 1 << 20)
+    assert (tmp_path / "mine").read_text() == "mine"
 
 
 def test_status_and_doctor_say_what_was_not_saved_and_why(

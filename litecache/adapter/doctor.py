@@ -1,24 +1,38 @@
-"""`litecache doctor`: what this machine has, and what would go wrong on it."""
+"""`litecache doctor`: what this machine has, and what would go wrong on it.
+
+What can be tried is tried (a kernel compiled, huge pages made, a disk written and read), rather
+than looked up; nothing that is made for it stays.
+"""
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import os
 import platform
+import resource
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from litecache.adapter.stats import CacheStats
-from litecache.errors import LiteCacheError, told
+from litecache.config import CacheConfig
+from litecache.errors import KernelError, LiteCacheError, told
 from litecache.paths import litecache_home
+from litecache.storage.arena.mapping import HUGE_PAGE_BYTES, SharedMapping
 from litecache.storage.disk.folder import check_folder
+from litecache.storage.disk.raw_disk import MIB, RawDisk
 
 PACKAGES = ("torch", "transformers", "ray", "triton", "numpy", "xxhash", "msgpack")
 _SHM_COMFORT_BYTES = 1 << 30
+_ENOUGH_FILES = 8192
+# Of a disk that is measured, in turns: what a slow one writes in some seconds.
+_TURN_BYTES, _TURNS = 32 << 20, 2
+_SLOW_DISK_GBPS = 0.5
 
 
 class Finding(NamedTuple):
@@ -44,12 +58,14 @@ def examine(storage_dir: str | None = None) -> list[Finding]:
     checks: dict[str, Callable[[], Iterator[Finding]]] = {
         "platform": _platform,
         "devices": _devices,
+        "triton": _triton,
         "memory": _memory,
+        "huge pages": _huge_pages,
+        "limits": _limits,
         "home": _home,
         "ray_auth": _ray_auth,
+        "storage": lambda: _storages(storage_dir),
     }
-    if storage_dir is not None:
-        checks["storage"] = lambda: _storage(storage_dir)
     findings: list[Finding] = []
     for name, check in checks.items():
         try:
@@ -101,8 +117,108 @@ def _memory() -> Iterator[Finding]:
     else:
         yield Finding("arena", "note", "no memfd: the arena is a file in /dev/shm")
     size = shutil.disk_usage("/dev/shm").total
-    status = "ok" if size >= _SHM_COMFORT_BYTES else "note"
-    yield Finding("/dev/shm", status, f"{_gib(size)}; Ray's object store lives there")
+    detail = f"{_gib(size)}; Ray's object store lives there"
+    if size < _SHM_COMFORT_BYTES:
+        detail += ", and falls back to disk: give a container more by `docker run --shm-size=4g`"
+    yield Finding("/dev/shm", "ok" if size >= _SHM_COMFORT_BYTES else "note", detail)
+
+
+def _triton() -> Iterator[Finding]:
+    import torch
+
+    if not torch.cuda.is_available():
+        yield Finding("kernels", "ok", "torch's, on the CPU; Triton is for GPUs")
+        return
+    advice = (
+        "it compiles with a C compiler (`apt-get install gcc`) into TRITON_CACHE_DIR or "
+        "~/.triton, which must be writable"
+    )
+    try:
+        seconds = _run_kernel("cuda")
+    except Exception as error:  # compilers and drivers raise whatever they like
+        yield Finding("kernels", "bad", f"Triton runs no kernel here ({told(error)}): {advice}")
+    else:
+        yield Finding("kernels", "ok", f"Triton compiled and ran one in {seconds:.1f} s")
+
+
+def _run_kernel(device: str) -> float:
+    """Run one of ours, compiled anew where it is not in Triton's cache; its seconds."""
+    import torch
+
+    from litecache.kernels.dispatch import copy_blocks
+
+    started = time.perf_counter()
+    pool = torch.arange(2 * 4096, device=device).to(torch.uint8).view(2, 4096)
+    pool[1] = 0
+    copy_blocks(pool, *(torch.tensor([block], device=device) for block in (0, 1)))
+    if not torch.equal(pool[0], pool[1]):
+        raise KernelError("a copied block has other bytes")
+    return time.perf_counter() - started
+
+
+def _huge_pages() -> Iterator[Finding]:
+    """Make an arena of two, as shards do, and ask the kernel how it is mapped."""
+    fd = os.memfd_create("litecache-doctor") if hasattr(os, "memfd_create") else -1
+    if fd < 0:
+        return
+    nbytes = 2 * HUGE_PAGE_BYTES
+    try:
+        os.ftruncate(fd, nbytes)
+        before = _mapped_huge_bytes()
+        mapping = SharedMapping(fd, nbytes, nbytes)
+        mapping.make(fd, 0, nbytes)
+        huge = _mapped_huge_bytes() - before >= nbytes
+        mapping.close()
+    finally:
+        os.close(fd)
+    if huge:
+        yield Finding("huge pages", "ok", "the arena lies in pages of 2 MiB")
+        return
+    detail = (
+        "the kernel gives none to shared memory, so the arena is made and pinned page by page, "
+        "several times slower: as root, `echo advise > "
+        "/sys/kernel/mm/transparent_hugepage/shmem_enabled`"
+    )
+    yield Finding("huge pages", "note", detail)
+
+
+def _mapped_huge_bytes() -> int:
+    """Shared memory that this process has mapped by huge pages."""
+    with open("/proc/self/smaps_rollup") as lines:
+        return sum(int(line.split()[1]) for line in lines if line.startswith("ShmemPmd")) * 1024
+
+
+def _limits() -> Iterator[Finding]:
+    files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if files == resource.RLIM_INFINITY or files >= _ENOUGH_FILES:
+        yield Finding("open files", "ok", _limit(files))
+    else:
+        detail = (
+            f"{files:,}: Ray and the sockets of many clients need more; `ulimit -n "
+            f"{max(_ENOUGH_FILES, 65536)}` before `ray start` (at most {_limit(most)} without root)"
+        )
+        yield Finding("open files", "note", detail)
+    locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    detail = f"{_limit(locked, lambda nbytes: f'{nbytes >> 20:,} MiB')}; "
+    import torch
+
+    if not torch.cuda.is_available():
+        yield Finding("memlock", "ok", f"{detail}nothing is pinned without a GPU")
+        return
+    try:
+        torch.empty(64 << 20, dtype=torch.uint8, pin_memory=True)
+    except RuntimeError as error:
+        detail += (
+            f"memory cannot be pinned for the GPU ({told(error)}), so copies are slow: "
+            "`ulimit -l unlimited`, or `docker run --ulimit memlock=-1`"
+        )
+        yield Finding("memlock", "note", detail)
+    else:
+        yield Finding("memlock", "ok", f"{detail}memory can be pinned for the GPU")
+
+
+def _limit(value: int, show: Callable[[int], str] = "{:,}".format) -> str:
+    return "unlimited" if value == resource.RLIM_INFINITY else show(value)
 
 
 def _home() -> Iterator[Finding]:
@@ -130,6 +246,18 @@ def _ray_auth() -> Iterator[Finding]:
         yield Finding("ray auth", "ok", mode or "off")
 
 
+def _storages(storage_dir: str | None) -> Iterator[Finding]:
+    folders = [storage_dir] if storage_dir is not None else list(CacheConfig().storage_dir or ())
+    if not folders:
+        detail = (
+            "none: nothing outlives the actors; set storage_dir (or LITECACHE_STORAGE_DIR), and "
+            "check a folder by --storage-dir FOLDER"
+        )
+        yield Finding("storage_dir", "note", detail)
+    for folder in folders:
+        yield from _storage(folder)
+
+
 def _storage(storage_dir: str) -> Iterator[Finding]:
     try:
         if not os.path.isabs(storage_dir):
@@ -140,14 +268,45 @@ def _storage(storage_dir: str) -> Iterator[Finding]:
     except LiteCacheError as error:
         yield Finding("storage_dir", "bad", str(error))
         return
-    yield Finding("storage_dir", "ok", f"{_gib(shutil.disk_usage(parent).free)} free in {parent}")
-    with tempfile.NamedTemporaryFile(dir=parent) as probe:
-        try:
-            os.close(os.open(probe.name, os.O_RDWR | os.O_DIRECT))
-            yield Finding("direct I/O", "ok", "O_DIRECT works")
-        except OSError:
-            detail = "refused by the file system: buffered I/O instead, slower for large blocks"
-            yield Finding("direct I/O", "note", detail)
+    free = shutil.disk_usage(parent).free
+    yield Finding("storage_dir", "ok", f"{_gib(free)} free in {parent}")
+    if free < 4 * _TURNS * _TURN_BYTES:
+        yield Finding("disk", "bad", f"{_gib(free)} free: make room, or choose another folder")
+        return
+    with tempfile.TemporaryDirectory(prefix="litecache-doctor-", dir=parent) as scratch:
+        yield from _disk(os.path.join(scratch, "probe"))
+
+
+def _disk(path: str) -> Iterator[Finding]:
+    """Write and read a file past the page cache."""
+    try:
+        disk = RawDisk(path, _TURNS * _TURN_BYTES, _TURN_BYTES)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            yield Finding("disk", "bad", f"it cannot be written ({error.strerror}): see `dmesg`")
+            return
+        detail = (
+            "refused by the file system: buffered I/O instead, slower for large blocks; ext4 and "
+            "xfs take it, tmpfs and many network file systems do not"
+        )
+        yield Finding("direct I/O", "note", detail)
+        return
+    try:
+        rates = {
+            kind: max(disk.turn(kind, 4, 4 * MIB) for _ in range(_TURNS))
+            for kind in ("write", "read")
+        }
+    finally:
+        disk.close()
+    yield Finding("direct I/O", "ok", "O_DIRECT works")
+    detail = f"reads {rates['read']:.2f} GB/s, writes {rates['write']:.2f} GB/s"
+    slow = rates["read"] < _SLOW_DISK_GBPS
+    if slow:
+        detail += (
+            ": a load from it is seldom sooner than computing, but for large models on slow GPUs; "
+            "`litecache bench MODEL --dir FOLDER` tells for yours, a local NVMe disk is better"
+        )
+    yield Finding("disk", "note" if slow else "ok", detail)
 
 
 def _gib(size: int) -> str:

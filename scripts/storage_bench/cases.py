@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from bench_common import Report, Row, alternate, summarise
 from rich.progress import Progress
 
+from litecache.storage.disk.raw_disk import MIB, RawDisk
 from storage_bench.aging import age
 from storage_bench.backends import Actor, InProcess
 from storage_bench.memory import cached_bytes
-from storage_bench.raw_disk import MIB, RawDisk
 from storage_bench.shard_turns import ShardTurns
 
 SIZES = {"360 KiB": 360 << 10, "2 MiB": 2 << 20, "16 MiB": 16 << 20}

@@ -1,4 +1,4 @@
-"""Memory for the contestants, and what a file keeps of the page cache."""
+"""What a file keeps of the page cache."""
 
 from __future__ import annotations
 
@@ -7,28 +7,6 @@ import mmap
 import os
 
 import numpy as np
-import numpy.typing as npt
-
-HUGE_PAGE_BYTES = 2 << 20
-Bytes = npt.NDArray[np.uint8]
-
-
-def private(nbytes: int, fill: int | None = None) -> Bytes:
-    """Private memory, uint8 `[nbytes]`, touched, at the start of a huge page.
-
-    Aligned like an arena slot, whatever it is compared with: where the target lies a few bytes
-    behind the source modulo 4096, as two plain numpy arrays and a slot do, some processors copy
-    blocks of a few 100 KiB at a third of their speed.
-
-    Args:
-        nbytes: how much.
-        fill: one value; None is random bytes.
-    """
-    room = np.empty(nbytes + HUGE_PAGE_BYTES, np.uint8)
-    start = -room.ctypes.data % HUGE_PAGE_BYTES
-    array: Bytes = room[start : start + nbytes]
-    array[:] = np.random.default_rng(1).integers(0, 256, nbytes, np.uint8) if fill is None else fill
-    return array
 
 
 def cached_bytes(path: str) -> int:

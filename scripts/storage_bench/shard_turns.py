@@ -11,8 +11,8 @@ import numpy as np
 
 from litecache.storage import CommitItem, SlotRef, StageResult
 from litecache.storage.client import PendingStage
+from litecache.storage.disk.raw_disk import private
 from storage_bench.backends import Backend, flushed
-from storage_bench.memory import private
 
 BATCH = 64
 AHEAD = 3

@@ -1,40 +1,80 @@
-"""The limit: bare O_DIRECT `preadv` and `pwritev` of a preallocated file."""
+"""What a disk can do at most: bare `preadv` and `pwritev` of a preallocated file, with O_DIRECT.
+
+For those who measure a machine (`litecache doctor`, `litecache bench`, `scripts/bench_*.py`);
+nothing that stores blocks uses it.
+"""
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
+import numpy.typing as npt
 import xxhash
 
-from storage_bench.memory import private
+from ..arena.mapping import HUGE_PAGE_BYTES
 
 MIB = 1 << 20
+
+
+def private(nbytes: int, fill: int | None = None) -> npt.NDArray[np.uint8]:
+    """Private memory, uint8 `[nbytes]`, touched, at the start of a huge page.
+
+    Aligned like an arena slot, whatever it is compared with: where the target lies a few bytes
+    behind the source modulo 4096, as two plain numpy arrays and a slot do, some processors copy
+    blocks of a few 100 KiB at a third of their speed.
+
+    Args:
+        nbytes: how much.
+        fill: one value; None is random bytes.
+    """
+    room = np.empty(nbytes + HUGE_PAGE_BYTES, np.uint8)
+    start = -room.ctypes.data % HUGE_PAGE_BYTES
+    array: npt.NDArray[np.uint8] = room[start : start + nbytes]
+    array[:] = np.random.default_rng(1).integers(0, 256, nbytes, np.uint8) if fill is None else fill
+    return array
 
 
 class RawDisk:
     """A file read and written in turns, by the threads and requests that are fastest here.
 
-    Its memory is private and in huge pages: the best that a single process can have.
+    Its memory is private and in huge pages: the best that a single process can have. The file has
+    no name once it is open, so that it goes with the process, however that ends.
 
     Args:
         path: the file, made here.
         nbytes: its size, a multiple of `turn_bytes`.
         turn_bytes: bytes of one turn.
+
+    Raises:
+        OSError: the file cannot be made, EINVAL where the file system refuses O_DIRECT.
     """
 
     def __init__(self, path: str, nbytes: int, turn_bytes: int) -> None:
         self.nbytes, self.turn_bytes = nbytes, turn_bytes
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_DIRECT, 0o600)
-        os.posix_fallocate(self._fd, 0, nbytes)
-        self._memory = private(turn_bytes).data
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_DIRECT
+        try:
+            self._fd = os.open(path, flags, 0o600)
+        except OSError as error:
+            if error.errno == errno.EINVAL:  # made all the same
+                os.unlink(path)
+            raise
+        os.unlink(path)
         self._pools: dict[int, ThreadPoolExecutor] = {}
         self._at = 0
-        for start in range(0, nbytes, turn_bytes):
-            os.pwritev(self._fd, [self._memory], start)
-        os.fdatasync(self._fd)
+        try:
+            os.posix_fallocate(self._fd, 0, nbytes)
+            self._memory = private(turn_bytes).data
+            for start in range(0, nbytes, turn_bytes):
+                os.pwritev(self._fd, [self._memory], start)
+            os.fdatasync(self._fd)
+        except BaseException:
+            self.close()
+            raise
 
     def turn(self, kind: str, threads: int, request: int) -> float:
         """GB/s of one turn; each goes on where the last one ended.
