@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from litecache.checks import check_flag, check_integer, check_path, check_real, check_text, is_a
-from litecache.errors import ConfigError, shown
+from litecache.errors import ConfigError, Shown, shown
 
 DTYPES = ("float32", "float16", "bfloat16")
 NARROW_DTYPES = ("int8", "fp8")
@@ -83,6 +83,20 @@ def _size(name: str, value: Any) -> int:
     return parse_size(value, name)
 
 
+def _block_quotas(name: str, value: Any) -> dict[str, int]:
+    if not is_a(value, dict):
+        raise ConfigError(name, value, 'a dict of salts and numbers of blocks, as {"alice": 500}')
+    checked = {}
+    for salt, count in dict.items(value):
+        if is_a(count, str) and re.fullmatch("[0-9]{1,10}", count):
+            count = int(count)
+        salt, valid = check_text(name, salt), "from 1 to 2**31 - 1 blocks"
+        if not is_a(count, numbers.Integral) or is_a(count, bool) or not 1 <= count < 1 << 31:
+            raise ConfigError(name, Shown(f"{{...: {shown(count)}}}"), valid)
+        checked[salt] = int(count)
+    return checked
+
+
 _count = _integer(2**31 - 1, "a positive integer below 2**31")
 _shape = _integer(1 << 14, "a positive integer, at most 16,384")
 _fraction = _positive(1, "a number in (0, 1]")
@@ -136,7 +150,12 @@ def _quotas(name: str, value: Any) -> dict[str, int]:
         raise ConfigError(name, value, 'a dict of salts and sizes, as {"alice": "5GB"}')
     quotas = {}
     for salt, size in dict.items(value):
-        quotas[check_text(name, salt)] = parse_size(size, f"{name}[{shown(salt)}]")
+        salt = check_text(name, salt)
+        try:
+            quotas[salt] = parse_size(size, name)
+        except ConfigError as error:
+            # a size may be shown, a salt may not
+            raise ConfigError(name, Shown(f"{{...: {shown(size)}}}"), error.valid) from None
     return quotas
 
 
@@ -177,7 +196,13 @@ def _parse(label: str, name: str, parse: Callable[[str], Any], text: str) -> Any
 
 
 def _setting(
-    name: str, default: Any, check: Check, parse: Callable[[str], Any] = str, *, null: bool = False
+    name: str,
+    default: Any,
+    check: Check,
+    parse: Callable[[str], Any] = str,
+    *,
+    null: bool = False,
+    show: bool = True,
 ) -> Any:
     """A dataclass field whose default is `LITECACHE_<NAME>` where that variable is set.
 
@@ -187,6 +212,7 @@ def _setting(
         check: makes the stored value of a given one, or raises ConfigError.
         parse: reads a text, of the variable or of the command line.
         null: None is a value, in a text "null".
+        show: it stands in the config's repr; a salt does not.
     """
 
     def read(text: str) -> Any:
@@ -203,7 +229,10 @@ def _setting(
 
     checked = _optional(check) if null else check
     return field(
-        default_factory=current, metadata={"check": checked, "read": read}, hash=default != {}
+        default_factory=current,
+        metadata={"check": checked, "read": read},
+        hash=default != {},
+        repr=show,
     )
 
 
@@ -249,6 +278,9 @@ class CacheConfig:
             not with `deterministic`. None = as the pool holds them.
         salt_quotas: salt to the bytes that its blocks may take on the disks of a node, per model;
             sizes as above. As a variable: `LITECACHE_SALT_QUOTAS="alice=5GB,bob=500MB"`.
+        salt_ram_quotas: the same for the arenas of a node.
+        salt_pool_quotas: salt to the blocks per KV group that it may hold in a replica's pool;
+            what its requests are using is never taken from them.
         max_model_len: longest sequence in tokens; None = the model's own limit.
         max_batch_tokens: token budget of one engine step.
         max_prefill_tokens: the same for a step in which nothing decodes, so that no stream waits
@@ -285,13 +317,19 @@ class CacheConfig:
     admission: str = _setting("admission", "all", _one_of(ADMISSION_POLICIES))
     ttl_s: float | None = _setting("ttl_s", None, _seconds, float, null=True)
     tier_codec: str | None = _setting("tier_codec", None, _one_of(NARROW_DTYPES), null=True)
-    salt_quotas: Mapping[str, int] = _setting("salt_quotas", {}, _quotas, _parse_quotas)
+    salt_quotas: Mapping[str, int] = _setting("salt_quotas", {}, _quotas, _parse_quotas, show=False)
+    salt_ram_quotas: Mapping[str, int] = _setting(
+        "salt_ram_quotas", {}, _quotas, _parse_quotas, show=False
+    )
+    salt_pool_quotas: Mapping[str, int] = _setting(
+        "salt_pool_quotas", {}, _block_quotas, _parse_quotas, show=False
+    )
     max_model_len: int | None = _setting("max_model_len", None, _count, int, null=True)
     max_batch_tokens: int = _setting("max_batch_tokens", 2048, _count, int)
     max_prefill_tokens: int | None = _setting("max_prefill_tokens", None, _count, int, null=True)
     max_requests: int = _setting("max_requests", 256, _count, int)
     deterministic: bool = _setting("deterministic", False, check_flag, _parse_bool)
-    cache_salt: str = _setting("cache_salt", "", check_text)
+    cache_salt: str = _setting("cache_salt", "", check_text, show=False)
     models_bytes: int = _setting("models_bytes", "100GB", _size)
 
     def __post_init__(self) -> None:

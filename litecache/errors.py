@@ -3,7 +3,8 @@
 All derive from `LiteCacheError`. A message names the field, the value that was given and what
 would be valid. Values are shortened here and nowhere else: a message stays short and printable
 whatever it is given, an error keeps no reference to the value, and showing one runs no code of its
-class. What holds a prompt is told by `outline` alone: its type and length, never its contents.
+class. What holds a prompt or a salt is told by `outline` alone: its type and length, never its
+contents.
 """
 
 from __future__ import annotations
@@ -156,7 +157,7 @@ class LiteCacheError(Exception):
 
     def __init__(self, field: str, value: object = None, valid: str | None = None) -> None:
         self.field, self.valid = _printable(field), None if valid is None else _printable(valid)
-        self.value = None if valid is None else shown(value)
+        self.value = None if valid is None else _shown_of(self.field, value)
         text = (
             self.field if valid is None else f"{self.field}={self.value} is invalid: {self.valid}"
         )
@@ -164,6 +165,12 @@ class LiteCacheError(Exception):
 
     def __reduce__(self) -> tuple[type[LiteCacheError], tuple[str, str | None, str | None]]:
         return type(self), (self.field, self.value, self.valid)
+
+
+def _shown_of(field: str, value: object) -> Shown:
+    """A value as its field's error tells it: whoever knows a salt could ask in its owner's name."""
+    secret = "salt" in field.lower() and type(value) is not Shown
+    return outline(value) if secret else shown(value)
 
 
 def _printable(text: str) -> str:

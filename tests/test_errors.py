@@ -157,3 +157,12 @@ def test_a_foreign_exception_is_told_on_one_short_line() -> None:
     assert first_line(BrokenError()) == "BrokenError"
     assert len(first_line(ValueError("x" * 10**6))) == 200
     assert told(ConfigError("a", 1, "2")) == "a=1 is invalid: 2"
+
+
+@pytest.mark.parametrize("field", ["cache_salt", "salt_quotas", "LITECACHE_SALT_QUOTAS", "--salt"])
+def test_an_error_about_a_salt_does_not_tell_it(field: str) -> None:
+    for value in ("pssst", {"pssst": "much"}, ["pssst"], b"pssst"):
+        error = ConfigError(field, value, "another one")
+        assert "pssst" not in f"{error} {error.value} {pickle.dumps(error)!r}"
+        names, *rest = litecache.errors.describe(error)
+        assert "pssst" not in str(litecache.errors.restore(tuple(names), *rest))

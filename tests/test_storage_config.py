@@ -62,3 +62,27 @@ def test_a_folder_behind_something_that_is_no_folder_is_refused(tmp_path: Path, 
     with pytest.raises(ConfigError, match="storage_dir"):
         ShardStore(str(tmp_path / where), storage_bytes=8 << 20, ram_bytes=1 << 20)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link", "loop"]
+
+
+@pytest.mark.parametrize("name", ["salt_quotas", "salt_ram_quotas", "salt_pool_quotas"])
+def test_quotas_and_salts_stand_in_no_error_and_in_no_repr(name: str) -> None:
+    config = CacheConfig(**{name: {"pssst": 5}}, cache_salt="pssst")  # type: ignore[arg-type]
+    assert "pssst" not in repr(config)
+    for bad in ({"pssst": "much"}, {"pssst": 0}, {"pssst": None}, ["pssst"], "pssst=1"):
+        with pytest.raises(ConfigError, match=name) as raised:
+            CacheConfig(**{name: bad})  # type: ignore[arg-type]
+        assert "pssst" not in str(raised.value)
+    with pytest.raises(ConfigError, match="much"):
+        CacheConfig(**{name: {"pssst": "much"}})  # type: ignore[arg-type]
+
+
+def test_pool_quotas_are_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LITECACHE_SALT_POOL_QUOTAS", "alice=500, bob=1")
+    monkeypatch.setenv("LITECACHE_SALT_RAM_QUOTAS", "alice=1GB")
+    config = CacheConfig()
+    assert config.salt_pool_quotas == {"alice": 500, "bob": 1}
+    assert config.salt_ram_quotas == {"alice": 1_000_000_000}
+    assert CacheConfig(**json.loads(json.dumps(config.to_dict()))) == config
+    for bad in (0, -1, 1.5, True, "5GB", 1 << 31):
+        with pytest.raises(ConfigError, match="salt_pool_quotas"):
+            CacheConfig(salt_pool_quotas={"alice": bad})  # type: ignore[dict-item]

@@ -65,9 +65,11 @@ STOP_TIMEOUT_S = 30.0
 STATUS_TIMEOUT_S = 15.0
 
 # By kind: the class, what Ray takes with it only, and what goes before what a user has not chosen.
+# A named strategy, so that a placement group that its maker runs in does not capture an actor: it
+# would end with that group, under all who have joined.
 _KINDS: dict[str, tuple[type, dict[str, Any], dict[str, Any]]] = {
-    "coordinator": (Coordinator, {}, {"num_cpus": 0}),
-    "gpu": (GpuCache, {}, {}),
+    "coordinator": (Coordinator, {}, {"num_cpus": 0, "scheduling_strategy": "DEFAULT"}),
+    "gpu": (GpuCache, {}, {"scheduling_strategy": "DEFAULT"}),
     "shard": (
         StorageShard,
         {"concurrency_groups": {"bulk": 4}},

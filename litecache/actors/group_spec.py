@@ -90,13 +90,19 @@ def digest(description: dict[str, Any]) -> str:
 
 
 def _comparable(description: dict[str, Any]) -> dict[str, Any]:
-    # A label is no property of the model, and each driver bounds what it writes itself.
+    # A label is no property of the model; each driver bounds what it writes itself, and has a salt
+    # of its own.
     source, config = description["source"].items(), description["config"].items()
-    return {
+    comparable = {
         "version": description["version"],
         **{f"model.{name}": value for name, value in source if name != "label"},
-        **{name: value for name, value in config if name != "models_bytes"},
+        **{name: value for name, value in config if name not in ("models_bytes", "cache_salt")},
     }
+    # by digest, since what differs is told in an error
+    for name, value in config:
+        if name.startswith("salt_"):
+            comparable[name] = {salt_digest(salt): quota for salt, quota in value.items()}
+    return comparable
 
 
 def check_same(group: str, theirs: dict[str, Any], mine: dict[str, Any]) -> None:
@@ -200,7 +206,10 @@ def shard_options(spec: GroupSpec, node_rank: int, nodes: int = 1) -> list[dict[
             for index in range(first, first + config.storage_shards)
         ]
     budget = config.storage_write_bytes_per_s
-    quotas = {salt_digest(salt): q // len(folders) for salt, q in config.salt_quotas.items()}
+    disk, ram = (
+        {salt_digest(salt): quota // len(folders) for salt, quota in quotas.items()}
+        for quotas in (config.salt_quotas, config.salt_ram_quotas)
+    )
     return [
         {
             "directory": folder,
@@ -213,7 +222,8 @@ def shard_options(spec: GroupSpec, node_rank: int, nodes: int = 1) -> list[dict[
             "admission": "frequent" if config.admission == "frequent" else "all",
             "ttl_s": config.ttl_s,
             "write_bytes_per_s": budget and max(1, budget // len(folders)),
-            "quotas": quotas,
+            "quotas": disk,
+            "ram_quotas": ram,
         }
         for folder in folders
     ]

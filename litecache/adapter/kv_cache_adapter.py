@@ -165,6 +165,8 @@ class KVCacheAdapter(ChatSurface, ModelSurface):
         if expected is not None and cache_config is None:
             expected["config"] = None
         self.group, started = _join_or_start(spec, expected, detached, options)
+        # Each driver has its own, where it says so.
+        self._own_salt = (cache_config or self.group.spec.config).cache_salt
         self._tokenizer = tokenizer
         self._client_id = uuid.uuid4().hex[:12]
         self._numbers = itertools.count(1)
@@ -800,8 +802,7 @@ class KVCacheAdapter(ChatSurface, ModelSurface):
         ttl_s: float | None = None,
         retention: str = "normal",
     ) -> CacheUse:
-        default: str = self.group.spec.config.cache_salt
-        return CacheUse.of(salt, default, cache, ttl_s, retention)
+        return CacheUse.of(salt, self._own_salt, cache, ttl_s, retention)
 
     def _forward(self, use: CacheUse) -> ReplicaForward:
         """Forward passes of one call, which find what each other has computed."""
@@ -820,8 +821,7 @@ class KVCacheAdapter(ChatSurface, ModelSurface):
         return ReplicaForward(self._replicas, self.info, request_of)
 
     def _salt(self, given: str | None) -> str:
-        default: str = self.group.spec.config.cache_salt
-        return default if given is None else check_text("cache_salt", given)
+        return self._own_salt if given is None else check_text("cache_salt", given)
 
     def stats(self) -> CacheStats:
         """Counters and state, added up over the group's actors."""

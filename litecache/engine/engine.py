@@ -141,8 +141,13 @@ class Engine:
                 loads=loads,
             )
         self._costs = costs
+        quotas = {
+            root: count
+            for salt, count in config.salt_pool_quotas.items()
+            for root in self.info.roots(salt)
+        }
         self._scheduler = Scheduler(
-            PrefixCache(layout.groups, num_blocks),
+            PrefixCache(layout.groups, num_blocks, quotas),
             self.info.roots,
             max_requests=config.max_requests,
             max_batch_tokens=config.max_batch_tokens,

@@ -1,4 +1,4 @@
-"""Names under which blocks are stored, for reports, and bounds on what some of them take of a disk.
+"""Names under which blocks are stored, for reports, and bounds on what some of them take of a tier.
 
 They are no part of a block's key.
 
@@ -11,6 +11,7 @@ table of names is full, blocks of further salts share the namespace "".
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 
 from .eviction.queues import Queues
@@ -65,28 +66,41 @@ def may_hold(namespace: str, digest: str) -> bool:
 
 
 def quota_of(namespace: str, quotas: Mapping[str, int]) -> int | None:
-    """Bytes that a namespace may take on disk: by its own name, or by its salt's digest."""
+    """Bytes that a namespace may take of a tier: by its own name, or by its salt's digest."""
     return quotas.get(namespace, quotas.get(namespace.rpartition(_MARK)[2]))
 
 
 class Quotas:
-    """Holds namespaces to their quotas; under the store's lock.
+    """Holds namespaces to their quotas in one tier; under the store's lock.
 
     Args:
         limits: namespace, or digest of a salt (`namespaces.py`), to the bytes it may take.
-        queues: of the disk tier; they know what each namespace holds, and are told its quota.
+        queues: of the tier; they know what each namespace holds, and are told its quota.
+
+    Attributes:
+        pinned: pages by namespace that are in no queue, since nothing may evict them.
     """
 
     def __init__(self, limits: Mapping[str, int], queues: Queues) -> None:
         self._limits = limits
         self._queues = queues
         self._unplaced: dict[int, int] = {}
+        self.pinned: Counter[int] = Counter()
 
     def note_name(self, number: int, name: str) -> None:
         """A namespace has got its number."""
         limit = quota_of(name, self._limits)
         if limit is not None:
             self._queues.quota_pages[number] = limit // PAGE_BYTES
+
+    def holds(self, namespace: int) -> bool:
+        """Whether a namespace has a quota."""
+        return namespace in self._queues.quota_pages
+
+    def exceeded(self, namespace: int) -> bool:
+        """Whether a namespace holds more than its quota."""
+        held = self._queues.held_pages(namespace) + self.pinned[namespace]
+        return held > self._queues.quota_pages[namespace]
 
     def room_for(self, namespace: int, pages: int, n: int, evict: Callable[[], bool]) -> int:
         """How many of `n` blocks a namespace may add, after its oldest have made room.
@@ -100,7 +114,7 @@ class Quotas:
         quota = self._queues.quota_pages.get(namespace)
         if quota is None:
             return n
-        free = quota - self._unplaced.get(namespace, 0)
+        free = quota - self._unplaced.get(namespace, 0) - self.pinned[namespace]
         n = min(n, max(0, free // pages))
         while self._queues.held_pages(namespace) + n * pages > free:
             if not evict():

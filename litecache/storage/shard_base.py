@@ -65,6 +65,7 @@ class ShardBase:
         write_bytes_per_s: blocks are written to disk at this rate at most, in bursts of at most a
             second's worth; `flush`, `clear` and `close` write what is left at once. None: no bound.
         quotas: namespace, or digest of a salt (`namespaces.py`), to the disk bytes it may take.
+        ram_quotas: the same for bytes of RAM; what clients lease is never taken from them.
         io_threads: threads that read and write; 0 does all I/O on the callers' threads.
         metrics: where to count; None makes an own set.
         shards: how many shards share the folder above `directory`, by their numbers; those of
@@ -96,6 +97,7 @@ class ShardBase:
         ttl_s: float | None = None,
         write_bytes_per_s: int | None = None,
         quotas: dict[str, int] | None = None,
+        ram_quotas: dict[str, int] | None = None,
         io_threads: int = 4,
         metrics: Metrics | None = None,
         shards: int = 0,
@@ -122,7 +124,9 @@ class ShardBase:
             undo.callback(self._retired.close)
             self._arena = Arena(arena_bytes, segment_bytes, self.epoch, use_memfd=use_memfd)
             undo.callback(self._arena.close)
-            self._tiers = tiers = Tiers(self._arena, eviction, admit, ttl_s, self.metrics)
+            self._tiers = tiers = Tiers(
+                self._arena, eviction, admit, ttl_s, self.metrics, ram_quotas
+            )
             try:
                 if directory is not None:
                     tiers.disk = DiskTier(
@@ -139,6 +143,7 @@ class ShardBase:
             except OSError as error:
                 kind = StorageFullError if error.errno in NO_SPACE else StorageError
                 raise kind(f"the store in {directory} cannot be opened: {error}") from error
+            tiers.note_names()
             undo.pop_all()
         self._lock, self._changed = tiers.lock, tiers.changed
         self._growing = threading.Lock()

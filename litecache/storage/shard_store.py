@@ -191,6 +191,7 @@ class ShardStore(ShardBase):
         for batch in batches(slots):
             with self._lock:
                 self._leases.end_many(self._leases.get(client_id), batch)
+                self._tiers.hold_to_quotas()
 
     def reserve(self, client_id: int, block_bytes: int, n: int) -> list[SlotRef]:
         """Lease up to `n` slots to fill; fewer or none when RAM is dirty or leased. Never waits.
@@ -278,6 +279,7 @@ class ShardStore(ShardBase):
             there[key] = tiers.publish(block, item)
             statuses.append(CommitStatus.STORED)
         tiers.touch(used)
+        tiers.hold_to_quotas()
         return statuses
 
     def take_in(

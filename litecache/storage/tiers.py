@@ -18,7 +18,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple
@@ -35,6 +35,7 @@ from .disk.slab import Stored
 from .disk.tier import DiskTier
 from .eviction.queues import Queues, allocate
 from .key_dict import BATCH_KEYS
+from .namespaces import Quotas
 from .protocol import PAGE_BYTES, CommitItem, SlotState
 from .retry import Backoff
 from .segments import SegmentSpace
@@ -99,13 +100,14 @@ class Tiers:
         admission: which commits are written to disk.
         ttl_s: blocks older than this are misses; None: never.
         metrics: where the shard counts.
+        ram_quotas: namespace, or digest of a salt, to the bytes that it may take of the RAM tier.
 
     Attributes:
         lock: guards all of this; `changed` tells that a lease, a read or a write ended, `work` that
             there is something to read or write.
         index, disk: see their classes; without a disk RAM is all there is.
         by_slot, blocks: slots in use, by where they lie and by handle.
-        space, queues: of the RAM tier.
+        space, queues, quotas: of the RAM tier.
         growth: when the arena may grow again after there was no memory.
         reads: LOADING blocks of one size in neighbouring disk slots, a request each.
         dirty, dirty_bytes: DIRTY blocks in the order of their commits; those that died meanwhile
@@ -121,6 +123,7 @@ class Tiers:
         admission: Admission,
         ttl_s: float | None,
         metrics: Metrics,
+        ram_quotas: Mapping[str, int] | None = None,
     ) -> None:
         self.lock = threading.Lock()
         self.changed = threading.Condition(self.lock)
@@ -134,6 +137,9 @@ class Tiers:
         self.space = SegmentSpace(arena.segment_bytes, self._may_grow)
         self.growth = Backoff()
         self.queues = Queues(eviction, self)
+        self.quotas = Quotas(ram_quotas or {}, self.queues)
+        # (namespace, pages) of blocks that came in under a quota
+        self._under_quota: set[tuple[int, int]] = set()
         self.by_slot: dict[int, RamBlock] = {}
         self.blocks: dict[int, RamBlock] = {}
         self._free_handles: list[int] = []
@@ -292,8 +298,23 @@ class Tiers:
 
     def _settle(self, block: RamBlock) -> None:
         block.state = RamState.CLEAN
-        retention = self.index.retention[block.entry]
-        self.queues.insert(block.handle, block.nbytes // PAGE_BYTES, 0, retention)
+        retention, namespace = self.index.retention[block.entry], self.index.namespace[block.entry]
+        pages = block.nbytes // PAGE_BYTES
+        self.queues.insert(block.handle, pages, namespace, retention)
+        if self.quotas.holds(namespace):
+            self._under_quota.add((namespace, pages))
+
+    def hold_to_quotas(self) -> None:
+        """Namespaces that hold more RAM than they may give up their oldest blocks, but for those
+        that are leased; these go once that is over."""
+        for namespace, pages in tuple(self._under_quota):
+            while self.quotas.exceeded(namespace):
+                victim = self.queues.evict(pages, self._may_evict, namespace)
+                if victim is None:
+                    break
+                self._evict(victim)
+            else:
+                self._under_quota.remove((namespace, pages))
 
     def leave_ram(self, block: RamBlock, state: SlotState = SlotState.FREE) -> None:
         """A slot's contents are void, and no copy of its block any more; a read is cancelled.
@@ -352,10 +373,19 @@ class Tiers:
 
     def _name_number(self, name: str) -> int:
         if self.disk is not None:
-            return self.disk.name_number(name)
-        if len(self._names) < MAX_NAMES:
-            self._names.setdefault(name, len(self._names))
-        return self._names.get(name, 0)
+            number = self.disk.name_number(name)
+        else:
+            if len(self._names) < MAX_NAMES:
+                self._names.setdefault(name, len(self._names))
+            number = self._names.get(name, 0)
+        if number:
+            self.quotas.note_name(number, name)
+        return number
+
+    def note_names(self) -> None:
+        """Namespaces that were read back from disk have their quotas in RAM, too."""
+        for number, name in enumerate(self.names):
+            self.quotas.note_name(number, name)
 
     @property
     def names(self) -> list[str]:
@@ -424,6 +454,7 @@ class Tiers:
             self._settle(block)
         if whole:
             self.metrics.inc("litecache_promotions", len(whole))
+        self.hold_to_quotas()
         return self.disk.trust([block.entry for block in whole])
 
     def _queue_write(self, block: RamBlock, *, first: bool = False) -> None:
@@ -493,6 +524,7 @@ class Tiers:
             for key in self._early:
                 disk.queues.use(self.index.find(key), ends=True)
             self._early.clear()
+        self.hold_to_quotas()
 
     def fail_writes(self, blocks: Sequence[RamBlock], reason: str) -> list[BlockKey]:
         """Blocks that could not be written are dropped and counted; the keys of those still wanted.
@@ -509,6 +541,7 @@ class Tiers:
                 self._settle(block)
             else:
                 self.drop(block.entry)
+        self.hold_to_quotas()
         return keys
 
     def _forget(self, entry: int) -> None:

@@ -326,14 +326,27 @@ def test_every_policy_of_the_config_reaches_the_shards() -> None:
         admission="frequent",
         storage_write_bytes_per_s="4MiB",
         salt_quotas={"alice": "1MiB"},
+        salt_ram_quotas={"alice": "2MiB"},
     )
     for options in shard_options(spec, 0):
         assert (options["fsync"], options["eviction"]) == ("always", "s3fifo")
         assert (options["ttl_s"], options["admission"]) == (60, "frequent")
         assert options["write_bytes_per_s"] == 2 << 20
         assert options["quotas"] == {salt_digest("alice"): 512 << 10}
+        assert options["ram_quotas"] == {salt_digest("alice"): 1 << 20}
     again = GroupSpec.from_description("x", json.loads(json.dumps(spec.describe())))
     assert again == spec
+
+
+def test_drivers_of_other_salts_join_and_who_has_other_quotas_is_not_told_whose() -> None:
+    theirs = make_spec("x", Path("/data"), salt_quotas={"pssst": "1MiB"}, cache_salt="pssst")
+    mine = make_spec("x", Path("/data"), salt_quotas={"pssst": "1MiB"}, cache_salt="mine")
+    check_same("x", theirs.describe(), mine.describe())
+    other = make_spec("x", Path("/data"), salt_quotas={"pssst": "2MiB", "shh": "1MiB"})
+    with pytest.raises(GroupMismatchError, match="salt_quotas") as raised:
+        check_same("x", theirs.describe(), other.describe())
+    assert "pssst" not in str(raised.value)
+    assert "shh" not in str(raised.value)
 
 
 def test_nodes_of_one_host_are_counted(ray_local: None) -> None:

@@ -10,6 +10,7 @@ from litecache.engine.scheduling.block_pool import BlockPool, BlockState
 from litecache.errors import CapacityError
 
 NUM_BLOCKS = 7
+OWNER, QUOTA = b"alice's root key", 2
 
 
 class BlockPoolMachine(RuleBasedStateMachine):
@@ -18,7 +19,7 @@ class BlockPoolMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.evicted: list[bytes] = []
-        self.pool = BlockPool(NUM_BLOCKS, self.evicted.append)
+        self.pool = BlockPool(NUM_BLOCKS, self.evicted.append, {OWNER: QUOTA})
         self.refs: dict[int, int] = {}
         self.keys: dict[int, bytes] = {}
         self.idle: list[int] = []
@@ -67,6 +68,15 @@ class BlockPoolMachine(RuleBasedStateMachine):
                 del self.refs[block]
                 if block in self.keys:
                     self.idle.append(block)
+        self.hold_to_quota()
+
+    def hold_to_quota(self) -> None:
+        """The owner's idle blocks leave, the first of them first, while it has too many."""
+        owned = [block for block, key in self.keys.items() if key[0] % 2]
+        idle = [block for block in self.idle if block in owned]
+        for block in idle[: max(0, len(owned) - QUOTA)]:
+            self.idle.remove(block)
+            del self.keys[block]
 
     @rule(pick=st.integers(0, 30))
     def begin_copy(self, pick: int) -> None:
@@ -92,7 +102,9 @@ class BlockPoolMachine(RuleBasedStateMachine):
             block = private[pick % len(private)]
             self.next_key += 1
             self.keys[block] = self.next_key.to_bytes(16, "little")
-            self.pool.publish(block, self.keys[block])
+            owner = OWNER if self.next_key % 2 else b"another's"
+            self.pool.publish(block, self.keys[block], owner=owner)
+            self.hold_to_quota()
 
     @rule()
     def evict_idle(self) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from typing import ClassVar
 
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -34,6 +35,7 @@ class ShardMachine(RuleBasedStateMachine):
     storage_bytes = 8 * MIB
     strict = True
     has_disk = True
+    quotas: ClassVar[dict[str, int]] = {}
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,6 +59,8 @@ class ShardMachine(RuleBasedStateMachine):
             storage_bytes=self.storage_bytes,
             ram_bytes=1 * MIB,
             io_threads=0,
+            quotas=self.quotas,
+            ram_quotas=self.quotas,
             **self.options,
         )
         self.client = LocalShardClient(self.store)
@@ -239,8 +243,10 @@ class Roomy(ShardMachine):
 class Tight(ShardMachine):
     storage_bytes = 1 * MIB + 128 * KIB
     strict = False
+    quotas: ClassVar[dict[str, int]] = {"ns1": 100 * KIB}
 
 
 class RamOnly(ShardMachine):
     strict = False
     has_disk = False
+    quotas: ClassVar[dict[str, int]] = {"ns1": 100 * KIB}

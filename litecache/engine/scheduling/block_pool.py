@@ -12,8 +12,8 @@ The pool is used by the scheduler's thread alone.
 from __future__ import annotations
 
 import enum
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from litecache.engine.kv_layout import TRASH_BLOCK
 from litecache.errors import CapacityError
@@ -36,6 +36,8 @@ class BlockPool:
     Args:
         num_blocks: blocks to hand out, numbered from 1; the trash block comes on top.
         on_evict: called with the key of an idle block that is about to be used for other tokens.
+        quotas: by owner (the root key of a salt), how many published blocks it may have; beyond
+            that its idle ones leave, the first of them first. What is in use stays.
 
     Attributes:
         evictions: full published blocks dropped so far.
@@ -43,7 +45,12 @@ class BlockPool:
         used_in: per block, the last step of a sequence that has given it back.
     """
 
-    def __init__(self, num_blocks: int, on_evict: Callable[[BlockKey], None] | None = None) -> None:
+    def __init__(
+        self,
+        num_blocks: int,
+        on_evict: Callable[[BlockKey], None] | None = None,
+        quotas: Mapping[BlockKey, int] | None = None,
+    ) -> None:
         self.num_blocks = num_blocks
         self.evictions = 0
         self.reserved = 0
@@ -56,6 +63,11 @@ class BlockPool:
         self._partial: set[int] = set()
         self._idle: OrderedDict[int, None] = OrderedDict()
         self._idle_partial: OrderedDict[int, None] = OrderedDict()
+        self._quotas = quotas or {}
+        # of owners with a quota: whose a published block is, how many each has, its idle ones
+        self._owners: dict[int, BlockKey] = {}
+        self._owned: Counter[BlockKey] = Counter()
+        self._idle_of: defaultdict[BlockKey, OrderedDict[int, None]] = defaultdict(OrderedDict)
 
     @property
     def num_available(self) -> int:
@@ -83,7 +95,7 @@ class BlockPool:
         """Add a reference to blocks in use or idle."""
         for block in blocks:
             if self._refs[block] == 0:
-                del self._idle_like(block)[block]
+                self._leave_idle(block)
             self._refs[block] += 1
 
     def release(self, blocks: Sequence[int], step: int = 0) -> None:
@@ -107,7 +119,30 @@ class BlockPool:
                 if self._keys[block] is None:
                     self._free.append(block)
                 else:
-                    self._idle_like(block)[block] = None
+                    self._become_idle(block)
+        if self._owners:
+            self._hold_to_quotas(blocks)
+
+    def _become_idle(self, block: int) -> None:
+        self._idle_like(block)[block] = None
+        if block in self._owners:
+            self._idle_of[self._owners[block]][block] = None
+
+    def _leave_idle(self, block: int) -> None:
+        del self._idle_like(block)[block]
+        if block in self._owners:
+            del self._idle_of[self._owners[block]][block]
+
+    def _hold_to_quotas(self, blocks: Iterable[int]) -> None:
+        for owner in {self._owners[block] for block in blocks if block in self._owners}:
+            idle = self._idle_of[owner]
+            while idle and self._owned[owner] > self._quotas[owner]:
+                self.evict(next(iter(idle)))
+
+    def _disown(self, block: int) -> None:
+        owner = self._owners.pop(block, None)
+        if owner is not None:
+            self._owned[owner] -= 1
 
     def _idle_like(self, block: int) -> OrderedDict[int, None]:
         return self._idle_partial if block in self._partial else self._idle
@@ -123,7 +158,9 @@ class BlockPool:
         """The copy has ended, or never began; its reference is still to be released."""
         self._loading.remove(block)
 
-    def publish(self, block: int, key: BlockKey, *, partial: bool = False) -> None:
+    def publish(
+        self, block: int, key: BlockKey, *, partial: bool = False, owner: BlockKey = b""
+    ) -> None:
         """Declare a private block immutable under `key`: full, or with `partial` its beginning."""
         assert self._refs[block] > 0, f"block {block} is not in use"
         assert self._keys[block] is None, f"block {block} is already published"
@@ -131,12 +168,17 @@ class BlockPool:
         self._keys[block] = key
         if partial:
             self._partial.add(block)
+        if owner in self._quotas:
+            self._owners[block] = owner
+            self._owned[owner] += 1
+            self._hold_to_quotas([block])
 
     def rename(self, block: int, key: BlockKey) -> None:
-        """Publish a published block in use under another key."""
+        """Publish a published block in use under another key, as nobody's."""
         assert self._refs[block] > 0, f"block {block} is not in use"
         assert self._keys[block] is not None, f"block {block} is not published"
         self._keys[block] = key
+        self._disown(block)
 
     def is_writable(self, block: int) -> bool:
         """Whether its sequence may compute into a block: private, and no copy writes to it."""
@@ -160,7 +202,7 @@ class BlockPool:
 
     def evict(self, block: int) -> None:
         """Evict one idle block."""
-        del self._idle_like(block)[block]
+        self._leave_idle(block)
         self._forget(block)
         self._free.append(block)
 
@@ -210,9 +252,16 @@ class BlockPool:
         assert {state: n for state, n in self.stats().items() if n} == states, "stats disagree"
         keys = [key for key in self._keys if key is not None]
         assert len(keys) == len(set(keys)), "two blocks are published under one key"
+        assert all(self._keys[block] for block in self._owners), "a private block is owned"
+        assert Counter(self._owners.values()) == +self._owned, "owned blocks are miscounted"
+        of_owners = {block for mine in self._idle_of.values() for block in mine}
+        assert of_owners == idle & self._owners.keys(), "idle blocks of owners are off"
+        for owner, mine in self._idle_of.items():
+            assert not mine or self._owned[owner] <= self._quotas[owner], "a quota is exceeded"
 
     def _evict_oldest(self) -> int:
-        block, _ = (self._idle_partial or self._idle).popitem(last=False)
+        block = next(iter(self._idle_partial or self._idle))
+        self._leave_idle(block)
         self._forget(block)
         return block
 
@@ -220,6 +269,7 @@ class BlockPool:
         key = self._keys[block]
         assert key is not None
         self._keys[block] = None
+        self._disown(block)
         if block in self._partial:
             self._partial.remove(block)
         else:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Seq
 
 import numpy as np
@@ -30,18 +30,21 @@ class PrefixCache:
     Args:
         groups: the model's KV groups.
         num_blocks: blocks per group, the trash block not counted.
+        quotas: root keys of salts (of every group) to the blocks that they may hold of its pool.
 
     Attributes:
         unsaved: per group, published keys that no lower tier is known to hold.
     """
 
-    def __init__(self, groups: Seq[KVGroup], num_blocks: int) -> None:
+    def __init__(
+        self, groups: Seq[KVGroup], num_blocks: int, quotas: Mapping[BlockKey, int] | None = None
+    ) -> None:
         self.groups = tuple(groups)
         self.block_size = groups[0].block_size
         self.indexes = [PrefixIndex() for _ in groups]
         self.unsaved: list[set[BlockKey]] = [set() for _ in groups]
         self.pools = [
-            BlockPool(num_blocks, functools.partial(self._forget, group))
+            BlockPool(num_blocks, functools.partial(self._forget, group), quotas)
             for group in range(len(groups))
         ]
 
@@ -120,7 +123,7 @@ class PrefixCache:
         root = seq.chain.roots[group]
         if not self.indexes[group].insert(key, block, parent, tokens, root):
             return False
-        self.pools[group].publish(block, key)
+        self.pools[group].publish(block, key, owner=root)
         return True
 
     def publish_tail(self, seq: Sequence) -> None:
@@ -136,7 +139,7 @@ class PrefixCache:
             key = block_key(parent, tokens)
             root = seq.chain.roots[group]
             if pool.is_writable(block) and index.insert(key, block, parent, tokens.copy(), root):
-                pool.publish(block, key, partial=True)
+                pool.publish(block, key, partial=True, owner=root)
 
     def _forget(self, group: int, key: BlockKey) -> None:
         self.indexes[group].remove(key)

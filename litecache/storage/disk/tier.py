@@ -170,6 +170,7 @@ class DiskTier:
         )
         for entry in np.flatnonzero(kept["flags"] & FLAG_PINNED).tolist():
             self.queues.remove(entry)
+            self._count_pinned(entry, 1)
 
     def name_number(self, name: str) -> int:
         """Number of a namespace."""
@@ -204,8 +205,14 @@ class DiskTier:
         self._release_slot(entry)
         self._on_evict(entry)
 
+    def _count_pinned(self, entry: int, sign: int) -> None:
+        pages = self._index.pages[entry]
+        self.quotas.pinned[self._index.namespace[entry]] += sign * pages
+
     def _release_slot(self, entry: int) -> None:
         slot = self._index.disk[entry] - 1
+        if self._index.pinned(entry):
+            self._count_pinned(entry, -1)
         self.log.removed(entry, slot)
         self._index.disk[entry] = 0
         self._index.put_seq[entry] = 0
@@ -226,7 +233,9 @@ class DiskTier:
             index.flags[entry] &= ~FLAG_DOUBTFUL
             self.space.bind(slot, entry)
         for entry in entries:
-            if not index.pinned(entry):
+            if index.pinned(entry):
+                self._count_pinned(entry, 1)
+            else:
                 self._enqueue(entry)
         seq = self.log.put(np.array(entries, np.int64))
         for entry in entries:
@@ -245,7 +254,9 @@ class DiskTier:
             return
         if index.pinned(entry) and entry in self.queues:
             self.queues.remove(entry)
+            self._count_pinned(entry, 1)
         elif not index.pinned(entry) and entry not in self.queues:
+            self._count_pinned(entry, -1)
             self._enqueue(entry)
         self._rewrite(entry)
 
@@ -345,3 +356,5 @@ class DiskTier:
             assert (entry in queued) != index.pinned(entry), "queue and pin disagree"
         self.queues.check_integrity()
         assert all(index.disk[entry] for entry in queued), "a queued block is not on disk"
+        pinned = sum(index.pages[entry] for entry in entries if index.pinned(entry))
+        assert pinned == self.quotas.pinned.total(), "pinned pages are off"
