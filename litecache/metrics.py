@@ -1,8 +1,7 @@
 """Plain counters, gauges and histograms, owned by the part that counts.
 
 Every stateful part has one `Metrics`; nothing here knows Ray. The actors read snapshots and
-export them (`actors/metrics_export.py`). docs/running.md lists the names; they never end in
-`_total`, because Ray appends that itself.
+export them (`actors/metrics_export.py`). `metric_catalog.py` lists the names.
 """
 
 from __future__ import annotations
@@ -12,9 +11,9 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-Labels = tuple[tuple[str, str], ...]
+from litecache.metric_catalog import BY_NAME, LATENCY_BOUNDS_S
 
-LATENCY_BOUNDS_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
+Labels = tuple[tuple[str, str], ...]
 
 
 @dataclass
@@ -29,11 +28,11 @@ class Histogram:
     def __post_init__(self) -> None:
         self.buckets = self.buckets or [0] * (len(self.bounds) + 1)
 
-    def observe(self, value: float) -> None:
-        """Add one observation."""
-        self.buckets[bisect.bisect_left(self.bounds, value)] += 1
-        self.count += 1
-        self.total += value
+    def observe(self, value: float, times: int = 1) -> None:
+        """Add an observation that was made so many times."""
+        self.buckets[bisect.bisect_left(self.bounds, value)] += times
+        self.count += times
+        self.total += value * times
 
     def to_dict(self) -> dict[str, object]:
         """A msgpack-able copy."""
@@ -71,11 +70,23 @@ class Metrics:
         with self._lock:
             self._gauges[(name, _labels(labels))] = value
 
-    def observe(self, name: str, value: float, **labels: str) -> None:
-        """Add an observation to a histogram."""
+    def observe(self, name: str, value: float, times: int = 1, **labels: str) -> None:
+        """Add an observation, made so many times, to a histogram of the catalog's bounds."""
         key = (name, _labels(labels))
         with self._lock:
-            self._histograms.setdefault(key, Histogram()).observe(value)
+            histogram = self._histograms.get(key)
+            if histogram is None:
+                info = BY_NAME.get(name)
+                histogram = Histogram(LATENCY_BOUNDS_S if info is None else info.bounds)
+                self._histograms[key] = histogram
+            histogram.observe(value, times)
+
+    def count_to(self, name: str, total: float, **labels: str) -> None:
+        """Bring a counter up to what somebody else has counted."""
+        key = (name, _labels(labels))
+        with self._lock:
+            if total > self._counters.get(key, 0):
+                self._counters[key] = total
 
     def value(self, name: str, **labels: str) -> float:
         """A counter's or gauge's value; 0 when it was never touched."""

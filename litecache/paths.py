@@ -19,10 +19,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from litecache.errors import ConfigError, LiteCacheError, StorageFullError
+from litecache.errors import ConfigError, LiteCacheError, StorageFullError, shorten
 
 _UNFINISHED = "."
 _NAME_FILE = "litecache.json"
+_MOST_SHORT = 64
 # A folder that somebody has just made may not be locked yet.
 _UNLOCKED_S = 60.0
 
@@ -170,15 +171,30 @@ class StoredModel(NamedTuple):
     in_use: bool
 
 
+def name_of_model(folder: Path) -> str:
+    """What people call the model in a folder of `models_folder`; of another, the folder's name."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        if folder.parent == models_folder():
+            return str(json.loads((folder / _NAME_FILE).read_text())["name"])
+    return folder.name
+
+
+def short_model_name(name: str) -> str:
+    """For the labels of a dashboard: a name of the hub, or the last part of a path; bounded.
+
+    A model that was written to `models_folder` has the name that it was made from.
+    """
+    name = name_of_model(Path(name)) if os.path.isabs(name) else name
+    return shorten(os.path.basename(name) if os.path.isabs(name) else name, _MOST_SHORT)
+
+
 def list_models() -> list[StoredModel]:
     """The folders of `models_folder`, oldest use first; unfinished ones as well."""
     found = []
     with suppress(OSError):
         for folder in models_folder().iterdir():
             with suppress(OSError):  # it may just be going
-                name = folder.name
-                with suppress(OSError, ValueError, KeyError, TypeError):
-                    name = str(json.loads((folder / _NAME_FILE).read_text())["name"])
+                name = name_of_model(folder)
                 size = sum(f.lstat().st_size for f in folder.rglob("*") if not f.is_dir())
                 used = folder.stat().st_mtime
                 with _alone(folder) as alone:

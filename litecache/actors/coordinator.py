@@ -39,6 +39,7 @@ from litecache.actors.router import ReplicaLoad, RoutedPrompt, Router
 from litecache.errors import GroupMismatchError, GroupUnavailableError, LiteCacheError, first_line
 from litecache.hashing import BlockKey
 from litecache.metrics import Metrics
+from litecache.paths import short_model_name
 from litecache.storage.key_dict import BATCH_KEYS
 
 logger = logging.getLogger(__name__)
@@ -67,7 +68,10 @@ class Coordinator:
         gc.freeze()  # millions of keys would be looked through again and again
 
     def __repr__(self) -> str:
-        return f"Coordinator({self._group})"
+        model = self._description.get("source") or {}
+        named = short_model_name(model.get("label") or model.get("path") or "random weights")
+        replicas = self._description.get("replicas")
+        return f"Coordinator(group={self._group}, model={named}, replicas={replicas})"
 
     async def describe(self) -> dict[str, Any]:
         """The group's settings."""

@@ -28,7 +28,7 @@ from litecache.actors.coordinator import CoordinatedSource, CoordinatorClient
 from litecache.actors.group_spec import GroupSpec
 from litecache.actors.messages import ReplicaMethod, answering
 from litecache.actors.metrics_export import MetricsExporter
-from litecache.actors.naming import REPORT_INTERVAL_S, replica_name
+from litecache.actors.naming import REPORT_INTERVAL_S, replica_name, role_of
 from litecache.actors.outbox import Outbox
 from litecache.actors.router import FAILURE_WINDOW_S, ReplicaLoad
 from litecache.actors.shard_client import AttachedShards, RayShardClient
@@ -100,8 +100,12 @@ class GpuCache:
             self._begin()
 
     def __repr__(self) -> str:
-        device = self._spec.config.device or "auto"
-        return f"GpuCache({self._spec.group}:{self._index}, {self._spec.source.name}, {device})"
+        spec = self._spec
+        device = spec.config.device or ("cuda" if spec.num_gpus else "cpu")
+        return (
+            f"GpuCache(group={spec.group}, replica={self._index}, model={spec.source.short_name}, "
+            f"device={device}, node={self._node_id[:8]})"
+        )
 
     async def where(self) -> dict[str, Any]:
         """Process, node, state and the address of the socket, without waiting for the model."""
@@ -342,7 +346,12 @@ class GpuCache:
             on_death=self._end_process,
         )
         self._shards.watch(engine.set_shards)
-        self._exporter = MetricsExporter(self._metrics, {"group": spec.group, "actor": self._name})
+        tags = {
+            "group": spec.group,
+            "actor": role_of(self._name),
+            "model": spec.source.short_name,
+        }
+        self._exporter = MetricsExporter(self._metrics, tags, refresh=engine.refresh_metrics)
         # A full collection walks through the 400,000 objects of torch and transformers and holds
         # up the steps for a third of a second. What is there now stays: leave it out.
         gc.collect()

@@ -37,6 +37,11 @@ def check_group_name(group: str) -> str:
     return group
 
 
+def role_of(name: str) -> str:
+    """What an actor is in its group: `gpu:0` of `litecache:default:gpu:0`."""
+    return name.split(":", 2)[2]
+
+
 def coordinator_name(group: str) -> str:
     """Actor name of a group's coordinator."""
     return f"litecache:{group}:coordinator"

@@ -23,8 +23,8 @@ import ray
 from litecache.actors.coordinator import CoordinatorClient
 from litecache.actors.locations import LocationReporter
 from litecache.actors.metrics_export import MetricsExporter
-from litecache.actors.naming import shard_name
-from litecache.errors import LiteCacheError, StorageFullError, StorageLockedError
+from litecache.actors.naming import role_of, shard_name
+from litecache.errors import LiteCacheError, StorageFullError, StorageLockedError, shorten
 from litecache.hashing import BlockKey
 from litecache.metrics import Metrics
 from litecache.paths import hold_model
@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 
 # After a kill the kernel needs a moment to take down the old process and its lock.
 LOCK_PATIENCE_S = 3.0
+_MOST_FOLDER = 80
 
 
 class StorageShard:
@@ -92,8 +93,8 @@ class StorageShard:
         self._store, self._failure = store, None
 
     def _serve(self, store: ShardStore, opened: contextlib.ExitStack) -> None:
-        tags = {"group": self._group, "actor": self._name}
-        opened.callback(MetricsExporter(self._metrics, tags).close)
+        tags = {"group": self._group, "actor": role_of(self._name)}
+        opened.callback(MetricsExporter(self._metrics, tags, refresh=store.stats).close)
         self._notify: Callable[[], None] = lambda: None
         if self.has_coordinator:
             send = CoordinatorClient(self._group).report_shard
@@ -110,8 +111,11 @@ class StorageShard:
             logger.warning("%s has no socket, its clients call the actor: %s", self._name, error)
 
     def __repr__(self) -> str:
-        folder = self._options["directory"] or "RAM only"
-        return f"StorageShard({self._group}, {self._shard_id}, {folder})"
+        folder = self._options["directory"] or "none, RAM only"
+        return (
+            f"StorageShard(group={self._group}, shard={self._shard_id}, "
+            f"folder={shorten(folder, _MOST_FOLDER)}, node={self._node_id[:8]})"
+        )
 
     @property
     def _open_store(self) -> ShardStore:

@@ -498,14 +498,16 @@ class Engine:
     def _carry_out(self, schedule: Schedule) -> None:
         """Hand the scheduler's orders to those who execute them."""
         if schedule.deltas:
-            self._count(schedule.deltas)
+            self._count(schedule)
             self._sink(schedule.deltas)
         if self._tiers is not None:
             self._tiers.carry_out(schedule)
 
-    def _count(self, deltas: list[tuple[str, TokenDelta]]) -> None:
+    def _count(self, schedule: Schedule) -> None:
         generated = 0
-        for _, delta in deltas:
+        for gap_s, times in schedule.token_gaps.items():
+            self.metrics.observe("litecache_inter_token_seconds", gap_s, times)
+        for _, delta in schedule.deltas:
             generated += len(delta.token_ids)
             if delta.ttft_s is not None:
                 self.metrics.observe("litecache_ttft_seconds", delta.ttft_s)
@@ -513,20 +515,36 @@ class Engine:
                     self.metrics.inc("litecache_reused_tokens", tokens, tier=tier)
                 for tier, tokens in (delta.found_tokens or {}).items():
                     self.metrics.inc("litecache_found_tokens", tokens, tier=tier)
+                self._count_predictions()
             if delta.finish_reason is not None:
                 self._open.discard(delta.request_id)
                 self.metrics.inc("litecache_requests", outcome=delta.finish_reason.value)
         self.metrics.inc("litecache_generated_tokens", generated)
 
+    def _count_predictions(self) -> None:
+        for predicted_s, actual_s in self._costs.take_judged() if self._costs is not None else ():
+            self.metrics.inc("litecache_predicted_first_token_seconds", predicted_s)
+            self.metrics.inc("litecache_planned_first_token_seconds", actual_s)
+            self.metrics.observe("litecache_load_prediction_ratio", actual_s / predicted_s)
+
+    def refresh_metrics(self) -> None:
+        """Bring the gauges up to date; any thread may ask, and the engine's is not held up."""
+        scheduler, metrics = getattr(self, "_scheduler", None), self.metrics
+        if scheduler is None:
+            return
+        for state, count in scheduler.cache.stats().items():
+            metrics.set("litecache_pool_blocks", count, state=state)
+        metrics.set("litecache_running_requests", scheduler.num_running)
+        metrics.set("litecache_waiting_requests", scheduler.num_waiting)
+        metrics.set("litecache_queued_tokens", scheduler.num_queued_tokens)
+        metrics.count_to("litecache_evictions", scheduler.cache.num_evictions, tier="gpu")
+        metrics.count_to("litecache_preemptions", scheduler.preemptions)
+
     def _stats(self) -> dict[str, Any]:
         scheduler = self._scheduler
-        blocks = scheduler.cache.stats()
-        for state, count in blocks.items():
-            self.metrics.set("litecache_pool_blocks", count, state=state)
-        self.metrics.set("litecache_running_requests", scheduler.num_running)
-        self.metrics.set("litecache_waiting_requests", scheduler.num_waiting)
+        self.refresh_metrics()
         return {
-            "blocks": blocks,
+            "blocks": scheduler.cache.stats(),
             "running": scheduler.num_running,
             "waiting": scheduler.num_waiting,
             "preemptions": scheduler.preemptions,

@@ -217,7 +217,7 @@ class BlockIo:
     def _account(self, direction: str, nbytes: int, begun: float) -> None:
         metrics, elapsed = self._tiers.metrics, time.perf_counter() - begun
         metrics.inc("litecache_storage_bytes", nbytes, direction=direction, tier="disk")
-        metrics.observe("litecache_io_seconds", elapsed, direction=direction)
+        metrics.observe("litecache_io_seconds", elapsed, direction=direction, tier="disk")
 
     def _allocate(self, batch: WriteBatch) -> list[int]:
         """Disk slots for a batch; the slab grows and shrinks outside the store's lock."""

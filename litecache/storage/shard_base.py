@@ -435,6 +435,9 @@ class ShardBase:
             }
         for state in RamState:
             metrics.set("litecache_arena_slots", states[state], state=state.name.lower())
+        in_ram = sum(states[state] for state in (RamState.DIRTY, RamState.WRITING, RamState.CLEAN))
+        metrics.set("litecache_stored_blocks", in_ram, tier="ram")
+        metrics.set("litecache_stored_blocks", on_disk, tier="disk")
         metrics.set("litecache_slab_bytes", float(str(result["slab_bytes"])))
         return result
 

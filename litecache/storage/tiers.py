@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -200,7 +200,10 @@ class Tiers:
 
     def use(self, entries: Sequence[int]) -> None:
         """Count a hit each, refresh recency, and let admission think again."""
-        self.index.note_hits(entries, int(time.time()))
+        now, used = int(time.time()), self.index.used_s
+        for then, times in Counter(used[entry] for entry in entries).items():
+            self.metrics.observe("litecache_block_use_gap_seconds", max(0, now - then), times)
+        self.index.note_hits(entries, now)
         if self.disk is not None:
             on_disk, count_all = self.index.disk, self._admission.sketch is not None
             for entry in entries:

@@ -103,7 +103,7 @@ def test_what_was_loaded_is_never_encoded_again(codec: str | None) -> None:
 
     def saved(harness: Harness) -> float:
         harness.engine.flush()
-        return harness.engine.metrics.value("litecache_copied_bytes", direction="save")
+        return harness.engine.metrics.value("litecache_copied_bytes", direction="save", tier="ram")
 
     with Harness(family_source("llama"), folders=[None], tier_codec=codec) as first:
         first.run([asked], 1)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from litecache.errors import ConfigError
+from litecache.paths import short_model_name
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +68,11 @@ class ModelSource:
             return self.label or str(self.path)
         assert self.config is not None
         return f"{self.config['model_type']} (random weights)"
+
+    @property
+    def short_name(self) -> str:
+        """For the labels of a dashboard, see `short_model_name`."""
+        return short_model_name(self.name)
 
 
 def preload(source: ModelSource, *, cuda: bool) -> None:

@@ -214,16 +214,19 @@ class BlockPool:
         return count
 
     def stats(self) -> dict[str, int]:
-        """Blocks by state; the values add up to `num_blocks`."""
-        # On the engine's thread, between two steps: nothing here goes through the blocks in Python.
+        """Blocks by state; the values add up to `num_blocks`.
+
+        Another thread may ask at any time, and may then be off by what a step has just changed.
+        """
+        # Nothing here goes through the blocks in Python: no step waits for it.
         idle = len(self._idle) + len(self._idle_partial)
         keyed = len(self._keys) - self._keys.count(None)
         in_use = self.num_blocks - len(self._free) - keyed
         return {
             BlockState.FREE.value: len(self._free),
-            BlockState.PRIVATE.value: in_use - len(self._loading),
+            BlockState.PRIVATE.value: max(0, in_use - len(self._loading)),
             BlockState.LOADING.value: len(self._loading),
-            BlockState.PUBLISHED.value: keyed - idle,
+            BlockState.PUBLISHED.value: max(0, keyed - idle),
             BlockState.IDLE.value: idle,
         }
 

@@ -320,6 +320,7 @@ class CostModel:
         # What first tokens take beyond the laws: launches, messages, the way to the client.
         self._overhead_s = 0.0
         self._errors: deque[float] = deque(maxlen=32)
+        self._judged: deque[tuple[float, float]] = deque(maxlen=REMEMBERED)
         self._decodes = 0
         self._now = -math.inf
 
@@ -532,8 +533,15 @@ class CostModel:
         predicted, overhead_s = self._predicted.pop(ticket, (0.0, 0.0))
         if predicted > 0 and seconds > 0:
             self._errors.append(abs(predicted - seconds) / seconds)
+            self._judged.append((predicted, seconds))
             self._misjudged.append(seconds - predicted + overhead_s)
             self._overhead_s = max(0.0, statistics.median(self._misjudged))
+
+    def take_judged(self) -> list[tuple[float, float]]:
+        """(predicted, actual) seconds of the first tokens noted since the last time."""
+        judged = list(self._judged)
+        self._judged.clear()
+        return judged
 
     def stats(self) -> dict[str, Any]:
         """The laws as they are, and how well they have predicted."""

@@ -82,7 +82,8 @@ class Schedule:
 
     Tickets name the dealings of one life of a request with the lower tiers. `discards`: leases that
     no load has taken end. `touches`: stored blocks that a request found in the pool, of which the
-    shards have heard nothing, tails first.
+    shards have heard nothing, tails first. `token_gaps`: seconds between two tokens of a request,
+    and how many requests they were the same for.
     """
 
     plan: StepPlan | None = None
@@ -93,3 +94,4 @@ class Schedule:
     saves: list[SaveOrder] = field(default_factory=list)
     touches: list[BlockKey] = field(default_factory=list)
     deltas: list[tuple[str, TokenDelta]] = field(default_factory=list)
+    token_gaps: dict[float, int] = field(default_factory=dict)

@@ -523,6 +523,11 @@ class Scheduler:
         delta = TokenDelta(seq.id, (token,), reason, logprobs=told)
         if not seq.announced:
             delta = self._announced(seq, delta, now)
+        else:
+            # of all rows of a step the same, as a rule
+            gap_s = now - seq.last_token_s
+            out.token_gaps[gap_s] = out.token_gaps.get(gap_s, 0) + 1
+        seq.last_token_s = now
         out.deltas.append((seq.client_id, delta))
         if reason is not None:
             self._end(seq, out)

@@ -108,6 +108,7 @@ class Sequence:
         told: or their log-probabilities,
         num_handed_out: and how many positions that is.
         num_tail: positions that copies have filled, of no found block.
+        announced: its first token has been told; `last_token_s`: when the last one was.
         unshared: it is "no-store", or its salt was deleted while it was open: nothing of it is
             published or saved.
     """
@@ -145,6 +146,7 @@ class Sequence:
         self.paused = False
         self.unshared = request.cache == "no-store"
         self.announced = False
+        self.last_token_s = now
         self.begin_life()
 
     def begin_life(self) -> None:

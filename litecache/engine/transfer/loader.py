@@ -26,6 +26,7 @@ from litecache.engine.transfer.block_copier import BlockCopier, Codec, Slot
 from litecache.engine.transfer.shard_set import Lease, ShardSet
 from litecache.metrics import Metrics
 from litecache.storage.protocol import SlotState
+from litecache.types import Tier
 
 logger = logging.getLogger(__name__)
 
@@ -42,11 +43,15 @@ POLLED_BLOCKS = 128
 
 
 class _Load:
-    """An order under way, and the leases of its blocks that nothing was begun with."""
+    """An order under way, and the leases of its blocks that nothing was begun with.
+
+    `tier` is the slowest of its blocks'.
+    """
 
     def __init__(self, order: LoadOrder, waiting: dict[BlockRef, Lease]) -> None:
         self.order = order
         self.waiting = waiting
+        self.tier = _slowest(waiting.values())
 
 
 class Loader:
@@ -153,7 +158,7 @@ class Loader:
         except Exception:
             logger.exception("looking up %d blocks failed", len(order.blocks))
         self._metrics.observe(
-            "litecache_io_seconds", time.perf_counter() - started, direction="stage"
+            "litecache_io_seconds", time.perf_counter() - started, direction="stage", tier="shard"
         )
         if found:
             with self._lock:
@@ -176,7 +181,7 @@ class Loader:
                 if not loads:
                     del self._under_way[load.order.ticket]
         elapsed = time.perf_counter() - started
-        self._metrics.observe("litecache_io_seconds", elapsed, direction="load")
+        self._metrics.observe("litecache_io_seconds", elapsed, direction="load", tier=load.tier)
 
     def _take(self, load: _Load, refs: Iterable[BlockRef]) -> dict[BlockRef, Lease]:
         """Of these blocks, those that are not cancelled: they are this thread's from now on."""
@@ -273,9 +278,16 @@ class Loader:
         done = [ref for ref, fine in confirmed.items() if fine]
         lost = [ref for ref, fine in confirmed.items() if not fine]
         self._tell(ticket, done, lost, waited=waited)
-        total = sum(self._tier_bytes(group) for group, _ in done)
-        self._metrics.inc("litecache_copied_bytes", total, direction="load")
+        self._count_copied({ref: part[ref] for ref in done})
         return list(part.values())
+
+    def _count_copied(self, part: Mapping[BlockRef, Lease]) -> None:
+        totals: dict[str, int] = {}
+        for (group, _), lease in part.items():
+            tier = lease.tier.value
+            totals[tier] = totals.get(tier, 0) + self._tier_bytes(group)
+        for tier, nbytes in totals.items():
+            self._metrics.inc("litecache_copied_bytes", nbytes, direction="load", tier=tier)
 
     def _load_far(self, load: _Load) -> None:
         """Fetch blocks from shards of other nodes, many in a message."""
@@ -305,6 +317,7 @@ class Loader:
             self._copy_in(copier, load.order, views)
             copier.synchronize()
             self._metrics.inc("litecache_remote_blocks", len(part), shard=shard_id)
+            self._count_copied(part)
             self._tell(load.order.ticket, list(part))
 
     def _slot(self, copier: BlockCopier, group: int, lease: Lease) -> Slot:
@@ -350,6 +363,12 @@ class Loader:
             self._local.copier = self._make_copier()
         copier: BlockCopier = self._local.copier
         return copier
+
+
+def _slowest(leases: Iterable[Lease]) -> str:
+    """The tier that a load of these waits for."""
+    tiers = {lease.tier for lease in leases}
+    return next((t for t in (Tier.REMOTE, Tier.DISK) if t in tiers), Tier.RAM).value
 
 
 def _source(lease: Lease) -> str:

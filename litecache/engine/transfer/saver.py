@@ -165,7 +165,7 @@ class Saver:
         lost = {id(order) for order in dropped}
         self._done([order for order in batch if id(order) not in lost], dropped)
         self._metrics.observe(
-            "litecache_io_seconds", time.perf_counter() - started, direction="save"
+            "litecache_io_seconds", time.perf_counter() - started, direction="save", tier="ram"
         )
 
     def _save_to(self, shard: ShardClient, group: int, new: list[SaveOrder]) -> list[SaveOrder]:
@@ -197,7 +197,7 @@ class Saver:
                 if status is CommitStatus.STALE:
                     dropped += self._drop([order], "stale")
             copied = len(slots) * block_bytes
-            self._metrics.inc("litecache_copied_bytes", copied, direction="save")
+            self._metrics.inc("litecache_copied_bytes", copied, direction="save", tier="ram")
             new = new[len(slots) :]
         return dropped
 
