@@ -1,11 +1,11 @@
 """Submit another example as a Ray job: its folder travels along, its output is printed here.
 
     ray start --head
-    python examples/ray_job.py [--address URL] [--timeout S] [basic.py --model NAME ...]
+    python examples/ray_job.py [--address URL] [--timeout S] [job.py --question TEXT ...]
 
 The command line does the same:
 
-    ray job submit --working-dir examples -- python basic.py
+    ray job submit --working-dir examples -- python job.py
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def main() -> int:
     parser.add_argument("--timeout", type=float, default=600, help="seconds until it is stopped")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="an example and its options")
     args = parser.parse_args()
-    command = ["python", *(args.command or ["basic.py"])]
+    command = ["python", *(args.command or ["job.py"])]
 
     deadline = time.monotonic() + args.timeout
     client = JobSubmissionClient(args.address)
