@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import socket
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -183,3 +184,25 @@ def _answers(host: str, port: int) -> bool:
             return bool(server.recv(1))
     except OSError:
         return False
+
+
+def dashboards_folder() -> Path:
+    """Where the Ray that this process is connected to has its Grafana dashboards, on its head node.
+
+    By the same environment variables as Ray's own, where those are set.
+
+    Raises:
+        GroupUnavailableError: the connection is a Ray client's.
+    """
+    from ray._private.worker import _global_node  # no public API tells of the session's folder
+
+    if chosen := os.environ.get("RAY_METRICS_GRAFANA_DASHBOARD_OUTPUT_DIR"):
+        return Path(chosen)
+    root = os.environ.get("RAY_METRICS_OUTPUT_ROOT")
+    if root is None:
+        if _global_node is None:
+            raise GroupUnavailableError(
+                "a Ray client does not know the session's folder: connect on the head node itself"
+            )
+        root = f"{_global_node.get_session_dir_path()}/metrics"
+    return Path(root) / "grafana" / "dashboards"

@@ -1,5 +1,5 @@
 """The command line: `litecache up`, `down`, `status`, `generate`, `export`, `import`, `warm`,
-`delete`, `inspect`, `verify`, `tune`, `doctor`, `models`.
+`delete`, `inspect`, `verify`, `tune`, `doctor`, `models`, `dashboard`.
 
 Every command takes `--json` for machines; errors are one line on stderr and exit with 2 (1 is a
 finding of `verify` or `doctor`). Commands import what they need when they run, so that
@@ -15,6 +15,7 @@ from typing import Any
 
 import typer
 
+from litecache.cli.dashboard import app as dashboard
 from litecache.cli.groups import down, generate, up
 from litecache.cli.machine import doctor, inspect, models, tune, verify
 from litecache.cli.prefixes import delete, export, import_, warm
@@ -33,6 +34,7 @@ _machine: tuple[Any, ...] = inspect, verify, tune, doctor, models
 for command in (*_groups, *_machine):
     app.command()(command)
 app.command("import")(import_)
+app.add_typer(dashboard, name="dashboard")
 
 
 def main() -> None:
