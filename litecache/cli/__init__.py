@@ -1,5 +1,5 @@
-"""The command line: `litecache up`, `down`, `status`, `generate`, `export`, `import`, `warm`,
-`delete`, `inspect`, `verify`, `tune`, `doctor`, `models`, `dashboard`.
+"""The command line: `litecache up`, `down`, `status`, `generate`, `serve`, `export`, `import`,
+`warm`, `delete`, `inspect`, `verify`, `tune`, `doctor`, `models`, `dashboard`.
 
 Every command takes `--json` for machines; errors are one line on stderr and exit with 2 (1 is a
 finding of `verify` or `doctor`). Commands import what they need when they run, so that
@@ -19,6 +19,7 @@ from litecache.cli.dashboard import app as dashboard
 from litecache.cli.groups import down, generate, up
 from litecache.cli.machine import doctor, inspect, models, tune, verify
 from litecache.cli.prefixes import delete, export, import_, warm
+from litecache.cli.serve import serve as serve_model
 from litecache.cli.status import status as show_status
 from litecache.cli.top import top as show_top
 from litecache.errors import LiteCacheError, told
@@ -29,7 +30,17 @@ app = typer.Typer(
     help="A paged, tiered and persistent KV cache for Hugging Face models on Ray.",
     no_args_is_help=True,
 )
-_groups: tuple[Any, ...] = up, down, show_status, show_top, generate, export, warm, delete
+_groups: tuple[Any, ...] = (
+    up,
+    down,
+    show_status,
+    show_top,
+    generate,
+    serve_model,
+    export,
+    warm,
+    delete,
+)
 _machine: tuple[Any, ...] = inspect, verify, tune, doctor, models
 for command in (*_groups, *_machine):
     app.command()(command)

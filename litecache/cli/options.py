@@ -59,6 +59,17 @@ def parse_settings(settings: list[str]) -> Any:
     Raises:
         ConfigError: not NAME=VALUE, no such field, or an invalid value.
     """
+    from litecache.config import CacheConfig
+
+    return CacheConfig(**split_settings(settings))
+
+
+def split_settings(settings: list[str]) -> dict[str, Any]:
+    """The same as values by name.
+
+    Raises:
+        ConfigError: not NAME=VALUE, or no such field.
+    """
     import dataclasses
 
     from litecache.config import CacheConfig, parse_setting
@@ -71,7 +82,7 @@ def parse_settings(settings: list[str]) -> Any:
             valid = f"NAME=VALUE with one of {', '.join(sorted(fields))}"
             raise ConfigError("--set", setting, valid)
         values[name] = parse_setting(f"--set {name}", name, text)
-    return CacheConfig(**values)
+    return values
 
 
 def check_model(model: str) -> str:

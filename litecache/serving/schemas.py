@@ -1,0 +1,301 @@
+"""Bodies of requests: OpenAI's fields, vLLM's extra ones, and those of the cache.
+
+Unknown fields are errors, since one that is ignored would give an answer that nobody asked for.
+What OpenAI's clients send and what changes no answer here (`user`, `metadata`, ...) is taken and
+not used; what would change it and is not to be had is refused by its name, in `refused`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from litecache.serving.errors import ApiError
+
+MAX_PROMPTS = 2048
+MAX_STOPS = 16
+MAX_SAMPLES = 128
+_INT64 = 2**63 - 1
+
+TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Text = Annotated[str, Field(max_length=1 << 24)]
+Ids = Annotated[list[TokenId], Field(max_length=1 << 22)]
+Stop = Annotated[str, Field(min_length=1, max_length=1024)]
+Salt = Annotated[str, Field(max_length=1024)]
+Tools = Annotated[list[dict[str, Any]], Field(max_length=1024)]
+
+
+class Body(BaseModel):
+    """Strict: a number is no text, and a field that nobody knows is an error."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class StreamOptions(Body):
+    """Of `stream_options`."""
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    include_obfuscation: bool | None = None
+
+
+class JsonSchema(Body):
+    """Of `response_format`."""
+
+    name: str | None = None
+    description: str | None = None
+    schema_: dict[str, Any] | bool | None = Field(default=None, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Body):
+    """The form of an answer."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class CacheFields(Body):
+    """What becomes of the KV of a request; not of OpenAI."""
+
+    cache_salt: Salt | None = None
+    cache: Literal["default", "read-only", "no-store"] | None = None
+    cache_ttl_s: Annotated[float, Field(gt=0)] | None = None
+    retention: Literal["low", "normal", "high"] | None = None
+
+
+class Drawing(CacheFields):
+    """How tokens are drawn, for both ways to ask."""
+
+    model: Annotated[str, Field(max_length=4096)]
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] | None = None
+    seed: Annotated[int, Field(ge=-_INT64 - 1, le=_INT64)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
+    max_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    logit_bias: (
+        Annotated[
+            dict[
+                Annotated[str, Field(pattern="^[0-9]{1,9}$")],
+                Annotated[float, Field(ge=-100, le=100)],
+            ],
+            Field(max_length=4096),
+        ]
+        | None
+    ) = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+    # changes nothing here
+    user: Text | None = None
+    metadata: dict[str, Any] | None = None
+    # of vLLM
+    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    ignore_eos: bool | None = None
+    min_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=1024)] | None = None
+    skip_special_tokens: bool | None = None
+    add_special_tokens: bool | None = None
+    priority: Annotated[int, Field(ge=-(2**31), le=2**31)] | None = None
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """Texts that end an answer."""
+        if self.stop is None:
+            return ()
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def samples(self) -> int:
+        """Answers to each prompt."""
+        return self.n or 1
+
+    def wants_usage(self) -> bool:
+        """A stream ends with a count of tokens."""
+        options = self.stream_options
+        return options is not None and bool(options.include_usage)
+
+    def check(self) -> None:
+        """Refuse what no single field shows.
+
+        Raises:
+            ApiError: 400, names the field.
+        """
+        if self.stream_options is not None and not self.stream:
+            raise refused("stream_options", "left out, unless stream is true")
+        form = self.response_format
+        if form is not None and (form.type == "json_schema") != (form.json_schema is not None):
+            raise refused("response_format.json_schema", 'given with type "json_schema" alone')
+        if self.max_tokens is not None and (self.min_tokens or 0) > self.max_tokens:
+            raise refused("min_tokens", f"at most max_tokens, which is {self.max_tokens}")
+
+
+class CompletionRequest(Drawing):
+    """`POST /v1/completions`."""
+
+    prompt: (
+        Text
+        | Ids
+        | Annotated[list[Text], Field(max_length=MAX_PROMPTS)]
+        | Annotated[list[Ids], Field(max_length=MAX_PROMPTS)]
+    )
+    best_of: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] | None = None
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    suffix: Text | None = None
+
+    def check(self) -> None:
+        """As in `Drawing`."""
+        super().check()
+        if self.suffix:
+            raise refused("suffix", "left out: the model continues texts, it fills no gaps")
+        if self.best_of is not None and self.best_of != self.samples:
+            raise refused("best_of", f"left out, or n, which is {self.samples}")
+        if self.echo and self.stream and self.logprobs is not None:
+            raise refused("echo", "false in a stream with logprobs")
+        if not self.prompt:
+            raise refused("prompt", "not empty")
+
+
+class FunctionCall(Body):
+    """What an assistant called."""
+
+    name: Text
+    arguments: Text
+
+
+class ToolCall(BaseModel):
+    """One call of an assistant's message."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class ContentPart(BaseModel):
+    """A piece of a message."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+    type: Annotated[str, Field(max_length=64)]
+    text: Text | None = None
+
+
+class ChatMessage(BaseModel):
+    """A message; further fields are the template's."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Text | list[ContentPart] | None = None
+    name: str | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=1024)] | None = None
+    tool_call_id: str | None = None
+
+
+class Conversation(Body):
+    """Messages and what a template is given beside them."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=1 << 16)]
+    tools: Tools | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    documents: list[dict[str, str]] | None = None
+
+
+class ChatRequest(Drawing, Conversation):
+    """`POST /v1/chat/completions`."""
+
+    max_completion_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
+    # changes nothing here, or says what is so anyway
+    parallel_tool_calls: bool | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    reasoning_effort: str | None = None
+    verbosity: str | None = None
+    prediction: dict[str, Any] | None = None
+    modalities: list[str] | None = None
+
+    def check(self) -> None:
+        """As in `Drawing`."""
+        super().check()
+        if self.store:
+            raise refused("store", "false: answers are not kept")
+        if self.modalities not in (None, ["text"]):
+            raise refused("modalities", '["text"]')
+        if self.top_logprobs is not None and not self.logprobs:
+            raise refused("top_logprobs", "left out, unless logprobs is true")
+        if self.tool_choice not in (None, "none", "auto"):
+            raise refused("tool_choice", '"none" or "auto": a call cannot be forced')
+        if self.tool_choice is not None and not self.tools:
+            raise refused("tool_choice", "left out without tools")
+        both = (self.max_tokens, self.max_completion_tokens)
+        if None not in both and both[0] != both[1]:
+            raise refused("max_tokens", "left out beside max_completion_tokens")
+        for index, message in enumerate(self.messages):
+            for number, part in enumerate(
+                message.content if isinstance(message.content, list) else ()
+            ):
+                if part.type != "text" or part.text is None:
+                    param = f"messages[{index}].content[{number}].type"
+                    raise refused(param, '"text", with a text: the model reads nothing else')
+
+
+class TokenizeRequest(CacheFields):
+    """`POST /tokenize`: of a prompt, or of a conversation."""
+
+    model: str | None = None
+    prompt: Text | None = None
+    messages: list[ChatMessage] | None = None
+    tools: Tools | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    documents: list[dict[str, str]] | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeRequest(Body):
+    """`POST /detokenize`."""
+
+    model: str | None = None
+    tokens: Ids
+
+
+class CacheRequest(CacheFields):
+    """`POST /v1/cache/...`: of a prompt, or of a conversation."""
+
+    model: str | None = None
+    prompt: Text | Ids | None = None
+    messages: list[ChatMessage] | None = None
+    tools: Tools | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    documents: list[dict[str, str]] | None = None
+
+
+class CacheDeleteRequest(Body):
+    """`POST /v1/cache/delete`."""
+
+    model: str | None = None
+    cache_salt: Salt | None = None
+
+
+def refused(param: str, valid: str) -> ApiError:
+    """400, for a field whose value is understood and not taken."""
+    return ApiError(400, f"{param} must be {valid}", param=param, code="unsupported_value")

@@ -1,0 +1,377 @@
+"""`ModelService`: one model as a server has it, from loading to the last answer.
+
+It owns the adapter, the queue in front of it and the threads for what must not hold up the event
+loop: tokenising, submitting, masks, long calls. Endpoints ask it and know no Ray.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import logging
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from litecache.adapter.chat.replies import ChatTemplate
+from litecache.adapter.pending import PendingRequest
+from litecache.adapter.streaming import TextDecoder
+from litecache.errors import ConfigError, told
+from litecache.serving.admission import Admission
+from litecache.serving.constrained import ConstrainedRow, Form, grammar_of
+from litecache.serving.errors import ApiError
+from litecache.serving.keys import ApiKeys, Tenant
+from litecache.serving.schemas import CacheFields, ResponseFormat
+from litecache.serving.settings import ServeSettings
+from litecache.serving.tokens import TokenBytes
+from litecache.serving.tool_calls import ToolFormat, tool_format
+from litecache.types import FinishReason, SamplingParams
+
+if TYPE_CHECKING:
+    from litecache.adapter import KVCacheAdapter
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+# With fewer open streams than this every token is an event of its own.
+_QUIET_STREAMS = 3
+_MS_PER_STREAM = 2.0
+
+
+class Row(Protocol):
+    """An answer that is drawn: a `PendingRequest`, or a `ConstrainedRow`."""
+
+    request_id: str
+    reused_tokens: dict[str, int]
+    found_tokens: dict[str, int]
+    finish_reason: FinishReason | None
+
+    def on_news(self, wake: Callable[[], object], *, whole: bool = False) -> None:
+        """As in `PendingRequest`."""
+
+    def since(self, start: int) -> tuple[list[int], list[Any], bool]:
+        """As in `PendingRequest`."""
+
+    def wait(self) -> list[int]:
+        """As in `PendingRequest`."""
+
+
+class ModelService:
+    """A model and everything that is asked of it.
+
+    Args:
+        settings: of the server.
+        open_adapter: makes the adapter; called once, in a thread, and may take minutes.
+        keys: who may ask; None = everybody.
+
+    Attributes:
+        state: "loading", "ready", "failed" or "closed".
+        failure: why it failed.
+        admission: who runs and who waits.
+        open_streams: answers that are read as they come.
+        forms: answers of a form that are being drawn.
+        counts: what was done so far, for `/metrics`.
+    """
+
+    def __init__(
+        self,
+        settings: ServeSettings,
+        open_adapter: Callable[[], KVCacheAdapter],
+        keys: ApiKeys | None = None,
+    ) -> None:
+        self.settings, self.keys = settings, keys
+        self.state, self.failure = "loading", ""
+        self.open_streams = 0
+        self.counts: dict[tuple[str, ...], float] = {}
+        self.admission = Admission(settings.max_running or 1, settings.max_waiting)
+        self.started_at = int(time.time())
+        self._open = open_adapter
+        self._adapter: KVCacheAdapter | None = None
+        self._tokenizing = threading.Lock()
+        self._pool = ThreadPoolExecutor(8, "serve")
+        self._long_pool = ThreadPoolExecutor(4, "serve-long")
+        self._mask_pool = ThreadPoolExecutor(2, "serve-masks")
+        self.forms = 0
+        self._settled = threading.Event()
+
+    def start(self) -> None:
+        """Begin to load the model, in a thread."""
+        threading.Thread(target=self.load, name="serve-load", daemon=True).start()
+
+    def load(self) -> None:
+        """Open the adapter; what goes wrong is kept in `failure`."""
+        try:
+            adapter = self._open()
+            info = adapter.info
+            rows = info.max_requests * max(1, self.settings.replicas)
+            if self.settings.max_running is None:
+                self.admission.max_running = 2 * rows
+            self.names = TokenBytes(adapter.tokenizer, info.vocab_size)
+            self.model_name = self.settings.served_name or info.model
+            self._adapter = adapter
+            if self.state == "loading":
+                self.state = "ready"
+            else:  # closed in the meantime
+                adapter.close()
+        except BaseException as error:
+            self.state, self.failure = "failed", told(error)
+            logger.error("the model could not be loaded: %s", self.failure)
+        finally:
+            self._settled.set()
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Whether loading has ended, well or not."""
+        return self._settled.wait(timeout_s)
+
+    def close(self) -> None:
+        """Leave the group; what is open is aborted."""
+        self.state = "closed"
+        if self._adapter is not None:
+            self._adapter.close()
+        self.stop_threads()
+
+    def stop_threads(self) -> None:
+        """Take nothing more to do off the event loop."""
+        for pool in (self._pool, self._long_pool, self._mask_pool):
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    @property
+    def llm(self) -> KVCacheAdapter:
+        """The adapter.
+
+        Raises:
+            ApiError: 503, it is not there yet, or not any more.
+        """
+        if self._adapter is None or self.state != "ready":
+            reason = f": {self.failure}" if self.failure else ""
+            raise ApiError(
+                503,
+                f"the model is {self.state}{reason}",
+                code="load_failed" if self.state == "failed" else "not_ready",
+                headers={"retry-after": "5"},
+            )
+        return self._adapter
+
+    def check_model(self, model: str | None) -> None:
+        """Refuse a model that is not this one.
+
+        Raises:
+            ApiError: 404.
+        """
+        self.llm  # noqa: B018 - not ready comes first
+        if model is not None and model not in (self.model_name, self.settings.model):
+            raise ApiError(
+                404,
+                f"the model {model[:200]!r} does not exist; there is {self.model_name!r}",
+                param="model",
+                code="model_not_found",
+            )
+
+    def cache_use(self, asked: CacheFields, tenant: Tenant) -> dict[str, Any]:
+        """Arguments of the adapter about the cache, for a request of a key."""
+        given = {
+            "cache_salt": tenant.salt_of(asked.cache_salt),
+            "cache": asked.cache,
+            "cache_ttl_s": asked.cache_ttl_s,
+            "retention": asked.retention,
+        }
+        return {name: value for name, value in given.items() if value is not None}
+
+    def count(self, name: str, *labels: str, by: float = 1) -> None:
+        """Add to a counter."""
+        key = (name, *labels)
+        self.counts[key] = self.counts.get(key, 0) + by
+
+    async def run(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        """Call what takes a moment, off the event loop."""
+        call = functools.partial(function, *args, **kwargs)
+        return await asyncio.get_running_loop().run_in_executor(self._pool, call)
+
+    async def run_long(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        """Call what may take seconds, in other threads than `run`."""
+        call = functools.partial(function, *args, **kwargs)
+        return await asyncio.get_running_loop().run_in_executor(self._long_pool, call)
+
+    # -- texts and tokens
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text."""
+        with self._tokenizing:
+            encoded = self.llm.tokenizer(text, add_special_tokens=add_special_tokens)
+        return list(encoded["input_ids"])
+
+    def encode_chat(
+        self,
+        messages: Sequence[dict[str, Any]],
+        *,
+        tools: Sequence[Any] | None,
+        documents: Any = None,
+        options: Mapping[str, Any] | None = None,
+        continue_final_message: bool = False,
+        add_generation_prompt: bool = True,
+    ) -> list[int]:
+        """Token ids of a conversation, by the chat template."""
+        options = dict(options or {})
+        reserved = {"chat_template", "tools", "documents", "conversation", "tokenize"} & set(
+            options
+        )
+        if reserved:
+            raise ConfigError("chat_template_kwargs", sorted(reserved), "what a template reads")
+        with self._tokenizing:
+            template = ChatTemplate(
+                self.llm.tokenizer, tools=tools, documents=documents, options=options
+            )
+            if not add_generation_prompt and not continue_final_message:
+                return list(
+                    self.llm.tokenizer.apply_chat_template(
+                        list(messages),
+                        tools=tools,
+                        documents=documents,
+                        add_generation_prompt=False,
+                        return_dict=True,
+                        **options,
+                    )["input_ids"]
+                )
+            return template.tokens(messages, continue_final_message)
+
+    def decoder(self, skip_special_tokens: bool) -> TextDecoder:
+        """Of a new answer."""
+        return TextDecoder.of(self.llm.tokenizer, skip_special_tokens)
+
+    @functools.cached_property
+    def tools(self) -> ToolFormat | None:
+        """How this model writes calls of tools, None = unknown."""
+        template = getattr(self.llm.tokenizer, "chat_template", None)
+        if isinstance(template, dict):
+            template = "".join(template.values())
+        return tool_format(template or "")
+
+    @property
+    def max_tokens(self) -> int:
+        """Of prompt and answer together."""
+        info = self.llm.info
+        return min(info.max_model_len, info.capacity_tokens)
+
+    def room_for(self, prompt: Sequence[int], param: str) -> int:
+        """How many tokens an answer to a prompt may have.
+
+        Raises:
+            ApiError: 400, none.
+        """
+        left = self.max_tokens - len(prompt)
+        if left < 1:
+            raise ApiError(
+                400,
+                f"this model's maximum context length is {self.max_tokens} tokens, prompt and "
+                f"answer together; the prompt has {len(prompt)}",
+                param=param,
+                code="context_length_exceeded",
+            )
+        return left
+
+    # -- answers
+
+    async def draw(
+        self, prompts: Sequence[Sequence[int]], settings: Mapping[str, Any]
+    ) -> Sequence[Row]:
+        """Start to draw answers; `settings` are arguments of `KVCacheAdapter.submit`.
+
+        Whoever is cancelled while this waits leaves nothing behind.
+        """
+        llm = self.llm
+        call = functools.partial(llm.submit, prompts, **settings)
+        future = asyncio.get_running_loop().run_in_executor(self._pool, call)
+        try:
+            return await asyncio.shield(future)
+        except asyncio.CancelledError:
+            future.add_done_callback(self._drop)
+            raise
+
+    def _drop(self, future: asyncio.Future[list[PendingRequest]]) -> None:
+        if not future.cancelled() and future.exception() is None:
+            self.abandon(future.result())
+
+    async def draw_form(
+        self,
+        form: ResponseFormat,
+        prompt: Sequence[int],
+        sampling: Callable[[int], SamplingParams],
+        *,
+        samples: int,
+        use: Mapping[str, Any],
+        priority: int,
+    ) -> Sequence[Row]:
+        """The same for answers of a form.
+
+        Args:
+            form: of the answers.
+            prompt: token ids.
+            sampling: of sample number i.
+            samples: how many answers.
+            use: arguments about the cache.
+            priority: as in `KVCacheAdapter.submit`.
+
+        Raises:
+            ApiError: 400, a schema that is none, or too much of one; 429, too many at once.
+        """
+        llm = self.llm
+        if self.forms + samples > self.settings.max_constrained:
+            raise ApiError(
+                429,
+                f"{self.forms} answers of a form are being drawn already, at most "
+                f"{self.settings.max_constrained} at once",
+                code="rate_limit_exceeded",
+                headers={"retry-after": "1"},
+            )
+        self.forms += samples
+        rows: list[ConstrainedRow] = []
+        try:
+            use = dict(use)
+            if use.get("cache") == "no-store":
+                # a pass finds those before it, and nobody else does
+                use["cache"] = "read-only"
+                use["cache_salt"] = f"{use.get('cache_salt') or ''}#{uuid.uuid4().hex}"
+            forward = functools.partial(self.run, llm.submit_forward, priority=priority, **use)
+            loop = asyncio.get_running_loop()
+
+            async def masked(function: Callable[..., Any], *args: Any) -> Any:
+                return await loop.run_in_executor(self._mask_pool, function, *args)
+
+            grammar = await masked(grammar_of, form, self.settings.max_schema_bytes)
+            for index in range(samples):
+                checked = await masked(Form, self.names, grammar)
+                rows.append(
+                    ConstrainedRow(
+                        forward, checked, prompt, sampling(index), llm.info, masked, llm.abort
+                    )
+                )
+                rows[-1].on_end(self._form_ended)
+        except BaseException:
+            self.forms -= samples - len(rows)
+            for row in rows:
+                row.close()
+            raise
+        return rows
+
+    def _form_ended(self) -> None:
+        self.forms -= 1
+
+    def abandon(self, rows: Sequence[Row]) -> None:
+        """End those that have not ended; nobody waits for it."""
+        for row in rows:
+            if row.finish_reason is None:
+                if isinstance(row, ConstrainedRow):
+                    row.close()
+                else:
+                    with contextlib.suppress(RuntimeError):  # the pool is closed: so is the adapter
+                        self._pool.submit(self.llm.abort, row.request_id)
+
+    def merge_s(self) -> float:
+        """How long tokens are gathered for an event, by how many streams are open."""
+        if self.open_streams < _QUIET_STREAMS:
+            return 0.0
+        return min(self.settings.merge_ms, _MS_PER_STREAM * self.open_streams) / 1000
