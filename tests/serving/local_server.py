@@ -97,13 +97,13 @@ class LocalAdapter(KVCacheAdapter):
         self._replicas: Any = LocalReplicas(source, **config)
         self.engine = self._replicas.engine
         connection = SimpleNamespace(check=lambda: None, pid=os.getpid())
-        spec = SimpleNamespace(config=SimpleNamespace(cache_salt=""), group="local")
+        spec = SimpleNamespace(group="local")
         self.group: Any = SimpleNamespace(
             info=self.engine.info, connection=connection, spec=spec, status=lambda: {}
         )
         self._tokenizer = tokenizer()
         self._client_id, self._numbers = "local", itertools.count(1)
-        self._last_stop = None
+        self._last_stop, self._own_salt = None, ""
         self._finalizer: Any = SimpleNamespace(alive=True)
 
     def close(self) -> None:
