@@ -16,7 +16,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from litecache.errors import GroupError, GroupUnavailableError, first_line
+from litecache.errors import ConfigError, GroupError, GroupUnavailableError, first_line
 
 ANSWER_TIMEOUT_S = 5.0
 # What an HTTP/2 client says first: the preface and empty settings. A server answers with its own.
@@ -97,13 +97,14 @@ def open_ray(address: str | None = None, **options: Any) -> None:
     Raises:
         GroupUnavailableError: the cluster does not answer; Ray itself would try for ten minutes.
         GroupError: this process was forked from one that uses Ray.
+        ConfigError: LITECACHE_LOG_FORMAT is neither "json" nor "text".
     """
     refuse_inherited_ray()
     if ray.is_initialized():
         return
     _check_cluster(address)
     try:
-        ray.init(address, log_to_driver=False, **options)
+        ray.init(address, log_to_driver=False, **_log_options(), **options)
     except (OSError, ValueError, RuntimeError, RayError) as error:
         raise GroupUnavailableError(
             f"no Ray cluster to join ({first_line(error)}): start one with `ray start --head`, "
@@ -184,6 +185,23 @@ def _answers(host: str, port: int) -> bool:
             return bool(server.recv(1))
     except OSError:
         return False
+
+
+def _log_options() -> dict[str, Any]:
+    """What `LITECACHE_LOG_FORMAT` means to `ray.init`: "json" makes a JSON line of each record.
+
+    Ray takes it to the job's actors, with the job, node and actor in each line.
+
+    Raises:
+        ConfigError: it is neither "json" nor "text".
+    """
+    chosen = os.environ.get("LITECACHE_LOG_FORMAT") or "text"
+    if chosen not in ("json", "text"):
+        raise ConfigError("LITECACHE_LOG_FORMAT", chosen, '"json" or "text"')
+    if chosen == "text":
+        return {}
+    named = ray.LoggingConfig(encoding="JSON", additional_log_standard_attrs=["name"])
+    return {"logging_config": named}
 
 
 def dashboards_folder() -> Path:

@@ -69,7 +69,10 @@ class Coordinator:
 
     def __repr__(self) -> str:
         model = self._description.get("source") or {}
-        named = short_model_name(model.get("label") or model.get("path") or "random weights")
+        kind = (model.get("config") or {}).get("model_type", "")
+        named = short_model_name(
+            model.get("label") or model.get("path") or f"{kind} (random weights)"
+        )
         replicas = self._description.get("replicas")
         return f"Coordinator(group={self._group}, model={named}, replicas={replicas})"
 

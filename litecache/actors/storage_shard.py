@@ -16,6 +16,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -111,7 +112,7 @@ class StorageShard:
             logger.warning("%s has no socket, its clients call the actor: %s", self._name, error)
 
     def __repr__(self) -> str:
-        folder = self._options["directory"] or "none, RAM only"
+        folder = "/".join(Path(self._options["directory"] or "none, RAM only").parts[-2:])
         return (
             f"StorageShard(group={self._group}, shard={self._shard_id}, "
             f"folder={shorten(folder, _MOST_FOLDER)}, node={self._node_id[:8]})"

@@ -45,7 +45,14 @@ from litecache.engine.scheduling.scheduler import (
 from litecache.engine.scheduling.step_plan import Executor, Step
 from litecache.engine.transfer.lower_tiers import LowerTiers
 from litecache.engine.transfer.shard_set import RemoteSource
-from litecache.errors import ConfigError, LiteCacheError, RequestTimeout, first_line, told
+from litecache.errors import (
+    ConfigError,
+    LiteCacheError,
+    RequestTimeout,
+    first_line,
+    shorten,
+    told,
+)
 from litecache.metrics import Metrics
 from litecache.storage.client import ShardClient
 from litecache.storage.namespaces import namespace_of
@@ -60,6 +67,8 @@ Sink = Callable[[list[tuple[str, TokenDelta]]], None]
 T = TypeVar("T")
 
 CALL_TIMEOUT_S = 30.0
+MOST_LOGGED = 80
+"""Characters of a request's id in a log."""
 _open_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 LONGEST_WAIT_S = 3600.0
 """Of an idle engine, whatever the deadlines of its requests."""
@@ -213,7 +222,10 @@ class Engine:
                 try:
                     self._carry_out(self._scheduler.add(request, now))
                 except Exception as error:
-                    logger.exception("request %s could not be queued", request.request_id)
+                    name = shorten(request.request_id, MOST_LOGGED)
+                    logger.exception(
+                        "request %s could not be queued", name, extra={"request_id": name}
+                    )
                     self._fail(request.client_id, request.request_id, error)
                 else:
                     self.metrics.inc("litecache_prompt_tokens", len(request.prompt))
@@ -504,7 +516,7 @@ class Engine:
             self._tiers.carry_out(schedule)
 
     def _count(self, schedule: Schedule) -> None:
-        generated = 0
+        generated, logged = 0, logger.isEnabledFor(logging.INFO)
         for gap_s, times in schedule.token_gaps.items():
             self.metrics.observe("litecache_inter_token_seconds", gap_s, times)
         for _, delta in schedule.deltas:
@@ -516,6 +528,8 @@ class Engine:
                 for tier, tokens in (delta.found_tokens or {}).items():
                     self.metrics.inc("litecache_found_tokens", tokens, tier=tier)
                 self._count_predictions()
+            if logged:
+                _log(delta)
             if delta.finish_reason is not None:
                 self._open.discard(delta.request_id)
                 self.metrics.inc("litecache_requests", outcome=delta.finish_reason.value)
@@ -561,6 +575,23 @@ class Engine:
             raise LiteCacheError(f"the engine has failed: {self._failure}") from self._failure
         if self._closing:
             raise ConfigError("engine", "closed", "an open engine")
+
+
+def _log(delta: TokenDelta) -> None:
+    """One line for a request's first token and one for its end: sizes and times, no text."""
+    name = shorten(delta.request_id, MOST_LOGGED)
+    if delta.ttft_s is not None:
+        reused, found = dict(delta.reused_tokens or {}), dict(delta.found_tokens or {})
+        said = ", ".join(f"{tokens} {tier}" for tier, tokens in reused.items()) or "none"
+        ttft_s = round(delta.ttft_s, 6)
+        figures = {"ttft_s": ttft_s, "reused_tokens": reused, "found_tokens": found}
+        extra = {"request_id": name, **figures}
+        what = "request %s: first token after %.4f s, tokens reused: %s"
+        logger.info(what, name, ttft_s, said, extra=extra)
+    if delta.finish_reason is not None:
+        outcome = delta.finish_reason.value
+        ended = {"request_id": name, "outcome": outcome, "error_type": delta.error_type}
+        logger.info("request %s: ended, %s", name, outcome, extra=ended)
 
 
 def _chosen_loads(loads: Loads | None) -> Loads:
