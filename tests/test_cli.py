@@ -138,7 +138,43 @@ def test_a_group_answers_and_shows_itself(group: str, model: Path, tmp_path: Pat
     assert group_names("x") == []
     check_silent_replica(group, shown["actors"]["litecache:cli:gpu:0"]["pid"])
     check_top(group)
+    check_explanation(group, model, prompt)
     check_prefix_commands(group, prompt, tmp_path)
+
+
+def check_explanation(group: str, model: Path, prompt: str) -> None:
+    """Where a prompt's blocks lie, where another parts from it, and nothing of a salt or a text."""
+    told = invoke("explain", prompt, "--group", group)
+    assert (told["tokens"], told["blocks"], told["known_blocks"]) == (40, 2, 2)
+    (run,) = told["runs"]
+    assert (run["first"], run["end"], run["pools"]) == (0, 2, ["gpu:0"])
+    assert run["ram"][0].startswith("shard:")
+    (replica,) = told["replicas"]
+    assert (replica["blocks"], replica["load_from"]) == ({"gpu": 2}, replica["load_end"])
+    assert 0 < replica["first_token_s"] <= replica["compute_s"] + 0.1
+    other = " ".join([*WORDS[1:21], *WORDS[40:60]])
+    assert invoke("explain", str(model), other)["known_tokens"] == 20
+    here = ("--group", group, "--salt", "my-secret")
+    salted = CliRunner().invoke(app, ["explain", prompt, *here]).stdout
+    assert "nothing known" in salted
+    assert "known under another salt" in salted
+    assert "block(s) of this model, without a salt" in salted
+    assert not any(word in salted for word in ("my-secret", "w1 ", "w20"))
+    assert "RAM and disk hold whole blocks" in " ".join(
+        CliRunner().invoke(app, ["explain", "w9 w8", "--group", group]).stdout.split()
+    )
+    assert "tiny runs in no such group (running: " in refused("explain", tiny_beside(model), prompt)
+    status = invoke("status", "--group", group)
+    assert status["stats"]["prompt_tokens"] == 80
+
+
+def tiny_beside(model: Path) -> str:
+    """A folder with the config of another model."""
+    folder = model.parent / "tiny"
+    folder.mkdir()
+    LlamaConfig(vocab_size=64, hidden_size=16, num_attention_heads=2).save_pretrained(folder)
+    LlamaForCausalLM(LlamaConfig.from_pretrained(model)).save_pretrained(folder)
+    return str(folder)
 
 
 def check_top(group: str) -> None:
@@ -391,6 +427,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "up": ("MODEL", "--group", "--set", "--replicas", "--num-threads", "--address", "--json"),
     "down": ("--group", "--all", "--timeout", "--address", "--json"),
     "status": ("--group", "--timeout", "--address", "--json"),
+    "explain": ("MODEL", "PROMPT", "--group", "--salt", "--chat", "--address", "--json"),
     "top": ("--group", "--interval", "--once", "--address", "--json"),
     "generate": ("MODEL", "PROMPT", "--group", "--set", "--max-new-tokens", "--temperature",
                  "--seed", "--chat", "--address", "--json"),
@@ -455,6 +492,11 @@ def no_cluster(*arguments: Any, **settings: Any) -> None:
         ["status", "--group", "x" * 100],
         ["status", "--timeout", "-1"],
         ["top", "--interval", "0"],
+        ["explain", "a", "b", "c"],
+        ["explain", ""],
+        ["explain", "a/b/c", "text"],
+        ["explain", "text", "--salt", "\udcff"],
+        ["explain", "text", "--group", "a b"],
         ["top", "--interval", "nan"],
         ["top", "--group", "a b"],
         ["generate", "m", ""],

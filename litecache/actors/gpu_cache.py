@@ -42,6 +42,7 @@ from litecache.errors import (
     shorten,
     told,
 )
+from litecache.hashing import BlockKey
 from litecache.metrics import Metrics
 from litecache.paths import hold_model
 from litecache.sockets.frames import handler_of
@@ -224,6 +225,17 @@ class GpuCache:
         """See `Engine.save_prefix`."""
         engine = await self._ready()
         await asyncio.to_thread(engine.save_prefix, tokens, salt)
+
+    async def view_prefix(
+        self,
+        tokens: TokenIds,
+        salt: str,
+        below: Sequence[Sequence[str]],
+        others: Sequence[BlockKey],
+    ) -> Any:
+        """See `Engine.view_prefix`."""
+        engine = await self._ready()
+        return await asyncio.to_thread(engine.view_prefix, tokens, salt, below, others)
 
     async def stop(self, timeout_s: float) -> dict[str, Any]:
         """Flush and close the engine; the actor is of no use afterwards."""

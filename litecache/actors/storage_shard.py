@@ -32,6 +32,7 @@ from litecache.paths import hold_model
 from litecache.sockets.frames import handler_of
 from litecache.sockets.server import Handler, SocketServer
 from litecache.storage import wire
+from litecache.storage.key_dict import split_keys
 from litecache.storage.protocol import Attachment, FlushReport, ShardMethod
 from litecache.storage.retry import Backoff
 from litecache.storage.shard_store import ShardStore
@@ -162,6 +163,17 @@ class StorageShard:
     def fetch(self, keys: Sequence[BlockKey]) -> list[bytes | None]:
         """Bytes of blocks for another node, in the order of the keys."""
         return [data for _, data in self._open_store.fetch(keys)]
+
+    @ray.method(concurrency_group="bulk")
+    def view_prefix(self, keys: bytes) -> tuple[bytes, dict[str, int]]:
+        """See `ShardStore.places` and `namespaces`; keys as one byte string."""
+        store = self._open_store
+        return store.places(split_keys(keys)), store.namespaces()
+
+    @ray.method(concurrency_group="bulk")
+    def has_follower(self, parent: BlockKey) -> bool:
+        """See `ShardStore.has_follower`."""
+        return self._open_store.has_follower(parent)
 
     @ray.method(concurrency_group="bulk")
     def set_pinned(self, keys: Sequence[BlockKey], pinned: bool) -> list[bool]:

@@ -6,7 +6,6 @@ for the others to be shown. Nothing here keeps a group alive, starts it or waits
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from litecache.actors.coordinator import CoordinatorClient
 from litecache.actors.group import actor_names, list_groups
 from litecache.actors.group_spec import GroupSpec
 from litecache.actors.naming import CALL_TIMEOUT_S, check_group_name, coordinator_name
+from litecache.engine.loading.model_source import ModelSource
 from litecache.errors import GroupUnavailableError, LiteCacheError, RequestTimeout
 
 KINDS = ("gpu", "shard", "coordinator")
@@ -102,7 +102,7 @@ class GroupWatch:
         return dict(sorted(views.items(), key=lambda item: _place(item[0])))
 
     def model(self, views: Mapping[str, ActorView]) -> str | None:
-        """Name of the group's model, of a path its end; None where its coordinator does not tell.
+        """Short name of the group's model; None where its coordinator does not tell it.
 
         Raises:
             GroupMismatchError: the group is of another version.
@@ -110,12 +110,20 @@ class GroupWatch:
         view = views.get(coordinator_name(self.group))
         if view is None or view.state != "up":
             return None
+        source = self.source()
+        return source.short_name if source is not None else None
+
+    def source(self) -> ModelSource | None:
+        """Where the group's model comes from; None where its coordinator does not tell it.
+
+        Raises:
+            GroupMismatchError: the group is of another version.
+        """
         try:
             described = CoordinatorClient(self.group).call("describe")
         except UNREACHABLE:
             return None
-        name = GroupSpec.from_description(self.group, described).source.name
-        return os.path.basename(name.rstrip("/")) if os.path.isabs(name) else name
+        return GroupSpec.from_description(self.group, described).source
 
     def _ask(self, name: str) -> None:
         each = self._asked.get(name)

@@ -58,7 +58,7 @@ from litecache.adapter.prompts import (
 from litecache.adapter.proxy import ModelProxy, TokenRows
 from litecache.adapter.replicas import ReplicaSet
 from litecache.adapter.row_progress import Progress, check_progress, progress_of, show_progress
-from litecache.adapter.sources import resolve_model
+from litecache.adapter.sources import load_tokenizer, resolve_model
 from litecache.adapter.stats import CacheStats
 from litecache.adapter.streaming import TextDecoder, TokenStream, feed_streamer
 from litecache.checks import (
@@ -192,19 +192,7 @@ class KVCacheAdapter(ChatSurface, ModelSurface):
             ConfigError: the model has none.
         """
         if self._tokenizer is None:
-            from transformers import AutoTokenizer
-
-            source = self._source
-            try:
-                if source.path is None:
-                    raise OSError("a bare config has no tokenizer")
-                self._tokenizer = AutoTokenizer.from_pretrained(
-                    source.path,
-                    revision=source.revision,
-                    trust_remote_code=source.trust_remote_code,
-                )
-            except Exception as error:  # whatever lies in the folder
-                raise ConfigError("tokenizer", None, f"given for this model ({error})") from error
+            self._tokenizer = load_tokenizer(self._source)
         return self._tokenizer
 
     def generate(

@@ -334,14 +334,14 @@ def _tiers(
         "disk": (sum(s.disk_bytes_used for s in shards), sum(s.storage_bytes for s in shards)),
         "remote": (0, 0),
     }
-    load, save = (_of(rates, "copied_bytes", direction=d) for d in ("load", "save"))
+    save = _of(rates, "copied_bytes", direction="save")
+    loads = {tier: _of(rates, "copied_bytes", direction="load", tier=tier) for tier in TIERS}
+    disk = {d: _of(rates, "storage_bytes", tier="disk", direction=d) for d in ("read", "write")}
     traffic = {
-        "gpu": (load, save),
-        "ram": (save, load),
-        "disk": tuple(
-            _of(rates, "storage_bytes", tier="disk", direction=d) for d in ("write", "read")
-        ),
-        "remote": (0.0, 0.0),
+        "gpu": (sum(loads.values()), save),
+        "ram": (save, loads["ram"] + loads["disk"]),
+        "disk": (disk["write"], disk["read"]),
+        "remote": (0.0, loads["remote"]),
     }
     asked = _of(changes, "reused_tokens") + _of(changes, "computed_tokens")
     return tuple(

@@ -113,6 +113,26 @@ def resolve_model(
     raise ConfigError("model", model, "a name, a path, an nn.Module or a PretrainedConfig")
 
 
+def load_tokenizer(source: ModelSource) -> Any:
+    """The tokenizer that comes with a model.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        if source.path is None:
+            raise OSError("a bare config has no tokenizer")
+        return AutoTokenizer.from_pretrained(
+            source.path,
+            revision=source.revision,
+            trust_remote_code=source.trust_remote_code,
+        )
+    except Exception as error:  # whatever lies in the folder
+        raise ConfigError("tokenizer", None, f"given for this model ({error})") from error
+
+
 def _resolve_path(name: str, most_bytes: int | None, **loading: Any) -> ResolvedModel:
     path = os.path.expanduser(name)
     label, hold = None, None

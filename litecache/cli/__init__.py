@@ -1,5 +1,5 @@
-"""The command line: `litecache up`, `down`, `status`, `generate`, `serve`, `export`, `import`,
-`warm`, `delete`, `inspect`, `verify`, `tune`, `doctor`, `models`, `dashboard`.
+"""The command line: `litecache up`, `down`, `status`, `top`, `explain`, `generate`, `serve`,
+`export`, `import`, `warm`, `delete`, `inspect`, `verify`, `tune`, `doctor`, `models`, `dashboard`.
 
 Every command takes `--json` for machines; errors are one line on stderr and exit with 2 (1 is a
 finding of `verify` or `doctor`). Commands import what they need when they run, so that
@@ -16,6 +16,7 @@ from typing import Any
 import typer
 
 from litecache.cli.dashboard import app as dashboard
+from litecache.cli.explain import explain as explain_prompt
 from litecache.cli.groups import down, generate, up
 from litecache.cli.machine import doctor, inspect, models, tune, verify
 from litecache.cli.prefixes import delete, export, import_, warm
@@ -35,6 +36,7 @@ _groups: tuple[Any, ...] = (
     down,
     show_status,
     show_top,
+    explain_prompt,
     generate,
     serve_model,
     export,

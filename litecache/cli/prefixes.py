@@ -58,7 +58,7 @@ def export(
     Example: litecache export document.txt -o document.kv --group chat
     """
     check_path("--output", output)
-    text = _text(prompt)
+    text = prompt_text(prompt)
     with _adapter(model, group, settings, trust_remote_code, address, salt) as adapter:
         report = adapter.export_prefix(text, output, cache_salt=salt)
     if as_json:
@@ -175,7 +175,7 @@ def _adapter(
         yield adapter
 
 
-def _text(given: str) -> str:
+def prompt_text(given: str) -> str:
     """The prompt: standard input for `-`, a file's text, or the argument itself."""
     is_file = given != "-" and len(given) < 4096 and "\0" not in given and os.path.isfile(given)
     return check_prompt(_read(given) if is_file else given)

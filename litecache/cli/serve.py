@@ -30,6 +30,7 @@ from litecache.cli.options import (
     TrustRemoteCode,
     check_address,
     check_model,
+    group_names,
     print_json,
     split_settings,
 )
@@ -47,7 +48,10 @@ def serve(
     port: Annotated[int | None, typer.Option(help="default 8000")] = None,
     api_keys: Annotated[str | None, typer.Option(help="a file with one key a line")] = None,
     no_auth: Annotated[bool, typer.Option("--no-auth", help="serve whoever can connect")] = False,
-    group: Annotated[str | None, typer.Option(help="of actors, joined or started")] = None,
+    group: Annotated[
+        str | None,
+        typer.Option(help="of actors, joined or started", autocompletion=group_names),
+    ] = None,
     replicas: Annotated[int | None, typer.Option(help="number of GpuCache actors")] = None,
     servers: Annotated[int | None, typer.Option(help="processes that take requests")] = None,
     served_name: Annotated[str | None, typer.Option(help="what clients call the model")] = None,
@@ -57,7 +61,10 @@ def serve(
     address: Address = None,
     as_json: AsJson = False,
 ) -> None:
-    """Serve a model by OpenAI's interface, until Ctrl-C."""
+    """Serve a model by OpenAI's interface, until Ctrl-C.
+
+    Example: litecache serve HuggingFaceTB/SmolLM2-135M-Instruct --api-keys keys.txt
+    """
     given = {
         "model": model,
         "host": host,

@@ -24,7 +24,7 @@ BLOCK_STYLES = {
     "free": "bright_black",
 }
 TIER_STYLES = {"gpu": "green", "ram": "cyan", "disk": "blue", "remote": "magenta"}
-WIDE = 110
+WIDE = 112
 _FULL, _EMPTY = "█", "░"
 
 
@@ -168,7 +168,7 @@ def _shards(shards: Sequence[ShardRates], wide: bool) -> Table:
     table = _table()
     table.add_column("shard")
     table.add_column("state")
-    more = ("blocks", "on disk") if wide else ()
+    more = ("blocks",) if wide else ()
     rates = ("",) if wide else ()
     for name in (*more, "queued", "answers", "read", *rates, "write", *rates):
         table.add_column(name, justify="right")
@@ -178,7 +178,7 @@ def _shards(shards: Sequence[ShardRates], wide: bool) -> Table:
         ram = shard.ram_bytes_used / shard.ram_bytes if shard.ram_bytes else 0.0
         disk = shard.disk_bytes_used / shard.storage_bytes if shard.storage_bytes else 0.0
         figures: list[RenderableType] = [
-            *((f"{shard.blocks:,}", f"{shard.disk_blocks:,}") if wide else ()),
+            *((f"{shard.blocks:,}",) if wide else ()),
             f"{shard.queued_reads:,}",
             _ms(shard.answer_s),
             _ms(shard.read_s),

@@ -37,6 +37,7 @@ from litecache.engine.running.model_runner import ModelRunner
 from litecache.engine.scheduling.cost_model import CostModel, Loads, prior
 from litecache.engine.scheduling.orders import Schedule
 from litecache.engine.scheduling.prefix_cache import PrefixCache
+from litecache.engine.scheduling.prefix_view import PrefixView
 from litecache.engine.scheduling.scheduler import (
     LOAD_CHUNK_TOKENS,
     LOOKUP_PATIENCE_S,
@@ -53,13 +54,14 @@ from litecache.errors import (
     shorten,
     told,
 )
+from litecache.hashing import BlockKey
 from litecache.metrics import Metrics
 from litecache.storage.client import ShardClient
 from litecache.storage.namespaces import namespace_of
 from litecache.storage.shard_options import check_tiers
 from litecache.threads import start_job
 from litecache.token_ids import TokenIds
-from litecache.types import FinishReason, Request, TokenDelta
+from litecache.types import FinishReason, Request, SamplingParams, TokenDelta
 
 logger = logging.getLogger(__name__)
 
@@ -327,6 +329,35 @@ class Engine:
         while left and left != before:
             self._tiers.drain(timeout_s)
             left, before = self.call(lambda: save(False)), left
+
+    def view_prefix(
+        self,
+        tokens: TokenIds,
+        salt: str,
+        below: Sequence[Sequence[str]],
+        others: Sequence[BlockKey] = (),
+    ) -> PrefixView:
+        """What a prompt would find and cost if it came now; nothing is changed.
+
+        Args:
+            tokens: the prompt.
+            salt: its cache salt.
+            below: per KV group and whole block, where the lower tiers hold it, or "".
+            others: keys of KV group 0 that are looked for in the pool as well.
+
+        Raises:
+            ConfigError: a token id is no token, or `below` has not the prompt's shape.
+            CapacityError: the prompt can never fit.
+        """
+        request = Request("explain", "explain", tokens, SamplingParams(1), cache_salt=salt)
+        self.info.check(request)
+        blocks = len(tokens) // self.info.block_size
+        if [len(its) for its in below] != [blocks] * len(self.info.block_bytes):
+            shape = f"{len(self.info.block_bytes)} lists of {blocks} sources"
+            raise ConfigError("below", [len(its) for its in below], shape)
+        return self.call(
+            lambda: self._scheduler.view_prefix(request, below, others, time.monotonic())
+        )
 
     def set_shards(self, shards: Sequence[ShardClient]) -> None:
         """Use these local shards from now on: one came back, with another arena.

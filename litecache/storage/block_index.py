@@ -180,6 +180,13 @@ class BlockIndex(KeyDict):
         found: list[int] = (np.flatnonzero((times > 0) & (times <= now_s)) + begin).tolist()
         return found
 
+    def namespaces_from(self, start: int, count: int) -> list[int]:
+        """The namespaces of those of so many entries that are blocks."""
+        rows = slice(start, start + count)
+        live = self.column("pages")[rows] != 0
+        numbers: list[int] = self.column("namespace")[rows][live].tolist()
+        return numbers
+
     def pinned(self, entry: int) -> bool:
         """Whether it must not be evicted."""
         return bool(self.flags[entry] & FLAG_PINNED)

@@ -53,6 +53,12 @@ def namespace_of(label: str, salt: str, with_quota: Collection[str]) -> str:
     return f"{label}{_MARK}{salt_digest(salt)}" if salt or salt in with_quota else label
 
 
+def split_namespace(namespace: str) -> tuple[str, bool]:
+    """The model's label, and whether the blocks are a salt's."""
+    label, marked, _ = namespace.rpartition(_MARK)
+    return (label, True) if marked else (namespace, False)
+
+
 def may_hold(namespace: str, digest: str) -> bool:
     """Whether a salt's blocks may lie under this name, of whatever model.
 

@@ -10,7 +10,7 @@ clock. A slot's *generation* changes whenever the slot is given to other content
 
 from __future__ import annotations
 
-from enum import IntEnum
+from enum import IntEnum, IntFlag
 from typing import NamedTuple
 
 from ..hashing import BlockKey
@@ -67,6 +67,14 @@ class Retention(IntEnum):
     NORMAL = 0
     LOW = 1
     HIGH = 2
+
+
+class Place(IntFlag):
+    """Tiers of a shard that hold a block."""
+
+    NOWHERE = 0
+    RAM = 1
+    DISK = 2
 
 
 class SlotRef(NamedTuple):

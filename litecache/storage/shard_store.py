@@ -14,13 +14,14 @@ from functools import partial
 from ..errors import ConfigError
 from ..hashing import KEY_BYTES, BlockKey
 from .disk.slab import Stored, read_blocks, requests
-from .key_dict import batches
+from .key_dict import BATCH_KEYS, batches
 from .leases import Client
 from .namespaces import LONGEST_NAMESPACE
 from .protocol import (
     PAGE_BYTES,
     CommitItem,
     CommitStatus,
+    Place,
     Retention,
     SlotRef,
     SlotState,
@@ -318,6 +319,40 @@ class ShardStore(ShardBase):
                         self._tiers.work.notify_all()
             found += [entry >= 0 for entry in entries]
         return found
+
+    def places(self, keys: Sequence[BlockKey]) -> bytes:
+        """Where each block is, a `Place` a byte; that somebody asks is no use of it."""
+        index, now = self._tiers.index, int(time.time())
+
+        def place(entry: int) -> int:
+            if entry < 0 or 0 < index.expires_s[entry] <= now:
+                return Place.NOWHERE
+            return Place.RAM * bool(index.ram[entry]) | Place.DISK * bool(index.disk[entry])
+
+        found = bytearray()
+        for batch in batches(keys):
+            with self._lock:
+                found += bytes(map(place, index.get_many(batch)))
+        return bytes(found)
+
+    def has_follower(self, parent: BlockKey) -> bool:
+        """Whether some block that is here follows this key, itself here or not."""
+        parents = self._tiers.index.parents
+        for start in range(0, len(parents), BATCH_KEYS):
+            with self._lock:
+                if parent in parents[start : start + BATCH_KEYS]:
+                    return True
+        return False
+
+    def namespaces(self) -> dict[str, int]:
+        """Blocks by their namespace's name, those of a moment that lasts as long as the count."""
+        index, counts = self._tiers.index, Counter[int]()
+        for start in range(0, index.high, BATCH_KEYS):
+            with self._lock:
+                counts.update(index.namespaces_from(start, BATCH_KEYS))
+        with self._lock:
+            names = list(self._tiers.names)
+        return {names[number]: count for number, count in sorted(counts.items())}
 
     def touch(self, keys: Sequence[BlockKey]) -> None:
         """Blocks were used elsewhere (a hit in a GPU's pool); missing keys are ignored.

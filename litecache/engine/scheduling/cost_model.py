@@ -12,6 +12,7 @@ The plan "compute from the front while loading from the back" is Cake's (arXiv 2
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import statistics
@@ -542,6 +543,13 @@ class CostModel:
         judged = list(self._judged)
         self._judged.clear()
         return judged
+
+    def fork(self, loads: Loads | None = None) -> CostModel:
+        """One that plans as this one does, or as `loads` says, without this one's being told."""
+        twin = copy.copy(self)
+        twin._sources = {name: copy.copy(source) for name, source in self._sources.items()}
+        twin._loads = loads or self._loads
+        return twin
 
     def stats(self) -> dict[str, Any]:
         """The laws as they are, and how well they have predicted."""

@@ -157,6 +157,10 @@ class Loads:
             plan = plan._replace(load_from=plan.load_end)
         self._carry_out(seq, plan, now, out)
 
+    def found(self, seq: Sequence, first: int) -> list[Found]:
+        """Where the blocks of a sequence from `first` to the end of its hit are."""
+        return self._found(seq, first, len(seq.chain.keys[0]))[0]
+
     def _found(self, seq: Sequence, first: int, limit: int) -> tuple[list[Found], int]:
         """Where the blocks from `first` to the end of the hit are, and that end."""
         end = self._end_of_hit(seq, first, limit) if self._windowed else limit

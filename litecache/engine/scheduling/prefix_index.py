@@ -100,6 +100,10 @@ class PrefixIndex:
                 best = PartialMatch(key, entry.block, shared)
         return best
 
+    def has_child(self, parent: BlockKey) -> bool:
+        """Whether some published block follows this one."""
+        return parent in self._children
+
     def of_root(self, root: BlockKey) -> list[BlockKey]:
         """Keys of all published blocks whose chain began with `root`, whatever lies between."""
         return [key for key, entry in self._entries.items() if entry.root == root]

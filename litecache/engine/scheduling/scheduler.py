@@ -27,6 +27,7 @@ from litecache.engine.scheduling.loads import Loads
 from litecache.engine.scheduling.orders import LoadReport, SaveOrder, Schedule
 from litecache.engine.scheduling.plan_builder import Launched, PlanBuilder
 from litecache.engine.scheduling.prefix_cache import PrefixCache
+from litecache.engine.scheduling.prefix_view import PrefixView, view_prefix
 from litecache.engine.scheduling.saves import Saves
 from litecache.engine.scheduling.sequence import (
     BlockRef,
@@ -160,6 +161,22 @@ class Scheduler:
         chain = KeyChain(tuple(self._roots(salt)), self.cache.block_size)
         chain.extend(tokens.array)
         return self._saves.save_prefix(chain, salt, everything=everything)
+
+    def view_prefix(
+        self,
+        request: Request,
+        below: Seq[Seq[str]],
+        others: Seq[BlockKey],
+        now: float,
+    ) -> PrefixView:
+        """What a request would find and cost if it came now; nothing is queued."""
+        seq = Sequence(request, self._roots(request.cache_salt), self.cache.block_size, 0, now)
+        decodes = sum(other.num_todo == 1 for other in self._queues.running)
+        steps = [launched.work for launched in self._launched.values()]
+        began = next(iter(self._launched.values())).at_s if self._launched else now
+        busy_s = self._cost.left_s(steps, began, now) if self._cost is not None else 0.0
+        crowd = (self.num_queued_tokens, decodes, busy_s, self.num_waiting)
+        return view_prefix(seq, below, others, self.cache, self._loads, self._cost, crowd, now)
 
     def on_staged(self, ticket: int, found: dict[BlockRef, str]) -> Schedule:
         """The lower tiers hold these blocks (-> source) and have leased their slots."""
