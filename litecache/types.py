@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from litecache.token_ids import TokenIds
 
-MESSAGE_VERSION = 7
+MESSAGE_VERSION = 8
 
 CACHE_USES = ("default", "no-store", "read-only")
 """What becomes of the blocks that a request computes: see `Request.cache`."""

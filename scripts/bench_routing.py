@@ -192,8 +192,9 @@ class Cluster:
         index: int | None = next(self._turns) % len(self.replicas)
         if self._routed:
             prompt = RoutedPrompt(asked.keys, asked.turn.length)
-            index = self._router.route(prompt, self._located.prefix_by_node(asked.keys))
-            assert index is not None, "no replica is alive"
+            placed = self._router.place(prompt, self._located.prefix_by_node(asked.keys))
+            assert placed is not None, "no replica is alive"
+            index = placed.replica
         replica = self.replicas[index]
         replica.waiting.append(asked)
         self._begin(replica)

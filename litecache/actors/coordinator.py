@@ -35,7 +35,7 @@ from litecache.actors.messages import (
     unpack_value,
 )
 from litecache.actors.naming import CALL_TIMEOUT_S, coordinator_name
-from litecache.actors.router import ReplicaLoad, RoutedPrompt, Router
+from litecache.actors.router import Placement, ReplicaLoad, RoutedPrompt, Router
 from litecache.errors import GroupMismatchError, GroupUnavailableError, LiteCacheError, first_line
 from litecache.hashing import BlockKey
 from litecache.metrics import Metrics
@@ -108,15 +108,15 @@ class Coordinator:
         return self._locations.locate(unpack_keys(keys), exclude_node)
 
     async def route(self, message: bytes) -> bytes:
-        """The replica for each of several prompts, or None; see `Router.route`."""
+        """A `Placement` for each of several prompts, or None; see `Router.place`."""
         prompts, silent = unpack_routing(message)
         for index, silent_s in silent.items():
             self._router.note_silence(index, silent_s)
-        chosen: list[int | None] = []
+        chosen: list[Placement | None] = []
         num_keys = 0
         for prompt in prompts:
             by_node = self._locations.prefix_by_node(prompt.keys)
-            chosen.append(self._router.route(prompt, by_node, avoid=silent))
+            chosen.append(self._router.place(prompt, by_node, avoid=silent))
             num_keys += len(prompt.keys)
             if num_keys >= BATCH_KEYS:
                 num_keys = 0
@@ -157,8 +157,8 @@ class CoordinatorClient:
 
     def route(
         self, prompts: Sequence[RoutedPrompt], silent: Mapping[int, float] | None = None
-    ) -> list[int | None]:
-        """The replica for each prompt, None where none is known to be alive; see `Router.route`.
+    ) -> list[Placement | None]:
+        """Where each prompt goes, None where no replica is known to be alive; see `Router.place`.
 
         Args:
             prompts: in one message, as far as one holds them.
@@ -167,9 +167,10 @@ class CoordinatorClient:
         Raises:
             GroupMismatchError: the coordinator is of another version.
         """
-        chosen: list[int | None] = []
+        chosen: list[Placement | None] = []
         for some in _messages(prompts):
-            chosen += unpack_value(self._ask("route", pack_routing(some, silent or {})))
+            answer = unpack_value(self._ask("route", pack_routing(some, silent or {})))
+            chosen += [each and Placement(*each) for each in answer]
         return chosen
 
     def report_replica(self, index: int, node_id: str, load: ReplicaLoad) -> int:

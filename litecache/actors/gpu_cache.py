@@ -26,7 +26,7 @@ import ray
 from litecache.actors.calls import ReplicaLeftError, find_actor, was_restarted
 from litecache.actors.coordinator import CoordinatedSource, CoordinatorClient
 from litecache.actors.group_spec import GroupSpec
-from litecache.actors.messages import ReplicaMethod, answering
+from litecache.actors.messages import ReplicaMethod, answering, unpack_call
 from litecache.actors.metrics_export import MetricsExporter
 from litecache.actors.naming import REPORT_INTERVAL_S, replica_name, role_of
 from litecache.actors.outbox import Outbox
@@ -236,6 +236,16 @@ class GpuCache:
         """See `Engine.view_prefix`."""
         engine = await self._ready()
         return await asyncio.to_thread(engine.view_prefix, tokens, salt, below, others)
+
+    async def offer(self, message: bytes, timeout_s: float) -> bool:
+        """See `Engine.offer`; the request as `pack_call` packs it. False while the model loads."""
+        _, (request,) = unpack_call(message)
+        check_real("timeout_s", timeout_s, 0, _LONGEST_HOLD_S)
+        if not self._loading.done():
+            return False
+        engine = await self._ready()
+        engine.info.check(request)
+        return await asyncio.to_thread(engine.offer, request, timeout_s)
 
     async def stop(self, timeout_s: float) -> dict[str, Any]:
         """Flush and close the engine; the actor is of no use afterwards."""

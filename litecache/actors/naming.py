@@ -14,6 +14,9 @@ DEFAULT_GROUP = "default"
 
 # The control path: any call that takes longer counts as failed.
 CALL_TIMEOUT_S = 2.0
+# How long a request waits for another replica to save what it would find there; computing it in the
+# meantime takes about as long.
+OFFER_PATIENCE_S = 0.5
 # How long a poll is held open when there is nothing to tell; far below the heartbeat's limit.
 POLL_HOLD_S = 2.0
 # The least time between two replies to one client, except for first and last tokens, which never

@@ -6,6 +6,10 @@ back (what lies in it is not reported, but it is there), and less where the shar
 replica's node hold it, because it has to be loaded. Where no prefix matters this is the replica
 with the least work in front of it.
 
+What another replica's pool holds, and no shard, can be had, too: that one is asked to save it ahead
+of all else (`Placement.holder`), and on the same node it is then loaded from RAM. So a prefix that
+is asked for more than one replica can answer is copied to a second one, and not computed there.
+
 Load is what a replica last reported and what was sent to it since, less what replicas compute in
 such a time. A replica whose process ends itself says why before; one that a driver found silent is
 no longer chosen. Both are chosen again from their next report on.
@@ -28,6 +32,8 @@ from litecache.hashing import BlockKey
 REUSE_WORTH = 4
 # What it takes to load a token from RAM or disk, in tokens that could be computed meanwhile.
 LOAD_COST = 0.3
+# The same for one that another replica of the node must save first.
+MOVE_COST = 0.4
 # An open request slows the others down by its decoding, and waits for one of them where all rows
 # are taken.
 ROW_TOKENS, WAITING_TOKENS = 16, 4096
@@ -71,6 +77,23 @@ class RoutedPrompt(NamedTuple):
     leaves_blocks: bool = True
 
 
+class Placement(NamedTuple):
+    """Where a prompt goes.
+
+    Attributes:
+        replica: its index.
+        holder: the replica whose pool holds more of the prompt than the chosen one can find by
+            itself, and is to be asked for it; None = there is none.
+        num_keys: how many leading keys the holder holds.
+        same_node: the holder's shards are the chosen one's.
+    """
+
+    replica: int
+    holder: int | None = None
+    num_keys: int = 0
+    same_node: bool = False
+
+
 @dataclass
 class _Replica:
     """A replica that reports.
@@ -78,8 +101,10 @@ class _Replica:
     Attributes:
         silent: it did not answer somebody, and has not reported since.
         sent_tokens, sent_requests: to be computed, given to it since it reported.
+        given_tokens: to be computed, given to it in all.
         turn: of the last request that it was given.
-        pool: keys that requests left there, the one that will be forgotten first in front.
+        pool: keys that requests left there, the one that will be forgotten first in front, and
+            `given_tokens` by when they will have been computed.
     """
 
     node_id: str
@@ -88,8 +113,9 @@ class _Replica:
     silent: bool = False
     sent_tokens: float = 0.0
     sent_requests: int = 0
+    given_tokens: float = 0.0
     turn: int = -1
-    pool: OrderedDict[BlockKey, None] = field(default_factory=OrderedDict)
+    pool: OrderedDict[BlockKey, float] = field(default_factory=OrderedDict)
 
 
 class Router:
@@ -145,13 +171,13 @@ class Router:
         oldest = self._clock() - FAILURE_WINDOW_S
         return [reason for at, reason in self._failures[index] if at >= oldest]
 
-    def route(
+    def place(
         self,
         prompt: RoutedPrompt,
         prefix_by_node: Mapping[str, int],
         *,
         avoid: Iterable[int] = (),
-    ) -> int | None:
+    ) -> Placement | None:
         """Choose a replica for a prompt; remember it where the prompt leaves blocks.
 
         Args:
@@ -160,32 +186,72 @@ class Router:
             avoid: replicas that are not to be chosen.
 
         Returns:
-            Its index; None: no such replica is known to be alive.
+            Where it goes; None: no such replica is known to be alive.
         """
         now = self._clock()
         speed = self._speed(now)
         avoided = set(avoid)
-        best: tuple[float, int, int, float] | None = None
-        for index, replica in self._replicas.items():
-            if index in avoided or not self._is_live(replica):
-                continue
-            in_pool = self._reusable(_held(replica.pool, prompt.keys), prompt)
-            in_node = self._reusable(prefix_by_node.get(replica.node_id, 0), prompt)
-            found = max(in_pool, in_node)
-            work = prompt.num_tokens - found + LOAD_COST * (found - in_pool)
+        able = {
+            index: replica
+            for index, replica in self._replicas.items()
+            if index not in avoided and self._is_live(replica)
+        }
+        in_pool = {index: _held(r.pool, prompt.keys) for index, r in able.items()}
+        ready = {i: self._computed(r, in_pool[i], prompt, speed, now) for i, r in able.items()}
+        best: tuple[float, int, int, float, Placement] | None = None
+        for index, replica in able.items():
+            in_node = max(in_pool[index], prefix_by_node.get(replica.node_id, 0))
+            placed = self._with_holder(index, in_node, ready, prefix_by_node)
+            pooled, found = (self._reusable(n, prompt) for n in (in_pool[index], in_node))
+            moved = self._reusable(placed.num_keys, prompt) - found if placed.same_node else 0
+            loading = LOAD_COST * (found - pooled) + MOVE_COST * moved
+            work = prompt.num_tokens - found - moved + loading
             load = _waiting_tokens(replica, speed * (now - replica.last_seen))
-            rank = (load + REUSE_WORTH * work, replica.turn, index, work)
+            rank = (load + REUSE_WORTH * work, replica.turn, index, work, placed)
             best = rank if best is None else min(best, rank)
         if best is None:
             return None
-        *_, index, work = best
-        replica = self._replicas[index]
+        *_, work, placed = best
+        replica = self._replicas[placed.replica]
         replica.sent_tokens += work
+        replica.given_tokens += work
         replica.sent_requests += 1
         replica.turn, self._turn = self._turn, self._turn + 1
         if prompt.leaves_blocks:
             self._remember(replica, prompt.keys)
-        return index
+        return placed
+
+    def _computed(
+        self, replica: _Replica, held: int, prompt: RoutedPrompt, speed: float, now: float
+    ) -> int:
+        """How many of the keys that went to a replica are computed there by now, as it seems."""
+        if not held:
+            return 0
+        waiting = _queued_tokens(replica, speed * (now - replica.last_seen))
+        done, pool = replica.given_tokens - waiting, replica.pool
+        low, high = 0, held
+        while low < high:
+            middle = (low + high) // 2
+            if pool[prompt.keys[middle]] <= done:
+                low = middle + 1
+            else:
+                high = middle
+        return low
+
+    def _with_holder(
+        self, index: int, found: int, ready: Mapping[int, int], prefix_by_node: Mapping[str, int]
+    ) -> Placement:
+        """A placement, and who has more of the prompt than the `found` keys there, if anybody."""
+        node = self._replicas[index].node_id
+        others = [other for other in ready if other != index and ready[other] > found]
+        if not others:
+            return Placement(index)
+        # of its own node before any other, of those the one that has most
+        holder = max(others, key=lambda o: (self._replicas[o].node_id == node, ready[o]))
+        same_node = self._replicas[holder].node_id == node
+        if not same_node and max(prefix_by_node.values(), default=0) >= ready[holder]:
+            return Placement(index)  # it finds that by itself
+        return Placement(index, holder, ready[holder], same_node)
 
     def replicas(self) -> dict[int, dict[str, object]]:
         """Replica index to node, load in tokens, open requests and whether it is alive."""
@@ -221,13 +287,13 @@ class Router:
         pool = replica.pool
         # Tail first, so that the head of a chain is the last to be forgotten.
         for key in reversed(keys[:most]):
-            pool[key] = None
+            pool.setdefault(key, replica.given_tokens)
             pool.move_to_end(key)
         while len(pool) > most:
             pool.popitem(last=False)
 
 
-def _held(pool: Mapping[BlockKey, None], keys: Sequence[BlockKey]) -> int:
+def _held(pool: Mapping[BlockKey, float], keys: Sequence[BlockKey]) -> int:
     """How many leading keys are in a pool, where heads are forgotten after their tails."""
     low, high = 0, len(keys)
     while low < high:
@@ -239,10 +305,15 @@ def _held(pool: Mapping[BlockKey, None], keys: Sequence[BlockKey]) -> int:
     return low
 
 
+def _queued_tokens(replica: _Replica, done_tokens: float) -> float:
+    """Tokens that are still to be computed."""
+    return max(0.0, replica.load.queued_tokens + replica.sent_tokens - done_tokens)
+
+
 def _waiting_tokens(replica: _Replica, done_tokens: float) -> float:
     """What a new request finds in front of it, in tokens to be computed."""
     load = replica.load
     requests = load.requests + replica.sent_requests
-    queued = max(0.0, load.queued_tokens + replica.sent_tokens - done_tokens)
+    queued = _queued_tokens(replica, done_tokens)
     waiting = max(0, requests + 1 - load.rows) if load.rows else 0
     return queued + ROW_TOKENS * requests + WAITING_TOKENS * waiting

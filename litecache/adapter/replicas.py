@@ -10,6 +10,7 @@ without the failure.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import threading
@@ -17,22 +18,24 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from litecache.actors.calls import UNREACHABLE, ActorEndedError
+from litecache.actors.calls import UNREACHABLE, ActorEndedError, gather
 from litecache.actors.group import Group
+from litecache.actors.messages import pack_call
 from litecache.actors.naming import (
     BATCH_GAP_S,
     CALL_TIMEOUT_S,
+    OFFER_PATIENCE_S,
     POLL_HOLD_S,
     STREAM_GAP_S,
     replica_name,
 )
-from litecache.actors.router import ReplicaLoad, RoutedPrompt, Router
+from litecache.actors.router import Placement, ReplicaLoad, RoutedPrompt, Router
 from litecache.actors.stub import Answer, ReplicaStub
 from litecache.adapter.pending import PendingRequest
 from litecache.errors import GroupMismatchError, GroupUnavailableError, LiteCacheError, told
 from litecache.hashing import BlockKey, chain_keys
 from litecache.threads import start_service
-from litecache.types import PollReply, Request
+from litecache.types import PollReply, Request, SamplingParams
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +46,8 @@ _GIVE_UP_ENDED_S = 5.0
 _RETRY_S = 0.1
 # So often a silent replica without requests is asked whether it is there again.
 _PROBE_S = 1.0
+# So often it is looked whether the coordinator knows what was saved for another node.
+_LOCATE_S = 0.03
 _LOST = "lost"
 
 
@@ -391,32 +396,81 @@ class ReplicaSet:
         since = {index: poller.silent_since for index, poller in enumerate(self.pollers)}
         silent = {index: now - at for index, at in since.items() if at is not None}
         prompts = self._prompts(requests)
-        chosen: list[int | None] = [None] * len(prompts)
+        placed: list[Placement | None] = [None] * len(prompts)
         try:
-            chosen = self._group.coordinator.route(prompts, silent)
+            placed = self._group.coordinator.route(prompts, silent)
         except GroupMismatchError:
             raise
         except LiteCacheError as error:
             logger.info("routed without the coordinator: %s", error)
         usable = set(range(count)) - (silent.keys() if len(silent) < count else set())
-        left = [i for i, index in enumerate(chosen) if index not in usable]
-        found = self._route_locally([prompts[i] for i in left], usable) if left else []
-        places = dict(enumerate(chosen)) | dict(zip(left, found, strict=True))
-        return [place for place in places.values() if place is not None]
+        left = [i for i, each in enumerate(placed) if each is None or each.replica not in usable]
+        locally = self._route_locally([prompts[i] for i in left], usable)
+        for i, each in zip(left, locally, strict=True):
+            placed[i] = each
+        found = [each for each in placed if each is not None]
+        self._offer(requests, prompts, found, usable)
+        return [each.replica for each in found]
 
-    def _route_locally(self, prompts: Sequence[RoutedPrompt], usable: set[int]) -> list[int]:
-        """Where each goes by what this driver itself has open."""
+    def _offer(
+        self,
+        requests: Sequence[Request],
+        prompts: Sequence[RoutedPrompt],
+        placed: Sequence[Placement],
+        usable: set[int],
+    ) -> None:
+        """Have replicas save what others are about to look for; whoever takes long is not waited
+        for, and the others compute it."""
+        offers: dict[str, tuple[Any, bytes]] = {}
+        far: list[BlockKey] = []
+        for request, prompt, place in zip(requests, prompts, placed, strict=True):
+            if place.holder not in usable or request.cache != "default":
+                continue
+            last = prompt.keys[place.num_keys - 1]
+            name = f"{self.pollers[place.holder].name} {last.hex()}"
+            if name in offers:
+                continue
+            tokens = request.prompt[: place.num_keys * self._group.info.block_size]
+            asked = dataclasses.replace(
+                request, prompt=tokens, sampling=SamplingParams(1), num_resumed_tokens=0, logits=0
+            )
+            offers[name] = self._group.replicas[place.holder], pack_call(requests=[asked])
+            if not place.same_node:
+                far.append(last)
+        if not offers:
+            return
+        deadline = time.monotonic() + OFFER_PATIENCE_S
+        saved = gather(
+            offers,
+            lambda offer: offer[0].offer.remote(offer[1], OFFER_PATIENCE_S),
+            OFFER_PATIENCE_S,
+            "offer",
+        )
+        logger.info("offered: %s", saved)
+        try:
+            # another node finds it by the coordinator, which hears of it a moment later
+            while far and time.monotonic() < deadline:
+                if all(self._group.coordinator.locate(far, "")):
+                    return
+                time.sleep(_LOCATE_S)
+        except LiteCacheError as error:
+            logger.info("it is not known what was saved: %s", error)
+
+    def _route_locally(self, prompts: Sequence[RoutedPrompt], usable: set[int]) -> list[Placement]:
+        """Where each goes by what this driver itself has open; nobody is asked for anything."""
         others = set(range(len(self.pollers))) - usable
-        places = []
+        places: list[Placement] = []
+        if not prompts:
+            return places
         with self._local_lock:
             for index in usable:
                 poller, rows = self.pollers[index], self._group.info.max_requests
                 load = ReplicaLoad(poller.waiting_tokens, poller.load, rows)
-                self._local.report(index, "", load)
+                self._local.report(index, f"node {index}", load)
             for prompt in prompts:
-                place = self._local.route(prompt, {}, avoid=others)
+                place = self._local.place(prompt, {}, avoid=others)
                 assert place is not None, "all of these have just reported"
-                places.append(place)
+                places.append(Placement(place.replica))
         return places
 
     def _prompts(self, requests: Sequence[Request]) -> list[RoutedPrompt]:

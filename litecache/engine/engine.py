@@ -152,6 +152,7 @@ class Engine:
                 loads=loads,
             )
         self._costs = costs
+        self._admission = config.admission
         quotas = {
             root: count
             for salt, count in config.salt_pool_quotas.items()
@@ -358,6 +359,24 @@ class Engine:
         return self.call(
             lambda: self._scheduler.view_prefix(request, below, others, time.monotonic())
         )
+
+    def offer(self, request: Request, timeout_s: float) -> bool:
+        """Save what the pool holds of a request's prompt, ahead of all that waits to be saved.
+
+        Another replica is about to run that request, and loads from the shards what it finds there
+        by then. What the shards hold already is not copied again. Nothing is saved where the
+        admission policy is "none", or for a request that saves nothing.
+
+        Returns:
+            Whether all of it was saved in that time.
+        """
+        if self._tiers is None or self._admission == "none" or request.cache != "default":
+            return False
+        tiers, deadline = self._tiers, time.monotonic() + timeout_s
+        orders = self.call(
+            lambda: tiers.save_first(self._scheduler.offer(request).saves), timeout_s
+        )
+        return tiers.wait_saved(orders, deadline - time.monotonic())
 
     def set_shards(self, shards: Sequence[ShardClient]) -> None:
         """Use these local shards from now on: one came back, with another arena.

@@ -13,7 +13,7 @@ import ray
 from litecache.actors.coordinator import Coordinator, CoordinatorClient
 from litecache.actors.messages import pack_load, pack_routing
 from litecache.actors.naming import NAMESPACE, coordinator_name
-from litecache.actors.router import ReplicaLoad, RoutedPrompt
+from litecache.actors.router import Placement, ReplicaLoad, RoutedPrompt
 from litecache.errors import (
     GroupMismatchError,
     GroupUnavailableError,
@@ -37,7 +37,7 @@ def test_a_hung_coordinator_costs_one_deadline_for_any_number_of_rows(ray_local:
     pid = ray.get(handle.info.remote())["pid"]
     driver, replica = CoordinatorClient("hung", 2.0), CoordinatorClient("hung", 2.0)
     replica.report_replica(0, "node", ReplicaLoad())
-    assert driver.route([PROMPT] * 3) == [0, 0, 0]
+    assert driver.route([PROMPT] * 3) == [Placement(0)] * 3
     os.kill(pid, signal.SIGSTOP)
     try:
         began = time.monotonic()

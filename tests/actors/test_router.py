@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import hypothesis.strategies as st
 import pytest
@@ -11,13 +12,23 @@ from litecache.actors import router as router_module
 from litecache.actors.naming import MEMBER_TIMEOUT_S
 from litecache.actors.router import (
     LOAD_COST,
+    MOVE_COST,
     REUSE_WORTH,
     ROW_TOKENS,
     WAITING_TOKENS,
+    Placement,
     ReplicaLoad,
     RoutedPrompt,
-    Router,
 )
+
+
+class Router(router_module.Router):
+    """Tells the index alone."""
+
+    def route(self, *args: Any, **kwargs: Any) -> int | None:
+        placed = self.place(*args, **kwargs)
+        return None if placed is None else placed.replica
+
 
 KEYS = [bytes([i]) * 16 for i in range(8)]
 BLOCK = 16
@@ -306,3 +317,56 @@ class RouterMachine(RuleBasedStateMachine):
 
 
 TestRouterMachine = pytest.mark.no_cover(RouterMachine.TestCase)
+
+
+def beside(first: int = 0, second: int = 0, node: str = "n0") -> Router:
+    """Two replicas that share a node's shards, unless told otherwise."""
+    made = Router(BLOCK)
+    made.report(0, "n0", ReplicaLoad(first))
+    made.report(1, node, ReplicaLoad(second))
+    return made
+
+
+def test_a_prefix_of_a_busy_replica_is_moved_to_one_beside_it() -> None:
+    worth = REUSE_WORTH * MOVE_COST * (BLOCK * len(KEYS) - 1)
+    for busy in (False, True):
+        made = beside()
+        assert made.place(prompt(KEYS), {}) == Placement(0)
+        # it has computed that, and decodes for so many
+        made.report(0, "n0", ReplicaLoad(0, requests=int(worth / ROW_TOKENS) + busy))
+        placed = made.place(prompt(KEYS), {})
+        assert placed == (Placement(1, 0, len(KEYS), True) if busy else Placement(0))
+    assert made.place(prompt(KEYS), {}) == Placement(1), "it has it by now"
+
+
+def test_nobody_is_asked_for_what_the_shards_hold_or_what_is_not_computed_yet() -> None:
+    for held, expected in ((8, Placement(1)), (3, Placement(1, 0, 8, True))):
+        made = beside()
+        made.place(prompt(KEYS), {}, avoid=[1])
+        made.report(0, "n0", ReplicaLoad(0))
+        assert made.place(prompt(KEYS), {"n0": held}, avoid=[0]) == Placement(1)
+        made = beside()
+        made.place(prompt(KEYS), {}, avoid=[1])
+        made.report(0, "n0", ReplicaLoad(0, requests=500))
+        assert made.place(prompt(KEYS), {"n0": held}) == expected
+    made = beside()
+    made.place(prompt(KEYS), {}, avoid=[1])
+    made.report(0, "n0", ReplicaLoad(100_000))
+    assert made.place(prompt(KEYS), {}) == Placement(1)
+
+
+def test_a_replica_of_another_node_is_asked_where_no_shard_has_it() -> None:
+    for by_node, expected in (({}, Placement(1, 0, 8, False)), ({"n0": 8}, Placement(1))):
+        made = beside(node="n1")
+        made.place(prompt(KEYS), {}, avoid=[1])
+        made.report(0, "n0", ReplicaLoad(0, requests=500))
+        assert made.place(prompt(KEYS), by_node) == expected
+
+
+def test_a_replica_that_is_avoided_or_gone_is_not_asked_for_anything() -> None:
+    made = beside()
+    made.place(prompt(KEYS), {}, avoid=[1])
+    made.report(0, "n0", ReplicaLoad(0))
+    assert made.place(prompt(KEYS), {}, avoid=[0]) == Placement(1)
+    made.report(0, "n0", ReplicaLoad(0, epoch="another life"))
+    assert made.place(prompt(KEYS), {}, avoid=[0]) == Placement(1)

@@ -34,7 +34,9 @@ def test_others_are_answered_while_a_long_question_is() -> None:
         message = pack_routing(prompts(3, BATCH_KEYS), {})
 
         async def ask() -> None:
-            assert unpack_value(await coordinator.route(message)) == (0, 1, 0)
+            assert unpack_value(await coordinator.route(message)) == tuple(
+                (i, None, 0, False) for i in (0, 1, 0)
+            )
             order.append("the long one")
 
         async def other() -> None:

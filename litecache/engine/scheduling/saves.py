@@ -66,11 +66,12 @@ class Saves:
             ends = [*range(run, num_blocks, run), num_blocks]
             out.touches += [keys[end - 1] for end in reversed(ends) if end]
 
-    def save_prefix(self, chain: KeyChain, salt: str, *, everything: bool) -> Schedule:
+    def save_prefix(self, chain: KeyChain, owner: Request | str, *, everything: bool) -> Schedule:
         """Save what the pools hold of a prefix, whatever the admission policy says.
 
         Args:
-            chain, salt: of the prefix.
+            chain: of the prefix.
+            owner: the request that wants it, or just the salt.
             everything: also what was saved once: the lower tiers may have evicted it since.
         """
         out = Schedule()
@@ -79,7 +80,7 @@ class Saves:
             if everything:
                 self._cache.unsaved[group].update(chain.keys[group][index] for index in held)
             for index in held:
-                self._save(chain, salt, group, index, blocks[index], out)
+                self._save(chain, owner, group, index, blocks[index], out)
         return out
 
     def on_saved(self, orders: Iterable[SaveOrder], dropped: Iterable[SaveOrder]) -> None:

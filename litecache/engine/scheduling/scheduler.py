@@ -178,6 +178,12 @@ class Scheduler:
         crowd = (self.num_queued_tokens, decodes, busy_s, self.num_waiting)
         return view_prefix(seq, below, others, self.cache, self._loads, self._cost, crowd, now)
 
+    def offer(self, request: Request) -> Schedule:
+        """Save what the pools hold of a request's prompt, for a replica that will run it."""
+        chain = KeyChain(tuple(self._roots(request.cache_salt)), self.cache.block_size)
+        chain.extend(request.prompt.array)
+        return self._saves.save_prefix(chain, request, everything=True)
+
     def on_staged(self, ticket: int, found: dict[BlockRef, str]) -> Schedule:
         """The lower tiers hold these blocks (-> source) and have leased their slots."""
         return self._loads.on_staged(ticket, found)

@@ -111,6 +111,17 @@ class LowerTiers:
             if refused:
                 self._scheduler.on_saved((), refused)
 
+    def save_first(self, orders: list[SaveOrder]) -> list[SaveOrder]:
+        """Save these before all that waits, as far as there is room; those that will be. Called on
+        the engine's thread."""
+        refused = self._saver.submit(orders, first=True)
+        self._scheduler.on_saved((), refused)
+        return [order for order in orders if order not in refused]
+
+    def wait_saved(self, orders: Sequence[SaveOrder], timeout_s: float) -> bool:
+        """Wait until these saves have ended; False if they have not in that time."""
+        return self._saver.wait_for(orders, timeout_s)
+
     def drain(self, timeout_s: float) -> bool:
         """Wait until all saves that were ordered have ended; False if they have not."""
         return self._saver.drain(timeout_s)

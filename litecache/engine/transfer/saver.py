@@ -74,18 +74,33 @@ class Saver:
         self._touch_at = 0.0
         self._changed = threading.Condition()
         self._busy = False
+        self._batch: list[SaveOrder] = []  # being copied
         self._closing = False
         self._thread = start_service(self._run, "save")
 
-    def submit(self, orders: Sequence[SaveOrder]) -> list[SaveOrder]:
-        """Queue orders; returns those that find no room."""
+    def submit(self, orders: Sequence[SaveOrder], *, first: bool = False) -> list[SaveOrder]:
+        """Queue orders, behind all others or with `first` before them; returns those for which
+        there is no room now, the last ones of the queue."""
         with self._changed:
-            room = max(0, self._max_queued - len(self._queue))
-            self._queue.extend(orders[:room])
+            if first:
+                self._queue.extendleft(reversed(orders))
+            else:
+                self._queue.extend(orders)
+            over = max(0, len(self._queue) - self._max_queued)
+            refused = [self._queue.pop() for _ in range(over)][::-1]
             self._changed.notify_all()
-        refused = list(orders[room:])
         self._drop(refused, "queue_full")
         return refused
+
+    def wait_for(self, orders: Sequence[SaveOrder], timeout_s: float) -> bool:
+        """Wait until these orders have been copied and told, or dropped; False on timeout."""
+        mine = {id(order) for order in orders}
+
+        def ended() -> bool:
+            return not any(id(order) in mine for order in (*self._batch, *self._queue))
+
+        with self._changed:
+            return self._changed.wait_for(ended, timeout_s)
 
     def touch(self, keys: Sequence[BlockKey]) -> None:
         """Tell the shards, some time, that these blocks were used, the least recent first."""
@@ -117,7 +132,7 @@ class Saver:
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._busy = False
+                self._busy, self._batch = False, []
                 self._changed.notify_all()
                 self._changed.wait_for(self._has_work)
                 while not (self._queue or self._closing) and self._touch_at > time.monotonic():
@@ -125,7 +140,7 @@ class Saver:
                 if self._closing:
                     return
                 count = min(BATCH_BLOCKS, len(self._queue))
-                batch = [self._queue.popleft() for _ in range(count)]
+                batch = self._batch = [self._queue.popleft() for _ in range(count)]
                 touched: list[BlockKey] = []
                 if self._touch_at <= time.monotonic():
                     touched, self._touched = list(self._touched), {}
