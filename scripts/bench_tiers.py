@@ -35,36 +35,15 @@ from typing import Any
 
 import numpy as np
 from bench_common import Report, Row, geometry, parser, summarise
-from tier_world import GB, SlowFiles, TierEngine, Tokens, copy_rate, model_limits, scratch
+from tier_world import GB, BenchEngine, SlowFiles, model_limits, scratch
 
 from litecache import CacheConfig
+from litecache.engine.measuring.tier_engine import Tokens, copy_rate
+from litecache.engine.measuring.worth import ColdCurve
 
 CASES = ("first", "idle", "busy", "throttled", "stalled", "restart", "saving")
 QUESTION = 64
 DECODE_PROMPT = 512
-
-
-class ColdCurve:
-    """Milliseconds of a cold prompt by its length: `a + b n + c n^2`, fitted to what was measured.
-
-    The fit is of relative errors, so that short prompts count as much as long ones.
-    """
-
-    def __init__(self) -> None:
-        self._samples: dict[int, list[float]] = {}
-
-    def add(self, length: int, ms: float) -> None:
-        """A cold prompt has taken so long."""
-        self._samples.setdefault(length, []).append(ms)
-
-    def __call__(self, lengths: Any) -> Any:
-        points = {n: statistics.median(ms) for n, ms in self._samples.items()}
-        at = np.array(sorted(points), dtype=float)
-        ms = np.array([points[int(n)] for n in at])
-        degree = min(2, len(at) - 1)
-        law = np.polynomial.polynomial.polyfit(at / at[-1], ms, degree, w=1 / ms)
-        fitted = np.polynomial.polynomial.polyval(np.asarray(lengths) / at[-1], law)
-        return np.maximum(fitted, 0.0)
 
 
 class Bench:
@@ -91,7 +70,7 @@ class Bench:
             **fields,
         )
         started = time.perf_counter()
-        self.world = TierEngine(config, cache, self.files)
+        self.world = BenchEngine(config, cache, self.files)
         self.start_s = time.perf_counter() - started
         self.world.saving(False)
         self.curves = {"idle": ColdCurve(), "busy": ColdCurve()}

@@ -34,10 +34,11 @@ from typing import Any
 
 import numpy as np
 from bench_common import Report, Row, geometry, parser
-from tier_world import GB, Answer, TierEngine, Tokens, copy_rate, model_limits, scratch
+from tier_world import GB, BenchEngine, model_limits, scratch
 
 from litecache import CacheConfig
 from litecache.config import parse_size
+from litecache.engine.measuring.tier_engine import Answer, Tokens, copy_rate
 
 BLOCK_TOKENS = 512
 PROMISES = {"48:40": (0.65, 0.9), "12:40": (0.85, 1.0)}
@@ -226,7 +227,7 @@ def simulate(
 # Measured
 
 
-def sustained(world: TierEngine, turns: Sequence[Turn], prompts: Prompts, most_s: float) -> float:
+def sustained(world: BenchEngine, turns: Sequence[Turn], prompts: Prompts, most_s: float) -> float:
     """Prefill tokens per second without tiers, everything waiting; also warms the engine up."""
     longest = max(turns, key=lambda turn: turn.length)
     for _ in range(2):
@@ -249,7 +250,7 @@ def sustained(world: TierEngine, turns: Sequence[Turn], prompts: Prompts, most_s
 
 
 def replay(
-    world: TierEngine, turns: Sequence[Turn], arrivals: Sequence[float], prompts: Prompts,
+    world: BenchEngine, turns: Sequence[Turn], arrivals: Sequence[float], prompts: Prompts,
     limit_s: float,
 ) -> list[Answer]:  # fmt: skip
     """Ask at the times of the trace; the answers of what was asked within the limit."""
@@ -386,7 +387,7 @@ def trace(options: Any, report: Report) -> None:
     prompts = Prompts(int(config["vocab_size"]), options.divide)
     with scratch(options.dir) as folder:
         small = tier_config(options, folder, f"{64e6 / options.unit}:0", max_len, num_blocks)
-        world = TierEngine(config, small)
+        world = BenchEngine(config, small)
         try:
             world.tiers(False)
             rate = sustained(world, others, prompts, options.warm_s)
@@ -426,7 +427,7 @@ def trace(options: Any, report: Report) -> None:
 
 
 def _speeds(
-    world: TierEngine, chosen: Sequence[Turn], prompts: Prompts, options: Any, folder: Path
+    world: BenchEngine, chosen: Sequence[Turn], prompts: Prompts, options: Any, folder: Path
 ) -> Speeds:
     """This machine's, for the simulation."""
     from litecache.storage.disk.raw_disk import MIB, RawDisk
@@ -451,7 +452,7 @@ def _speeds(
     return Speeds(step_s, token_s, pair_s, disk, copy_rate(options.device))
 
 
-def _predictions(world: TierEngine, report: Report, case: str) -> None:
+def _predictions(world: BenchEngine, report: Report, case: str) -> None:
     costs = world.engine.stats().get("costs") or {}
     error = costs.get("first_token_error")
     if error is not None:
@@ -465,7 +466,7 @@ def _predictions(world: TierEngine, report: Report, case: str) -> None:
 
 
 def converse(
-    world: TierEngine, users: int, rounds: int, lengths: tuple[int, int, int], seed: int
+    world: BenchEngine, users: int, rounds: int, lengths: tuple[int, int, int], seed: int
 ) -> tuple[float, list[float]]:
     """All users at once, each asking again when answered; output tokens per second, first ms."""
     document, given, new = lengths
@@ -510,7 +511,7 @@ def chat(options: Any, report: Report) -> None:
     case = f"{name} chat of {options.users}"
     with scratch(options.dir) as folder:
         made = tier_config(options, folder, options.configs[0], longest + 16, num_blocks)
-        world = TierEngine(config, made)
+        world = BenchEngine(config, made)
         try:
             world.tiers(False)
             converse(world, min(4, options.users), 1, lengths, 1)  # type: ignore[arg-type]

@@ -168,6 +168,27 @@ def check_explanation(group: str, model: Path, prompt: str) -> None:
     assert status["stats"]["prompt_tokens"] == 80
 
 
+@pytest.mark.slow
+def test_bench_tells_what_tiers_are_worth_and_leaves_nothing(model: Path, tmp_path: Path) -> None:
+    small = ("--dir", str(tmp_path), "--disk-bytes", "600MB", "--set", "num_blocks=32")
+    told = invoke("bench", str(model), *small, "--length", "64", "--seconds", "60")
+    assert [row["tokens"] for row in told["times"]] == [64]
+    assert told["break_even"].keys() == {"ram", "disk"}
+    assert list(tmp_path.iterdir()) == []
+    done = CliRunner().invoke(app, ["bench", str(model), *small, "--length", "32"])
+    assert "From disk, " in done.stdout
+    command = [sys.executable, "-m", "litecache.cli", "bench", str(model), *small]
+    begun = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not list(tmp_path.iterdir()):
+        assert begun.poll() is None
+        time.sleep(0.02)
+    begun.send_signal(signal.SIGTERM)
+    out, err = begun.communicate(timeout=60)
+    assert (begun.returncode, out) == (130, "")
+    assert "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
 def tiny_beside(model: Path) -> str:
     """A folder with the config of another model."""
     folder = model.parent / "tiny"
@@ -427,6 +448,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "up": ("MODEL", "--group", "--set", "--replicas", "--num-threads", "--address", "--json"),
     "down": ("--group", "--all", "--timeout", "--address", "--json"),
     "status": ("--group", "--timeout", "--address", "--json"),
+    "bench": ("--dir", "--seconds", "--disk-bytes", "--length", "--json"),
     "explain": ("MODEL", "PROMPT", "--group", "--salt", "--chat", "--address", "--json"),
     "top": ("--group", "--interval", "--once", "--address", "--json"),
     "generate": ("MODEL", "PROMPT", "--group", "--set", "--max-new-tokens", "--temperature",
@@ -492,6 +514,11 @@ def no_cluster(*arguments: Any, **settings: Any) -> None:
         ["status", "--group", "x" * 100],
         ["status", "--timeout", "-1"],
         ["top", "--interval", "0"],
+        ["bench", "m", "--seconds", "0"],
+        ["bench", "m", "--disk-bytes", "many"],
+        ["bench", "m", "--length", "0"],
+        ["bench", "m", "--dir", "/no/such/folder"],
+        ["bench", "a/b/c"],
         ["explain", "a", "b", "c"],
         ["explain", ""],
         ["explain", "a/b/c", "text"],

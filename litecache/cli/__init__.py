@@ -1,5 +1,6 @@
 """The command line: `litecache up`, `down`, `status`, `top`, `explain`, `generate`, `serve`,
-`export`, `import`, `warm`, `delete`, `inspect`, `verify`, `tune`, `doctor`, `models`, `dashboard`.
+`export`, `import`, `warm`, `delete`, `bench`, `inspect`, `verify`, `tune`, `doctor`, `models`,
+`dashboard`.
 
 Every command takes `--json` for machines; errors are one line on stderr and exit with 2 (1 is a
 finding of `verify` or `doctor`). Commands import what they need when they run, so that
@@ -15,6 +16,7 @@ from typing import Any
 
 import typer
 
+from litecache.cli.bench import bench as bench_model
 from litecache.cli.dashboard import app as dashboard
 from litecache.cli.explain import explain as explain_prompt
 from litecache.cli.groups import down, generate, up
@@ -43,7 +45,7 @@ _groups: tuple[Any, ...] = (
     warm,
     delete,
 )
-_machine: tuple[Any, ...] = inspect, verify, tune, doctor, models
+_machine: tuple[Any, ...] = bench_model, inspect, verify, tune, doctor, models
 for command in (*_groups, *_machine):
     app.command()(command)
 app.command("import")(import_)

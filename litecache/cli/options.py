@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import signal
 import sys
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
@@ -19,7 +22,6 @@ def group_names(incomplete: str) -> list[str]:
 
     Whoever presses a key must be shown nothing else, whatever is wrong, and not wait for long.
     """
-    import contextlib
     import io
     import logging
 
@@ -137,6 +139,24 @@ def connect(address: str | None) -> None:
     from litecache.actors.cluster import open_ray
 
     open_ray(address or "auto", logging_level="warning")
+
+
+@contextlib.contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends what is in it as Ctrl-C does, so that it leaves all as it was."""
+
+    def end(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, end)
+    except ValueError:  # not the main thread: whoever runs it has signals of its own
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def size_text(nbytes: float) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ import typer
 
 from litecache.actors.naming import CALL_TIMEOUT_S, check_group_name
 from litecache.checks import check_real
-from litecache.cli.options import Address, GroupName, connect
+from litecache.cli.options import Address, GroupName, connect, ended_by_sigterm
 from litecache.errors import GroupUnavailableError, LiteCacheError
 
 if TYPE_CHECKING:
@@ -48,7 +47,7 @@ def top(
     if once:
         next(frames)
         frames = iter([next(frames)])
-    with contextlib.suppress(KeyboardInterrupt), _ended_by_sigterm():
+    with contextlib.suppress(KeyboardInterrupt), ended_by_sigterm():
         if as_json:
             _print_lines(frames)
         elif sys.stdout.isatty() and not once:
@@ -144,17 +143,3 @@ def _reader_may_leave() -> Iterator[None]:
     except BrokenPipeError:
         # Python would fail once more when it flushes at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-@contextlib.contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """SIGTERM ends it as Ctrl-C does, so that it leaves the terminal as it was."""
-
-    def end(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-from bench_tiers import ColdCurve, never_slower
+from bench_tiers import never_slower
 from bench_trace import (
     SPEEDS,
     Lru,
@@ -27,6 +27,8 @@ from bench_trace import (
     split_sessions,
 )
 from tier_world import SlowFiles
+
+from litecache.engine.measuring.worth import ColdCurve
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
