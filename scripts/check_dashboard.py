@@ -98,6 +98,7 @@ def start_prometheus(program: str, folder: Path, port: int) -> subprocess.Popen[
             [
                 program,
                 f"--config.file={session}/metrics/prometheus/prometheus.yml",
+                f"--web.console.templates={session}/metrics/prometheus/consoles",
                 f"--storage.tsdb.path={folder}/tsdb",
                 f"--web.listen-address=127.0.0.1:{port}",
             ],
@@ -178,7 +179,7 @@ def main() -> int:
             )  # fmt: skip
             print(f"dashboard: {json.loads(installed.stdout)['file']}")
             prometheus = start_prometheus(program, folder, port)
-            print(f"Prometheus: http://127.0.0.1:{port}")
+            print(f"panels: http://127.0.0.1:{port}/consoles/litecache.html")
             print(f"Ray: http://{dashboard}, its token in {folder}/token", flush=True)
             clients = [
                 threading.Thread(target=keep_asking, args=(llm, number, stop), daemon=True)

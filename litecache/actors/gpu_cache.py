@@ -47,6 +47,7 @@ from litecache.metrics import Metrics
 from litecache.paths import hold_model
 from litecache.sockets.frames import handler_of
 from litecache.sockets.server import AsyncHandler, AsyncSocketServer
+from litecache.spans import Span, record_spans, recorded_spans
 from litecache.threads import fault_counts, start_job, start_service
 from litecache.token_ids import TokenIds
 from litecache.types import PollReply, Request, TokenDelta
@@ -95,6 +96,8 @@ class GpuCache:
         # The engine's thread and the event loop take turns: with Python's 5 ms between them, a
         # step would wait that long behind a driver's message.
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
+        if "RAY_PROFILING" in os.environ:
+            record_spans()
         self._preloading = start_job(self._preload, "preload")
         self._restarted = was_restarted()
         if self._restarted:
@@ -205,6 +208,10 @@ class GpuCache:
             "remote_shards": self._remote.remote_shards,
             "thread_faults": fault_counts(),
         }
+
+    async def timeline(self) -> list[Span] | None:
+        """The last spans of this process; None where none are recorded."""
+        return recorded_spans()
 
     async def flush(self, timeout_s: float) -> dict[str, Any]:
         """Save what is only on the GPU, and make the shards write out what is dirty."""

@@ -31,6 +31,7 @@ from litecache.metrics import Metrics
 from litecache.paths import hold_model
 from litecache.sockets.frames import handler_of
 from litecache.sockets.server import Handler, SocketServer
+from litecache.spans import Span, record_spans, recorded_spans
 from litecache.storage import wire
 from litecache.storage.key_dict import split_keys
 from litecache.storage.protocol import Attachment, FlushReport, ShardMethod
@@ -76,6 +77,8 @@ class StorageShard:
         self._failure: LiteCacheError | None = None
         self._opening = threading.Lock()
         self._retry = Backoff(first_s=1.0)
+        if "RAY_PROFILING" in os.environ:
+            record_spans()
         self._open(lock_patience_s)
 
     def _open(self, lock_patience_s: float) -> None:
@@ -153,6 +156,10 @@ class StorageShard:
         """What the socket answers, for clients that cannot reach it."""
         self._open_store  # noqa: B018 - raises what keeps it from being open
         return handler_of(self._methods, code)(message) or b""
+
+    def timeline(self) -> list[Span] | None:
+        """The last spans of this process; None where none are recorded."""
+        return recorded_spans()
 
     @ray.method(concurrency_group="bulk")
     def flush(self, timeout_s: float) -> FlushReport:

@@ -1,6 +1,6 @@
 """The command line: `litecache up`, `down`, `status`, `top`, `explain`, `generate`, `serve`,
 `export`, `import`, `warm`, `delete`, `bench`, `inspect`, `verify`, `tune`, `doctor`, `models`,
-`dashboard`.
+`dashboard`, `timeline`.
 
 Every command takes `--json` for machines; errors are one line on stderr and exit with 2 (1 is a
 finding of `verify` or `doctor`). Commands import what they need when they run, so that
@@ -24,6 +24,7 @@ from litecache.cli.machine import doctor, inspect, models, tune, verify
 from litecache.cli.prefixes import delete, export, import_, warm
 from litecache.cli.serve import serve as serve_model
 from litecache.cli.status import status as show_status
+from litecache.cli.timeline import timeline as write_timeline
 from litecache.cli.top import top as show_top
 from litecache.errors import LiteCacheError, told
 
@@ -49,6 +50,7 @@ _machine: tuple[Any, ...] = bench_model, inspect, verify, tune, doctor, models
 for command in (*_groups, *_machine):
     app.command()(command)
 app.command("import")(import_)
+app.command("timeline")(write_timeline)
 app.add_typer(dashboard, name="dashboard")
 
 

@@ -1,7 +1,8 @@
-"""Commands about the Grafana dashboard: `litecache dashboard install`, `uninstall`, `show`.
+"""Commands about the dashboard: `litecache dashboard install`, `uninstall`, `show`.
 
 Ray's dashboard writes a configuration of Prometheus and of Grafana into its session's folder, and
-dashboards beside it, which a Grafana with that configuration shows. LiteCache's is one file more.
+dashboards beside it, which a Grafana with that configuration shows. LiteCache's is one file more;
+a second one has the same panels for the Prometheus alone.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ app = typer.Typer(
     epilog="Example: litecache dashboard install; each command takes --json",
 )
 
+CONSOLE = "litecache.html"
 Folder = Annotated[
     str | None, typer.Option(help="of dashboards; default: where this machine's Ray has its own")
 ]
@@ -35,10 +37,15 @@ def install(folder: Folder = None, address: Address = None, as_json: AsJson = Fa
 
     Run it where `ray start --head` runs, after each start: every start of Ray has a new folder.
     """
-    from litecache.cli.grafana import FILE_NAME, dashboard_json
+    from litecache.cli.grafana import FILE_NAME, console_html, dashboard_json
 
     target = _folder(folder, address) / FILE_NAME
     _write(target, json.dumps(dashboard_json(), indent=1))
+    console = _console(target.parent)
+    if console is not None:
+        with _errors_of(console):
+            console.parent.mkdir(exist_ok=True)
+        _write(console, console_html())
     steps = _next_steps(target.parent)
     if as_json:
         print_json({"file": str(target), **steps})
@@ -55,8 +62,11 @@ def uninstall(folder: Folder = None, address: Address = None, as_json: AsJson = 
 
     target = _folder(folder, address) / FILE_NAME
     there = target.is_file()
+    console = _console(target.parent)
     with _errors_of(target):
         target.unlink(missing_ok=True)
+        if console is not None:
+            console.unlink(missing_ok=True)
     if as_json:
         print_json({"file": str(target), "removed": there})
         return
@@ -126,13 +136,20 @@ def _errors_of(target: Path) -> Any:
         raise LiteCacheError(f"{target} cannot be changed: {error.strerror}") from error
 
 
+def _console(folder: Path) -> Path | None:
+    """Where the page for Prometheus goes, beside the configuration that Ray has written for it."""
+    prometheus = folder.parent.parent / "prometheus"
+    return prometheus / "consoles" / CONSOLE if prometheus.is_dir() else None
+
+
 def _next_steps(folder: Path) -> dict[str, str]:
     """Commands that start what shows the dashboard, where Ray has written their configuration."""
-    metrics = folder.parent.parent
-    prometheus, grafana = metrics / "prometheus/prometheus.yml", folder.parent / "grafana.ini"
-    if not (prometheus.is_file() and grafana.is_file()):
+    console, grafana = _console(folder), folder.parent / "grafana.ini"
+    if console is None or not grafana.is_file():
         return {"Grafana": "shows it once its provisioning looks into this folder"}
+    config = console.parent.parent / "prometheus.yml"
     return {
-        "Prometheus": f"prometheus --config.file={prometheus}",
+        "Prometheus": f"prometheus --config.file={config} --web.console.templates={console.parent}",
+        "panels": f"http://localhost:9090/consoles/{CONSOLE}",
         "Grafana": f"grafana server --homepath=/usr/share/grafana --config={grafana}",
     }

@@ -1,5 +1,6 @@
-"""The Grafana dashboard of LiteCache: its panels, as Prometheus queries over the metrics' catalog.
+"""The dashboard of LiteCache: its panels, as Prometheus queries over the metrics' catalog.
 
+`console_html` draws them in a page that Prometheus itself serves, where there is no Grafana;
 `dashboard_json` is what `litecache dashboard install` writes; `scripts/check_dashboard.py` runs
 every query against a Prometheus. Each query keeps to the groups chosen at the top (`$group`). A
 panel that is empty while all is well draws a line at zero instead.
@@ -7,6 +8,8 @@ panel that is empty while all is well draws a line at zero instead.
 
 from __future__ import annotations
 
+import json
+from importlib import resources
 from typing import Any, NamedTuple
 
 from litecache.metric_catalog import BY_NAME
@@ -327,6 +330,25 @@ def dashboard_json() -> dict[str, Any]:
         "templating": {"list": [_datasource_variable(), _group_variable()]},
         "panels": drawn,
     }
+
+
+def console_html() -> str:
+    """The panels as a console template of Prometheus: a page of its own that asks its API."""
+    rows = [
+        {
+            "title": title,
+            "panels": [
+                {**panel._asdict(), "queries": [query._asdict() for query in panel.queries]}
+                for panel in row
+            ],
+        }
+        for title, row in ROWS.items()
+    ]
+    # Prometheus reads the page as a template of Go, the browser the rows as a part of HTML.
+    text = json.dumps(rows).replace("{{", "<<").replace("}}", ">>")
+    text = text.replace("<", "\\u003c")
+    page = resources.files("litecache.cli").joinpath("console.html").read_text(encoding="utf-8")
+    return page.replace("__ROWS__", text)
 
 
 def _drawn(panel: Panel) -> dict[str, Any]:

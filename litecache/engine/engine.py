@@ -56,6 +56,7 @@ from litecache.errors import (
 )
 from litecache.hashing import BlockKey
 from litecache.metrics import Metrics
+from litecache.spans import note_span
 from litecache.storage.client import ShardClient
 from litecache.storage.namespaces import namespace_of
 from litecache.storage.shard_options import check_tiers
@@ -173,7 +174,7 @@ class Engine:
         self._open: set[str] = set()
         self._open_lock = threading.Lock()
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._in_flight: deque[tuple[int, Step]] = deque()
+        self._in_flight: deque[tuple[int, Step, int, float]] = deque()
         self._failure: BaseException | None = None
         self._closing = False
         self._step_events: dict[int, torch.cuda.Event] = {}
@@ -487,14 +488,14 @@ class Engine:
 
     def _launch(self, schedule: Schedule) -> None:
         assert schedule.plan is not None
-        plan = schedule.plan
+        plan, begun = schedule.plan, time.perf_counter()
+        # a row of one token decodes
+        prefill = sum(row.num_tokens for row in plan.rows if row.num_tokens > 1)
         try:
-            self._in_flight.append((plan.step, self._runner.execute(plan)))
+            self._in_flight.append((plan.step, self._runner.execute(plan), prefill, begun))
         except Exception as error:
             self._undo(plan.step, error)
         else:
-            # a row of one token decodes
-            prefill = sum(row.num_tokens for row in plan.rows if row.num_tokens > 1)
             if prefill:
                 self.metrics.inc("litecache_computed_tokens", prefill)
             if self._tiers is not None and self._device.type == "cuda":
@@ -504,7 +505,7 @@ class Engine:
 
     def _finish_step(self) -> float:
         """Take the oldest step's result; returns the seconds that the thread waited for it."""
-        step, handle = self._in_flight.popleft()
+        step, handle, prefill, begun = self._in_flight.popleft()
         started = time.perf_counter()
         try:
             result = handle.result()
@@ -515,6 +516,8 @@ class Engine:
             self._step_events.pop(step, None)
         waited_s = time.perf_counter() - started
         self.metrics.observe("litecache_step_seconds", waited_s, kind="wait")
+        if prefill:
+            note_span("prefill", begun, tokens=prefill)
         self._carry_out(self._scheduler.on_result(result, time.monotonic()))
         return waited_s
 

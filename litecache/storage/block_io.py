@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from ..hashing import BlockKey
+from ..spans import note_span
 from ..threads import start_service
 from .disk.files import NO_SPACE
 from .disk.slab import MAX_REQUEST_BYTES, Stored, Transfer, checksum, fault
@@ -215,6 +216,7 @@ class BlockIo:
                 tiers.work.notify()
 
     def _account(self, direction: str, nbytes: int, begun: float) -> None:
+        note_span(direction, begun, bytes=nbytes)
         metrics, elapsed = self._tiers.metrics, time.perf_counter() - begun
         metrics.inc("litecache_storage_bytes", nbytes, direction=direction, tier="disk")
         metrics.observe("litecache_io_seconds", elapsed, direction=direction, tier="disk")

@@ -106,3 +106,24 @@ def test_queries_ask_for_metrics_and_labels_of_the_catalog_alone() -> None:
         labels += re.findall(r"\{\{(\w+)\}\}", query.legend)
         assert set(labels) <= known[asked[0]], query
         assert query.expr.count('group=~"$group"') == len(asked)
+
+
+def test_beside_rays_prometheus_configuration_goes_a_page_with_the_same_panels(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "grafana" / "dashboards"
+    folder.mkdir(parents=True)
+    (tmp_path / "prometheus").mkdir()
+    (tmp_path / "grafana" / "grafana.ini").touch()
+    steps = json.loads(run("install", "--folder", str(folder), "--json"))
+    page = tmp_path / "prometheus" / "consoles" / "litecache.html"
+    assert f"--web.console.templates={page.parent}" in steps["Prometheus"]
+    text = page.read_text()
+    assert "{{" not in text  # to Prometheus that would be an action of the template
+    (rows,) = re.findall(r'<script id="rows" type="application/json">(.*?)</script>', text, re.S)
+    shown = [panel for row in json.loads(rows) for panel in row["panels"]]
+    assert [panel["title"] for panel in shown] == [panel.title for panel in panels()]
+    exprs = [query["expr"] for panel in shown for query in panel["queries"]]
+    assert exprs == [query.expr for panel in panels() for query in panel.queries]
+    run("uninstall", "--folder", str(folder))
+    assert not page.exists()

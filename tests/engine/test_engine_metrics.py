@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from pathlib import Path
 
 import pytest
 from engine_harness import Harness, family_source
 
+from litecache import spans
 from litecache.metrics import Metrics
+from litecache.spans import record_spans, recorded_spans
 from litecache.types import Request, SamplingParams
 
 PROMPT = [*range(1, 100)]
@@ -84,3 +87,25 @@ def test_logs_tell_of_a_request_by_its_bounded_id_and_nothing_of_its_text(
         assert "secret-salt" not in told
         assert str(PROMPT)[1:20] not in told
         assert len(record.getMessage()) < 200
+
+
+def test_loads_prefills_and_saves_leave_spans_only_where_they_are_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Harness(family_source("llama"), folders=[tmp_path / "s"]) as harness:
+        harness.run([PROMPT], 4)
+        assert recorded_spans() is None
+        monkeypatch.setattr(spans, "_spans", None)
+        record_spans()
+        began = time.time()
+        harness.run([[7, *PROMPT]], 4)
+        harness.empty("gpu", "ram")
+        harness.run([[7, *PROMPT]], 4)
+        told = recorded_spans() or []
+    assert {span.name for span in told} == {"load", "prefill", "save", "read", "write"}
+    for span in told:
+        assert began - 1 < span.begun_s < time.time()
+        assert 0 <= span.seconds < 60
+    assert sum(s.figures["tokens"] for s in told if s.name == "prefill") == 100 + 4  # type: ignore[misc]
+    loads = [span.figures for span in told if span.name == "load"]
+    assert loads == [{"blocks": 6, "tier": "disk"}]

@@ -25,6 +25,7 @@ from litecache.engine.scheduling.sequence import BlockRef
 from litecache.engine.transfer.block_copier import BlockCopier, Codec, Slot
 from litecache.engine.transfer.shard_set import Lease, ShardSet
 from litecache.metrics import Metrics
+from litecache.spans import note_span
 from litecache.storage.protocol import SlotState
 from litecache.types import Tier
 
@@ -180,6 +181,7 @@ class Loader:
                 loads.remove(load)
                 if not loads:
                     del self._under_way[load.order.ticket]
+        note_span("load", started, blocks=len(load.order.blocks), tier=load.tier)
         elapsed = time.perf_counter() - started
         self._metrics.observe("litecache_io_seconds", elapsed, direction="load", tier=load.tier)
 

@@ -19,6 +19,7 @@ from litecache.engine.transfer.shard_set import ShardSet
 from litecache.errors import StorageError
 from litecache.hashing import BlockKey
 from litecache.metrics import Metrics
+from litecache.spans import note_span
 from litecache.storage.client import ShardClient
 from litecache.storage.protocol import CommitItem, CommitStatus, SlotRef
 from litecache.threads import start_service
@@ -179,6 +180,7 @@ class Saver:
                 dropped += self._drop(orders, "error")
         lost = {id(order) for order in dropped}
         self._done([order for order in batch if id(order) not in lost], dropped)
+        note_span("save", started, blocks=len(batch), dropped=len(dropped))
         self._metrics.observe(
             "litecache_io_seconds", time.perf_counter() - started, direction="save", tier="ram"
         )
