@@ -17,10 +17,11 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from bench_common import machine_info, own_ray
 from rich.console import Console
@@ -30,7 +31,7 @@ from transformers import LlamaConfig
 from litecache import CacheConfig, KVCacheAdapter
 from litecache.engine.loading.model_loader import random_model
 from litecache.engine.running.hf_attention import register
-from litecache.engine.transfer.block_copier import BlockCopier, PinnedArenas
+from litecache.engine.transfer.block_copier import BlockCopier, PinnedArenas, Rows
 from litecache.storage.client import LocalShardClient
 from litecache.storage.shard_store import ShardStore
 
@@ -162,28 +163,27 @@ def copy_rates(device: str) -> dict[str, float]:
     host = torch.empty((count, block), dtype=torch.uint8, pin_memory=True)
     pinned = PinnedArenas()
     copier = BlockCopier(torch.device(device), lambda step: None, pinned)
-    views = [view for (view,) in copier.slots(client.arena, slots, block)]
-    order = random.Random(0).sample(range(count), count)
+    views = copier.slots(client.arena, slots, block)
+    rows = Rows(pool, np.array(random.Random(0).sample(range(count), count)))
 
-    def rate(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> float:
+    def rate(copy: Callable[[], object]) -> float:
         best = 0.0
         for _ in range(5):
-            copier.synchronize()
+            torch.cuda.synchronize()
             started = time.perf_counter()
-            copier.copy(pairs)
-            copier.synchronize()
+            copy()
+            torch.cuda.synchronize()
             best = max(best, count * block / (time.perf_counter() - started) / 1e9)
         return round(best, 1)
 
     rates = {
-        "is_pinned": float(all(view.is_pinned() for view in views)),
-        "save_gb_s": rate([(pool[i], views[i]) for i in order]),
-        "load_gb_s": rate([(views[i], pool[i]) for i in order]),
-        "torch_pinned_save_gb_s": rate([(pool[i], host[i]) for i in order]),
-        "torch_pinned_load_gb_s": rate([(host[i], pool[i]) for i in order]),
+        "is_pinned": float(all(piece.is_pinned() for slot in views.pieces() for piece in slot)),
+        "save_gb_s": rate(lambda: copier.copy(rows, views, save=True)),
+        "load_gb_s": rate(lambda: copier.copy(rows, views, save=False)),
+        "torch_pinned_save_gb_s": rate(lambda: host.copy_(pool, non_blocking=True)),
+        "torch_pinned_load_gb_s": rate(lambda: pool.copy_(host, non_blocking=True)),
     }
     pinned.close()
-    del views
     client.close()
     store.close()
     return rates

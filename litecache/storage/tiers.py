@@ -216,9 +216,13 @@ class Tiers:
         index, disk = self.index, self.disk
         keys, parents, ram = index.keys, index.parents, index.ram
         followed = {parents[entry] for entry in entries}
+        in_ram = self.queues.counts_uses
+        on_disk = disk is not None and disk.queues.counts_uses
         for entry in entries:
             # the queues keep what comes before a block for as long as the block itself
             ends = keys[entry] not in followed
+            if not (ends or in_ram or on_disk):
+                continue  # nothing would change
             if ram[entry]:
                 self.queues.use(ram[entry] - 1, ends=ends)
             if disk is not None:

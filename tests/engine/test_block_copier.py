@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from engine_harness import Harness, family_source
 from plan_driver import random_prompt
 
 from litecache.engine.transfer import block_copier
-from litecache.engine.transfer.block_copier import BlockCopier, PinnedArenas
+from litecache.engine.transfer.block_copier import ArenaSlots, BlockCopier, PinnedArenas
 from litecache.storage.client import LocalShardClient
 from litecache.storage.shard_store import ShardStore
 
@@ -51,7 +52,7 @@ def test_no_copy_leaves_a_range_that_was_pinned_in_one_piece(
         copier = BlockCopier(torch.device("cpu"), lambda step: None, pinned)
         copier._cuda = True
         refs = client.reserve(block_bytes, (2 << 20) // block_bytes // 2)
-        slots = copier.slots(client.arena, [ref.slot for ref in refs], block_bytes)
+        slots = copier.slots(client.arena, [ref.slot for ref in refs], block_bytes).pieces()
         for ref, slot in zip(refs, slots, strict=True):
             assert all(driver.holds(piece) for piece in slot)
             whole = torch.from_numpy(client.arena.block(ref.slot, block_bytes))
@@ -71,9 +72,9 @@ def test_blocks_that_lie_in_two_segments_come_back_whole(
     pieces: list[int] = []
     slots = BlockCopier.slots
 
-    def noted(*args: object) -> object:
+    def noted(*args: Any) -> ArenaSlots:
         made = slots(*args)
-        pieces.extend(map(len, made))
+        pieces.extend(map(len, made.pieces()))
         return made
 
     monkeypatch.setattr(BlockCopier, "slots", noted)

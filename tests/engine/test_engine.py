@@ -7,6 +7,7 @@ import os
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from engine_harness import Harness, family_source
@@ -125,7 +126,9 @@ def test_reads_of_a_shard_that_died_are_misses_at_once(
         with monkeypatch.context() as dead:
             # Never ready and never given up by the clock: only `lost` can end the wait.
             dead.setattr(loader, "LOAD_TIMEOUT_S", 1e9)
-            dead.setattr(ArenaView, "state", lambda self, slot, generation: SlotState.LOADING)
+            loading = SlotState.LOADING
+            dead.setattr(ArenaView, "state", lambda self, slot, generation: loading)
+            dead.setattr(ArenaView, "states", lambda self, slots, _: np.full(len(slots), loading))
             dead.setattr(LocalShardClient, "lost", True)
             assert harness.run([prompt], 8) == wanted
             assert harness.reused == [{}]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -29,14 +31,15 @@ class Rig:
         self.staged: queue.Queue[dict[tuple[int, int], str]] = queue.Queue()
         self.told: queue.Queue[LoadReport] = queue.Queue()
         self.read, self.slow = threading.Event(), set[int]()
-        original = ArenaView.state
+        original = ArenaView.states
 
-        def state(arena: ArenaView, slot: int, generation: int) -> SlotState | None:
-            if slot in self.slow and not self.read.is_set():
-                return SlotState.LOADING
-            return original(arena, slot, generation)
+        def states(arena: ArenaView, slots: Any, generations: Any) -> Any:
+            told = original(arena, slots, generations)
+            if not self.read.is_set():
+                told[np.isin(slots, list(self.slow))] = SlotState.LOADING
+            return told
 
-        monkeypatch.setattr(ArenaView, "state", state)
+        monkeypatch.setattr(ArenaView, "states", states)
         group = KVLayout.from_specs([KVSpec(1, 8, 8, "float32")], 8).groups[0]
         self.pool = KVPool(group, num_blocks + 1, "cpu")
         self.store = ShardStore(None, ram_bytes=1 << 20)
@@ -148,7 +151,13 @@ def test_a_load_in_which_nothing_arrives_any_more_is_given_up_and_its_source_nam
 def test_a_slot_that_changed_under_its_copy_is_lost(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ArenaView, "entry", lambda arena, slot: (SlotState.READY, -5, bytes(16)))
+    confirm = ArenaView.confirm
+    later = np.uint64(1)
+    monkeypatch.setattr(
+        ArenaView,
+        "confirm",
+        lambda arena, slots, generations, keys: confirm(arena, slots, generations + later, keys),
+    )
     rig.load(7, 0, 1)
     assert rig.reports(2) == ([], [0, 1])
 

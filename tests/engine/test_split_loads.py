@@ -6,7 +6,9 @@ import itertools
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from engine_harness import Harness, family_source
@@ -118,7 +120,7 @@ class Chaos:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, rng: random.Random) -> None:
         self.happened: set[str] = set()
-        state, entry = ArenaView.state, ArenaView.entry
+        states, confirm = ArenaView.states, ArenaView.confirm
         stage, release = LocalShardClient.stage_async, LocalShardClient.release
 
         def strikes(what: str, one_in: float) -> bool:
@@ -127,13 +129,18 @@ class Chaos:
             self.happened.add(what)
             return True
 
-        def broken_state(arena: ArenaView, slot: int, generation: int) -> SlotState | None:
-            if strikes("failed read", 60):
-                return SlotState.FAILED
-            return SlotState.LOADING if strikes("stall", 1.25) else state(arena, slot, generation)
+        def broken_states(arena: ArenaView, slots: Any, generations: Any) -> Any:
+            told = states(arena, slots, generations)
+            for place in range(len(told)):
+                if strikes("failed read", 60):
+                    told[place] = SlotState.FAILED
+                elif strikes("stall", 1.25):
+                    told[place] = SlotState.LOADING
+            return told
 
-        def broken_entry(arena: ArenaView, slot: int) -> tuple[int, int, bytes]:
-            return (0, -1, b"") if strikes("changed slot", 8) else entry(arena, slot)
+        def broken_confirm(arena: ArenaView, *leased: Any) -> Any:
+            fine = confirm(arena, *leased)
+            return fine & np.array([not strikes("changed slot", 8) for _ in fine])
 
         def broken_stage(
             client: LocalShardClient, keys: Sequence[bytes], released: Sequence[SlotRef] = ()
@@ -147,8 +154,8 @@ class Chaos:
             if strikes("release failed", 8):
                 raise StorageError("planted")
 
-        monkeypatch.setattr(ArenaView, "state", broken_state)
-        monkeypatch.setattr(ArenaView, "entry", broken_entry)
+        monkeypatch.setattr(ArenaView, "states", broken_states)
+        monkeypatch.setattr(ArenaView, "confirm", broken_confirm)
         monkeypatch.setattr(LocalShardClient, "stage_async", broken_stage)
         monkeypatch.setattr(LocalShardClient, "release", broken_release)
         monkeypatch.setattr(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from engine_harness import Harness, family_source
@@ -55,7 +56,7 @@ def test_a_block_comes_back_as_its_codes_say(
     again = torch.zeros_like(kept_bytes)
     # in one piece, and in several as where segments of an arena meet
     cuts: list[tuple[int, ...]] = [(), (1000,), (256, 512), (), (4000,)]
-    blocks = [7, 2, 11, 5, 3]
+    blocks, places = np.array([7, 2, 11, 5, 3]), np.array([1, 4, 6, 8, 9])
 
     def slots(rows: torch.Tensor) -> list[Slot]:
         return [row.tensor_split(at) for row, at in zip(rows, cuts, strict=True)]
@@ -64,7 +65,7 @@ def test_a_block_comes_back_as_its_codes_say(
     assert all(torch.equal(view, before) for view, before in zip(wide, kept, strict=True))
     eight.save(copier, pool, blocks, slots(again))
     assert torch.equal(kept_bytes, again), "not all written"
-    eight.load(copier, pool, [1, 4, 6, 8, 9], slots(kept_bytes))
+    eight.load(copier, pool, places, slots(kept_bytes))
     for view, before in zip(wide, kept, strict=True):
         as_stored = dequantise(*quantise(before[blocks], TORCH[codec]), view.dtype)
         assert torch.equal(view[[1, 4, 6, 8, 9]], as_stored)

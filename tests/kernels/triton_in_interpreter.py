@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import triton.language as tl
@@ -196,8 +197,8 @@ def test_blocks_of_a_pool_go_to_eight_bit_tiers_and_back_by_the_kernel(
                 side.copy_(torch.randn(side.shape, generator=torch.Generator().manual_seed(layer)))
         eight = EightBits(copier, [pool])
         slots = [[torch.zeros(group.tier_bytes, dtype=torch.uint8)] for _ in range(3)]
-        eight.save(copier, pool, [4, 1, 5], slots)
-        eight.load(copier, pool, [2, 3, 0], slots)
+        eight.save(copier, pool, np.array([4, 1, 5]), slots)
+        eight.load(copier, pool, np.array([2, 3, 0]), slots)
         results.append([pool.layer(layer) for layer in range(3)])
     for theirs, ours in zip(*results, strict=True):
         for expected, got in zip(theirs, ours, strict=True):

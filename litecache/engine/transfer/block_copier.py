@@ -12,9 +12,11 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from litecache.engine.kv_layout import TRASH_BLOCK, KVGroup, KVPool, block_form
@@ -30,12 +32,99 @@ def _cudart() -> Any:
     return torch.cuda.cudart()  # type: ignore[no-untyped-call]
 
 
-Pairs = Sequence[tuple[torch.Tensor, torch.Tensor]]
+Numbers = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
 Slot = Sequence[torch.Tensor]
 """A slot's bytes, uint8, in one piece or cut where two of the arena's segments meet.
 
 Segments are pinned one by one, and CUDA refuses a copy that leaves a range pinned in one piece.
 """
+
+
+class ArenaSlots:
+    """Slots of one arena, the bytes of a block in each.
+
+    Told by numbers and not by a view a slot: a view costs the host more than the copy it is for.
+
+    Args:
+        arena: where they lie.
+        slots: their numbers, `[n]`.
+        nbytes: of every block.
+        pinned: CUDA knows the memory.
+
+    Attributes:
+        starts: of each slot, bytes into the arena, int64 `[n]`.
+        cut: bool `[n]`, which slots lie in several segments.
+    """
+
+    def __init__(
+        self, arena: ArenaView, slots: Sequence[int] | Numbers, nbytes: int, *, pinned: bool = False
+    ) -> None:
+        self.arena, self.nbytes, self.pinned = arena, nbytes, pinned
+        self.slots = np.asarray(slots, dtype=np.int64)
+        self.starts = self.slots * PAGE_BYTES
+        self.cut = self.starts // arena.segment_bytes != self._ends // arena.segment_bytes
+
+    @property
+    def _ends(self) -> Numbers:
+        return self.starts + self.nbytes - 1
+
+    def __len__(self) -> int:
+        return len(self.slots)
+
+    def __getitem__(self, part: slice | Mask) -> ArenaSlots:
+        return ArenaSlots(self.arena, self.slots[part], self.nbytes, pinned=self.pinned)
+
+    @property
+    def segments(self) -> list[int]:
+        """Of the arena, those that the slots touch."""
+        firsts, lasts = (
+            np.unique(at // self.arena.segment_bytes) for at in (self.starts, self._ends)
+        )
+        touched = set(firsts.tolist()) | set(lasts.tolist())
+        if self.nbytes > self.arena.segment_bytes:  # whole segments in between
+            for start in self.starts[self.cut].tolist():
+                end = start + self.nbytes - 1
+                touched.update(
+                    range(start // self.arena.segment_bytes, end // self.arena.segment_bytes + 1)
+                )
+        return sorted(touched)
+
+    def addresses(self) -> npt.NDArray[np.uint64]:
+        """Of each slot's first byte in this process, `[n]`."""
+        return (self.starts + self.arena.array.ctypes.data).astype(np.uint64)
+
+    def pieces(self) -> list[Slot]:
+        """Views of the slots' bytes, cut where segments meet."""
+        views: list[Slot] = []
+        for slot, start in zip(self.slots.tolist(), self.starts.tolist(), strict=True):
+            block = torch.from_numpy(self.arena.block(slot, self.nbytes))
+            meeting = self.arena.segment_bytes - start % self.arena.segment_bytes
+            cuts = list(range(meeting, self.nbytes, self.arena.segment_bytes))
+            views.append(block.tensor_split(cuts) if cuts else (block,))
+        return views
+
+
+HostBlocks = ArenaSlots | Sequence[Slot]
+"""Blocks in host memory: slots of an arena, or bytes that came in a message."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Blocks on the device: rows `index`, int64 `[n]`, of a buffer, uint8 `[blocks, nbytes]`."""
+
+    buffer: torch.Tensor
+    index: Numbers
+
+    def __getitem__(self, part: slice | Mask) -> Rows:
+        return Rows(self.buffer, self.index[part])
+
+    def addresses(self) -> npt.NDArray[np.uint64]:
+        """Of each row's first byte, `[n]`."""
+        stride = self.buffer.stride(0) * self.buffer.element_size()
+        return (self.buffer.data_ptr() + self.index * stride).astype(np.uint64)
+
+
 STAGING_BYTES = 32 << 20
 """Of blocks on the device between their two forms, a copier."""
 
@@ -43,15 +132,11 @@ STAGING_BYTES = 32 << 20
 class Codec(Protocol):
     """Between a block's bytes in the pool and its bytes in RAM and on disk."""
 
-    def save(
-        self, copier: BlockCopier, pool: KVPool, blocks: Sequence[int], slots: Sequence[Slot]
-    ) -> None:
+    def save(self, copier: BlockCopier, pool: KVPool, blocks: Numbers, slots: HostBlocks) -> None:
         """Start to write blocks of a pool into slots of `tier_bytes` each."""
         ...
 
-    def load(
-        self, copier: BlockCopier, pool: KVPool, blocks: Sequence[int], slots: Sequence[Slot]
-    ) -> None:
+    def load(self, copier: BlockCopier, pool: KVPool, blocks: Numbers, slots: HostBlocks) -> None:
         """The inverse."""
         ...
 
@@ -59,18 +144,13 @@ class Codec(Protocol):
 class SameBytes:
     """The codec of tiers that hold what the pool holds."""
 
-    def save(
-        self, copier: BlockCopier, pool: KVPool, blocks: Sequence[int], slots: Sequence[Slot]
-    ) -> None:
+    def save(self, copier: BlockCopier, pool: KVPool, blocks: Numbers, slots: HostBlocks) -> None:
         """A plain copy."""
-        copier.copy(_beside([pool.buffer[block] for block in blocks], slots))
+        copier.copy(Rows(pool.buffer, blocks), slots, save=True)
 
-    def load(
-        self, copier: BlockCopier, pool: KVPool, blocks: Sequence[int], slots: Sequence[Slot]
-    ) -> None:
+    def load(self, copier: BlockCopier, pool: KVPool, blocks: Numbers, slots: HostBlocks) -> None:
         """A plain copy."""
-        pairs = _beside([pool.buffer[block] for block in blocks], slots)
-        copier.copy([(slot, row) for row, slot in pairs])
+        copier.copy(Rows(pool.buffer, blocks), slots, save=False)
 
 
 class EightBits:
@@ -87,62 +167,62 @@ class EightBits:
     def __init__(self, copier: BlockCopier, pools: Sequence[KVPool]) -> None:
         for pool in pools:
             slots = [[torch.zeros(pool.group.tier_bytes, dtype=torch.uint8)]]
-            self.save(copier, pool, [TRASH_BLOCK], slots)
-            self.load(copier, pool, [TRASH_BLOCK], slots)
+            trash = np.array([TRASH_BLOCK])
+            self.save(copier, pool, trash, slots)
+            self.load(copier, pool, trash, slots)
         copier.synchronize()
 
-    def save(
-        self, copier: BlockCopier, pool: KVPool, blocks: Sequence[int], slots: Sequence[Slot]
-    ) -> None:
+    def save(self, copier: BlockCopier, pool: KVPool, blocks: Numbers, slots: HostBlocks) -> None:
         """Quantise, then copy."""
         wide, narrow = (block_form(group) for group in _forms(pool))
         with copier.on_stream():
             for part, staging, order, places in _parts(pool, blocks):
                 convert_blocks(pool.buffer, wide, staging, narrow, places, order)
-                copier.copy(_beside(list(staging), slots[part]))
+                copier.copy(Rows(staging, np.arange(len(staging))), slots[part], save=True)
 
-    def load(
-        self, copier: BlockCopier, pool: KVPool, blocks: Sequence[int], slots: Sequence[Slot]
-    ) -> None:
+    def load(self, copier: BlockCopier, pool: KVPool, blocks: Numbers, slots: HostBlocks) -> None:
         """Copy, then widen."""
         wide, narrow = (block_form(group) for group in _forms(pool))
         with copier.on_stream():
             for part, staging, order, places in _parts(pool, blocks):
-                pairs = _beside(list(staging), slots[part])
-                copier.copy([(slot, row) for row, slot in pairs])
+                copier.copy(Rows(staging, np.arange(len(staging))), slots[part], save=False)
                 convert_blocks(staging, narrow, pool.buffer, wide, order, places)
 
 
 def _parts(
-    pool: KVPool, blocks: Sequence[int]
+    pool: KVPool, blocks: Numbers
 ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Slices of the blocks, and for each: staging, its rows and the pool's, on the device."""
     device, tier_bytes = pool.buffer.device, pool.group.tier_bytes
     step = max(1, STAGING_BYTES // tier_bytes)
     for first in range(0, len(blocks), step):
         part = slice(first, first + step)
-        places = torch.tensor(blocks[part], dtype=torch.int64, device=device)
+        places = torch.from_numpy(blocks[part]).to(device)
         order = torch.arange(len(places), device=device)
         # Zeros: what lies between the extents goes to disk, too.
         shape = (len(places), tier_bytes)
         yield part, torch.zeros(shape, dtype=torch.uint8, device=device), order, places
 
 
-def _beside(rows: Sequence[torch.Tensor], slots: Sequence[Slot]) -> Pairs:
-    """Blocks on the device with their slots, piece by piece."""
-    pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for row, slot in zip(rows, slots, strict=True):
-        # nearly all lie in one segment: to cut costs as much as to launch their copy
-        parts: Sequence[torch.Tensor] = (row,)
-        if len(slot) > 1:
-            parts = row.tensor_split(list(itertools.accumulate(map(len, slot[:-1]))))
-        pairs += zip(parts, slot, strict=True)
-    return pairs
-
-
 def _forms(pool: KVPool) -> tuple[KVGroup, KVGroup]:
     assert pool.group.stored is not None
     return pool.group, pool.group.stored
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A place in the order of a copier's copies; on a CPU they are done as soon as they began."""
+
+    event: torch.cuda.Event | None
+
+    def passed(self) -> bool:
+        """Everything in front of it is done."""
+        return self.event is None or bool(self.event.query())  # type: ignore[no-untyped-call]
+
+    def wait(self) -> None:
+        """Until it is passed."""
+        if self.event is not None:
+            self.event.synchronize()
 
 
 class PinnedArenas:
@@ -153,9 +233,8 @@ class PinnedArenas:
         self._lock = threading.RLock()
         self._registered: dict[int, dict[int, int]] = {}
 
-    def ensure(self, arena: ArenaView, offset: int) -> bool:
-        """Pin the segment that holds byte `offset`; False when the driver refuses."""
-        segment = offset // arena.segment_bytes
+    def ensure(self, arena: ArenaView, segment: int) -> bool:
+        """Pin a segment; False when the driver refuses."""
         with self._lock:
             known = self._registered.get(id(arena))
             if known is None:
@@ -214,54 +293,65 @@ class BlockCopier:
         if self._stream is not None and event is not None:
             self._stream.wait_event(event)
 
-    def copy(self, pairs: Pairs) -> None:
-        """Start copies (source, target) between host and pool; uint8, each pair of one length."""
+    def in_order(self, steps: Numbers) -> Iterator[Numbers]:
+        """Places of blocks by when they may be copied to; in between copies wait for a step.
+
+        Args:
+            steps: int64 `[n]`, the last step that uses each block.
+        """
+        first = 0
+        order = np.argsort(steps, kind="stable")
+        known = reversed(np.unique(steps).tolist())
+        under_way = list(itertools.takewhile(lambda step: self._event_of(step) is not None, known))
+        for step in reversed(under_way):
+            begins = int(np.searchsorted(steps[order], step))
+            if begins > first:
+                yield order[first:begins]
+            self.after(step)
+            first = begins
+        if first < len(order):
+            yield order[first:]
+
+    def copy(self, rows: Rows, slots: HostBlocks, *, save: bool) -> None:
+        """Start to copy blocks of the device to host memory, or with `save=False` from there."""
         if self._stream is None:
-            for source, target in pairs:
-                # numpy's is one memcpy on this thread; torch's would wake a second team of OpenMP
-                # threads, which spin beside the one that computes.
-                np.copyto(target.numpy(), source.numpy())
-            return
+            return _copy_on_host(rows, slots, save=save)
         with torch.cuda.stream(self._stream):
-            if self._copy_at_once(pairs):
-                return
-            for source, target in pairs:
-                target.copy_(source, non_blocking=True)
+            if isinstance(slots, ArenaSlots):
+                whole = ~slots.cut
+                if slots.pinned and _copy_at_once(rows[whole], slots[whole], save=save):
+                    rows, slots = rows[slots.cut], slots[slots.cut]
+                slots = slots.pieces()
+            for row, pieces in zip(rows.index.tolist(), slots, strict=True):
+                block = rows.buffer[row]
+                for start, piece in zip(_starts(pieces), pieces, strict=True):
+                    part = block[start : start + len(piece)]
+                    source, target = (part, piece) if save else (piece, part)
+                    target.copy_(source, non_blocking=True)
 
-    def _copy_at_once(self, pairs: Pairs) -> bool:
-        if len({source.numel() for source, _ in pairs}) != 1:
-            return False
-        if not all(side.is_cuda or side.is_pinned() for pair in pairs for side in pair):
-            return False
-        sources, targets = (
-            np.array([pair[side].data_ptr() for pair in pairs], dtype=np.uint64) for side in (0, 1)
-        )
-        return copy_batch(sources, targets, pairs[0][0].numel())
-
-    def slots(self, arena: ArenaView, slots: Sequence[int], block_bytes: int) -> list[Slot]:
-        """The slots' bytes, pinned where the device is CUDA."""
-        views: list[Slot] = []
-        for slot in slots:
-            block, start = torch.from_numpy(arena.block(slot, block_bytes)), slot * PAGE_BYTES
-            meeting = arena.segment_bytes - start % arena.segment_bytes
-            cuts = list(range(meeting, block_bytes, arena.segment_bytes))
-            if self._cuda:
-                for offset in (0, *cuts):
-                    self._pinned.ensure(arena, start + offset)
-            views.append(block.tensor_split(cuts) if cuts else (block,))
-        return views
+    def slots(
+        self, arena: ArenaView, slots: Sequence[int] | Numbers, block_bytes: int
+    ) -> ArenaSlots:
+        """Slots to copy from or to, pinned where the device is CUDA."""
+        made = ArenaSlots(arena, slots, block_bytes)
+        segments = made.segments
+        arena.touch(segments)
+        if self._cuda:
+            refused = [one for one in segments if not self._pinned.ensure(arena, one)]
+            made.pinned = not refused
+        return made
 
     def on_stream(self) -> contextlib.AbstractContextManager[Any]:
         """Have what is launched inside the `with` run in the order of the copies."""
         return contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
-    def mark(self) -> Callable[[], bool]:
-        """Asks whether all copies started so far are done."""
+    def mark(self) -> Mark:
+        """Behind all copies started so far."""
         if self._stream is None:
-            return _done
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            return Mark(None)
+        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         event.record(self._stream)
-        return event.query
+        return Mark(event)
 
     def synchronize(self) -> None:
         """Wait until all copies started here are done."""
@@ -269,5 +359,26 @@ class BlockCopier:
             self._stream.synchronize()
 
 
-def _done() -> bool:
-    return True
+def _starts(pieces: Slot) -> Iterator[int]:
+    return itertools.accumulate((len(piece) for piece in pieces[:-1]), initial=0)
+
+
+def _copy_at_once(rows: Rows, slots: ArenaSlots, *, save: bool) -> bool:
+    places = (rows.addresses(), slots.addresses())
+    return not len(slots) or copy_batch(*(places if save else places[::-1]), slots.nbytes)
+
+
+def _copy_on_host(rows: Rows, slots: HostBlocks, *, save: bool) -> None:
+    # numpy's copy is one memcpy on this thread; torch's would wake a second team of OpenMP
+    # threads, which spin beside the one that computes.
+    pool = rows.buffer.numpy()
+    if not isinstance(slots, ArenaSlots):
+        for row, pieces in zip(rows.index.tolist(), slots, strict=True):
+            for start, piece in zip(_starts(pieces), pieces, strict=True):
+                part, other = pool[row, start : start + len(piece)], piece.numpy()
+                np.copyto(*((other, part) if save else (part, other)))
+        return
+    memory, nbytes = slots.arena.array, slots.nbytes
+    for row, start in zip(rows.index.tolist(), slots.starts.tolist(), strict=True):
+        part, other = pool[row], memory[start : start + nbytes]
+        np.copyto(*((other, part) if save else (part, other)))

@@ -13,19 +13,22 @@ import itertools
 import logging
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from litecache.engine.kv_layout import KVPool
 from litecache.engine.scheduling.orders import CancelOrder, LoadOrder, LoadReport, StageOrder
 from litecache.engine.scheduling.sequence import BlockRef
-from litecache.engine.transfer.block_copier import BlockCopier, Codec, Slot
+from litecache.engine.transfer.block_copier import BlockCopier, Codec, Mark, Numbers, Slot
 from litecache.engine.transfer.shard_set import Lease, ShardSet
 from litecache.metrics import Metrics
 from litecache.spans import note_span
+from litecache.storage.block_index import key_words
 from litecache.storage.protocol import SlotState
 from litecache.types import Tier
 
@@ -39,8 +42,6 @@ FETCH_BYTES = 32 << 20
 """Bytes of one message from a remote shard."""
 PART_BYTES = 64 << 20
 """Bytes that are copied, and told, together."""
-POLLED_BLOCKS = 128
-"""Slots that are looked at in turn, of those still awaited: reads end about in their order."""
 
 
 class _Load:
@@ -53,6 +54,70 @@ class _Load:
         self.order = order
         self.waiting = waiting
         self.tier = _slowest(waiting.values())
+
+
+class _ShardLeases:
+    """The leases of a load on one shard, as columns: a few numpy calls tell what has arrived.
+
+    Attributes:
+        refs, leases: in the order in which they are wanted.
+        slots, groups: int64 `[n]`.
+    """
+
+    def __init__(
+        self, refs: list[BlockRef], leases: list[Lease], sizes: Sequence[int], room: int
+    ) -> None:
+        shard = leases[0].shard
+        assert shard is not None
+        self.shard = shard
+        self.refs, self.leases = refs, leases
+        slots = [lease.slot for lease in leases if lease.slot is not None]
+        self.slots = np.fromiter([slot for slot, _ in slots], np.int64, len(slots))
+        self._generations = np.fromiter([number for _, number in slots], np.uint64, len(slots))
+        self._keys = key_words([lease.key for lease in leases])
+        self.groups = np.fromiter([group for group, _ in refs], np.int64, len(refs))
+        self._nbytes = np.array(sizes, dtype=np.int64)[self.groups]
+        self._room = room
+        # places of what was neither begun nor lost
+        self._left = np.arange(len(refs))
+
+    def sorted(self) -> tuple[Numbers, list[int]]:
+        """Places of what can be copied next, and of what will never come; each is told once."""
+        left = self._left
+        if not len(left):
+            return left, []
+        states = self.shard.arena.states(self.slots[left], self._generations[left])
+        ready = left[states == SlotState.READY]
+        # at least one, however large a block is
+        fits = np.cumsum(self._nbytes[ready]) - self._nbytes[ready] < self._room
+        ready = ready[fits]
+        lost = self.shard.lost
+        gone = left[(states != SlotState.READY) & ((states != SlotState.LOADING) | lost)]
+        if len(ready) or len(gone):
+            self._left = np.setdiff1d(left, np.concatenate([ready, gone]), assume_unique=True)
+        return ready, gone.tolist()
+
+    def confirmed(self, places: Numbers) -> list[bool]:
+        """Which slots still hold what was leased."""
+        generations, keys = self._generations[places], self._keys[places]
+        fine: list[bool] = self.shard.arena.confirm(self.slots[places], generations, keys).tolist()
+        return fine
+
+
+class _Part(NamedTuple):
+    """Blocks that are copied, and told, together; `waited`: they had not been read ahead."""
+
+    of: _ShardLeases
+    places: Numbers
+    waited: bool
+
+    @property
+    def refs(self) -> list[BlockRef]:
+        return [self.of.refs[place] for place in self.places.tolist()]
+
+    @property
+    def leases(self) -> list[Lease]:
+        return [self.of.leases[place] for place in self.places.tolist()]
 
 
 class Loader:
@@ -164,7 +229,7 @@ class Loader:
         if found:
             with self._lock:
                 self._leases.setdefault(order.ticket, {}).update(found)
-        self._staged(order.ticket, {ref: _source(lease) for ref, lease in found.items()})
+        self._staged(order.ticket, {ref: lease.source for ref, lease in found.items()})
 
     def _run(self, job: Callable[[_Load], None], load: _Load) -> None:
         started = time.perf_counter()
@@ -195,7 +260,7 @@ class Loader:
         mine = self._take(load, refs)
         for lease in mine.values():
             self._miss(lease, reason)
-        failed = {_source(lease) for lease in mine.values()}
+        failed = {lease.source for lease in mine.values()}
         self._tell(load.order.ticket, lost=list(mine), failed=frozenset(failed))
         self._shards.give_back(list(mine.values()))
 
@@ -213,28 +278,37 @@ class Loader:
     def _load_near(self, load: _Load) -> None:
         """Copy what becomes ready in slots of this node; a part is told as it lands."""
         copier = self._copier()
-        copying: deque[tuple[Callable[[], bool], dict[BlockRef, Lease], bool]] = deque()
+        shards = self._by_shard(load)
+        copying: deque[tuple[Mark | None, _Part]] = deque()
         spent: list[Lease] = []
         heard_s, pause_s, waited = time.monotonic(), 0.0002, False
         try:
             while load.waiting or copying:
-                ready, gone = self._sorted(load)
-                if gone:
-                    self._lose(load, gone, "failed")
-                part = self._take(load, ready)
-                if part:
-                    copying.append((_never, part, waited))
-                    slots = {ref: self._slot(copier, ref[0], le) for ref, le in part.items()}
-                    self._copy_in(copier, load.order, slots)
-                    copying[-1] = (copier.mark(), part, waited)
-                landed = False
-                while copying and (copying[0][0]() or not load.waiting):
-                    if not copying[0][0]():
-                        copier.synchronize()
-                    spent += self._landed(load.order.ticket, *copying[0][1:])
-                    copying.popleft()
-                    landed = True
-                if part or gone or landed:
+                busy = False
+                for leases in shards:
+                    ready, gone = leases.sorted()
+                    if gone:
+                        self._lose(load, [leases.refs[place] for place in gone], "failed")
+                    part = _Part(leases, self._taken(load, leases, ready), waited)
+                    busy = busy or bool(len(part.places) or gone)
+                    if len(part.places):
+                        copying.append((None, part))
+                        self._copy_in(copier, load.order, part)
+                        copying[-1] = (copier.mark(), part)
+                # What has landed is told at once; where nothing else is to be begun, the next part
+                # is waited for, and not all of them: the engine takes them in one by one.
+                while copying and (mark := copying[0][0]):
+                    if not mark.passed():
+                        if load.waiting:
+                            break
+                        # beside the copy: behind the last one the engine would wait for it
+                        self._shards.give_back(spent)
+                        spent = []
+                        mark.wait()
+                    self._landed(load.order.ticket, copying[0][1])
+                    spent += copying.popleft()[1].leases
+                    busy = True
+                if busy:
                     heard_s, pause_s = time.monotonic(), 0.0002
                 elif load.waiting and time.monotonic() > heard_s + LOAD_TIMEOUT_S:
                     self._lose(load, list(load.waiting), "timeout")
@@ -247,49 +321,53 @@ class Loader:
                     pause_s, waited = min(pause_s * 2, 0.002), True
         except BaseException:
             copier.synchronize()
-            for _, part, _ in copying:
-                self._tell(load.order.ticket, lost=list(part))
-                spent += part.values()
+            for _, part in copying:
+                self._tell(load.order.ticket, lost=part.refs)
+                spent += part.leases
             raise
         finally:
             self._shards.give_back(spent)
 
-    def _sorted(self, load: _Load) -> tuple[list[BlockRef], list[BlockRef]]:
-        """Of the next blocks, what can be copied and what will never come."""
-        ready: list[BlockRef] = []
-        gone: list[BlockRef] = []
-        room = PART_BYTES
+    def _by_shard(self, load: _Load) -> list[_ShardLeases]:
         with self._lock:
-            waiting = list(itertools.islice(load.waiting.items(), POLLED_BLOCKS))
-        for ref, lease in waiting:
-            assert lease.shard is not None
-            assert lease.slot is not None
-            state = lease.shard.arena.state(lease.slot.slot, lease.slot.generation)
-            if state is SlotState.READY:
-                ready.append(ref)
-                room -= self._tier_bytes(ref[0])
-                if room <= 0:
-                    break
-            elif state is not SlotState.LOADING or lease.shard.lost:
-                gone.append(ref)
-        return ready, gone
+            waiting = dict(load.waiting)
+        by_shard: dict[str, list[BlockRef]] = {}
+        for ref, lease in waiting.items():
+            by_shard.setdefault(lease.shard_id, []).append(ref)
+        room = PART_BYTES // max(1, len(by_shard))
+        sizes = [pool.group.tier_bytes for pool in self._pools]
+        return [
+            _ShardLeases(refs, [waiting[ref] for ref in refs], sizes, room)
+            for refs in by_shard.values()
+        ]
 
-    def _landed(self, ticket: int, part: Mapping[BlockRef, Lease], waited: bool) -> list[Lease]:
+    def _taken(self, load: _Load, leases: _ShardLeases, places: Numbers) -> Numbers:
+        """Of these places, those whose blocks are not cancelled."""
+        if not len(places):
+            return places
+        taken = self._take(load, [leases.refs[place] for place in places.tolist()])
+        if len(taken) == len(places):
+            return places
+        return np.array([p for p in places.tolist() if leases.refs[p] in taken], dtype=np.int64)
+
+    def _landed(self, ticket: int, part: _Part) -> None:
         """The copies of a part are done: what is confirmed holds its bytes; the leases are left."""
-        confirmed = {ref: self._confirm(lease) for ref, lease in part.items()}
-        done = [ref for ref, fine in confirmed.items() if fine]
-        lost = [ref for ref, fine in confirmed.items() if not fine]
-        self._tell(ticket, done, lost, waited=waited)
-        self._count_copied({ref: part[ref] for ref in done})
-        return list(part.values())
+        fine = part.of.confirmed(part.places)
+        refs = part.refs
+        done = [ref for ref, good in zip(refs, fine, strict=True) if good]
+        lost = [ref for ref, good in zip(refs, fine, strict=True) if not good]
+        for lease, good in zip(part.leases, fine, strict=True):
+            if not good:
+                self._miss(lease, "changed")
+        self._tell(ticket, done, lost, waited=part.waited)
+        confirmed = itertools.compress(part.leases, fine)
+        self._count_copied(zip(done, confirmed, strict=True))
 
-    def _count_copied(self, part: Mapping[BlockRef, Lease]) -> None:
-        totals: dict[str, int] = {}
-        for (group, _), lease in part.items():
-            tier = lease.tier.value
-            totals[tier] = totals.get(tier, 0) + self._tier_bytes(group)
-        for tier, nbytes in totals.items():
-            self._metrics.inc("litecache_copied_bytes", nbytes, direction="load", tier=tier)
+    def _count_copied(self, part: Iterable[tuple[BlockRef, Lease]]) -> None:
+        counts = Counter((lease.tier, group) for (group, _), lease in part)
+        for (tier, group), count in counts.items():
+            nbytes = count * self._tier_bytes(group)
+            self._metrics.inc("litecache_copied_bytes", nbytes, direction="load", tier=tier.value)
 
     def _load_far(self, load: _Load) -> None:
         """Fetch blocks from shards of other nodes, many in a message."""
@@ -316,46 +394,39 @@ class Loader:
                 for ref, data in zip(refs, blocks, strict=True)
                 if ref in part and data is not None
             }
-            self._copy_in(copier, load.order, views)
-            copier.synchronize()
+            if views:
+                self._copy_message(copier, load.order, views)
+                copier.synchronize()
             self._metrics.inc("litecache_remote_blocks", len(part), shard=shard_id)
-            self._count_copied(part)
+            self._count_copied(part.items())
             self._tell(load.order.ticket, list(part))
 
-    def _slot(self, copier: BlockCopier, group: int, lease: Lease) -> Slot:
-        assert lease.shard is not None
-        assert lease.slot is not None
-        (view,) = copier.slots(lease.shard.arena, [lease.slot.slot], self._tier_bytes(group))
-        return view
+    def _copy_in(self, copier: BlockCopier, order: LoadOrder, part: _Part) -> None:
+        """Start to fill blocks of the pool from their slots."""
+        targets = np.array([order.blocks[ref] for ref in part.refs], dtype=np.int64)
+        groups = part.of.groups[part.places]
+        for at in copier.in_order(targets[:, 1]):
+            for group in np.unique(groups[at]).tolist():
+                mine = at[groups[at] == group]
+                nbytes, numbers = self._tier_bytes(group), part.of.slots[part.places[mine]]
+                slots = copier.slots(part.of.shard.arena, numbers, nbytes)
+                self._codec.load(copier, self._pools[group], targets[mine, 0], slots)
 
-    def _copy_in(
+    def _copy_message(
         self, copier: BlockCopier, order: LoadOrder, part: Mapping[BlockRef, Slot]
     ) -> None:
-        """Start to fill blocks of the pool from their bytes in the tiers."""
-
-        def step(ref: BlockRef) -> int:
-            return order.blocks[ref][1]
-
-        for last, refs in itertools.groupby(sorted(part, key=step), key=step):
-            copier.after(last)
-            by_group: dict[int, list[BlockRef]] = {}
-            for ref in refs:
-                by_group.setdefault(ref[0], []).append(ref)
-            for group, mine in by_group.items():
-                blocks = [order.blocks[ref][0] for ref in mine]
-                self._codec.load(copier, self._pools[group], blocks, [part[ref] for ref in mine])
+        """Start to fill blocks of the pool from bytes of another node."""
+        refs = list(part)
+        targets = np.array([order.blocks[ref] for ref in refs], dtype=np.int64)
+        groups = np.array([group for group, _ in refs])
+        for at in copier.in_order(targets[:, 1]):
+            for group in np.unique(groups[at]).tolist():
+                mine = at[groups[at] == group]
+                views = [part[refs[place]] for place in mine.tolist()]
+                self._codec.load(copier, self._pools[group], targets[mine, 0], views)
 
     def _tier_bytes(self, group: int) -> int:
         return self._pools[group].group.tier_bytes
-
-    def _confirm(self, lease: Lease) -> bool:
-        assert lease.shard is not None
-        assert lease.slot is not None
-        _, generation, key = lease.shard.arena.entry(lease.slot.slot)
-        if generation == lease.slot.generation and key == lease.key:
-            return True
-        self._miss(lease, "changed")
-        return False
 
     def _miss(self, lease: Lease, reason: str) -> None:
         self._metrics.inc("litecache_misses", tier=lease.tier.value, reason=reason)
@@ -371,14 +442,6 @@ def _slowest(leases: Iterable[Lease]) -> str:
     """The tier that a load of these waits for."""
     tiers = {lease.tier for lease in leases}
     return next((t for t in (Tier.REMOTE, Tier.DISK) if t in tiers), Tier.RAM).value
-
-
-def _source(lease: Lease) -> str:
-    return f"{lease.tier.value}:{lease.shard_id}"
-
-
-def _never() -> bool:
-    return False
 
 
 def _note_fault(order: Future[None]) -> None:

@@ -12,6 +12,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from litecache.engine.kv_layout import KVPool
 from litecache.engine.scheduling.orders import SaveOrder
 from litecache.engine.transfer.block_copier import BlockCopier, Codec
@@ -196,7 +198,7 @@ class Saver:
                 dropped += self._drop(new, "no_slot")
                 break
             views = self._copier.slots(shard.arena, [slot.slot for slot in slots], block_bytes)
-            blocks = [order.block for order in new[: len(slots)]]
+            blocks = np.array([order.block for order in new[: len(slots)]], dtype=np.int64)
             self._codec.save(self._copier, pool, blocks, views)
             self._copier.synchronize()
             items = [

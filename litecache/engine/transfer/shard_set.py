@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
+
+import numpy as np
 
 from litecache.hashing import BlockKey
 from litecache.metrics import Metrics
@@ -29,13 +32,17 @@ class RemoteSource(Protocol):
 
 
 class Lease(NamedTuple):
-    """A block found below: in a slot of a local shard, or (slot None) on a remote one."""
+    """A block found below: in a slot of a local shard, or (slot None) on a remote one.
+
+    `source` is "tier:shard".
+    """
 
     key: BlockKey
     tier: Tier
     shard_id: str
     shard: ShardClient | None
     slot: SlotRef | None
+    source: str
 
 
 class ShardSet:
@@ -103,26 +110,36 @@ class ShardSet:
         answers = self._ask_all(keys)
         leases: list[Lease | None] = [None] * len(keys)
         reasons = ["absent"] * len(keys)
+        spare: list[Lease] = []
         for shard, results in answers:
-            for position, result in enumerate(results):
-                if result.status is StageStatus.BUSY:
-                    reasons[position] = "busy"
-                if result.status not in (StageStatus.READY, StageStatus.LOADING):
+            shard_id = shard.shard_id
+            ram, disk = (f"{tier.value}:{shard_id}" for tier in (Tier.RAM, Tier.DISK))
+            for position, (status, slot, generation) in enumerate(results):
+                if status is StageStatus.READY:
+                    tier, source = Tier.RAM, ram
+                elif status is StageStatus.LOADING:
+                    tier, source = Tier.DISK, disk
+                else:
+                    if status is StageStatus.BUSY:
+                        reasons[position] = "busy"
                     continue
-                tier = Tier.RAM if result.status is StageStatus.READY else Tier.DISK
-                slot = SlotRef(result.slot, result.generation)
-                lease = Lease(keys[position], tier, shard.shard_id, shard, slot)
+                slot_ref = SlotRef(slot, generation)
+                lease = Lease(keys[position], tier, shard_id, shard, slot_ref, source)
                 other = leases[position]
-                better = other is None or (other.tier is Tier.DISK and tier is Tier.RAM)
-                spare: Lease | None = other if better else lease
-                if better:
+                if other is None:
                     leases[position] = lease
-                if spare is not None:
-                    self.give_back([spare])
+                elif other.tier is Tier.DISK and tier is Tier.RAM:
+                    leases[position] = lease
+                    spare.append(other)
+                else:
+                    spare.append(lease)
+        self.give_back(spare)
         self._ask_remote(keys, leases)
-        for found, reason in zip(leases, reasons, strict=True):
-            if found is None:
-                self._metrics.inc("litecache_misses", tier="shard", reason=reason)
+        missed = Counter(
+            reason for found, reason in zip(leases, reasons, strict=True) if found is None
+        )
+        for reason, count in missed.items():
+            self._metrics.inc("litecache_misses", count, tier="shard", reason=reason)
         return leases
 
     def fetch(self, leases: Sequence[Lease]) -> list[bytes | None]:
@@ -145,7 +162,7 @@ class ShardSet:
             shard = mine[0].shard
             assert shard is not None
             try:
-                loading = [lease for lease in mine if _is_loading(lease)]
+                loading = _still_loading(shard, mine)
                 cancelled = shard.cancel([lease.key for lease in loading]) if loading else []
                 gone = {id(le) for le, ended in zip(loading, cancelled, strict=True) if ended}
                 rest = [le.slot for le in mine if id(le) not in gone and le.slot is not None]
@@ -182,7 +199,8 @@ class ShardSet:
         local = {shard.shard_id for shard in self._shards}
         for position, shard_id in zip(missing, places, strict=True):
             if shard_id is not None and shard_id not in local:
-                leases[position] = Lease(keys[position], Tier.REMOTE, shard_id, None, None)
+                source = f"{Tier.REMOTE.value}:{shard_id}"
+                leases[position] = Lease(keys[position], Tier.REMOTE, shard_id, None, None, source)
 
     def _note(self, call: str, shard_id: str, error: Exception) -> None:
         # A shard that fails is a miss, whatever the failure: the request computes instead.
@@ -190,8 +208,9 @@ class ShardSet:
         logger.warning("%s on shard %s failed: %s: %s", call, shard_id, type(error).__name__, error)
 
 
-def _is_loading(lease: Lease) -> bool:
-    if lease.shard is None or lease.slot is None:
-        return False
-    state = lease.shard.arena.state(lease.slot.slot, lease.slot.generation)
-    return state is SlotState.LOADING
+def _still_loading(shard: ShardClient, leases: Sequence[Lease]) -> list[Lease]:
+    slots = [lease.slot for lease in leases if lease.slot is not None]
+    numbers = np.fromiter([slot for slot, _ in slots], np.int64, len(slots))
+    generations = np.fromiter([number for _, number in slots], np.uint64, len(slots))
+    states = shard.arena.states(numbers, generations)
+    return [leases[place] for place in np.flatnonzero(states == SlotState.LOADING).tolist()]

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -55,6 +55,7 @@ class SlotMemory:
         self.array: npt.NDArray[np.uint8] = self._mapping.array[:arena_bytes]
         table = self._mapping.array[arena_bytes:][: arena_bytes // PAGE_BYTES * ENTRY_BYTES]
         self._words = table.data.cast("Q")
+        self._table = table.view(np.uint64).reshape(-1, ENTRY_WORDS)
 
     def _ranges(self, first: int, last: int) -> tuple[tuple[int, int], tuple[int, int]]:
         """`(start, length)` of segments `first` to `last`, and of their pages of the slot table."""
@@ -79,6 +80,7 @@ class SlotMemory:
     def close(self) -> None:
         """Unmap, or as soon as the last array or tensor made from it is gone."""
         self.array = np.empty(0, np.uint8)
+        self._table = np.empty((0, ENTRY_WORDS), np.uint64)
         self._words.release()
         self._mapping.close()
 
@@ -156,15 +158,22 @@ class ArenaView(SlotMemory):
         end = start + nbytes
         if slot < 0 or end > len(self.array):
             raise StorageError(f"slot={slot} with {nbytes} bytes lies outside the arena")
-        segment = start // self.segment_bytes
-        if segment not in self._mapped:
-            # A leased slot's segments exist, so this makes nothing: it spares a fault on each page,
-            # which a copy would otherwise pay once in every process.
-            last = (end - 1) // self.segment_bytes
-            for piece in self._ranges(segment, last):
-                self._mapping.populate(*piece)
-            self._mapped.update(range(segment, last + 1))
+        first, last = start // self.segment_bytes, (end - 1) // self.segment_bytes
+        if first not in self._mapped or last not in self._mapped:
+            self.touch(range(first, last + 1))
         return self.array[start:end]
+
+    def touch(self, segments: Iterable[int]) -> None:
+        """Map segments in which leased slots lie, if that was not done.
+
+        They exist, so this makes nothing: it spares a fault on each page, which a copy would
+        otherwise pay once in every process.
+        """
+        for segment in segments:
+            if segment not in self._mapped:
+                for piece in self._ranges(segment, segment):
+                    self._mapping.populate(*piece)
+                self._mapped.add(segment)
 
     def buffer(self, slot: int, nbytes: int) -> memoryview:
         """`block` as a memoryview."""
@@ -178,6 +187,35 @@ class ArenaView(SlotMemory):
         """State of the slot under `generation`; FREE when the slot has moved on."""
         word = self._words[slot * ENTRY_WORDS]
         return _STATES[word & 0xFF] if word >> 8 == generation else SlotState.FREE
+
+    def states(
+        self, slots: npt.NDArray[np.int64], generations: npt.NDArray[np.uint64]
+    ) -> npt.NDArray[np.uint8]:
+        """`state` of many slots, `[n]`."""
+        words = self._table[slots, 0]
+        return np.where(words >> np.uint64(8) == generations, words & np.uint64(0xFF), 0).astype(
+            np.uint8
+        )
+
+    def confirm(
+        self,
+        slots: npt.NDArray[np.int64],
+        generations: npt.NDArray[np.uint64],
+        keys: npt.NDArray[np.uint64],
+    ) -> npt.NDArray[np.bool_]:
+        """Which slots hold these contents, for the check after a copy.
+
+        Args:
+            slots, generations: `[n]`, as leased.
+            keys: the two little-endian halves of each slot's key, `[n, 2]`.
+        """
+        entries = self._table[slots]
+        same = entries[:, 0] >> np.uint64(8) == generations
+        same &= (entries[:, 1:3] == keys).all(axis=1)
+        # the key was read under that generation if it stands there still
+        same &= self._table[slots, 0] >> np.uint64(8) == generations
+        told: npt.NDArray[np.bool_] = same
+        return told
 
     def wait(
         self,

@@ -116,6 +116,11 @@ class Queues:
                 column.frombytes(bytes(column.itemsize * rows))
             self._links.ensure(len(self._where) - 1)
 
+    @property
+    def counts_uses(self) -> bool:
+        """Whether the use of a block that another follows changes anything."""
+        return self._policy.counts_uses
+
     def __contains__(self, handle: int) -> bool:
         return 0 <= handle < len(self._where) and self._where[handle] >= 0
 
