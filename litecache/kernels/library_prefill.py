@@ -65,8 +65,9 @@ def plan_cases(most_queries: int, most_context: int) -> Iterator[tuple[int, int]
         prefixes = [sum(PIECES)]
         if sum(PIECES) > room or len(PIECES) > queries // QUERIES_A_PIECE:
             prefixes = list(PIECES)
-        if queries == MIN_QUERIES:
-            # With a remainder for the Triton kernel, alone and behind a piece.
+        if queries <= MIN_QUERIES + CHUNK_UNIT:
+            # With a remainder for the Triton kernel, alone and behind a piece. The shortest chunk
+            # alone would not do: a graph may hold it, and takes another way.
             prefixes += [1, PIECES[-1] + 1]
         yield from ((prefix, queries) for prefix in (0, *prefixes) if prefix <= room)
 
