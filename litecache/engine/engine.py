@@ -73,6 +73,8 @@ CALL_TIMEOUT_S = 30.0
 MOST_LOGGED = 80
 """Characters of a request's id in a log."""
 _open_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+WATCH_S = 2e-4
+"""Between two looks at a step that runs, while loads may land."""
 LONGEST_WAIT_S = 3600.0
 """Of an idle engine, whatever the deadlines of its requests."""
 
@@ -479,12 +481,31 @@ class Engine:
         if schedule.plan is not None:
             self._launch(schedule)
         idle = schedule.plan is None and not self._in_flight
+        if schedule.plan is None and self._in_flight and self._hears_first():
+            return
         if len(self._in_flight) > (self._overlap if schedule.plan is not None else 0):
             waited_s = self._finish_step()
         if schedule.plan is not None:
             host_s = time.perf_counter() - started - waited_s
             self.metrics.observe("litecache_step_seconds", host_s, kind="host")
         self._take_messages(wait=idle)
+
+    def _hears_first(self) -> bool:
+        """While the last step runs: whether news of loads has come before its end.
+
+        What it lets be computed is launched behind that step, and not after it.
+        """
+        if not self._scheduler.awaits_news:
+            return False
+        step = self._in_flight[0][1]
+        while not step.ready():
+            try:
+                self._inbox.get(timeout=WATCH_S)()
+            except queue.Empty:
+                continue
+            self._take_messages(wait=False)
+            return True
+        return False
 
     def _launch(self, schedule: Schedule) -> None:
         assert schedule.plan is not None

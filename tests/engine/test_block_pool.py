@@ -83,7 +83,7 @@ class BlockPoolMachine(RuleBasedStateMachine):
         private = [block for block in sorted(self.refs) if self.pool.is_writable(block)]
         if private:
             block = private[pick % len(private)]
-            self.pool.begin_copy(block)
+            self.pool.begin_copies([block])
             self.refs[block] += 1
             self.copying.append(block)
 
@@ -143,7 +143,7 @@ def test_every_state_is_reached_and_reported() -> None:
     pool = BlockPool(5)
     private, published, idle = pool.allocate(3)
     (loading,) = pool.allocate(1)
-    pool.begin_copy(loading)
+    pool.begin_copies([loading])
     pool.publish(published, b"p" * 16)
     pool.publish(idle, b"i" * 16)
     pool.release([idle])

@@ -16,6 +16,7 @@ from litecache.engine.scheduling.cost_model import CostModel, Found, LoadPlan, S
 
 BLOCK = 16
 BLOCK_BYTES = 2 << 20
+CHUNK_BYTES = 128 * BLOCK_BYTES
 CHUNK, LONE = 2048, 8192
 MIB = 1 << 20
 
@@ -99,7 +100,7 @@ class Machine:
                 count = min(CHUNK // BLOCK, back - front)
                 where = front * BLOCK
                 if lands and self.model.sooner(
-                    ticket, {self.source: left}, count * BLOCK, where, self.now
+                    ticket, {self.source: left}, count * BLOCK_BYTES, count * BLOCK, where, self.now
                 ):
                     # a decode's or an idle turn's time, then it is asked again
                     self.now = min(lands[0][0], self.now + 2e-3)
@@ -233,9 +234,9 @@ def test_a_load_that_is_long_overdue_marks_its_source_as_out() -> None:
     costs.begin(1, plan, {"disk:0": 100 * BLOCK_BYTES}, 0.0)
     costs.progress(1, "disk:0", 10 * BLOCK_BYTES, 0.01)
     costs.progress(1, "disk:0", 10 * BLOCK_BYTES, 0.02)
-    assert costs.sooner(1, {"disk:0": BLOCK_BYTES}, 2048, 0, 0.021)
-    assert not costs.sooner(1, {"disk:0": 80 * BLOCK_BYTES}, 2048, 0, 0.021)
-    assert not costs.sooner(1, {"disk:0": BLOCK_BYTES}, 2048, 0, 1.0)
+    assert costs.sooner(1, {"disk:0": BLOCK_BYTES}, CHUNK_BYTES, 2048, 0, 0.021)
+    assert not costs.sooner(1, {"disk:0": 80 * BLOCK_BYTES}, CHUNK_BYTES, 2048, 0, 0.021)
+    assert not costs.sooner(1, {"disk:0": BLOCK_BYTES}, CHUNK_BYTES, 2048, 0, 1.0)
     assert costs.stats()["sources"]["disk:0"]["out"]
     costs.progress(1, "disk:0", BLOCK_BYTES, 1.1)
     assert not costs.stats()["sources"]["disk:0"]["out"]
@@ -452,7 +453,7 @@ def test_a_load_that_was_given_up_bounds_the_rate_and_idle_time_alone_changes_no
         )
 
     costs.begin(1, plan(0.0), {"disk:0": 512 * BLOCK_BYTES}, 0.0)
-    assert not costs.sooner(1, {"disk:0": 512 * BLOCK_BYTES}, 2048, 0, 0.05)
+    assert not costs.sooner(1, {"disk:0": 512 * BLOCK_BYTES}, CHUNK_BYTES, 2048, 0, 0.05)
     costs.end(1)  # not a batch of 16 MiB in 50 ms
     assert costs.stats()["sources"]["disk:0"]["bytes_per_s"] == pytest.approx(16 * MIB / 0.05)
     costs.begin(2, plan(2.0), {"disk:0": 512 * BLOCK_BYTES}, 2.0)
@@ -483,8 +484,8 @@ def test_steps_under_way_stand_in_front_of_the_chunk_and_give_a_load_time() -> N
     assert plan(0.05).first_token_s > plan(0.0).first_token_s
     left = {"disk:0": 150 * MIB}
     costs.begin(1, plan(0.0), left, 10.0)
-    assert not costs.sooner(1, left, 2048, 0, 10.0)
-    assert costs.sooner(1, left, 2048, 0, 10.0, busy_s=0.05)
+    assert not costs.sooner(1, left, CHUNK_BYTES, 2048, 0, 10.0)
+    assert costs.sooner(1, left, CHUNK_BYTES, 2048, 0, 10.0, busy_s=0.05)
 
 
 def test_more_is_loaded_while_others_wait_behind_but_never_slower_than_computing_all() -> None:
@@ -519,3 +520,27 @@ def test_small_loads_tell_a_latency_and_not_a_rate() -> None:
     source = costs.stats()["sources"]["ram:0"]
     assert source["bytes_per_s"] == rate
     assert source["latency_s"] == pytest.approx(0.001, rel=0.15)
+
+
+def test_nothing_is_computed_beside_a_load_from_ram_unless_it_spares_a_step_and_a_tenth() -> None:
+    costs = model()
+    for _ in range(40):
+        costs.note_step(prefill_tokens=2048, context_tokens=0, num_decodes=0, seconds=0.05)
+        costs.note_step(prefill_tokens=64, context_tokens=0, num_decodes=0, seconds=0.008)
+
+    def load_from(source: str, rate: float) -> int:
+        costs.note_read(source, int(rate), 1.0)
+        found = [Found(source, BLOCK_BYTES)] * 512
+        return costs.plan(
+            num_tokens=8256, start=0, found=found, queued_tokens=0, num_decodes=0, now=10.0
+        ).load_from
+
+    assert load_from("ram:0", 55e9) == 0
+    assert load_from("ram:1", 4e9) > 64
+    assert load_from("disk:0", 55e9) > 0
+    left = {"ram:0": 2048 * BLOCK_BYTES}
+    plan = LoadPlan(0, 0.1, 0.1, 0.0, 2048)
+    costs.begin(1, plan, left, 10.0)
+    # it arrives in 78 ms; a chunk takes 50 and spares 5
+    assert costs.sooner(1, left, CHUNK_BYTES, 2048, 0, 10.0)
+    assert not costs.sooner(1, left, CHUNK_BYTES, 2048, 0, 10.5), "it is overdue"

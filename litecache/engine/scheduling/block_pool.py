@@ -147,12 +147,14 @@ class BlockPool:
     def _idle_like(self, block: int) -> OrderedDict[int, None]:
         return self._idle_partial if block in self._partial else self._idle
 
-    def begin_copy(self, block: int) -> None:
-        """A copy will write to a private block: it is referenced until `end_copy`."""
-        assert self._refs[block] > 0, f"block {block} is not in use"
-        assert self._keys[block] is None, f"block {block} is published"
-        self._refs[block] += 1
-        self._loading.add(block)
+    def begin_copies(self, blocks: Sequence[int]) -> None:
+        """Copies will write to private blocks: each is referenced until its `end_copy`."""
+        refs, keys = self._refs, self._keys
+        for block in blocks:
+            assert refs[block] > 0, f"block {block} is not in use"
+            assert keys[block] is None, f"block {block} is published"
+            refs[block] += 1
+        self._loading.update(blocks)
 
     def end_copy(self, block: int) -> None:
         """The copy has ended, or never began; its reference is still to be released."""

@@ -30,7 +30,7 @@ Floats = npt.NDArray[np.float64]
 PRIOR_FLOPS = {"cuda": 700e12, "cpu": 50e9}
 """Of a prefill: more than most have, so that computing looks cheap until it is measured."""
 PRIOR_STEP_S = {"cuda": 5e-3, "cpu": 2e-3}
-PRIOR_SOURCES = {"ram": (20e9, 5e-4), "disk": (2e9, 2e-3), "remote": (0.5e9, 1e-2)}
+PRIOR_SOURCES = {"ram": (40e9, 5e-4), "disk": (2e9, 2e-3), "remote": (0.5e9, 1e-2)}
 """Bytes per second and latency, by the tier in front of a source's colon. Rather too much: a source
 that is never asked is never measured, and asking one that is slow costs a chunk at most."""
 COPY_BYTES_PER_S = 50e9
@@ -40,11 +40,14 @@ PAIR_SHARE = 4e-5
 READ_SHARE = 5e-3
 """Prior of `read` over `token`: a chunk of few tokens still reads all keys in front of it."""
 TOLERANCE, TOLERANCE_S = 1.01, 1e-4
-"""Of the plans that are this near to the best, the one that takes least of the disks is taken, and
-of those the one that computes least: copies from RAM are cheaper than the GPU's time."""
+"""Of the plans that are this near to the best, the one is taken that takes the least seconds of
+disks and GPU together: copies from RAM are cheap."""
 WORTH, WORTH_S = 1.02, 5e-4
 """A plan that loads must beat computing all by this much; one that asks a disk by a step, too: so
 much is lost where the disk does not answer."""
+BESIDE_RAM = 0.1
+"""What computing beside a load from RAM must save of it, and a step at least: launching steps and
+launching copies take turns on one interpreter, so that each slows the other down."""
 SPAN_S = 0.02
 """Landings of a source are summed over so long before they count as one reading of its rate."""
 OVERDUE_S = 0.1
@@ -215,7 +218,7 @@ class Source:
     def end(self, ticket: int, now: float) -> None:
         """A ticket wants nothing more; what is overdue then is slower than was believed."""
         left = self.ordered.get(ticket, 0)
-        if left and self._overdue(now):
+        if left and self.overdue(now):
             self.rate = min(self.rate, min(left, self._batch) / self._since(now))
             self.leave_out(now)
         self.ordered.pop(ticket, None)
@@ -243,7 +246,7 @@ class Source:
 
     def usable(self, now: float) -> bool:
         """It may be planned with."""
-        if self.ordered and self._overdue(now, 4, OVERDUE_S):
+        if self.ordered and self.overdue(now, 4, OVERDUE_S):
             self.leave_out(now)
         return not self.out or now >= self._probe_s
 
@@ -266,12 +269,13 @@ class Source:
     def arrival_s(self, nbytes: int, now: float) -> float:
         """Seconds until this many more have landed."""
         since = self._since(now)
-        if self._overdue(now):  # it will take as long again as it has
+        if self.overdue(now):  # it will take as long again as it has
             return nbytes / self.rate + since
         if not self._busy:
             return max(0.0, self.latency_s + nbytes / self.rate - since)
         # A disk that has become slow shows first in what it has done since it had something to do.
-        spent = max(self._landed_s - self._begun_s, 1e-6)
+        spent = self._landed_s - self._begun_s - self.latency_s
+        spent = max(spent, self._busy / self.best, 1e-6)
         return max(0.0, nbytes / min(self.rate, self._busy / spent) - since)
 
     def _busy_since(self, now: float, asked_s: float | None) -> float:
@@ -283,7 +287,8 @@ class Source:
     def _since(self, now: float) -> float:
         return max(0.0, now - max(self._begun_s, self._landed_s))
 
-    def _overdue(self, now: float, times: float = 2.0, more_s: float = 2e-3) -> bool:
+    def overdue(self, now: float, times: float = 2.0, more_s: float = 2e-3) -> bool:
+        """It has taken longer than so many times its usual, and a little."""
         usual_s = self.latency_s + self._batch / self.rate
         return self._since(now) > times * usual_s + more_s
 
@@ -407,9 +412,12 @@ class CostModel:
         for name in sources:
             below = _sums(per_block(lambda other, n, name=name: n * (other == name)))  # type: ignore[misc]
             wanted[name] = below[ends] - below[:-1]
-        front_s = queued_s + compute_s(
-            tokens[:-1], seconds[:-1], (start + places / 2) * size, self._chunk
-        )
+        context = (start + places / 2) * size
+        front_s = compute_s(tokens[:-1], seconds[:-1], context, self._chunk)
+        if chunk > self._chunk:  # beside a load they become shorter, see `Loads.chunk`
+            fewer = compute_s(tokens[:-1] + 3 * chunk, seconds[:-1], context, chunk)
+            front_s = np.minimum(front_s, fewer)
+        front_s += queued_s
         behind_s = seconds[-1] - seconds[ends] + rest_s
         behind = tokens[-1] - tokens[ends] + rest
         behind_s = compute_s(behind, behind_s, (start + ends) * size, self._chunk)
@@ -435,17 +443,19 @@ class CostModel:
                     first = max(first, min(asked, int(ends[first])))
                 return chosen(first, load_s, total_s) if first < count and here[first] else nothing
             cost_s = total_s + num_waiting * (front_s + behind_s - queued_s)
-            disks = np.zeros(count)
+            disks = np.zeros(count)  # seconds of theirs
             for name, source in sources.items():
-                disks += wanted[name] * (source.tier != "ram")
+                disks += wanted[name] / source.rate * (source.tier != "ram")
             # Each for itself: a load from RAM may be worth it where one from a disk is not.
             all_cost_s = all_s + num_waiting * (all_s - queued_s)
             worth = cost_s * WORTH + np.where(disks > 0, base, WORTH_S) <= all_cost_s
             if not (worth & (total_s <= all_s)).any():
                 continue
             cost_s = np.where(worth & (total_s <= all_s), cost_s, math.inf)
-            near = cost_s <= cost_s.min() * TOLERANCE + TOLERANCE_S
-            return chosen(int(np.argmin(np.where(near, disks, math.inf))), load_s, total_s)
+            slack_s = np.where(disks > 0, 0.0, np.maximum(base, BESIDE_RAM * load_s))
+            near = cost_s - slack_s <= cost_s.min() * TOLERANCE + TOLERANCE_S
+            taken_s = disks + (front_s - queued_s)
+            return chosen(int(np.argmin(np.where(near, taken_s, math.inf))), load_s, total_s)
         return nothing
 
     def begin(
@@ -481,18 +491,21 @@ class CostModel:
         self,
         ticket: int,
         remaining: Mapping[str, int],
+        chunk_bytes: int,
         chunk_tokens: int,
         context_tokens: int,
         now: float,
         busy_s: float = 0.0,
     ) -> bool:
-        """Whether what still loads is there before the next chunk would be computed.
+        """Whether what still loads is there before the next chunk would be computed, or hardly
+        later than if that were computed meanwhile.
 
         A plan that is forced is waited for.
 
         Args:
             ticket: whose load.
             remaining: bytes that have not landed, by source.
+            chunk_bytes: of them, what would not be loaded if the chunk were computed.
             chunk_tokens, context_tokens: of the chunk, and in front of it.
             busy_s: as in `plan`: the chunk would begin after that.
         """
@@ -500,14 +513,20 @@ class CostModel:
         if self._loads != "model":
             return True
         compute_s = busy_s + self._steps.seconds(chunk_tokens, context_tokens, self._decodes)
-        arrival_s = 0.0
+        arrival_s = rest_s = 0.0
+        from_ram = True
         for name, nbytes in remaining.items():
             source = self._source(name)
             if nbytes > 0:
                 if not source.usable(now) and ticket in source.ordered:
                     return False
                 arrival_s = max(arrival_s, source.arrival_s(nbytes, now))
-        return arrival_s <= compute_s
+                rest_s = max(rest_s, source.arrival_s(max(0, nbytes - chunk_bytes), now))
+                from_ram = from_ram and source.tier == "ram" and not source.overdue(now)
+        if arrival_s <= compute_s:
+            return True
+        told_s = max(arrival_s, self._predicted.get(ticket, (0.0, 0.0))[0])
+        return from_ram and arrival_s - max(rest_s, compute_s) <= BESIDE_RAM * told_s
 
     def note_step(
         self, *, prefill_tokens: int, context_tokens: int, num_decodes: int, seconds: float

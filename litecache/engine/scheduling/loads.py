@@ -12,7 +12,8 @@ request meanwhile. What has landed is published. A lost block is a hole and noth
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
 
 from litecache.engine.scheduling.cost_model import CostModel, Found, LoadPlan
@@ -25,14 +26,19 @@ from litecache.engine.scheduling.orders import (
 )
 from litecache.engine.scheduling.prefix_cache import PrefixCache
 from litecache.engine.scheduling.prefix_index import MISSING
-from litecache.engine.scheduling.sequence import BlockRef, Sequence, SequenceStatus
+from litecache.engine.scheduling.sequence import (
+    BlockRef,
+    LoadingBlocks,
+    Sequence,
+    SequenceStatus,
+)
 from litecache.types import Tier
 
 MAX_STAGING = 8
 """Requests that may hold leases in the shards at once."""
 
 REPLAN_BLOCKS = 16
-"""A plan is made anew when so many have landed, or a quarter of what is left."""
+"""A plan is made anew when so many have landed, or half of what is left."""
 
 
 class Loads:
@@ -135,8 +141,8 @@ class Loads:
         for _ in range(2):
             found, end = self._found(seq, first, end)
             for index, block in enumerate(found, start=first):
-                if block.source:
-                    seq.tiers.setdefault(index, block.source.partition(":")[0])
+                if block.source and index not in seq.tiers:
+                    seq.tiers[index] = block.source.partition(":")[0]
             plan = self._cost.plan(
                 num_tokens=seq.num_tokens,
                 start=first,
@@ -171,6 +177,8 @@ class Loads:
         staged, loading = seq.staged, seq.loading
         found: list[Found] = []
         behind = gpu = Tier.GPU.value
+        if len(groups) == 1 and not self._windowed:
+            return self._found_of_one(seq, first, end)
         for index in range(end - 1, first - 1, -1):
             source, nbytes, needed = gpu, 0, False
             for group, start, block_bytes, ahead in groups:
@@ -192,6 +200,21 @@ class Loads:
             if source or found:
                 found.append(Found(source, nbytes))
         return found[::-1], first + len(found)
+
+    def _found_of_one(self, seq: Sequence, first: int, end: int) -> tuple[list[Found], int]:
+        """`_found` of the usual model, whose prompts may have thousands of blocks."""
+        nbytes, ahead = self._cache.groups[0].tier_bytes, seq.ahead[0]
+        refs = [(0, index) for index in range(first, end)]
+        staged, loading = seq.staged.get, seq.loading.get
+        names = [
+            Tier.GPU.value if ref[1] in ahead else staged(ref) or loading(ref) or "" for ref in refs
+        ]
+        kinds = {name: Found(name, nbytes) for name in set(names)}
+        kinds[""] = Found("", 0)
+        kinds[Tier.GPU.value] = Found(Tier.GPU.value, 0)
+        while names and not names[-1]:
+            names.pop()
+        return [kinds[name] for name in names], first + len(names)
 
     def _end_of_hit(self, seq: Sequence, first: int, limit: int) -> int:
         """Behind the last block in front of which all is there, or found, that windows reach."""
@@ -217,16 +240,13 @@ class Loads:
             seq.load_run = blocks
         groups = self._cache.groups
         first = [max(blocks.start, group.policy.first_needed(blocks.stop)) for group in groups]
-        refs = [
-            (g, i)
-            for i in reversed(blocks)
-            for g in range(len(groups))
-            if i >= first[g] and (g, i) in seq.staged and i not in seq.ahead[g]
-        ]
-        sources: dict[str, int] = {}
-        for ref in refs:
-            seq.loading[ref] = source = seq.staged.pop(ref)
-            sources[source] = sources.get(source, 0) + groups[ref[0]].tier_bytes
+        wanted = [(g, i) for i in reversed(blocks) for g in range(len(groups)) if i >= first[g]]
+        staged, ahead = seq.staged, seq.ahead
+        refs = [ref for ref in wanted if ref in staged and ref[1] not in ahead[ref[0]]]
+        ordered = {ref: staged.pop(ref) for ref in refs}
+        before = Counter(seq.loading.left)
+        seq.loading.add(ordered)
+        sources = self._bytes_of(seq.loading.left - before)
         if seq.planned_s is None:
             seq.planned_s, seq.plan = now, plan
             self._cost.begin(seq.ticket, plan, sources, now, seq.asked_s)
@@ -241,7 +261,7 @@ class Loads:
             out.loads.append(LoadOrder(seq.ticket, targets))
         self.cancel(seq, late, out)
         for group in range(len(groups)):
-            loading = sum(g == group for g, _ in seq.loading)
+            loading = sum(n for (g, _), n in seq.loading.left.items() if g == group)
             self._cache.reserve(seq, group, min(loading, self._chunk_blocks))
 
     def on_loaded(self, report: LoadReport) -> Schedule:
@@ -254,7 +274,7 @@ class Loads:
             group, index = ref
             block = copies.pop(ref)
             self._cache.pools[group].end_copy(block)
-            source = seq.loading.pop(ref, None) if seq.ticket == report.ticket else None
+            source = seq.loading.take(ref) if seq.ticket == report.ticket else None
             published = self._cache.publish(seq, group, index, block)
             far = source is not None and source.startswith(Tier.REMOTE.value)
             # What was loaded is never encoded again: each time would lose a little.
@@ -272,7 +292,7 @@ class Loads:
             block = copies.pop(ref)
             self._cache.pools[group].end_copy(block)
             self._cache.pools[group].release([block])
-            if seq.ticket == report.ticket and seq.loading.pop(ref, None) is not None:
+            if seq.ticket == report.ticket and seq.loading.take(ref) is not None:
                 seq.tiers.pop(index, None)
                 seq.load_run = range(0)
         for source in report.failed:
@@ -283,9 +303,33 @@ class Loads:
             self._finish(seq, out)
         return out
 
+    @property
+    def awaits_news(self) -> bool:
+        """Blocks are looked up or copied."""
+        return bool(self._copies) or any(
+            seq.status is SequenceStatus.STAGING for seq in self._active.values()
+        )
+
+    def chunk(self, seq: Sequence) -> int:
+        """How many tokens of a prefill a step may have.
+
+        Beside a load half of what is in front of it, in whole chunks: long ones are computed
+        faster, and short ones meet the load where it is by then.
+        """
+        if not seq.loading:
+            return seq.num_tokens
+        front = seq.loading.first * self._cache.block_size - seq.num_computed
+        return self.chunk_tokens * max(1, front // 2 // self.chunk_tokens)
+
     def wants_plan(self, seq: Sequence) -> bool:
-        """Enough has arrived to plan anew."""
-        return seq.num_landed >= max(REPLAN_BLOCKS, len(seq.loading) // 4)
+        """Enough has arrived to plan anew; copies from RAM change nothing on their way."""
+        first = seq.num_computed // self._cache.block_size
+        tiers = {
+            source.partition(":")[0] for (_, source), count in seq.loading.left.items() if count
+        }
+        if tiers == {Tier.RAM.value} and seq.loading.first <= first:
+            return False
+        return seq.num_landed >= max(REPLAN_BLOCKS, len(seq.loading) // 2)
 
     def loads(self, seq: Sequence, index: int) -> bool:
         """Whether a block is being loaded, or will be jumped over with what is."""
@@ -297,10 +341,18 @@ class Loads:
     def waits(self, seq: Sequence, count: int, now: float, busy_s: float) -> bool:
         """At the meeting: what loads will be there before the next chunk would be."""
         assert self._cost is not None
-        left: dict[str, int] = {}
-        for (group, _), source in seq.loading.items():
-            left[source] = left.get(source, 0) + self._cache.groups[group].tier_bytes
-        return self._cost.sooner(seq.ticket, left, count, seq.num_computed, now, busy_s)
+        left = self._bytes_of(seq.loading.left)
+        size, groups = self._cache.block_size, self._cache.groups
+        spared = -(-count // size) * sum(group.tier_bytes for group in groups)
+        return self._cost.sooner(seq.ticket, left, spared, count, seq.num_computed, now, busy_s)
+
+    def _bytes_of(self, counts: Mapping[tuple[int, str], int]) -> dict[str, int]:
+        """By source, bytes of so many blocks by KV group and source."""
+        nbytes: dict[str, int] = {}
+        for (group, source), count in counts.items():
+            more = count * self._cache.groups[group].tier_bytes
+            nbytes[source] = nbytes.get(source, 0) + more
+        return nbytes
 
     def take_over(self, seq: Sequence, count: int, out: Schedule) -> int:
         """Compute the next `count` positions, or the run of blocks that begins there, though it
@@ -314,11 +366,18 @@ class Loads:
         self.cancel(seq, [ref for ref in seq.loading if first <= ref[1] < end], out)
         return min(count, end * size - seq.num_computed)
 
+    def pass_over(self, seq: Sequence, first: int, out: Schedule) -> None:
+        """The cursor has come to block `first`: do without what still loads in front of it."""
+        passed = [ref for ref in seq.loading if ref[1] < first]
+        seq.loading.first = first
+        if passed:
+            self.cancel(seq, passed, out)
+
     def cancel(self, seq: Sequence, refs: Iterable[BlockRef], out: Schedule) -> None:
         """Do without these blocks, which are loading."""
         refs = tuple(refs)
         for ref in refs:
-            del seq.loading[ref]
+            seq.loading.take(ref)
         if refs:
             out.cancels.append(CancelOrder(seq.ticket, refs))
         if not seq.loading:
@@ -330,7 +389,7 @@ class Loads:
             out.cancels.append(CancelOrder(seq.ticket))
             self._end(seq)
         seq.ticket = 0
-        seq.asked, seq.staged, seq.loading = set(), {}, {}
+        seq.asked, seq.staged, seq.loading = set(), {}, LoadingBlocks()
         if seq.status is SequenceStatus.STAGING:
             seq.status = SequenceStatus.WAITING
 
@@ -361,7 +420,13 @@ class Loads:
         for ticket, seq in self._active.items():
             assert seq.ticket == ticket, "a lookup of an earlier life was kept"
             copies = self._copies.get(ticket, (seq, {}))[1]
+            assert +seq.loading.left == Counter((g, s) for (g, _), s in seq.loading.items())
             for ref in seq.loading:
                 group, index = ref
+                assert index >= seq.loading.first, "a block in front of the first one"
                 assert copies[ref] == seq.tables[group][index], "it loads into another's block"
                 assert index * self._cache.block_size >= seq.num_computed, "loads what is computed"
+
+
+def _is_ram(source: str) -> bool:
+    return source.startswith(Tier.RAM.value)

@@ -311,10 +311,10 @@ class PrefixCache:
 
     def begin_copies(self, seq: Sequence, refs: Iterable[BlockRef]) -> dict[BlockRef, int]:
         """Blocks of a sequence's table that something is copied into; each gets a reference."""
-        blocks = {}
-        for group, index in refs:
-            blocks[group, index] = block = seq.tables[group][index]
-            self.pools[group].begin_copy(block)
+        tables = seq.tables
+        blocks = {ref: tables[ref[0]][ref[1]] for ref in refs}
+        for group, pool in enumerate(self.pools):
+            pool.begin_copies([block for ref, block in blocks.items() if ref[0] == group])
         return blocks
 
     def _acquire(self, blocks: Seq[Seq[int]], room: Seq[int]) -> bool:

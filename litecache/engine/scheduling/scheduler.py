@@ -302,6 +302,11 @@ class Scheduler:
         return out
 
     @property
+    def awaits_news(self) -> bool:
+        """The lower tiers are asked for something, whose answer may let another step begin."""
+        return self._loads.awaits_news
+
+    @property
     def num_waiting(self) -> int:
         """Requests without a row."""
         return len(self._queues.waiting)
@@ -389,13 +394,12 @@ class Scheduler:
     def _prefill(self, seq: Sequence, plan: PlanBuilder, now: float, out: Schedule) -> None:
         """Add what this step computes of a prefill: segments between what is there already."""
         size = self.cache.block_size
-        room = self._loads.chunk_tokens if seq.loading else seq.num_tokens
+        room = self._loads.chunk(seq)
         while not seq.num_in_flight:
             self.cache.advance(seq)
             first = seq.num_computed // size
-            passed = [ref for ref in seq.loading if ref[1] < first]
-            if passed:
-                self._loads.cancel(seq, passed, out)
+            if seq.loading and seq.loading.first < first:
+                self._loads.pass_over(seq, first, out)
             if not seq.num_todo:
                 if seq.num_logits:
                     return

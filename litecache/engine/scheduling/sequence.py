@@ -6,6 +6,8 @@ from __future__ import annotations
 import bisect
 import enum
 import math
+from collections import Counter
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
@@ -66,6 +68,36 @@ class SequenceStatus(enum.Enum):
     FINISHED = enum.auto()
 
 
+class LoadingBlocks(dict[BlockRef, str]):
+    """Blocks that are being loaded, and their sources.
+
+    Attributes:
+        left: how many there are, by KV group and source.
+        first: no block's index is lower.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left: Counter[tuple[int, str]] = Counter()
+        self.first = 0
+
+    def add(self, refs: Mapping[BlockRef, str]) -> None:
+        """More are loaded, none of which is yet."""
+        left = self.left
+        lowest = min([index for _, index in refs], default=self.first)
+        self.first = min(self.first, lowest) if self else lowest
+        self.update(refs)
+        for (group, _), source in refs.items():
+            left[group, source] += 1
+
+    def take(self, ref: BlockRef) -> str | None:
+        """One is not loaded any more; its source, or None where it was not."""
+        source = self.pop(ref, None)
+        if source is not None:
+            self.left[ref[0], source] -= 1
+        return source
+
+
 class Sequence:
     """State of one request inside the scheduler, which alone changes it.
 
@@ -94,7 +126,7 @@ class Sequence:
         awaits: while it waits, the block that another computes or loads; None = none.
         num_found: positions from the front whose KV the pool held when it came.
         staged: blocks found there whose leases no load has taken, and their sources.
-        loading: blocks being loaded, and their sources.
+        loading: blocks being loaded.
         load_run: where windows slide, the blocks that will be jumped over once all that loads has
             landed, those that no window reaches among them.
         reserve: per KV group, blocks of the pool kept for taking over what is late.
@@ -162,7 +194,7 @@ class Sequence:
         self.copies: list[tuple[int, int, int]] = []
         self.tail: tuple[int, int] | None = None
         self.cached = False
-        self.loading: dict[BlockRef, str] = {}
+        self.loading = LoadingBlocks()
         self.load_run = range(0)
         self.reserve = [0] * groups
         self.num_landed = 0
