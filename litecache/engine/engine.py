@@ -33,6 +33,7 @@ from litecache.engine.loading.model_loader import LoadedModel, load_model
 from litecache.engine.loading.model_source import ModelSource
 from litecache.engine.progress import progress_bar
 from litecache.engine.request_checks import check_text, check_texts
+from litecache.engine.running.device_errors import check_device, is_out_of_memory
 from litecache.engine.running.model_runner import ModelRunner
 from litecache.engine.scheduling.cost_model import CostModel, Loads, prior
 from litecache.engine.scheduling.orders import Schedule
@@ -50,7 +51,6 @@ from litecache.errors import (
     ConfigError,
     LiteCacheError,
     RequestTimeout,
-    first_line,
     shorten,
     told,
 )
@@ -85,7 +85,8 @@ class Engine:
     Args:
         source: the model.
         config: sizes and limits.
-        shards: clients of the shards on this node; none = no lower tiers.
+        shards: clients of the shards on this node; None = no lower tiers. There may be none yet:
+            see `set_shards`.
         remote: blocks of other nodes.
         loads: "model" chooses what is loaded of what the tiers hold, and what is computed instead;
             "all", "none" or a function force it, see `CostModel`. None = `LITECACHE_LOADS`, or
@@ -107,7 +108,7 @@ class Engine:
         config: CacheConfig,
         *,
         sink: Sink,
-        shards: Sequence[ShardClient] = (),
+        shards: Sequence[ShardClient] | None = None,
         remote: RemoteSource | None = None,
         loads: Loads | None = None,
         num_threads: int | None = None,
@@ -124,7 +125,7 @@ class Engine:
             loaded = load_model(source, config)
         check_tier_codec(config.tier_codec, loaded.specs, loaded.device)
         layout = KVLayout.from_specs(loaded.specs, config.block_size, config.tier_codec)
-        if shards:
+        if shards is not None:
             check_tiers(config, [group.tier_bytes for group in layout.groups])
         num_blocks = choose_num_blocks(loaded, layout, config)
         with memory_for(f"a pool of {num_blocks} blocks", "lower num_blocks"):
@@ -143,7 +144,7 @@ class Engine:
         self._overlap = 1 if loaded.device.type == "cuda" else 0
         self._device = loaded.device
         costs, loads = None, _chosen_loads(loads)
-        if shards:
+        if shards is not None:
             num_parameters = sum(p.numel() for p in loaded.model.parameters())
             token_s, step_s = prior(num_parameters, loaded.device.type)
             costs = CostModel(
@@ -181,7 +182,7 @@ class Engine:
         self._closing = False
         self._step_events: dict[int, torch.cuda.Event] = {}
         self._tiers: LowerTiers | None = None
-        if shards:
+        if shards is not None:
             quota_salts = frozenset(config.salt_quotas)
             self._tiers = LowerTiers(
                 *(self._pools, shards, remote),
@@ -385,7 +386,7 @@ class Engine:
         """Use these local shards from now on: one came back, with another arena.
 
         Leases and copies under way end with the clients that they began with. An engine that
-        was made without shards stays without.
+        was made with None stays without.
         """
         if self._tiers is not None:
             self._tiers.replace(shards)
@@ -545,7 +546,7 @@ class Engine:
     def _undo(self, step: int, error: Exception) -> None:
         """A step raised: its requests run again, smaller or alone."""
         check_device(self._device, error)
-        out_of_memory = isinstance(error, torch.OutOfMemoryError)
+        out_of_memory = is_out_of_memory(error)
         kind = "out_of_memory" if out_of_memory else "error"
         self.metrics.inc("litecache_failed_steps", kind=kind)
         logger.warning("step %d failed: %s", step, error, exc_info=not out_of_memory)
@@ -675,23 +676,6 @@ def _chosen_loads(loads: Loads | None) -> Loads:
     if name in ("model", "all", "none"):
         return cast("Loads", name)
     raise ConfigError("LITECACHE_LOADS", name, "'model', 'all' or 'none'")
-
-
-def check_device(device: torch.device, error: BaseException) -> None:
-    """After a step's error: most errors of a GPU's kernels stay with the process that made them.
-
-    Raises:
-        LiteCacheError: the device does nothing any more in this process.
-    """
-    if device.type != "cuda":
-        return
-    try:
-        torch.cuda.synchronize(device)
-        torch.ones(1, device=device).item()
-    except torch.OutOfMemoryError:
-        pass
-    except RuntimeError as broken:
-        raise LiteCacheError(f"{device} has failed: {first_line(broken)}") from error
 
 
 def _describe(

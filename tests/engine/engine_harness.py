@@ -68,7 +68,7 @@ class Harness:
             source,
             CacheConfig(**{**fields, **config}),  # type: ignore[arg-type]
             sink=self.deltas.put,
-            shards=[*clients, *shards],
+            shards=[*clients, *shards] or None,
             loads=loads,
             remote=remote,
             num_threads=num_threads,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import queue
 import re
 from pathlib import Path
 
@@ -24,7 +25,8 @@ from litecache.storage.client import LocalShardClient
 from litecache.storage.disk.inspect import inspect_store
 from litecache.storage.namespaces import label_of, namespace_of, salt_digest
 from litecache.storage.protocol import SlotState
-from litecache.types import FinishReason, Request, SamplingParams
+from litecache.storage.shard_store import ShardStore
+from litecache.types import FinishReason, Request, SamplingParams, TokenDelta
 
 LENGTHS = (1, 15, 16, 17, 40, 77)
 # Two blocks' worth in the fast set.
@@ -363,3 +365,29 @@ def test_tiers_that_cannot_hold_a_block_are_refused_at_the_start(tmp_path: Path)
             pytest.raises(ConfigError, match=rf"{name}=.* a block \([0-9,]+ bytes"),
         ):
             Engine(source, config, sink=print, shards=harness.clients)
+
+
+def test_an_engine_that_starts_while_no_shard_answers_uses_them_once_they_do() -> None:
+    """A replica restarts beside a shard that hangs: it is not without tiers for ever."""
+    prompt = random_prompt(70, seed=3)
+    with ShardStore(None, ram_bytes=32 << 20) as store:
+        client = LocalShardClient(store)
+        config = CacheConfig(num_blocks=64, dtype="float32", device="cpu")
+        deltas: queue.Queue[list[tuple[str, TokenDelta]]] = queue.Queue()
+        source = family_source("llama")
+        made = Engine(source, config, sink=deltas.put, shards=[], loads="all", num_threads=1)
+
+        def reused(name: str) -> dict[str, int]:
+            made.submit([Request(name, "c", prompt, SamplingParams(1))])
+            while (delta := deltas.get(timeout=60)[0][1]).ttft_s is None:
+                pass
+            made.flush()
+            made.clear_pool()
+            return dict(delta.reused_tokens or {})
+
+        assert reused("without") == {}
+        made.set_shards([client])
+        assert reused("saved") == {}
+        assert reused("found") == {"ram": 64}
+        made.close()
+        client.close()
