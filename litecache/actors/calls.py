@@ -6,18 +6,28 @@ is gone or late becomes `GroupUnavailableError` or `RequestTimeout`. No call sta
 
 from __future__ import annotations
 
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Any
 
 import ray
 from ray.exceptions import (
     ActorDiedError,
+    ActorUnschedulableError,
     GetTimeoutError,
+    LocalRayletDiedError,
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
     RayActorError,
     RayError,
     RayTaskError,
+    RpcError,
+    WorkerCrashedError,
 )
 
 from litecache.actors.naming import CALL_TIMEOUT_S, NAMESPACE
@@ -29,10 +39,22 @@ from litecache.errors import (
     first_line,
     told,
 )
+from litecache.threads import start_job
 
 # What a call can end with when the other side is dead, restarting, unreachable or slow.
 UNREACHABLE = (GroupUnavailableError, RequestTimeout)
 
+
+# What Ray says when the process or the node behind a call, or an answer on it, is gone.
+_GONE = (
+    RayActorError,
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RpcError,
+    WorkerCrashedError,
+    LocalRayletDiedError,
+)
 
 # `ray.get` itself starts a Ray where there is none; what it wraps raises.
 _get = getattr(ray.get, "__wrapped__", ray.get)
@@ -47,19 +69,58 @@ class ReplicaLeftError(ActorEndedError):
     """The replica has left its group because restarts did not help: it holds nothing any more."""
 
 
+_lookups: dict[str, Future[Any]] = {}
+_lookups_lock = threading.Lock()
+
+
 def find_actor(name: str, deadline: float = 0.0) -> Any:
     """The actor of this name; until `deadline` (monotonic) somebody may still be creating it.
 
     Raises:
         GroupUnavailableError: there is none.
+        RequestTimeout: Ray does not say whether there is.
     """
+    failed = False
     while True:
         try:
-            return ray.get_actor(name, NAMESPACE)
+            return _look_up(name)
         except ValueError as error:
             if time.monotonic() >= deadline:
                 raise GroupUnavailableError(f"there is no actor {name}") from error
+        except LiteCacheError:
+            raise
+        except Exception as error:
+            if failed:
+                text = f"{name} cannot be looked up: {first_line(error)}"
+                raise GroupUnavailableError(text) from error
+            failed = True  # once may be chance, and "there is none" would be wrong
         time.sleep(0.1)
+
+
+def _look_up(name: str) -> Any:
+    """What `ray.get_actor` finds; that waits for a minute when the cluster's head is cut off.
+
+    So another thread does it, one for all who ask for the same name meanwhile.
+    """
+    with _lookups_lock:
+        found = _lookups.get(name)
+        if found is None:
+            found = _lookups[name] = Future()
+
+            found.add_done_callback(lambda _: _lookups.pop(name, None))
+
+            def look(found: Future[Any] = found) -> None:
+                try:
+                    found.set_result(ray.get_actor(name, NAMESPACE))
+                except Exception as error:  # for whoever asked: no fault of this thread
+                    found.set_exception(error)
+
+            start_job(look, "actor-lookup", found.set_exception)
+    try:
+        return found.result(CALL_TIMEOUT_S)
+    except FutureTimeout as error:
+        what = f"looking up the actor {name}"
+        raise RequestTimeout(f"{what} took longer than {CALL_TIMEOUT_S:g} s") from error
 
 
 def result(ref: Any, timeout_s: float | None = CALL_TIMEOUT_S, what: str = "a call") -> Any:
@@ -75,9 +136,9 @@ def result(ref: Any, timeout_s: float | None = CALL_TIMEOUT_S, what: str = "a ca
         raise RequestTimeout(f"{what} took longer than {timeout_s:g} s") from error
     except RayTaskError as error:
         raise local_error(error, what) from error
-    except ActorDiedError as error:
+    except (ActorDiedError, ActorUnschedulableError) as error:
         raise ActorEndedError(f"{what}: the actor has ended ({first_line(error)})") from error
-    except RayActorError as error:
+    except _GONE as error:
         raise GroupUnavailableError(f"{what}: the actor is gone ({first_line(error)})") from error
     except RayError as error:
         raise GroupError(f"{what} failed in Ray: {first_line(error)}") from error
@@ -136,6 +197,14 @@ def first_ended(refs: Sequence[Any], deadline: float) -> dict[Any, float]:
         if not done:
             break
     return ended
+
+
+def ready_among(refs: Iterable[Any], timeout_s: float) -> set[Any]:
+    """Of what `.remote()` returned, what has an outcome as soon as one has, or none in time."""
+    try:
+        return set(_wait(list(refs), num_returns=1, timeout=timeout_s)[0])
+    except RayError as error:
+        raise GroupError(f"waiting failed in Ray: {first_line(error)}") from error
 
 
 def was_restarted() -> bool:

@@ -24,7 +24,7 @@ from typing import Any
 
 import ray
 
-from litecache.actors.calls import UNREACHABLE, find_actor, result
+from litecache.actors.calls import UNREACHABLE, ActorEndedError, find_actor, result
 from litecache.actors.locations import LocationMap, LocationReport, pack_keys, unpack_keys
 from litecache.actors.messages import (
     pack_load,
@@ -189,15 +189,15 @@ class CoordinatorClient:
 
     def call(self, method: str, *args: object, timeout_s: float | None = None) -> Any:
         """Call a method of the actor, whether it answered the last time or not."""
-        if self._handle is None:
-            self._handle = find_actor(self._name)
         try:
+            if self._handle is None:
+                self._handle = find_actor(self._name)
             ref = self._begin(method, args)
             answer = result(ref, timeout_s or self._timeout_s, f"{self._name}: {method}")
         except UNREACHABLE as error:
             self._quiet_until = time.monotonic() + _QUIET_S
-            if isinstance(error, GroupUnavailableError):
-                self._handle = None  # another life of it may have another handle
+            if isinstance(error, ActorEndedError):
+                self._handle = None  # a new group's coordinator is another actor of this name
             raise
         self._quiet_until = 0.0
         return answer
@@ -242,6 +242,7 @@ class CoordinatedSource:
         self._coordinator = coordinator
         self._metrics = metrics
         self._handles: dict[str, Any] = {}
+        self._quiet_until: dict[str, float] = {}
         self.remote_shards = 0
 
     def locate(self, keys: Sequence[BlockKey]) -> list[str | None]:
@@ -257,7 +258,14 @@ class CoordinatedSource:
             return nothing
 
     def fetch(self, shard_id: str, keys: Sequence[BlockKey]) -> list[bytes | None]:
-        """Bytes of blocks from one shard of another node, None where it has them no more."""
+        """Bytes of blocks from one shard of another node, None where it has them no more.
+
+        One that did not answer is not asked again for some seconds: each question would hold one
+        of the few threads that load.
+        """
+        if time.monotonic() < self._quiet_until.get(shard_id, 0.0):
+            self._metrics.inc("litecache_misses", tier="remote", reason="shard_unavailable")
+            return [None] * len(keys)
         try:
             handle = self._handles.get(shard_id)
             if handle is None:
@@ -269,5 +277,6 @@ class CoordinatedSource:
         except LiteCacheError as error:
             logger.info("nothing fetched: %s", error)
             self._handles.pop(shard_id, None)
+            self._quiet_until[shard_id] = time.monotonic() + _QUIET_S
             self._metrics.inc("litecache_misses", tier="remote", reason="fetch_failed")
             return [None] * len(keys)

@@ -28,7 +28,12 @@ from litecache.actors.coordinator import CoordinatedSource, CoordinatorClient
 from litecache.actors.group_spec import GroupSpec
 from litecache.actors.messages import ReplicaMethod, answering, unpack_call
 from litecache.actors.metrics_export import MetricsExporter
-from litecache.actors.naming import REPORT_INTERVAL_S, replica_name, role_of
+from litecache.actors.naming import (
+    CALL_TIMEOUT_S,
+    REPORT_INTERVAL_S,
+    replica_name,
+    role_of,
+)
 from litecache.actors.outbox import Outbox
 from litecache.actors.router import FAILURE_WINDOW_S, ReplicaLoad
 from litecache.actors.shard_client import AttachedShards, RayShardClient
@@ -93,6 +98,7 @@ class GpuCache:
         self._outbox: Outbox | None = None
         self._door: AsyncSocketServer | None = None
         self._stopped = threading.Event()
+        self._ending: BaseException | None = None
         # The engine's thread and the event loop take turns: with Python's 5 ms between them, a
         # step would wait that long behind a driver's message.
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
@@ -124,7 +130,9 @@ class GpuCache:
             "node_id": self._node_id,
             "name": self._name,
             "epoch": self._epoch,
-            "ready": self._loading.done() and self._loading.exception() is None,
+            "ready": self._ending is None
+            and self._loading.done()
+            and not self._loading.exception(),
             "address": self._door.address or None,
         }
 
@@ -187,7 +195,7 @@ class GpuCache:
         reply = await self._opened_outbox().poll(client_id, epoch, ack, hold_s, gap_s)
         if not reply.deltas:
             # No token in all that time: submitting nothing raises what ended the engine's thread.
-            engine.submit([])
+            (await self._ready()).submit([])
         return reply
 
     async def abort(self, request_ids: Sequence[str]) -> None:
@@ -290,6 +298,8 @@ class GpuCache:
             start_job(self._load, "load", self._not_loaded)
 
     async def _ready(self) -> Engine:
+        if self._ending is not None:  # others need not wait for the socket to close
+            raise GroupUnavailableError(f"{self._name} ends its process: {told(self._ending)}")
         if self._stopped.is_set():
             raise GroupUnavailableError(f"{self._name} has been stopped")
         if self._loading.done():
@@ -328,6 +338,10 @@ class GpuCache:
                 self._check_failures()
             self._loading.set_result(self._make_engine())
         except LiteCacheError as error:
+            if self._restarted and not isinstance(error, ReplicaLeftError):
+                # What was taken once and is refused now (memory that the process before has not
+                # given back yet, a file that is away) may be taken the next time.
+                self._end_process(error)
             self._loading.set_exception(error)
 
     def _not_loaded(self, error: BaseException) -> None:
@@ -363,7 +377,10 @@ class GpuCache:
             config = dataclasses.replace(config, device="cuda")
         if not spec.num_gpus and config.device is None:
             config = dataclasses.replace(config, device="cpu")
-        self._shards = AttachedShards(spec.shard_names(self._node_id), self._connect)
+        # After a restart nobody has waited for the shards: those that hang may join later.
+        patience = (CALL_TIMEOUT_S,) if self._restarted else ()
+        names = spec.shard_names(self._node_id)
+        self._shards = AttachedShards(names, self._connect, *patience)
         engine = Engine(
             spec.source,
             config,
@@ -415,6 +432,7 @@ class GpuCache:
 
     def _end_process(self, error: BaseException) -> None:
         """Nothing here can go on: Ray makes a new process, and clients submit to that."""
+        self._ending = error
         logger.critical("%s: its process ends: %s", self._name, error)
         with contextlib.suppress(Exception):  # it ends whether anybody hears why or not
             self._coordinator.call("report_failure", self._index, shorten(told(error)))

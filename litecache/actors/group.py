@@ -25,6 +25,7 @@ from litecache.actors.calls import (
     ReplicaLeftError,
     find_actor,
     gather,
+    ready_among,
     result,
     silent_among,
 )
@@ -237,21 +238,15 @@ class Group:
         check_group_name(group)
         if not exists(group):
             raise _no_group(group, "join")
-        description = CoordinatorClient(group).call("describe", timeout_s=PLACE_TIMEOUT_S)
+        description = _describe(group, time.monotonic() + STATUS_TIMEOUT_S)
         if expected is not None:
             check_same(group, description, expected)
         joined = cls(GroupSpec.from_description(group, description))
         deadline = time.monotonic() + timeout_s
         names = [replica_name(group, index) for index in range(joined.spec.replicas)]
         joined.actors = {name: find_actor(name, deadline) for name in names}
-        joined.info = _wait_loaded(joined.replicas, deadline, all_of_them=False)
-        try:
-            asked = [replica.where.remote() for replica in joined.replicas]
-            places = result(asked, STATUS_TIMEOUT_S, "asking for the replicas' nodes")
-        except UNREACHABLE as error:
-            raise GroupUnavailableError(f"group {group!r} does not answer: {error}") from error
-        for node_id in sorted({place["node_id"] for place in places}):
-            joined.actors |= _find_all(joined.spec.shard_names(node_id))
+        joined.info = _first_loaded(joined.replicas, deadline)
+        joined.actors |= _find_all([name for name in actor_names(group) if ":shard:" in name])
         joined.actors |= {coordinator_name(group): find_actor(coordinator_name(group), deadline)}
         return joined
 
@@ -427,22 +422,55 @@ def _refuse_missed(what: str, missed: set[str]) -> None:
         )
 
 
-def _wait_loaded(replicas: Sequence[Any], deadline: float, *, all_of_them: bool = True) -> Any:
-    """The `EngineInfo` of the replicas, once all have loaded the model.
+def _describe(group: str, deadline: float) -> dict[str, Any]:
+    """What a group's coordinator says of its settings; it may be restarting."""
+    client = CoordinatorClient(group)
+    while True:
+        try:
+            description: dict[str, Any] = client.call("describe")
+            return description
+        except UNREACHABLE as error:
+            if time.monotonic() > deadline:
+                text = f"the coordinator of group {group!r} does not answer: {error}"
+                raise GroupUnavailableError(text) from error
+        time.sleep(0.1)
 
-    `all_of_them` = False passes over those that have left the group, while one is there.
-    """
+
+def _wait_loaded(replicas: Sequence[Any], deadline: float) -> Any:
+    """The `EngineInfo` of the replicas, once all have loaded the model."""
     infos = []
     for asked in [replica.info.remote() for replica in replicas]:
-        try:
-            infos.append(result(asked, max(1.0, deadline - time.monotonic()), "loading the model"))
-        except ActorEndedError as error:
-            left = error
-            if all_of_them:
-                raise
-    if not infos:
-        raise left
+        infos.append(result(asked, max(1.0, deadline - time.monotonic()), "loading the model"))
     return infos[0]
+
+
+def _first_loaded(replicas: Sequence[Any], deadline: float) -> Any:
+    """The same, once one has: others may hang, be restarting, or have left the group.
+
+    Raises:
+        LiteCacheError: what the last of them said, when none has loaded it.
+    """
+    asked = {replica.info.remote(): replica for replica in replicas}
+    while True:
+        left_s = max(1.0, deadline - time.monotonic())
+        done = ready_among(asked, left_s)
+        if not done:
+            raise RequestTimeout(f"no replica has loaded the model within {left_s:.0f} s")
+        for ref in done:
+            replica = asked.pop(ref)
+            try:
+                return result(ref, 0.0, "loading the model")
+            except ActorEndedError:
+                if not asked:
+                    raise
+            except GroupUnavailableError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.1)
+                asked[replica.info.remote()] = replica  # it restarts
+            except LiteCacheError:
+                if not asked:
+                    raise
 
 
 def _actor_names() -> list[str]:

@@ -306,28 +306,38 @@ class RayShardClient:
 class AttachedShards(Generic[C]):
     """Clients by name: all at the start, and what is lost as soon as it is back.
 
+    Each is attached by a thread of its own: one that hangs keeps neither the others nor, for
+    longer than `patience_s`, the start waiting, and is there as soon as it answers.
+
     Args:
         names: the shards of the node.
         connect: attaches to the shard of a name and calls the function given with it when that is
             gone; raises LiteCacheError when the shard does not answer.
+        patience_s: how long the start waits for all of them.
     """
 
     def __init__(
-        self, names: Sequence[str], connect: Callable[[str, Callable[..., None]], C]
+        self,
+        names: Sequence[str],
+        connect: Callable[[str, Callable[..., None]], C],
+        patience_s: float = _ATTACH_TIMEOUT_S,
     ) -> None:
         self._names = list(names)
         self._connect = connect
         self._clients: dict[str, C] = {}
+        self._attaching: set[str] = set()
         self._changed: Callable[[list[C]], None] | None = None
-        self._condition = threading.Condition()
-        self._closed = False
-        for name in self._names:
-            self._attach(name)
+        self._condition, self._telling = threading.Condition(), threading.Lock()
+        self._untold = self._closed = False
+        self._attach(self._names)
+        with self._condition:
+            self._condition.wait_for(lambda: not self._attaching, patience_s)
         self._thread: threading.Thread | None = None
 
     def clients(self) -> list[C]:
         """The shards that are attached now."""
         with self._condition:
+            self._untold = False
             return [self._clients[name] for name in self._names if name in self._clients]
 
     def client(self, name: str) -> C | None:
@@ -340,7 +350,9 @@ class AttachedShards(Generic[C]):
 
         A lost client is dropped, not closed: other threads may still copy from its mapping.
         """
-        self._changed = changed
+        with self._condition:
+            self._changed = changed
+        self._tell()
         self._thread = start_service(self._watch, "shard-watch")
 
     def close(self) -> None:
@@ -351,17 +363,49 @@ class AttachedShards(Generic[C]):
         if self._thread is not None:
             self._thread.join()
 
-    def _attach(self, name: str) -> bool:
+    def _attach(self, names: Sequence[str]) -> None:
+        """Begin to attach to shards, unless that is under way."""
+        for name in names:
+            with self._condition:
+                if name in self._attaching:
+                    continue
+                self._attaching.add(name)
+
+            def ended(_: BaseException | None = None, name: str = name) -> None:
+                with self._condition:
+                    self._attaching.discard(name)
+                    self._condition.notify_all()
+
+            def run(name: str = name, ended: Callable[[], None] = ended) -> None:
+                self._attach_one(name)
+                ended()
+
+            try:
+                start_job(run, "shard-attach", ended)
+            except RuntimeError as error:
+                logger.warning("%s is not attached: %s", name, error)  # no room for a thread
+                ended()
+
+    def _attach_one(self, name: str) -> None:
         try:
             client = self._connect(name, lambda *_: self._lost(name))
         except LiteCacheError as error:
             logger.info("%s is not attached: %s", name, error)
-            return False
+            return
         with self._condition:
-            self._clients[name] = client
+            if self._closed:
+                client.close()
+                return
+            self._clients[name], self._untold = client, True
         if client.lost:  # before it was in its place
             self._lost(name)
-        return True
+        self._tell()
+
+    def _tell(self) -> None:
+        """Tell whoever watches of those that have come since the last time."""
+        with self._telling:  # what is told last is what there is
+            if self._untold and self._changed is not None:
+                self._changed(self.clients())
 
     def _lost(self, name: str) -> None:
         with self._condition:
@@ -379,10 +423,11 @@ class AttachedShards(Generic[C]):
                 if self._closed:
                     return
                 missing = self._missing()
-            came_back = [name for name in missing if self._attach(name)]
-            if came_back and self._changed is not None:
-                logger.info("attached again: %s", ", ".join(came_back))
-                self._changed(self.clients())
-            retry_s = _FIRST_RETRY_S if came_back else min(2 * retry_s, _LAST_RETRY_S)
+            self._attach(missing)
             with self._condition:
-                self._condition.wait_for(lambda: self._closed, retry_s)
+                self._condition.wait_for(
+                    lambda: self._closed or not (self._attaching or self._missing()), retry_s
+                )
+                if self._closed:
+                    return
+                retry_s = min(2 * retry_s, _LAST_RETRY_S) if self._missing() else _FIRST_RETRY_S

@@ -19,7 +19,13 @@ from litecache.actors.calls import result
 from litecache.actors.cluster import RayConnection
 from litecache.actors.messages import ReplicaMethod, pack_call, unpack_reply, unpack_value
 from litecache.actors.naming import CALL_TIMEOUT_S
-from litecache.errors import GroupUnavailableError, LiteCacheError, RequestTimeout, StorageError
+from litecache.errors import (
+    GroupUnavailableError,
+    LiteCacheError,
+    RequestTimeout,
+    StorageError,
+    first_line,
+)
 from litecache.sockets.channel import SocketChannel
 from litecache.types import PollReply, Request
 
@@ -105,6 +111,7 @@ class ReplicaStub(Stub):
         super().__init__(handle, name)
         self._connection = RayConnection.current()
         self._tried_at = 0.0
+        self._out_of_reach = False
         self._asked: Any = None
 
     def is_ready(self) -> bool:
@@ -122,16 +129,31 @@ class ReplicaStub(Stub):
         return ready
 
     def find_socket(self) -> None:
-        """Look for the replica's socket, at most once a second, unless there is one in use."""
+        """Look for the replica's socket, at most once a second, unless there is one in use.
+
+        One that this process cannot reach, on another node for one, is not looked for again before
+        the replica's process is another one.
+
+        Raises:
+            GroupUnavailableError, RequestTimeout: the replica does not answer.
+        """
         self._connection.check()
-        if self.channel is not None or time.monotonic() < self._tried_at + _RETRY_S:
+        if self._out_of_reach or self.channel is not None:
+            return
+        if time.monotonic() < self._tried_at + _RETRY_S:
             return
         self._tried_at = time.monotonic()
         try:
             where = result(self._handle.where.remote(), CALL_TIMEOUT_S, f"{self._name}: where")
-            self.connect(where["address"])
-        except (LiteCacheError, RayError) as error:
-            logger.info("%s is called through Ray: %s", self._name, error)
+        except RayError as error:
+            raise GroupUnavailableError(f"{self._name}: {first_line(error)}") from error
+        self.connect(where["address"])
+        self._out_of_reach = self.channel is None
+
+    def disconnect(self) -> None:
+        """As of `Stub`; the replica's next process may be within reach."""
+        super().disconnect()
+        self._out_of_reach = False
 
     def submit(self, client_id: str, requests: Sequence[Request]) -> Answer[str]:
         """Begin `GpuCache.submit`."""

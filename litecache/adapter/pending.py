@@ -51,6 +51,7 @@ class PendingRequest:
         first_token_at: `time.perf_counter()` of the first token's arrival.
         finished_at: the same of the last one's.
         tried: names of replicas that stopped answering while they had it.
+        deaths: processes of replicas that ended while they had it, since its last token.
         pid: of the process that made it, the only one that receives its tokens.
 
     `stop` are texts that end it, looked for in the tokens as they arrive.
@@ -77,6 +78,7 @@ class PendingRequest:
         self.first_token_at: float | None = None
         self.finished_at: float | None = None
         self.tried: set[str] = set()
+        self.deaths = 0
         self._error: Exception | None = None
         self._attempt, self.pid = 0, os.getpid()
         self._condition = threading.Condition()
@@ -120,8 +122,10 @@ class PendingRequest:
         with self._condition:
             if self.done:
                 return
-            if delta.token_ids and self.first_token_at is None:
-                self.first_token_at = time.perf_counter()
+            if delta.token_ids:
+                self.deaths = 0
+                if self.first_token_at is None:
+                    self.first_token_at = time.perf_counter()
             delta = self._cut(delta)
             self.tokens.extend(delta.token_ids)
             self.logprobs.extend(delta.logprobs)

@@ -9,13 +9,12 @@ without the failure.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from litecache.actors.calls import UNREACHABLE, ActorEndedError, gather
@@ -32,7 +31,13 @@ from litecache.actors.naming import (
 from litecache.actors.router import Placement, ReplicaLoad, RoutedPrompt, Router
 from litecache.actors.stub import Answer, ReplicaStub
 from litecache.adapter.pending import PendingRequest
-from litecache.errors import GroupMismatchError, GroupUnavailableError, LiteCacheError, told
+from litecache.errors import (
+    GroupMismatchError,
+    GroupUnavailableError,
+    LiteCacheError,
+    RequestTimeout,
+    told,
+)
 from litecache.hashing import BlockKey, chain_keys
 from litecache.threads import start_service
 from litecache.types import PollReply, Request, SamplingParams
@@ -48,6 +53,11 @@ _RETRY_S = 0.1
 _PROBE_S = 1.0
 # So often it is looked whether the coordinator knows what was saved for another node.
 _LOCATE_S = 0.03
+# A poll without news is held for so long where other replicas could go on with its requests: what
+# hangs is noticed so much sooner, for two messages a second while nothing is generated.
+_SHARED_POLL_HOLD_S = 0.5
+# A request that has seen so many processes end, and no token in between, may be what ends them.
+MOST_DEATHS = 3
 _LOST = "lost"
 
 
@@ -70,6 +80,7 @@ class ReplicaPoller:
         move: Callable[[ReplicaPoller], None] | None = None,
     ) -> None:
         self.name, self._client_id, self._move = name, client_id, move
+        self._hold_s = POLL_HOLD_S if move is None else _SHARED_POLL_HOLD_S
         self.silent_since: float | None = None
         self._replica = ReplicaStub(handle, name)
         self._open: dict[str, PendingRequest] = {}
@@ -133,9 +144,10 @@ class ReplicaPoller:
             answer = self._replica.submit(self._client_id, requests)
             epoch = answer.get(CALL_TIMEOUT_S, f"{self.name}: submit")
         except UNREACHABLE as error:
-            # The poll thread submits them again when the actor is back, or lets others do it.
+            # Others go on with them, or the poll thread submits them again when the actor is back.
             logger.warning("%s", error)
-            self.silent_since = self.silent_since or time.monotonic()
+            self._mark(ids, _LOST)
+            self._not_answered()
         except LiteCacheError:
             self._drop(ids)
             raise
@@ -179,13 +191,31 @@ class ReplicaPoller:
         if wire_ids:
             self._replica.abort(wire_ids)
 
-    def give_up(self, num_replicas: int) -> list[PendingRequest]:
-        """Let go of the requests that some other replica has not been tried with yet."""
+    def give_up(self, others: Mapping[str, bool]) -> list[PendingRequest]:
+        """Let go of the requests that another replica may go on with.
+
+        Args:
+            others: their names, and whether they answer as far as known. One that does not gets
+                only what it has not been tried with yet.
+        """
+        answering = any(others.values())
         with self._condition:
             for pending in self._open.values():
                 pending.tried.add(self.name)
-            ids = [w for w, pending in self._open.items() if len(pending.tried) < num_replicas]
+            ids = [w for w, p in self._open.items() if answering or others.keys() - p.tried]
             return [pending for pending in self._drop(ids) if pending.next_attempt()]
+
+    def _note_death(self, error: Exception) -> None:
+        """The process has ended: what was open there is not tried for ever."""
+        with self._condition:
+            for pending in self._open.values():
+                pending.deaths += 1
+            given_up = [w for w, p in self._open.items() if p.deaths >= MOST_DEATHS]
+        text = (
+            f"{MOST_DEATHS} processes of replicas have ended while they had the request, without "
+            f"a token in between, so it is not given to another one; the last: {error}"
+        )
+        self._fail(given_up, GroupUnavailableError(text))
 
     def _not_answered(self) -> float:
         """The replica does nothing: others go on, where there are any; how long it was silent."""
@@ -198,13 +228,12 @@ class ReplicaPoller:
 
     def _run(self) -> None:
         # Alone it is waited for a little longer: nobody else could go on.
-        late_s = POLL_HOLD_S + CALL_TIMEOUT_S + (POLL_HOLD_S if self._move is None else 0.0)
+        late_s = self._hold_s + CALL_TIMEOUT_S + (POLL_HOLD_S if self._move is None else 0.0)
         while True:
             if not self._open and self._move is None:
                 self.silent_since = None  # what is not asked is not silent
             if self.silent_since is None:
-                with contextlib.suppress(LiteCacheError):  # the poll will say it
-                    self._replica.find_socket()
+                self._find_socket()
             with self._condition:
                 self._polling = bool(self._open)
                 # Others get the requests of a silent one: it is asked until it answers.
@@ -232,6 +261,8 @@ class ReplicaPoller:
                 self._mark(ids, _LOST)
                 logger.info("%s", error)
                 ended = isinstance(error, ActorEndedError)
+                if self.silent_since is None and not (ended or isinstance(error, RequestTimeout)):
+                    self._note_death(error)
                 patience_s = _GIVE_UP_ENDED_S if ended else _GIVE_UP_S
                 if self._not_answered() > patience_s:
                     text = f"{self.name} has not answered for {patience_s:g} s: {error}"
@@ -253,12 +284,21 @@ class ReplicaPoller:
                 self._fail(list(self._open), GroupUnavailableError(text))
         self._replica.disconnect()
 
+    def _find_socket(self) -> None:
+        try:
+            self._replica.find_socket()
+        except UNREACHABLE as error:
+            logger.info("%s", error)
+            self._not_answered()
+        except LiteCacheError:
+            pass  # the poll will say it
+
     def _send_poll(self, requests: Sequence[Request]) -> Answer[PollReply]:
         with self._condition:
             streaming = any(pending.streaming for pending in self._open.values())
         gap_s = STREAM_GAP_S if streaming else BATCH_GAP_S
         return self._replica.poll(
-            self._client_id, self._epoch, self._ack, POLL_HOLD_S, gap_s, requests=requests
+            self._client_id, self._epoch, self._ack, self._hold_s, gap_s, requests=requests
         )
 
     def _take(self, reply: PollReply) -> None:
@@ -332,6 +372,7 @@ class ReplicaSet:
         self._local = Router(group.info.block_size)
         self._local_lock = threading.Lock()
         move = self._move if len(group.replicas) > 1 else None
+        self.pollers: list[ReplicaPoller] = []  # their threads may ask before all are made
         self.pollers = [
             ReplicaPoller(handle, client_id, replica_name(group.spec.group, index), move=move)
             for index, handle in enumerate(group.replicas)
@@ -363,13 +404,12 @@ class ReplicaSet:
     def _move(self, silent: ReplicaPoller) -> None:
         """Go on elsewhere with the requests of a replica that does not answer."""
         with self._moving:
+            others = [poller for poller in self.pollers if poller is not silent]
             by_target: dict[ReplicaPoller, list[PendingRequest]] = {}
-            for row in silent.give_up(len(self.pollers)):
-                others = [poller for poller in self.pollers if poller.name not in row.tried]
-                target = min(
-                    others,
-                    key=lambda p: (p.silent_since is not None, p.load + len(by_target.get(p, ()))),
-                )
+            for row in silent.give_up({p.name: p.silent_since is None for p in others}):
+                able = [p for p in others if p.silent_since is None]
+                able = able or [p for p in others if p.name not in row.tried] or others
+                target = min(able, key=lambda p: p.load + len(by_target.get(p, ())))
                 by_target.setdefault(target, []).append(row)
             for target, rows in by_target.items():
                 what = "%s does not answer: %s goes on with %d request(s)"

@@ -80,6 +80,9 @@ class ShardClient(Protocol):
     def flush(self, timeout_s: float) -> FlushReport:
         """Write out and sync everything that was committed before the call."""
 
+    def close(self) -> None:
+        """Detach, which ends all leases."""
+
 
 class _Staged(NamedTuple):
     """A `stage` that is done already."""

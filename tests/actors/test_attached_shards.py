@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import queue
+import threading
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -39,9 +41,9 @@ def names(clients: list[ShardClient]) -> list[str]:
 def test_a_shard_that_was_lost_is_attached_again(shards: Shards) -> None:
     watch = AttachedShards(["a", "b"], shards.connect)
     changes: queue.Queue[list[ShardClient]] = queue.Queue()
+    first = watch.clients()
     watch.watch(changes.put)
     try:
-        first = watch.clients()
         assert names(first) == ["a", "b"]
         shards.on_lost["a"]()
         after = changes.get(timeout=20)
@@ -56,10 +58,33 @@ def test_a_shard_that_is_missing_at_the_start_joins_when_it_comes(shards: Shards
     shards.gone.add("b")
     watch = AttachedShards(["a", "b"], shards.connect)
     changes: queue.Queue[list[ShardClient]] = queue.Queue()
+    assert names(watch.clients()) == ["a"]
     watch.watch(changes.put)
     try:
-        assert names(watch.clients()) == ["a"]
         shards.gone.clear()
         assert names(changes.get(timeout=20)) == ["a", "b"]
     finally:
+        watch.close()
+
+
+def test_a_shard_that_hangs_keeps_neither_the_start_nor_the_others_waiting(shards: Shards) -> None:
+    answers = threading.Event()
+
+    def connect(name: str, on_lost: Callable[[], None]) -> ShardClient:
+        if name == "a":
+            answers.wait()
+        return shards.connect(name, on_lost)
+
+    watch = AttachedShards(["a", "b", "c"], connect, patience_s=0.05)
+    changes: queue.Queue[list[ShardClient]] = queue.Queue()
+    try:
+        while names(watch.clients()) != ["b", "c"]:
+            time.sleep(0.01)
+        watch.watch(changes.put)
+        shards.on_lost["b"]()
+        assert names(changes.get(timeout=20)) == ["b", "c"]
+        answers.set()
+        assert names(changes.get(timeout=20)) == ["a", "b", "c"]
+    finally:
+        answers.set()
         watch.close()

@@ -6,11 +6,13 @@ import dataclasses
 import os
 import signal
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
-from test_group import make_spec
+from test_group import TINY, make_spec
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from litecache.actors.calls import ActorEndedError, result
 from litecache.actors.coordinator import CoordinatorClient
@@ -19,6 +21,7 @@ from litecache.actors.group import Group
 from litecache.actors.router import RoutedPrompt
 from litecache.adapter.pending import PendingRequest
 from litecache.adapter.replicas import ReplicaSet
+from litecache.engine.loading.model_source import ModelSource
 from litecache.errors import LiteCacheError
 from litecache.types import Request, SamplingParams
 
@@ -154,5 +157,52 @@ def test_a_replica_that_hangs_is_left_out_and_its_requests_end_elsewhere(ray_loc
             time.sleep(0.1)
         for poller in replicas.pollers:
             poller.close()
+    finally:
+        group.stop(1.0)
+
+
+def test_joining_does_not_wait_for_a_replica_that_hangs(ray_local: None) -> None:
+    """It was up to fifteen minutes, and then refused, though the other one served."""
+    group = Group.start(dataclasses.replace(make_spec("joining"), replicas=2))
+    pid = ray.get(group.replicas[0].where.remote())["pid"]
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        began = time.monotonic()
+        joined = Group.attach("joining", timeout_s=100)
+        assert time.monotonic() - began < 15
+        assert joined.info == group.info
+        assert joined.actors.keys() == group.actors.keys()
+        replicas = ReplicaSet(joined, "other")
+        request = Request("r", "other", range(1, 20), SamplingParams(max_new_tokens=5))
+        pending = PendingRequest(request)
+        replicas.submit([pending])
+        assert len(pending.wait()) == 5
+        for poller in replicas.pollers:
+            poller.close()
+    finally:
+        os.kill(pid, signal.SIGCONT)
+        group.stop(1.0)
+
+
+def test_a_replica_that_is_refused_at_its_restart_tries_again(
+    ray_local: None, tmp_path: Path
+) -> None:
+    """What was there at the start may be away for a moment; it used to stay refused for ever."""
+    folder, away = tmp_path / "model", tmp_path / "away"
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(**TINY)).save_pretrained(folder)
+    spec = dataclasses.replace(make_spec("refused"), source=ModelSource(path=str(folder)))
+    group = Group.start(spec)
+    try:
+        replica = group.replicas[0]
+        first = ray.get(replica.where.remote())
+        folder.rename(away)
+        os.kill(first["pid"], signal.SIGKILL)
+        deadline = time.monotonic() + 100
+        while not (reasons := group.coordinator.call("failures", 0)):
+            assert time.monotonic() < deadline, "its refusal ends its process"
+            time.sleep(0.1)
+        away.rename(folder)
+        assert "model" in reasons[0]
+        assert wait_for(replica, first["pid"])["ready"]
     finally:
         group.stop(1.0)

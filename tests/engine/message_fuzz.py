@@ -339,5 +339,6 @@ def _door_over(harness: Harness) -> GpuCache:
         _remote=NoRemote(),
         _metrics=harness.engine.metrics,
         _stopped=threading.Event(),
+        _ending=None,
     )
     return door

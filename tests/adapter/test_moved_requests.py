@@ -1,0 +1,187 @@
+"""Where the requests of a replica that does not answer go on, and when nobody tries any more."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from litecache.actors.calls import ActorEndedError
+from litecache.adapter import replicas as module
+from litecache.adapter.pending import PendingRequest
+from litecache.adapter.replicas import MOST_DEATHS, ReplicaSet
+from litecache.errors import GroupUnavailableError, RequestTimeout
+from litecache.types import FinishReason, PollReply, Request, SamplingParams, TokenDelta
+
+
+class Replica:
+    """A replica in a few states, spoken to as `ReplicaStub` is.
+
+    Attributes:
+        state: "serves" (answers, and computes nothing), "dead", "hangs", "loading" or "left".
+        taken: ids of requests that were submitted to it.
+    """
+
+    def __init__(self, handle: Any, name: str) -> None:
+        self.state, self.name = handle.state, name
+        self.taken: list[str] = []
+        self.epoch, self.told = 1, 0
+        self.news = threading.Condition()
+        handle.stub = self
+
+    def _answer(self, give: Callable[[], Any]) -> Any:
+        return SimpleNamespace(get=lambda *_, **__: give())
+
+    def _refuse(self) -> None:
+        if self.state == "dead":
+            raise GroupUnavailableError(f"{self.name}: the actor is gone")
+        if self.state == "left":
+            raise ActorEndedError(f"{self.name} has left its group")
+        if self.state == "hangs":
+            time.sleep(0.02)
+            raise RequestTimeout(f"{self.name}: took longer than 2 s")
+
+    def find_socket(self) -> None:
+        pass
+
+    def disconnect(self) -> None:
+        pass
+
+    def is_ready(self) -> bool:
+        return self.state == "serves"
+
+    def abort(self, wire_ids: Any) -> None:
+        pass
+
+    def submit(self, client_id: str, requests: Any) -> Any:
+        def give() -> str:
+            self._refuse()
+            if self.state == "loading":
+                raise GroupUnavailableError(f"{self.name} is loading its model")
+            self.taken += [r.request_id for r in requests]
+            return f"e{self.epoch}"
+
+        return self._answer(give)
+
+    def poll(self, *_: Any, requests: Any = ()) -> Any:
+        def give() -> PollReply:
+            with self.news:
+                self.news.wait(0.02)
+            self._refuse()
+            if self.state == "loading":
+                return PollReply(1)
+            self.taken += [r.request_id for r in requests]
+            return PollReply(1, (), f"e{self.epoch}")
+
+        return self._answer(give)
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., ReplicaSet]]:
+    monkeypatch.setattr(module, "ReplicaStub", Replica)
+    monkeypatch.setattr(module, "_PROBE_S", 0.02)
+    monkeypatch.setattr(module, "_RETRY_S", 0.01)
+    sets: list[ReplicaSet] = []
+
+    def make(*states: str) -> ReplicaSet:
+        handles = [SimpleNamespace(state=state) for state in states]
+        group: Any = SimpleNamespace(
+            replicas=handles,
+            spec=SimpleNamespace(group="moving"),
+            info=SimpleNamespace(block_size=16, max_requests=8),
+        )
+        sets.append(ReplicaSet(group, "c"))
+        return sets[-1]
+
+    yield make
+    for each in sets:
+        for poller in each.pollers:
+            poller.close()
+
+
+def begin(replicas: ReplicaSet, index: int) -> PendingRequest:
+    pending = PendingRequest(Request("r", "c", range(1, 20), SamplingParams(max_new_tokens=9)))
+    replicas.submit([pending], index)
+    return pending
+
+
+def until(condition: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.005)
+
+
+def stubs(replicas: ReplicaSet) -> list[Any]:
+    return [poller._replica for poller in replicas.pollers]
+
+
+@pytest.mark.parametrize("state", ["dead", "hangs", "loading", "left"])
+def test_a_request_goes_on_with_the_replica_that_answers(made: Any, state: str) -> None:
+    replicas = made(state, "serves")
+    row = begin(replicas, 0)
+    until(lambda: stubs(replicas)[1].taken == [row.wire_id])
+    assert not row.done
+
+
+@pytest.mark.parametrize("state", ["dead", "hangs", "loading", "left"])
+def test_it_goes_back_to_the_first_when_that_is_there_again_and_the_second_is_not(
+    made: Any, state: str
+) -> None:
+    replicas = made("dead", "serves")
+    first, second = stubs(replicas)
+    row = begin(replicas, 0)
+    until(lambda: second.taken)
+    second.state = state
+    until(lambda: replicas.pollers[1].silent_since is not None)
+    assert not first.taken
+    first.epoch, first.state = 2, "serves"
+    until(lambda: first.taken)
+    assert first.taken == [row.wire_id]
+    assert not row.done
+
+
+def test_what_one_of_several_submits_in_vain_goes_elsewhere_without_waiting_for_a_poll(
+    made: Any,
+) -> None:
+    replicas = made("serves", "serves")
+    first, second = stubs(replicas)
+    begin(replicas, 0)
+    until(lambda: first.taken)
+    first.state = "loading"
+    later = PendingRequest(Request("later", "c", range(1, 9), SamplingParams(max_new_tokens=9)))
+    replicas.pollers[0].submit([later])
+    until(lambda: any(name.startswith("later") for name in second.taken))
+
+
+def test_a_request_under_which_process_after_process_ends_is_given_up_and_says_why(
+    made: Any,
+) -> None:
+    replicas = made("serves", "serves")
+    row = begin(replicas, 0)
+    for death in range(1, MOST_DEATHS + 1):
+        until(lambda: any(poller.load for poller in replicas.pollers))
+        (at,) = (i for i, poller in enumerate(replicas.pollers) if poller.load)
+        here = stubs(replicas)[at]
+        until(lambda: row.wire_id in here.taken)  # noqa: B023
+        here.state = "dead"
+        until(lambda: row.deaths == death)  # noqa: B023
+        if death < MOST_DEATHS:
+            until(lambda: not replicas.pollers[at].load)  # noqa: B023
+            here.epoch, here.state = here.epoch + 1, "serves"
+            until(lambda: replicas.pollers[at].silent_since is None)  # noqa: B023
+    with pytest.raises(GroupUnavailableError, match=r"3 processes .* without a token .* is gone"):
+        row.wait()
+
+
+def test_a_token_in_between_clears_the_request(made: Any) -> None:
+    row = PendingRequest(Request("r", "c", range(1, 9), SamplingParams(max_new_tokens=9)))
+    row.deaths = MOST_DEATHS - 1
+    row.feed(TokenDelta("r.0", (5,)))
+    assert row.deaths == 0
+    row.feed(TokenDelta("r.0", (6,), FinishReason.LENGTH))
+    assert row.wait() == [5, 6]
