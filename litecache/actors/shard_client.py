@@ -371,35 +371,37 @@ class AttachedShards(Generic[C]):
                     continue
                 self._attaching.add(name)
 
-            def ended(_: BaseException | None = None, name: str = name) -> None:
-                with self._condition:
-                    self._attaching.discard(name)
-                    self._condition.notify_all()
-
-            def run(name: str = name, ended: Callable[[], None] = ended) -> None:
+            def attach(_: BaseException | None = None, name: str = name) -> None:
                 self._attach_one(name)
-                ended()
 
             try:
-                start_job(run, "shard-attach", ended)
+                # a fault that comes again is left to the watch, which waits in between
+                start_job(attach, "shard-attach", attach)
             except RuntimeError as error:
                 logger.warning("%s is not attached: %s", name, error)  # no room for a thread
-                ended()
+                self._attached(name)
+
+    def _attached(self, name: str) -> None:
+        """An attempt has ended, well or not."""
+        with self._condition:
+            self._attaching.discard(name)
+            self._condition.notify_all()
 
     def _attach_one(self, name: str) -> None:
         try:
             client = self._connect(name, lambda *_: self._lost(name))
+            with self._condition:
+                if self._closed:
+                    client.close()
+                    return
+                self._clients[name], self._untold = client, True
+            if client.lost:  # before it was in its place
+                self._lost(name)
+            self._tell()
         except LiteCacheError as error:
             logger.info("%s is not attached: %s", name, error)
-            return
-        with self._condition:
-            if self._closed:
-                client.close()
-                return
-            self._clients[name], self._untold = client, True
-        if client.lost:  # before it was in its place
-            self._lost(name)
-        self._tell()
+        finally:
+            self._attached(name)
 
     def _tell(self) -> None:
         """Tell whoever watches of those that have come since the last time."""

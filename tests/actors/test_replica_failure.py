@@ -203,6 +203,6 @@ def test_a_replica_that_is_refused_at_its_restart_tries_again(
             time.sleep(0.1)
         away.rename(folder)
         assert "model" in reasons[0]
-        assert wait_for(replica, first["pid"])["ready"]
+        assert wait_for(replica, first["pid"])["pid"] != first["pid"]
     finally:
         group.stop(1.0)

@@ -22,7 +22,8 @@ class Replica:
     """A replica in a few states, spoken to as `ReplicaStub` is.
 
     Attributes:
-        state: "serves" (answers, and computes nothing), "dead", "hangs", "loading" or "left".
+        state: "serves" (answers, and computes nothing), "dead", "hangs", "loading", "left", or
+            "deaf" (it tells news, and does not answer a submission).
         taken: ids of requests that were submitted to it.
     """
 
@@ -62,6 +63,8 @@ class Replica:
             self._refuse()
             if self.state == "loading":
                 raise GroupUnavailableError(f"{self.name} is loading its model")
+            if self.state == "deaf":
+                raise RequestTimeout(f"{self.name}: submit took longer than 2 s")
             self.taken += [r.request_id for r in requests]
             return f"e{self.epoch}"
 
@@ -152,7 +155,7 @@ def test_what_one_of_several_submits_in_vain_goes_elsewhere_without_waiting_for_
     first, second = stubs(replicas)
     begin(replicas, 0)
     until(lambda: first.taken)
-    first.state = "loading"
+    first.state = "deaf"
     later = PendingRequest(Request("later", "c", range(1, 9), SamplingParams(max_new_tokens=9)))
     replicas.pollers[0].submit([later])
     until(lambda: any(name.startswith("later") for name in second.taken))

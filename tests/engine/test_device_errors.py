@@ -8,6 +8,7 @@ import pytest
 import torch
 from engine_harness import Harness, family_source
 
+from litecache.engine.running import device_errors
 from litecache.engine.running.device_errors import check_device, is_out_of_memory, is_sticky
 from litecache.errors import LiteCacheError
 from litecache.types import FinishReason, Request, SamplingParams
@@ -63,6 +64,28 @@ def test_short_memory_and_wrong_arguments_end_with_their_call(error: Exception) 
     assert not is_sticky(error)
     assert is_out_of_memory(error) == (error in PASSING[:4])
     check_device(torch.device("cpu"), error)
+
+
+def test_a_device_that_answers_at_the_second_time_has_not_failed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """CUDA tells an error that nobody has asked for with the next call, once."""
+    left = torch.AcceleratorError("CUDA error: invalid argument")
+    answers: list[Exception | None] = [left, None]
+
+    def ask(device: torch.device) -> None:
+        answer = answers.pop(0)
+        if answer is not None:
+            raise answer
+
+    monkeypatch.setattr(device_errors, "_ask", ask)
+    check_device(torch.device("cuda"), RuntimeError("a step's own"))
+    assert not answers
+    answers += [left, left]
+    with pytest.raises(LiteCacheError, match="cuda has failed: CUDA error: invalid argument"):
+        check_device(torch.device("cuda"), RuntimeError("a step's own"))
+    answers.append(torch.AcceleratorError("CUDA error: out of memory"))
+    check_device(torch.device("cuda"), RuntimeError("a step's own"))
 
 
 def test_what_an_error_was_raised_from_counts_too() -> None:

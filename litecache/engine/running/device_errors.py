@@ -91,10 +91,18 @@ def check_device(device: torch.device, error: BaseException) -> None:
         raise LiteCacheError(f"{device} has failed: {first_line(error)}") from error
     if device.type != "cuda":
         return
-    try:
-        torch.cuda.synchronize(device)
-        torch.ones(1, device=device).item()
-    except RuntimeError as broken:
-        if is_out_of_memory(broken):
-            return
-        raise LiteCacheError(f"{device} has failed: {first_line(broken)}") from error
+    broken: RuntimeError | None = None
+    for _ in range(2):  # the first time may tell once more what an earlier call has left behind
+        try:
+            return _ask(device)
+        except RuntimeError as refused:
+            if is_out_of_memory(refused):
+                return
+            broken = refused
+    assert broken is not None
+    raise LiteCacheError(f"{device} has failed: {first_line(broken)}") from error
+
+
+def _ask(device: torch.device) -> None:
+    torch.cuda.synchronize(device)
+    torch.ones(1, device=device).item()
