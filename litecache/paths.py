@@ -43,6 +43,17 @@ def litecache_home() -> Path:
     return home
 
 
+def make_private(folder: Path) -> None:
+    """Make a folder and what is missing above it, for this user alone, whatever the umask is.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    for each in (*reversed(folder.parents), folder):
+        if not each.is_dir():
+            each.mkdir(mode=0o700, exist_ok=True)
+
+
 def models_folder() -> Path:
     """Where converted and handed-over models lie, one folder per fingerprint."""
     return litecache_home() / "models"
@@ -114,7 +125,7 @@ def find_or_make_model(
     made = False
     while (hold := hold_model(target)) is None:
         with _errors_of(target):
-            target.parent.mkdir(parents=True, exist_ok=True)
+            make_private(target.parent)
             scratch = Path(tempfile.mkdtemp(prefix=f"{_UNFINISHED}making-", dir=target.parent))
         try:
             with hold_model(scratch) or ModelHold(None):
@@ -135,8 +146,8 @@ def _publish(scratch: Path, target: Path, label: str) -> None:
     for file in scratch.iterdir():
         if file.is_file():
             with file.open("rb") as handle:
+                os.fchmod(handle.fileno(), 0o600)
                 os.fsync(handle.fileno())
-    scratch.chmod(0o755)
     try:
         scratch.rename(target)
     except OSError:

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from litecache import paths
 from litecache.cli import app
+from litecache.engine.loading.fingerprint import write_kept
 from litecache.errors import LiteCacheError
 from litecache.paths import (
     find_or_make_model,
@@ -156,3 +157,20 @@ def test_the_command_lists_models_by_their_names_and_prunes_the_unused() -> None
     assert names() == ["bb"]
     assert hold is not None
     hold.release()
+
+
+@pytest.mark.parametrize("umask", [0, 0o077])
+def test_models_are_their_users_alone_whatever_the_umask(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, umask: int
+) -> None:
+    home = tmp_path / "above" / "home"
+    monkeypatch.setenv("LITECACHE_HOME", str(home))
+    before = os.umask(umask)
+    try:
+        folder = make("a")
+        write_kept(home / "fingerprints" / "kept.json", {})
+    finally:
+        os.umask(before)
+    assert folder.parent == home / "models"
+    for path in (home.parent, home, *home.rglob("*")):
+        assert path.stat().st_mode & 0o777 == (0o700 if path.is_dir() else 0o600), path

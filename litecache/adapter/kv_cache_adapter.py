@@ -166,7 +166,8 @@ class KVCacheAdapter(ChatSurface, ModelSurface):
             expected["config"] = None
         self.group, started = _join_or_start(spec, expected, detached, options)
         # Each driver has its own, where it says so.
-        self._own_salt = (cache_config or self.group.spec.config).cache_salt
+        says = cache_config is not None or "LITECACHE_CACHE_SALT" in os.environ
+        self._own_salt = (config if says else self.group.spec.config).cache_salt
         self._tokenizer = tokenizer
         self._client_id = uuid.uuid4().hex[:12]
         self._numbers = itertools.count(1)

@@ -166,7 +166,9 @@ def _adapter(
         model = source.path
         if model is None:
             raise ConfigError("--model", None, f"given: group {group!r} has a model without a name")
-        trust_remote_code |= source.trust_remote_code
+        if source.trust_remote_code and not trust_remote_code:
+            valid = f"given: the model of group {group!r} brings Python code that would run here"
+            raise ConfigError("--trust-remote-code", False, valid)
     from litecache.adapter import KVCacheAdapter
 
     with KVCacheAdapter(

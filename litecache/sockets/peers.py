@@ -38,6 +38,7 @@ def listen(name: str) -> tuple[socket.socket, str]:
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         listener.bind(str(unfinished))
+        unfinished.chmod(0o600)  # in a folder of mode 0700: nobody else could be faster
         listener.listen()
         # the name appears with who listens, so a name without one is always stale; unlike
         # `rename`, `link` refuses a name that is taken

@@ -37,17 +37,20 @@ class OwnRay:
     Attributes:
         address: for `ray.init`.
         dashboard: URL, where jobs are submitted.
+        metrics: URL of the page that Prometheus reads.
         env: what a process needs to be its driver.
         folder: its temporary folder, with the logs of the session.
     """
 
-    def __init__(self, num_cpus: int, env: Mapping[str, str]) -> None:
+    def __init__(self, num_cpus: int, env: Mapping[str, str], umask: int = 0o022) -> None:
         # short: the path of a socket ends at 107 characters
         self.folder = Path(tempfile.mkdtemp(prefix="lc-ray-", dir="/tmp"))
         self._mark = uuid.uuid4().hex
         ports = dict(zip(_PORTS, free_ports(len(_PORTS)), strict=True))
         self.address = f"127.0.0.1:{ports['port']}"
         self.dashboard = f"http://127.0.0.1:{ports['dashboard-port']}"
+        self.metrics = f"http://127.0.0.1:{ports['metrics-export-port']}/metrics"
+        self._umask = umask
         self.env = {**os.environ, **env, "PATH": f"{_BIN}{os.pathsep}{os.environ['PATH']}"}
         self.env.pop("RAY_ADDRESS", None)
         self.env["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -63,6 +66,7 @@ class OwnRay:
             stdout=self._log,
             stderr=subprocess.STDOUT,
             cwd=self.folder,
+            umask=umask,
         )
         self.env["RAY_ADDRESS"] = self.address
         try:
@@ -115,6 +119,7 @@ class OwnRay:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             timeout=timeout_s,
+            umask=self._umask,
             check=False,
         )
         assert done.returncode == 0, done.stdout
@@ -143,9 +148,9 @@ class OwnRay:
 
 
 @contextlib.contextmanager
-def own_ray(num_cpus: int = 4, **env: str) -> Iterator[OwnRay]:
-    """A Ray of the caller's own for a while."""
-    ray = OwnRay(num_cpus, env)
+def own_ray(num_cpus: int = 4, umask: int = 0o022, **env: str) -> Iterator[OwnRay]:
+    """A Ray of the caller's own for a while; all of its processes have that umask."""
+    ray = OwnRay(num_cpus, env, umask)
     try:
         yield ray
     finally:

@@ -209,6 +209,7 @@ def test_a_client_does_not_talk_to_another_users_process(
 def test_other_users_cannot_reach_the_socket_and_need_not_be_asked(server: SocketServer) -> None:
     folder = Path(server.address).parent
     assert stat.S_IMODE(folder.lstat().st_mode) == 0o700
+    assert stat.S_IMODE(Path(server.address).lstat().st_mode) == 0o600
     assert folder.lstat().st_uid == os.getuid()
     if os.getuid() == 0:
         code = f"import os, socket; os.setuid(65534); socket.socket(1).connect({server.address!r})"

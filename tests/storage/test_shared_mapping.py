@@ -6,6 +6,7 @@ import errno
 import gc
 import itertools
 import os
+import stat
 import time
 from pathlib import Path
 
@@ -229,3 +230,15 @@ def test_ram_grows_again_after_memory_was_short_for_a_while(
             time.sleep(0.005)
         store.check_integrity()
         client.close()
+
+
+@pytest.mark.parametrize("use_memfd", [True, False])
+def test_other_users_cannot_open_the_arena_whatever_the_umask_is(use_memfd):
+    before = os.umask(0)
+    try:
+        with ShardStore(None, ram_bytes=1 * MIB, use_memfd=use_memfd) as store:
+            arena = store._arena
+            for file in (arena._fd, *([] if use_memfd else [arena.path])):
+                assert stat.S_IMODE(os.stat(file).st_mode) == 0o600
+    finally:
+        os.umask(before)

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 from litecache.errors import ConfigError
-from litecache.paths import litecache_home
+from litecache.paths import litecache_home, make_private
 
 if TYPE_CHECKING:
     from torch import nn
@@ -146,7 +146,7 @@ def _hash_file(path: Path, size: int) -> str:
 def write_kept(file: Path, value: Mapping[str, Any]) -> None:
     """Best effort, through a rename: a cache folder that cannot be written only costs time."""
     with contextlib.suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
+        make_private(file.parent)
         descriptor, temporary = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
         with os.fdopen(descriptor, "w", encoding="utf-8") as out:
             json.dump(value, out)

@@ -81,7 +81,9 @@ class Arena(SlotMemory):
     def _create(self, arena_bytes: int, memfd: bool) -> int:
         if memfd:
             with contextlib.suppress(OSError):
-                return os.memfd_create(arena_name(self.epoch), os.MFD_CLOEXEC)
+                fd = os.memfd_create(arena_name(self.epoch), os.MFD_CLOEXEC)
+                os.fchmod(fd, 0o600)
+                return fd
         sweep_shm()
         stat = os.statvfs(_SHM)
         room = stat.f_bavail * stat.f_frsize
