@@ -141,11 +141,14 @@ def _start_proxy(host: str, port: int) -> Any:
     from ray import serve
     from ray.serve.context import _get_global_client
 
+    from litecache.serving.settings import is_loopback
+
     client = _get_global_client(raise_if_no_controller_running=False)
     if client is None:
         _check_free(host, port)
         serve.start(
-            proxy_location="HeadOnly",
+            # others can reach a proxy of their own node, too
+            proxy_location="HeadOnly" if is_loopback(host) else "EveryNode",
             http_options={"host": host, "port": port},
             logging_config={"log_level": "WARNING"},
         )

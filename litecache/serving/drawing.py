@@ -14,7 +14,7 @@ from litecache.adapter.generation import draw_seed, token_ids, translate
 from litecache.serving.answers import Answer
 from litecache.serving.keys import Tenant
 from litecache.serving.reader import Reader
-from litecache.serving.schemas import Drawing
+from litecache.serving.schemas import Drawing, refused
 from litecache.serving.service import ModelService
 from litecache.types import SamplingParams
 
@@ -98,6 +98,9 @@ async def open_reader(
         LiteCacheError: a field is wrong, or the engine is not there.
     """
     llm = service.llm
+    if tenant.salt and (body.priority or 0) < 0:
+        # or a key would take what is another one's share
+        raise refused("priority", "0 or more: a key cannot put itself before others")
     settings = draw_settings(body, llm.generation_config, max_tokens, logprobs)
     samples, size = body.samples, body.samples * len(prompts)
     silent = ends_of(settings, llm.generation_config)

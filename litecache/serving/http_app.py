@@ -114,6 +114,7 @@ class _Exchange:
         self._tenant = ANYBODY
         self._status = 0
         self._note = ""
+        self._held = 0
 
     def _header(self, name: str) -> str:
         return self._headers.get(name.encode(), b"").decode("latin-1")
@@ -162,8 +163,11 @@ class _Exchange:
         if self._path == "/v1/cache/import":
             await self._import()
             return
-        data = await self._body(self._service.settings.max_body_bytes)
-        await self._while_connected(self._post(data))
+        try:
+            data = await self._body(self._service.settings.max_body_bytes)
+            await self._while_connected(self._post(data))
+        finally:
+            self._service.body_bytes -= self._held
 
     def _authorise(self) -> None:
         if self._path in OPEN_PATHS:
@@ -193,7 +197,17 @@ class _Exchange:
 
     async def _body(self, most: int) -> bytes:
         parts: list[bytes] = []
+        service = self._service
         async for part in self._parts(most):
+            self._held += len(part)
+            service.body_bytes += len(part)
+            if service.body_bytes > service.settings.max_bodies_bytes:
+                raise ApiError(
+                    429,
+                    "the requests under way are larger together than this server takes",
+                    code="rate_limit_exceeded",
+                    headers={"retry-after": "1"},
+                )
             parts.append(part)
         return b"".join(parts)
 
@@ -251,11 +265,10 @@ class _Exchange:
         if self._path == "/health":
             await self._send_json({"status": "ok"})
         elif self._path == "/ready":
-            llm = service.llm
+            service.check_model(None)
             await self._send_json({"status": "ready", "model": service.model_name})
-            del llm
         elif self._path == "/v1/models":
-            service.llm  # noqa: B018 - 503 while it is loading
+            service.check_model(None)
             await self._send_json({"object": "list", "data": [_model(service)]})
         elif self._path == "/metrics":
             text = await service.run_long(metrics_text, service)

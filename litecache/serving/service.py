@@ -74,6 +74,7 @@ class ModelService:
         admission: who runs and who waits.
         open_streams: answers that are read as they come.
         forms: answers of a form that are being drawn.
+        body_bytes: of the requests under way.
         counts: what was done so far, for `/metrics`.
     """
 
@@ -85,7 +86,7 @@ class ModelService:
     ) -> None:
         self.settings, self.keys = settings, keys
         self.state, self.failure = "loading", ""
-        self.open_streams = 0
+        self.open_streams = self.body_bytes = 0
         self.counts: dict[tuple[str, ...], float] = {}
         self.admission = Admission(settings.max_running or 1, settings.max_waiting)
         self.started_at = int(time.time())

@@ -34,6 +34,7 @@ class ServeSettings:
         max_running: sequences that a server has in the engines at once; None = twice their rows.
         max_waiting: requests that wait beyond these; more are told to come back (429).
         max_body_bytes: of a request; of a file to import `max_import_bytes`.
+        max_bodies_bytes: of all requests under way in a server.
         max_import_bytes: of a file of `/v1/cache/import`.
         merge_ms: while many streams are open, tokens of so many milliseconds share an event.
         shutdown_s: seconds that open requests have to end in when a server is stopped.
@@ -54,6 +55,7 @@ class ServeSettings:
     max_running: int | None = None
     max_waiting: int = 1024
     max_body_bytes: int = 16 << 20
+    max_bodies_bytes: int = 512 << 20
     max_import_bytes: int = 16 << 30
     merge_ms: float = 50.0
     shutdown_s: float = 30.0
@@ -74,7 +76,8 @@ class ServeSettings:
         check_integer("max_constrained", self.max_constrained, 1, 256)
         for name in ("max_body_bytes", "max_schema_bytes"):
             check_integer(name, getattr(self, name), 1024, 1 << 30)
-        check_integer("max_import_bytes", self.max_import_bytes, 1024, 1 << 50)
+        for name in ("max_bodies_bytes", "max_import_bytes"):
+            check_integer(name, getattr(self, name), 1024, 1 << 50)
         check_real("merge_ms", self.merge_ms, 0, 1000)
         check_real("shutdown_s", self.shutdown_s, 0, 86_400)
         check_flag("trust_remote_code", self.trust_remote_code)

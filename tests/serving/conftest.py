@@ -22,5 +22,5 @@ def service(adapter: LocalAdapter) -> Iterator[ModelService]:
     """A service of its own over the shared engine, whose blocks are all free at the end."""
     made = make_service(adapter)
     yield made
-    made.stop_threads()
     adapter.check()
+    made.stop_threads()

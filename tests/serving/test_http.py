@@ -330,6 +330,15 @@ def test_a_gigantic_body_is_413_whether_it_says_so_or_not(adapter: LocalAdapter)
         assert post(service, "/v1/completions", content=content).status_code == 413
 
 
+def test_bodies_are_bounded_together_and_let_go_of(adapter: LocalAdapter) -> None:
+    service = make_service(adapter, max_bodies_bytes=2048)
+    large = {**COMPLETION, "user": "x" * 3000}
+    assert post(service, "/v1/completions", large).status_code == 429
+    for _ in range(30):
+        assert post(service, "/v1/completions", COMPLETION).status_code == 200
+    assert service.body_bytes == 0
+
+
 def test_who_has_no_key_is_401_and_told_nothing(adapter: LocalAdapter, tmp_path: Path) -> None:
     path = tmp_path / "keys"
     path.write_text("alice-secret-0123456789 alice\nbob-secret-0123456789 bob\n")
@@ -350,6 +359,9 @@ def test_who_has_no_key_is_401_and_told_nothing(adapter: LocalAdapter, tmp_path:
                 body = {**COMPLETION, "prompt": "a prompt that both keys send, of some length"}
                 answer = await client.post("/v1/completions", json=body, headers=headers)
                 reused.append(answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"])
+            body = {**COMPLETION, "priority": -1}
+            answer = await client.post("/v1/completions", json=body, headers=headers)
+            assert answer.json()["error"]["param"] == "priority"
             assert reused[0] == reused[2] == 0  # a tenant never sees what another one left
             assert reused[1] == reused[3] > 0
 
