@@ -110,9 +110,9 @@ def _run(settings: Any, host: str, port: int, address: str | None, as_json: bool
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_interrupts())
         open_ray(address, logging_level="warning")
         stack.callback(ray.shutdown)
+        stack.enter_context(_interrupts())  # Ray has put a handler of its own there
         if not exists(settings.group):
             # of a group that did not come up there is nothing to stop
             stack.callback(lambda: exists(settings.group) and stop_group(settings.group))

@@ -21,6 +21,7 @@ from litecache.adapter.chat.replies import ChatTemplate
 from litecache.adapter.pending import PendingRequest
 from litecache.adapter.streaming import TextDecoder
 from litecache.errors import ConfigError, told
+from litecache.paths import short_model_name
 from litecache.serving.admission import Admission
 from litecache.serving.constrained import ConstrainedRow, Form, grammar_of
 from litecache.serving.errors import ApiError
@@ -112,7 +113,7 @@ class ModelService:
             if self.settings.max_running is None:
                 self.admission.max_running = 2 * rows
             self.names = TokenBytes(adapter.tokenizer, info.vocab_size)
-            self.model_name = self.settings.served_name or info.model
+            self.model_name = self.settings.served_name or short_model_name(info.model)
             self._adapter = adapter
             if self.state == "loading":
                 self.state = "ready"

@@ -181,7 +181,7 @@ def test_a_client_that_goes_away_frees_its_blocks(server: Server) -> None:
 
 
 def test_a_prefix_goes_out_as_a_file_and_comes_back_under_its_keys_salt(server: Server) -> None:
-    prompt = "a prefix that is warmed, pinned, exported, deleted and imported again"
+    prompt = "This prefix is warmed, pinned, exported, deleted and imported again"
     asked = {"prompt": prompt}
     count = server.post("/tokenize", asked)["count"]
     assert server.post("/v1/cache/warm", asked)["tokens"]["computed"] == count
