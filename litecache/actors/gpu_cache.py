@@ -17,6 +17,7 @@ import logging
 import os
 import sys
 import threading
+import time
 import uuid
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -64,6 +65,8 @@ logger = logging.getLogger(__name__)
 
 _LONGEST_HOLD_S = 600.0
 _SWITCH_INTERVAL_S = 0.0005
+# A process that ends itself gives its last answers this time to leave it.
+_LAST_WORDS_S = 0.1
 # So often a replica whose process ended itself is started again, within FAILURE_WINDOW_S.
 MAX_RESTARTS = 3
 
@@ -433,8 +436,12 @@ class GpuCache:
     def _end_process(self, error: BaseException) -> None:
         """Nothing here can go on: Ray makes a new process, and clients submit to that."""
         self._ending = error
+        if self._loop is not None and self._outbox is not None:
+            self._loop.call_soon_threadsafe(self._outbox.wake_all)
         logger.critical("%s: its process ends: %s", self._name, error)
         with contextlib.suppress(Exception):  # it ends whether anybody hears why or not
             self._coordinator.call("report_failure", self._index, shorten(told(error)))
+        # Drivers on other nodes hear it from their polls; Ray would take more than a second.
+        time.sleep(_LAST_WORDS_S)
         logging.shutdown()
         os._exit(1)

@@ -183,6 +183,11 @@ class Outbox:
         client.replied_at = self._clock()
         return client.reply()
 
+    def wake_all(self) -> None:
+        """End the waits of all polls that are held open: there will be no more news."""
+        for client in self._clients.values():
+            client.wake()
+
     @property
     def live_requests(self) -> int:
         """Requests that have not finished; any thread may ask."""

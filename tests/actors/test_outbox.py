@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from litecache.actors import outbox as outbox_module
-from litecache.actors.outbox import Outbox
+from litecache.actors.outbox import HEARTBEAT_TIMEOUT_S, Outbox
 from litecache.types import FinishReason, TokenDelta, TokenLogprobs
 
 
@@ -344,5 +344,21 @@ def test_logits_of_many_requests_come_in_several_replies() -> None:
             assert 1 <= len(reply.deltas) <= 2
             seen += [each.request_id for each in reply.deltas]
         assert seen == names
+
+    run(body)
+
+
+def test_all_waiting_polls_end_when_their_replica_is_about_to() -> None:
+    async def body() -> None:
+        outbox = Hooks().outbox()
+        polls = []
+        for client in ("a", "b"):
+            epoch, _ = outbox.register(client, [f"r of {client}"])
+            polls.append(asyncio.create_task(outbox.poll(client, epoch, 0, 600)))
+        await asyncio.sleep(0)
+        outbox.wake_all()
+        # before the clients count as silent, which would end them, too
+        replies = await asyncio.wait_for(asyncio.gather(*polls), HEARTBEAT_TIMEOUT_S / 2)
+        assert [reply.deltas for reply in replies] == [(), ()]
 
     run(body)
