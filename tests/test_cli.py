@@ -31,7 +31,7 @@ from typer.testing import CliRunner
 
 from litecache.actors.group import actor_names
 from litecache.actors.watch import ActorView
-from litecache.adapter.doctor import group_findings
+from litecache.adapter.doctor import cluster_findings, group_findings
 from litecache.adapter.stats import CacheStats
 from litecache.cli import app, main
 from litecache.cli.options import group_names, parse_settings
@@ -209,6 +209,23 @@ def check_top(group: str) -> None:
     assert "\x1b" not in text
     assert "gpu:0" in text
     assert "RAM" in text
+
+
+@pytest.mark.slow
+def test_explain_and_doctor_name_a_replica_that_does_not_answer(group: str) -> None:
+    name = "litecache:cli:gpu:0"
+    pid = invoke("status", "--group", group)["actors"][name]["pid"]
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        begun = time.perf_counter()
+        assert "no replica of group 'cli' answers" in refused("explain", "w1", "--group", group)
+        (silent,) = [found for found in cluster_findings() if found.name == name]
+        assert time.perf_counter() - begun < 20
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert silent.status == "bad"
+    assert "silent: no answer" in silent.detail
+    assert invoke("status", "--group", group, "--timeout", "20")["states"][name] == "up"
 
 
 @pytest.mark.slow

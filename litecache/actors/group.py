@@ -237,7 +237,7 @@ class Group:
         """
         check_group_name(group)
         if not exists(group):
-            raise _no_group(group, "join")
+            raise no_group(group, "join")
         description = _describe(group, time.monotonic() + STATUS_TIMEOUT_S)
         if expected is not None:
             check_same(group, description, expected)
@@ -498,7 +498,8 @@ def _find_all(names: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def _no_group(group: str, what: str) -> GroupUnavailableError:
+def no_group(group: str, what: str) -> GroupUnavailableError:
+    """The error of whoever wants to `what` a group that is not there: says which are."""
     running = ", ".join(list_groups()) or "none"
     start = f"; start it with `litecache up MODEL --group {group}`" if what == "join" else ""
     return GroupUnavailableError(
@@ -519,7 +520,7 @@ def stop_group(group: str, timeout_s: float = STOP_TIMEOUT_S) -> dict[str, Any]:
     """
     check_group_name(group)
     if not actor_names(group):
-        raise _no_group(group, "stop")
+        raise no_group(group, "stop")
     return _stop(group, timeout_s)
 
 

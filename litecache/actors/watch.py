@@ -20,10 +20,9 @@ from litecache.actors.calls import (
     result,
 )
 from litecache.actors.coordinator import CoordinatorClient
-from litecache.actors.group import actor_names, list_groups
+from litecache.actors.group import Group, actor_names, no_group
 from litecache.actors.group_spec import GroupSpec
 from litecache.actors.naming import CALL_TIMEOUT_S, check_group_name, coordinator_name
-from litecache.engine.loading.model_source import ModelSource
 from litecache.errors import GroupUnavailableError, LiteCacheError, RequestTimeout
 
 KINDS = ("gpu", "shard", "coordinator")
@@ -87,12 +86,12 @@ class GroupWatch:
             del self._listed_s[name]
             self._asked.pop(name, None)
         if not self._listed_s:
-            raise _no_group(self.group)
+            raise no_group(self.group, "join")
         views = {name: ActorView("gone", error="it is gone") for name in self._listed_s}
         for name in names:
             try:
                 self._ask(name)
-            except GroupUnavailableError as error:  # it went in this moment
+            except UNREACHABLE as error:  # it went in this moment, or Ray does not say
                 views[name] = ActorView("gone", error=str(error))
         asked = {name: self._asked[name] for name in names if name in self._asked}
         refs = [ref for each in asked.values() for ref in (each.alive, each.stats)]
@@ -110,11 +109,11 @@ class GroupWatch:
         view = views.get(coordinator_name(self.group))
         if view is None or view.state != "up":
             return None
-        source = self.source()
-        return source.short_name if source is not None else None
+        spec = self.spec()
+        return spec.source.short_name if spec is not None else None
 
-    def source(self) -> ModelSource | None:
-        """Where the group's model comes from; None where its coordinator does not tell it.
+    def spec(self) -> GroupSpec | None:
+        """The group's settings; None where its coordinator does not tell them.
 
         Raises:
             GroupMismatchError: the group is of another version.
@@ -123,7 +122,32 @@ class GroupWatch:
             described = CoordinatorClient(self.group).call("describe")
         except UNREACHABLE:
             return None
-        return GroupSpec.from_description(self.group, described).source
+        return GroupSpec.from_description(self.group, described)
+
+    def join(self, timeout_s: float = CALL_TIMEOUT_S) -> tuple[Group, dict[str, str]]:
+        """Those of the group's actors that are there now, and why the others are not.
+
+        Raises:
+            GroupUnavailableError: there is no such group, or neither its coordinator nor a replica
+                answers.
+            GroupMismatchError: it is of another version.
+        """
+        views = self.look(timeout_s)
+        spec = self.spec()
+        if spec is None:
+            raise GroupUnavailableError(
+                f"the coordinator of group {self.group!r} does not answer: Ray restarts it where "
+                "its process has ended; `litecache status` tells"
+            )
+        joined = Group(spec)
+        usable = [name for name, view in views.items() if view.state in ("up", "busy")]
+        joined.actors = {name: self._asked[name].handle for name in usable}
+        missing = {name: v.error or v.state for name, v in views.items() if name not in usable}
+        if not joined.replicas:
+            reasons = "; ".join(missing.values()) or "there is none"
+            raise GroupUnavailableError(f"no replica of group {self.group!r} answers: {reasons}")
+        joined.info = result(joined.replicas[0].info.remote(), timeout_s, "info")
+        return joined, missing
 
     def _ask(self, name: str) -> None:
         each = self._asked.get(name)
@@ -175,11 +199,3 @@ def statuses(views: Mapping[str, ActorView]) -> dict[str, dict[str, Any]]:
 def _place(name: str) -> tuple[int, list[str | int]]:
     kind = next((i for i, kind in enumerate(KINDS) if f":{kind}" in name), len(KINDS))
     return kind, [int(part) if part.isdigit() else part for part in name.split(":")[3:]]
-
-
-def _no_group(group: str) -> GroupUnavailableError:
-    others = ", ".join(list_groups()) or "none"
-    return GroupUnavailableError(
-        f"there is no group {group!r} in this cluster (running: {others}): start it with "
-        f"`litecache up MODEL --group {group}`"
-    )

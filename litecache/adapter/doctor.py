@@ -317,7 +317,8 @@ def cluster_findings() -> list[Finding]:
     """What a running Ray cluster says, for those who are connected to one."""
     import ray
 
-    from litecache.actors.group import Group, list_groups
+    from litecache.actors.group import list_groups
+    from litecache.actors.watch import GroupWatch, statuses
 
     resources: dict[str, Any] = ray.cluster_resources()
     has = ", ".join(f"{k} {resources[k]:g}" for k in ("CPU", "GPU") if k in resources)
@@ -330,11 +331,15 @@ def cluster_findings() -> list[Finding]:
     found.append(Finding("groups", "ok", ", ".join(names) or "none"))
     for name in names:
         try:
-            actors = Group.attach(name, timeout_s=5).status()
+            views = GroupWatch(name).look()
         except LiteCacheError as error:
             found.append(Finding(f"group {name}", "bad", str(error)))
-        else:
-            found += group_findings(name, CacheStats.from_status(actors))
+            continue
+        for actor, view in views.items():
+            if view.state in ("silent", "failed", "gone"):
+                detail = f"{view.state}: {view.error}; `litecache status --group {name}` shows it"
+                found.append(Finding(actor, "bad", detail))
+        found += group_findings(name, CacheStats.from_status(statuses(views)))
     return found
 
 

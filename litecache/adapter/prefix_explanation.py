@@ -126,13 +126,16 @@ class _Keys(NamedTuple):
         return [*itertools.chain(*self.chains), *self.others]
 
 
-def explain_prefix(group: Group, tokens: TokenIds, salt: str) -> Explanation:
+def explain_prefix(
+    group: Group, tokens: TokenIds, salt: str, missing: Mapping[str, str] | None = None
+) -> Explanation:
     """Ask a group's actors about a prompt.
 
     Args:
         group: joined.
         tokens: the prompt.
         salt: its cache salt.
+        missing: actors that are not asked, and why.
 
     Raises:
         CapacityError: the prompt can never fit.
@@ -154,7 +157,7 @@ def explain_prefix(group: Group, tokens: TokenIds, salt: str) -> Explanation:
     )
     replicas = {name: handle for name, handle in group.actors.items() if ":gpu:" in name}
     nodes = gather(replicas, lambda r: r.where.remote(), CALL_TIMEOUT_S, "where")
-    unavailable = _errors({**shards, **nodes})
+    unavailable = {**(missing or {}), **_errors({**shards, **nodes})}
     places = {name: answer[0] for name, answer in shards.items() if name not in unavailable}
     asked = {
         name: handle.view_prefix.remote(
@@ -186,7 +189,8 @@ def explain_prefix(group: Group, tokens: TokenIds, salt: str) -> Explanation:
         blocks=blocks,
         runs=tuple(_runs(blocks, told, places, keys)),
         replicas=tuple(
-            _plan_of(name, views.get(name), unavailable.get(name, "")) for name in replicas
+            _plan_of(name, views.get(name), unavailable.get(name, ""))
+            for name in sorted({*replicas, *(n for n in unavailable if ":gpu:" in n)})
         ),
         known_blocks=best.known,
         shared_tokens=best.shared_tokens,

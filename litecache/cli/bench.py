@@ -127,7 +127,6 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
 
 
 def _print(folder: str, worth: TierWorth) -> None:
-    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
@@ -140,15 +139,15 @@ def _print(folder: str, worth: TierWorth) -> None:
     if worth.disk_read_gbps is not None:
         disk = f"reads {worth.disk_read_gbps:.2f} GB/s, writes {worth.disk_write_gbps:.2f} GB/s"
     console.print(f"disk in {folder}: {disk}; RAM to {worth.device}: {worth.copy_gbps:.1f} GB/s")
-    title = "first token in ms, and times as soon as computed; which share of it was loaded"
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
-    columns = ("prefix", "computed", "prefill", "pool", "RAM", "loaded", "disk", "loaded")
+    title = "first token in ms, and times sooner than computed; share of it that was loaded"
+    table = Table(box=None, pad_edge=False, title=title, title_justify="left", padding=(0, 1, 0, 0))
+    columns = ("prefix", "computed", "tokens", "pool", "RAM", "loaded", "disk", "loaded")
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     for row in worth.times:
         table.add_row(
             f"{row.tokens:,}",
-            f"{row.cold_ms:,.1f}",
+            _figure(row.cold_ms),
             f"{row.tokens / row.cold_ms * 1e3:,.0f}/s",
             _against(row.pool_ms, row.cold_ms),
             _against(row.ram_ms, row.cold_ms),
@@ -165,7 +164,11 @@ def _print(folder: str, worth: TierWorth) -> None:
 
 def _against(ms: float, cold_ms: float) -> str:
     """A time, and how many times sooner that is than computing."""
-    return f"{ms:,.1f} ({cold_ms / ms:.1f}x)"
+    return f"{_figure(ms)} ({_figure(cold_ms / ms, 10)}x)"
+
+
+def _figure(value: float, whole: float = 100) -> str:
+    return f"{value:,.0f}" if value >= whole else f"{value:.1f}"
 
 
 def _verdict(where: str, tokens: int | None, worth: TierWorth) -> str:

@@ -12,6 +12,7 @@ from litecache.checks import check_text
 from litecache.cli.options import (
     Address,
     AsJson,
+    TrustRemoteCode,
     check_address,
     check_model,
     connect,
@@ -24,7 +25,6 @@ from litecache.errors import ConfigError, GroupUnavailableError
 if TYPE_CHECKING:
     from litecache.adapter.prefix_explanation import BlockRun, Explanation, ReplicaPlan
 
-_ATTACH_S = 10.0
 _WHERE = {
     "gpu": "in its pool",
     "pending": "being computed",
@@ -53,6 +53,7 @@ def explain(
     ] = None,
     salt: Salt = None,
     chat: Annotated[bool, typer.Option(help="apply the tokenizer's chat template")] = False,
+    trust_remote_code: TrustRemoteCode = False,
     address: Address = None,
     as_json: AsJson = False,
 ) -> None:
@@ -72,15 +73,20 @@ def explain(
     check_address(address)
     text = prompt_text(words[-1])
     connect(address)
-    from litecache.actors.group import Group
+    from litecache.actors.watch import GroupWatch
     from litecache.adapter.prefix_explanation import explain_prefix
     from litecache.adapter.sources import load_tokenizer
 
-    joined = Group.attach(_group_of(model, group), timeout_s=_ATTACH_S)
-    tokenizer = load_tokenizer(joined.spec.source)
+    name = _group_of(model, group, trust_remote_code)
+    joined, missing = GroupWatch(name).join()
+    source = joined.spec.source
+    if source.trust_remote_code and not trust_remote_code:
+        valid = f"given: the model of group {name!r} brings Python code that would run here"
+        raise ConfigError("--trust-remote-code", False, valid)
+    tokenizer = load_tokenizer(source)
     tokens, offsets = _encode(tokenizer, text, chat)
     own = joined.spec.config.cache_salt
-    found = explain_prefix(joined, tokens, own if salt is None else salt)
+    found = explain_prefix(joined, tokens, own if salt is None else salt, missing)
     parts = 0 < found.known_tokens < len(offsets)
     character = offsets[found.known_tokens] if parts else None
     if as_json:
@@ -90,7 +96,7 @@ def explain(
     _print(joined.spec.group, found, character)
 
 
-def _group_of(model: str | None, group: str | None) -> str:
+def _group_of(model: str | None, group: str | None, trust_remote_code: bool) -> str:
     """The group to ask: by name, or the one that runs the model.
 
     Raises:
@@ -102,12 +108,12 @@ def _group_of(model: str | None, group: str | None) -> str:
     from litecache.actors.watch import GroupWatch
     from litecache.adapter.sources import resolve_model
 
-    sources = {name: GroupWatch(name).source() for name in ([group] if group else list_groups())}
-    running = {name: source for name, source in sources.items() if source is not None}
+    specs = {name: GroupWatch(name).spec() for name in ([group] if group else list_groups())}
+    running = {name: spec.source for name, spec in specs.items() if spec is not None}
     for name, source in running.items():  # nothing has to be read for that
         if model in (source.path, source.label, source.short_name):
             return name
-    asked = resolve_model(model).source
+    asked = resolve_model(model, trust_remote_code=trust_remote_code).source
     for name, source in running.items():
         if source == asked:
             return name
