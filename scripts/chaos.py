@@ -175,6 +175,7 @@ class Chaos:
         self.next_client = 0
         self.nodes: SeparateNodes | None = None
         self.places: dict[str, Any] = {}
+        self.thread_faults: Counter[str] = Counter()
         self.store = folder / "store"
 
     def start(self) -> None:
@@ -398,6 +399,8 @@ class Chaos:
                 self.problems.append(f"client {number} does not end")
                 client.kill()
         self.wait_for("all actors answer", self.all_answer)
+        for actor in self.llm.group.status().values():
+            self.thread_faults.update(actor.get("thread_faults", {}))
         self.wait_for("right answers", self.right_answers)
         self.wait_for("nothing is held", lambda: not self.held())
         if held := self.held():
@@ -506,6 +509,8 @@ class Chaos:
                 "longest": times[-1],
             },
             "faults": dict(sorted(self.faults.items())), "store_bytes": self.most_bytes,
+            "thread_faults": dict(self.thread_faults),
+            "joins_refused": self.counts["refused to join"],
             "refusals": dict(self.refusals.most_common(12)), "problems": self.problems[:40],
         }  # fmt: skip
 

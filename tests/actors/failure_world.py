@@ -44,7 +44,7 @@ TINY = LlamaConfig(
     num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
     initializer_range=0.2, bos_token_id=None, eos_token_id=None, pad_token_id=0,
 )  # fmt: skip
-NEW_TOKENS = 60
+NEW_TOKENS = 40
 STEP_S = 0.03
 ROWS = 6
 MIB = 1 << 20
