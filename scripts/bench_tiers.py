@@ -378,6 +378,9 @@ def plot(report: Report, path: Path) -> bool:
             marked = [n for n in lengths if points[n].limit is not None]
             limits = [points[n].limit for n in marked]
             axis.loglog(marked, limits, "_", color=line.get_color(), markersize=14)
+        shown = sorted({length for points in metrics.values() for length in points})
+        axis.set_xticks(shown, [f"{length:,}" for length in shown])
+        axis.minorticks_off()
         axis.set_title(head, fontsize=9)
         axis.set_xlabel("tokens of the prefix")
         axis.set_ylabel("first token, ms (marks: the promise)")

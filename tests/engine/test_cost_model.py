@@ -543,4 +543,5 @@ def test_nothing_is_computed_beside_a_load_from_ram_unless_it_spares_a_step_and_
     costs.begin(1, plan, left, 10.0)
     # it arrives in 78 ms; a chunk takes 50 and spares 5
     assert costs.sooner(1, left, CHUNK_BYTES, 2048, 0, 10.0)
+    assert costs.sooner(1, left, CHUNK_BYTES, 2048, 0, 10.008), "the host prepares its copies"
     assert not costs.sooner(1, left, CHUNK_BYTES, 2048, 0, 10.5), "it is overdue"

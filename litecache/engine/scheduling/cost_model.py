@@ -50,6 +50,7 @@ BESIDE_RAM = 0.1
 launching copies take turns on one interpreter, so that each slows the other down."""
 SPAN_S = 0.02
 """Landings of a source are summed over so long before they count as one reading of its rate."""
+LATE_S, LATE_RAM_S = 2e-3, 0.05
 OVERDUE_S = 0.1
 PROBE_S, MAX_PROBE_S = 1.0, 30.0
 FORGET_S = 5.0
@@ -287,8 +288,11 @@ class Source:
     def _since(self, now: float) -> float:
         return max(0.0, now - max(self._begun_s, self._landed_s))
 
-    def overdue(self, now: float, times: float = 2.0, more_s: float = 2e-3) -> bool:
+    def overdue(self, now: float, times: float = 2.0, more_s: float | None = None) -> bool:
         """It has taken longer than so many times its usual, and a little."""
+        if more_s is None:
+            # memory does not stall, but for its first copy the host prepares a while
+            more_s = LATE_RAM_S if self.tier == "ram" else LATE_S
         usual_s = self.latency_s + self._batch / self.rate
         return self._since(now) > times * usual_s + more_s
 
