@@ -147,9 +147,14 @@ def _next_steps(folder: Path) -> dict[str, str]:
     console, grafana = _console(folder), folder.parent / "grafana.ini"
     if console is None or not grafana.is_file():
         return {"Grafana": "shows it once its provisioning looks into this folder"}
-    config = console.parent.parent / "prometheus.yml"
+    own = console.parent.parent
+    options = {
+        "config.file": own / "prometheus.yml",
+        "storage.tsdb.path": own / "data",
+        "web.console.templates": console.parent,
+    }
     return {
-        "Prometheus": f"prometheus --config.file={config} --web.console.templates={console.parent}",
+        "Prometheus": " ".join(["prometheus", *(f"--{k}={v}" for k, v in options.items())]),
         "panels": f"http://localhost:9090/consoles/{CONSOLE}",
         "Grafana": f"grafana server --homepath=/usr/share/grafana --config={grafana}",
     }
