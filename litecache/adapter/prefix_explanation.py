@@ -12,7 +12,7 @@ import dataclasses
 import itertools
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -402,9 +402,3 @@ def _tiers_missing(group: Group) -> Iterator[str]:
         yield f"admission={config.admission}: not every block is written to the lower tiers"
     if config.ttl_s is not None:
         yield f"ttl_s={config.ttl_s:g}: older blocks are a miss"
-
-
-def sooner(replicas: Sequence[ReplicaPlan]) -> ReplicaPlan | None:
-    """The replica with the soonest predicted first token; None where none predicts."""
-    able = [replica for replica in replicas if replica.first_token_s is not None]
-    return min(able, key=lambda replica: replica.first_token_s or 0.0, default=None)
