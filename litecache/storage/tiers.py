@@ -15,6 +15,7 @@ are queued here. A key exists exactly while its bytes are complete in RAM or on 
 
 from __future__ import annotations
 
+import bisect
 import threading
 import time
 from collections import Counter, deque
@@ -26,6 +27,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..hashing import BlockKey
+from ..metric_catalog import GAP_BOUNDS_S
 from ..metrics import Metrics
 from .admission import Admission
 from .arena.arena import Arena
@@ -200,9 +202,8 @@ class Tiers:
 
     def use(self, entries: Sequence[int]) -> None:
         """Count a hit each, refresh recency, and let admission think again."""
-        now, used = int(time.time()), self.index.used_s
-        for then, times in Counter(used[entry] for entry in entries).items():
-            self.metrics.observe("litecache_block_use_gap_seconds", max(0, now - then), times)
+        now = int(time.time())
+        self._count_gaps(entries, now)
         self.index.note_hits(entries, now)
         if self.disk is not None:
             on_disk, count_all = self.index.disk, self._admission.sketch is not None
@@ -210,6 +211,20 @@ class Tiers:
                 if count_all or not on_disk[entry]:
                     self.consider_again(entry)
         self.touch(entries)
+
+    def _count_gaps(self, entries: Sequence[int], now: int) -> None:
+        # A prefix was mostly used at one time; of old blocks each may have had its own.
+        used = self.index.used_s
+        times: Counter[int] = Counter()
+        sums: Counter[int] = Counter()
+        for then, count in Counter(used[entry] for entry in entries).items():
+            gap_s = max(0, now - then)
+            place = bisect.bisect_left(GAP_BOUNDS_S, gap_s)
+            times[place] += count
+            sums[place] += gap_s * count
+        for place, count in times.items():
+            mean_s = sums[place] / count
+            self.metrics.observe("litecache_block_use_gap_seconds", mean_s, count)
 
     def touch(self, entries: Sequence[int]) -> None:
         """Blocks were used, and with them all that they follow."""
