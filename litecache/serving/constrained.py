@@ -29,7 +29,7 @@ from litecache.adapter.forward import logits_tensor
 from litecache.adapter.pending import PendingRequest
 from litecache.engine.engine_info import EngineInfo
 from litecache.engine.running.logit_rules import RowRules, RuleBook, RuledSample
-from litecache.errors import LiteCacheError, RequestAborted
+from litecache.errors import RequestAborted
 from litecache.serving.errors import ApiError
 from litecache.serving.schemas import ResponseFormat
 from litecache.serving.tokens import TokenBytes
@@ -221,6 +221,8 @@ class ConstrainedRow:
 
     def close(self) -> None:
         """Stop drawing."""
+        # a task that has not begun would not learn of it
+        self._end(FinishReason.ABORT, RequestAborted(f"{self.request_id} was aborted"))
         self._task.cancel()
         if self._under_way is not None:
             self._abort(self._under_way)
@@ -235,10 +237,8 @@ class ConstrainedRow:
                     reason = FinishReason.STOP
                     break
         except asyncio.CancelledError:
-            self._end(FinishReason.ABORT, RequestAborted(f"{self.request_id} was aborted"))
+            self.close()
             raise
-        except (LiteCacheError, ApiError) as error:
-            self._end(FinishReason.ERROR, error)
         except Exception as error:  # whoever waits must not wait for ever
             self._end(FinishReason.ERROR, error)
         else:
@@ -310,6 +310,8 @@ class ConstrainedRow:
         return over
 
     def _end(self, reason: FinishReason, error: Exception | None) -> None:
+        if self.finish_reason is not None:
+            return
         self._error, self.finish_reason = error, reason
         self._ended()
         self._wake()

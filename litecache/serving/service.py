@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import inspect
 import logging
 import threading
 import time
@@ -93,7 +94,6 @@ class ModelService:
         self.started_at = int(time.time())
         self._open = open_adapter
         self._adapter: KVCacheAdapter | None = None
-        self._tokenizing = threading.Lock()
         self._pool = ThreadPoolExecutor(8, "serve")
         self._long_pool = ThreadPoolExecutor(4, "serve-long")
         self._mask_pool = ThreadPoolExecutor(2, "serve-masks")
@@ -201,10 +201,25 @@ class ModelService:
     # -- texts and tokens
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text."""
-        with self._tokenizing:
-            encoded = self.llm.tokenizer(text, add_special_tokens=add_special_tokens)
+        """Token ids of a text.
+
+        Raises:
+            ApiError: 400, it is so long that no tokens of it would fit.
+        """
+        self._check_length(len(text), "prompt")
+        encoded = self.llm.tokenizer(text, add_special_tokens=add_special_tokens)
         return list(encoded["input_ids"])
+
+    def _check_length(self, characters: int, param: str) -> None:
+        """Before it is tokenised, which of megabytes takes seconds."""
+        least = characters // self._longest_token
+        if least > self.max_tokens:
+            raise self._too_long(f"the prompt has {least} at least", param)
+
+    @functools.cached_property
+    def _longest_token(self) -> int:
+        """Characters."""
+        return max(map(len, self.llm.tokenizer.get_vocab()), default=1)
 
     def encode_chat(
         self,
@@ -216,29 +231,28 @@ class ModelService:
         continue_final_message: bool = False,
         add_generation_prompt: bool = True,
     ) -> list[int]:
-        """Token ids of a conversation, by the chat template."""
-        options = dict(options or {})
-        reserved = {"chat_template", "tools", "documents", "conversation", "tokenize"} & set(
-            options
+        """Token ids of a conversation, by the chat template.
+
+        Args:
+            messages: plain values.
+            tools, documents: for the template.
+            options: what else it reads.
+            continue_final_message: go on with the last message instead of answering it.
+            add_generation_prompt: end with the beginning of an answer.
+
+        Raises:
+            ApiError: 400, as in `encode`.
+            ConfigError: the template does not take them.
+        """
+        tokenizer = self.llm.tokenizer
+        self._check_length(sum(len(each["content"]) for each in messages), "messages")
+        reserved = set(inspect.signature(tokenizer.apply_chat_template).parameters)
+        if options is not None and (wrong := sorted(reserved & set(options))):
+            raise ConfigError("chat_template_kwargs", wrong, "names that the template reads")
+        template = ChatTemplate(tokenizer, tools=tools, documents=documents, options=options)
+        return template.tokens(
+            messages, continue_final_message, add_generation_prompt=add_generation_prompt
         )
-        if reserved:
-            raise ConfigError("chat_template_kwargs", sorted(reserved), "what a template reads")
-        with self._tokenizing:
-            template = ChatTemplate(
-                self.llm.tokenizer, tools=tools, documents=documents, options=options
-            )
-            if not add_generation_prompt and not continue_final_message:
-                return list(
-                    self.llm.tokenizer.apply_chat_template(
-                        list(messages),
-                        tools=tools,
-                        documents=documents,
-                        add_generation_prompt=False,
-                        return_dict=True,
-                        **options,
-                    )["input_ids"]
-                )
-            return template.tokens(messages, continue_final_message)
 
     def decoder(self, skip_special_tokens: bool) -> TextDecoder:
         """Of a new answer."""
@@ -266,14 +280,17 @@ class ModelService:
         """
         left = self.max_tokens - len(prompt)
         if left < 1:
-            raise ApiError(
-                400,
-                f"this model's maximum context length is {self.max_tokens} tokens, prompt and "
-                f"answer together; the prompt has {len(prompt)}",
-                param=param,
-                code="context_length_exceeded",
-            )
+            raise self._too_long(f"the prompt has {len(prompt)}", param)
         return left
+
+    def _too_long(self, told: str, param: str) -> ApiError:
+        return ApiError(
+            400,
+            f"this model's maximum context length is {self.max_tokens} tokens, prompt and answer "
+            f"together; {told}",
+            param=param,
+            code="context_length_exceeded",
+        )
 
     # -- answers
 
@@ -364,13 +381,15 @@ class ModelService:
 
     def abandon(self, rows: Sequence[Row]) -> None:
         """End those that have not ended; nobody waits for it."""
+        adapter = self._adapter
         for row in rows:
-            if row.finish_reason is None:
-                if isinstance(row, ConstrainedRow):
-                    row.close()
-                else:
-                    with contextlib.suppress(RuntimeError):  # the pool is closed: so is the adapter
-                        self._pool.submit(self.llm.abort, row.request_id)
+            if row.finish_reason is not None:
+                continue
+            if isinstance(row, ConstrainedRow):
+                row.close()
+            elif adapter is not None:
+                with contextlib.suppress(RuntimeError):  # the pool is closed: so is the adapter
+                    self._pool.submit(adapter.abort, row.request_id)
 
     def merge_s(self) -> float:
         """How long tokens are gathered for an event, by how many streams are open."""

@@ -300,6 +300,45 @@ def test_too_long_is_400_with_the_numbers(service: ModelService) -> None:
         assert all(number in error["message"] for number in numbers)
 
 
+def test_megabytes_of_prompt_are_refused_before_they_are_tokenised(
+    service: ModelService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "x" * 4_000_000
+
+    def never(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("tokenised")
+
+    messages = [{"role": "user", "content": text}]
+    for path, body in (
+        ("/v1/completions", {**COMPLETION, "prompt": text}),
+        ("/v1/chat/completions", {**CHAT, "messages": messages}),
+        ("/tokenize", {"prompt": text}),
+        ("/v1/cache/warm", {"messages": messages}),
+    ):
+        monkeypatch.setattr(service.llm.tokenizer, "_encode_plus", never)
+        error = post(service, path, body).json()["error"]
+        assert error["code"] == "context_length_exceeded"
+        assert "512" in error["message"]
+
+
+def test_a_template_gets_what_it_reads_and_nothing_that_is_made_here(
+    service: ModelService,
+) -> None:
+    for name in ("tokenize", "tools", "return_dict", "conversation", "truncation", "padding"):
+        for prompt in (True, False):
+            body = {**CHAT, "chat_template_kwargs": {name: True}, "add_generation_prompt": prompt}
+            answer = post(service, "/v1/chat/completions", body)
+            assert answer.status_code == 400
+            assert answer.json()["error"]["param"] == "chat_template_kwargs"
+    body = {**CHAT, "chat_template_kwargs": {"enable_thinking": False}}
+    assert post(service, "/v1/chat/completions", body).status_code == 200
+    counts = [
+        post(service, "/tokenize", {"messages": CHAT["messages"], "add_generation_prompt": end})
+        for end in (True, False)
+    ]
+    assert counts[0].json()["count"] > counts[1].json()["count"]
+
+
 def test_an_unknown_model_is_404_and_so_is_a_path(service: ModelService) -> None:
     answer = post(service, "/v1/completions", {**COMPLETION, "model": "gpt-9"})
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")

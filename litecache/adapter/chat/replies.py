@@ -124,9 +124,18 @@ class ChatTemplate:
         self._given = {"tools": tools, "documents": documents, "chat_template": chat_template}
 
     def tokens(
-        self, messages: Sequence[Message], continue_final_message: bool | str = False
+        self,
+        messages: Sequence[Message],
+        continue_final_message: bool | str = False,
+        *,
+        add_generation_prompt: bool = True,
     ) -> list[int]:
         """The prompt for the next answer, or for the rest of the last message.
+
+        Args:
+            messages: of the conversation.
+            continue_final_message: go on with the last one.
+            add_generation_prompt: else end with the beginning of an answer.
 
         Raises:
             ConfigError: the template does not take the conversation, or its arguments.
@@ -140,7 +149,7 @@ class ChatTemplate:
             padding=False,
             truncation=False,
             return_assistant_tokens_mask=False,
-            add_generation_prompt=not continue_final_message,
+            add_generation_prompt=add_generation_prompt and not continue_final_message,
             continue_final_message=continue_final_message,
         )
         return list(encoded["input_ids"])
