@@ -67,6 +67,9 @@ _LONGEST_HOLD_S = 600.0
 _SWITCH_INTERVAL_S = 0.0005
 # A process that ends itself gives its last answers this time to leave it.
 _LAST_WORDS_S = 0.1
+# A turn of the engine's thread takes seconds on a GPU, be it with kernels to compile: one that has
+# not ended in this time, while the process ran, never will. On a CPU a step may take minutes.
+STUCK_S = 180.0
 # So often a replica whose process ended itself is started again, within FAILURE_WINDOW_S.
 MAX_RESTARTS = 3
 
@@ -415,8 +418,15 @@ class GpuCache:
         return RayShardClient(find_actor(name), shard_id, metrics=self._metrics, on_lost=on_lost)
 
     def _keep_reporting(self, engine: Engine) -> None:
+        seen, stuck_s = None, 0.0
         while not self._stopped.wait(REPORT_INTERVAL_S):
             self._report(engine)
+            turn = engine.turn()
+            stuck_s = stuck_s + REPORT_INTERVAL_S if turn is not None and turn == seen else 0.0
+            seen = turn
+            if stuck_s >= STUCK_S and engine.info.device.startswith("cuda"):
+                text = f"{engine.info.device} hangs: a step has not ended in {STUCK_S:g} s"
+                self._end_process(GroupError(text))
 
     def _report(self, engine: Engine) -> None:
         load = ReplicaLoad(

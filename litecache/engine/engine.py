@@ -179,6 +179,7 @@ class Engine:
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._in_flight: deque[tuple[int, Step, int, float]] = deque()
         self._failure: BaseException | None = None
+        self._turns, self._waits = 0, True
         self._closing = False
         self._step_events: dict[int, torch.cuda.Event] = {}
         self._tiers: LowerTiers | None = None
@@ -279,6 +280,13 @@ class Engine:
         """Tokens of prompts that are still to be computed; any thread may ask, and none waits."""
         scheduler = getattr(self, "_scheduler", None)
         return 0 if scheduler is None else scheduler.num_queued_tokens
+
+    def turn(self) -> int | None:
+        """The number of the turn that the engine's thread is in; None while it has nothing to do.
+
+        Any thread may ask. One that stays the same for long does not end: the device hangs.
+        """
+        return None if self._waits else self._turns
 
     def flush(self, timeout_s: float = CALL_TIMEOUT_S) -> dict[str, Any]:
         """Save what is only in the pool and make the shards write it out.
@@ -476,6 +484,7 @@ class Engine:
 
     def _turn(self) -> None:
         """Take messages, launch one step, finish the one before."""
+        self._turns, self._waits = self._turns + 1, False
         started, waited_s = time.perf_counter(), 0.0
         schedule = self._scheduler.schedule(time.monotonic())
         self._carry_out(schedule)
@@ -560,6 +569,7 @@ class Engine:
             if wait:
                 deadline = self._scheduler.next_deadline()
                 wait_s = LONGEST_WAIT_S if deadline is None else deadline - time.monotonic()
+                self._waits = True
                 self._inbox.get(timeout=min(max(wait_s, 0.0), LONGEST_WAIT_S))()
             while True:
                 self._inbox.get_nowait()()
