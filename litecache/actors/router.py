@@ -27,8 +27,8 @@ from litecache.actors.naming import MEMBER_TIMEOUT_S, REPORT_INTERVAL_S
 from litecache.hashing import BlockKey
 
 # A token that need not be computed outweighs so many that wait: whoever computes a prefix a second
-# time makes all later requests wait, too. With 1, a real trace finds 0.87 to 0.92 of what one large
-# cache finds, with 4, 0.97 to 0.98 (scripts/bench_routing.py).
+# time makes all later requests wait, too; who loads one does not. With 1, a real trace finds 0.87
+# to 0.92 of what one large cache finds, with 4, 0.97 to 0.98 (scripts/bench_routing.py).
 REUSE_WORTH = 4
 # What it takes to load a token from RAM or disk, in tokens that could be computed meanwhile.
 LOAD_COST = 0.3
@@ -204,10 +204,13 @@ class Router:
             placed = self._with_holder(index, in_node, ready, prefix_by_node)
             pooled, found = (self._reusable(n, prompt) for n in (in_pool[index], in_node))
             moved = self._reusable(placed.num_keys, prompt) - found if placed.same_node else 0
+            computed = prompt.num_tokens - found - moved
             loading = LOAD_COST * (found - pooled) + MOVE_COST * moved
-            work = prompt.num_tokens - found - moved + loading
             load = _waiting_tokens(replica, speed * (now - replica.last_seen))
-            rank = (load + REUSE_WORTH * work, replica.turn, index, work, placed)
+            rank = (
+                *(load + REUSE_WORTH * computed + loading, replica.turn, index),
+                *(computed + loading, placed),
+            )
             best = rank if best is None else min(best, rank)
         if best is None:
             return None
