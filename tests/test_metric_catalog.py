@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,10 +16,10 @@ ROOT = Path(__file__).parents[1]
 KIND_OF = {"inc": "counter", "count_to": "counter", "set": "gauge", "observe": "histogram"}
 
 
-def _trees() -> Iterator[ast.Module]:
-    for file in sorted((ROOT / "litecache").rglob("*.py")):
-        if file.name != "metric_catalog.py":
-            yield ast.parse(file.read_text(), str(file))
+@functools.cache
+def _trees() -> list[ast.Module]:
+    files = sorted((ROOT / "litecache").rglob("*.py"))
+    return [ast.parse(f.read_text(), str(f)) for f in files if f.name != "metric_catalog.py"]
 
 
 def _counted() -> list[tuple[str, str, set[str]]]:
