@@ -149,10 +149,10 @@ class ModelService:
             ApiError: 503, it is not there yet, or not any more.
         """
         if self._adapter is None or self.state != "ready":
-            reason = f": {self.failure}" if self.failure else ""
+            failed = f"the model could not be loaded: {self.failure}"
             raise ApiError(
                 503,
-                f"the model is {self.state}{reason}",
+                failed if self.state == "failed" else f"the model is {self.state}",
                 code="load_failed" if self.state == "failed" else "not_ready",
                 headers={"retry-after": "5"},
             )

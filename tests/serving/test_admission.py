@@ -58,6 +58,22 @@ def test_the_key_with_the_least_that_runs_is_served_next() -> None:
     assert last <= 10
 
 
+def test_a_key_that_waits_longer_and_runs_more_is_served_later() -> None:
+    async def scene() -> None:
+        queue = Admission(max_running=4, max_waiting=8)
+        many = [await queue.enter("many", 1) for _ in range(4)]
+        first = asyncio.create_task(queue.enter("many", 1))
+        await begun()
+        later = asyncio.create_task(queue.enter("few", 1))
+        await begun()
+        many[0]()
+        await begun()
+        assert (first.done(), later.done()) == (False, True)
+        first.cancel()
+
+    asyncio.run(scene())
+
+
 def test_a_full_queue_turns_the_newest_of_the_busiest_key_away() -> None:
     async def scene() -> None:
         queue = Admission(max_running=1, max_waiting=3)

@@ -485,12 +485,17 @@ def test_a_client_that_goes_away_leaves_no_request_behind(adapter: LocalAdapter,
         exchange = asyncio.create_task(HttpApp(service)(scope, receive, send))
         while not (service.forms if kind == "form" else adapter.engine.stats()["running"]):
             await asyncio.sleep(0.005)
+        rows = list(adapter._replicas.rows.values())
         gone.set()
         await exchange
         assert service.open_streams == 0
+        # it was not that the answer came to its end
+        assert not any(b"[DONE]" in message.get("body", b"") for message in told)
+        assert kind == "stream" or not told
         for _ in range(1000):
             blocks = adapter.engine.stats()["blocks"]
             if not blocks["private"] and not service.admission.running and not service.forms:
+                assert kind == "form" or {row.finish_reason for row in rows} == {"abort"}
                 return
             await asyncio.sleep(0.005)
         raise AssertionError((blocks, service.admission.running, service.forms))
