@@ -29,9 +29,11 @@ async def chat(
     service.check_model(body.model)
     body.check()
     tools = body.tools if body.tools and body.tool_choice != "none" else None
-    prompt = await service.run(
+    messages = plain_messages(service, body.messages)
+    prompt = await service.run_unless_short(
+        sum(len(message["content"]) for message in messages) + 100 * len(tools or ()),
         service.encode_chat,
-        plain_messages(service, body.messages),
+        messages,
         tools=tools,
         documents=body.documents,
         options=body.chat_template_kwargs,

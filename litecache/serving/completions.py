@@ -34,7 +34,8 @@ async def complete(
     if len(texts) * body.samples > MAX_PROMPTS:
         raise refused("n", f"at most {MAX_PROMPTS} answers in one request, over all prompts")
     special = body.add_special_tokens is not False
-    prompts = await service.run(_encode, service, texts, special)
+    size = sum(map(len, texts))
+    prompts = await service.run_unless_short(size, _encode, service, texts, special)
     if body.response_format is not None and len(prompts) > 1:
         raise refused("response_format", "left out with several prompts")
     room = min(service.room_for(prompt, "prompt") for prompt in prompts)

@@ -42,6 +42,8 @@ T = TypeVar("T")
 # With fewer open streams than this every token is an event of its own.
 _QUIET_STREAMS = 3
 _MS_PER_STREAM = 2.0
+# Characters that are tokenised in less time than it takes to wake a thread and come back.
+_SHORT_TEXT = 2048
 
 
 class Row(Protocol):
@@ -192,6 +194,14 @@ class ModelService:
         """Call what takes a moment, off the event loop."""
         call = functools.partial(function, *args, **kwargs)
         return await asyncio.get_running_loop().run_in_executor(self._pool, call)
+
+    async def run_unless_short(
+        self, characters: int, function: Callable[..., T], *args: Any, **kwargs: Any
+    ) -> T:
+        """Call what takes longer the longer a text is; for a short one a thread takes longer."""
+        if characters <= _SHORT_TEXT:
+            return function(*args, **kwargs)
+        return await self.run(function, *args, **kwargs)
 
     async def run_long(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         """Call what may take seconds, in other threads than `run`."""
