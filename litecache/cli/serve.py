@@ -7,6 +7,7 @@ started and nothing else, open requests first.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import json
 import logging
@@ -247,10 +248,17 @@ def _read_config(path: str) -> dict[str, Any]:
     valid = "a YAML file with settings by name"
     try:
         text = Path(check_path("--config", path)).read_text(encoding="utf-8")
-        values = yaml.safe_load(text)
+        values, node = yaml.safe_load(text), yaml.compose(text, Loader=yaml.SafeLoader)
     except (OSError, UnicodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError("--config", path, f"{valid} ({reason[:200]})") from error
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise ConfigError("--config", path, valid)
+    from litecache.serving.settings import ServeSettings
+
+    known = ["host", "port", *(each.name for each in dataclasses.fields(ServeSettings))]
+    for key, _ in node.value:
+        if key.value not in known:
+            line = f"line {key.start_mark.line + 1} of {path}"
+            raise ConfigError(f"--config: {line}", key.value, f"one of {', '.join(known)}")
     return values

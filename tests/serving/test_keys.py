@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from litecache.cli.serve import _read_config
 from litecache.errors import ConfigError
 from litecache.serving.keys import ApiKeys
 from litecache.serving.settings import (
@@ -106,3 +107,19 @@ def test_settings_are_read_from_texts_and_named_when_wrong() -> None:
             ServeSettings.of(parse_texts({"model": "m", **wrong}))
     with pytest.raises(ConfigError, match="model"):
         ServeSettings.of({})
+
+
+def test_a_field_of_a_config_file_that_is_unknown_is_named_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "serve.yaml"
+    path.write_text("model: m\nport: 9000\ncache: {block_size: 32}\n")
+    assert _read_config(str(path)) == {"model": "m", "port": 9000, "cache": {"block_size": 32}}
+    for text, told in (
+        ("model: m\n\nmodell: x\n", "line 3"),
+        ("model: [", "line 1"),
+        ("- model", "settings by name"),
+        ("3: 4", "settings by name"),
+        ("", "settings by name"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=told):
+            _read_config(str(path))
