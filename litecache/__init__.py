@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from litecache.actors.placement import NodeStorage
     from litecache.adapter.kv_cache_adapter import KVCacheAdapter
     from litecache.adapter.stats import CacheStats
     from litecache.config import CacheConfig
@@ -25,6 +26,7 @@ _HOMES = {
     "KVCacheAdapter": "litecache.adapter.kv_cache_adapter",
     "LiteCacheError": "litecache.errors",
     "LocalCacheService": "litecache.storage",
+    "NodeStorage": "litecache.actors.placement",
     "PagedAttentionCache": "litecache.engine.paged_cache",
 }
 
@@ -34,6 +36,7 @@ __all__ = [
     "KVCacheAdapter",
     "LiteCacheError",
     "LocalCacheService",
+    "NodeStorage",
     "PagedAttentionCache",
 ]
 

@@ -246,6 +246,16 @@ def parse_setting(label: str, name: str, text: str) -> Any:
     return _parse(label, name, found.metadata["read"], text)
 
 
+def check_setting(label: str, name: str, value: Any) -> Any:
+    """The value of a field as `CacheConfig` stores it.
+
+    Raises:
+        ConfigError: it is invalid; tells `label`.
+    """
+    (found,) = (each for each in dataclasses.fields(CacheConfig) if each.name == name)
+    return found.metadata["check"](label, value)
+
+
 @dataclass(frozen=True, kw_only=True)
 class CacheConfig:
     """Settings of the cache, all keyword-only and all defaulted.

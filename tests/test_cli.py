@@ -9,6 +9,7 @@ import pty
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import termios
@@ -29,8 +30,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.main import get_command
 from typer.testing import CliRunner
 
+from litecache.actors.cluster_file import read_cluster_file
 from litecache.actors.group import actor_names
 from litecache.actors.watch import ActorView
+from litecache.adapter import KVCacheAdapter
 from litecache.adapter.doctor import cluster_findings, group_findings
 from litecache.adapter.stats import CacheStats
 from litecache.cli import app, main
@@ -459,10 +462,79 @@ def test_status_and_doctor_say_what_was_not_saved_and_why(
     assert "3 queue_full" in dropped.detail
 
 
+def test_up_prints_what_comes_of_file_and_options_and_starts_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "cluster.yaml"
+    file.write_text("group: a\nmodel: org/name\nreplicas: 3\ncache:\n  block_size: 32\n")
+    options = ["--replicas", "all", "--set", "ram_bytes=2GB", "--placement", "pack"]
+    status, out, err = run("up", "--config", str(file), *options, "--print-config")
+    assert (status, err) == (0, "")
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(out)
+    (setup,) = read_cluster_file(printed)
+    assert (setup.group, setup.model, setup.replicas) == ("a", "org/name", "all")
+    assert (setup.config.block_size, setup.config.ram_bytes) == (32, 2 * 10**9)
+    assert setup.placement == "PACK"
+    file.write_text("model: m\ncache:\n  blocks: 5\n")
+    status, _, err = run("up", "--config", str(file))
+    assert status == 2
+    assert err.startswith(f"error: {file}:3: cache.blocks=5 is invalid: no such field.")
+
+
+@pytest.mark.slow
+def test_a_file_starts_several_models_which_drivers_join_and_a_failure_leaves_none(
+    ray_local: None, model: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "cluster.yaml"
+    other = tmp_path / "other"
+    changed = LlamaForCausalLM.from_pretrained(model)
+    changed.lm_head.weight.data.mul_(-1)
+    changed.save_pretrained(other)
+    cache = "cache: {num_blocks: 32, ram_bytes: 8MB, dtype: float32}\nnum_threads: 1\n"
+    models = f"models:\n  one: {{model: {model}}}\n  two: {{model: {other}}}\n"
+    host = f"nodes:\n- {{node: {socket.gethostname()}, ram_bytes: 4MB}}\n"
+    file.write_text(f"group: side\n{cache}{models}{host}")
+    one, two = invoke("up", "--config", str(file))
+    try:
+        assert (one["group"], two["group"]) == ("side.one", "side.two")
+        again = invoke("up", "--config", str(file))
+        assert [each["actors"] for each in again] == [one["actors"], two["actors"]]
+        outputs = []
+        for name in ("one", "two"):
+            with KVCacheAdapter.from_config(file, name=name) as llm:
+                (shard,) = llm.group.shards
+                assert shard in actor_names("side")
+                outputs.append(llm.generate_batch([list(range(1, 20))], max_new_tokens=8)[0])
+        assert outputs[0] != outputs[1]
+        with pytest.raises(ConfigError, match=r"name=None is invalid: a model of .* one, two"):
+            KVCacheAdapter.from_config(file)
+        file.write_text(f"group: side\n{cache}{models}")
+        status, _, err = run("up", "--config", str(file))
+        assert status == 2
+        assert "nodes is" in err
+        grown = invoke("scale", "2", "--group", "side.two")
+        assert (grown["replicas"], grown["added"]) == (2, ["litecache:side.two:gpu:1"])
+        shrunk = invoke("scale", "1", "--group", "side.two")
+        assert [gone["complete"] for gone in shrunk["departed"]] == [True]
+    finally:
+        for name in ("side.one", "side.two"):
+            invoke("down", "--group", name)
+    assert actor_names("side") == []
+    # the second of these cannot be placed: the first does not stay
+    greedy = f"  two: {{model: {other}, replicas: 99}}\n"
+    file.write_text(f"group: side\n{cache}models:\n  one: {{model: {model}}}\n{greedy}")
+    status, _, err = run("up", "--config", str(file))
+    assert status == 2
+    assert "99 GpuCache actor(s) do not fit" in err
+    assert actor_names("side.one") == actor_names("side") == []
+
+
 WORDS_OF_NOBODY = [text for text in TEXTS if "\0" not in text and len(text) < 10**5]
 ANY_TEXT = st.sampled_from(WORDS_OF_NOBODY) | st.text(st.characters(exclude_characters="\0"))
 COMMANDS: dict[str, tuple[str, ...]] = {
-    "up": ("MODEL", "--group", "--set", "--replicas", "--num-threads", "--address", "--json"),
+    "up": ("MODEL", "--config", "--group", "--set", "--replicas", "--num-threads", "--placement",
+           "--print-config", "--address", "--json"),
+    "scale": ("REPLICAS", "--group", "--timeout", "--address", "--json"),
+    "drain": ("NODE", "--timeout", "--address", "--json"),
     "down": ("--group", "--all", "--timeout", "--address", "--json"),
     "status": ("--group", "--timeout", "--address", "--json"),
     "bench": ("--dir", "--seconds", "--disk-bytes", "--length", "--json"),
@@ -497,7 +569,7 @@ def test_any_arguments_of_a_command_give_a_result_or_one_line(
         for name in data.draw(st.lists(st.sampled_from(COMMANDS[command]), max_size=5)):
             if name.startswith("-"):
                 arguments.append(name)
-            if name not in ("--json", "--all", "--chat", "--once"):
+            if name not in ("--json", "--all", "--chat", "--once", "--print-config"):
                 arguments.append(data.draw(ANY_TEXT))
         begun = time.perf_counter()
         status, out, err = run(*arguments)
@@ -518,6 +590,17 @@ def no_cluster(*arguments: Any, **settings: Any) -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
+        ["up"],
+        ["up", "--config", "/no/such.yaml"],
+        ["up", "m", "--config", ""],
+        ["up", "m", "--placement", "even"],
+        ["scale", "0"],
+        ["scale", "some"],
+        ["scale", "-1"],
+        ["scale", "2", "--timeout", "nan"],
+        ["scale", "2", "--group", "a b"],
+        ["drain", "a", "--timeout", "-1"],
+        ["drain", "a", "--address", "nowhere"],
         ["up", "m", "--replicas", "0"],
         ["up", "m", "--replicas", "1e3"],
         ["up", "m", "--replicas", str(10**30)],

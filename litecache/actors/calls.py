@@ -123,6 +123,17 @@ def _look_up(name: str) -> Any:
         raise RequestTimeout(f"{what} took longer than {CALL_TIMEOUT_S:g} s") from error
 
 
+def all_actor_names() -> list[str]:
+    """Names of the actors of all groups that are alive, starting or restarting."""
+    named = ray.util.list_named_actors(all_namespaces=True)
+    return sorted(actor["name"] for actor in named if actor["namespace"] == NAMESPACE)
+
+
+def actor_names(group: str) -> list[str]:
+    """Those of one group."""
+    return [name for name in all_actor_names() if name.startswith(f"litecache:{group}:")]
+
+
 def result(ref: Any, timeout_s: float | None = CALL_TIMEOUT_S, what: str = "a call") -> Any:
     """Wait for what `.remote()` returned, or a list of such; `what` names the call in errors.
 

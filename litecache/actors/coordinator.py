@@ -99,6 +99,15 @@ class Coordinator:
         """A replica's process is about to end itself."""
         self._router.note_failure(index, reason)
 
+    async def retire_replica(self, index: int) -> None:
+        """A replica is to go."""
+        self._router.forget(index)
+
+    async def members(self) -> dict[int, str]:
+        """Replicas that get requests, and their nodes; for drivers: the group may have grown."""
+        replicas = self._router.replicas().items()
+        return {index: str(each["node_id"]) for index, each in replicas if each["alive"]}
+
     async def failures(self, index: int) -> list[str]:
         """Why a replica's process ended itself lately."""
         return self._router.failures(index)
@@ -187,6 +196,12 @@ class CoordinatorClient:
             raise GroupUnavailableError(f"{self._name} did not answer a moment ago")
         return self.call(method, *args)
 
+    def begin(self, method: str, *args: object) -> Any:
+        """Begin a call, whose answer is looked for later; what `.remote()` returned."""
+        if self._handle is None:
+            self._handle = find_actor(self._name)
+        return self._begin(method, args)
+
     def call(self, method: str, *args: object, timeout_s: float | None = None) -> Any:
         """Call a method of the actor, whether it answered the last time or not."""
         try:
@@ -229,7 +244,8 @@ def _messages(prompts: Sequence[RoutedPrompt]) -> Iterator[list[RoutedPrompt]]:
 class CoordinatedSource:
     """Blocks of other nodes, for the engine: where they are, and their bytes from those shards.
 
-    Without shards on other nodes it answers at once; any failure is a miss.
+    Without shards on other nodes it answers at once; any failure is a miss. `group` is the one that
+    the shards are named after.
 
     Attributes:
         remote_shards: live shards on other nodes, as the last report said.

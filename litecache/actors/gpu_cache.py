@@ -13,6 +13,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import gc
+import itertools
 import logging
 import os
 import sys
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
-from litecache.actors.calls import ReplicaLeftError, find_actor, was_restarted
+from litecache.actors.calls import ReplicaLeftError, actor_names, find_actor, was_restarted
 from litecache.actors.coordinator import CoordinatedSource, CoordinatorClient
 from litecache.actors.group_spec import GroupSpec
 from litecache.actors.messages import ReplicaMethod, answering, unpack_call
@@ -34,8 +35,10 @@ from litecache.actors.naming import (
     REPORT_INTERVAL_S,
     replica_name,
     role_of,
+    shard_name,
 )
 from litecache.actors.outbox import Outbox
+from litecache.actors.placement import going_nodes
 from litecache.actors.router import FAILURE_WINDOW_S, ReplicaLoad
 from litecache.actors.shard_client import AttachedShards, RayShardClient
 from litecache.checks import check_integer, check_real
@@ -72,6 +75,8 @@ _LAST_WORDS_S = 0.1
 STUCK_S = 180.0
 # So often a replica whose process ended itself is started again, within FAILURE_WINDOW_S.
 MAX_RESTARTS = 3
+# With so many reports it looks whether its node is to go; then it saves what it can for so long.
+_LOOK_EVERY, _SAVE_S = 3, 30.0
 
 
 class GpuCache:
@@ -92,7 +97,7 @@ class GpuCache:
         self._epoch = uuid.uuid4().hex[:12]
         self._metrics = Metrics()
         self._coordinator = CoordinatorClient(spec.group)
-        here = spec.group, self._node_id
+        here = spec.shards_of, self._node_id
         self._remote = CoordinatedSource(*here, self._coordinator, self._metrics)
         self._loading: concurrent.futures.Future[Engine] = concurrent.futures.Future()
         self._begun = threading.Lock()
@@ -105,6 +110,7 @@ class GpuCache:
         self._door: AsyncSocketServer | None = None
         self._stopped = threading.Event()
         self._ending: BaseException | None = None
+        self._draining_until = 0.0
         # The engine's thread and the event loop take turns: with Python's 5 ms between them, a
         # step would wait that long behind a driver's message.
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
@@ -138,7 +144,8 @@ class GpuCache:
             "epoch": self._epoch,
             "ready": self._ending is None
             and self._loading.done()
-            and not self._loading.exception(),
+            and not self._loading.exception()
+            and not self._is_draining(),
             "address": self._door.address or None,
         }
 
@@ -268,6 +275,24 @@ class GpuCache:
         engine.info.check(request)
         return await asyncio.to_thread(engine.offer, request, timeout_s)
 
+    async def drain(self, hold_s: float) -> int:
+        """Take no new requests, for so long at least; 0 s: take them again from now on.
+
+        Returns:
+            How many requests are open.
+        """
+        check_real("hold_s", hold_s, 0, _LONGEST_HOLD_S)
+        self._draining_until = time.monotonic() + hold_s
+        if hold_s:
+            try:
+                await asyncio.to_thread(self._coordinator.call, "retire_replica", self._index)
+            except LiteCacheError as error:  # it hears no report, either
+                logger.info("%s: the coordinator was not told: %s", self._name, error)
+        return self._outbox.live_requests if self._outbox is not None else 0
+
+    def _is_draining(self) -> bool:
+        return time.monotonic() < self._draining_until
+
     async def stop(self, timeout_s: float) -> dict[str, Any]:
         """Flush and close the engine; the actor is of no use afterwards."""
         if not self._loading.done() or self._loading.exception() is not None:
@@ -285,6 +310,8 @@ class GpuCache:
         check_text("client_id", client_id)
         if not isinstance(requests, (list, tuple)):
             raise ConfigError("requests", type(requests).__name__, "a list of requests")
+        if self._is_draining():
+            raise GroupUnavailableError(f"{self._name} is to go, and takes no more requests")
         for request in requests:
             engine.info.check(request)
             if request.client_id != client_id:
@@ -385,7 +412,8 @@ class GpuCache:
             config = dataclasses.replace(config, device="cpu")
         # After a restart nobody has waited for the shards: those that hang may join later.
         patience = (CALL_TIMEOUT_S,) if self._restarted else ()
-        names = spec.shard_names(self._node_id)
+        prefix = shard_name(spec.shards_of, self._node_id, 0).removesuffix("0")
+        names = [name for name in actor_names(spec.shards_of) if name.startswith(prefix)]
         self._shards = AttachedShards(names, self._connect, *patience)
         engine = Engine(
             spec.source,
@@ -414,12 +442,19 @@ class GpuCache:
         return engine
 
     def _connect(self, name: str, on_lost: Callable[..., None]) -> RayShardClient:
-        shard_id = name.split(":shard:", 1)[1]
-        return RayShardClient(find_actor(name), shard_id, metrics=self._metrics, on_lost=on_lost)
+        shard_id, handle = name.split(":shard:", 1)[1], find_actor(name)
+        client = RayShardClient(handle, shard_id, metrics=self._metrics, on_lost=on_lost)
+        if self._spec.shard_group is not None:
+            handle.serve.remote(self._spec.group, self._spec.source.path)
+        return client
 
     def _keep_reporting(self, engine: Engine) -> None:
         seen, stuck_s = None, 0.0
-        while not self._stopped.wait(REPORT_INTERVAL_S):
+        for number in itertools.count(1):
+            if self._stopped.wait(REPORT_INTERVAL_S):
+                return
+            if number % _LOOK_EVERY == 0:
+                self._look_at_node(engine)
             self._report(engine)
             turn = engine.turn()
             stuck_s = stuck_s + REPORT_INTERVAL_S if turn is not None and turn == seen else 0.0
@@ -428,7 +463,31 @@ class GpuCache:
                 text = f"{engine.info.device} hangs: a step has not ended in {STUCK_S:g} s"
                 self._end_process(GroupError(text))
 
+    def _look_at_node(self, engine: Engine) -> None:
+        """Leave the work to others while Ray drains this node, and save what only the pool holds.
+
+        Where there is nobody else it goes on to the end.
+        """
+        going = going_nodes()
+        if self._node_id not in going:
+            return
+        try:
+            members: dict[int, str] = self._coordinator.call("members")
+            if not set(members.values()) - going:
+                return
+            first = not self._is_draining()
+            hold_s = 2 * _LOOK_EVERY * REPORT_INTERVAL_S + (_SAVE_S if first else 0.0)
+            self._draining_until = time.monotonic() + hold_s
+            self._coordinator.call("retire_replica", self._index)
+            if first:
+                logger.warning("%s: its node is to go: others take its requests", self._name)
+                engine.flush(_SAVE_S)
+        except LiteCacheError as error:
+            logger.warning("%s: its node is to go: %s", self._name, error)
+
     def _report(self, engine: Engine) -> None:
+        if self._is_draining():
+            return
         load = ReplicaLoad(
             queued_tokens=engine.queued_tokens(),
             requests=self._outbox.live_requests if self._outbox is not None else 0,

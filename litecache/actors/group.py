@@ -9,7 +9,7 @@ quickly is refused before the slow part. Whatever fails in a start, nothing that
 from __future__ import annotations
 
 import contextlib
-import functools
+import dataclasses
 import logging
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -23,6 +23,8 @@ from litecache.actors.calls import (
     UNREACHABLE,
     ActorEndedError,
     ReplicaLeftError,
+    actor_names,
+    all_actor_names,
     find_actor,
     gather,
     ready_among,
@@ -38,19 +40,33 @@ from litecache.actors.group_spec import (
     check_memory,
     check_same,
     check_shares,
-    node_ranks,
-    shard_options,
+    check_stores,
+    plan_shards,
 )
 from litecache.actors.naming import (
     CALL_TIMEOUT_S,
     NAMESPACE,
     check_group_name,
     coordinator_name,
+    replica_index,
     replica_name,
-    shard_name,
+)
+from litecache.actors.placement import (
+    alive_nodes,
+    check_nodes,
+    check_own_strategy,
+    count_all,
+    find_room,
+    fitting_nodes,
 )
 from litecache.actors.storage_shard import StorageShard
-from litecache.errors import GroupError, GroupUnavailableError, LiteCacheError, RequestTimeout
+from litecache.errors import (
+    GroupError,
+    GroupUnavailableError,
+    LiteCacheError,
+    RequestTimeout,
+    first_line,
+)
 from litecache.hashing import BlockKey
 from litecache.storage.namespaces import salt_digest
 from litecache.storage.protocol import ShardMethod
@@ -94,18 +110,30 @@ class Group:
         self.spec = spec
         self.connection = RayConnection.current()
         self.actors: dict[str, Any] = {}
+        self._made: list[str] = []
         self.coordinator = CoordinatorClient(spec.group)
         self.info: Any = None
 
     @property
     def replicas(self) -> list[Any]:
-        """`GpuCache` handles by index."""
-        return list(self._of_kind("gpu").values())
+        """`GpuCache` handles, in order of their numbers."""
+        return list(self.replicas_by_index.values())
+
+    @property
+    def replicas_by_index(self) -> dict[int, Any]:
+        """`GpuCache` handles by number; where some have gone there are gaps."""
+        found = {replica_index(name): actor for name, actor in self._of_kind("gpu").items()}
+        return dict(sorted(found.items()))
 
     @property
     def shards(self) -> dict[str, Any]:
         """`StorageShard` handles by actor name."""
         return self._of_kind("shard")
+
+    @property
+    def is_own(self) -> bool:
+        """Started here, not joined."""
+        return coordinator_name(self.spec.group) in self._made
 
     def _of_kind(self, kind: str) -> dict[str, Any]:
         return {name: actor for name, actor in self.actors.items() if f":{kind}:" in name}
@@ -115,16 +143,12 @@ class Group:
         cls,
         spec: GroupSpec,
         *,
-        detached: bool = False,
-        actor_options: dict[str, dict[str, Any]] | None = None,
         load_timeout_s: float = LOAD_TIMEOUT_S,
     ) -> Group:
         """Start all actors of a group and load the model.
 
         Args:
             spec: settings.
-            detached: the group outlives this driver.
-            actor_options: Ray options per kind ("gpu", "shard", "coordinator").
             load_timeout_s: how long the model may take to load.
 
         Raises:
@@ -132,89 +156,147 @@ class Group:
             LiteCacheError: something was refused; nothing stays behind.
         """
         check_group_name(spec.group)
-        options = check_actor_options(actor_options)
+        check_actor_options(spec.options)
+        check_nodes(spec.nodes)
+        if every := spec.replicas == "all":
+            spec = dataclasses.replace(spec, replicas=count_all(spec.needs, spec.labels))
         check_shares(spec)
         check_memory(spec)
-        group = cls(spec)
-        create = functools.partial(group._create, options, "detached" if detached else None)
+        group, needs = cls(spec), spec.needs
         try:
-            group._start_shards(group._place(create), create)
-            begun = [replica.begin.remote() for replica in group.replicas]
-            result(begun, PLACE_TIMEOUT_S, "beginning to load")
-            group.info = _wait_loaded(group.replicas, time.monotonic() + load_timeout_s)
+            group._create_coordinator()
+            on_nodes = fitting_nodes(needs, spec.labels) if every and "GPU" not in needs else []
+            group.grow(range(int(spec.replicas)), on_nodes, load_timeout_s)
         except BaseException:
             group._undo()
             raise
         return group
 
-    def _create(
-        self,
-        chosen: Mapping[str, dict[str, Any]],
-        lifetime: str | None,
-        kind: str,
-        name: str,
-        *args: Any,
-        **options: Any,
-    ) -> None:
+    def _create(self, kind: str, name: str, *args: Any, **options: Any) -> None:
         """Make an actor with `args`; options that a user has chosen go before ours."""
         actor, with_class, defaults = _KINDS[kind]
-        options = {"max_restarts": -1, **defaults, **options, **chosen.get(kind, {})}
+        chosen = self.spec.options.get(kind, {})
+        options = {"max_restarts": -1, **defaults, **options, **chosen}
+        lifetime = "detached" if self.spec.detached else None
         life = {"name": name, "namespace": NAMESPACE, "lifetime": lifetime}
         made = ray.remote(max_restarts=-1, **with_class)(actor).options(**options, **life)
         self.actors[name] = made.remote(*args)
+        self._made.append(name)
 
-    def _place(self, create: Callable[..., None]) -> list[str]:
-        """Create the coordinator and the replicas; the nodes that they are on."""
-        spec = self.spec
+    def _create_coordinator(self) -> None:
+        group, name = self.spec.group, coordinator_name(self.spec.group)
         try:
-            name = coordinator_name(spec.group)
-            create("coordinator", name, spec.group, spec.describe())
+            self._create("coordinator", name, group, self.spec.describe())
         except ValueError as error:
-            if name not in actor_names(spec.group):
+            if name not in actor_names(group):
                 raise GroupError(f"the coordinator cannot be made: {error}") from error
-            raise GroupError(f"a group {spec.group!r} is there already: join it") from error
+            raise GroupError(f"a group {group!r} is there already: join it") from error
+
+    def grow(
+        self, indexes: Sequence[int], on_nodes: Sequence[str], load_timeout_s: float
+    ) -> list[str]:
+        """Make replicas of these numbers, and the shards that their nodes lack; their names.
+
+        Args:
+            indexes: of the replicas.
+            on_nodes: the node of each, where it is not Ray's to choose.
+            load_timeout_s: how long the model may take to load.
+
+        Raises:
+            LiteCacheError: something was refused; nothing that was made here stays.
+        """
+        kept = set(self.actors)
+        try:
+            return self._grow(indexes, on_nodes, load_timeout_s)
+        except BaseException:
+            self._end_made(kept)
+            raise
+
+    def _grow(
+        self, indexes: Sequence[int], on_nodes: Sequence[str], load_timeout_s: float
+    ) -> list[str]:
+        names = self._place(indexes, on_nodes)
+        made = {name: self.actors[name] for name in names}
+        asked = [replica.where.remote() for replica in made.values()]
+        what = f"starting the process of {len(names)} GpuCache actor(s)"
+        places = result(asked, PLACE_TIMEOUT_S, what)
+        self._start_shards(sorted({place["node_id"] for place in places}))
+        begun = [replica.begin.remote() for replica in made.values()]
+        result(begun, PLACE_TIMEOUT_S, "beginning to load")
+        deadline = time.monotonic() + load_timeout_s
+        self.info = _wait_loaded(list(made.values()), deadline)
+        return names
+
+    def _place(self, indexes: Sequence[int], on_nodes: Sequence[str]) -> list[str]:
+        """Find room for replicas, and make them there."""
+        spec, count = self.spec, len(indexes)
         resources: dict[str, Any] = {"num_gpus": spec.num_gpus}
         if not spec.num_gpus:
             resources["num_cpus"] = 1
-        if spec.replicas > 1:
-            resources["scheduling_strategy"] = "SPREAD"
-        for index in range(spec.replicas):
-            create("gpu", replica_name(spec.group, index), spec, index, **resources)
-        try:
-            asked = [replica.where.remote() for replica in self.replicas]
-            what = f"placing {spec.replicas} GpuCache actor(s)"
-            places = result(asked, PLACE_TIMEOUT_S, what)
-        except RequestTimeout as error:
-            free = {k: v for k, v in ray.available_resources().items() if k in ("CPU", "GPU")}
-            raise GroupUnavailableError(
-                f"{error}: each needs {resources}, free in the cluster: {free}"
-            ) from error
-        return sorted({place["node_id"] for place in places})
+        nodes: list[str | None] = [None] * count
+        own = spec.options.get("gpu", {}).get("scheduling_strategy")
+        if own is None or isinstance(own, str):
+            nodes = find_room(count, spec.needs, spec.placement, on_nodes, spec.labels)
+        else:
+            check_own_strategy(count, spec.needs, own)
+        names = []
+        for index, node_id in zip(indexes, nodes, strict=True):
+            if node_id is not None:
+                # When the node is lost Ray may start it on another one.
+                resources["scheduling_strategy"] = NodeAffinitySchedulingStrategy(
+                    node_id, soft=True
+                )
+            elif count > 1:
+                resources["scheduling_strategy"] = "SPREAD"
+            names.append(replica_name(spec.group, index))
+            try:
+                self._create("gpu", names[-1], spec, index, **resources)
+            except ValueError as error:
+                raise GroupError(f"{names[-1]} is there already: {first_line(error)}") from error
+        return names
 
-    def _start_shards(self, nodes: list[str], create: Callable[..., None]) -> None:
-        """Create the shards of these nodes and wait until their stores are open."""
-        spec = self.spec
-        ranks = node_ranks(nodes)
-        for node_id in nodes:
+    def _start_shards(self, node_ids: Sequence[str]) -> None:
+        """Create the shards that these nodes lack and wait until their stores are open.
+
+        Raises:
+            GroupMismatchError: there are shards, of other groups with the same ones, whose
+                settings are others.
+        """
+        spec, there = self.spec, shards_by_node(self.spec.shards_of)
+        alive = {node["NodeID"][:8] for node in alive_nodes()}
+        there = {node: shards for node, shards in there.items() if node in alive}
+        known = _settings_of(there, {node_id[:8] for node_id in node_ids})
+        opening = []
+        for node_id, stores in plan_shards(spec, node_ids, known).items():
+            if node_id[:8] in there:
+                check_stores(spec.shards_of, known[node_id[:8]], stores)
+                self.actors |= there[node_id[:8]]
+                continue
             here = NodeAffinitySchedulingStrategy(node_id, soft=False)
-            stores = shard_options(spec, ranks[node_id], 1 + max(ranks.values()))
-            for index, store in enumerate(stores):
-                args = spec.group, index, store, storage_shard.LOCK_PATIENCE_S, spec.source.path
-                name = shard_name(spec.group, node_id, index)
-                create("shard", name, *args, scheduling_strategy=here)
-        opening = [shard.info.remote() for shard in self.shards.values()]
+            for index, (name, store) in enumerate(stores.items()):
+                args = spec.shards_of, index, store, storage_shard.LOCK_PATIENCE_S, spec.source.path
+                self._create("shard", name, *args, scheduling_strategy=here)
+                opening.append(self.actors[name].info.remote())
         result(opening, PLACE_TIMEOUT_S, "starting the shards")
 
     def _undo(self) -> None:
         """End whatever was created."""
-        if not self.actors:
-            return
+        self._end_made(set())
+
+    def _end_made(self, kept: Collection[str]) -> None:
+        """End what this group has made, but for `kept`, and forget what it found."""
+        made = [name for name in self._made if name not in kept]
+        shards = {name: self.actors[name] for name in made if ":shard:" in name}
         try:
+            if self.spec.shard_group and set(users_of(self.spec.shards_of)) - {self.spec.group}:
+                made, shards = [name for name in made if name not in shards], {}
             # Closed rather than killed: a dying process would keep its folder locked for a moment.
-            gather(self.shards, lambda shard: shard.stop.remote(0.0), STOP_TIMEOUT_S, "closing")
-            _end_actors(self.spec.group)
+            gather(shards, lambda shard: shard.stop.remote(0.0), STOP_TIMEOUT_S, "closing")
+            end_actors(made)
         except LiteCacheError as error:
             logger.warning("%s", error)
+        self.actors = {name: actor for name, actor in self.actors.items() if name in kept}
+        self._made = [name for name in self._made if name in kept]
 
     @classmethod
     def attach(
@@ -243,12 +325,28 @@ class Group:
             check_same(group, description, expected)
         joined = cls(GroupSpec.from_description(group, description))
         deadline = time.monotonic() + timeout_s
-        names = [replica_name(group, index) for index in range(joined.spec.replicas)]
-        joined.actors = {name: find_actor(name, deadline) for name in names}
+        joined.actors = _find_all(_replicas_of(group, deadline))
         joined.info = _first_loaded(joined.replicas, deadline)
-        joined.actors |= _find_all([name for name in actor_names(group) if ":shard:" in name])
+        for shards in shards_by_node(joined.spec.shards_of).values():
+            joined.actors |= shards
         joined.actors |= {coordinator_name(group): find_actor(coordinator_name(group), deadline)}
         return joined
+
+    def refresh(self, forgotten: Collection[str] = ()) -> None:
+        """Find actors that have come, and let go of those that are no more.
+
+        Args:
+            forgotten: names whose actor is another one now, if there is one.
+
+        Raises:
+            LiteCacheError: Ray does not say.
+        """
+        spec = self.spec
+        names = set(actor_names(spec.group))
+        names |= {name for name in actor_names(spec.shards_of) if ":shard:" in name}
+        kept = {n: a for n, a in self.actors.items() if n in names and n not in forgotten}
+        # the handles of actors that were made here keep them alive: they stay as they are
+        self.actors = kept | _find_all(sorted(names - kept.keys()))
 
     def flush(self, timeout_s: float = STOP_TIMEOUT_S) -> dict[str, Any]:
         """Save what is only in pools and make the shards write out what is dirty.
@@ -473,20 +571,9 @@ def _first_loaded(replicas: Sequence[Any], deadline: float) -> Any:
                     raise
 
 
-def _actor_names() -> list[str]:
-    """Names of the actors of all groups that are alive or starting."""
-    named = ray.util.list_named_actors(all_namespaces=True)
-    return sorted(actor["name"] for actor in named if actor["namespace"] == NAMESPACE)
-
-
-def actor_names(group: str) -> list[str]:
-    """Names of the group's actors that are alive or starting."""
-    return [name for name in _actor_names() if name.startswith(f"litecache:{group}:")]
-
-
 def list_groups() -> list[str]:
     """Names of all groups of the cluster."""
-    return sorted(name.split(":")[1] for name in _actor_names() if name.endswith(":coordinator"))
+    return sorted(name.split(":")[1] for name in all_actor_names() if name.endswith(":coordinator"))
 
 
 def _find_all(names: Sequence[str]) -> dict[str, Any]:
@@ -496,6 +583,62 @@ def _find_all(names: Sequence[str]) -> dict[str, Any]:
         with contextlib.suppress(GroupUnavailableError):
             found[name] = find_actor(name)
     return found
+
+
+def _replicas_of(group: str, deadline: float) -> list[str]:
+    """Names of a group's replicas; until `deadline` somebody may still be making the first."""
+    while True:
+        names = [name for name in actor_names(group) if ":gpu:" in name]
+        if names:
+            return names
+        if not exists(group) or time.monotonic() > deadline:
+            raise GroupUnavailableError(f"group {group!r} has no replica")
+        time.sleep(0.1)
+
+
+def shards_by_node(group: str) -> dict[str, dict[str, Any]]:
+    """Handles of a group's shards by the first digits of their node's id, and by name."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, shard in _find_all([n for n in actor_names(group) if ":shard:" in n]).items():
+        found.setdefault(name.split(":")[-2], {})[name] = shard
+    return found
+
+
+def _settings_of(
+    by_node: Mapping[str, Mapping[str, Any]], needed: Collection[str]
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Arguments of the stores of shards, by node and name.
+
+    Raises:
+        LiteCacheError: a shard of a node that is needed does not tell; others may be silent.
+    """
+    known: dict[str, dict[str, dict[str, Any]]] = {}
+    for node, shards in by_node.items():
+        timeout_s = STATUS_TIMEOUT_S if node in needed else CALL_TIMEOUT_S
+        answers = gather(shards, lambda s: s.settings.remote(), timeout_s, "settings")
+        for name, answer in answers.items():
+            if not isinstance(answer, LiteCacheError):
+                known.setdefault(node, {})[name] = answer
+            elif node in needed:
+                raise answer
+    return known
+
+
+def users_of(shard_group: str) -> list[str]:
+    """Names of the groups whose shards are those of `shard_group`, as far as they tell.
+
+    One that does not answer may be using them, and counts.
+    """
+    users = []
+    for group in list_groups():
+        try:
+            description = CoordinatorClient(group).call("describe")
+            used = description.get("shard_group") or group
+        except LiteCacheError:
+            used = shard_group
+        if used == shard_group:
+            users.append(group)
+    return users
 
 
 def no_group(group: str, what: str) -> GroupUnavailableError:
@@ -525,7 +668,7 @@ def stop_group(group: str, timeout_s: float = STOP_TIMEOUT_S) -> dict[str, Any]:
 
 
 def _stop(group: str, timeout_s: float) -> dict[str, Any]:
-    actors = _find_all(actor_names(group))
+    actors, shared = _find_all(actor_names(group)), _shared_by(group)
     actors.pop(coordinator_name(group), None)
     silent = silent_among(actors)
     timeout_s = min(timeout_s, CALL_TIMEOUT_S) if silent else timeout_s
@@ -539,21 +682,32 @@ def _stop(group: str, timeout_s: float) -> dict[str, Any]:
                 logger.warning("%s", report)
             else:
                 reports[name] = report if isinstance(report, dict) else report._asdict()
-    _end_actors(group, silent)
+    end_actors(actor_names(group), silent)
+    if shared is not None and actor_names(shared) and not users_of(shared):
+        reports |= _stop(shared, timeout_s)
     return reports
 
 
-def _end_actors(group: str, silent: Collection[str] = ()) -> None:
-    """Kill actors of a group, the coordinator last, and wait until their names are free.
+def _shared_by(group: str) -> str | None:
+    """The group whose shards a group uses; None: its own, or it does not tell."""
+    try:
+        shared: str | None = CoordinatorClient(group).call("describe").get("shard_group")
+    except LiteCacheError:
+        return None
+    return shared
+
+
+def end_actors(names: Collection[str], silent: Collection[str] = ()) -> None:
+    """Kill actors, the coordinator last, and wait until their names are free.
 
     Those that answer nothing (`silent`) are not waited for: Ray ends a stopped process when it
     runs on, or by itself after a while.
     """
-    actors, coordinator = _find_all(actor_names(group)), coordinator_name(group)
-    for name in sorted(actors, key=lambda name: name == coordinator):
+    actors = _find_all(sorted(names))
+    for name in sorted(actors, key=lambda name: name.endswith(":coordinator")):
         ray.kill(actors[name], no_restart=True)
     deadline = time.monotonic() + STOP_TIMEOUT_S
-    while left := set(actor_names(group)).difference(silent):
+    while left := set(names).intersection(all_actor_names()).difference(silent):
         if time.monotonic() > deadline:
             raise GroupError(f"still there after {STOP_TIMEOUT_S:g} s: {', '.join(sorted(left))}")
         time.sleep(0.02)

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
+import math
 import os
 import socket
-from collections import Counter
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Mapping, Sequence, Sized
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ import ray
 
 import litecache
 from litecache.actors.naming import shard_name
+from litecache.actors.placement import NodeStorage, alive_nodes, config_on, needs_of
 from litecache.config import CacheConfig
 from litecache.engine.loading.model_source import ModelSource
 from litecache.errors import CapacityError, ConfigError, GroupMismatchError, first_line, shown
@@ -39,27 +43,57 @@ class GroupSpec:
         group: name of the group.
         source: the model.
         config: the cache.
-        replicas: number of `GpuCache` actors.
+        replicas: number of `GpuCache` actors at the start, or "all": one per GPU, or per node
+            where they run on CPUs.
         num_threads: torch's threads in each on a CPU; None = the machine's cores.
         num_gpus: GPUs per replica; 0 = it runs on the CPU.
+        placement: how replicas are spread over nodes, as Ray's placement groups have it.
+        nodes: storage settings of single nodes.
+        shard_group: the group that its shards are named after; None = itself. Groups of other
+            models with the same one share them.
+        detached: the actors outlive the driver that made them.
+        options: Ray's, by kind of actor.
     """
 
     group: str
     source: ModelSource
     config: CacheConfig
-    replicas: int = 1
+    replicas: int | str = 1
     num_threads: int | None = None
     num_gpus: float = 0
+    placement: str = "SPREAD"
+    nodes: tuple[NodeStorage, ...] = ()
+    shard_group: str | None = None
+    detached: bool = False
+    options: Mapping[str, dict[str, Any]] = field(default_factory=dict, hash=False)
 
-    def shard_names(self, node_id: str) -> list[str]:
-        """Actor names of a node's shards."""
-        count = len(self.config.shard_folders)
-        return [shard_name(self.group, node_id, index) for index in range(count)]
+    @property
+    def shards_of(self) -> str:
+        """The group that its shards are named after."""
+        return self.shard_group or self.group
+
+    @property
+    def needs(self) -> dict[str, float]:
+        """What a replica asks Ray for, by the name of the resource."""
+        return needs_of(self.num_gpus, self.options.get("gpu", {}))
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """Labels that a replica's node must have, as Ray's `label_selector`."""
+        return dict(self.options.get("gpu", {}).get("label_selector") or {})
+
+    def config_on(self, node: Mapping[str, Any]) -> CacheConfig:
+        """Its settings on a node of `ray.nodes()`."""
+        return config_on(self.config, self.nodes, node)
 
     def describe(self) -> dict[str, Any]:
-        """Plain values, kept by the coordinator for those who join."""
+        """Values for those who join, kept by the coordinator; plain but for `options`."""
         config, source = self.config.to_dict(), dataclasses.asdict(self.source)
-        return {"version": VERSION, **vars(self), "config": config, "source": source}
+        nodes = [each.to_dict() for each in self.nodes]
+        return {
+            **{"version": VERSION, **vars(self)},
+            **{"config": config, "source": source, "nodes": nodes},
+        }
 
     @classmethod
     def from_description(cls, group: str, description: dict[str, Any]) -> GroupSpec:
@@ -68,7 +102,8 @@ class GroupSpec:
         try:
             fields = {field.name: given[field.name] for field in dataclasses.fields(cls)}
             source, config = ModelSource(**given["source"]), CacheConfig(**given["config"])
-            return cls(**{**fields, "source": source, "config": config})
+            nodes = tuple(map(NodeStorage.from_dict, given["nodes"]))
+            return cls(**{**fields, "source": source, "config": config, "nodes": nodes})
         except (KeyError, TypeError):
             version = description.get("version")
             raise GroupMismatchError(
@@ -94,7 +129,7 @@ def _comparable(description: dict[str, Any]) -> dict[str, Any]:
     # of its own.
     source, config = description["source"].items(), description["config"].items()
     comparable = {
-        "version": description["version"],
+        **{name: description[name] for name in ("version", "nodes", "shard_group")},
         **{f"model.{name}": value for name, value in source if name != "label"},
         **{name: value for name, value in config if name not in ("models_bytes", "cache_salt")},
     }
@@ -106,13 +141,16 @@ def _comparable(description: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_same(group: str, theirs: dict[str, Any], mine: dict[str, Any]) -> None:
-    """Compare a running group's description with a driver's, whose "config" None agrees with any.
+    """Compare a running group's description with a driver's.
+
+    There "config", "nodes" and "shard_group" of None agree with any.
 
     Raises:
         GroupMismatchError: names the fields that differ, with both values and both digests.
     """
-    if mine["config"] is None:
-        mine = {**mine, "config": theirs["config"]}
+    for name in ("config", "nodes", "shard_group"):
+        if mine[name] is None:
+            mine = {**mine, name: theirs[name]}
     if digest(theirs) == digest(mine):
         return
     if theirs["version"] != mine["version"]:
@@ -131,7 +169,35 @@ def check_same(group: str, theirs: dict[str, Any], mine: dict[str, Any]) -> None
     )
 
 
-def check_actor_options(options: dict[str, dict[str, Any]] | None) -> dict[str, dict[str, Any]]:
+def check_stores(
+    shard_group: str, there: Mapping[str, dict[str, Any]], mine: Mapping[str, dict[str, Any]]
+) -> None:
+    """Compare the shards of a node, which other groups made, with those that a group would make.
+
+    Args:
+        shard_group: whose shards they are.
+        there: arguments of their stores, by name.
+        mine: those of the group's own.
+
+    Raises:
+        GroupMismatchError: names what differs.
+    """
+    differing = [
+        f"{name} is {shown(there[shard].get(name))}, not {shown(value)}"
+        for shard in mine.keys() & there.keys()
+        for name, value in mine[shard].items()
+        if name != "shards" and there[shard].get(name) != value
+    ]
+    if len(there) != len(mine):
+        differing.append(f"a node has {len(there)} of them, not {len(mine)}")
+    if differing:
+        raise GroupMismatchError(
+            f"the shards of {shard_group!r} run with other settings: {'; '.join(differing)}; give "
+            "all models that share them the same storage settings, or another group of shards"
+        )
+
+
+def check_actor_options(options: Mapping[str, dict[str, Any]] | None) -> dict[str, dict[str, Any]]:
     """Options per kind of actor, passed through to Ray.
 
     Raises:
@@ -187,16 +253,15 @@ def choose_num_gpus(config: CacheConfig, options: dict[str, dict[str, Any]]) -> 
     return 1 if has_gpu else 0
 
 
-def shard_options(spec: GroupSpec, node_rank: int, nodes: int = 1) -> list[dict[str, Any]]:
+def shard_options(config: CacheConfig, node_rank: int, nodes: int = 1) -> list[dict[str, Any]]:
     """Arguments of `ShardStore` for each shard of a node.
 
     Args:
-        spec: the group.
+        config: the group's settings on that node.
         node_rank: of the node among the group's nodes on the same host. Shards of a second node
-            on one host (as tests make them) get folders of their own.
+            on one host get folders of their own.
         nodes: how many of the group's nodes are on that host.
     """
-    config = spec.config
     folders: list[str | None] = [None] * config.storage_shards
     if config.storage_dir is not None:
         first = node_rank * config.storage_shards
@@ -229,16 +294,43 @@ def shard_options(spec: GroupSpec, node_rank: int, nodes: int = 1) -> list[dict[
     ]
 
 
-def node_ranks(node_ids: list[str]) -> dict[str, int]:
-    """Each node's rank among those of the same host, in order of node id."""
-    hosts = {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes()}
-    ranks: dict[str, int] = {}
-    seen: Counter[str] = Counter()
-    for node_id in sorted(set(node_ids)):
-        host = hosts.get(node_id, node_id)
-        ranks[node_id] = seen[host]
-        seen[host] += 1
-    return ranks
+def plan_shards(
+    spec: GroupSpec, node_ids: Sequence[str], known: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Arguments of `ShardStore` for all shards of some nodes, by node and by the shard's name.
+
+    Args:
+        spec: the group.
+        node_ids: the nodes.
+        known: arguments of the shards that are there already, by the first eight digits of their
+            node's id and by name.
+    """
+    nodes = {node["NodeID"]: node for node in alive_nodes()}
+    host_of = {node_id[:8]: node["NodeManagerHostname"] for node_id, node in nodes.items()}
+    # by host and folder, and in there by node: ranks of those that share the folder
+    ranks: defaultdict[tuple[str, str], dict[str, int]] = defaultdict(dict)
+    for node, stores in known.items():
+        for store in stores.values():
+            folder, name = os.path.split(store["directory"] or "shard-0")
+            rank = int(name.rpartition("-")[2]) // spec.config.storage_shards
+            ranks[host_of.get(node, ""), folder][node] = rank
+    planned = {}
+    for node_id in sorted(node_ids):
+        node, config = node_id[:8], spec.config_on(nodes[node_id])
+        places = [(host_of[node], folder) for folder in config.storage_dir or [""]]
+        taken = {other: rank for place in places for other, rank in ranks[place].items()}
+        free = next(rank for rank in itertools.count() if rank not in taken.values())
+        for place in places:
+            ranks[place][node] = taken.get(node, free)
+        planned[node_id] = config, places
+    stores_of = {}
+    for node_id in node_ids:
+        config, places = planned[node_id]
+        count = 1 + max(rank for place in places for rank in ranks[place].values())
+        options = shard_options(config, ranks[places[0]][node_id[:8]], count)
+        names = [shard_name(spec.shards_of, node_id, index) for index in range(len(options))]
+        stores_of[node_id] = dict(zip(names, options, strict=True))
+    return stores_of
 
 
 def check_shares(spec: GroupSpec) -> None:
@@ -247,13 +339,14 @@ def check_shares(spec: GroupSpec) -> None:
     Raises:
         ConfigError: names the bound and how many shards divide it.
     """
-    config = spec.config
-    count = len(config.shard_folders)
-    for name in ("ram_bytes", "storage_bytes"):
-        total = getattr(config, name)
-        if (name == "ram_bytes" or config.storage_dir) and total // count < MIN_SHARE_BYTES:
-            valid = f"at least {MIN_SHARE_BYTES:,} for each of the {count} shard(s) of a node"
-            raise ConfigError(name, total, valid)
+    by_node = [CacheConfig(**{**spec.config.to_dict(), **node.settings}) for node in spec.nodes]
+    for config in (spec.config, *by_node):
+        count = len(config.shard_folders)
+        for name in ("ram_bytes", "storage_bytes"):
+            total = getattr(config, name)
+            if (name == "ram_bytes" or config.storage_dir) and total // count < MIN_SHARE_BYTES:
+                valid = f"at least {MIN_SHARE_BYTES:,} for each of the {count} shard(s) of a node"
+                raise ConfigError(name, total, valid)
 
 
 def check_memory(spec: GroupSpec) -> None:
@@ -263,21 +356,26 @@ def check_memory(spec: GroupSpec) -> None:
         CapacityError: with all the numbers. Other machines check for themselves, by the arena.
     """
     limit = memory_limit_bytes()
-    here = socket.gethostname()
-    store = sum(
-        int(node["Resources"].get("object_store_memory", 0))
-        for node in ray.nodes()
-        if node["Alive"] and node["NodeManagerHostname"] == here
-    )
+    nodes = alive_nodes()
+    here = [node for node in nodes if node["NodeManagerHostname"] == socket.gethostname()]
+    store = sum(int(node["Resources"].get("object_store_memory", 0)) for node in here)
+    ram_bytes = spec.config_on(here[0]).ram_bytes if here else 0
     # On a GPU the weights pass through the page cache only.
-    weights = 0 if spec.num_gpus else spec.replicas * weight_bytes(spec.source)
-    total = spec.config.ram_bytes + store + weights
+    weights = 0 if spec.num_gpus else replicas_here(spec, here, nodes) * weight_bytes(spec.source)
+    total = ram_bytes + store + weights
     if total > MEMORY_SHARE * limit:
         raise CapacityError(
-            f"ram_bytes={spec.config.ram_bytes:,} + Ray's object store {store:,} + weights "
+            f"ram_bytes={ram_bytes:,} + Ray's object store {store:,} + weights "
             f"{weights:,} = {total:,} bytes is more than {MEMORY_SHARE:.0%} of the memory limit "
             f"{limit:,}: lower ram_bytes, or start Ray with a smaller object_store_memory"
         )
+
+
+def replicas_here(spec: GroupSpec, here: Sized, nodes: Sized) -> int:
+    """How many replicas come to this machine, as far as that is known before they are placed."""
+    assert isinstance(spec.replicas, int), "all are counted by now"
+    spread = spec.placement in ("SPREAD", "STRICT_SPREAD")
+    return math.ceil(spec.replicas * len(here) / len(nodes)) if spread else spec.replicas
 
 
 def weight_bytes(source: ModelSource) -> int:

@@ -55,6 +55,11 @@ def replica_name(group: str, index: int) -> str:
     return f"litecache:{group}:gpu:{index}"
 
 
+def replica_index(name: str) -> int:
+    """The inverse of `replica_name`."""
+    return int(name.rpartition(":")[2])
+
+
 def shard_name(group: str, node_id: str, index: int) -> str:
     """Actor name of shard `index` of a node, told apart by the first 8 digits of the node's id."""
     return f"litecache:{group}:shard:{node_id[:8]}:{index}"

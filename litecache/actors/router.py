@@ -156,6 +156,10 @@ class Router:
         self._replicas.pop(index, None)
         self._failures[index].append((self._clock(), reason))
 
+    def forget(self, index: int) -> None:
+        """A replica is to go: it gets no requests, unless it reports again."""
+        self._replicas.pop(index, None)
+
     def note_silence(self, index: int, silent_s: float) -> None:
         """Somebody has had no answer from a replica for so long.
 

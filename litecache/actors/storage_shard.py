@@ -21,11 +21,18 @@ from typing import Any
 
 import ray
 
+from litecache.actors.calls import all_actor_names
 from litecache.actors.coordinator import CoordinatorClient
-from litecache.actors.locations import LocationReporter
+from litecache.actors.locations import LocationReport, LocationReporter
 from litecache.actors.metrics_export import MetricsExporter
-from litecache.actors.naming import role_of, shard_name
-from litecache.errors import LiteCacheError, StorageFullError, StorageLockedError, shorten
+from litecache.actors.naming import coordinator_name, role_of, shard_name
+from litecache.errors import (
+    GroupUnavailableError,
+    LiteCacheError,
+    StorageFullError,
+    StorageLockedError,
+    shorten,
+)
 from litecache.hashing import BlockKey
 from litecache.metrics import Metrics
 from litecache.paths import hold_model
@@ -44,6 +51,47 @@ logger = logging.getLogger(__name__)
 # After a kill the kernel needs a moment to take down the old process and its lock.
 LOCK_PATIENCE_S = 3.0
 _MOST_FOLDER = 80
+
+
+class Coordinators:
+    """The coordinators of all groups that use a shard; one whose group has gone is forgotten.
+
+    Args:
+        group: the one that the shard is named after.
+    """
+
+    def __init__(self, group: str) -> None:
+        self._clients = {group: CoordinatorClient(group)}
+
+    def add(self, group: str) -> bool:
+        """From now on tell this group's, too; whether it is a new one."""
+        if group in self._clients:
+            return False
+        self._clients = {**self._clients, group: CoordinatorClient(group)}
+        return True
+
+    def report_shard(self, report: LocationReport) -> bool:
+        """See `LocationMap.report`: all of them have taken it, as far as they answer.
+
+        One that does not answer asks for everything when it is back: what it missed is a gap.
+
+        Raises:
+            LiteCacheError: none of them answers.
+        """
+        taken: list[bool] = []
+        failed: LiteCacheError | None = None
+        for group, client in self._clients.items():
+            try:
+                taken.append(client.report_shard(report))
+            except GroupUnavailableError as error:
+                failed = error
+                if len(self._clients) > 1 and coordinator_name(group) not in all_actor_names():
+                    self._clients = {g: c for g, c in self._clients.items() if g != group}
+            except LiteCacheError as error:
+                failed = error
+        if failed is not None and not taken:
+            raise failed
+        return all(taken)
 
 
 class StorageShard:
@@ -68,7 +116,8 @@ class StorageShard:
         model: str | None = None,
     ) -> None:
         self._group, self._options = group, options
-        self._model = hold_model(model)
+        self._models = [hold_model(model)]
+        self._coordinators = Coordinators(group)
         self._node_id = ray.get_runtime_context().get_node_id()
         self._shard_id = f"{self._node_id[:8]}:{index}"
         self._name = shard_name(group, self._node_id, index)
@@ -102,7 +151,7 @@ class StorageShard:
         opened.callback(MetricsExporter(self._metrics, tags, refresh=store.stats).close)
         self._notify: Callable[[], None] = lambda: None
         if self.has_coordinator:
-            send = CoordinatorClient(self._group).report_shard
+            send = self._coordinators.report_shard
             reporter = LocationReporter(store, send, self._shard_id, self._node_id)
             opened.callback(reporter.close)
             self._notify = reporter.notify
@@ -143,6 +192,21 @@ class StorageShard:
             "name": self._name,
             "directory": self._options["directory"],
         }
+
+    def settings(self) -> dict[str, Any]:
+        """Arguments of its `ShardStore`, to compare groups that share it."""
+        return self._options
+
+    def serve(self, group: str, model: str | None) -> None:
+        """A group of another model uses this shard, too: its coordinator is told what is here.
+
+        Args:
+            group: its name.
+            model: path of its model: held as this shard's own.
+        """
+        if self._coordinators.add(group):
+            self._models.append(hold_model(model))
+            self._notify()
 
     def attach(self, client_pid: int) -> Attachment:
         """See `ShardStore.attach`; the client lives on the same node."""

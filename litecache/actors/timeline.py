@@ -12,8 +12,7 @@ from typing import Any
 
 import ray
 
-from litecache.actors.calls import find_actor, gather
-from litecache.actors.group import actor_names
+from litecache.actors.calls import actor_names, find_actor, gather
 from litecache.actors.naming import CALL_TIMEOUT_S, check_group_name, role_of
 from litecache.errors import GroupError, GroupUnavailableError, LiteCacheError
 

@@ -15,12 +15,13 @@ from litecache.actors.calls import (
     UNREACHABLE,
     ActorEndedError,
     ReplicaLeftError,
+    actor_names,
     find_actor,
     first_ended,
     result,
 )
 from litecache.actors.coordinator import CoordinatorClient
-from litecache.actors.group import Group, actor_names, no_group
+from litecache.actors.group import Group, no_group
 from litecache.actors.group_spec import GroupSpec
 from litecache.actors.naming import CALL_TIMEOUT_S, check_group_name, coordinator_name
 from litecache.errors import GroupUnavailableError, LiteCacheError, RequestTimeout

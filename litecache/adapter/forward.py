@@ -118,7 +118,8 @@ class ReplicaForward:
     def _run(self, requests: Sequence[Request]) -> list[PendingRequest]:
         for request in requests:
             self._info.check(request)
-        if self._index is None or self._replicas.pollers[self._index].silent_since is not None:
+        pollers = self._replicas.by_index
+        if self._index not in pollers or pollers[self._index].silent_since is not None:
             (self._index,) = self._replicas.route(requests[:1])
         pending = [PendingRequest(request) for request in requests]
         self.requests += len(pending)

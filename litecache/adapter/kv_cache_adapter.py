@@ -15,7 +15,7 @@ import os
 import uuid
 import weakref
 from collections.abc import AsyncGenerator, Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from transformers import GenerationConfig
@@ -24,9 +24,17 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutput
 
 from litecache.actors.cluster import open_ray, refuse_inherited_ray
+from litecache.actors.cluster_file import read_cluster_file
 from litecache.actors.group import Group, exists
 from litecache.actors.group_spec import GroupSpec, check_actor_options, choose_num_gpus
 from litecache.actors.naming import DEFAULT_GROUP, check_group_name
+from litecache.actors.placement import (
+    NodeStorage,
+    check_node_storage,
+    check_placement,
+    check_replicas,
+)
+from litecache.actors.scaling import DRAIN_TIMEOUT_S, ScaleReport, scale_group
 from litecache.adapter.cache_use import CacheUse
 from litecache.adapter.chat.surface import ChatSurface
 from litecache.adapter.driver_loop import generate_in_driver
@@ -77,6 +85,9 @@ from litecache.paths import ModelHold
 from litecache.token_ids import TokenIds
 from litecache.types import Request, SamplingParams, TokenLogprobs
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 WARMED_AT_ONCE = 64
 CACHE_ARGUMENTS = ("cache_salt", "cache", "cache_ttl_s", "retention")
 TIERS = ("gpu", "ram", "disk", "all")
@@ -96,9 +107,15 @@ class KVCacheAdapter(ChatSurface, ModelSurface):
         actor_options: Ray options by kind of actor: "gpu", "shard", "coordinator".
         weights: "auto", or "random" for benchmarks.
         seed: of random weights.
-        replicas: number of `GpuCache` actors of a group started here.
+        replicas: number of `GpuCache` actors of a group started here, or "all": one per GPU of the
+            cluster, or per node where there is none.
         num_threads: torch's threads in each replica on a CPU; None = the machine's cores.
         trust_remote_code: let Python code that comes with the model run, here and in the actors.
+        placement: how replicas are spread over nodes: "SPREAD", "PACK", "STRICT_SPREAD" or
+            "STRICT_PACK", as Ray's placement groups have it.
+        nodes: storage settings of single nodes, which go before those of `cache_config`.
+        shards: a group whose shards (RAM and disks) the group started here shares with other
+            models; for detached groups. None = shards of its own.
 
     Attributes:
         config: the model's configuration.
@@ -120,15 +137,20 @@ class KVCacheAdapter(ChatSurface, ModelSurface):
         actor_options: dict[str, dict[str, Any]] | None = None,
         weights: str = "auto",
         seed: int = 0,
-        replicas: int = 1,
+        replicas: int | str = 1,
         num_threads: int | None = None,
         trust_remote_code: bool = False,
+        placement: str = "SPREAD",
+        nodes: Sequence[NodeStorage] | None = None,
+        shards: str | None = None,
     ) -> None:
         refuse_inherited_ray()
         options = check_actor_options(actor_options)
         if cache_config is not None and not isinstance(cache_config, CacheConfig):
             raise ConfigError("cache_config", cache_config, "a litecache.CacheConfig or None")
-        check_integer("replicas", replicas, 1, 4096)
+        check_replicas("replicas", replicas)
+        check_placement("placement", placement)
+        nodes = None if nodes is None else check_node_storage(nodes)
         if num_threads is not None:
             check_integer("num_threads", num_threads, 1, 4096)
         check_flag("detached", detached)
@@ -138,6 +160,11 @@ class KVCacheAdapter(ChatSurface, ModelSurface):
             raise ConfigError("tokenizer", tokenizer, "a tokenizer of transformers, or None")
         if group is not None:
             check_group_name(group)
+        if shards is not None:
+            check_group_name(shards)
+            if group is None or not detached:
+                valid = "None, or a group's name with group= and detached=True"
+                raise ConfigError("shards", shards, valid)
         config = cache_config or CacheConfig()
         resolved = resolve_model(
             model,
@@ -160,11 +187,18 @@ class KVCacheAdapter(ChatSurface, ModelSurface):
             replicas,
             num_threads,
             choose_num_gpus(config, options),
+            placement,
+            nodes or (),
+            shards,
+            detached,
+            options,
         )
         expected = None if joinable is None else spec.describe()
         if expected is not None and cache_config is None:
             expected["config"] = None
-        self.group, started = _join_or_start(spec, expected, detached, options)
+        if expected is not None:
+            expected |= {"nodes": nodes and expected["nodes"], "shard_group": shards}
+        self.group, started = _join_or_start(spec, expected)
         # Each driver has its own, where it says so.
         says = cache_config is not None or "LITECACHE_CACHE_SALT" in os.environ
         self._own_salt = (config if says else self.group.spec.config).cache_salt
@@ -178,6 +212,31 @@ class KVCacheAdapter(ChatSurface, ModelSurface):
         self._finalizer = weakref.finalize(
             self, _leave, self.group, self._replicas, owned, resolved.hold
         )
+
+    @classmethod
+    def from_config(
+        cls, path: str | os.PathLike[str], *, name: str | None = None, **arguments: Any
+    ) -> Self:
+        """Join, or start, a group that a YAML file describes; see docs/cluster.md.
+
+        Args:
+            path: of the file, as for `litecache up --config`.
+            name: of the model, where the file has several.
+            **arguments: of `KVCacheAdapter`, which go before the file.
+
+        Raises:
+            ConfigError: the file has no such model, or a field of it is unknown or wrong; names
+                file, line, field and value.
+            LiteCacheError: as `KVCacheAdapter`.
+        """
+        setups = {setup.name: setup for setup in read_cluster_file(path)}
+        if name not in setups:
+            names = ", ".join(str(each) for each in setups)
+            raise ConfigError("name", name, f"a model of {os.fspath(path)}, which has {names}")
+        setup = setups[name]
+        # where models share shards these outlive the driver
+        lasting = {"detached": setup.shards is not None}
+        return cls(**{**lasting, **setup.arguments(), **arguments})
 
     @property
     def info(self) -> EngineInfo:
@@ -902,6 +961,20 @@ class KVCacheAdapter(ChatSurface, ModelSurface):
     def _salt(self, given: str | None) -> str:
         return self._own_salt if given is None else check_text("cache_salt", given)
 
+    def scale(self, replicas: int | str, *, timeout_s: float = DRAIN_TIMEOUT_S) -> ScaleReport:
+        """Give the group so many replicas; those that go are drained first.
+
+        Args:
+            replicas: how many, or "all": one per GPU of the cluster, or per node without.
+            timeout_s: how long running requests may take to end before they go on elsewhere.
+
+        Raises:
+            GroupUnavailableError: there is no room; names what is missing.
+            LiteCacheError: the group is another driver's own, or new replicas were refused.
+        """
+        self._check_open()
+        return scale_group(self.group, replicas, timeout_s=timeout_s)
+
     def stats(self) -> CacheStats:
         """Counters and state, added up over the group's actors."""
         return CacheStats.from_status(self.group.status())
@@ -991,13 +1064,11 @@ class KVCacheAdapter(ChatSurface, ModelSurface):
 def _join_or_start(
     spec: GroupSpec,
     expected: Any,
-    detached: bool,
-    options: dict[str, dict[str, Any]],
 ) -> tuple[Group, bool]:
     """The group, and whether it was started here; `expected` of one that runs, None = a new one."""
     if expected is None or not exists(spec.group):
         try:
-            return Group.start(spec, detached=detached, actor_options=options), True
+            return Group.start(spec), True
         except GroupError:
             # Another driver may have started it in the meantime: then this one joins.
             if expected is None or not exists(spec.group):

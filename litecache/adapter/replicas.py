@@ -9,15 +9,19 @@ without the failure.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from litecache.actors.calls import UNREACHABLE, ActorEndedError, gather
+from ray.exceptions import RayError
+
+from litecache.actors.calls import UNREACHABLE, ActorEndedError, gather, ready_among, result
 from litecache.actors.group import Group
 from litecache.actors.messages import pack_call
 from litecache.actors.naming import (
@@ -56,6 +60,9 @@ _LOCATE_S = 0.03
 # A poll without news is held for so long where other replicas could go on with its requests: what
 # hangs is noticed so much sooner, for two messages a second while nothing is generated.
 _SHARED_POLL_HOLD_S = 0.5
+# So often a driver that makes calls asks who is in its group; an answer that does not come is given
+# up after a while.
+_MEMBERS_S, _ASKED_AGAIN_S = 2.0, 30.0
 # A request that has seen so many processes end, and no token in between, may be what ends them.
 MOST_DEATHS = 3
 _LOST = "lost"
@@ -70,6 +77,8 @@ class ReplicaPoller:
     Attributes:
         name: of the replica, for messages.
         silent_since: when the replica stopped answering; None while it answers, as far as known.
+        alone: no other replica could go on with its requests.
+        ended: its actor is gone for good.
     """
 
     def __init__(
@@ -80,7 +89,7 @@ class ReplicaPoller:
         move: Callable[[ReplicaPoller], None] | None = None,
     ) -> None:
         self.name, self._client_id, self._move = name, client_id, move
-        self._hold_s = POLL_HOLD_S if move is None else _SHARED_POLL_HOLD_S
+        self.alone, self.ended = True, False
         self.silent_since: float | None = None
         self._replica = ReplicaStub(handle, name)
         self._open: dict[str, PendingRequest] = {}
@@ -91,6 +100,10 @@ class ReplicaPoller:
         self._first_poll: tuple[Answer[PollReply], list[str]] | None = None
         self._polling = False
         self._thread = start_service(self._run, "poll")
+
+    @property
+    def _hold_s(self) -> float:
+        return POLL_HOLD_S if self.alone else _SHARED_POLL_HOLD_S
 
     @property
     def load(self) -> int:
@@ -228,9 +241,9 @@ class ReplicaPoller:
 
     def _run(self) -> None:
         # Alone it is waited for a little longer: nobody else could go on.
-        late_s = self._hold_s + CALL_TIMEOUT_S + (POLL_HOLD_S if self._move is None else 0.0)
         while True:
-            if not self._open and self._move is None:
+            late_s = self._hold_s + CALL_TIMEOUT_S + (POLL_HOLD_S if self.alone else 0.0)
+            if not self._open and self.alone:
                 self.silent_since = None  # what is not asked is not silent
             if self.silent_since is None:
                 self._find_socket()
@@ -260,14 +273,14 @@ class ReplicaPoller:
                 self._replica.disconnect()
                 self._mark(ids, _LOST)
                 logger.info("%s", error)
-                ended = isinstance(error, ActorEndedError)
+                ended = self.ended = isinstance(error, ActorEndedError)
                 if self.silent_since is None and not (ended or isinstance(error, RequestTimeout)):
                     self._note_death(error)
                 patience_s = _GIVE_UP_ENDED_S if ended else _GIVE_UP_S
                 if self._not_answered() > patience_s:
                     text = f"{self.name} has not answered for {patience_s:g} s: {error}"
                     self._fail(list(self._open), GroupUnavailableError(text))
-                    if self._move is None:
+                    if self.alone:
                         self.silent_since = None
                 time.sleep(_RETRY_S)
             except LiteCacheError as error:
@@ -358,10 +371,10 @@ class ReplicaPoller:
 
 
 class ReplicaSet:
-    """Pollers of all replicas.
+    """Pollers of all replicas, which come and go.
 
     Attributes:
-        pollers: one per replica, in the group's order.
+        by_index: one per replica, by its number. Never changed in place: other threads read it.
     """
 
     def __init__(self, group: Group, client_id: str) -> None:
@@ -371,23 +384,85 @@ class ReplicaSet:
         # What this driver knows by itself, for when the coordinator does not answer.
         self._local = Router(group.info.block_size)
         self._local_lock = threading.Lock()
-        move = self._move if len(group.replicas) > 1 else None
-        self.pollers: list[ReplicaPoller] = []  # their threads may ask before all are made
-        self.pollers = [
-            ReplicaPoller(handle, client_id, replica_name(group.spec.group, index), move=move)
-            for index, handle in enumerate(group.replicas)
-        ]
+        self._client_id = client_id
+        # What the coordinator was asked about the group's members, and when.
+        self._asked: Any = None
+        self._asked_s = time.monotonic()
+        self.by_index: dict[int, ReplicaPoller] = {}
+        self._set(self._poll(group.replicas_by_index))
+
+    @property
+    def pollers(self) -> list[ReplicaPoller]:
+        """Those of all replicas, in order of their numbers."""
+        return list(self.by_index.values())
+
+    def _poll(self, replicas: Mapping[int, Any]) -> dict[int, ReplicaPoller]:
+        """Pollers of new replicas."""
+        group, client = self._group.spec.group, self._client_id
+        return {
+            index: ReplicaPoller(handle, client, replica_name(group, index), move=self._move)
+            for index, handle in replicas.items()
+        }
+
+    def _set(self, pollers: Mapping[int, ReplicaPoller]) -> None:
+        for poller in pollers.values():
+            poller.alone = len(pollers) == 1
+        self.by_index = dict(sorted(pollers.items()))
+
+    def _look_for_members(self) -> None:
+        """Take in what the coordinator says of the group's members, which it is asked now and then.
+
+        Nobody waits for the answer: a call that comes later finds it.
+        """
+        now = time.monotonic()
+        if self._asked is None:
+            if now < self._asked_s + _MEMBERS_S:
+                return
+            self._asked_s = now
+            with contextlib.suppress(LiteCacheError, RayError):
+                self._asked = self._group.coordinator.begin("members")
+            return
+        if not ready_among([self._asked], 0.0):
+            if now > self._asked_s + _ASKED_AGAIN_S:
+                self._asked = None
+            return
+        asked, self._asked = self._asked, None
+        with contextlib.suppress(LiteCacheError):
+            self._take_in(result(asked, CALL_TIMEOUT_S, "asking for members"))
+
+    def _take_in(self, members: Collection[int]) -> None:
+        """Poll replicas that are new, let go of those that are no more."""
+        name_of = functools.partial(replica_name, self._group.spec.group)
+        unknown = {i for i in members if i not in self.by_index}
+        absent = {i for i, p in self.by_index.items() if i not in members or p.ended}
+        if not members or not unknown | absent:
+            return
+        with self._moving:
+            left = {i: self.by_index[i] for i in absent & self.by_index.keys()}
+            self._group.refresh({name_of(i) for i, poller in left.items() if poller.ended})
+            there = self._group.replicas_by_index
+            # one that hangs, restarts or is to go is still there, and may have requests
+            left = {i: p for i, p in left.items() if i not in there or p.ended}
+            kept = {i: p for i, p in self.by_index.items() if i not in left}
+            new = {i: there[i] for i in (*unknown, *left) if i in there and i not in kept}
+            self._set({**kept, **self._poll(new)})
+            for poller in left.values():
+                self._move(poller)
+        for poller in left.values():
+            logger.info("%s has left the group", poller.name)
+            poller.close()
 
     def submit(self, rows: list[PendingRequest], index: int | None = None) -> None:
         """Start requests, all or none, each where it is done soonest, or all on one replica."""
         requests = [row.request for row in rows]
         places = self.route(requests) if index is None else [index] * len(rows)
+        pollers = self.by_index
         by_replica: dict[int, list[PendingRequest]] = {}
         for row, place in zip(rows, places, strict=True):
             by_replica.setdefault(place, []).append(row)
         try:
             for place, group in by_replica.items():
-                self.pollers[place].submit(group)
+                pollers[place].submit(group)
         except BaseException:
             for row in rows:
                 self.abort(row.request_id)
@@ -404,6 +479,8 @@ class ReplicaSet:
     def _move(self, silent: ReplicaPoller) -> None:
         """Go on elsewhere with the requests of a replica that does not answer."""
         with self._moving:
+            if silent.alone and silent.load:
+                self._look_for_members()  # the group may have grown since
             others = [poller for poller in self.pollers if poller is not silent]
             by_target: dict[ReplicaPoller, list[PendingRequest]] = {}
             for row in silent.give_up({p.name: p.silent_since is None for p in others}):
@@ -429,11 +506,13 @@ class ReplicaSet:
         Raises:
             GroupMismatchError: the coordinator is of another version.
         """
-        count = len(self.pollers)
+        self._look_for_members()
+        pollers = self.by_index
+        count = len(pollers)
         if count == 1:
-            return [0] * len(requests)
+            return [*pollers] * len(requests)
         now = time.monotonic()
-        since = {index: poller.silent_since for index, poller in enumerate(self.pollers)}
+        since = {index: poller.silent_since for index, poller in pollers.items()}
         silent = {index: now - at for index, at in since.items() if at is not None}
         prompts = self._prompts(requests)
         placed: list[Placement | None] = [None] * len(prompts)
@@ -443,7 +522,9 @@ class ReplicaSet:
             raise
         except LiteCacheError as error:
             logger.info("routed without the coordinator: %s", error)
-        usable = set(range(count)) - (silent.keys() if len(silent) < count else set())
+        usable = set(pollers) - (silent.keys() if len(silent) < count else set())
+        if any(each is not None and each.replica not in pollers for each in placed):
+            self._asked_s = 0.0  # there is one that this driver does not know yet
         left = [i for i, each in enumerate(placed) if each is None or each.replica not in usable]
         locally = self._route_locally([prompts[i] for i in left], usable)
         for i, each in zip(left, locally, strict=True):
@@ -461,20 +542,21 @@ class ReplicaSet:
     ) -> None:
         """Have replicas save what others are about to look for; whoever takes long is not waited
         for, and the others compute it."""
+        pollers, replicas = self.by_index, self._group.replicas_by_index
         offers: dict[str, tuple[Any, bytes]] = {}
         far: list[BlockKey] = []
         for request, prompt, place in zip(requests, prompts, placed, strict=True):
-            if place.holder not in usable or request.cache != "default":
+            if place.holder not in usable & replicas.keys() or request.cache != "default":
                 continue
             last = prompt.keys[place.num_keys - 1]
-            name = f"{self.pollers[place.holder].name} {last.hex()}"
+            name = f"{pollers[place.holder].name} {last.hex()}"
             if name in offers:
                 continue
             tokens = request.prompt[: place.num_keys * self._group.info.block_size]
             asked = dataclasses.replace(
                 request, prompt=tokens, sampling=SamplingParams(1), num_resumed_tokens=0, logits=0
             )
-            offers[name] = self._group.replicas[place.holder], pack_call(requests=[asked])
+            offers[name] = replicas[place.holder], pack_call(requests=[asked])
             if not place.same_node:
                 far.append(last)
         if not offers:
@@ -498,17 +580,17 @@ class ReplicaSet:
 
     def _route_locally(self, prompts: Sequence[RoutedPrompt], usable: set[int]) -> list[Placement]:
         """Where each goes by what this driver itself has open; nobody is asked for anything."""
-        others = set(range(len(self.pollers))) - usable
+        pollers = self.by_index
         places: list[Placement] = []
         if not prompts:
             return places
         with self._local_lock:
             for index in usable:
-                poller, rows = self.pollers[index], self._group.info.max_requests
+                poller, rows = pollers[index], self._group.info.max_requests
                 load = ReplicaLoad(poller.waiting_tokens, poller.load, rows)
                 self._local.report(index, f"node {index}", load)
             for prompt in prompts:
-                place = self._local.place(prompt, {}, avoid=others)
+                place = self._local.place(prompt, {}, avoid=self._local.replicas().keys() - usable)
                 assert place is not None, "all of these have just reported"
                 places.append(Placement(place.replica))
         return places

@@ -1,6 +1,6 @@
-"""The command line: `litecache up`, `down`, `status`, `top`, `explain`, `generate`, `serve`,
-`export`, `import`, `warm`, `delete`, `bench`, `inspect`, `verify`, `tune`, `doctor`, `models`,
-`dashboard`, `timeline`.
+"""The command line: `litecache up`, `scale`, `drain`, `down`, `status`, `top`, `explain`,
+`generate`, `serve`, `export`, `import`, `warm`, `delete`, `bench`, `inspect`, `verify`, `tune`,
+`doctor`, `models`, `dashboard`, `timeline`.
 
 Every command takes `--json` for machines; errors are one line on stderr and exit with 2 (1 is a
 finding of `verify` or `doctor`). Commands import what they need when they run, so that
@@ -17,9 +17,10 @@ from typing import Any
 import typer
 
 from litecache.cli.bench import bench as bench_model
+from litecache.cli.cluster import drain, scale, up
 from litecache.cli.dashboard import app as dashboard
 from litecache.cli.explain import explain as explain_prompt
-from litecache.cli.groups import down, generate, up
+from litecache.cli.groups import down, generate
 from litecache.cli.machine import doctor, inspect, models, tune, verify
 from litecache.cli.prefixes import delete, export, import_, warm
 from litecache.cli.serve import serve as serve_model
@@ -36,6 +37,8 @@ app = typer.Typer(
 )
 _groups: tuple[Any, ...] = (
     up,
+    scale,
+    drain,
     down,
     show_status,
     show_top,

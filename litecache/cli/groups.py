@@ -1,8 +1,4 @@
-"""Commands about groups of actors: `up`, `down`, `generate`.
-
-A group started by `up` is detached: it outlives the command, until `down`. Neither ever starts or
-stops Ray.
-"""
+"""Commands about groups of actors: `down`, `generate`. Neither stops Ray."""
 
 from __future__ import annotations
 
@@ -28,53 +24,6 @@ from litecache.cli.options import (
     print_json,
 )
 from litecache.errors import ConfigError
-
-_MOST = 1024
-
-
-def up(
-    model: Model,
-    group: GroupName = "default",
-    settings: Settings = None,
-    replicas: Annotated[int, typer.Option(help="number of GpuCache actors")] = 1,
-    num_threads: Annotated[int | None, typer.Option(help="torch's threads on a CPU")] = None,
-    trust_remote_code: TrustRemoteCode = False,
-    address: Address = None,
-    as_json: AsJson = False,
-) -> None:
-    """Start a group of actors that stays, or check that it runs with these settings.
-
-    Example: litecache up HuggingFaceTB/SmolLM2-135M-Instruct --set ram_bytes=4GB
-    """
-    config = parse_settings(settings or [])
-    check_model(model)
-    check_group_name(group)
-    check_integer("--replicas", replicas, 1, _MOST, f"an integer from 1 to {_MOST}")
-    if num_threads is not None:
-        check_integer("--num-threads", num_threads, 1, _MOST, f"an integer from 1 to {_MOST}")
-    connect(address)
-    from litecache.adapter import KVCacheAdapter
-
-    adapter = KVCacheAdapter(
-        model,
-        cache_config=config,
-        group=group,
-        detached=True,
-        replicas=replicas,
-        num_threads=num_threads,
-        trust_remote_code=trust_remote_code,
-    )
-    info, actors = adapter.info, sorted(adapter.group.status())
-    adapter.close()
-    if as_json:
-        print_json({"group": group, "model": info.model, "device": info.device, "actors": actors})
-        return
-    typer.echo(
-        f"group {group}: {info.model} on {info.device}, {info.num_blocks} blocks of "
-        f"{info.block_size} tokens"
-    )
-    for name in actors:
-        typer.echo(f"  {name}")
 
 
 def down(

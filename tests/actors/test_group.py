@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,8 +13,12 @@ from typing import Any
 
 import pytest
 import ray
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import (
+    NodeAffinitySchedulingStrategy,
+    PlacementGroupSchedulingStrategy,
+)
 
-from litecache.actors import group as group_module
 from litecache.actors import storage_shard
 from litecache.actors.group import Group, actor_names, exists, list_groups
 from litecache.actors.group_spec import (
@@ -20,11 +26,12 @@ from litecache.actors.group_spec import (
     check_actor_options,
     check_same,
     digest,
-    node_ranks,
+    plan_shards,
     shard_options,
 )
 from litecache.actors.metrics_export import MetricsExporter
 from litecache.actors.naming import coordinator_name
+from litecache.actors.placement import NodeStorage, find_room
 from litecache.actors.storage_shard import StorageShard
 from litecache.config import CacheConfig
 from litecache.engine.loading.model_source import ModelSource
@@ -94,7 +101,7 @@ def test_actors_have_the_agreed_names_and_say_what_they_do(group: Group, spec: G
         f"litecache:shared:shard:{node[:8]}:0",
         f"litecache:shared:shard:{node[:8]}:1",
     ]
-    assert list(group.shards) == spec.shard_names(node)
+    assert list(group.shards) == [f"litecache:shared:shard:{node[:8]}:{index}" for index in (0, 1)]
     assert "shared" in list_groups()
     status = group.status()
     assert sorted(status) == actor_names("shared")
@@ -228,7 +235,7 @@ def test_a_folder_in_use_is_refused(
 def test_a_shard_without_room_at_its_start_opens_once_there_is(
     ray_local: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (options,) = shard_options(make_spec("late", tmp_path), 0)
+    (options,) = shard_options(make_spec("late", tmp_path).config, 0)
     with monkeypatch.context() as full:
         full.setattr(storage_folder, "disk_room_bytes", lambda path: 0)
         shard = StorageShard("late", 0, options)
@@ -297,18 +304,33 @@ def test_too_much_memory_is_refused_before_anything_starts(ray_local: None) -> N
     assert actor_names("refused") == []
 
 
-def test_a_place_that_does_not_exist_is_told_with_what_is_free(
-    ray_local: None, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("options", "replicas", "missing"),
+    [
+        ({"num_cpus": 1000}, 1, r"each needs CPU 1000; CPU 1000 asked for, \S+ of 8 free"),
+        ({"num_gpus": 1}, 1, r"GPU 1; GPU 1 asked for, 0 of 0 free"),
+        ({"num_gpus": 1}, "all", r"no GpuCache fits: each needs CPU 1, GPU 1; GPU 1"),
+        ({"resources": {"nvme": 1}}, 2, r"each needs CPU 1, nvme 1; nvme 2 asked for, 0 of 0 free"),
+        ({"label_selector": {"disk": "nvme"}}, 1, r"enough in all, and no node"),
+    ],
+)
+def test_a_place_that_does_not_exist_is_told_within_seconds_with_what_is_missing(
+    ray_local: None, options: dict[str, Any], replicas: Any, missing: str
 ) -> None:
-    monkeypatch.setattr(group_module, "PLACE_TIMEOUT_S", 0.5)
-    with pytest.raises(GroupUnavailableError, match=r"num_cpus.*free in the cluster.*CPU"):
-        Group.start(make_spec("refused"), actor_options={"gpu": {"num_cpus": 1000}})
+    spec = dataclasses.replace(make_spec("refused"), replicas=replicas, options={"gpu": options})
+    begun = time.monotonic()
+    with pytest.raises(GroupUnavailableError, match=missing) as refused:
+        Group.start(spec)
+    assert time.monotonic() - begun < 20
+    assert ray.nodes()[0]["NodeID"][:8] in str(refused.value), "what each node has"
     assert actor_names("refused") == []
+    # nor is anything kept from others
+    assert find_room(1, {"CPU": 1.0}, "PACK") == [ray.get_runtime_context().get_node_id()]
 
 
 def test_shards_share_the_bounds_of_a_node_and_nodes_of_one_host_share_no_folder() -> None:
     spec = make_spec("x", Path("/data"), storage_shards=2, ram_bytes=4 << 20)
-    first, second = shard_options(spec, 0), shard_options(spec, 1)
+    first, second = shard_options(spec.config, 0), shard_options(spec.config, 1)
     assert [o["directory"] for o in first] == ["/data/shard-0", "/data/shard-1"]
     assert [o["directory"] for o in second] == ["/data/shard-2", "/data/shard-3"]
     assert sum(o["ram_bytes"] for o in first) == spec.config.ram_bytes
@@ -328,7 +350,7 @@ def test_every_policy_of_the_config_reaches_the_shards() -> None:
         salt_quotas={"alice": "1MiB"},
         salt_ram_quotas={"alice": "2MiB"},
     )
-    for options in shard_options(spec, 0):
+    for options in shard_options(spec.config, 0):
         assert (options["fsync"], options["eviction"]) == ("always", "s3fifo")
         assert (options["ttl_s"], options["admission"]) == (60, "frequent")
         assert options["write_bytes_per_s"] == 2 << 20
@@ -349,9 +371,67 @@ def test_drivers_of_other_salts_join_and_who_has_other_quotas_is_not_told_whose(
     assert "shh" not in str(raised.value)
 
 
-def test_nodes_of_one_host_are_counted(ray_local: None) -> None:
+def test_a_node_has_settings_of_its_own_and_keeps_its_folders(ray_local: None) -> None:
     node = ray.get_runtime_context().get_node_id()
-    assert node_ranks([node, node]) == {node: 0}
+    host = socket.gethostname()
+    own = NodeStorage(node=host, settings={"storage_dir": ["/a", "/b"], "ram_bytes": "8MB"})
+    other = NodeStorage(resource="nvme", settings={"storage_dir": "/c"})
+    spec = dataclasses.replace(make_spec("x", Path("/data")), nodes=(other, own))
+    ((name, store), second) = plan_shards(spec, [node], {})[node].items()
+    assert name == f"litecache:x:shard:{node[:8]}:0"
+    assert (store["directory"], second[1]["directory"]) == ("/a/shard-0", "/b/shard-0")
+    assert store["ram_bytes"] == 4_000_000
+    assert GroupSpec.from_description("x", json.loads(json.dumps(spec.describe()))) == spec
+    # those of another node of this host lie in the first folders
+    beside = {"another0": {"s": {"directory": "/a/shard-0"}}}
+    known = {**beside, node[:8]: {"s": {"directory": "/a/shard-2"}}}
+    assert plan_shards(spec, [node], known)[node][name]["directory"] == "/a/shard-2"
+
+
+def test_settings_of_a_node_that_is_not_there_are_refused(ray_local: None) -> None:
+    spec = make_spec("refused")
+    absent = dataclasses.replace(spec, nodes=(NodeStorage(node="10.9.8.7"),))
+    with pytest.raises(ConfigError, match=f"node='10.9.8.7'.*{socket.gethostname()}"):
+        Group.start(absent)
+    tiny = NodeStorage(labels={"disk": "none"}, settings={"ram_bytes": 5})
+    with pytest.raises(ConfigError, match="ram_bytes=5 is invalid: at least"):
+        Group.start(dataclasses.replace(spec, nodes=(tiny,)))
+    assert actor_names("refused") == []
+
+
+def test_a_placement_group_of_ones_own_that_is_too_small_is_told_at_once(ray_local: None) -> None:
+    reserved = placement_group([{"CPU": 2}])
+    try:
+        strategy = PlacementGroupSchedulingStrategy(reserved)
+        spec = dataclasses.replace(make_spec("refused"), replicas=3)
+        spec = dataclasses.replace(spec, options={"gpu": {"scheduling_strategy": strategy}})
+        with pytest.raises(GroupUnavailableError, match=r"do not fit into .*each needs CPU 1, and"):
+            Group.start(spec)
+        elsewhere = NodeAffinitySchedulingStrategy("ab" * 28, soft=False)
+        spec = dataclasses.replace(spec, options={"gpu": {"scheduling_strategy": elsewhere}})
+        with pytest.raises(GroupUnavailableError, match=r"the node abab\w+ of actor_options"):
+            Group.start(spec)
+    finally:
+        remove_placement_group(reserved)
+    assert actor_names("refused") == []
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"node": "a", "resource": "b"},
+        {"node": 3},
+        {"labels": {"a": 1}},
+        {"labels": 3},
+        {"node": "a", "settings": {"block_size": 16}},
+        {"node": "a", "settings": {"ram_bytes": "x"}},
+        {"node": "a", "settings": 3},
+    ],
+)
+def test_a_bad_description_of_a_node_is_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        NodeStorage(**fields)
 
 
 def test_counters_reach_rays_metrics_once_per_change(ray_local: None) -> None:

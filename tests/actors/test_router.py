@@ -177,6 +177,15 @@ def test_a_replica_that_ended_itself_is_chosen_once_it_reports_and_its_reasons_a
     assert router.failures(0) == ["the second"]
 
 
+def test_a_replica_that_is_to_go_gets_nothing_until_it_reports_again() -> None:
+    made = router(first=0, second=100)
+    made.forget(0)
+    made.forget(7)
+    assert [made.route(fresh(number), {}) for number in range(4)] == [1] * 4
+    made.report(0, "n0", ReplicaLoad())
+    assert made.route(fresh(9), {}) == 0
+
+
 def test_a_replica_that_somebody_found_silent_is_left_out_until_it_reports() -> None:
     now = [0.0]
     made = Router(BLOCK, clock=lambda: now[0])

@@ -93,7 +93,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., ReplicaSet]]
     def make(*states: str) -> ReplicaSet:
         handles = [SimpleNamespace(state=state) for state in states]
         group: Any = SimpleNamespace(
-            replicas=handles,
+            replicas_by_index=dict(enumerate(handles)),
             spec=SimpleNamespace(group="moving"),
             info=SimpleNamespace(block_size=16, max_requests=8),
         )

@@ -56,7 +56,7 @@ def actors(ray_local: None) -> Iterator[tuple[Any, list[Any]]]:
 def driver(actors: tuple[Any, list[Any]]) -> Iterator[ReplicaSet]:
     group: Any = SimpleNamespace(
         spec=SimpleNamespace(group="routing"),
-        replicas=actors[1],
+        replicas_by_index=dict(enumerate(actors[1])),
         info=SimpleNamespace(roots=lambda salt: (bytes(16),), block_size=16, max_requests=64),
         coordinator=CountingClient("routing", 1.0),
     )
