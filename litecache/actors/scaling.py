@@ -148,6 +148,8 @@ def drain_node(
         group = Group.attach(name, timeout_s=PLACE_TIMEOUT_S)
         places = _places(group)
         here = [replica for replica, place in places.items() if place["node_id"] == node_id]
+        if here:
+            _check_owner(group)
         if here and len(here) == len(group.replicas):
             raise GroupError(
                 f"all replicas of group {name!r} are on node {node}: start others first, by "
@@ -156,8 +158,6 @@ def drain_node(
         going.append((group, here))
     reports = {}
     for group, here in going:
-        if here:
-            _check_owner(group)
         gone = _take_away(group, here, timeout_s, tell)
         reports[group.spec.group] = ScaleReport(len(group.replicas), [], gone)
     for group, _ in going:
