@@ -1,9 +1,9 @@
 """A hot prefix on two replicas of this machine: moved to the second one, not computed again.
 
-    python scripts/bench_moves.py [--prefix 768] [--requests 100] [--load 2.5] [--json FILE]
+    python scripts/bench_moves.py [--prefix 768] [--requests 60] [--load 2.0] [--json FILE]
         [--quick]
 
-Real replicas (on the CPU, one thread each) with a tiny random model. All requests begin with one
+Real replicas (on the CPU, one thread each) with a small random model. All requests begin with one
 prefix, which the first of them computes and does not save (`cache="read-only"`), so that only that
 replica's pool has it. Then they arrive at random, at `--load` times what one replica sustains. Once
 all go to the replica that has the prefix ("one replica"), once to where the router sends them.
@@ -27,11 +27,11 @@ import numpy as np
 from bench_common import Report, Row, own_ray, parser
 
 MODEL: dict[str, Any] = {
-    "vocab_size": 1024, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 6,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096,
-    "initializer_range": 0.2,
+    "vocab_size": 1024, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 12,
+    "num_attention_heads": 8, "num_key_value_heads": 2, "max_position_embeddings": 4096,
+    "initializer_range": 0.05,
 }  # fmt: skip
-SUFFIX_TOKENS, NEW_TOKENS, BLOCK = 40, 8, 16
+SUFFIX_TOKENS, NEW_TOKENS, BLOCK = 48, 8, 16
 
 
 class Clock:
@@ -90,7 +90,7 @@ def sent_to(llm: Any, index: int) -> Callable[[], None]:
 
 def sustained_s(llm: Any, rng: random.Random, prefix_tokens: int) -> float:
     """Seconds that a replica takes for a request whose prefix it has, eight at a time."""
-    asked = prompts(rng, prefix_tokens, 25)
+    asked = prompts(rng, prefix_tokens, 17)
     Asked(llm, asked[0])
     started = time.perf_counter()
     with ThreadPoolExecutor(8) as pool:
@@ -173,11 +173,11 @@ def main() -> None:
     """Command line."""
     made = parser(__doc__ or "")
     made.add_argument("--prefix", type=int, default=768, help="tokens that all begin with")
-    made.add_argument("--requests", type=int, default=100)
-    made.add_argument("--load", type=float, default=2.5, help="of what one replica sustains")
+    made.add_argument("--requests", type=int, default=60)
+    made.add_argument("--load", type=float, default=2.0, help="of what one replica sustains")
     options = made.parse_args()
     if options.quick:
-        options.requests = 40
+        options.requests = 30
     own_ray()
     report = Report("Moving a hot prefix", options.json)
     held = run(options, report)

@@ -17,7 +17,7 @@ def test_a_prefix_computed_on_one_node_is_served_to_the_other(tmp_path: Path) ->
             [sys.executable, str(script), str(tmp_path), ray_folder],
             capture_output=True,
             text=True,
-            timeout=110,
+            timeout=150,
             check=False,
         )
     assert done.returncode == 0, done.stderr[-3000:]
@@ -26,6 +26,8 @@ def test_a_prefix_computed_on_one_node_is_served_to_the_other(tmp_path: Path) ->
     assert report["cold"] == {}
     assert report["warm"] == {"remote": 96}
     assert report["remote_blocks"] == 6
+    assert report["moved"] == {"remote": 96}, "what only the other one's pool held"
+    assert report["same_moved"]
     assert report["same"]
     assert sum(report["routed_reuse"].values()) >= 96
     assert min(report["held_bytes"]) >= 16 * 3

@@ -20,6 +20,7 @@ from transformers import LlamaConfig
 
 from litecache.actors.calls import result
 from litecache.actors.naming import coordinator_name
+from litecache.actors.router import Placement
 from litecache.adapter import KVCacheAdapter
 from litecache.config import CacheConfig
 from litecache.errors import LiteCacheError
@@ -53,10 +54,22 @@ def wait_for(condition: Callable[[], Any], what: str, timeout_s: float = 60) -> 
         time.sleep(0.05)
 
 
-def ask(llm: KVCacheAdapter, replica: int, ids: torch.Tensor) -> tuple[list[int], dict[str, int]]:
+def ask(
+    llm: KVCacheAdapter, replica: int, ids: torch.Tensor, cache: str = "default"
+) -> tuple[list[int], dict[str, int]]:
     llm._replicas.route = lambda requests: [replica] * len(requests)  # type: ignore[method-assign]
-    out = llm.generate(ids, max_new_tokens=8, return_dict_in_generate=True)
+    out = llm.generate(ids, max_new_tokens=8, return_dict_in_generate=True, cache=cache)
     del llm._replicas.route
+    return out.sequences[0].tolist(), out.litecache.reused_tokens[0]
+
+
+def ask_and_move(llm: KVCacheAdapter, ids: torch.Tensor) -> tuple[list[int], dict[str, int]]:
+    """On replica 1, whose router knows that replica 0 holds all of it."""
+    place = Placement(1, 0, ids.shape[1] // 16, False)
+    coordinator: Any = llm.group.coordinator
+    coordinator.route = lambda prompts, silent: [place] * len(prompts)
+    out = llm.generate(ids, max_new_tokens=8, return_dict_in_generate=True)
+    del coordinator.route
     return out.sequences[0].tolist(), out.litecache.reused_tokens[0]
 
 
@@ -96,6 +109,9 @@ def run(folder: str) -> dict[str, Any]:
     second, warm = ask(llm, 1, ids)
     after = counter(group.status()[gpus[1]], "litecache_remote_blocks")
     out = llm.generate(ids, max_new_tokens=8, return_dict_in_generate=True)
+    hot = torch.randint(3, 210, (1, 100), generator=torch.Generator().manual_seed(2))
+    unsaved, _ = ask(llm, 0, hot, cache="read-only")
+    there, moved = ask_and_move(llm, hot)
     other = torch.randint(3, 210, (1, 60), generator=torch.Generator().manual_seed(1))
     ask(llm, 1, other)
     llm.flush()
@@ -112,6 +128,8 @@ def run(folder: str) -> dict[str, Any]:
         "warm": warm,
         "same": first == second == without == routed,
         "remote_blocks": after - before,
+        "moved": moved,
+        "same_moved": unsaved == there,
         "routed_reuse": out.litecache.reused_tokens[0],
         "held_bytes": [len(held(i)) for i in range(2)],
         "stored": [a["store"]["disk_blocks"] for a in group.status().values() if "store" in a],
