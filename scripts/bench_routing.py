@@ -14,7 +14,8 @@ replica with the summed bytes would have to compute arrive at `--load` of what a
 Exit status 1 where a line does not hold: no replica computes more than 1.2 times the mean (4
 replicas; 16: 1.5; 64: printed, its largest session alone is nearly that), hits at least 0.95 of
 those of one replica with the summed bytes, p90 of the first token below round robin's, and without
-shared prefixes mean and p90 at most 1.02 of round robin's.
+shared prefixes mean and p90 at most 1.02 of round robin's; a hot prefix that one of two replicas
+has, at 1.4 times what one computes, is not computed again, and p90 is below that of one replica.
 """
 
 from __future__ import annotations
@@ -130,10 +131,13 @@ class Cluster:
     Args:
         sizes: of it.
         routed: by the product's router, else in turn.
+        saves: what is computed is saved to the shards by itself, and not only when the router has
+            a replica asked for it.
     """
 
-    def __init__(self, sizes: Sizes, *, routed: bool) -> None:
+    def __init__(self, sizes: Sizes, *, routed: bool, saves: bool = True) -> None:
         self.sizes = sizes
+        self._saves = saves
         self.now = 0.0
         nodes = math.ceil(sizes.replicas / sizes.per_node)
         self.nodes = [Held(sizes.node * sizes.per_node) for _ in range(nodes)]
@@ -188,6 +192,9 @@ class Cluster:
             report = LocationReport(f"s{node}", f"n{node}", 1, self._seqs[node], added, gone)
             assert self._located.report(report)
 
+    def _save(self, node: int, keys: Sequence[Key]) -> None:
+        self._changed(node, *self.nodes[node].add(keys))
+
     def _arrive(self, asked: Asked) -> None:
         index: int | None = next(self._turns) % len(self.replicas)
         if self._routed:
@@ -195,6 +202,8 @@ class Cluster:
             placed = self._router.place(prompt, self._located.prefix_by_node(asked.keys))
             assert placed is not None, "no replica is alive"
             index = placed.replica
+            if placed.holder is not None and placed.same_node:
+                self._save(self.replicas[index].node, asked.keys[: placed.num_keys])
         replica = self.replicas[index]
         replica.waiting.append(asked)
         self._begin(replica)
@@ -220,7 +229,8 @@ class Cluster:
         asked.first_s = self.now - asked.arrives_s
         self._open -= 1
         replica.pool.add([*asked.keys, *asked.answer_keys])
-        self._changed(replica.node, *self.nodes[replica.node].add(asked.keys))
+        if self._saves:
+            self._save(replica.node, asked.keys)
         replica.decoding += 1
         self._at(self.now + asked.turn.answer * DECODE_S, partial(self._end, replica))
         self._begin(replica)
@@ -274,6 +284,44 @@ def replay(turns: Sequence[Turn], sizes: Sizes, load: float, *, shared: bool) ->
         cluster.run(requests)
         found[name] = cluster, np.array([asked.first_s for asked in requests])
     return found
+
+
+def hot_prefix(
+    replicas: int, *, tokens: int = 8192, own: int = 512, count: int = 400, load: float = 1.4
+) -> tuple[Cluster, float, int]:
+    """Requests with one prefix, which only the pool of the first one's replica has, at `load` times
+    what one replica computes.
+
+    Returns:
+        The cluster, the 90th percentile of the time to the first token, and the least that can be
+        computed in all.
+    """
+    prefix = tuple(range(tokens // BLOCK_TOKENS))
+    rng = np.random.default_rng(0)
+    gaps = rng.exponential(float(MACHINE.prefill_s(tokens, tokens + own)) / load, count)
+    times = 2.5 * REPORT_INTERVAL_S + np.cumsum(gaps)
+    turns = [
+        Turn(time_s, tokens + own, 1, (*prefix, *range(number << 20, (number << 20) + own)))
+        for number, time_s in enumerate([0.0, *times.tolist()], start=1)
+    ]
+    requests = requests_of(turns, turns[-1].time_s, shared=True)
+    cluster = Cluster(Sizes(replicas, replicas, 1 << 20, 1 << 20), routed=True, saves=False)
+    cluster.run(requests)
+    waits = np.array([asked.first_s for asked in requests[1:]])
+    return cluster, float(np.percentile(waits, 90)), tokens + len(turns) * own
+
+
+def tell_hot(report: Report) -> bool:
+    """Rows of a hot prefix on one replica and on two of one node."""
+    (_, alone, _), (two, routed, least) = hot_prefix(1), hot_prefix(2)
+    computed, share = sum(r.computed for r in two.replicas), routed / alone
+    held = computed <= 1.01 * least and share < 1
+    case = "2 replicas, one hot prefix"
+    report.add(Row(case, "computed by both", computed, "tokens", least, computed / least,
+                   "the prefix once and the rest, at most 1.01"))  # fmt: skip
+    report.add(Row(case, "first token, p90", routed * 1e3, "ms", alone * 1e3, share,
+                   f"one replica, below 1: {'held' if held else 'NOT held'}"))  # fmt: skip
+    return held
 
 
 def tell(report: Report, options: Any, turns: Sequence[Turn], count: int) -> bool:
@@ -331,7 +379,7 @@ def main() -> None:
     if not turns:
         sys.exit(f"error: {options.trace} has no requests")
     report = Report("Routing", options.json, {"requests": len(turns)})
-    held = [tell(report, options, turns, count) for count in options.replicas]
+    held = [tell_hot(report), *(tell(report, options, turns, n) for n in options.replicas)]
     report.show()
     sys.exit(0 if all(held) else 1)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-from bench_routing import BLOCK_TOKENS, Held, Sizes, replay
+from bench_routing import BLOCK_TOKENS, Held, Sizes, hot_prefix, replay
 from bench_trace import Turn
 
 
@@ -54,3 +54,11 @@ def test_what_is_held_forgets_the_tail_of_the_oldest_prompt_first() -> None:
     assert held.add(b) == (b, [a[2]])
     assert [held.prefix(a), held.prefix(b)] == [2, 2]
     assert held.add([bytes([i]) for i in range(20, 26)])[1][-1] == bytes([24])
+
+
+def test_a_hot_prefix_is_moved_to_the_second_replica_and_nobody_waits_as_long_as_for_one() -> None:
+    _, alone, _ = hot_prefix(1, count=150)
+    two, routed, least = hot_prefix(2, count=150)
+    assert sum(replica.computed for replica in two.replicas) <= 1.01 * least
+    assert min(replica.computed for replica in two.replicas) > 0.3 * least
+    assert routed < 0.5 * alone
