@@ -27,6 +27,7 @@ from litecache.serving.errors import ApiError, api_error
 from litecache.serving.keys import ANYBODY
 from litecache.serving.metrics_text import metrics_text
 from litecache.serving.openapi import openapi
+from litecache.serving.page import page
 from litecache.serving.schemas import (
     CacheDeleteRequest,
     CacheRequest,
@@ -262,7 +263,11 @@ class _Exchange:
 
     async def _get(self, model: str) -> None:
         service = self._service
-        if self._path == "/health":
+        if self._path == "/":
+            body, headers = page()
+            await self._start(200, headers, body)
+            await self._send({"type": "http.response.body", "body": body})
+        elif self._path == "/health":
             await self._send_json({"status": "ok"})
         elif self._path == "/ready":
             service.check_model(None)
@@ -387,7 +392,7 @@ def _model(service: ModelService) -> dict[str, Any]:
 
 
 ROUTES = {
-    **dict.fromkeys(("/health", "/ready", "/metrics", "/openapi.json", "/v1/models"), "GET"),
+    **dict.fromkeys(("/", "/health", "/ready", "/metrics", "/openapi.json", "/v1/models"), "GET"),
     **dict.fromkeys(("/v1/cache/import", *POSTS), "POST"),
 }
 """The method of each path."""
