@@ -65,6 +65,7 @@ class LocalReplicas:
     pollers = ()
 
     def __init__(self, source: ModelSource, **config: Any) -> None:
+        self.by_index: dict[int, Any] = {}  # nothing polls: `route` is asked for each pass
         self.rows: dict[str, PendingRequest] = {}
         self.harness = Harness(source, **config)
         self.engine = self.harness.engine

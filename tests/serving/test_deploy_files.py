@@ -35,6 +35,11 @@ def test_ray_serve_takes_the_file_and_makes_the_application(name: str) -> None:
 
     config = ServeDeploySchema.model_validate(serve_configs()[name])
     (application,) = config.applications
+    # the schema leaves out what it does not know
+    given = serve_configs()[name]
+    assert given.keys() <= type(config).model_fields.keys()
+    assert given["applications"][0].keys() <= type(application).model_fields.keys()
+    assert given["http_options"].keys() <= type(config.http_options).model_fields.keys()
     module, _, attribute = application.import_path.partition(":")
     build = getattr(importlib.import_module(module), attribute)
     assert build(application.args) is not None
