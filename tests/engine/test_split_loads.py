@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from engine_harness import Harness, family_source
-from plan_driver import random_prompt
+from plan_driver import random_prompt, stock_generate, tiny_model
 from split_world import (
     NEW_TOKENS,
     SMALL_STEPS,
@@ -201,3 +201,23 @@ def test_what_was_found_and_what_of_it_was_computed_by_plan_is_told_by_tier(tmp_
         costs = harness.engine.stats()["costs"]
         assert costs["first_tokens"] == 2
         assert {"ram:shard0", "disk:shard0"} <= costs["sources"].keys()
+
+
+def test_a_block_that_a_window_jumped_over_is_copied_by_nobody(tmp_path: Path) -> None:
+    # the first goes on behind its window: what lies in front of that was neither loaded nor computed
+    first = random_prompt(159, seed=1)
+    second = first[:37] + random_prompt(10, seed=2)
+    # one that decodes leaves 31 positions of a step: the first block but one is published late, and
+    # the second prompt begins when the first has gone on behind its window
+    prompts = [random_prompt(14, seed=3), first, second]
+    loaded = tiny_model("mistral")
+    wanted = [stock_generate(loaded, prompt, 16) for prompt in prompts]
+    with Harness(
+        family_source("mistral"), folders=[tmp_path], loads=lambda *_: 2, **SMALL_STEPS
+    ) as harness:
+        harness.engine._overlap = 1
+        harness.run([first], 1)
+        harness.engine.flush()
+        harness.empty("gpu", "ram")
+        assert harness.run(prompts, 16) == wanted
+        assert harness.found[2] == {"gpu": 32}

@@ -249,6 +249,8 @@ class PrefixCache:
             return 0
         if any(table[index] == TRASH_BLOCK for table in donor.tables):
             return 0
+        if any(index in holes for holes in donor.holes):
+            return 0
         differs = donor.tokens[first : first + held] != rest[:held]
         return int(np.argmax(differs)) if differs.any() else held
 
@@ -267,6 +269,8 @@ class PrefixCache:
                 return
             for index in range(first, end):
                 seq.tiers.setdefault(index, Tier.GPU.value)
+            for mine, holes in zip(seq.ahead, seq.holes, strict=True):
+                holes.update(index for index in range(first, end) if index not in mine)
             seq.ahead = [{i for i in mine if i >= end} for mine in seq.ahead]
             seq.num_computed = end * size
 

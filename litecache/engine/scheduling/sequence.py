@@ -115,6 +115,8 @@ class Sequence:
         entered: the runner knows the row.
         last_step: the last plan with a step of this sequence.
         ahead: per KV group, indices of blocks from the cursor on that hold their KV.
+        holes: per KV group, indices of blocks that the cursor has passed and that hold nothing: no
+            window reaches them.
         copies: (group, source, target) of blocks to be copied as the row enters; the sources are
             referenced.
         tail: (start, end): positions that these copies fill, from a block's first on.
@@ -191,6 +193,7 @@ class Sequence:
         self.num_confirmed = 0
         self.num_published = 0
         self.ahead: list[set[int]] = [set() for _ in range(groups)]
+        self.holes: list[set[int]] = [set() for _ in range(groups)]
         self.copies: list[tuple[int, int, int]] = []
         self.tail: tuple[int, int] | None = None
         self.cached = False
