@@ -34,7 +34,7 @@ from litecache.actors.cluster_file import read_cluster_file
 from litecache.actors.group import actor_names
 from litecache.actors.watch import ActorView
 from litecache.adapter import KVCacheAdapter
-from litecache.adapter.doctor import cluster_findings, group_findings
+from litecache.adapter.inspection.doctor import cluster_findings, group_findings
 from litecache.adapter.stats import CacheStats
 from litecache.cli import app, main
 from litecache.cli.options import group_names, parse_settings
@@ -654,7 +654,7 @@ def test_what_can_be_told_from_the_words_is_refused_before_anything_is_loaded(
 
     monkeypatch.setattr("litecache.actors.cluster.open_ray", unforeseen)
     monkeypatch.setattr("litecache.adapter.KVCacheAdapter", unforeseen)
-    monkeypatch.setattr("litecache.adapter.doctor.examine", unforeseen)
+    monkeypatch.setattr("litecache.adapter.inspection.doctor.examine", unforeseen)
     assert "unforeseen" not in refused(*arguments)
 
 

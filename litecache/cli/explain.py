@@ -23,7 +23,7 @@ from litecache.cli.prefixes import Salt, prompt_text
 from litecache.errors import ConfigError, GroupUnavailableError
 
 if TYPE_CHECKING:
-    from litecache.adapter.prefix_explanation import BlockRun, Explanation, ReplicaPlan
+    from litecache.adapter.inspection.prefix_explanation import BlockRun, Explanation, ReplicaPlan
 
 _WHERE = {
     "gpu": "in its pool",
@@ -74,7 +74,7 @@ def explain(
     text = prompt_text(words[-1])
     connect(address)
     from litecache.actors.watch import GroupWatch
-    from litecache.adapter.prefix_explanation import explain_prefix
+    from litecache.adapter.inspection.prefix_explanation import explain_prefix
     from litecache.adapter.sources import load_tokenizer
 
     name = _group_of(model, group, trust_remote_code)

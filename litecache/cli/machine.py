@@ -125,7 +125,7 @@ def doctor(
     if storage_dir is not None:
         check_path("--storage-dir", storage_dir)
     check_address(address)
-    from litecache.adapter.doctor import cluster_findings, examine
+    from litecache.adapter.inspection.doctor import cluster_findings, examine
 
     findings = examine(storage_dir)
     if address is not None:

@@ -19,7 +19,7 @@ from litecache.cli.options import Address, GroupName, connect, ended_by_sigterm
 from litecache.errors import GroupUnavailableError, LiteCacheError
 
 if TYPE_CHECKING:
-    from litecache.adapter.rates import GroupRates
+    from litecache.adapter.inspection.rates import GroupRates
 
 _SHORTEST_S, _LONGEST_S = 0.1, 3600.0
 # The first look has nothing to compare with: nobody looks at that for long.
@@ -70,7 +70,7 @@ def _frames(group: str, interval_s: float) -> Iterator[_Frame]:
         GroupUnavailableError: there is no such group, at the first look.
     """
     from litecache.actors.watch import GroupWatch
-    from litecache.adapter.rates import GroupRates, RateMeter
+    from litecache.adapter.inspection.rates import GroupRates, RateMeter
 
     watch, meter = GroupWatch(group), RateMeter()
     model: str | None = None

@@ -10,7 +10,7 @@ from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from litecache.adapter.rates import GroupRates, ReplicaRates, ShardRates
+from litecache.adapter.inspection.rates import GroupRates, ReplicaRates, ShardRates
 from litecache.cli.options import size_text
 from litecache.cli.status import short_name
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from litecache.adapter.prefix_explanation import (
+from litecache.adapter.inspection.prefix_explanation import (
     _below,
     _elsewhere,
     _Facts,

@@ -204,7 +204,7 @@ def test_what_was_found_and_what_of_it_was_computed_by_plan_is_told_by_tier(tmp_
 
 
 def test_a_block_that_a_window_jumped_over_is_copied_by_nobody(tmp_path: Path) -> None:
-    # the first goes on behind its window: what lies in front of that was neither loaded nor computed
+    # the first goes on behind its window: what lies in front was neither loaded nor computed
     first = random_prompt(159, seed=1)
     second = first[:37] + random_prompt(10, seed=2)
     # one that decodes leaves 31 positions of a step: the first block but one is published late, and
