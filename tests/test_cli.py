@@ -30,9 +30,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from litecache.actors.cluster_file import read_cluster_file
 from litecache.actors.group import actor_names
-from litecache.actors.watch import ActorView
+from litecache.actors.operating.cluster_file import read_cluster_file
+from litecache.actors.operating.watch import ActorView
 from litecache.adapter import KVCacheAdapter
 from litecache.adapter.inspection.doctor import cluster_findings, group_findings
 from litecache.adapter.stats import CacheStats

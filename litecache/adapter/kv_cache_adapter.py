@@ -24,17 +24,17 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutput
 
 from litecache.actors.cluster import open_ray, refuse_inherited_ray
-from litecache.actors.cluster_file import read_cluster_file
 from litecache.actors.group import Group, exists
 from litecache.actors.group_spec import GroupSpec, check_actor_options, choose_num_gpus
 from litecache.actors.naming import DEFAULT_GROUP, check_group_name
+from litecache.actors.operating.cluster_file import read_cluster_file
+from litecache.actors.operating.scaling import DRAIN_TIMEOUT_S, ScaleReport, scale_group
 from litecache.actors.placement import (
     NodeStorage,
     check_node_storage,
     check_placement,
     check_replicas,
 )
-from litecache.actors.scaling import DRAIN_TIMEOUT_S, ScaleReport, scale_group
 from litecache.adapter.cache_use import CacheUse
 from litecache.adapter.chat.surface import ChatSurface
 from litecache.adapter.driver_loop import generate_in_driver

@@ -80,7 +80,11 @@ def up(
         overrides["trust_remote_code"] = True
     if config is None:
         parse_settings(settings or [])  # what is wrong is told before Ray is loaded
-    from litecache.actors.cluster_file import dump_cluster_file, one_group, read_cluster_file
+    from litecache.actors.operating.cluster_file import (
+        dump_cluster_file,
+        one_group,
+        read_cluster_file,
+    )
 
     if config is None and model is None:
         raise ConfigError("model", None, "given, or --config FILE that names one")
@@ -146,7 +150,7 @@ def scale(
     timeout = check_seconds("--timeout", timeout)
     connect(address)
     from litecache.actors.group import Group
-    from litecache.actors.scaling import scale_group
+    from litecache.actors.operating.scaling import scale_group
 
     joined = Group.attach(group, timeout_s=10)
     report = scale_group(joined, wanted, timeout_s=timeout, tell=_telling(as_json))
@@ -171,7 +175,7 @@ def drain(
     timeout = check_seconds("--timeout", timeout)
     check_address(address)
     connect(address)
-    from litecache.actors.scaling import drain_node
+    from litecache.actors.operating.scaling import drain_node
 
     reports = drain_node(node, timeout_s=timeout, tell=_telling(as_json))
     if as_json:

@@ -73,7 +73,7 @@ def explain(
     check_address(address)
     text = prompt_text(words[-1])
     connect(address)
-    from litecache.actors.watch import GroupWatch
+    from litecache.actors.operating.watch import GroupWatch
     from litecache.adapter.inspection.prefix_explanation import explain_prefix
     from litecache.adapter.sources import load_tokenizer
 
@@ -105,7 +105,7 @@ def _group_of(model: str | None, group: str | None, trust_remote_code: bool) -> 
     if model is None:
         return group or "default"
     from litecache.actors.group import list_groups
-    from litecache.actors.watch import GroupWatch
+    from litecache.actors.operating.watch import GroupWatch
     from litecache.adapter.sources import resolve_model
 
     specs = {name: GroupWatch(name).spec() for name in ([group] if group else list_groups())}

@@ -27,7 +27,7 @@ def status(
     check_group_name(group)
     timeout = check_seconds("--timeout", timeout)
     connect(address)
-    from litecache.actors.watch import GroupWatch, statuses
+    from litecache.actors.operating.watch import GroupWatch, statuses
     from litecache.adapter.stats import CacheStats
 
     watch = GroupWatch(group)

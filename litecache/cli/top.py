@@ -69,7 +69,7 @@ def _frames(group: str, interval_s: float) -> Iterator[_Frame]:
     Raises:
         GroupUnavailableError: there is no such group, at the first look.
     """
-    from litecache.actors.watch import GroupWatch
+    from litecache.actors.operating.watch import GroupWatch
     from litecache.adapter.inspection.rates import GroupRates, RateMeter
 
     watch, meter = GroupWatch(group), RateMeter()

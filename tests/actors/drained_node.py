@@ -20,8 +20,8 @@ from two_nodes import TINY, ask, wait_for
 
 from litecache.actors.calls import actor_names, result
 from litecache.actors.group import Group
+from litecache.actors.operating.scaling import drain_node, scale_group
 from litecache.actors.placement import NodeStorage
-from litecache.actors.scaling import drain_node, scale_group
 from litecache.adapter import KVCacheAdapter
 from litecache.config import CacheConfig
 from litecache.errors import GroupError, GroupUnavailableError

@@ -14,7 +14,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from litecache.actors.cluster_file import dump_cluster_file, one_group, read_cluster_file
+from litecache.actors.operating.cluster_file import dump_cluster_file, one_group, read_cluster_file
 from litecache.actors.placement import NodeStorage
 from litecache.adapter import KVCacheAdapter
 from litecache.config import CacheConfig

@@ -11,7 +11,7 @@ import ray
 
 from litecache.actors import watch
 from litecache.actors.naming import NAMESPACE
-from litecache.actors.watch import GroupWatch, statuses
+from litecache.actors.operating.watch import GroupWatch, statuses
 from litecache.errors import GroupUnavailableError, StorageFullError
 
 NAME = "litecache:watched:gpu:0"

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from litecache.actors.watch import ActorView
+from litecache.actors.operating.watch import ActorView
 from litecache.adapter.inspection.rates import GroupRates, RateMeter
 from litecache.cli.top_screen import Screen, bar
 from litecache.metrics import Metrics

@@ -318,7 +318,7 @@ def cluster_findings() -> list[Finding]:
     import ray
 
     from litecache.actors.group import list_groups
-    from litecache.actors.watch import GroupWatch, statuses
+    from litecache.actors.operating.watch import GroupWatch, statuses
 
     resources: dict[str, Any] = ray.cluster_resources()
     has = ", ".join(f"{k} {resources[k]:g}" for k in ("CPU", "GPU") if k in resources)
