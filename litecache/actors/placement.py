@@ -302,8 +302,11 @@ def find_room(
     selectors = [{**(labels or {}), **each} for each in chosen]
     asked = placement_group([dict(needs)] * count, strategy, bundle_label_selector=selectors)
     begun = time.monotonic()
+    # Waited for as for any object, so that Ray lends the CPU of a task that starts a group;
+    # `asked.wait` would keep it.
+    ready = asked.ready()
     try:
-        while not asked.wait(0.2):
+        while not ray.wait([ready], timeout=1.0)[0]:
             state = placement_group_table(asked)["stats"]["scheduling_state"]
             waited_s = time.monotonic() - begun
             if waited_s > (_INFEASIBLE_TIMEOUT_S if state == "INFEASIBLE" else ROOM_TIMEOUT_S):
