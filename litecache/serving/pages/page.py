@@ -16,7 +16,9 @@ from importlib import resources
 @cache
 def page() -> tuple[bytes, list[tuple[bytes, bytes]]]:
     """The page, and the headers that it is sent with."""
-    text = resources.files("litecache.serving").joinpath("page.html").read_text(encoding="utf-8")
+    text = (
+        resources.files("litecache.serving.pages").joinpath("page.html").read_text(encoding="utf-8")
+    )
     rules = {
         "default-src": "'none'",
         "script-src": _digests("script", text),
