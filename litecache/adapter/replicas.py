@@ -386,6 +386,7 @@ class ReplicaSet:
         self._local_lock = threading.Lock()
         self._client_id = client_id
         # What the coordinator was asked about the group's members, and when.
+        self._looking = threading.Lock()
         self._asked: Any = None
         self._asked_s = time.monotonic()
         self.by_index: dict[int, ReplicaPoller] = {}
@@ -412,23 +413,35 @@ class ReplicaSet:
     def _look_for_members(self) -> None:
         """Take in what the coordinator says of the group's members, which it is asked now and then.
 
-        Nobody waits for the answer: a call that comes later finds it.
+        Nobody waits for the answer: a call that comes later finds it. Calls come from many threads;
+        one of them looks.
         """
+        if not self._looking.acquire(blocking=False):
+            return
+        try:
+            members = self._news_of_members()
+            if members is not None:
+                self._take_in(members)
+        finally:
+            self._looking.release()
+
+    def _news_of_members(self) -> Collection[int] | None:
         now = time.monotonic()
         if self._asked is None:
-            if now < self._asked_s + _MEMBERS_S:
-                return
-            self._asked_s = now
-            with contextlib.suppress(LiteCacheError, RayError):
-                self._asked = self._group.coordinator.begin("members")
-            return
+            if now >= self._asked_s + _MEMBERS_S:
+                self._asked_s = now
+                with contextlib.suppress(LiteCacheError, RayError):
+                    self._asked = self._group.coordinator.begin("members")
+            return None
         if not ready_among([self._asked], 0.0):
             if now > self._asked_s + _ASKED_AGAIN_S:
                 self._asked = None
-            return
+            return None
         asked, self._asked = self._asked, None
         with contextlib.suppress(LiteCacheError):
-            self._take_in(result(asked, CALL_TIMEOUT_S, "asking for members"))
+            told: Collection[int] = result(asked, CALL_TIMEOUT_S, "asking for members")
+            return told
+        return None
 
     def _take_in(self, members: Collection[int]) -> None:
         """Poll replicas that are new, let go of those that are no more."""

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import ray
 
-from litecache.actors import watch
 from litecache.actors.naming import NAMESPACE
+from litecache.actors.operating import watch
 from litecache.actors.operating.watch import GroupWatch, statuses
 from litecache.errors import GroupUnavailableError, StorageFullError
 

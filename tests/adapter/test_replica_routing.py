@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ import ray
 from litecache.actors.coordinator import Coordinator, CoordinatorClient
 from litecache.actors.naming import NAMESPACE, coordinator_name
 from litecache.actors.router import ReplicaLoad
+from litecache.adapter import replicas as replicas_module
 from litecache.adapter.replicas import ReplicaSet
 from litecache.types import Request, SamplingParams
 
@@ -108,3 +110,24 @@ def test_where_no_replica_answers_all_get_their_share(driver: ReplicaSet) -> Non
     for poller in driver.pollers:
         poller.silent_since = time.monotonic()
     assert Counter(driver.route(rows(8))) == {0: 4, 1: 4}
+
+
+def test_threads_that_submit_at_once_take_in_news_of_members_one_by_one(
+    driver: ReplicaSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replicas_module, "_MEMBERS_S", 0.0)
+    faults: list[BaseException] = []
+
+    def look() -> None:
+        try:
+            for _ in range(300):
+                driver._look_for_members()
+        except BaseException as error:
+            faults.append(error)
+
+    threads = [threading.Thread(target=look) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert faults == []
