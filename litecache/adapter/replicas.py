@@ -472,6 +472,8 @@ class ReplicaSet:
         pollers = self.by_index
         by_replica: dict[int, list[PendingRequest]] = {}
         for row, place in zip(rows, places, strict=True):
+            if place not in pollers:  # it has left the group since
+                place = min(pollers, key=lambda one: pollers[one].load)
             by_replica.setdefault(place, []).append(row)
         try:
             for place, group in by_replica.items():
@@ -556,10 +558,11 @@ class ReplicaSet:
         """Have replicas save what others are about to look for; whoever takes long is not waited
         for, and the others compute it."""
         pollers, replicas = self.by_index, self._group.replicas_by_index
+        known = usable & replicas.keys() & pollers.keys()
         offers: dict[str, tuple[Any, bytes]] = {}
         far: list[BlockKey] = []
         for request, prompt, place in zip(requests, prompts, placed, strict=True):
-            if place.holder not in usable & replicas.keys() or request.cache != "default":
+            if place.holder not in known or request.cache != "default":
                 continue
             last = prompt.keys[place.num_keys - 1]
             name = f"{pollers[place.holder].name} {last.hex()}"
