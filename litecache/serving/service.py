@@ -31,6 +31,7 @@ from litecache.serving.schemas import CacheFields, ResponseFormat
 from litecache.serving.settings import ServeSettings
 from litecache.serving.tokens import TokenBytes
 from litecache.serving.tool_calls import ToolFormat, tool_format
+from litecache.threads import start_job
 from litecache.types import FinishReason, SamplingParams
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ class ModelService:
 
     def start(self) -> None:
         """Begin to load the model, in a thread."""
-        threading.Thread(target=self.load, name="serve-load", daemon=True).start()
+        start_job(self.load, "serve-load")
 
     def load(self) -> None:
         """Open the adapter; what goes wrong is kept in `failure`."""

@@ -49,7 +49,8 @@ def watch(engine: Engine, device: str) -> tuple[threading.Event, queue.Queue[Bas
         ended.put(error)
         stopped.set()
 
-    replica: Any = SimpleNamespace(_stopped=stopped, _report=lambda _: None, _end_process=end)
+    fields = {"_report": lambda _: None, "_look_at_node": lambda _: None}
+    replica: Any = SimpleNamespace(_stopped=stopped, _end_process=end, **fields)
     watched: Any = SimpleNamespace(turn=engine.turn, info=SimpleNamespace(device=device))
     args = replica, watched
     threading.Thread(target=GpuCache._keep_reporting, args=args, daemon=True).start()

@@ -330,6 +330,7 @@ def _door_over(harness: Harness) -> GpuCache:
     vars(door).update(
         _name="fuzzed",
         _epoch="e",
+        _draining_until=0.0,
         _node_id="n",
         _loading=loading,
         _loop=None,
