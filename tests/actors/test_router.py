@@ -299,11 +299,13 @@ class RouterMachine(RuleBasedStateMachine):
             below = min(nodes.get(f"n{index % 2}", 0) * BLOCK, tokens - 1)
             in_pool = max(0, min(here * BLOCK, tokens - 1))
             found = max(in_pool, below)
-            work[index] = tokens - found + LOAD_COST * (found - in_pool)
+            loading = LOAD_COST * (found - in_pool)
+            work[index] = tokens - found + loading
             requests = self.requests[index]
             load = self.queued[index] + ROW_TOKENS * requests
             load += WAITING_TOKENS * max(0, requests - 3)
-            ranks[index] = load + REUSE_WORTH * work[index], self.turns[index], index
+            rank = load + REUSE_WORTH * (tokens - found) + loading
+            ranks[index] = rank, self.turns[index], index
         chosen = self.router.route(RoutedPrompt(keys, tokens, leaves_blocks), nodes, avoid=avoid)
         if not ranks:
             assert chosen is None
