@@ -235,6 +235,11 @@ def test_explain_and_doctor_name_a_replica_that_does_not_answer(group: str) -> N
 def test_top_leaves_the_terminal_as_it_was_when_it_is_interrupted(group: str) -> None:
     import ray
 
+    def own_terminal() -> None:
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        # a shell's background job ignores it, and so would all that it starts
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
     outside, inside = pty.openpty()
     before = termios.tcgetattr(inside)
     address = ray.get_runtime_context().gcs_address
@@ -245,7 +250,7 @@ def test_top_leaves_the_terminal_as_it_was_when_it_is_interrupted(group: str) ->
         stdout=inside,
         stderr=inside,
         start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        preexec_fn=own_terminal,
         env={**os.environ, "TERM": "xterm-256color", "COLUMNS": "100", "LINES": "30"},
     )
     shown = b""
