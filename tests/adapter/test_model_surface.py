@@ -13,7 +13,7 @@ from transformers.pipelines import base as pipelines_base
 
 from litecache import CacheConfig
 from litecache.adapter import KVCacheAdapter
-from litecache.adapter.model_surface import ModelSurface
+from litecache.adapter.surface.model_surface import ModelSurface
 from litecache.engine.loading.model_source import ModelSource
 from litecache.errors import ConfigError
 

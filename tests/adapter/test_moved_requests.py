@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from litecache.actors.calls import ActorEndedError
-from litecache.adapter import replicas as module
+from litecache.adapter import replica_poller as module
 from litecache.adapter.pending import PendingRequest
-from litecache.adapter.replicas import MOST_DEATHS, ReplicaSet
+from litecache.adapter.replica_poller import MOST_DEATHS
+from litecache.adapter.replicas import ReplicaSet
 from litecache.errors import GroupUnavailableError, RequestTimeout
 from litecache.types import FinishReason, PollReply, Request, SamplingParams, TokenDelta
 

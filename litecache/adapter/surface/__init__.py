@@ -1,0 +1,1 @@
+"""What users call: generating, forward passes, the cache, and a model's attributes."""
