@@ -42,6 +42,8 @@ from litecache.engine.loading.model_source import ModelSource
 from litecache.errors import GroupError, GroupUnavailableError, LiteCacheError
 from litecache.hashing import BlockKey
 from litecache.metrics import Metrics
+from litecache.serving.service import ModelService
+from litecache.serving.settings import ServeSettings
 from litecache.sockets.channel import SocketChannel
 from litecache.sockets.server import SocketServer
 from litecache.storage import LocalCacheService
@@ -294,6 +296,16 @@ def test_a_driver_goes_on(ray_local: None, faults: dict[str, int], tmp_path: Pat
     assert task.results() == ["stored"]
     cache.close()
     assert faults.keys() >= {"poll", "block-outcomes", "actor-lookup"}
+
+
+def test_a_server_says_why_it_did_not_load(faults: dict[str, int]) -> None:
+    service = ModelService(ServeSettings(model="m"), lambda: pytest.fail("not reached"))
+    service.start()
+    assert service.wait(60)
+    assert service.state == "failed"
+    assert "a fault in serve-load" in service.failure
+    service.stop_threads()
+    assert faults == {"serve-load": 1}
 
 
 def names_in_sources() -> set[str]:

@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import functools
 import inspect
-import logging
 import threading
 import time
 import uuid
@@ -36,8 +35,6 @@ from litecache.types import FinishReason, SamplingParams
 
 if TYPE_CHECKING:
     from litecache.adapter import KVCacheAdapter
-
-logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 # With fewer open streams than this every token is an event of its own.
@@ -104,29 +101,28 @@ class ModelService:
         self._settled = threading.Event()
 
     def start(self) -> None:
-        """Begin to load the model, in a thread."""
-        start_job(self.load, "serve-load")
+        """Begin to load the model, in a thread; what goes wrong is kept in `failure`."""
+        start_job(self._load, "serve-load", self._not_loaded)
 
-    def load(self) -> None:
-        """Open the adapter; what goes wrong is kept in `failure`."""
-        try:
-            adapter = self._open()
-            info = adapter.info
-            rows = info.max_requests * max(1, self.settings.replicas)
-            if self.settings.max_running is None:
-                self.admission.max_running = 2 * rows
-            self.names = TokenBytes(adapter.tokenizer, info.vocab_size)
-            self.model_name = self.settings.served_name or short_model_name(info.model)
-            self._adapter = adapter
-            if self.state == "loading":
-                self.state = "ready"
-            else:  # closed in the meantime
-                adapter.close()
-        except BaseException as error:
-            self.state, self.failure = "failed", told(error)
-            logger.error("the model could not be loaded: %s", self.failure)
-        finally:
-            self._settled.set()
+    def _load(self) -> None:
+        self._adapter = adapter = self._open()
+        info = adapter.info
+        rows = info.max_requests * max(1, self.settings.replicas)
+        if self.settings.max_running is None:
+            self.admission.max_running = 2 * rows
+        self.names = TokenBytes(adapter.tokenizer, info.vocab_size)
+        self.model_name = self.settings.served_name or short_model_name(info.model)
+        if self.state == "loading":
+            self.state = "ready"
+        else:  # closed in the meantime
+            adapter.close()
+        self._settled.set()
+
+    def _not_loaded(self, error: BaseException) -> None:
+        self.state, self.failure = "failed", told(error)
+        if self._adapter is not None:
+            self._adapter.close()
+        self._settled.set()
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Whether loading has ended, well or not."""

@@ -133,7 +133,8 @@ def make_service(
     service = ModelService(
         ServeSettings(model="tiny", served_name="tiny", **settings), lambda: adapter, keys
     )
-    service.load()
+    service.start()
+    assert service.wait(60)
     assert service.state == "ready", service.failure
     return service
 

@@ -6,14 +6,17 @@ import asyncio
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from local_server import LocalAdapter, client_of, make_service
 
+from litecache.serving import service as service_module
 from litecache.serving.http_app import POSTS, HttpApp
 from litecache.serving.keys import ApiKeys
 from litecache.serving.service import ModelService
+from litecache.serving.settings import ServeSettings
 
 COMPLETION = {"model": "tiny", "prompt": "hello world", "max_tokens": 12, "temperature": 0}
 CHAT = {
@@ -435,8 +438,6 @@ def test_a_full_queue_is_429_with_when_to_come_back(adapter: LocalAdapter) -> No
 
 
 def test_while_it_loads_it_is_healthy_and_not_ready(adapter: LocalAdapter) -> None:
-    from litecache.serving.settings import ServeSettings
-
     loading = ModelService(ServeSettings(model="tiny"), lambda: adapter)
 
     async def ask(service: ModelService) -> list[int]:
@@ -451,9 +452,29 @@ def test_while_it_loads_it_is_healthy_and_not_ready(adapter: LocalAdapter) -> No
         raise ValueError("no such weights")
 
     failed = ModelService(ServeSettings(model="tiny"), fails)
-    failed.load()
+    failed.start()
+    assert failed.wait(60)
     assert asyncio.run(ask(failed)) == [200, 503, 503]
     assert "no such weights" in failed.failure
+
+
+def test_an_adapter_that_cannot_be_served_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> Any:
+        raise ValueError("no such tokenizer")
+
+    closed: list[bool] = []
+    opened: Any = SimpleNamespace(
+        info=SimpleNamespace(max_requests=1, vocab_size=2),
+        tokenizer=None,
+        close=lambda: closed.append(True),
+    )
+    monkeypatch.setattr(service_module, "TokenBytes", fails)
+    service = ModelService(ServeSettings(model="tiny"), lambda: opened)
+    service.start()
+    assert service.wait(60)
+    assert (service.state, closed) == ("failed", [True])
+    assert "no such tokenizer" in service.failure
+    service.stop_threads()
 
 
 @pytest.mark.parametrize("kind", ["stream", "whole", "form"])
