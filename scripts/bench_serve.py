@@ -41,6 +41,7 @@ from litecache.serving import build_app
 CASES = ("hop", "throughput")
 GROUP = "bench-serve"
 HOP_SLACK_MS = 2.0
+HOP_TOKENS = 4  # after the first nothing of an answer is measured
 SHARES = {"in one piece": 0.9, "as a stream": 0.8}
 
 
@@ -97,22 +98,23 @@ class Bench:
             )
         return self._session
 
-    async def through_adapter(self, prompt: list[int]) -> float:
+    async def through_adapter(self, prompt: list[int], tokens: int = 0) -> float:
         """Seconds to the first token; reads to the end."""
-        started, first = time.perf_counter(), 0.0
+        started, first, tokens = time.perf_counter(), 0.0, tokens or self.tokens
         (row,) = self.llm.submit(
-            [prompt], streaming=True, max_new_tokens=self.tokens, min_new_tokens=self.tokens,
-            do_sample=False,
-        )  # fmt: skip
+            [prompt], streaming=True, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False
+        )
         async for _ in row.astream():
             first = first or time.perf_counter() - started
         return first
 
-    async def through_server(self, prompt: list[int], *, stream: bool = True) -> float:
+    async def through_server(
+        self, prompt: list[int], tokens: int = 0, *, stream: bool = True
+    ) -> float:
         """The same over HTTP; in one piece the first token is the last."""
         body = {
-            "model": "bench", "prompt": prompt, "max_tokens": self.tokens, "ignore_eos": True,
-            "temperature": 0, "stream": stream,
+            "model": "bench", "prompt": prompt, "max_tokens": tokens or self.tokens,
+            "ignore_eos": True, "temperature": 0, "stream": stream,
         }  # fmt: skip
         session = await self.session()
         started, first = time.perf_counter(), 0.0
@@ -167,8 +169,8 @@ def hop(bench: Bench, report: Report, rounds: int) -> bool:
     samples = alternate(
         rounds,
         {
-            "adapter": median(lambda: bench.through_adapter(bench.prompt())),
-            "server": median(lambda: bench.through_server(bench.prompt())),
+            "adapter": median(lambda: bench.through_adapter(bench.prompt(), HOP_TOKENS)),
+            "server": median(lambda: bench.through_server(bench.prompt(), HOP_TOKENS)),
             "bare": median(bench.through_bare),
         },
     )
