@@ -68,6 +68,30 @@ def test_a_prompt_may_take_a_larger_step_while_nothing_decodes() -> None:
         assert plan.num_tokens <= 16
 
 
+def test_beside_a_load_a_step_has_half_of_what_is_in_front_of_it_in_whole_chunks() -> None:
+    world = World(num_blocks=90, max_batch_tokens=512, load_chunk_tokens=16)
+    prompt = endless(1, 12)[0] * 21
+    world.submit(prompt, 1)
+    world.run_until_idle()
+    world.scheduler.cache.evict_idle()
+    world.costs.load_from = lambda first, end: 23
+    late = world.submit(prompt, 1)
+    world.answer_stage(0, lambda key: True)
+    world.plans.clear()
+    while next_plan(world):
+        pass
+    # 184 tokens are in front of the load, which has not landed; the last steps meet it
+    assert [plan.num_tokens for plan in world.plans] == [80, 48, 16, 16, 16, 8]
+    world.answer_load(0)
+    # without a load a step has what its budget allows
+    world.costs.load_from = lambda first, end: end
+    other = world.submit(prompt, 1, cache_salt="own")
+    world.run_until_idle()
+    assert world.plans[-1].num_tokens == len(prompt)
+    assert world.outputs[late] == world.outputs[other]
+    world.check_outputs()
+
+
 def test_a_request_that_needs_most_of_the_pool_starts_under_a_stream_of_small_ones() -> None:
     world = World(num_blocks=20, lower_tiers=False, max_requests=3, max_batch_tokens=64)
     smalls = endless(60, 8)

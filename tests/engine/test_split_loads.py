@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from split_world import (
 )
 
 from litecache.engine.scheduling.cost_model import CostModel
+from litecache.engine.scheduling.step_plan import Step, StepPlan, StepResult
 from litecache.engine.transfer import loader
 from litecache.errors import StorageError
 from litecache.storage.arena.view import ArenaView
@@ -221,3 +223,61 @@ def test_a_block_that_a_window_jumped_over_is_copied_by_nobody(tmp_path: Path) -
         harness.empty("gpu", "ram")
         assert harness.run(prompts, 16) == wanted
         assert harness.found[2] == {"gpu": 32}
+
+
+class HeldStep:
+    """A step on a device: the engine asks whether it is over, and fetches what it gave."""
+
+    def __init__(self, step: Step, asked: Callable[[], bool], fetched: Callable[[], None]) -> None:
+        self._step, self._asked, self._fetched = step, asked, fetched
+
+    def ready(self) -> bool:
+        return self._asked()
+
+    def result(self) -> StepResult:
+        self._fetched()
+        return self._step.result()
+
+
+@pytest.mark.parametrize("first", ["news", "end"])
+def test_while_a_step_runs_the_engine_hears_of_loads_and_of_its_end_as_either_comes(
+    first: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = random_prompt(96, seed=4)
+    landed, notes, number = False, list[str](), itertools.count()
+    states, deadline = ArenaView.states, time.monotonic() + 30
+
+    def held_states(arena: ArenaView, slots: Any, generations: Any) -> Any:
+        told = states(arena, slots, generations)
+        return told if landed else np.full(len(told), SlotState.LOADING)
+
+    def asked() -> bool:
+        """The loads land now, or the step is over at the second question."""
+        nonlocal landed
+        landed = landed or first == "news"
+        launched = sum("launched" in note for note in notes)
+        return launched > 1 or time.monotonic() > deadline or (first == "end" and next(number) > 0)
+
+    def fetched() -> None:
+        nonlocal landed
+        landed = True
+        notes.append("finished")
+
+    with Harness(family_source("llama"), folders=[tmp_path / "s"], loads=lambda *_: 3) as harness:
+        wanted = harness.run([prompt], 1)
+        harness.empty("gpu")
+        engine = harness.engine
+        engine._overlap = 1
+        execute = engine._runner.execute
+
+        def launch(plan: StepPlan) -> HeldStep:
+            notes.append(f"{plan.num_tokens} launched")
+            return HeldStep(execute(plan), asked, fetched)
+
+        monkeypatch.setattr(ArenaView, "states", held_states)
+        monkeypatch.setattr(engine._runner, "execute", launch)
+        assert harness.run([prompt], 1) == wanted
+        assert harness.reused == [{"ram": 48}]
+    # what the load lets be computed goes behind the step that runs, or does not hold that one up
+    in_turn = ["finished", "1 launched"] if first == "end" else ["1 launched", "finished"]
+    assert notes == ["48 launched", *in_turn, "finished"]
