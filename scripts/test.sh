@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Set everything up, then run the tests, in two processes: those that start Ray, and the others.
+# Set everything up, then run the tests, in two processes that share them.
 #   scripts/test.sh          the fast set (at most 4 minutes on two cores)
 #   scripts/test.sh --all    everything that needs no GPU: the fast set under coverage, then the slow
 #                            tests and every property again with more examples
@@ -24,25 +24,35 @@ if [ $# -gt 0 ]; then
   exit
 fi
 
-# Run the tests of $1 in two processes; the output of those with Ray is printed when they have ended.
+# One of the two processes, with those tests of "$select" that it claims first.
+half() {
+  local first=$1 status=0 began=$SECONDS
+  shift
+  LITECACHE_TEST_SHARE="$claims:$first" COVERAGE_FILE="$litecache_tmp/$first.coverage" \
+    python -m pytest -m "$select" "$@" || status=$?
+  echo "== the half that began with $first: $((SECONDS - began)) s"
+  return "$status"
+}
+
+# Run the tests of $1 in two processes. One begins with those that start Ray, one with the rest, and
+# whoever is through goes on with files of the other. The output of the first is printed at the end.
 # A few that fail are tried once more, alone: one that had waited in vain for a machine with time for
 # it passes then, and stands in the output; one that is wrong fails again.
 in_two() {
-  local select=$1 status=0 failed
+  local select=$1 status=0 failed claims
   shift
+  claims=$(mktemp -d -p "$litecache_tmp")
   export LITECACHE_TEST_FAILED="$litecache_tmp/failed"
   : >"$LITECACHE_TEST_FAILED"
-  COVERAGE_FILE="$litecache_tmp/ray.coverage" \
-    python -m pytest -m "($select) and ray" "$@" >"$litecache_tmp/ray.log" 2>&1 &
+  half ray "$@" >"$litecache_tmp/ray.log" 2>&1 &
   local ray=$!
-  COVERAGE_FILE="$litecache_tmp/rest.coverage" \
-    python -m pytest -m "($select) and not ray" "$@" || status=$?
+  half rest "$@" || status=$?
   wait "$ray" || status=$((status > $? ? status : $?))
   cat "$litecache_tmp/ray.log"
   mapfile -t failed < <(sort -u "$LITECACHE_TEST_FAILED")
   unset LITECACHE_TEST_FAILED
   # 1 = tests have failed; what ended otherwise has not run all of them
-  if [ "$status" = 1 ] && [ "${#failed[@]}" -le 5 ]; then
+  if [ "$status" = 1 ] && [ "${#failed[@]}" -ge 1 ] && [ "${#failed[@]}" -le 5 ]; then
     printf '== once more, alone: %s\n' "${failed[@]}"
     python -m pytest "${failed[@]}" && status=0
   fi

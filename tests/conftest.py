@@ -3,6 +3,10 @@
 Set before anything imports torch or ray: `LITECACHE_HOME` and Ray's token lie in a temporary folder
 that goes with the session, so tests neither see nor change what is in the user's home.
 
+Two processes may share the tests of a run (`scripts/test.sh`): `LITECACHE_TEST_SHARE` is the folder
+where each claims a file of tests before it runs them, and which tests it begins with, those with
+Ray or the others.
+
 Profiles: "fast" (50 examples, the default) and "slow" (200, state machines 1,000;
 `scripts/test.sh --all` sets `LITECACHE_TEST_PROFILE=slow`). A test that passes `max_examples`
 itself is not affected.
@@ -31,6 +35,9 @@ _TOKEN = _HOME / "ray-token"
 _TOKEN.touch(mode=0o600)
 _TOKEN.write_text(secrets.token_hex(32))
 
+# Not for the processes that tests start, of which some are pytest's, too.
+_SHARE, _, _FIRST = os.environ.get("LITECACHE_TEST_SHARE", "").rpartition(":")
+
 for _name in [name for name in os.environ if name.startswith("LITECACHE_")]:
     if _name not in ("LITECACHE_TEST_PROFILE", "LITECACHE_TEST_FAILED", "LITECACHE_KERNELS"):
         del os.environ[_name]
@@ -58,7 +65,7 @@ _PROFILE_NAME = os.environ.get("LITECACHE_TEST_PROFILE", "fast")
 settings.load_profile(_PROFILE_NAME)
 
 
-# What starts Ray or actors runs in a process of its own beside the rest (scripts/test.sh).
+# What starts Ray or actors, which one of two processes begins with.
 _WITH_RAY = (
     *("actors", "adapter", "e2e"),
     *("test_cli.py", "test_demo.py", "test_project.py", "test_thread_faults.py"),
@@ -79,6 +86,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         machine = getattr(getattr(item, "obj", None), "_hypothesis_state_machine_class", None)
         if machine is not None and item.cls.settings.max_examples == settings().max_examples:
             item.cls.settings = settings(item.cls.settings, max_examples=1000)
+    if _SHARE:
+        items.sort(key=lambda item: (item.get_closest_marker("ray") is None) == (_FIRST == "ray"))
+
+
+_claims: dict[Path, bool] = {}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
+    """Leave out what the other process has claimed; its file is claimed by whoever comes first."""
+    if not _SHARE:
+        return None
+    if item.path not in _claims:
+        name = str(item.path.relative_to(Path(__file__).parent)).replace(os.sep, "+")
+        try:
+            (Path(_SHARE) / name).touch(exist_ok=False)
+        except FileExistsError:
+            _claims[item.path] = False
+        else:
+            _claims[item.path] = True
+    return None if _claims[item.path] else True
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
