@@ -49,6 +49,7 @@ os.environ.update(
     RAY_USAGE_STATS_ENABLED="0",
     RAY_worker_niceness="0",  # Ray gives workers 15, so a busy machine would starve them
     OMP_NUM_THREADS="1",
+    OMP_WAIT_POLICY="passive",  # threads that spin take the cores from those they wait for
     TOKENIZERS_PARALLELISM="false",
     HF_HUB_OFFLINE="1",
 )
