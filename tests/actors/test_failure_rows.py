@@ -7,6 +7,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +40,13 @@ FAILURES = [
 ON_SEPARATE_NODES = ("disk full", "link cut")
 
 
-@pytest.fixture(scope="module", params=["namespaces", "cluster"])
-def report(request: pytest.FixtureRequest) -> dict[str, Any]:
-    if request.param == "namespaces" and not available():
-        pytest.skip("making network namespaces takes root")
+def happened(kind: str) -> dict[str, Any]:
+    """What failure_world.py tells."""
     script = Path(__file__).with_name("failure_world.py")
     folder = tempfile.mkdtemp(prefix="lc-fw-", dir="/tmp")
     try:
         done = subprocess.run(
-            [sys.executable, str(script), request.param, folder],
+            [sys.executable, str(script), kind, folder],
             capture_output=True,
             text=True,
             timeout=400,
@@ -56,8 +56,24 @@ def report(request: pytest.FixtureRequest) -> dict[str, Any]:
         shutil.rmtree(folder, ignore_errors=True)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     assert done.returncode == 0, [*lines, done.stderr[-3000:]]
-    found: dict[str, Any] = json.loads(lines[-1])
-    return {"on": request.param, **found}
+    return {"on": kind, **json.loads(lines[-1])}
+
+
+@pytest.fixture(scope="module")
+def reports() -> Iterator[dict[str, Future[dict[str, Any]]]]:
+    """Both at once: most of their time is waiting."""
+    kinds = ["namespaces", "cluster"] if available() else ["cluster"]
+    with ThreadPoolExecutor() as pool:
+        yield {kind: pool.submit(happened, kind) for kind in kinds}
+
+
+@pytest.fixture(scope="module", params=["namespaces", "cluster"])
+def report(
+    request: pytest.FixtureRequest, reports: dict[str, Future[dict[str, Any]]]
+) -> dict[str, Any]:
+    if request.param not in reports:
+        pytest.skip("making network namespaces takes root")
+    return reports[request.param].result()
 
 
 @pytest.mark.parametrize("failure", FAILURES)

@@ -23,7 +23,7 @@ from litecache.config import CacheConfig
 # Whatever is found is loaded, however fast this machine computes it.
 os.environ["LITECACHE_LOADS"] = "all"
 ROOT = Path(__file__).resolve().parents[2]
-NEW_TOKENS = 64
+NEW_TOKENS = 20
 SHORT = (1, 2, 7, 15, 16, 17, 32, 40)
 LONG = (
     (3, 5, 10, 20, 31, 33, 47, 48),
