@@ -95,6 +95,26 @@ def alternate(
     return samples
 
 
+def rate_against(
+    case: str,
+    metric: str,
+    amount: float,
+    own_s: Sequence[float],
+    peer_s: Sequence[float],
+    peer: str,
+) -> tuple[Row, float]:
+    """Tokens a second beside a peer's, which is the limit, and the median ratio over the rounds.
+
+    Args:
+        amount: tokens of a sample.
+        own_s, peer_s: seconds, sample by sample of the same round.
+    """
+    rate, limit = (summarise([amount / each for each in seconds]) for seconds in (own_s, peer_s))
+    ratio = summarise([b / a for a, b in zip(own_s, peer_s, strict=True)]).median
+    figures = (rate.median, "tokens/s", limit.median, ratio, peer, rate.spread, rate.samples)
+    return Row(case, metric, *figures), ratio
+
+
 def own_ray() -> None:
     """A Ray that ends with this process, unless RAY_ADDRESS names another.
 

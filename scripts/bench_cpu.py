@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_common import Report, Row, alternate, own_ray, parser, summarise
+from bench_common import Report, Row, alternate, own_ray, parser, rate_against, summarise
 from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
 
 from litecache import CacheConfig, KVCacheAdapter
@@ -109,21 +109,14 @@ def against_hf(bench: Bench, report: Report, batch: int, rounds: int, new_tokens
         return sum(parts[name][-1])
 
     alternate(rounds, {name: lambda name=name: contestant(name) for name in parts})
-    hf, own = parts["hf"][-rounds:], parts["litecache"][-rounds:]
+    tokens = {"prefill": batch * PROMPT_TOKENS, "decode": batch * (new_tokens - 1)}
+    hf, own = (zip(*parts[name][-rounds:], strict=True) for name in ("hf", "litecache"))
     good = True
-    tokens = (batch * PROMPT_TOKENS, batch * (new_tokens - 1))
-    for index, metric in enumerate(("prefill", "decode")):
-        peer = summarise([tokens[index] / seconds[index] for seconds in hf])
-        rate = summarise([tokens[index] / seconds[index] for seconds in own])
-        ratio = summarise([h[index] / o[index] for h, o in zip(hf, own, strict=True)])
-        report.add(
-            Row(
-                *(f"batch {batch}", metric, rate.median, "tokens/s"),
-                *(peer.median, ratio.median, "HF generate"),
-                *(rate.spread, rate.samples),
-            )
-        )
-        good = good and ratio.median >= MIN_RATIO
+    for metric, own_s, hf_s in zip(tokens, own, hf, strict=True):
+        case, amount = f"batch {batch}", tokens[metric]
+        row, ratio = rate_against(case, metric, amount, own_s, hf_s, "HF generate")
+        report.add(row)
+        good = good and ratio >= MIN_RATIO
     return good
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_common import Report, Row, alternate, parser, summarise
+from bench_common import Report, alternate, parser, rate_against
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "engine"))
 
@@ -87,25 +87,16 @@ class Bench:
 
 def decode(bench: Bench, report: Report, family: str, batch: int, rounds: int) -> bool:
     """One family and batch size; returns whether the ratio holds."""
-    found: dict[str, list[float]] = {"hf": [], "own": []}
 
-    def contestant(name: str) -> float:
-        run = bench.hf_seconds if name == "hf" else bench.own_seconds
-        one = run(batch, 1)
-        found[name].append(run(batch, NEW_TOKENS) - one)
-        return found[name][-1]
+    def contestant(run: Callable[[int, int], float]) -> Callable[[], float]:
+        return lambda: -run(batch, 1) + run(batch, NEW_TOKENS)
 
-    alternate(rounds, {name: lambda name=name: contestant(name) for name in found})
-    hf, own = (found[name][-rounds:] for name in ("hf", "own"))
-    tokens = batch * (NEW_TOKENS - 1)
-    rate, peer = (summarise([tokens / seconds for seconds in each]) for each in (own, hf))
-    ratio = summarise([h / o for h, o in zip(hf, own, strict=True)]).median
-    report.add(
-        Row(
-            *(f"{family}, batch {batch}", "decode", rate.median, "tokens/s"),
-            *(peer.median, ratio, "HF generate, dynamic cache", rate.spread, rate.samples),
-        )
-    )
+    contestants = {"hf": contestant(bench.hf_seconds), "own": contestant(bench.own_seconds)}
+    samples = alternate(rounds, contestants)
+    hf, own = samples["hf"], samples["own"]
+    told = (f"{family}, batch {batch}", "decode", batch * (NEW_TOKENS - 1), own, hf)
+    row, ratio = rate_against(*told, "HF generate, dynamic cache")
+    report.add(row)
     return ratio >= LEAST_RATIO
 
 

@@ -82,215 +82,129 @@ def _mean_s(total: str) -> str:
     return _or_zero(f"{_rate(total)} / {_rate('load_prediction_ratio', suffix='_count')}")
 
 
+def _panel(
+    title: str, unit: str, about: str, *queries: tuple[str, str], stacked: bool = False
+) -> Panel:
+    return Panel(title, unit, about, tuple(Query(*query) for query in queries), stacked)
+
+
+# A line of each panel's words, then its queries with the names of their series.
+# fmt: off
 ROWS: dict[str, tuple[Panel, ...]] = {
     "Requests": (
-        Panel(
-            "Prompt tokens reused",
-            "percentunit",
-            "Share of what was done for prompts that was found and not computed, by the tier that"
-            " it was in. Stacked: the sum is the hit rate.",
-            (
-                Query(
-                    f"{_rate('reused_tokens', 'tier')} / scalar({_rate('computed_tokens')} +"
-                    f" ({_rate('reused_tokens')} or vector(0)))",
-                    "{{tier}}",
-                ),
-            ),
-            stacked=True,
-        ),
-        Panel(
-            "Prompt tokens",
-            "tokens/s",
-            "Prompt tokens a second: computed, and reused by tier.",
-            (
-                Query(_rate("computed_tokens"), "computed"),
-                Query(_rate("reused_tokens", "tier"), "reused: {{tier}}"),
-            ),
-            stacked=True,
-        ),
-        Panel(
-            "Generated tokens",
-            "tokens/s",
-            "Tokens drawn a second, by replica. Uneven while all have requests: look at routing.",
-            (Query(_rate("generated_tokens", "actor", "model"), "{{actor}} {{model}}"),),
-            stacked=True,
-        ),
-        Panel(
-            "Requests in the engines",
-            "short",
-            "Requests that have a row of a batch, and those that wait for one or for blocks.",
-            (
-                Query(_now("running_requests"), "running"),
-                Query(_now("waiting_requests"), "waiting"),
-            ),
-        ),
-        Panel(
-            "Tokens to compute",
-            "tokens",
-            "Prompt tokens that are queued, by replica: what a new request waits for.",
-            (Query(_now("queued_tokens", "actor"), "{{actor}}"),),
-        ),
-        Panel(
-            "Ended requests",
-            "reqps",
-            "Requests that ended a second: by a stop token, at their length, aborted, failed.",
-            (Query(_rate("requests", "outcome"), "{{outcome}}"),),
-            stacked=True,
-        ),
-        Panel(
-            "Time to the first token",
-            "s",
-            "From submission to the first token, in the engine, without the way to the client.",
-            _quantiles("ttft_seconds"),
-        ),
-        Panel(
-            "Time between tokens",
-            "s",
-            "Between two tokens of a request. Peaks: long prefill chunks beside decodes, or"
-            " preemptions.",
-            _quantiles("inter_token_seconds"),
-        ),
-        Panel(
-            "Step time",
-            "s",
-            "Median of a step: host is the engine thread's own time, wait is for the device after"
-            " it. On a CPU the forward pass is part of host.",
-            _quantiles("step_seconds", "kind", shares=(0.5,)),
-        ),
+        _panel("Prompt tokens reused", "percentunit",
+               "Share of what was done for prompts that was found and not computed, by the tier"
+               " that it was in. Stacked: the sum is the hit rate.",
+               (f"{_rate('reused_tokens', 'tier')} / scalar({_rate('computed_tokens')} +"
+                f" ({_rate('reused_tokens')} or vector(0)))", "{{tier}}"),
+               stacked=True),
+        _panel("Prompt tokens", "tokens/s",
+               "Prompt tokens a second: computed, and reused by tier.",
+               (_rate("computed_tokens"), "computed"),
+               (_rate("reused_tokens", "tier"), "reused: {{tier}}"),
+               stacked=True),
+        _panel("Generated tokens", "tokens/s",
+               "Tokens drawn a second, by replica. Uneven while all have requests: look at"
+               " routing.",
+               (_rate("generated_tokens", "actor", "model"), "{{actor}} {{model}}"),
+               stacked=True),
+        _panel("Requests in the engines", "short",
+               "Requests that have a row of a batch, and those that wait for one or for blocks.",
+               (_now("running_requests"), "running"),
+               (_now("waiting_requests"), "waiting")),
+        _panel("Tokens to compute", "tokens",
+               "Prompt tokens that are queued, by replica: what a new request waits for.",
+               (_now("queued_tokens", "actor"), "{{actor}}")),
+        _panel("Ended requests", "reqps",
+               "Requests that ended a second: by a stop token, at their length, aborted, failed.",
+               (_rate("requests", "outcome"), "{{outcome}}"),
+               stacked=True),
+        _panel("Time to the first token", "s",
+               "From submission to the first token, in the engine, without the way to the client.",
+               *_quantiles("ttft_seconds")),
+        _panel("Time between tokens", "s",
+               "Between two tokens of a request. Peaks: long prefill chunks beside decodes, or"
+               " preemptions.",
+               *_quantiles("inter_token_seconds")),
+        _panel("Step time", "s",
+               "Median of a step: host is the engine thread's own time, wait is for the device"
+               " after it. On a CPU the forward pass is part of host.",
+               *_quantiles("step_seconds", "kind", shares=(0.5,))),
     ),
     "Blocks": (
-        Panel(
-            "Pool blocks by state",
-            "short",
-            "Blocks of the pools: free, private (being filled), loading, published (full and in"
-            " use), idle (cached, evictable).",
-            (Query(_now("pool_blocks", "state"), "{{state}}"),),
-            stacked=True,
-        ),
-        Panel(
-            "Stored blocks",
-            "short",
-            "Blocks that shards hold in RAM and on disk; many are in both.",
-            (Query(_now("stored_blocks", "tier"), "{{tier}}"),),
-        ),
-        Panel(
-            "RAM slots by state",
-            "short",
-            "Slots of the arenas. Dirty ones wait for the disk: a growing band means that the disk"
-            " is too slow for what is saved.",
-            (Query(_now("arena_slots", "state"), "{{state}}"),),
-            stacked=True,
-        ),
-        Panel(
-            "Bytes on disk",
-            "bytes",
-            "Size of the slab of each shard, at most its part of storage_bytes.",
-            (Query(_or_zero(_now("slab_bytes", "actor")), "{{actor}}"),),
-            stacked=True,
-        ),
-        Panel(
-            "Evictions",
-            "blocks/s",
-            "Blocks that left a tier to make room, or because their time was over (expired).",
-            (Query(_or_zero(_rate("evictions", "tier")), "{{tier}}"),),
-        ),
-        Panel(
-            "Between RAM and disk",
-            "blocks/s",
-            "Promotions: read from disk into RAM. Demotions: left RAM and are on disk.",
-            (
-                Query(_or_zero(_rate("promotions")), "promotions"),
-                Query(_or_zero(_rate("demotions")), "demotions"),
-            ),
-        ),
-        Panel(
-            "Gap between uses of a block",
-            "s",
-            "From a stored block's last use to its next hit in RAM or on disk: how long blocks must"
-            " stay to be of use. Compare with how long the tiers keep them.",
-            _quantiles("block_use_gap_seconds", shares=(0.5, 0.9)),
-        ),
+        _panel("Pool blocks by state", "short",
+               "Blocks of the pools: free, private (being filled), loading, published (full and in"
+               " use), idle (cached, evictable).",
+               (_now("pool_blocks", "state"), "{{state}}"),
+               stacked=True),
+        _panel("Stored blocks", "short",
+               "Blocks that shards hold in RAM and on disk; many are in both.",
+               (_now("stored_blocks", "tier"), "{{tier}}")),
+        _panel("RAM slots by state", "short",
+               "Slots of the arenas. Dirty ones wait for the disk: a growing band means that the"
+               " disk is too slow for what is saved.",
+               (_now("arena_slots", "state"), "{{state}}"),
+               stacked=True),
+        _panel("Bytes on disk", "bytes",
+               "Size of the slab of each shard, at most its part of storage_bytes.",
+               (_or_zero(_now("slab_bytes", "actor")), "{{actor}}"),
+               stacked=True),
+        _panel("Evictions", "blocks/s",
+               "Blocks that left a tier to make room, or because their time was over (expired).",
+               (_or_zero(_rate("evictions", "tier")), "{{tier}}")),
+        _panel("Between RAM and disk", "blocks/s",
+               "Promotions: read from disk into RAM. Demotions: left RAM and are on disk.",
+               (_or_zero(_rate("promotions")), "promotions"),
+               (_or_zero(_rate("demotions")), "demotions")),
+        _panel("Gap between uses of a block", "s",
+               "From a stored block's last use to its next hit in RAM or on disk: how long blocks"
+               " must stay to be of use. Compare with how long the tiers keep them.",
+               *_quantiles("block_use_gap_seconds", shares=(0.5, 0.9))),
     ),
     "Tiers": (
-        Panel(
-            "Bytes moved",
-            "Bps",
-            "Between pools and tiers (load, save), and from and to disks (read, write).",
-            (
-                Query(_rate("copied_bytes", "direction", "tier"), "{{direction}} {{tier}}"),
-                Query(
-                    _or_zero(_rate("storage_bytes", "direction", "tier")), "{{direction}} {{tier}}"
-                ),
-            ),
-        ),
-        Panel(
-            "Latency by tier, median",
-            "s",
-            "Of a batch: stage (lookup), load into the pool, save to RAM, read and write of disks.",
-            (Query(_quantile(0.5, "io_seconds", "direction", "tier"), "{{direction}} {{tier}}"),),
-        ),
-        Panel(
-            "Latency by tier, 99 of 100",
-            "s",
-            "The same, for the slowest of a hundred batches.",
-            (Query(_quantile(0.99, "io_seconds", "direction", "tier"), "{{direction}} {{tier}}"),),
-        ),
-        Panel(
-            "Lookups in shards",
-            "blocks/s",
-            "Blocks that shards were asked for: hits by tier, and misses.",
-            (
-                Query(_or_zero(_rate("hits", "tier")), "hit: {{tier}}"),
-                Query(_or_zero(_rate("misses")), "miss"),
-            ),
-        ),
-        Panel(
-            "First tokens behind loads",
-            "s",
-            "Mean time from a plan to its first token: as the cost model predicted it, and as it"
-            " was. Zero while nothing is loaded.",
-            (
-                Query(_mean_s("predicted_first_token_seconds"), "predicted"),
-                Query(_mean_s("planned_first_token_seconds"), "actual"),
-            ),
-        ),
-        Panel(
-            "Actual over predicted",
-            "short",
-            "The same for each first token, as a ratio: 1 is exact, 2 twice as long as predicted.",
-            tuple(
-                Query(_or_zero(query.expr), query.legend)
-                for query in _quantiles("load_prediction_ratio", shares=(0.1, 0.5, 0.9))
-            ),
-        ),
+        _panel("Bytes moved", "Bps",
+               "Between pools and tiers (load, save), and from and to disks (read, write).",
+               (_rate("copied_bytes", "direction", "tier"), "{{direction}} {{tier}}"),
+               (_or_zero(_rate("storage_bytes", "direction", "tier")), "{{direction}} {{tier}}")),
+        _panel("Latency by tier, median", "s",
+               "Of a batch: stage (lookup), load into the pool, save to RAM, read and write of"
+               " disks.",
+               (_quantile(0.5, "io_seconds", "direction", "tier"), "{{direction}} {{tier}}")),
+        _panel("Latency by tier, 99 of 100", "s",
+               "The same, for the slowest of a hundred batches.",
+               (_quantile(0.99, "io_seconds", "direction", "tier"), "{{direction}} {{tier}}")),
+        _panel("Lookups in shards", "blocks/s",
+               "Blocks that shards were asked for: hits by tier, and misses.",
+               (_or_zero(_rate("hits", "tier")), "hit: {{tier}}"),
+               (_or_zero(_rate("misses")), "miss")),
+        _panel("First tokens behind loads", "s",
+               "Mean time from a plan to its first token: as the cost model predicted it, and as it"
+               " was. Zero while nothing is loaded.",
+               (_mean_s("predicted_first_token_seconds"), "predicted"),
+               (_mean_s("planned_first_token_seconds"), "actual")),
+        _panel("Actual over predicted", "short",
+               "The same for each first token, as a ratio: 1 is exact, 2 twice as long as"
+               " predicted.",
+               *((_or_zero(query), legend) for query, legend in
+                 _quantiles("load_prediction_ratio", shares=(0.1, 0.5, 0.9)))),
     ),
     "What went wrong": (
-        Panel(
-            "Misses by reason",
-            "blocks/s",
-            "absent is a block that nobody has; all else is one that could not be had: busy (no"
-            " slot), timeout, changed, corrupt, shard_lost, coordinator_unavailable and others.",
-            (Query(_or_zero(_rate("misses", "tier", "reason")), "{{tier}}: {{reason}}"),),
-        ),
-        Panel(
-            "Drops by reason",
-            "blocks/s",
-            "Blocks that were not saved: no_slot (RAM is dirty or leased), queue_full, disk_full"
-            " and others. Requests go on; the cache keeps less.",
-            (Query(_or_zero(_rate("drops", "reason")), "{{reason}}"),),
-        ),
-        Panel(
-            "Failures",
-            "ops",
-            "Steps that raised, calls of shards that failed, requests that were preempted.",
-            (
-                Query(_or_zero(_rate("failed_steps", "kind")), "step: {{kind}}"),
-                Query(_or_zero(_rate("shard_errors", "call")), "shard call: {{call}}"),
-                Query(_or_zero(_rate("preemptions")), "preemptions"),
-            ),
-        ),
+        _panel("Misses by reason", "blocks/s",
+               "absent is a block that nobody has; all else is one that could not be had: busy (no"
+               " slot), timeout, changed, corrupt, shard_lost, coordinator_unavailable and others.",
+               (_or_zero(_rate("misses", "tier", "reason")), "{{tier}}: {{reason}}")),
+        _panel("Drops by reason", "blocks/s",
+               "Blocks that were not saved: no_slot (RAM is dirty or leased), queue_full, disk_full"
+               " and others. Requests go on; the cache keeps less.",
+               (_or_zero(_rate("drops", "reason")), "{{reason}}")),
+        _panel("Failures", "ops",
+               "Steps that raised, calls of shards that failed, requests that were preempted.",
+               (_or_zero(_rate("failed_steps", "kind")), "step: {{kind}}"),
+               (_or_zero(_rate("shard_errors", "call")), "shard call: {{call}}"),
+               (_or_zero(_rate("preemptions")), "preemptions")),
     ),
 }
+# fmt: on
 
 
 def panels() -> list[Panel]:

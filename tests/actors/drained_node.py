@@ -1,11 +1,10 @@
 """A node of a cluster of two is drained in the middle of a request; prints what happened as JSON.
 
-Run by test_drained_node.py in a process of its own, because it needs a Ray of its own.
+Run by test_two_nodes.py in a process of its own, because it needs a Ray of its own.
 """
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import time
@@ -13,10 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import ray
 import torch
 from ray.cluster_utils import Cluster
-from two_nodes import TINY, ask, wait_for
+from two_nodes import STORE, TINY, ask, in_cluster, wait_for
 
 from litecache.actors.calls import actor_names, result
 from litecache.actors.group import Group
@@ -85,7 +83,7 @@ def run(folder: Path, cluster: Cluster, second: Any) -> dict[str, Any]:
         scale_group(Group.attach("wide"), 3)
     except GroupUnavailableError as error:
         report["no_room"] = str(error)
-    third = cluster.add_node(num_cpus=1, object_store_memory=128 << 20, resources={"second": 1})
+    third = cluster.add_node(num_cpus=1, object_store_memory=STORE, resources={"second": 1})
     grown = scale_group(Group.attach("wide"), "all")
     report["grown"] = [grown.replicas, grown.added]
     report["new_shards"] = len([n for n in actor_names("wide") if f":{third.node_id[:8]}:" in n])
@@ -112,26 +110,5 @@ def ask_any(llm: KVCacheAdapter, ids: torch.Tensor) -> list[int]:
     return tokens
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    store = 128 << 20
-    cluster = Cluster(
-        initialize_head=True,
-        head_node_args={
-            "num_cpus": 1,
-            "object_store_memory": store,
-            "include_dashboard": False,
-            "temp_dir": sys.argv[2],
-        },
-    )
-    try:
-        second = cluster.add_node(num_cpus=1, object_store_memory=store, resources={"second": 1})
-        ray.init(address=cluster.address, log_to_driver=False)
-        print(json.dumps(run(Path(sys.argv[1]), cluster, second)))
-    finally:
-        ray.shutdown()
-        cluster.shutdown()
-
-
 if __name__ == "__main__":
-    main()
+    in_cluster(lambda cluster, second: run(Path(sys.argv[1]), cluster, second))

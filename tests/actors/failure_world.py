@@ -24,13 +24,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "adapter"))
 
 import ray
 from ray.cluster_utils import Cluster
 from separate_nodes import SeparateNode, SeparateNodes, ThisMachine
+from tiny_config import small_llama
 
 from litecache.actors.calls import result
 from litecache.actors.naming import coordinator_name, replica_name
@@ -39,11 +41,7 @@ from litecache.adapter import KVCacheAdapter
 from litecache.config import CacheConfig
 from litecache.errors import LiteCacheError
 
-TINY = LlamaConfig(
-    vocab_size=211, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
-    initializer_range=0.2, bos_token_id=None, eos_token_id=None, pad_token_id=0,
-)  # fmt: skip
+TINY = small_llama(bos_token_id=None, eos_token_id=None)
 NEW_TOKENS = 40
 STEP_S = 0.03
 ROWS = 6

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from litecache.actors.timeline import trace_events
+from litecache.cli.timeline import _trace_events
 from litecache.errors import GroupUnavailableError
 
 LIFE = """
@@ -38,7 +38,7 @@ with KVCacheAdapter(model, weights="random", cache_config=config, num_threads=1,
 
 def test_a_group_that_is_not_there_is_named(ray_local: None) -> None:
     with pytest.raises(GroupUnavailableError, match="no group 'nobody'"):
-        trace_events("nobody")
+        _trace_events("nobody")
 
 
 @pytest.mark.slow

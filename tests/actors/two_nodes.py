@@ -11,12 +11,16 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import ray
 import torch
 from ray.cluster_utils import Cluster
-from transformers import LlamaConfig
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "adapter"))
+
+from tiny_config import small_llama
 
 from litecache.actors.calls import result
 from litecache.actors.naming import coordinator_name
@@ -28,17 +32,9 @@ from litecache.errors import LiteCacheError
 # Whatever is found is loaded, however fast so small a model computes it.
 os.environ["LITECACHE_LOADS"] = "all"
 
-TINY = LlamaConfig(
-    vocab_size=211,
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=512,
-    initializer_range=0.2,
-    eos_token_id=210,
-)
+TINY = small_llama(eos_token_id=210)
+
+STORE = 128 << 20
 
 
 def wait_for(condition: Callable[[], Any], what: str, timeout_s: float = 60) -> Any:
@@ -138,26 +134,22 @@ def run(folder: str) -> dict[str, Any]:
     return report
 
 
-def main() -> None:
+def in_cluster(run: Callable[[Cluster, Any], dict[str, Any]]) -> None:
+    """Print what `run` reports of a Ray of two nodes, given the cluster and its second node.
+
+    Ray's own folder is this program's last argument.
+    """
     torch.set_num_threads(1)
-    store = 128 << 20
-    cluster = Cluster(
-        initialize_head=True,
-        head_node_args={
-            "num_cpus": 1,
-            "object_store_memory": store,
-            "include_dashboard": False,
-            "temp_dir": sys.argv[2],
-        },
-    )
+    head = {"num_cpus": 1, "object_store_memory": STORE, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args={**head, "temp_dir": sys.argv[-1]})
     try:
-        cluster.add_node(num_cpus=1, object_store_memory=store)
+        second = cluster.add_node(num_cpus=1, object_store_memory=STORE, resources={"second": 1})
         ray.init(address=cluster.address, log_to_driver=False)
-        print(json.dumps(run(sys.argv[1])))
+        print(json.dumps(run(cluster, second)))
     finally:
         ray.shutdown()
         cluster.shutdown()
 
 
 if __name__ == "__main__":
-    main()
+    in_cluster(lambda cluster, second: run(sys.argv[1]))

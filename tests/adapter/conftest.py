@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 from shared_adapter import SharedAdapter
-from tiny_config import tiny_config
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_config import small_llama, tiny_config
+from transformers import LlamaForCausalLM
 
 from litecache.adapter import KVCacheAdapter
 
@@ -22,20 +22,7 @@ def tiny_llama() -> LlamaForCausalLM:
     """Random weights; its end token is out of the way so that lengths are exact."""
     torch.set_num_threads(1)
     torch.manual_seed(1)
-    config = LlamaConfig(
-        vocab_size=211,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        initializer_range=0.2,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
-    return LlamaForCausalLM(config).eval()
+    return LlamaForCausalLM(small_llama()).eval()
 
 
 @pytest.fixture(scope="session")

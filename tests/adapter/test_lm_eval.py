@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from small_tokenizers import small_tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_config import small_llama
+from transformers import LlamaForCausalLM
 
 from litecache import CacheConfig, KVCacheAdapter
 
@@ -25,19 +26,7 @@ WORDS = [*SENTENCE.split()]
 def model() -> LlamaForCausalLM:
     torch.set_num_threads(1)
     torch.manual_seed(3)
-    config = LlamaConfig(
-        vocab_size=300,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=POSITIONS,
-        initializer_range=0.2,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=2,
-    )
+    config = small_llama(vocab_size=300, max_position_embeddings=POSITIONS, pad_token_id=2)
     return LlamaForCausalLM(config).eval()
 
 

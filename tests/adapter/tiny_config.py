@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from transformers import LlamaConfig
 
@@ -18,6 +19,16 @@ def tiny_config(folder: Path) -> CacheConfig:
         storage_dir=str(folder),
         storage_bytes="2MB",
     )
+
+
+def small_llama(**fields: Any) -> LlamaConfig:
+    """Two layers that mind what they read; `fields` go before."""
+    small = {
+        "vocab_size": 211, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
+        "initializer_range": 0.2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+    }  # fmt: skip
+    return LlamaConfig(**{**small, **fields})
 
 
 def endless_llama() -> LlamaConfig:

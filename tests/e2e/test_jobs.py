@@ -126,21 +126,11 @@ def test_jobs_a_notebook_tasks_and_actors_share_detached_groups(
 def tiny_llama(folder: Path) -> Path:
     """A random model; seeded, so that all groups have the same."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from tiny_config import small_llama
+    from transformers import LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=211,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        initializer_range=0.2,
-        eos_token_id=210,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    LlamaForCausalLM(small_llama(eos_token_id=210)).save_pretrained(folder)
     return folder
 
 

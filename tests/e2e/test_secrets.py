@@ -17,10 +17,9 @@ from pathlib import Path
 
 import pytest
 from own_ray import OwnRay, own_ray
+from small_tokenizers import small_tokenizer
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "adapter"))
-from small_tokenizers import small_tokenizer  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(420)]
 PROMPT = "the quokka told the umbrella nothing, and nobody may ever hear of its zeppelin. " * 2
@@ -30,23 +29,13 @@ SALT = "xylophone-4711-salt"
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from tiny_config import small_llama
+    from transformers import LlamaForCausalLM
 
     folder = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
     tokenizer = small_tokenizer("byte-level")
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        initializer_range=0.2,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
+    config = small_llama(vocab_size=len(tokenizer), eos_token_id=None)
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -7,12 +7,13 @@ without tiers, and that with stock transformers.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import random
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
+from typing import Any
 
 from engine_harness import Harness, family_source
 from plan_driver import random_prompt, stock_generate, tiny_model
@@ -91,9 +92,11 @@ class Splits:
         def place(first: int, end: int) -> int:
             return self._place
 
-        self._home = Harness(source, folders=folders, loads=place, **SMALL_STEPS)
-        node = OtherNode(self._home.clients)
-        self._away = Harness(source, folders=[None], loads=place, remote=node, **SMALL_STEPS)
+        self._engines = contextlib.ExitStack()
+        add = self._engines.enter_context
+        self._home = add(Harness(source, folders=folders, loads=place, **SMALL_STEPS))
+        far = OtherNode(self._home.clients)
+        self._away = add(Harness(source, folders=[None], loads=place, remote=far, **SMALL_STEPS))
         for harness in (self._home, self._away):
             harness.engine._overlap = 1  # the next step is planned while one runs, as on a GPU
         self._home.run(self.prompts, NEW_TOKENS)
@@ -148,16 +151,5 @@ class Splits:
     def __enter__(self) -> Splits:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        try:
-            if error is None:
-                self._away.check()
-                self._home.check()
-        finally:
-            self._away.close()
-            self._home.close()
+    def __exit__(self, *raised: Any) -> None:
+        self._engines.__exit__(*raised)

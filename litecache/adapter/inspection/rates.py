@@ -293,6 +293,12 @@ def _replica(
     )
 
 
+_SHARD_FIGURES = (
+    "blocks", "disk_blocks", "ram_bytes_used", "ram_bytes", "disk_bytes_used", "storage_bytes",
+    "queued_reads",
+)  # fmt: skip
+
+
 def _shard(name: str, view: Any, seen: _Seen | None) -> ShardRates:
     store = (view.stats or {}).get("store", {})
     rates, changes = (seen.rates, seen.changes) if seen is not None else ({}, {})
@@ -301,13 +307,7 @@ def _shard(name: str, view: Any, seen: _Seen | None) -> ShardRates:
         name=name,
         state=view.state,
         error=view.error or store.get("disk_lost", ""),
-        blocks=int(store.get("blocks", 0)),
-        disk_blocks=int(store.get("disk_blocks", 0)),
-        ram_bytes_used=int(store.get("ram_bytes_used", 0)),
-        ram_bytes=int(store.get("ram_bytes", 0)),
-        disk_bytes_used=int(store.get("disk_bytes_used", 0)),
-        storage_bytes=int(store.get("storage_bytes", 0)),
-        queued_reads=int(store.get("queued_reads", 0)),
+        **{figure: int(store.get(figure, 0)) for figure in _SHARD_FIGURES},
         read_s=_mean(changes, "io_seconds", direction="read"),
         write_s=_mean(changes, "io_seconds", direction="write"),
         read_bytes_s=_of(rates, "storage_bytes", direction="read", **disk),
