@@ -30,7 +30,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from litecache.actors.group import actor_names
+from litecache.actors.calls import actor_names
 from litecache.actors.operating.cluster_file import read_cluster_file
 from litecache.actors.operating.watch import ActorView
 from litecache.adapter import KVCacheAdapter

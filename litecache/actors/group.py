@@ -8,7 +8,6 @@ quickly is refused before the slow part. Whatever fails in a start, nothing that
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 import time
@@ -24,7 +23,6 @@ from litecache.actors.calls import (
     ActorEndedError,
     ReplicaLeftError,
     actor_names,
-    all_actor_names,
     find_actor,
     gather,
     ready_among,
@@ -33,6 +31,17 @@ from litecache.actors.calls import (
 )
 from litecache.actors.cluster import RayConnection
 from litecache.actors.coordinator import Coordinator, CoordinatorClient
+from litecache.actors.found_groups import (
+    STOP_TIMEOUT_S,
+    end_actors,
+    exists,
+    find_all,
+    no_group,
+    replicas_of,
+    shards_by_node,
+    stop_actors,
+    users_of,
+)
 from litecache.actors.gpu_cache import GpuCache
 from litecache.actors.group_spec import (
     GroupSpec,
@@ -77,7 +86,6 @@ logger = logging.getLogger(__name__)
 
 LOAD_TIMEOUT_S = 900.0
 PLACE_TIMEOUT_S = 60.0
-STOP_TIMEOUT_S = 30.0
 # The engine answers between two steps, and a long prefill on a CPU is one step of seconds.
 STATUS_TIMEOUT_S = 15.0
 
@@ -168,7 +176,7 @@ class Group:
             on_nodes = fitting_nodes(needs, spec.labels) if every and "GPU" not in needs else []
             group.grow(range(int(spec.replicas)), on_nodes, load_timeout_s)
         except BaseException:
-            group._undo()
+            group._end_made(set())
             raise
         return group
 
@@ -279,10 +287,6 @@ class Group:
                 opening.append(self.actors[name].info.remote())
         result(opening, PLACE_TIMEOUT_S, "starting the shards")
 
-    def _undo(self) -> None:
-        """End whatever was created."""
-        self._end_made(set())
-
     def _end_made(self, kept: Collection[str]) -> None:
         """End what this group has made, but for `kept`, and forget what it found."""
         made = [name for name in self._made if name not in kept]
@@ -325,7 +329,7 @@ class Group:
             check_same(group, description, expected)
         joined = cls(GroupSpec.from_description(group, description))
         deadline = time.monotonic() + timeout_s
-        joined.actors = _find_all(_replicas_of(group, deadline))
+        joined.actors = find_all(replicas_of(group, deadline))
         joined.info = _first_loaded(joined.replicas, deadline)
         for shards in shards_by_node(joined.spec.shards_of).values():
             joined.actors |= shards
@@ -346,7 +350,7 @@ class Group:
         names |= {name for name in actor_names(spec.shards_of) if ":shard:" in name}
         kept = {n: a for n, a in self.actors.items() if n in names and n not in forgotten}
         # the handles of actors that were made here keep them alive: they stay as they are
-        self.actors = kept | _find_all(sorted(names - kept.keys()))
+        self.actors = kept | find_all(sorted(names - kept.keys()))
 
     def flush(self, timeout_s: float = STOP_TIMEOUT_S) -> dict[str, Any]:
         """Save what is only in pools and make the shards write out what is dirty.
@@ -362,10 +366,10 @@ class Group:
             "gpu", lambda r: r.flush.remote(timeout_s), timeout_s + 5, "flush", silent
         )
         unavailable = sorted({*missed, *silent} - {coordinator_name(self.spec.group)})
-        complete = not unavailable and all(r["complete"] for r in reports)
+        complete = not unavailable and all(r["complete"] for r in reports.values())
         total: dict[str, Any] = {"complete": complete, "unavailable": unavailable}
         for name in ("written", "pending", "failed"):
-            total[name] = sum(r[name] for r in reports)
+            total[name] = sum(r[name] for r in reports.values())
         return total
 
     def clear(self, tier: str) -> None:
@@ -391,7 +395,7 @@ class Group:
             GroupUnavailableError: names the shards that did not answer.
         """
         message = pack_keys(keys)
-        answers, missed = self._ask_named(
+        answers, missed = self._ask(
             "shard", lambda s: s.call.remote(ShardMethod.QUERY, message), STOP_TIMEOUT_S, "query"
         )
         _refuse_missed("query", missed)
@@ -418,7 +422,7 @@ class Group:
         Raises:
             GroupUnavailableError: names the replicas that did not answer; the others have done it.
         """
-        _, missed = self._ask_named(
+        _, missed = self._ask(
             "gpu", lambda r: r.save_prefix.remote(tokens, salt), STOP_TIMEOUT_S, "save"
         )
         _refuse_missed("save", missed)
@@ -439,7 +443,7 @@ class Group:
         }
         count, missed = 0, set[str]()
         for kind, call in [*calls.items(), *calls.items()]:
-            answers, silent = self._ask_named(kind, call, 2 * STOP_TIMEOUT_S, "delete")
+            answers, silent = self._ask(kind, call, 2 * STOP_TIMEOUT_S, "delete")
             count, missed = count + sum(answers.values()), missed | silent
         _refuse_missed("delete", missed)
         return count
@@ -450,12 +454,12 @@ class Group:
         Raises:
             GroupUnavailableError: names the shards that did not answer; the others have done it.
         """
-        what, silent = "pin" if pinned else "unpin", self._silent()
+        what = "pin" if pinned else "unpin"
         answers, missed = self._ask(
-            "shard", lambda s: s.set_pinned.remote(keys, pinned), STOP_TIMEOUT_S, what, silent
+            "shard", lambda s: s.set_pinned.remote(keys, pinned), STOP_TIMEOUT_S, what
         )
         _refuse_missed(what, missed)
-        return [any(held) for held in zip(*answers, strict=True)] or [False] * len(keys)
+        return [any(held) for held in zip(*answers.values(), strict=True)] or [False] * len(keys)
 
     def stop(self, timeout_s: float = STOP_TIMEOUT_S) -> dict[str, Any]:
         """Flush, then end all actors and wait until they are gone.
@@ -464,7 +468,7 @@ class Group:
             The flush reports of replicas and shards that still answered, by actor name.
         """
         self.connection.check()
-        return _stop(self.spec.group, timeout_s)
+        return stop_actors(self.spec.group, timeout_s)
 
     def status(self) -> dict[str, Any]:
         """What each actor says of itself; one that does not answer in 2 s has an "error"."""
@@ -485,21 +489,12 @@ class Group:
         call: Callable[[Any], Any],
         timeout_s: float,
         what: str,
-        silent: set[str],
-    ) -> tuple[list[Any], set[str]]:
-        """Answers, and the names of those that do not answer now; any other error is raised."""
-        answers, missed = self._ask_named(kind, call, timeout_s, what, silent)
-        return list(answers.values()), missed
-
-    def _ask_named(
-        self,
-        kind: str,
-        call: Callable[[Any], Any],
-        timeout_s: float,
-        what: str,
         silent: set[str] | None = None,
     ) -> tuple[dict[str, Any], set[str]]:
-        """As `_ask`, with the answers by name; None: who is silent is found out."""
+        """Answers by name, and who does not answer now; any other error is raised.
+
+        Who is `silent` is found out where that is None.
+        """
         silent = self._silent() if silent is None else silent
         asked = self._of_kind(kind)
         missed = silent & asked.keys()
@@ -571,39 +566,6 @@ def _first_loaded(replicas: Sequence[Any], deadline: float) -> Any:
                     raise
 
 
-def list_groups() -> list[str]:
-    """Names of all groups of the cluster."""
-    return sorted(name.split(":")[1] for name in all_actor_names() if name.endswith(":coordinator"))
-
-
-def _find_all(names: Sequence[str]) -> dict[str, Any]:
-    """Those of these actors that are there."""
-    found = {}
-    for name in names:
-        with contextlib.suppress(GroupUnavailableError):
-            found[name] = find_actor(name)
-    return found
-
-
-def _replicas_of(group: str, deadline: float) -> list[str]:
-    """Names of a group's replicas; until `deadline` somebody may still be making the first."""
-    while True:
-        names = [name for name in actor_names(group) if ":gpu:" in name]
-        if names:
-            return names
-        if not exists(group) or time.monotonic() > deadline:
-            raise GroupUnavailableError(f"group {group!r} has no replica")
-        time.sleep(0.1)
-
-
-def shards_by_node(group: str) -> dict[str, dict[str, Any]]:
-    """Handles of a group's shards by the first digits of their node's id, and by name."""
-    found: dict[str, dict[str, Any]] = {}
-    for name, shard in _find_all([n for n in actor_names(group) if ":shard:" in n]).items():
-        found.setdefault(name.split(":")[-2], {})[name] = shard
-    return found
-
-
 def _settings_of(
     by_node: Mapping[str, Mapping[str, Any]], needed: Collection[str]
 ) -> dict[str, dict[str, dict[str, Any]]]:
@@ -622,92 +584,3 @@ def _settings_of(
             elif node in needed:
                 raise answer
     return known
-
-
-def users_of(shard_group: str) -> list[str]:
-    """Names of the groups whose shards are those of `shard_group`, as far as they tell.
-
-    One that does not answer may be using them, and counts.
-    """
-    users = []
-    for group in list_groups():
-        try:
-            description = CoordinatorClient(group).call("describe")
-            used = description.get("shard_group") or group
-        except LiteCacheError:
-            used = shard_group
-        if used == shard_group:
-            users.append(group)
-    return users
-
-
-def no_group(group: str, what: str) -> GroupUnavailableError:
-    """The error of whoever wants to `what` a group that is not there: says which are."""
-    running = ", ".join(list_groups()) or "none"
-    start = f"; start it with `litecache up MODEL --group {group}`" if what == "join" else ""
-    return GroupUnavailableError(
-        f"there is no group {group!r} to {what}{start} (groups that run here: {running})"
-    )
-
-
-def exists(group: str) -> bool:
-    """Whether the group has a coordinator, alive or restarting."""
-    return bool(_find_all([coordinator_name(group)]))
-
-
-def stop_group(group: str, timeout_s: float = STOP_TIMEOUT_S) -> dict[str, Any]:
-    """Stop a group found by name, in whatever state its actors are; see `Group.stop`.
-
-    Raises:
-        GroupUnavailableError: there is no such group.
-    """
-    check_group_name(group)
-    if not actor_names(group):
-        raise no_group(group, "stop")
-    return _stop(group, timeout_s)
-
-
-def _stop(group: str, timeout_s: float) -> dict[str, Any]:
-    actors, shared = _find_all(actor_names(group)), _shared_by(group)
-    actors.pop(coordinator_name(group), None)
-    silent = silent_among(actors)
-    timeout_s = min(timeout_s, CALL_TIMEOUT_S) if silent else timeout_s
-    reports: dict[str, Any] = {}
-    # Replicas first: their flush commits blocks that the shards then write out.
-    for kind in (":gpu:", ":shard:"):
-        able = {name: a for name, a in actors.items() if kind in name and name not in silent}
-        answers = gather(able, lambda a: a.stop.remote(timeout_s), timeout_s + 5, "stop")
-        for name, report in answers.items():
-            if isinstance(report, LiteCacheError):
-                logger.warning("%s", report)
-            else:
-                reports[name] = report if isinstance(report, dict) else report._asdict()
-    end_actors(actor_names(group), silent)
-    if shared is not None and actor_names(shared) and not users_of(shared):
-        reports |= _stop(shared, timeout_s)
-    return reports
-
-
-def _shared_by(group: str) -> str | None:
-    """The group whose shards a group uses; None: its own, or it does not tell."""
-    try:
-        shared: str | None = CoordinatorClient(group).call("describe").get("shard_group")
-    except LiteCacheError:
-        return None
-    return shared
-
-
-def end_actors(names: Collection[str], silent: Collection[str] = ()) -> None:
-    """Kill actors, the coordinator last, and wait until their names are free.
-
-    Those that answer nothing (`silent`) are not waited for: Ray ends a stopped process when it
-    runs on, or by itself after a while.
-    """
-    actors = _find_all(sorted(names))
-    for name in sorted(actors, key=lambda name: name.endswith(":coordinator")):
-        ray.kill(actors[name], no_restart=True)
-    deadline = time.monotonic() + STOP_TIMEOUT_S
-    while left := set(names).intersection(all_actor_names()).difference(silent):
-        if time.monotonic() > deadline:
-            raise GroupError(f"still there after {STOP_TIMEOUT_S:g} s: {', '.join(sorted(left))}")
-        time.sleep(0.02)

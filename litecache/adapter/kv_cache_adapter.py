@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from litecache.actors.cluster import open_ray, refuse_inherited_ray
-from litecache.actors.group import Group, exists
+from litecache.actors.found_groups import exists
+from litecache.actors.group import Group
 from litecache.actors.group_spec import GroupSpec, check_actor_options, choose_num_gpus
 from litecache.actors.naming import DEFAULT_GROUP, check_group_name
 from litecache.actors.operating.cluster_file import read_cluster_file

@@ -110,7 +110,7 @@ def up(
 
 def _start(setups: list[Any]) -> list[dict[str, Any]]:
     """Start the groups, or none of those that do not run yet."""
-    from litecache.actors.group import exists, stop_group
+    from litecache.actors.found_groups import exists, stop_group
     from litecache.adapter import KVCacheAdapter
 
     reports, started = [], list[str]()

@@ -104,7 +104,7 @@ def _group_of(model: str | None, group: str | None, trust_remote_code: bool) -> 
     """
     if model is None:
         return group or "default"
-    from litecache.actors.group import list_groups
+    from litecache.actors.found_groups import list_groups
     from litecache.actors.operating.watch import GroupWatch
     from litecache.adapter.sources import resolve_model
 

@@ -40,7 +40,7 @@ def down(
     timeout = check_seconds("--timeout", timeout)
     check_group_name(group)
     connect(address)
-    from litecache.actors.group import list_groups, stop_group
+    from litecache.actors.found_groups import list_groups, stop_group
 
     reports = {
         name: stop_group(name, timeout) for name in (list_groups() if everything else [group])

@@ -34,7 +34,7 @@ def group_names(incomplete: str) -> list[str]:
         restored.callback(logging.disable, logging.root.manager.disable)
         logging.disable()
         connect(None)
-        from litecache.actors.group import list_groups
+        from litecache.actors.found_groups import list_groups
 
         names = [name for name in list_groups() if name.startswith(incomplete)]
     return names

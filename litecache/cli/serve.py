@@ -106,7 +106,7 @@ def _run(settings: Any, host: str, port: int, address: str | None, as_json: bool
     import ray
 
     from litecache.actors.cluster import open_ray
-    from litecache.actors.group import exists, stop_group
+    from litecache.actors.found_groups import exists, stop_group
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
 

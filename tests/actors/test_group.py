@@ -20,7 +20,9 @@ from ray.util.scheduling_strategies import (
 )
 
 from litecache.actors import storage_shard
-from litecache.actors.group import Group, actor_names, exists, list_groups
+from litecache.actors.calls import actor_names
+from litecache.actors.found_groups import exists, list_groups
+from litecache.actors.group import Group
 from litecache.actors.group_spec import (
     GroupSpec,
     check_actor_options,

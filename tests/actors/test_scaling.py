@@ -15,7 +15,8 @@ from test_replica_failure import slow_down
 
 from litecache.actors.calls import actor_names, result
 from litecache.actors.coordinator import CoordinatorClient
-from litecache.actors.group import Group, stop_group, users_of
+from litecache.actors.found_groups import stop_group, users_of
+from litecache.actors.group import Group
 from litecache.actors.operating.scaling import drain_node, scale_group
 from litecache.adapter.pending import PendingRequest
 from litecache.adapter.replicas import ReplicaSet

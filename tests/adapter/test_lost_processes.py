@@ -164,7 +164,7 @@ def test_an_adapter_closes_within_seconds_though_one_of_its_actors_is_stopped(
 ) -> None:
     from tiny_config import endless_llama
 
-    from litecache.actors.group import actor_names
+    from litecache.actors.calls import actor_names
     from litecache.config import CacheConfig
 
     config = CacheConfig(num_blocks=64, ram_bytes="4MB", max_model_len=512)

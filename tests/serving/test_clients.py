@@ -58,7 +58,7 @@ class Served:
 def served(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     from ray import serve
 
-    from litecache.actors.group import stop_group
+    from litecache.actors.found_groups import stop_group
     from litecache.serving import build_app
 
     folder = tmp_path_factory.mktemp("clients")

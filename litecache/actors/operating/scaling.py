@@ -14,14 +14,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from litecache.actors.calls import UNREACHABLE, gather, silent_among
-from litecache.actors.group import (
-    LOAD_TIMEOUT_S,
-    PLACE_TIMEOUT_S,
-    Group,
-    end_actors,
-    list_groups,
-    shards_by_node,
-)
+from litecache.actors.found_groups import end_actors, list_groups, shards_by_node
+from litecache.actors.group import LOAD_TIMEOUT_S, PLACE_TIMEOUT_S, Group
 from litecache.actors.naming import CALL_TIMEOUT_S, replica_name
 from litecache.actors.placement import (
     NodeStorage,
@@ -84,7 +78,6 @@ def scale_group(
     replicas: int | str,
     *,
     timeout_s: float = DRAIN_TIMEOUT_S,
-    load_timeout_s: float = LOAD_TIMEOUT_S,
     tell: Tell = _tell_nobody,
 ) -> ScaleReport:
     """Give a group so many replicas; those with the highest numbers go first.
@@ -93,7 +86,6 @@ def scale_group(
         group: a running one, started here or detached.
         replicas: how many, or "all": one per GPU of the cluster, or per node without.
         timeout_s: how long running requests may take to end.
-        load_timeout_s: how long the model may take to load.
         tell: gets each step.
 
     Raises:
@@ -116,7 +108,7 @@ def scale_group(
         indexes = [next(free) for _ in range(more)]
         for index in indexes:
             tell(replica_name(spec.group, index), "starting, and loading the model")
-        added = group.grow(indexes, on_nodes, load_timeout_s)
+        added = group.grow(indexes, on_nodes, LOAD_TIMEOUT_S)
         for name in added:
             tell(name, "takes requests")
         return ScaleReport(len(group.replicas), added, [])

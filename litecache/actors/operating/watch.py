@@ -21,7 +21,8 @@ from litecache.actors.calls import (
     result,
 )
 from litecache.actors.coordinator import CoordinatorClient
-from litecache.actors.group import Group, no_group
+from litecache.actors.found_groups import no_group
+from litecache.actors.group import Group
 from litecache.actors.group_spec import GroupSpec
 from litecache.actors.naming import CALL_TIMEOUT_S, check_group_name, coordinator_name
 from litecache.errors import GroupUnavailableError, LiteCacheError, RequestTimeout

@@ -317,7 +317,7 @@ def cluster_findings() -> list[Finding]:
     """What a running Ray cluster says, for those who are connected to one."""
     import ray
 
-    from litecache.actors.group import list_groups
+    from litecache.actors.found_groups import list_groups
     from litecache.actors.operating.watch import GroupWatch, statuses
 
     resources: dict[str, Any] = ray.cluster_resources()
