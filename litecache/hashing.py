@@ -1,8 +1,8 @@
 """Block keys: what identifies the KV of one block of tokens, everywhere and for ever.
 
-A `BlockKey` is a 16-byte blake2b digest over (parent key, token ids, typed extras). The chain
-starts at a root key that stands for the namespace: everything that changes KV bytes. Nothing
-here depends on Python's `hash`, on the process or on the machine, so keys outlive restarts.
+A `BlockKey` is a 16-byte blake2b digest over (parent key, token ids). The chain starts at a root
+key that stands for the namespace: everything that changes KV bytes. Nothing here depends on
+Python's `hash`, on the process or on the machine, so keys outlive restarts.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import numpy.typing as npt
 KEY_BYTES = 16
 BlockKey = bytes
 
-Extra = str | int | float | bool | bytes | None | tuple["Extra", ...]
+Field = str | int | float | bool | bytes | None | tuple["Field", ...]
 
 
-def _encode(value: Extra) -> bytes:
+def _encode(value: Field) -> bytes:
     """Encode one value so that no two different values share an encoding (type tag + length)."""
     if value is None:
         return b"N"
@@ -41,7 +41,7 @@ def _encode(value: Extra) -> bytes:
     raise TypeError(f"cannot hash a {type(value).__name__}: {value!r}")
 
 
-def root_key(namespace: Mapping[str, Extra]) -> BlockKey:
+def root_key(namespace: Mapping[str, Field]) -> BlockKey:
     """Digest a namespace, independent of the order of its fields.
 
     Args:
@@ -52,18 +52,15 @@ def root_key(namespace: Mapping[str, Extra]) -> BlockKey:
     return hashlib.blake2b(_encode(items), digest_size=KEY_BYTES, person=b"litecache-root").digest()
 
 
-def block_key(parent: BlockKey, token_ids: npt.NDArray[np.int64], extra: Extra = None) -> BlockKey:
+def block_key(parent: BlockKey, token_ids: npt.NDArray[np.int64]) -> BlockKey:
     """Digest one block of tokens after `parent`.
 
     Args:
         parent: key of the block before, or the root key.
         token_ids: int64 `[num_tokens]`, hashed as little-endian words.
-        extra: anything else the block's KV depends on, typed.
     """
     digest = hashlib.blake2b(parent, digest_size=KEY_BYTES, person=b"litecache-block")
     digest.update(token_ids.astype("<i8", copy=False).tobytes())
-    if extra is not None:
-        digest.update(_encode(extra))
     return digest.digest()
 
 

@@ -23,6 +23,8 @@ POLL_HOLD_S = 2.0
 # wait: a reply costs the engine's process more than a small model's step.
 STREAM_GAP_S = 0.01
 BATCH_GAP_S = 0.05
+# How long requests of a replica that is to go may take to end.
+DRAIN_TIMEOUT_S = 60.0
 # How often shards and replicas report to the coordinator when nothing changes.
 REPORT_INTERVAL_S = 2.0
 # Silence after which the coordinator takes a member for dead.

@@ -15,9 +15,9 @@ from litecache.actors.cluster import open_ray, refuse_inherited_ray
 from litecache.actors.found_groups import exists
 from litecache.actors.group import Group
 from litecache.actors.group_spec import GroupSpec, check_actor_options, choose_num_gpus
-from litecache.actors.naming import DEFAULT_GROUP, check_group_name
+from litecache.actors.naming import DEFAULT_GROUP, DRAIN_TIMEOUT_S, check_group_name
 from litecache.actors.operating.cluster_file import read_cluster_file
-from litecache.actors.operating.scaling import DRAIN_TIMEOUT_S, ScaleReport, scale_group
+from litecache.actors.operating.scaling import ScaleReport, scale_group
 from litecache.actors.placement import (
     NodeStorage,
     check_node_storage,

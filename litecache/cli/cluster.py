@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from litecache.actors.naming import DEFAULT_GROUP, check_group_name
+from litecache.actors.naming import DEFAULT_GROUP, DRAIN_TIMEOUT_S, check_group_name
 from litecache.checks import check_integer, check_seconds
 from litecache.cli.options import (
     Address,
@@ -29,7 +29,6 @@ from litecache.cli.options import (
 from litecache.errors import ConfigError
 
 _MOST_THREADS = 4096
-_DRAIN_S = 60.0
 
 
 def up(
@@ -137,7 +136,7 @@ def scale(
     group: GroupName = DEFAULT_GROUP,
     timeout: Annotated[
         float, typer.Option(help="seconds that requests of replicas that go may take to end")
-    ] = _DRAIN_S,
+    ] = DRAIN_TIMEOUT_S,
     address: Address = None,
     as_json: AsJson = False,
 ) -> None:
@@ -164,7 +163,7 @@ def drain(
     node: Annotated[str, typer.Argument(help="a node's id, IP address or host name")],
     timeout: Annotated[
         float, typer.Option(help="seconds that requests of its replicas may take to end")
-    ] = _DRAIN_S,
+    ] = DRAIN_TIMEOUT_S,
     address: Address = None,
     as_json: AsJson = False,
 ) -> None:

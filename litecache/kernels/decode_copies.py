@@ -15,15 +15,15 @@ from dataclasses import dataclass
 import torch
 
 MAX_BYTES = 512 << 20
-_HEADROOM_TOKENS = 256
+HEADROOM_TOKENS = 256
 """Tokens a copy can grow by before it is made anew; pages that are not reached cost nothing."""
 
 Lives = tuple[int, ...]
 
 
 @dataclass
-class _Copy:
-    """One layer's KV of one batch: `[kv_heads, n, capacity, dim]`, valid up to `contexts`."""
+class KVCopy:
+    """One layer's KV of a batch of decodes, `[.., .., capacity, dim]` each, up to `contexts`."""
 
     keys: torch.Tensor
     values: torch.Tensor
@@ -32,11 +32,12 @@ class _Copy:
 
     @property
     def num_bytes(self) -> int:
+        """Bytes of both."""
         return self.keys.nbytes + self.values.nbytes
 
 
 class DecodeCopies:
-    """Copies by layer and batch.
+    """Copies by layer and batch, `[kv_heads, n, capacity, dim]`.
 
     Args:
         max_bytes: bound on all copies together.
@@ -44,7 +45,7 @@ class DecodeCopies:
 
     def __init__(self, max_bytes: int = MAX_BYTES) -> None:
         self._max_bytes = max_bytes
-        self._copies: dict[tuple[int, Lives], _Copy] = {}
+        self._copies: dict[tuple[int, Lives], KVCopy] = {}
         self._step = 0
         self._last_seen: dict[Lives, int] = {}
 
@@ -114,12 +115,12 @@ class DecodeCopies:
             return
         longest = max(contexts)
         kv_heads, count, _, dim = keys.shape
-        shape = (kv_heads, count, longest + _HEADROOM_TOKENS, dim)
+        shape = (kv_heads, count, longest + HEADROOM_TOKENS, dim)
         self._copies.pop((layer, lives), None)
         needed = 2 * kv_heads * count * shape[2] * dim * keys.itemsize
         if self.num_bytes + needed > self._max_bytes:
             return
-        copy = _Copy(keys.new_empty(shape), values.new_empty(shape), tuple(contexts), self._step)
+        copy = KVCopy(keys.new_empty(shape), values.new_empty(shape), tuple(contexts), self._step)
         copy.keys[:, :, :longest] = keys[:, :, :longest]
         copy.values[:, :, :longest] = values[:, :, :longest]
         self._copies[layer, lives] = copy

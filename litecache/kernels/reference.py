@@ -24,7 +24,7 @@ from torch.nn import functional
 from litecache.kernels.metadata import Attention, AttentionMetadata, Geometry
 from litecache.kernels.quantise import dequantise, quantise
 
-_WORTHWHILE_PADDING = 0.75
+WORTHWHILE_PADDING = 0.75
 """A sequence joins a longer one's task when it has at least this share of its blocks."""
 _MASK_ELEMENTS = 1 << 24
 """Largest mask or score matrix of one slice of queries."""
@@ -407,7 +407,7 @@ def _group(spans: dict[int, int], query_lens: Sequence[int]) -> list[list[int]]:
     groups: list[list[int]] = []
     decodes = sorted((s for s in spans if query_lens[s] == 1), key=lambda s: -spans[s])
     for seq in decodes:
-        if groups and spans[seq] >= _WORTHWHILE_PADDING * spans[groups[-1][0]]:
+        if groups and spans[seq] >= WORTHWHILE_PADDING * spans[groups[-1][0]]:
             groups[-1].append(seq)
         else:
             groups.append([seq])

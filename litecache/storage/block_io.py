@@ -23,8 +23,9 @@ from .disk.files import NO_SPACE
 from .disk.slab import MAX_REQUEST_BYTES, Stored, Transfer, checksum, fault
 from .disk.tier import DiskTier
 from .durability import Durability
+from .ram_blocks import RamBlock, RamState, WriteBatch
 from .retry import LogByRate
-from .tiers import RamBlock, RamState, Tiers, WriteBatch
+from .tiers import Tiers
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 
 from ..errors import StorageError
 from ..threads import start_service
-from .tiers import RamBlock, RamState, Tiers
+from .ram_blocks import RamBlock, RamState
+from .tiers import Tiers
 
 logger = logging.getLogger(__name__)
 

@@ -32,9 +32,10 @@ from .key_dict import batches
 from .leases import Leases
 from .namespaces import may_hold
 from .protocol import PAGE_BYTES, Attachment, Deltas, FlushReport, SlotRef
+from .ram_blocks import LOADED, UNWRITTEN, RamBlock, RamState
 from .segments import pick_segment_bytes
 from .shard_options import validate_options
-from .tiers import LOADED, UNWRITTEN, RamBlock, RamState, Tiers
+from .tiers import Tiers
 
 if TYPE_CHECKING:
     from typing_extensions import Self

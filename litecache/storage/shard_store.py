@@ -28,8 +28,8 @@ from .protocol import (
     StageResult,
     StageStatus,
 )
+from .ram_blocks import LOADED, UNWRITTEN, RamBlock, RamState
 from .shard_base import ShardBase
-from .tiers import LOADED, UNWRITTEN, RamBlock, RamState
 
 MAX_FETCH_BYTES = 64 << 20
 """Of one answer of `fetch`; a block larger than this still goes, alone."""

@@ -1,16 +1,8 @@
 """What a shard knows: every block, where it lies, and every step of its life in RAM and on disk.
 
-A slot in use is in one of these states; only CLEAN slots without leases may be evicted:
-
-    RESERVED  a client fills it            -> DIRTY or CLEAN (commit), DEAD (its lease ended)
-    LOADING   is being read from disk      -> CLEAN (arrived), DEAD (unreadable, cancelled)
-    DIRTY     committed, not on disk yet   -> WRITING (taken)
-    WRITING   is being written             -> CLEAN (written), DIRTY (found no place), DEAD (failed)
-    CLEAN     readable, nothing to do      -> DIRTY (worth the disk after all), free (evicted)
-    DEAD      void: dropped from any state -> free, once no lease and no I/O holds it
-
-No threads, no files: all calls come under `lock`, `BlockIo` carries out the reads and writes that
-are queued here. A key exists exactly while its bytes are complete in RAM or on disk.
+The states of a slot are told in `ram_blocks.py`. No threads, no files: all calls come under `lock`,
+`BlockIo` carries out the reads and writes that are queued here. A key exists exactly while its
+bytes are complete in RAM or on disk.
 """
 
 from __future__ import annotations
@@ -20,9 +12,6 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from enum import IntEnum
-from typing import NamedTuple
 
 import numpy as np
 
@@ -39,58 +28,9 @@ from .eviction.queues import Queues, allocate
 from .key_dict import BATCH_KEYS
 from .namespaces import Quotas
 from .protocol import PAGE_BYTES, CommitItem, SlotState
+from .ram_blocks import UNWRITTEN, RamBlock, RamState, WriteBatch
 from .retry import Backoff
 from .segments import SegmentSpace
-
-
-class RamState(IntEnum):
-    """What a slot is doing."""
-
-    RESERVED = 0
-    LOADING = 1
-    DIRTY = 2
-    WRITING = 3
-    CLEAN = 4
-    DEAD = 5
-
-
-LOADED = (RamState.DIRTY, RamState.WRITING, RamState.CLEAN)
-UNWRITTEN = (RamState.DIRTY, RamState.WRITING)
-
-
-@dataclass(eq=False, slots=True)
-class RamBlock:
-    """One slot in use.
-
-    Attributes:
-        slot, nbytes, generation: where, how big, and under which number it was given out.
-        handle: small integer for the eviction queues.
-        entry: of the block in it; -1 while RESERVED or DEAD.
-        leases: of all clients together.
-        busy: a read or a write is under way, and touches the slot.
-    """
-
-    slot: int
-    nbytes: int
-    generation: int
-    handle: int
-    entry: int = -1
-    leases: int = 0
-    state: RamState = RamState.RESERVED
-    busy: bool = False
-
-
-class WriteBatch(NamedTuple):
-    """Dirty blocks of one size that one request will write, and their keys.
-
-    Attributes:
-        namespace: of all of them, where it has a quota; else -1.
-    """
-
-    blocks: list[RamBlock]
-    keys: list[BlockKey]
-    pages: int
-    namespace: int
 
 
 class Tiers:

@@ -19,7 +19,7 @@ def loaded(request):
 
 
 def test_a_batch_that_grows_and_shrinks_keeps_the_tokens_of_stock(loaded, monkeypatch):
-    monkeypatch.setattr(decode_copies, "_HEADROOM_TOKENS", 7)
+    monkeypatch.setattr(decode_copies, "HEADROOM_TOKENS", 7)
     rng = random.Random(0)
     prompts = [random_prompt(length, seed) for seed, length in enumerate((5, 12, 12, 17))]
     wanted = [stock_generate(loaded, prompt, 40) for prompt in prompts]

@@ -167,8 +167,8 @@ class Sequences:
 
 @pytest.mark.parametrize("bound", [0, 1 << 20])
 def test_a_batch_of_decodes_gets_its_contexts_however_it_changes(monkeypatch, bound):
-    monkeypatch.setattr(gather_cache, "MAX_KEPT_BYTES", bound)
-    monkeypatch.setattr(gather_cache, "_HEADROOM_TOKENS", 3)
+    monkeypatch.setattr(gather_cache, "MAX_BYTES", bound)
+    monkeypatch.setattr(gather_cache, "HEADROOM_TOKENS", 3)
     both = Sequences()
     gathered = []
     real = Rows.gather

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from litecache.actors.calls import UNREACHABLE, gather, silent_among
 from litecache.actors.found_groups import end_actors, list_groups, shards_by_node
 from litecache.actors.group import LOAD_TIMEOUT_S, PLACE_TIMEOUT_S, Group
-from litecache.actors.naming import CALL_TIMEOUT_S, replica_name
+from litecache.actors.naming import CALL_TIMEOUT_S, DRAIN_TIMEOUT_S, replica_name
 from litecache.actors.placement import (
     NodeStorage,
     alive_nodes,
@@ -30,7 +30,6 @@ from litecache.errors import ConfigError, GroupError, LiteCacheError
 
 logger = logging.getLogger(__name__)
 
-DRAIN_TIMEOUT_S = 60.0
 SAVE_TIMEOUT_S = 30.0
 # A replica takes requests again when nobody has told it for so long that it is to go.
 _HOLD_S, _ASK_S = 10.0, 0.5

@@ -23,11 +23,10 @@ from litecache.actors.calls import (
 from litecache.actors.coordinator import CoordinatorClient
 from litecache.actors.found_groups import no_group
 from litecache.actors.group import Group
-from litecache.actors.group_spec import GroupSpec
+from litecache.actors.group_spec import ACTOR_KINDS, GroupSpec
 from litecache.actors.naming import CALL_TIMEOUT_S, check_group_name, coordinator_name
 from litecache.errors import GroupUnavailableError, LiteCacheError, RequestTimeout
 
-KINDS = ("gpu", "shard", "coordinator")
 # So long an actor that is no longer there is still shown.
 GONE_S = 30.0
 
@@ -199,5 +198,7 @@ def statuses(views: Mapping[str, ActorView]) -> dict[str, dict[str, Any]]:
 
 
 def _place(name: str) -> tuple[int, list[str | int]]:
-    kind = next((i for i, kind in enumerate(KINDS) if f":{kind}" in name), len(KINDS))
-    return kind, [int(part) if part.isdigit() else part for part in name.split(":")[3:]]
+    kinds = [at for at, kind in enumerate(ACTOR_KINDS) if f":{kind}" in name]
+    return min(kinds, default=len(ACTOR_KINDS)), [
+        int(part) if part.isdigit() else part for part in name.split(":")[3:]
+    ]

@@ -51,17 +51,17 @@ class Trials(NamedTuple):
             yield family, list(rows)
 
 
-def read_trials(file: Path = FILE) -> Trials:
+def read_trials() -> Trials:
     """The table that comes with the package."""
-    data = json.loads(file.read_text(encoding="utf-8"))
+    data = json.loads(FILE.read_text(encoding="utf-8"))
     return Trials(data["transformers"], tuple(Trial(**row) for row in data["rows"]))
 
 
-def write_trials(trials: Trials, file: Path = FILE) -> None:
+def write_trials(trials: Trials) -> None:
     """Write a table, a line for each trial."""
     rows = ",\n".join(json.dumps(row._asdict()) for row in trials.rows)
     version = json.dumps(trials.transformers)
-    file.write_text(f'{{"transformers": {version}, "rows": [\n{rows}\n]}}\n', encoding="utf-8")
+    FILE.write_text(f'{{"transformers": {version}, "rows": [\n{rows}\n]}}\n', encoding="utf-8")
 
 
 def notes(trials: list[Trial]) -> str:

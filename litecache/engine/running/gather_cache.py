@@ -19,10 +19,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from litecache.engine.kv_layout import KVLayout, KVPool
 from litecache.kernels import dispatch
-
-MAX_KEPT_BYTES = 512 << 20
-_HEADROOM_TOKENS = 256
-"""Tokens that kept KV can grow by before it is gathered anew."""
+from litecache.kernels.decode_copies import HEADROOM_TOKENS, MAX_BYTES, KVCopy
 
 
 @dataclass(frozen=True)
@@ -99,20 +96,6 @@ class Rows:
         return out
 
 
-@dataclass
-class _Kept:
-    """One layer's gathered KV of a batch of decodes, `[rows, kv_heads, capacity, dim]` each."""
-
-    keys: torch.Tensor
-    values: torch.Tensor
-    contexts: tuple[int, ...]
-    step: int
-
-    @property
-    def num_bytes(self) -> int:
-        return self.keys.nbytes + self.values.nbytes
-
-
 class GatherCache(Cache):  # type: ignore[misc]
     """The KV of a forward's rows, as a model with attention code of its own asks for it.
 
@@ -134,7 +117,7 @@ class GatherCache(Cache):  # type: ignore[misc]
         super().__init__(layers=[_Layer(self, n, *groups[n]) for n in sorted(groups)])
         self.rows: Rows | None = None
         self.step = 0
-        self._kept: dict[tuple[int, tuple[int, ...]], _Kept] = {}
+        self._kept: dict[tuple[int, tuple[int, ...]], KVCopy] = {}
 
     def begin_step(self) -> None:
         """Another step of the engine."""
@@ -168,9 +151,9 @@ class GatherCache(Cache):  # type: ignore[misc]
         rows = self.rows
         assert rows is not None
         self._kept.pop((layer, rows.lives), None)
-        capacity = rows.longest + _HEADROOM_TOKENS
+        capacity = rows.longest + HEADROOM_TOKENS
         needed = (keys.nbytes + values.nbytes) // rows.longest * capacity
-        if needed + sum(kept.num_bytes for kept in self._kept.values()) > MAX_KEPT_BYTES:
+        if needed + sum(kept.num_bytes for kept in self._kept.values()) > MAX_BYTES:
             return
 
         def space(gathered: torch.Tensor) -> torch.Tensor:
@@ -178,7 +161,7 @@ class GatherCache(Cache):  # type: ignore[misc]
             made[:, :, : rows.longest] = gathered
             return made
 
-        self._kept[layer, rows.lives] = _Kept(space(keys), space(values), rows.contexts, self.step)
+        self._kept[layer, rows.lives] = KVCopy(space(keys), space(values), rows.contexts, self.step)
 
 
 class _Layer(CacheLayerMixin):  # type: ignore[misc]

@@ -16,9 +16,7 @@ import torch
 from litecache.engine.kv_layout import KVLayout, KVPool
 from litecache.engine.running.batch import Batch
 from litecache.engine.running.gather_cache import GatherCache, Rows
-
-_WORTHWHILE_PADDING = 0.75
-"""A decode joins a longer one when its context has at least this share of the other's tokens."""
+from litecache.kernels.reference import WORTHWHILE_PADDING
 
 
 class GatheredForward:
@@ -109,7 +107,7 @@ def _forwards(query_lens: Sequence[int], contexts: Sequence[int]) -> Iterator[li
     decodes = [seq for seq, count in enumerate(query_lens) if count == 1]
     decodes.sort(key=lambda seq: -contexts[seq])
     while decodes:
-        least = _WORTHWHILE_PADDING * contexts[decodes[0]]
+        least = WORTHWHILE_PADDING * contexts[decodes[0]]
         together = [seq for seq in decodes if contexts[seq] >= least]
         decodes = decodes[len(together) :]
         yield sorted(together)

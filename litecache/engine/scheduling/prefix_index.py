@@ -80,11 +80,6 @@ class PrefixIndex:
         """All published keys."""
         return list(self._entries)
 
-    def match_run(self, keys: Sequence[BlockKey]) -> int:
-        """How many keys from the front are present without a gap."""
-        entries = self._entries
-        return next((i for i, key in enumerate(keys) if key not in entries), len(keys))
-
     def match_partial(self, parent: BlockKey, tokens: TokenArray) -> PartialMatch | None:
         """The child of `parent` that shares the most leading tokens with `tokens`, if any."""
         best: PartialMatch | None = None
