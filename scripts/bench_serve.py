@@ -1,7 +1,7 @@
 """What the HTTP interface costs: the server against the adapter that it is made of, in one run.
 
     python scripts/bench_serve.py [--rounds 5] [--clients 32] [--requests 2] [--tokens 64]
-        [--only hop throughput] [--model NAME] [--json FILE] [--quick]
+        [--only hop throughput] [--model NAME] [--threads N] [--json FILE] [--quick]
 
 Without --model SmolLM2-135M in float32, from the packaged file. One group of actors answers both:
 an adapter in this process, and an application of Ray Serve that has joined the group.
@@ -231,6 +231,7 @@ def main() -> int:
     made.add_argument("--requests", type=int, default=2, help="of each client and round")
     made.add_argument("--tokens", type=int, default=64, help="new ones a request")
     made.add_argument("--model", default=None)
+    made.add_argument("--threads", type=int, default=None, help="of the engine; none = all cores")
     options = made.parse_args()
     if options.quick:
         options.rounds, options.clients, options.requests, options.tokens = 1, 4, 1, 8
@@ -241,7 +242,9 @@ def main() -> int:
     good = []
     with tempfile.TemporaryDirectory(prefix="bench-serve-") as folder:
         config = CacheConfig(storage_dir=folder, storage_bytes="1GB", ram_bytes="256MB")
-        with KVCacheAdapter(model, cache_config=config, group=GROUP) as llm:
+        with KVCacheAdapter(
+            model, cache_config=config, group=GROUP, num_threads=options.threads
+        ) as llm:
             serve.start(http_options={"host": "127.0.0.1", "port": port})
             served = {"model": model, "served_name": "bench", "group": GROUP}
             serve.run(build_app(served), name="litecache", route_prefix="/")
