@@ -107,6 +107,9 @@ def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
             _claims[item.path] = False
         else:
             _claims[item.path] = True
+            # the test before had been told to leave up what the one behind it needs, which may be
+            # the other process's by now
+            item.session._setupstate.teardown_exact(item)
     return None if _claims[item.path] else True
 
 
