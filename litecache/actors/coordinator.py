@@ -25,7 +25,7 @@ from typing import Any
 import ray
 
 from litecache.actors.calls import UNREACHABLE, ActorEndedError, find_actor, result
-from litecache.actors.locations import LocationMap, LocationReport, pack_keys, unpack_keys
+from litecache.actors.locations import LocationMap, LocationReport
 from litecache.actors.messages import (
     pack_load,
     pack_routing,
@@ -40,7 +40,7 @@ from litecache.errors import GroupMismatchError, GroupUnavailableError, LiteCach
 from litecache.hashing import BlockKey
 from litecache.metrics import Metrics
 from litecache.paths import short_model_name
-from litecache.storage.key_dict import BATCH_KEYS
+from litecache.storage.key_dict import BATCH_KEYS, join_keys, split_keys
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +114,7 @@ class Coordinator:
 
     async def locate(self, keys: bytes, exclude_node: str) -> list[str | None]:
         """One shard on another node for each key."""
-        return self._locations.locate(unpack_keys(keys), exclude_node)
+        return self._locations.locate(split_keys(keys), exclude_node)
 
     async def route(self, message: bytes) -> bytes:
         """A `Placement` for each of several prompts, or None; see `Router.place`."""
@@ -161,7 +161,7 @@ class CoordinatorClient:
 
     def locate(self, keys: Sequence[BlockKey], exclude_node: str) -> list[str | None]:
         """See `LocationMap.locate`."""
-        found: list[str | None] = self._ask("locate", pack_keys(keys), exclude_node)
+        found: list[str | None] = self._ask("locate", join_keys(keys), exclude_node)
         return found
 
     def route(
@@ -200,14 +200,18 @@ class CoordinatorClient:
         """Begin a call, whose answer is looked for later; what `.remote()` returned."""
         if self._handle is None:
             self._handle = find_actor(self._name)
-        return self._begin(method, args)
+        try:
+            return getattr(self._handle, method).remote(*args)
+        except (AttributeError, TypeError) as error:
+            # Ray knows what the methods of the actor's class take
+            raise GroupMismatchError(
+                f"{self._name}: {method}", first_line(error), "a coordinator of this version"
+            ) from error
 
     def call(self, method: str, *args: object, timeout_s: float | None = None) -> Any:
         """Call a method of the actor, whether it answered the last time or not."""
         try:
-            if self._handle is None:
-                self._handle = find_actor(self._name)
-            ref = self._begin(method, args)
+            ref = self.begin(method, *args)
             answer = result(ref, timeout_s or self._timeout_s, f"{self._name}: {method}")
         except UNREACHABLE as error:
             self._quiet_until = time.monotonic() + _QUIET_S
@@ -216,15 +220,6 @@ class CoordinatorClient:
             raise
         self._quiet_until = 0.0
         return answer
-
-    def _begin(self, method: str, args: tuple[object, ...]) -> Any:
-        try:
-            return getattr(self._handle, method).remote(*args)
-        except (AttributeError, TypeError) as error:
-            # Ray knows what the methods of the actor's class take
-            raise GroupMismatchError(
-                f"{self._name}: {method}", first_line(error), "a coordinator of this version"
-            ) from error
 
 
 def _messages(prompts: Sequence[RoutedPrompt]) -> Iterator[list[RoutedPrompt]]:

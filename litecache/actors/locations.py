@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from litecache.actors.naming import MEMBER_TIMEOUT_S, REPORT_INTERVAL_S
 from litecache.errors import LiteCacheError
 from litecache.hashing import BlockKey
-from litecache.storage.key_dict import BATCH_KEYS, KeyDict, split_keys
+from litecache.storage.key_dict import BATCH_KEYS, KeyDict, join_keys, split_keys
 from litecache.storage.protocol import Deltas
 from litecache.threads import start_service
 
@@ -35,14 +35,6 @@ MAX_SHARDS = 64
 _COLLECT_S = 0.05
 
 logger = logging.getLogger(__name__)
-
-
-def pack_keys(keys: Iterable[BlockKey]) -> bytes:
-    """Keys as one byte string: a thousand keys pickle as one object."""
-    return b"".join(keys)
-
-
-unpack_keys = split_keys
 
 
 class LocationReport(NamedTuple):
@@ -67,13 +59,13 @@ class LocationReport(NamedTuple):
 
     def packed(self) -> tuple[Any, ...]:
         """With keys as byte strings, as it travels."""
-        return self._replace(added=pack_keys(self.added), removed=pack_keys(self.removed))  # type: ignore[arg-type]
+        return self._replace(added=join_keys(self.added), removed=join_keys(self.removed))  # type: ignore[arg-type]
 
     @classmethod
     def unpacked(cls, *fields: Any) -> LocationReport:
         """The inverse of `packed`."""
         report = cls(*fields)
-        added, removed = unpack_keys(fields[4]), unpack_keys(fields[5])
+        added, removed = split_keys(fields[4]), split_keys(fields[5])
         return report._replace(added=added, removed=removed)
 
 

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from ..hashing import KEY_BYTES, BlockKey
 from .disk.log import FLAG_PINNED, RECORD, Records
-from .key_dict import BATCH_KEYS, KeyDict, check_keys, split_keys
+from .key_dict import BATCH_KEYS, KeyDict, check_keys, join_keys, split_keys
 from .protocol import Deltas
 
 Entries = npt.NDArray[np.int64]
@@ -53,8 +53,7 @@ def key_words(keys: Sequence[BlockKey]) -> npt.NDArray[np.uint64]:
     Raises:
         ConfigError: a key is not 16 bytes.
     """
-    check_keys(keys)
-    return np.frombuffer(b"".join(keys), dtype="<u8").reshape(-1, 2)
+    return np.frombuffer(join_keys(keys), dtype="<u8").reshape(-1, 2)
 
 
 class BlockIndex(KeyDict):

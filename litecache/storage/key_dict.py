@@ -28,8 +28,18 @@ def check_keys(keys: Sequence[BlockKey]) -> None:
         raise ConfigError("key", bad, f"{KEY_BYTES} bytes")
 
 
+def join_keys(keys: Sequence[BlockKey]) -> bytes:
+    """Keys, one after the other; a thousand travel as one object.
+
+    Raises:
+        ConfigError: a key is not 16 bytes.
+    """
+    check_keys(keys)
+    return b"".join(keys)
+
+
 def split_keys(joined: bytes) -> list[BlockKey]:
-    """Keys that lie one after the other."""
+    """Inverse of `join_keys`."""
     return [joined[at : at + KEY_BYTES] for at in range(0, len(joined), KEY_BYTES)]
 
 

@@ -21,7 +21,7 @@ import msgpack
 
 from ..errors import ConfigError, StorageError
 from ..hashing import KEY_BYTES, BlockKey
-from .key_dict import check_keys, split_keys
+from .key_dict import join_keys, split_keys
 from .protocol import (
     PROTOCOL_VERSION,
     CommitItem,
@@ -88,11 +88,6 @@ def _check(kind: Kind, whole: bool) -> None:
         raise StorageError(f"the columns of what should be a message of {kind.name} are damaged")
 
 
-def _join(keys: Sequence[BlockKey]) -> bytes:
-    check_keys(keys)
-    return b"".join(keys)
-
-
 def _split(kind: Kind, joined: bytes) -> list[BlockKey]:
     _check(kind, len(joined) % KEY_BYTES == 0)
     return split_keys(joined)
@@ -125,7 +120,7 @@ def pack_keys(keys: Sequence[BlockKey], client_id: int = 0) -> bytes:
     Raises:
         ConfigError: a key is not 16 bytes.
     """
-    return _pack(Kind.KEYS, client_id, _join(keys))
+    return _pack(Kind.KEYS, client_id, join_keys(keys))
 
 
 def unpack_keys(message: bytes) -> tuple[int, list[BlockKey]]:
@@ -162,7 +157,7 @@ def pack_stage(client_id: int, keys: Sequence[BlockKey], released: Sequence[Slot
     Raises:
         ConfigError: a key is not 16 bytes.
     """
-    return _pack(Kind.STAGE, client_id, _join(keys), _pack_slots(released))
+    return _pack(Kind.STAGE, client_id, join_keys(keys), _pack_slots(released))
 
 
 def unpack_stage(message: bytes) -> tuple[int, list[BlockKey], list[SlotRef]]:
@@ -201,7 +196,9 @@ def pack_commits(items: Sequence[CommitItem], client_id: int = 0) -> bytes:
     numbers = {name: number for number, name in enumerate(dict.fromkeys(namespaces))}
     per_item = map(numbers.__getitem__, namespaces)
     column = _int64s((*slots, *generations, *per_item, *expires, *retentions))
-    return _pack(Kind.COMMITS, client_id, column, _join(keys), _join(parents), list(numbers))
+    return _pack(
+        Kind.COMMITS, client_id, column, join_keys(keys), join_keys(parents), list(numbers)
+    )
 
 
 def unpack_commits(message: bytes) -> tuple[int, list[CommitItem]]:

@@ -11,11 +11,9 @@ from litecache.actors.locations import (
     MAX_SHARDS,
     LocationMap,
     LocationReport,
-    pack_keys,
-    unpack_keys,
 )
 from litecache.actors.naming import MEMBER_TIMEOUT_S
-from litecache.storage.key_dict import BATCH_KEYS
+from litecache.storage.key_dict import BATCH_KEYS, join_keys, split_keys
 
 KEYS = [bytes([i]) * 16 for i in range(12)]
 # One number is drawn much faster than a set.
@@ -49,8 +47,8 @@ def joined(*shards: tuple[str, str]) -> LocationMap:
 
 
 def test_keys_survive_packing() -> None:
-    assert unpack_keys(pack_keys(KEYS)) == KEYS
-    assert unpack_keys(b"") == []
+    assert split_keys(join_keys(KEYS)) == KEYS
+    assert split_keys(b"") == []
 
 
 def test_a_key_is_found_on_another_node_only() -> None:

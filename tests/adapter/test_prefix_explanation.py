@@ -1,12 +1,10 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
 
 from litecache.adapter.inspection.prefix_explanation import (
     _below,
     _elsewhere,
-    _Facts,
     _Keys,
     _runs,
 )
@@ -46,8 +44,7 @@ def test_runs_are_of_blocks_that_all_kv_groups_have_in_the_same_places() -> None
 
 
 def told(namespaces: dict[str, int], salt: str = "") -> str:
-    group: Any = SimpleNamespace(info=INFO)
-    return "\n".join(_elsewhere(_Facts(group, 40, 2, None, False, False, salt, namespaces), INFO))
+    return "\n".join(_elsewhere(INFO, salt, namespaces))
 
 
 def test_what_the_shards_hold_of_other_salts_forms_and_models_is_told_by_what_differs() -> None:

@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 
 from litecache.actors.calls import gather
 from litecache.actors.group import Group
-from litecache.actors.locations import pack_keys
 from litecache.actors.naming import CALL_TIMEOUT_S
 from litecache.engine.engine_info import EngineInfo
 from litecache.errors import GroupUnavailableError, LiteCacheError
 from litecache.hashing import BlockKey, chain_keys
+from litecache.storage.key_dict import join_keys
 from litecache.storage.namespaces import may_hold, salt_digest, split_namespace
 from litecache.storage.protocol import Place
 from litecache.token_ids import TokenIds
@@ -153,7 +153,7 @@ def explain_prefix(
         ],
     )
     shards = gather(
-        group.shards, lambda s: s.view_prefix.remote(pack_keys(keys.all)), _SHARD_TIMEOUT_S, "look"
+        group.shards, lambda s: s.view_prefix.remote(join_keys(keys.all)), _SHARD_TIMEOUT_S, "look"
     )
     replicas = {name: handle for name, handle in group.actors.items() if ":gpu:" in name}
     nodes = gather(replicas, lambda r: r.where.remote(), CALL_TIMEOUT_S, "where")
@@ -180,7 +180,11 @@ def explain_prefix(
     other_salt = any(itertools.chain(*(view.others_known for view in told.values()))) or any(
         any(its[len(keys.all) - len(keys.others) :]) for its in places.values()
     )
-    facts = _Facts(group, len(tokens), blocks, best, followed, other_salt, salt, namespaces)
+    reasons = itertools.chain(
+        _reasons(info, len(tokens), best, followed, other_salt),
+        _elsewhere(info, salt, namespaces),
+        _tiers_missing(group),
+    )
     return Explanation(
         model=group.spec.source.short_name,
         form=_form(info.kv_dtype, info.tier_codec),
@@ -194,7 +198,7 @@ def explain_prefix(
         ),
         known_blocks=best.known,
         shared_tokens=best.shared_tokens,
-        reasons=tuple(_reasons(facts)),
+        reasons=tuple(reasons),
         unavailable=unavailable,
     )
 
@@ -311,58 +315,53 @@ def short_name(name: str) -> str:
     return name.split(":", 2)[-1]
 
 
-class _Facts(NamedTuple):
-    """What reasons are made of."""
+def _reasons(
+    info: EngineInfo, tokens: int, best: Any, followed: bool, other_salt: bool
+) -> Iterator[str]:
+    """What keeps the prompt, or what is behind its known beginning, from matching.
 
-    group: Group
-    tokens: int
-    blocks: int
-    best: Any
-    followed: bool
-    other_salt: bool
-    salt: str
-    namespaces: Mapping[str, int]
-
-
-def _reasons(facts: _Facts) -> Iterator[str]:
-    info: EngineInfo = facts.group.info
-    size, best = info.block_size, facts.best
+    Args:
+        info: of the engine.
+        tokens: of the prompt.
+        best: what the replica that knows most of it said.
+        followed: something else is known to come behind that.
+        other_salt: its first block is known under another salt.
+    """
+    size = info.block_size
     known = best.known * size + best.shared_tokens
-    if facts.tokens <= size:
+    if tokens <= size:
         yield (
-            f"the prompt has {facts.tokens} token(s): RAM and disk hold whole blocks of {size}, "
+            f"the prompt has {tokens} token(s): RAM and disk hold whole blocks of {size}, "
             "and the last token is always computed; only a pool can reuse so short a prompt"
         )
-    elif best.known == facts.blocks:
+    elif best.known == tokens // size:
         yield "every whole block of it is known"
     if best.shared_tokens:
         yield (
             f"another prompt in a pool goes on alike up to token {known:,}, and differs there or "
             "ends: its block is copied that far"
         )
-    elif facts.followed:
-        end = min(known + size, facts.tokens)
+    elif followed:
+        end = min(known + size, tokens)
         what = f"behind token {known:,} what is known goes on" if known else "other prompts begin"
         yield (
             f"{what} differently, within tokens {known:,} to {end - 1:,} (another question, "
             "another template, other white space)"
         )
-    elif best.known < facts.blocks:
+    elif best.known < tokens // size:
         what = f"nothing is known behind token {known:,}" if known else "no such beginning is known"
         yield f"{what}: it was never computed or saved, has been evicted, or has expired"
-    if facts.other_salt and not best.known:
+    if other_salt and not best.known:
         yield "its first block is known under another salt: different salts share nothing"
-    yield from _elsewhere(facts, info)
-    yield from _tiers_missing(facts.group)
 
 
-def _elsewhere(facts: _Facts, info: EngineInfo) -> Iterator[str]:
+def _elsewhere(info: EngineInfo, salt: str, namespaces: Mapping[str, int]) -> Iterator[str]:
     """What else the shards hold, which a prompt of this salt and model cannot reuse."""
     counts: Counter[str] = Counter()
-    for name, count in facts.namespaces.items():
+    for name, count in namespaces.items():
         label, salted = split_namespace(name)
         if label == info.label:
-            if not may_hold(name, salt_digest(facts.salt)):
+            if not may_hold(name, salt_digest(salt)):
                 whose = "of another salt" if salted else "without a salt"
                 counts[f"of this model, {whose}"] += count
             continue
