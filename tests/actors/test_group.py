@@ -18,6 +18,7 @@ from ray.util.scheduling_strategies import (
     NodeAffinitySchedulingStrategy,
     PlacementGroupSchedulingStrategy,
 )
+from tiny_config import TINIEST
 
 from litecache.actors import storage_shard
 from litecache.actors.calls import actor_names
@@ -55,20 +56,9 @@ from litecache.storage.disk import folder as storage_folder
 from litecache.storage.namespaces import salt_digest
 from litecache.storage.shard_store import ShardStore
 
-TINY = {
-    "model_type": "llama",
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-}
-
 
 def make_spec(name: str, folder: Path | None = None, **changes: Any) -> GroupSpec:
-    model = {**TINY, **changes.pop("model", {})}
+    model = {**TINIEST, **changes.pop("model", {})}
     settings = {
         "num_blocks": 16,
         "dtype": "float32",

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import ray
-from test_group import TINY, make_spec
+from test_group import make_spec
+from tiny_config import TINIEST
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from litecache.actors.calls import ActorEndedError, result
@@ -189,7 +190,7 @@ def test_a_replica_that_is_refused_at_its_restart_tries_again(
 ) -> None:
     """What was there at the start may be away for a moment; it used to stay refused for ever."""
     folder, away = tmp_path / "model", tmp_path / "away"
-    AutoModelForCausalLM.from_config(AutoConfig.for_model(**TINY)).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(**TINIEST)).save_pretrained(folder)
     spec = dataclasses.replace(make_spec("refused"), source=ModelSource(path=str(folder)))
     group = Group.start(spec)
     try:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from tiny_config import TINIEST
 
 from litecache.actors import gpu_cache
 from litecache.actors.gpu_cache import GpuCache
@@ -17,23 +18,12 @@ from litecache.engine.engine import Engine
 from litecache.engine.loading.model_source import ModelSource
 from litecache.types import Request, SamplingParams
 
-TINY = {
-    "model_type": "llama",
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-}
-
 
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
     monkeypatch.setattr(gpu_cache, "REPORT_INTERVAL_S", 0.01)
     monkeypatch.setattr(gpu_cache, "STUCK_S", 0.1)
-    source = ModelSource(config=TINY, weights="random")
+    source = ModelSource(config=TINIEST, weights="random")
     config = CacheConfig(num_blocks=16, dtype="float32", device="cpu")
     made = Engine(source, config, sink=lambda _: None, num_threads=1)
     yield made

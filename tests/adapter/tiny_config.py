@@ -9,6 +9,13 @@ from transformers import LlamaConfig
 
 from litecache.config import CacheConfig
 
+TINIEST = {
+    "model_type": "llama", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48,
+    "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}  # fmt: skip
+"""Fields of the config of a model for tests that hardly mind what it says."""
+
 
 def tiny_config(folder: Path) -> CacheConfig:
     """All tiers, small: what a test writes in a second passes what the disk holds."""
