@@ -46,6 +46,11 @@ def check_integer(
     return int(value)
 
 
+def check_threads(name: str, value: Any) -> int | None:
+    """A number of torch's threads, or None."""
+    return None if value is None else check_integer(name, value, 1, 4096)
+
+
 def check_real(
     name: str,
     value: Any,

@@ -32,7 +32,7 @@ from litecache.adapter.surface.cache_control import CacheSurface
 from litecache.adapter.surface.forwarding import ForwardSurface
 from litecache.adapter.surface.generating import GenerateSurface
 from litecache.adapter.surface.model_surface import ModelSurface
-from litecache.checks import check_flag, check_integer
+from litecache.checks import check_flag, check_threads
 from litecache.config import CacheConfig
 from litecache.engine.loading.model_checks import check_config, check_limits
 from litecache.errors import ConfigError, GroupError, LiteCacheError
@@ -99,8 +99,7 @@ class KVCacheAdapter(GenerateSurface, ForwardSurface, CacheSurface, ChatSurface,
         check_replicas("replicas", replicas)
         check_placement("placement", placement)
         nodes = None if nodes is None else check_node_storage(nodes)
-        if num_threads is not None:
-            check_integer("num_threads", num_threads, 1, 4096)
+        check_threads("num_threads", num_threads)
         check_flag("detached", detached)
         check_flag("trust_remote_code", trust_remote_code)
         ways = (("decode", "__call__"), ("decode", "encode"))

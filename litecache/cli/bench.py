@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,6 +20,7 @@ from litecache.cli.options import (
     ended_by_sigterm,
     parse_settings,
     print_json,
+    progress_bar,
     size_text,
 )
 from litecache.config import parse_size
@@ -66,7 +67,7 @@ def bench(
         check_integer("--length", length, 1, _MOST_TOKENS, f"from 1 to {_MOST_TOKENS:,} tokens")
     parent = directory or (config.storage_dir or (tempfile.gettempdir(),))[0]
     check_path("--dir", parent)
-    with ended_by_sigterm(), _scratch(parent, most_bytes) as folder, _progress() as progress:
+    with ended_by_sigterm(), _scratch(parent, most_bytes) as folder, progress_bar() as progress:
         from litecache.adapter.gguf import without_bars
         from litecache.adapter.sources import resolve_model
         from litecache.engine.measuring.worth import measure_worth
@@ -105,25 +106,6 @@ def _scratch(parent: str, nbytes: int) -> Iterator[str]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on stderr, where that is a terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description:24}"), BarColumn(), TimeElapsedColumn())
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as shown:
-        task = shown.add_task("", total=None)
-
-        def progress(what: str, done: int, total: int) -> None:
-            shown.update(task, description=what, completed=done, total=total)
-
-        yield progress
 
 
 def _print(folder: str, worth: TierWorth) -> None:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from litecache.actors.naming import DEFAULT_GROUP, DRAIN_TIMEOUT_S, check_group_name
-from litecache.checks import check_integer, check_seconds
+from litecache.checks import check_seconds, check_threads
 from litecache.cli.options import (
     Address,
     AsJson,
@@ -27,8 +27,6 @@ from litecache.cli.options import (
     split_settings,
 )
 from litecache.errors import ConfigError
-
-_MOST_THREADS = 4096
 
 
 def up(
@@ -69,10 +67,7 @@ def up(
     if replicas is not None:
         overrides["replicas"] = _replicas("--replicas", replicas)
     if num_threads is not None:
-        valid = f"an integer from 1 to {_MOST_THREADS}"
-        overrides["num_threads"] = check_integer(
-            "--num-threads", num_threads, 1, _MOST_THREADS, valid
-        )
+        overrides["num_threads"] = check_threads("--num-threads", num_threads)
     if placement is not None:
         overrides["placement"] = placement.upper()
     if trust_remote_code:

@@ -9,7 +9,7 @@ from typing import Annotated, TypeVar
 import typer
 
 from litecache.checks import check_path
-from litecache.cli.options import Address, AsJson, check_address, connect, print_json
+from litecache.cli.options import Address, AsJson, check_address, connect, print_json, progress_bar
 from litecache.config import parse_size
 from litecache.errors import ConfigError
 
@@ -78,15 +78,9 @@ def verify(directory: Folder, as_json: AsJson = False) -> None:
 
 def _read(what: str, read: Callable[[str, Callable[[int, int], None]], T], directory: str) -> T:
     """Call `read` behind a bar on stderr, where that is a terminal."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(f"reading {what}", total=None)
-        return read(
-            directory, lambda done, total: progress.update(task, completed=done, total=total)
-        )
+    with progress_bar() as progress:
+        progress(f"reading {what}", 0, None)
+        return read(directory, lambda done, total: progress(f"reading {what}", done, total))
 
 
 def _size(count: int) -> str:

@@ -28,7 +28,7 @@ from litecache.actors.placement import (
     check_placement,
     check_replicas,
 )
-from litecache.checks import check_flag, check_integer, check_path, check_text
+from litecache.checks import check_flag, check_path, check_text, check_threads
 from litecache.config import CacheConfig, check_setting
 from litecache.errors import ConfigError, Shown, shorten
 
@@ -115,7 +115,7 @@ def one_group(values: Mapping[str, Any]) -> GroupSetup:
         group=check_group_name(values.get("group", DEFAULT_GROUP)),
         model=values["model"],
         replicas=check_replicas("replicas", values.get("replicas", 1)),
-        num_threads=_threads("num_threads", values.get("num_threads")),
+        num_threads=check_threads("num_threads", values.get("num_threads")),
         trust_remote_code=check_flag("trust_remote_code", values.get("trust_remote_code", False)),
         placement=check_placement("placement", values.get("placement", "SPREAD")),
         actor_options={},
@@ -358,7 +358,7 @@ class _Reader:
             group=group,
             model=model,
             replicas=value("replicas", 1, check_replicas),
-            num_threads=value("num_threads", None, _threads),
+            num_threads=value("num_threads", None, check_threads),
             trust_remote_code=value("trust_remote_code", False, check_flag),
             placement=value("placement", "SPREAD", check_placement),
             actor_options=value("actor_options", {}, _options),
@@ -390,10 +390,6 @@ class _Reader:
 
 def _options(_: str, value: Any) -> dict[str, dict[str, Any]]:
     return check_actor_options(value)
-
-
-def _threads(name: str, value: Any) -> int | None:
-    return None if value is None else check_integer(name, value, 1, 4096)
 
 
 def _join(path: Sequence[str | int], *more: str) -> str:
