@@ -402,7 +402,7 @@ def trace(options: Any, report: Report) -> None:
             off = replay(world, chosen, times, prompts, options.limit_s)
             tell(report, f"{name} tiers off", off, None, None)
             for pair in options.configs:
-                before = world.counter("litecache_drops", "reason")
+                before = world.engine.metrics.by_label("litecache_drops", "reason")
                 made = tier_config(options, folder, pair, max_len, num_blocks)
                 world.restart_shards(made)
                 world.tiers(True)
@@ -415,7 +415,7 @@ def trace(options: Any, report: Report) -> None:
                 says += "held" if ratio >= FOUND_PROMISE else "NOT held"
                 report.add(Row(f"{name} {pair}", "found", found_tokens(answers), "tokens", bound,
                                ratio, says))  # fmt: skip
-                after = world.counter("litecache_drops", "reason")
+                after = world.engine.metrics.by_label("litecache_drops", "reason")
                 for reason, blocks in after.items():
                     if blocks > before.get(reason, 0):
                         report.add(Row(f"{name} {pair}", f"saves dropped, {reason}",

@@ -37,7 +37,6 @@ from litecache.cli.options import (
 )
 from litecache.errors import ConfigError, GroupError, first_line
 
-MaybeModel = Annotated[str | None, typer.Argument(help="a hub name, a folder or a .gguf file")]
 _POLL_S = 0.2
 
 

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from datetime import datetime
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -56,11 +56,12 @@ def top(
             _print_texts(frames, group, interval)
 
 
-class _Frame:
+class _Frame(NamedTuple):
     """One look: the rates, the model's name where it is known, and what is wrong with the group."""
 
-    def __init__(self, rates: GroupRates, model: str | None, message: str) -> None:
-        self.rates, self.model, self.message = rates, model, message
+    rates: GroupRates
+    model: str | None
+    message: str
 
 
 def _frames(group: str, interval_s: float) -> Iterator[_Frame]:

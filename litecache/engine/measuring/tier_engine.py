@@ -229,10 +229,6 @@ class TierEngine:
         self._close_shards()
         self.engine.set_shards(self._open())
 
-    def counter(self, name: str, label: str) -> dict[str, float]:
-        """A counter of the engine by one of its labels."""
-        return self.engine.metrics.by_label(name, label)
-
     def close(self) -> None:
         """End it all; the folder stays."""
         gc.unfreeze()
