@@ -27,6 +27,9 @@ _BLOCK_SIZE = 16
 _KV_HEADS = 8
 _LAYERS = 8
 _ROUNDS = 5
+_BATCH, _CONTEXT = 64, 2048
+"""Sequences of a step, and the mean of their tokens: from an eighth of it on, so that shares are
+uneven."""
 SHAPES = tuple(
     Shape(itemsize, dim, grouped, 16, fp8)
     for itemsize, fp8 in ((2, False), (1, False), (1, True))
@@ -100,12 +103,10 @@ class GraphTimer:
 
     Args:
         device: a CUDA device.
-        batch: sequences.
-        context: mean of their tokens; from an eighth of it on, so that shares are uneven.
     """
 
-    def __init__(self, device: torch.device, batch: int = 64, context: int = 2048) -> None:
-        self._device, self._batch, self._context = device, batch, context
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._shape: Shape | None = None
 
     def __call__(self, shape: Shape, numbers: Numbers) -> float:
@@ -123,7 +124,7 @@ class GraphTimer:
 
         def step() -> None:
             geometry = self._layers[0].geometry
-            plan = plan_decode(self._metadata, geometry, slice(0, self._batch), 1, config)
+            plan = plan_decode(self._metadata, geometry, slice(0, _BATCH), 1, config)
             for layer in self._layers:
                 decode(layer, plan, out)
 
@@ -146,18 +147,18 @@ class GraphTimer:
     def _prepare(self, shape: Shape) -> None:
         """A pool of several layers, larger than the cache together, and a step over it."""
         self._shape = shape
-        low, high = self._context // 8, 2 * self._context - self._context // 8
-        lens = [low + (high - low) * i // (self._batch - 1) for i in range(self._batch)]
+        low, high = _CONTEXT // 8, 2 * _CONTEXT - _CONTEXT // 8
+        lens = [low + (high - low) * i // (_BATCH - 1) for i in range(_BATCH)]
         widths = [-(-length // _BLOCK_SIZE) for length in lens]
         count = sum(widths) + 1
         blocks = iter((torch.randperm(count - 1) + 1).tolist())
         tables = [[next(blocks) for _ in range(width)] for width in widths]
         self._metadata = AttentionMetadata.build(
-            [1] * self._batch, lens, tables, _BLOCK_SIZE, self._device
+            [1] * _BATCH, lens, tables, _BLOCK_SIZE, self._device
         )
         heads = _KV_HEADS * (4 if shape.grouped else 1)
         self._query = torch.randn(
-            self._batch, heads, shape.dim, device=self._device, dtype=torch.bfloat16
+            _BATCH, heads, shape.dim, device=self._device, dtype=torch.bfloat16
         )
         self._layers = [self._layer(count, shape) for _ in range(_LAYERS)]
 

@@ -6,17 +6,19 @@ import logging
 import threading
 import time
 
+_LONGEST_PAUSE_S = 30.0
+_LINE_EVERY_S = 10.0
+
 
 class Backoff:
     """Holds a thing that failed back, twice as long each time.
 
     Args:
         first_s: pause after the first failure.
-        most_s: longest pause.
     """
 
-    def __init__(self, first_s: float = 0.5, most_s: float = 30.0) -> None:
-        self._first_s, self._most_s = first_s, most_s
+    def __init__(self, first_s: float = 0.5) -> None:
+        self._first_s = first_s
         self._pause_s = 0.0
         self._next = 0.0
 
@@ -39,7 +41,8 @@ class Backoff:
 
     def note(self, worked: bool) -> bool:
         """How an attempt ended; returns it."""
-        self._pause_s = 0.0 if worked else min(self._most_s, 2 * self._pause_s or self._first_s)
+        longer_s = min(_LONGEST_PAUSE_S, 2 * self._pause_s or self._first_s)
+        self._pause_s = 0.0 if worked else longer_s
         self._next = time.monotonic() + self._pause_s if self._pause_s else 0.0
         return worked
 
@@ -49,11 +52,10 @@ class LogByRate:
 
     Args:
         logger, level: where to.
-        every_s: least time between two lines.
     """
 
-    def __init__(self, logger: logging.Logger, level: int, every_s: float = 10.0) -> None:
-        self._logger, self._level, self._every_s = logger, level, every_s
+    def __init__(self, logger: logging.Logger, level: int) -> None:
+        self._logger, self._level = logger, level
         self._lock = threading.Lock()
         self._next = 0.0
         self._held_back = 0
@@ -64,7 +66,7 @@ class LogByRate:
             if time.monotonic() < self._next:
                 self._held_back += 1
                 return
-            self._next = time.monotonic() + self._every_s
+            self._next = time.monotonic() + _LINE_EVERY_S
             more, self._held_back = self._held_back, 0
         rest = f" (and {more} more since the last such line)" if more else ""
         self._logger.log(self._level, message + "%s", *args, rest)

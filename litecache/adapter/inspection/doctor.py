@@ -134,23 +134,23 @@ def _triton() -> Iterator[Finding]:
         "~/.triton, which must be writable"
     )
     try:
-        seconds = _run_kernel("cuda")
+        seconds = _run_kernel()
     except Exception as error:  # compilers and drivers raise whatever they like
         yield Finding("kernels", "bad", f"Triton runs no kernel here ({told(error)}): {advice}")
     else:
         yield Finding("kernels", "ok", f"Triton compiled and ran one in {seconds:.1f} s")
 
 
-def _run_kernel(device: str) -> float:
+def _run_kernel() -> float:
     """Run one of ours, compiled anew where it is not in Triton's cache; its seconds."""
     import torch
 
     from litecache.kernels.dispatch import copy_blocks
 
     started = time.perf_counter()
-    pool = torch.arange(2 * 4096, device=device).to(torch.uint8).view(2, 4096)
+    pool = torch.arange(2 * 4096, device="cuda").to(torch.uint8).view(2, 4096)
     pool[1] = 0
-    copy_blocks(pool, *(torch.tensor([block], device=device) for block in (0, 1)))
+    copy_blocks(pool, *(torch.tensor([block], device="cuda") for block in (0, 1)))
     if not torch.equal(pool[0], pool[1]):
         raise KernelError("a copied block has other bytes")
     return time.perf_counter() - started
