@@ -187,10 +187,16 @@ def silent_among(handles: Mapping[str, Any]) -> set[str]:
 
 def _done(refs: Iterable[Any], timeout_s: float) -> set[Any]:
     refs = list(refs)
+    return set(_wait_for(refs, len(refs), timeout_s)[0]) if refs else set()
+
+
+def _wait_for(refs: list[Any], count: int, timeout_s: float) -> tuple[list[Any], list[Any]]:
+    """Those that have an outcome, once so many have or the time is over, and the others."""
     try:
-        return set(_wait(refs, num_returns=len(refs), timeout=timeout_s)[0]) if refs else set()
+        done, left = _wait(refs, num_returns=count, timeout=timeout_s)
     except RayError as error:
         raise GroupError(f"waiting failed in Ray: {first_line(error)}") from error
+    return done, left
 
 
 def first_ended(refs: Sequence[Any], deadline: float) -> dict[Any, float]:
@@ -198,11 +204,7 @@ def first_ended(refs: Sequence[Any], deadline: float) -> dict[Any, float]:
     ended: dict[Any, float] = {}
     open_ = list(refs)
     while open_:
-        left_s = max(0.0, deadline - time.monotonic())
-        try:
-            done, open_ = _wait(open_, num_returns=1, timeout=left_s)
-        except RayError as error:
-            raise GroupError(f"waiting failed in Ray: {first_line(error)}") from error
+        done, open_ = _wait_for(open_, 1, max(0.0, deadline - time.monotonic()))
         now = time.monotonic()
         ended.update(dict.fromkeys(done, now))
         if not done:
@@ -212,10 +214,7 @@ def first_ended(refs: Sequence[Any], deadline: float) -> dict[Any, float]:
 
 def ready_among(refs: Iterable[Any], timeout_s: float) -> set[Any]:
     """Of what `.remote()` returned, what has an outcome as soon as one has, or none in time."""
-    try:
-        return set(_wait(list(refs), num_returns=1, timeout=timeout_s)[0])
-    except RayError as error:
-        raise GroupError(f"waiting failed in Ray: {first_line(error)}") from error
+    return set(_wait_for(list(refs), 1, timeout_s)[0])
 
 
 def was_restarted() -> bool:
