@@ -30,7 +30,6 @@ from litecache.adapter.sources import resolve_model
 from litecache.adapter.stats import CacheStats
 from litecache.adapter.surface.cache_control import CacheSurface
 from litecache.adapter.surface.forwarding import ForwardSurface
-from litecache.adapter.surface.generating import GenerateSurface
 from litecache.adapter.surface.model_surface import ModelSurface
 from litecache.checks import check_flag, check_threads
 from litecache.config import CacheConfig
@@ -41,7 +40,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class KVCacheAdapter(GenerateSurface, ForwardSurface, CacheSurface, ChatSurface, ModelSurface):
+class KVCacheAdapter(ChatSurface, ForwardSurface, CacheSurface, ModelSurface):
     """A model on Ray actors with a paged, tiered, persistent KV cache.
 
     Args:

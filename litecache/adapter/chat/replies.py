@@ -9,16 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from litecache.adapter.streaming import TokenStream
 from litecache.errors import ConfigError, outline, told
 from litecache.types import TokenLogprobs
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+    from litecache.adapter.surface.generating import GenerateSurface
 
 Message = dict[str, Any]
 """`{"role": ..., "content": ...}`, and whatever else a template reads."""
@@ -28,23 +29,6 @@ _MADE_HERE = (
     "return_dict_in_generate",
 )  # fmt: skip
 _CONVERSATION = "a list of messages, each a dict with a role"
-
-
-class Generates(Protocol):
-    """What chatting needs of `KVCacheAdapter`."""
-
-    @property
-    def tokenizer(self) -> Any:
-        """The model's."""
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Tokens to tokens."""
-
-    def stream(self, *args: Any, **kwargs: Any) -> TokenStream:
-        """Tokens to text as it comes."""
-
-    def chat(self, *args: Any, **kwargs: Any) -> Any:
-        """Messages to an answer."""
 
 
 @dataclass(frozen=True)
@@ -212,7 +196,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
 
 
 def ask(
-    llm: Generates,
+    llm: GenerateSurface,
     template: ChatTemplate,
     prompts: Sequence[Sequence[int]],
     settings: Mapping[str, Any],
@@ -254,7 +238,7 @@ class ChatStream:
 
     def __init__(
         self,
-        llm: Generates,
+        llm: GenerateSurface,
         template: ChatTemplate,
         prompt: Sequence[int],
         settings: Mapping[str, Any],

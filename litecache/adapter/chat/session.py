@@ -14,13 +14,12 @@ import asyncio
 import threading
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from litecache.adapter.chat.replies import (
     ChatReply,
     ChatStream,
     ChatTemplate,
-    Generates,
     Message,
     ask,
     check_messages,
@@ -29,6 +28,9 @@ from litecache.adapter.chat.replies import (
 )
 from litecache.checks import check_flag
 from litecache.errors import ConfigError
+
+if TYPE_CHECKING:
+    from litecache.adapter.surface.generating import GenerateSurface
 
 # So many tokens of the prompt are decoded with an answer: what a token's text is may depend on the
 # one before it.
@@ -98,7 +100,7 @@ class ChatSession:
 
     def __init__(
         self,
-        llm: Generates,
+        llm: GenerateSurface,
         template: ChatTemplate,
         messages: Sequence[Message],
         settings: Mapping[str, Any],

@@ -9,7 +9,6 @@ from typing import Any
 from litecache.adapter.chat.replies import (
     ChatStream,
     ChatTemplate,
-    Generates,
     Message,
     ask,
     check_messages,
@@ -18,15 +17,16 @@ from litecache.adapter.chat.replies import (
 )
 from litecache.adapter.chat.session import ChatSession
 from litecache.adapter.prompts import check_sequences
+from litecache.adapter.surface.generating import GenerateSurface
 from litecache.checks import check_flag, check_text
 from litecache.errors import ConfigError, outline
 
 
-class ChatSurface:
+class ChatSurface(GenerateSurface):
     """Conversations by the tokenizer's chat template."""
 
     def chat(
-        self: Generates,
+        self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         tools: Sequence[Any] | None = None,
         *,
@@ -92,7 +92,7 @@ class ChatSurface:
         return replies if several or len(replies) > 1 else replies[0]
 
     async def achat(
-        self: Generates,
+        self,
         messages: Sequence[Message],
         tools: Sequence[Any] | None = None,
         *,
@@ -120,7 +120,7 @@ class ChatSurface:
         return opened if stream else await read(opened)
 
     def session(
-        self: Generates,
+        self,
         system: str | None = None,
         *,
         messages: Sequence[Message] = (),

@@ -13,12 +13,11 @@ import inspect
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from litecache.adapter.driver import Driver
 from litecache.config import CacheConfig
-from litecache.engine.engine_info import EngineInfo
-from litecache.engine.loading.model_source import ModelSource
 from litecache.errors import ConfigError, outline
 
 if TYPE_CHECKING:
@@ -34,16 +33,14 @@ _PASSED_OVER = frozenset(
 )
 
 
-class ModelSurface:
+class ModelSurface(Driver):
     """Attributes and methods of a `PreTrainedModel` in eval mode, without its weights.
 
     Attributes:
-        config: the model's configuration.
         training: always False.
         main_input_name, input_modalities, output_modalities, framework: as of a language model.
     """
 
-    config: PretrainedConfig
     training = False
     main_input_name = "input_ids"
     input_modalities = "text"
@@ -51,7 +48,6 @@ class ModelSurface:
     framework = "pt"
     # of a result's scores, without the model
     compute_transition_scores = GenerationMixin.compute_transition_scores
-    _source: ModelSource
 
     @classmethod
     def from_pretrained(
@@ -104,11 +100,6 @@ class ModelSurface:
         made: Any = cls
         adapter: Self = made(name, cache_config=cache_config, **given)
         return adapter
-
-    @property
-    def info(self) -> EngineInfo:
-        """The engine's limits, block size, device and dtype."""
-        raise NotImplementedError
 
     @property
     def device(self) -> torch.device:
