@@ -18,6 +18,7 @@ no longer chosen. Both are chosen again from their next report on.
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -232,18 +233,9 @@ class Router:
         self, replica: _Replica, held: int, prompt: RoutedPrompt, speed: float, now: float
     ) -> int:
         """How many of the keys that went to a replica are computed there by now, as it seems."""
-        if not held:
-            return 0
         waiting = _queued_tokens(replica, speed * (now - replica.last_seen))
         done, pool = replica.given_tokens - waiting, replica.pool
-        low, high = 0, held
-        while low < high:
-            middle = (low + high) // 2
-            if pool[prompt.keys[middle]] <= done:
-                low = middle + 1
-            else:
-                high = middle
-        return low
+        return bisect_left(range(held), True, key=lambda at: pool[prompt.keys[at]] > done)
 
     def _with_holder(
         self, index: int, found: int, ready: Mapping[int, int], prefix_by_node: Mapping[str, int]
@@ -302,14 +294,7 @@ class Router:
 
 def _held(pool: Mapping[BlockKey, float], keys: Sequence[BlockKey]) -> int:
     """How many leading keys are in a pool, where heads are forgotten after their tails."""
-    low, high = 0, len(keys)
-    while low < high:
-        middle = (low + high) // 2
-        if keys[middle] in pool:
-            low = middle + 1
-        else:
-            high = middle
-    return low
+    return bisect_left(range(len(keys)), True, key=lambda at: keys[at] not in pool)
 
 
 def _queued_tokens(replica: _Replica, done_tokens: float) -> float:
