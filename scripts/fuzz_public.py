@@ -50,8 +50,6 @@ LATE_S = {"cli": 3.0}
 MIB = 1 << 20
 VOCAB = 64
 
-Arguments = tuple[list[Any], dict[str, Any]]
-
 
 class Entry:
     """One public entry: how it is called well, and what its arguments may be."""

@@ -4,7 +4,6 @@ slowed down or stopped inside the file layer, and a scratch folder."""
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import tempfile
 import threading
@@ -108,9 +107,3 @@ def scratch(parent: Path | None, keep: bool = False) -> Iterator[Path]:
 def model_limits(config: dict[str, Any]) -> int:
     """The longest sequence of a geometry."""
     return int(config["max_position_embeddings"])
-
-
-def free_disk_bytes(folder: Path) -> int:
-    """What may still be written there."""
-    found = os.statvfs(folder)
-    return found.f_bavail * found.f_frsize

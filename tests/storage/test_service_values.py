@@ -23,7 +23,6 @@ from litecache.storage.service.tasks import Task
 
 MIB = 1 << 20
 PAGE = 4096
-HASHES = [1, 2]
 PAGES = list(range(100))
 
 
