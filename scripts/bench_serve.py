@@ -1,7 +1,7 @@
 """What the HTTP interface costs: the server against the adapter that it is made of, in one run.
 
     python scripts/bench_serve.py [--rounds 5] [--clients 32] [--requests 2] [--tokens 64]
-        [--only hop throughput] [--model NAME] [--threads N] [--json FILE] [--quick]
+        [--only hop throughput structured] [--model NAME] [--threads N] [--json FILE] [--quick]
 
 Without --model SmolLM2-135M in float32, from the packaged file. One group of actors answers both:
 an adapter in this process, and an application of Ray Serve that has joined the group.
@@ -12,6 +12,9 @@ hop         first token of a prompt at one client, new each time: through the ad
 throughput  tokens/s of `--clients` clients, each with `--requests` requests one after the other:
             through the adapter, through the server in one piece (promised 0.9 of the adapter's) and
             as streams (0.8); in turns.
+structured  tokens/s of one client and of eight: plain greedy answers, and answers of a form (a list
+            of numbers, where nothing is forced, and one of records, where their keys are) of the
+            same length, all through the server; in turns.
 
 Clients, server and engine share the machine's cores: on few cores the clients are part of the cost.
 """
@@ -38,11 +41,21 @@ from litecache import CacheConfig, KVCacheAdapter
 from litecache.adapter.gguf import convert_gguf, packaged_gguf
 from litecache.serving import build_app
 
-CASES = ("hop", "throughput")
+CASES = ("hop", "throughput", "structured")
 GROUP = "bench-serve"
 HOP_SLACK_MS = 2.0
 HOP_TOKENS = 4  # after the first nothing of an answer is measured
 SHARES = {"in one piece": 0.9, "as a stream": 0.8}
+RECORD = {
+    "type": "object",
+    "properties": {"first_name": {"enum": ["Ada", "Grace", "Alan"]}, "age": {"type": "integer"}},
+    "required": ["first_name", "age"],
+    "additionalProperties": False,
+}
+FORMS = {
+    "numbers": {"type": "array", "items": {"type": "integer"}, "minItems": 1000},
+    "records": {"type": "array", "items": RECORD, "minItems": 1000},
+}
 
 
 @serve.deployment(name="Bare", ray_actor_options={"num_cpus": 0}, max_ongoing_requests=1 << 16)
@@ -109,13 +122,19 @@ class Bench:
         return first
 
     async def through_server(
-        self, prompt: list[int], tokens: int = 0, *, stream: bool = True
+        self, prompt: list[int], tokens: int = 0, *, stream: bool = True, schema: Any = None
     ) -> float:
-        """The same over HTTP; in one piece the first token is the last."""
+        """The same over HTTP; in one piece the first token is the last.
+
+        `schema` is of a form that so many tokens do not complete.
+        """
         body = {
             "model": "bench", "prompt": prompt, "max_tokens": tokens or self.tokens,
             "ignore_eos": True, "temperature": 0, "stream": stream,
         }  # fmt: skip
+        if schema is not None:
+            form = {"type": "json_schema", "json_schema": {"name": "bench", "schema": schema}}
+            body["response_format"] = form
         session = await self.session()
         started, first = time.perf_counter(), 0.0
         async with session.post(f"{self.url}/v1/completions", json=body) as answer:
@@ -216,6 +235,31 @@ def throughput(bench: Bench, report: Report, rounds: int, clients: int, requests
     return good
 
 
+def structured(bench: Bench, report: Report, rounds: int, requests: int) -> None:
+    """Tokens per second of answers of a form, and of plain ones of the same length."""
+
+    def measured(clients: int, schema: Any) -> Callable[[], float]:
+        def ask(prompt: list[int]) -> Awaitable[float]:
+            return bench.through_server(prompt, stream=False, schema=schema)
+
+        return lambda: bench.run(bench.many(clients, requests, ask))
+
+    for clients in (1, 8):
+        kinds = {"plain": None, **FORMS}
+        samples = alternate(rounds, {k: measured(clients, kinds[k]) for k in kinds})
+        plain = summarise(samples["plain"])
+        case = f"{clients} forms"
+        report.add(Row(case, "plain", plain.median, "tokens/s", spread=plain.spread,
+                       samples=plain.samples))  # fmt: skip
+        for name in FORMS:
+            figure = summarise(samples[name])
+            ratio = statistics.median(
+                a / b for a, b in zip(samples[name], samples["plain"], strict=True)
+            )
+            report.add(Row(case, name, figure.median, "tokens/s", plain.median, ratio,
+                           "of plain ones", figure.spread, figure.samples))  # fmt: skip
+
+
 def free_port() -> int:
     """Of this machine alone."""
     with socket.socket() as probe:
@@ -258,6 +302,8 @@ def main() -> int:
                     good.append(throughput(
                         bench, report, options.rounds, options.clients, options.requests
                     ))  # fmt: skip
+                if "structured" in options.only:
+                    structured(bench, report, options.rounds, options.requests)
             finally:
                 bench.close()
                 serve.shutdown()
