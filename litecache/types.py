@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from litecache.token_ids import TokenIds
 
-MESSAGE_VERSION = 8
+MESSAGE_VERSION = 9
 
 CACHE_USES = ("default", "no-store", "read-only")
 """What becomes of the blocks that a request computes: see `Request.cache`."""
@@ -139,6 +139,9 @@ class Request:
             positions are handed out, or with `sampling.logprobs` the log-probabilities of the
             tokens that follow them. They are computed, whatever is cached; what lies in front of
             them is reused. 0 = it draws.
+        mask: it is guided: each of its tokens is one that its driver allows. This is the bitmap of
+            those that may be the next one, see `mask_bytes`; the others come as `Guidance`. None =
+            any token may come.
     """
 
     request_id: str
@@ -153,10 +156,34 @@ class Request:
     priority: int = 0
     max_time_s: float | None = None
     logits: int = 0
+    mask: bytes | None = None
     version: int = MESSAGE_VERSION
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt", TokenIds(self.prompt))
+
+
+def mask_bytes(vocab_size: int) -> int:
+    """Of a bitmap of tokens: int32 `[ceil(vocab_size / 32)]`, little-endian, a bit a token, the
+    lowest one first; 1 = it may be drawn."""
+    return 4 * -(-vocab_size // 32)
+
+
+class Guidance(NamedTuple):
+    """What a driver says of a guided request that has drawn a token and waits.
+
+    Attributes:
+        request_id: whose.
+        num_tokens: of prompt and output as the driver knows them; for any other number of tokens
+            than the request has it is void.
+        token_ids: tokens that follow without being drawn; no delta tells them.
+        mask: of those that may be drawn behind them, as `Request.mask`; empty: the request ends.
+    """
+
+    request_id: str
+    num_tokens: int
+    token_ids: tuple[int, ...]
+    mask: bytes
 
 
 class TokenLogprobs(NamedTuple):
@@ -190,6 +217,7 @@ class TokenDelta(NamedTuple):
             were computed by plan, since that was sooner. Sent with the first token.
         logits: `[Request.logits, vocab]`, rows one after the other in the model's dtype or in
             float32, as the model gives them; sent at the end.
+        awaits_guidance: the request is guided and sits out until its driver has answered.
     """
 
     request_id: str
@@ -202,6 +230,7 @@ class TokenDelta(NamedTuple):
     logprobs: tuple[TokenLogprobs, ...] = ()
     found_tokens: dict[str, int] | None = None
     logits: bytes | None = None
+    awaits_guidance: bool = False
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ from litecache.sockets.server import AsyncHandler, AsyncSocketServer
 from litecache.spans import Span, record_spans, recorded_spans
 from litecache.threads import fault_counts, start_job, start_service
 from litecache.token_ids import TokenIds
-from litecache.types import PollReply, Request, TokenDelta
+from litecache.types import Guidance, PollReply, Request, TokenDelta
 
 if TYPE_CHECKING:
     from litecache.engine.engine import Engine
@@ -210,6 +210,10 @@ class GpuCache:
             # No token in all that time: submitting nothing raises what ended the engine's thread.
             (await self._ready()).submit([])
         return reply
+
+    async def guide(self, guidance: Sequence[Guidance]) -> None:
+        """See `Engine.guide`."""
+        (await self._ready()).guide(guidance)
 
     async def abort(self, request_ids: Sequence[str]) -> None:
         """End requests; their last delta says ABORT."""

@@ -22,6 +22,7 @@ from litecache.token_ids import TokenIds
 from litecache.types import (
     MESSAGE_VERSION,
     FinishReason,
+    Guidance,
     PollReply,
     Request,
     SamplingParams,
@@ -34,7 +35,7 @@ _SAMPLING_FIELDS = tuple(field.name for field in dataclasses.fields(SamplingPara
 _COLUMNS = (
     *("request_id", "client_id", "input_ids", "sampling", "num_resumed_tokens"),
     *("cache_salt", "cache", "expires_s", "retention", "priority", "max_time_s", "logits"),
-    "sampling",
+    *("mask", "sampling"),
 )
 _MOST_ITEMS = 1 << 24
 _FINISH_REASONS = {reason.value: reason for reason in FinishReason}
@@ -45,18 +46,22 @@ class ReplicaMethod(IntEnum):
 
     SUBMIT = 1
     POLL = 2
+    GUIDE = 3
 
 
 def answering(
     method: ReplicaMethod, actor: Callable[..., Awaitable[Any]]
 ) -> Callable[[bytes], Awaitable[bytes]]:
     """A coroutine method of a replica as a handler of messages."""
-    pack: Callable[[Any], bytes] = pack_value if method is ReplicaMethod.SUBMIT else pack_reply
+    pack: Callable[[Any], bytes] = pack_reply if method is ReplicaMethod.POLL else pack_value
+    unpack: Callable[[bytes], tuple[tuple[Any, ...], list[Any]]] = unpack_call
+    if method is ReplicaMethod.GUIDE:
+        unpack = unpack_guidance
 
     async def answer(message: bytes) -> bytes:
-        arguments, requests = unpack_call(message)
+        arguments, rows = unpack(message)
         try:
-            call = actor(*arguments, requests)
+            call = actor(*arguments, rows)
         except TypeError:  # of binding the arguments: a coroutine method has run nothing yet
             what = f"{len(arguments)} arguments"
             raise ConfigError("message", what, f"those of {method.name.lower()}") from None
@@ -82,6 +87,7 @@ def pack_call(*arguments: Any, requests: Sequence[Request] = ()) -> bytes:
         [request.priority for request in requests],
         [request.max_time_s for request in requests],
         [request.logits for request in requests],
+        [request.mask for request in requests],
         [[getattr(each, name) for name in _SAMPLING_FIELDS] for each in samplings.values()],
     )
     return _pack(arguments, columns, ("arguments", _COLUMNS))
@@ -109,6 +115,16 @@ def unpack_call(message: bytes) -> tuple[tuple[Any, ...], list[Request]]:
     return _unpack(message, read)
 
 
+def pack_guidance(guidance: Sequence[Guidance]) -> bytes:
+    """What a driver says of its guided requests."""
+    return _pack((), [tuple(each) for each in guidance], ("arguments", "guidance"))
+
+
+def unpack_guidance(message: bytes) -> tuple[tuple[Any, ...], list[Guidance]]:
+    """Inverse of `pack_guidance`; raises as `unpack_call`."""
+    return _unpack(message, lambda _, rows: ((), [Guidance(*each) for each in rows]))
+
+
 def pack_reply(reply: PollReply) -> bytes:
     """What a poll answers."""
     return _pack((reply.first_seq, reply.epoch), reply.deltas, ("reply", "deltas"))
@@ -125,10 +141,10 @@ def unpack_reply(message: bytes) -> PollReply:
 
 
 def _delta(fields: Any) -> TokenDelta:
-    name, token_ids, finish, error, kind, reused, ttft_s, logprobs, found, logits = fields
+    name, token_ids, finish, error, kind, reused, ttft_s, logprobs, *rest = fields
     finish = None if finish is None else _FINISH_REASONS[finish]
     logprobs = tuple(TokenLogprobs(*each) for each in logprobs) if logprobs else ()
-    return TokenDelta(name, token_ids, finish, error, kind, reused, ttft_s, logprobs, found, logits)
+    return TokenDelta(name, token_ids, finish, error, kind, reused, ttft_s, logprobs, *rest)
 
 
 def pack_routing(prompts: Sequence[RoutedPrompt], silent: Mapping[int, float]) -> bytes:

@@ -158,7 +158,7 @@ class Outbox:
             ack: the last sequence number that the client has.
             hold_s: how long to wait when there is nothing to tell.
             gap_s: least time since the last reply, to tell several tokens at once; a request's
-                first and last tokens do not wait for it.
+                first and last tokens do not wait for it, nor those of guided ones.
         """
         client = self._seen(client_id)
         client.wake(current=False)  # an older poll of this client that still waits gives way
@@ -263,5 +263,6 @@ def _joined(deltas: Sequence[TokenDelta]) -> TokenDelta:
 
 
 def _is_urgent(delta: TokenDelta) -> bool:
-    """A request's first token, or its last."""
-    return delta.finish_reason is not None or delta.ttft_s is not None
+    """A request's first token, or its last, or one that it waits with for its driver."""
+    ended = delta.finish_reason is not None
+    return ended or delta.ttft_s is not None or delta.awaits_guidance

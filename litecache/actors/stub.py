@@ -17,7 +17,13 @@ from ray.exceptions import RayError
 
 from litecache.actors.calls import result
 from litecache.actors.cluster import RayConnection
-from litecache.actors.messages import ReplicaMethod, pack_call, unpack_reply, unpack_value
+from litecache.actors.messages import (
+    ReplicaMethod,
+    pack_call,
+    pack_guidance,
+    unpack_reply,
+    unpack_value,
+)
 from litecache.actors.naming import CALL_TIMEOUT_S
 from litecache.errors import (
     GroupUnavailableError,
@@ -27,7 +33,7 @@ from litecache.errors import (
     first_line,
 )
 from litecache.sockets.channel import SocketChannel
-from litecache.types import PollReply, Request
+from litecache.types import Guidance, PollReply, Request
 
 logger = logging.getLogger(__name__)
 
@@ -164,6 +170,11 @@ class ReplicaStub(Stub):
         """Begin `GpuCache.poll`."""
         message = pack_call(*arguments, requests=requests)
         return self._ask_either_way(ReplicaMethod.POLL, message, unpack_reply)
+
+    def guide(self, guidance: Sequence[Guidance]) -> Answer[None]:
+        """Begin `GpuCache.guide`."""
+        message = pack_guidance(guidance)
+        return self._ask_either_way(ReplicaMethod.GUIDE, message, unpack_value)
 
     def abort(self, wire_ids: Sequence[str]) -> None:
         """Begin `GpuCache.abort`; nobody waits for it."""

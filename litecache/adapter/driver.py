@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from litecache.actors.group import Group
 from litecache.adapter.forward import ReplicaForward
 from litecache.adapter.generation import GenerationSettings, draw_seed
-from litecache.adapter.pending import PendingRequest, StopStrings
+from litecache.adapter.pending import Guide, PendingRequest, StopStrings
 from litecache.adapter.prompts import check_prompt, check_sequences, naming, one_row
 from litecache.adapter.replicas import ReplicaSet
 from litecache.adapter.sources import ResolvedModel, load_tokenizer
@@ -187,7 +187,6 @@ class Driver:
         count: int,
         use: CacheUse,
         logprobs: int | None = None,
-        priority: int = 0,
     ) -> Request:
         return Request(
             request_id=f"{self._client_id}-{next(self._numbers)}",
@@ -195,7 +194,6 @@ class Driver:
             prompt=tokens,
             sampling=SamplingParams(0, logprobs=logprobs),
             logits=count,
-            priority=priority,
             **use.fields(),
         )
 
@@ -208,6 +206,7 @@ class Driver:
         *,
         streaming: bool = False,
         priority: int = 0,
+        guides: Sequence[Guide] | None = None,
     ) -> list[PendingRequest]:
         """Check all requests, then submit them, all or none; samples of a prompt in a row.
 
@@ -217,7 +216,7 @@ class Driver:
             use: of the cache.
             seed, tokenizer: as in `generate`.
             streaming: somebody looks at each token as it comes.
-            priority: as in `submit`.
+            priority, guides: as in `submit`.
         """
         check_sequences("num_return_sequences", sum(job[2].num_return_sequences for job in jobs))
         drawn = draw_seed(seed, sampling=any(job[2].do_sample for job in jobs))
@@ -232,17 +231,19 @@ class Driver:
                     seed=drawn,
                     sample_index=len(rows),
                 )
+                guide = None if guides is None else guides[len(rows)]
                 request = Request(
                     request_id=f"{self._client_id}-{next(self._numbers)}",
                     client_id=self._client_id,
                     prompt=prompt,
                     sampling=sampling,
+                    mask=None if guide is None else guide.mask,
                     **use.fields(),
                     priority=priority,
                     max_time_s=each.max_time_s,
                 )
                 self.info.check(request)
-                rows.append(PendingRequest(request, streaming=streaming, stop=stop))
+                rows.append(PendingRequest(request, streaming=streaming, stop=stop, guide=guide))
         self._replicas.submit(rows)
         return rows
 

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import StopStringCriteria
@@ -28,7 +28,23 @@ from litecache.errors import (
     RequestAborted,
     told,
 )
-from litecache.types import FinishReason, Request, TokenDelta, TokenLogprobs
+from litecache.types import FinishReason, Guidance, Request, TokenDelta, TokenLogprobs
+
+
+class Guide(Protocol):
+    """What a guided request may say; used by one thread at a time.
+
+    Attributes:
+        mask: of the tokens that may be next, see `litecache.types.mask_bytes`; empty: it is whole,
+            and nothing follows.
+    """
+
+    @property
+    def mask(self) -> bytes:
+        """See above."""
+
+    def take(self, tokens: Sequence[int]) -> list[int]:
+        """Go on by tokens that were drawn; those that must follow, by which it has gone on, too."""
 
 
 class PendingRequest:
@@ -54,15 +70,24 @@ class PendingRequest:
         deaths: processes of replicas that ended while they had it, since its last token.
         pid: of the process that made it, the only one that receives its tokens.
 
-    `stop` are texts that end it, looked for in the tokens as they arrive.
+    `stop` are texts that end it, looked for in the tokens as they arrive. `guide` says which tokens
+    may come; what it leaves no choice about is appended here and told the engine, which draws the
+    rest.
     """
 
     def __init__(
-        self, request: Request, *, streaming: bool = False, stop: StopStrings | None = None
+        self,
+        request: Request,
+        *,
+        streaming: bool = False,
+        stop: StopStrings | None = None,
+        guide: Guide | None = None,
     ) -> None:
         self.request, self.request_id = request, request.request_id
         self.streaming = streaming or stop is not None
         self._stop = stop
+        self._guide, self._guide_lock = guide, threading.Lock()
+        self._mask, self._num_guided = request.mask, 0
         # The end of prompt and tokens, as far as a stop string may reach back.
         self._seen = [] if stop is None else stop.last_of(request.prompt)
         self.tokens: list[int] = []
@@ -102,6 +127,7 @@ class PendingRequest:
             request_id=self.wire_id,
             prompt=self.request.prompt + self.tokens,
             num_resumed_tokens=len(self.tokens),
+            mask=self._mask,
         )
 
     def next_attempt(self) -> bool:
@@ -109,6 +135,9 @@ class PendingRequest:
         self._attempt += 1
         self.epoch = None
         sampling = self.request.sampling
+        if self._guide is not None and not self.abandoned:
+            with self._guide_lock:
+                self._go_on(self._guide)
         if self.abandoned:
             self.abort()
         elif self.tokens and self.tokens[-1] in sampling.eos_token_ids:
@@ -137,7 +166,8 @@ class PendingRequest:
                     self.found_tokens = dict(delta.found_tokens or {})
             reason = delta.finish_reason
             if reason is None:
-                self._tell()
+                if not delta.awaits_guidance:  # else what follows is told with it
+                    self._tell()
             elif reason is FinishReason.ERROR:
                 self.fail(remote_error(delta.error_type, delta.error))
             elif reason is FinishReason.ABORT:
@@ -159,6 +189,51 @@ class PendingRequest:
             finish_reason=FinishReason.STOP,
             error=None,
         )
+
+    def guidance(self, wire_id: str) -> Guidance | None:
+        """How a guided request goes on behind the tokens that have come; None when nobody waits
+        for it any more.
+
+        Args:
+            wire_id: of the attempt that waits.
+        """
+        assert self._guide is not None, "of a guided request"
+        with self._guide_lock:
+            if wire_id != self.wire_id or self.abandoned:
+                return None
+            drawn = len(self.tokens)
+            self._go_on(self._guide)
+            forced, mask = tuple(self.tokens[drawn:]), b"" if self.done else self._mask
+            return Guidance(wire_id, len(self.request.prompt) + drawn, forced, mask or b"")
+
+    def _go_on(self, guide: Guide) -> None:
+        """Take what was drawn since the last call, and append what must follow."""
+        new, sampling = self.tokens[self._num_guided :], self.request.sampling
+        if not new or self.done:
+            return
+        try:
+            forced, mask = guide.take(new), guide.mask
+        except Exception as error:  # whatever it is: nobody knows what may follow
+            self.fail(error)
+            return
+        with self._condition:
+            if self.done:
+                return
+            end = next((i for i, each in enumerate(forced, 1) if each in sampling.eos_token_ids), 0)
+            room = sampling.max_new_tokens - len(self.tokens)
+            count = min(end or len(forced), room)
+            certain = () if sampling.logprobs is None else (TokenLogprobs(0.0, ()),) * count
+            made = self._cut(TokenDelta(self.wire_id, tuple(forced[:count]), logprobs=certain))
+            self.tokens.extend(made.token_ids)
+            self.logprobs.extend(made.logprobs)
+            self._num_guided, self._mask = len(self.tokens), mask
+            whole = count == (end or len(forced)) and (bool(end) or not mask)
+            if whole or made.finish_reason is not None:
+                self._finish(FinishReason.STOP)
+            elif len(self.tokens) >= sampling.max_new_tokens:
+                self._finish(FinishReason.LENGTH)
+            else:
+                self._tell()
 
     def abort(self) -> None:
         """End it for its caller, who is told so."""

@@ -8,10 +8,12 @@ depend on positions alone, so the caller sees the same tokens as without the fai
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from litecache.actors.calls import UNREACHABLE, ActorEndedError
@@ -20,7 +22,7 @@ from litecache.actors.stub import Answer, ReplicaStub
 from litecache.adapter.pending import PendingRequest
 from litecache.errors import GroupUnavailableError, LiteCacheError, RequestTimeout, told
 from litecache.threads import start_service
-from litecache.types import PollReply, Request
+from litecache.types import Guidance, PollReply, Request
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +39,9 @@ _SHARED_POLL_HOLD_S = 0.5
 # A request that has seen so many processes end, and no token in between, may be what ends them.
 MOST_DEATHS = 3
 _LOST = "lost"
+# What guided requests wait for is sent together, so that they go on in one step; but none waits
+# longer than this for those behind it.
+_GUIDED_TOGETHER_S = 0.003
 
 
 class ReplicaPoller:
@@ -70,6 +75,7 @@ class ReplicaPoller:
         # A poll that was sent along with a submission, and the ids that it submits.
         self._first_poll: tuple[Answer[PollReply], list[str]] | None = None
         self._polling = False
+        self._guides = ThreadPoolExecutor(2, "guide")  # a slow form holds up no poll
         self._thread = start_service(self._run, "poll")
 
     @property
@@ -164,6 +170,7 @@ class ReplicaPoller:
             left = self._drop(wire_ids)
             self._closed = True
             self._condition.notify_all()
+        self._guides.shutdown(wait=False, cancel_futures=True)
         self._stop_computing(wire_ids)
         for pending in left:
             pending.fail(GroupUnavailableError("the adapter was closed"))
@@ -293,7 +300,7 @@ class ReplicaPoller:
         # What was told before this reply's acknowledgement arrived is told again: skip it.
         fresh = reply.deltas[max(0, self._ack + 1 - reply.first_seq) :]
         self._ack = max(self._ack, reply.first_seq + len(reply.deltas) - 1)
-        unwanted = []
+        unwanted, asking = [], []
         for delta in fresh:
             pending = self._open.get(delta.request_id)
             if pending is not None:
@@ -306,8 +313,47 @@ class ReplicaPoller:
                 # A stop string is complete, which only the driver can see; or an abort had
                 # overtaken the submission.
                 unwanted.append(delta.request_id)
+            elif pending is not None and delta.awaits_guidance:
+                asking.append((delta.request_id, pending))
+        if asking:
+            with contextlib.suppress(RuntimeError):  # it was closed
+                self._guides.submit(self._guide, asking)
         self._stop_computing(unwanted)
         self._resubmit(reply.epoch)
+
+    def _guide(self, asking: Sequence[tuple[str, PendingRequest]]) -> None:
+        """Say how guided requests go on that have drawn a token."""
+        ready: list[Guidance] = []
+        began = time.perf_counter()
+        try:
+            for wire_id, row in asking:
+                guidance = row.guidance(wire_id)
+                if row.done:
+                    self._drop([wire_id])
+                if guidance is not None:
+                    ready.append(guidance)
+                if time.perf_counter() > began + _GUIDED_TOGETHER_S:
+                    self._send_guidance(ready)
+                    ready, began = [], time.perf_counter()
+            self._send_guidance(ready)
+        except Exception as error:  # callers must not wait for ever, whatever it is
+            logger.exception("%s: guiding failed", self.name)
+            text = f"{self.name}: guiding failed: {told(error)}"
+            self._fail([wire_id for wire_id, _ in asking], GroupUnavailableError(text))
+
+    def _send_guidance(self, guidance: Sequence[Guidance]) -> None:
+        if not guidance:
+            return
+        ids = [each.request_id for each in guidance]
+        try:
+            self._replica.guide(guidance).get(CALL_TIMEOUT_S, f"{self.name}: guide")
+        except UNREACHABLE as error:
+            # whether it has arrived or not: they are submitted again, with what they have
+            logger.warning("%s", error)
+            self._mark(ids, _LOST)
+            self._not_answered()
+        except LiteCacheError as error:
+            self._fail(ids, error)
 
     def _resubmit(self, epoch: str) -> None:
         with self._condition:

@@ -237,7 +237,12 @@ class ReplicaSet:
                 continue
             tokens = request.prompt[: place.num_keys * self._group.info.block_size]
             asked = dataclasses.replace(
-                request, prompt=tokens, sampling=SamplingParams(1), num_resumed_tokens=0, logits=0
+                request,
+                prompt=tokens,
+                sampling=SamplingParams(1),
+                num_resumed_tokens=0,
+                logits=0,
+                mask=None,
             )
             offers[name] = replicas[place.holder], pack_call(requests=[asked])
             if not place.same_node:

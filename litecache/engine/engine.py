@@ -62,7 +62,7 @@ from litecache.storage.namespaces import namespace_of
 from litecache.storage.shard_options import check_tiers
 from litecache.threads import start_job
 from litecache.token_ids import TokenIds
-from litecache.types import FinishReason, Request, SamplingParams, TokenDelta
+from litecache.types import FinishReason, Guidance, Request, SamplingParams, TokenDelta
 
 logger = logging.getLogger(__name__)
 
@@ -261,6 +261,24 @@ class Engine:
             self._carry_out(self._scheduler.abort(ids))
 
         self._post(end)
+
+    def guide(self, guidance: Sequence[Guidance]) -> None:
+        """What drivers allow guided requests next; what no request waits for is passed over.
+
+        Raises:
+            ConfigError: no such answers; none was taken.
+        """
+        self._check_alive()
+        if not isinstance(guidance, (list, tuple)):
+            raise ConfigError("guidance", type(guidance).__name__, "a list of Guidance")
+        for each in guidance:
+            self.info.check_guidance(each)
+
+        def take() -> None:  # all before the next step, which they share
+            for each in guidance:
+                self._carry_out(self._scheduler.guide(each))
+
+        self._post(take)
 
     def pause(self, request_ids: Sequence[str]) -> None:
         """Stop decoding requests whose client does not take their tokens."""

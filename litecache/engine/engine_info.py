@@ -7,12 +7,19 @@ from dataclasses import dataclass
 
 from litecache.checks import check_integer, check_real
 from litecache.engine.kv_layout import LAYOUT_VERSION
-from litecache.engine.request_checks import check_sampling, check_text
+from litecache.engine.request_checks import check_ids, check_sampling, check_text
 from litecache.errors import CapacityError, ConfigError
 from litecache.hashing import BlockKey, root_key
 from litecache.storage.namespaces import label_of
 from litecache.token_ids import TokenIds
-from litecache.types import CACHE_USES, MESSAGE_VERSION, RETENTIONS, Request
+from litecache.types import (
+    CACHE_USES,
+    MESSAGE_VERSION,
+    RETENTIONS,
+    Guidance,
+    Request,
+    mask_bytes,
+)
 
 MAX_PRIORITY = 1 << 31
 MAX_LOGITS_BYTES = 32 << 20
@@ -104,6 +111,9 @@ class EngineInfo:
         check_sampling(request.sampling, self.vocab_size, draws=not request.logits)
         if request.logits and request.sampling.logprobs is None:
             check_integer("logits", request.logits, 0, self.max_logits)
+        if request.mask is not None:
+            check_integer("logits", request.logits, 0, 0, valid="0 for a guided request")
+            self._check_mask(request.mask)
         resumed = request.num_resumed_tokens
         most = 0 if request.logits else len(request.prompt) - 1
         check_integer("num_resumed_tokens", resumed, 0, most)
@@ -122,6 +132,26 @@ class EngineInfo:
                 f"the pool holds {self.capacity_tokens} ({self.num_blocks} blocks of "
                 f"{self.block_size}); raise num_blocks or gpu_memory_fraction"
             )
+
+    def check_guidance(self, guidance: Guidance) -> None:
+        """Refuse what no guided request could go on by.
+
+        Raises:
+            ConfigError: a field of a wrong type or out of range.
+        """
+        if not isinstance(guidance, Guidance):
+            raise ConfigError("guidance", guidance, "a litecache.types.Guidance")
+        check_text("request_id", guidance.request_id)
+        check_integer("num_tokens", guidance.num_tokens, 1)
+        check_ids("token_ids", guidance.token_ids, self.vocab_size)
+        if guidance.mask != b"":
+            self._check_mask(guidance.mask)
+
+    def _check_mask(self, mask: bytes) -> None:
+        size = mask_bytes(self.vocab_size)
+        if not isinstance(mask, bytes) or len(mask) != size or not any(mask):
+            shown = len(mask) if isinstance(mask, bytes) else type(mask).__name__
+            raise ConfigError("mask", shown, f"{size} bytes, of which one allows a token")
 
     def _check_prompt(self, prompt: TokenIds) -> None:
         if not isinstance(prompt, TokenIds):

@@ -65,7 +65,7 @@ def check_sampling(sampling: Any, vocab_size: int, *, draws: bool = True) -> Non
     check_real("min_p", sampling.min_p, 0, 1)
     if sampling.logprobs is not None:
         check_integer("logprobs", sampling.logprobs, 0, vocab_size)
-    _check_ids("eos_token_ids", sampling.eos_token_ids, vocab_size)
+    check_ids("eos_token_ids", sampling.eos_token_ids, vocab_size)
     _check_rules(sampling, vocab_size)
 
 
@@ -75,7 +75,7 @@ def _check_rules(rules: LogitRules, vocab_size: int) -> None:
         check_real(name, getattr(rules, name), -FLOAT32_MAX)
     check_integer("no_repeat_ngram_size", rules.no_repeat_ngram_size, 0)
     for name in ("suppress_tokens", "begin_suppress_tokens"):
-        _check_ids(name, getattr(rules, name), vocab_size)
+        check_ids(name, getattr(rules, name), vocab_size)
     biased, words = [], _tuple("bad_words_ids", rules.bad_words_ids, "a tuple of tuples of ids")
     for pair in _tuple("sequence_bias", rules.sequence_bias, "a tuple of (ids, bias) pairs"):
         if len(_tuple("sequence_bias", pair, "(ids, bias) pairs")) != 2:
@@ -83,9 +83,9 @@ def _check_rules(rules: LogitRules, vocab_size: int) -> None:
         ids, bias = pair
         if not isinstance(bias, float) or bias != float("-inf"):
             check_real("sequence_bias", bias, -FLOAT32_MAX)
-        biased.append(_check_ids("sequence_bias", ids, vocab_size, least=1))
+        biased.append(check_ids("sequence_bias", ids, vocab_size, least=1))
     for ids in words:
-        _check_ids("bad_words_ids", ids, vocab_size, least=1)
+        check_ids("bad_words_ids", ids, vocab_size, least=1)
     longest = max((len(ids) for ids in (*biased, *words)), default=0)
     count = (len(biased) + len(words) + len(rules.suppress_tokens)) * longest
     if count > MAX_RULE_TOKENS:
@@ -102,7 +102,8 @@ def _tuple(name: str, value: Any, valid: str) -> Sequence[Any]:
     return value
 
 
-def _check_ids(name: str, ids: Any, vocab_size: int, least: int = 0) -> Sequence[int]:
+def check_ids(name: str, ids: Any, vocab_size: int, least: int = 0) -> Sequence[int]:
+    """Refuse what is no tuple or list of tokens of the vocabulary."""
     if len(_tuple(name, ids, "a tuple of token ids")) < least:
         raise ConfigError(name, ids, "at least one token id")
     for token in ids:

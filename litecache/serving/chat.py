@@ -9,12 +9,13 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from litecache.serving.drawing import open_reader
+from litecache.serving.forms import FormSpec
 from litecache.serving.keys import Tenant
 from litecache.serving.reader import Reader
 from litecache.serving.schemas import ChatMessage, ChatRequest, refused
 from litecache.serving.service import ModelService
 from litecache.serving.tokens import chat_logprobs
-from litecache.serving.tool_calls import CallFinder, ToolFormat
+from litecache.serving.tool_calls import CallFinder, ToolFormat, asked_functions
 
 
 async def chat(
@@ -40,11 +41,12 @@ async def chat(
         continue_final_message=body.continue_final_message is True,
         add_generation_prompt=body.add_generation_prompt is not False,
     )
+    format = service.tools if tools else None
+    form = _forced_call(service, body, format) if body.forces_call else None
     room = service.room_for(prompt, "messages")
     wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     if wanted == 0:
         raise refused("max_tokens", "at least 1")
-    format = service.tools if tools else None
     reader = await open_reader(
         service,
         tenant,
@@ -54,6 +56,7 @@ async def chat(
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         # markers of calls may be special tokens
         skip_special_tokens=body.skip_special_tokens is not False and format is None,
+        form=form,
     )
     if body.stream:
         return _stream(service, body, reader, format)
@@ -78,6 +81,16 @@ async def chat(
             }
         )
     return {**_head(service, "chat.completion"), "choices": choices, "usage": reader.usage()}
+
+
+def _forced_call(service: ModelService, body: ChatRequest, format: ToolFormat | None) -> FormSpec:
+    """The form of an answer that has to call a tool."""
+    functions = asked_functions(body.tools or (), body.tool_choice)
+    if format is None:
+        valid = '"none" or "auto": how this model writes calls is not known, so none can be forced'
+        raise refused("tool_choice", valid)
+    several = body.tool_choice == "required" and body.parallel_tool_calls is not False
+    return format.form(functions, several=several, special=service.special_token)
 
 
 def plain_messages(service: ModelService, messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:

@@ -36,8 +36,6 @@ async def complete(
     special = body.add_special_tokens is not False
     size = sum(map(len, texts))
     prompts = await service.run_unless_short(size, _encode, service, texts, special)
-    if body.response_format is not None and len(prompts) > 1:
-        raise refused("response_format", "left out with several prompts")
     room = min(service.room_for(prompt, "prompt") for prompt in prompts)
     wanted = body.max_tokens if body.max_tokens is not None else min(_DEFAULT_MAX_TOKENS, room)
     echo = _Echo(service, body, tenant, texts, prompts)

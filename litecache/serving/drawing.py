@@ -6,17 +6,16 @@ and no filter.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from litecache.adapter.generation import draw_seed, token_ids, translate
+from litecache.adapter.generation import token_ids
 from litecache.serving.answers import Answer
+from litecache.serving.forms import FormSpec
 from litecache.serving.keys import Tenant
 from litecache.serving.reader import Reader
 from litecache.serving.schemas import Drawing, refused
 from litecache.serving.service import ModelService
-from litecache.types import SamplingParams
 
 _GREEDY_BELOW = 1e-5
 
@@ -81,6 +80,7 @@ async def open_reader(
     max_tokens: int,
     logprobs: int | None,
     skip_special_tokens: bool,
+    form: FormSpec | None = None,
 ) -> Reader:
     """Wait for a turn, then start all answers of a request.
 
@@ -92,6 +92,7 @@ async def open_reader(
         max_tokens: of each answer.
         logprobs: as in `draw_settings`.
         skip_special_tokens: leave them out of the text.
+        form: of all answers; None = the request's own, if it has one.
 
     Raises:
         ApiError: the queue is full, or a field is wrong.
@@ -106,40 +107,34 @@ async def open_reader(
     silent = ends_of(settings, llm.generation_config)
     use = service.cache_use(body, tenant)
     leave = await service.admission.enter(tenant.name, size)
+    end = leave
     try:
-        if body.response_format is not None and body.response_format.type != "text":
-            translated = translate(None, dict(settings), llm.generation_config)
-            seed = draw_seed(seed_of(body), sampling=translated.do_sample)
-
-            def sampling(index: int) -> SamplingParams:
-                params = translated.sampling_params(
-                    len(prompts[0]), max_positions=None, seed=seed, sample_index=index
-                )
-                return dataclasses.replace(params, logprobs=logprobs)
-
-            rows: Any = await service.draw_form(
-                body.response_format,
-                prompts[0],
-                sampling,
-                samples=samples,
-                use=use,
-                priority=body.priority or 0,
+        guided: dict[str, Any] = {}
+        form = form or body.form
+        if form is not None:
+            guided["guides"], end_forms = await service.make_forms(
+                form, size, silent, body.min_tokens or 0
             )
-        else:
-            rows = await service.draw(
-                prompts,
-                {
-                    **settings,
-                    **use,
-                    "samples": samples,
-                    "streaming": bool(body.stream or body.stops),
-                    "priority": body.priority or 0,
-                    "seed": seed_of(body),
-                },
-            )
+
+            def end() -> None:
+                leave()
+                end_forms()
+
+        rows = await service.draw(
+            prompts,
+            {
+                **settings,
+                **use,
+                **guided,
+                "samples": samples,
+                "streaming": bool(body.stream or body.stops),
+                "priority": body.priority or 0,
+                "seed": seed_of(body),
+            },
+        )
         answers = [Answer(service.decoder(skip_special_tokens), body.stops, silent) for _ in rows]
         whole = not (body.stream or body.stops)
-        return Reader(service, prompts, rows, answers, leave, whole=whole)
+        return Reader(service, prompts, rows, answers, end, whole=whole)
     except BaseException:
-        leave()
+        end()
         raise

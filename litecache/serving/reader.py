@@ -14,8 +14,9 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from types import TracebackType
 from typing import Any
 
+from litecache.adapter.pending import PendingRequest
 from litecache.serving.answers import Answer, Piece
-from litecache.serving.service import ModelService, Row
+from litecache.serving.service import ModelService
 from litecache.types import FinishReason
 
 
@@ -40,7 +41,7 @@ class Reader:
         self,
         service: ModelService,
         prompts: Sequence[Sequence[int]],
-        rows: Sequence[Row],
+        rows: Sequence[PendingRequest],
         answers: Sequence[Answer],
         leave: Callable[[], None],
         *,

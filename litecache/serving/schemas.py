@@ -7,11 +7,13 @@ not used; what would change it and is not to be had is refused by its name, in `
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from litecache.serving.errors import ApiError
+from litecache.serving.forms import FormSpec
 
 MAX_PROMPTS = 2048
 MAX_STOPS = 16
@@ -23,6 +25,7 @@ Text = Annotated[str, Field(max_length=1 << 24)]
 Ids = Annotated[list[TokenId], Field(max_length=1 << 22)]
 Stop = Annotated[str, Field(min_length=1, max_length=1024)]
 Salt = Annotated[str, Field(max_length=1024)]
+Choice = Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=4096)]
 Tools = Annotated[list[dict[str, Any]], Field(max_length=1024)]
 
 
@@ -54,6 +57,15 @@ class ResponseFormat(Body):
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
+
+
+class StructuredOutputs(Body):
+    """The form of an answer, as vLLM has it: one of these."""
+
+    json_: dict[str, Any] | bool | Text | None = Field(default=None, alias="json")
+    regex: Text | None = None
+    choice: Choice | None = None
+    json_object: bool | None = None
 
 
 class CacheFields(Body):
@@ -103,6 +115,49 @@ class Drawing(CacheFields):
     skip_special_tokens: bool | None = None
     add_special_tokens: bool | None = None
     priority: Annotated[int, Field(ge=-(2**31), le=2**31)] | None = None
+    guided_json: dict[str, Any] | bool | Text | None = None
+    guided_regex: Text | None = None
+    guided_choice: Choice | None = None
+    structured_outputs: StructuredOutputs | None = None
+
+    @property
+    def form(self) -> FormSpec | None:
+        """Of the answers, by whichever field asks for one.
+
+        Raises:
+            ApiError: 400, two of them do, or a schema is a text that is no JSON.
+        """
+        found = []
+        asked, outputs = self.response_format, self.structured_outputs or StructuredOutputs()
+        if asked is not None and asked.type != "text":
+            schema: Any = {"type": "object"}
+            if asked.json_schema is not None:
+                schema = {} if asked.json_schema.schema_ is None else asked.json_schema.schema_
+            found.append(FormSpec("json", schema, "response_format.json_schema.schema"))
+        if outputs.json_object:
+            found.append(FormSpec("json", {"type": "object"}, "structured_outputs.json_object"))
+        given = (
+            ("json", self.guided_json, "guided_json"),
+            ("regex", self.guided_regex, "guided_regex"),
+            ("choice", self.guided_choice, "guided_choice"),
+            ("json", outputs.json_, "structured_outputs.json"),
+            ("regex", outputs.regex, "structured_outputs.regex"),
+            ("choice", outputs.choice, "structured_outputs.choice"),
+        )
+        for kind, asked_for, param in given:
+            value: Any = asked_for
+            if kind == "json" and isinstance(value, str):
+                try:
+                    value = json.loads(value)
+                except (ValueError, RecursionError):
+                    value = ()
+                if not isinstance(value, (dict, bool)):
+                    raise refused(param, "a JSON schema")
+            if value is not None:
+                found.append(FormSpec(kind, value, param))
+        if len(found) > 1:
+            raise refused(found[1].param, f"left out beside {found[0].param}")
+        return found[0] if found else None
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -134,6 +189,7 @@ class Drawing(CacheFields):
             raise refused("response_format.json_schema", 'given with type "json_schema" alone')
         if self.max_tokens is not None and (self.min_tokens or 0) > self.max_tokens:
             raise refused("min_tokens", f"at most max_tokens, which is {self.max_tokens}")
+        self.form  # noqa: B018 - it raises
 
 
 class CompletionRequest(Drawing):
@@ -228,6 +284,11 @@ class ChatRequest(Drawing, Conversation):
     prediction: dict[str, Any] | None = None
     modalities: list[str] | None = None
 
+    @property
+    def forces_call(self) -> bool:
+        """The answer has to be a call of a tool."""
+        return self.tool_choice not in (None, "none", "auto")
+
     def check(self) -> None:
         """As in `Drawing`."""
         super().check()
@@ -237,10 +298,10 @@ class ChatRequest(Drawing, Conversation):
             raise refused("modalities", '["text"]')
         if self.top_logprobs is not None and not self.logprobs:
             raise refused("top_logprobs", "left out, unless logprobs is true")
-        if self.tool_choice not in (None, "none", "auto"):
-            raise refused("tool_choice", '"none" or "auto": a call cannot be forced')
         if self.tool_choice is not None and not self.tools:
             raise refused("tool_choice", "left out without tools")
+        if self.forces_call and self.form is not None:
+            raise refused("tool_choice", '"none" or "auto" beside a form of the answer')
         both = (self.max_tokens, self.max_completion_tokens)
         if None not in both and both[0] != both[1]:
             raise refused("max_tokens", "left out beside max_completion_tokens")

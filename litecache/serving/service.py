@@ -1,7 +1,7 @@
 """`ModelService`: one model as a server has it, from loading to the last answer.
 
 It owns the adapter, the queue in front of it and the threads for what must not hold up the event
-loop: tokenising, submitting, masks, long calls. Endpoints ask it and know no Ray.
+loop: tokenising, submitting, forms, long calls. Endpoints ask it and know no Ray.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ import functools
 import inspect
 import threading
 import time
-import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from litecache.adapter.chat.replies import ChatTemplate
 from litecache.adapter.pending import PendingRequest
@@ -23,15 +22,14 @@ from litecache.adapter.streaming import TextDecoder
 from litecache.errors import ConfigError, told
 from litecache.paths import short_model_name
 from litecache.serving.admission import Admission
-from litecache.serving.constrained import ConstrainedRow, Form, grammar_of
 from litecache.serving.errors import ApiError
+from litecache.serving.forms import Form, FormSpec, grammar_of
 from litecache.serving.keys import ApiKeys, Tenant
-from litecache.serving.schemas import CacheFields, ResponseFormat
+from litecache.serving.schemas import CacheFields
 from litecache.serving.settings import ServeSettings
 from litecache.serving.tokens import TokenBytes
 from litecache.serving.tool_calls import ToolFormat, tool_format
 from litecache.threads import start_job
-from litecache.types import FinishReason, SamplingParams
 
 if TYPE_CHECKING:
     from litecache.adapter import KVCacheAdapter
@@ -42,24 +40,6 @@ _QUIET_STREAMS = 3
 _MS_PER_STREAM = 2.0
 # Characters that are tokenised in less time than it takes to wake a thread and come back.
 _SHORT_TEXT = 2048
-
-
-class Row(Protocol):
-    """An answer that is drawn: a `PendingRequest`, or a `ConstrainedRow`."""
-
-    request_id: str
-    reused_tokens: dict[str, int]
-    found_tokens: dict[str, int]
-    finish_reason: FinishReason | None
-
-    def on_news(self, wake: Callable[[], object], *, whole: bool = False) -> None:
-        """As in `PendingRequest`."""
-
-    def since(self, start: int) -> tuple[list[int], list[Any], bool]:
-        """As in `PendingRequest`."""
-
-    def wait(self) -> list[int]:
-        """As in `PendingRequest`."""
 
 
 class ModelService:
@@ -96,7 +76,7 @@ class ModelService:
         self._adapter: KVCacheAdapter | None = None
         self._pool = ThreadPoolExecutor(8, "serve")
         self._long_pool = ThreadPoolExecutor(4, "serve-long")
-        self._mask_pool = ThreadPoolExecutor(2, "serve-masks")
+        self._form_pool = ThreadPoolExecutor(2, "serve-forms")
         self.forms = 0
         self._settled = threading.Event()
 
@@ -137,7 +117,7 @@ class ModelService:
 
     def stop_threads(self) -> None:
         """Take nothing more to do off the event loop."""
-        for pool in (self._pool, self._long_pool, self._mask_pool):
+        for pool in (self._pool, self._long_pool, self._form_pool):
             pool.shutdown(wait=False, cancel_futures=True)
 
     @property
@@ -273,6 +253,12 @@ class ModelService:
             template = "".join(template.values())
         return tool_format(template or "")
 
+    def special_token(self, text: str) -> int | None:
+        """The id of a special token, None for a text that is none."""
+        added = getattr(self.llm.tokenizer, "added_tokens_decoder", {})
+        ids = (token for token, each in added.items() if each.special and each.content == text)
+        return next(ids, None)
+
     @property
     def max_tokens(self) -> int:
         """Of prompt and answer together."""
@@ -303,7 +289,7 @@ class ModelService:
 
     async def draw(
         self, prompts: Sequence[Sequence[int]], settings: Mapping[str, Any]
-    ) -> Sequence[Row]:
+    ) -> Sequence[PendingRequest]:
         """Start to draw answers; `settings` are arguments of `KVCacheAdapter.submit`.
 
         Whoever is cancelled while this waits leaves nothing behind.
@@ -321,80 +307,60 @@ class ModelService:
         if not future.cancelled() and future.exception() is None:
             self.abandon(future.result())
 
-    async def draw_form(
-        self,
-        form: ResponseFormat,
-        prompt: Sequence[int],
-        sampling: Callable[[int], SamplingParams],
-        *,
-        samples: int,
-        use: Mapping[str, Any],
-        priority: int,
-    ) -> Sequence[Row]:
-        """The same for answers of a form.
+    async def make_forms(
+        self, form: FormSpec, count: int, ends: Collection[int], min_tokens: int
+    ) -> tuple[list[Form], Callable[[], None]]:
+        """A form for each of some answers, and what to call when they have ended.
 
         Args:
             form: of the answers.
-            prompt: token ids.
-            sampling: of sample number i.
-            samples: how many answers.
-            use: arguments about the cache.
-            priority: as in `KVCacheAdapter.submit`.
+            count: how many answers.
+            ends: tokens that end them.
+            min_tokens: they have at least so many, where the form allows.
 
         Raises:
-            ApiError: 400, a schema that is none, or too much of one; 429, too many at once.
+            ApiError: 400, a form that is none, or too much of one; 429, too many at once.
         """
-        llm = self.llm
-        if self.forms + samples > self.settings.max_constrained:
+        info, most = self.llm.info, self.settings.max_constrained
+        if count > most:
+            raise ApiError(400, f"n must be at most {most} for answers of a form", param="n")
+        if self.forms + count > most:
             raise ApiError(
                 429,
-                f"{self.forms} answers of a form are being drawn already, at most "
-                f"{self.settings.max_constrained} at once",
+                f"{self.forms} answers of a form are being drawn already, at most {most} at once",
                 code="rate_limit_exceeded",
                 headers={"retry-after": "1"},
             )
-        self.forms += samples
-        rows: list[ConstrainedRow] = []
+        left = [count]
+
+        def end() -> None:
+            self.forms -= sum(left)
+            left.clear()
+
+        def make() -> list[Form]:
+            grammar = grammar_of(form, self.settings.max_schema_bytes)
+            made = Form(
+                self.names,
+                grammar,
+                param=form.param,
+                vocab_size=info.vocab_size,
+                ends=ends,
+                min_tokens=min_tokens,
+            )
+            return [made, *(made.again() for _ in range(1, count))]
+
+        self.forms += count
         try:
-            use = dict(use)
-            if use.get("cache") == "no-store":
-                # a pass finds those before it, and nobody else does
-                use["cache"] = "read-only"
-                use["cache_salt"] = f"{use.get('cache_salt') or ''}#{uuid.uuid4().hex}"
-            forward = functools.partial(self.run, llm.submit_forward, priority=priority, **use)
-            loop = asyncio.get_running_loop()
-
-            async def masked(function: Callable[..., Any], *args: Any) -> Any:
-                return await loop.run_in_executor(self._mask_pool, function, *args)
-
-            grammar = await masked(grammar_of, form, self.settings.max_schema_bytes)
-            for index in range(samples):
-                checked = await masked(Form, self.names, grammar)
-                rows.append(
-                    ConstrainedRow(
-                        forward, checked, prompt, sampling(index), llm.info, masked, llm.abort
-                    )
-                )
-                rows[-1].on_end(self._form_ended)
+            return await asyncio.get_running_loop().run_in_executor(self._form_pool, make), end
         except BaseException:
-            self.forms -= samples - len(rows)
-            for row in rows:
-                row.close()
+            end()
             raise
-        return rows
 
-    def _form_ended(self) -> None:
-        self.forms -= 1
-
-    def abandon(self, rows: Sequence[Row]) -> None:
+    def abandon(self, rows: Sequence[PendingRequest]) -> None:
         """End those that have not ended; nobody waits for it."""
         adapter = self._adapter
         for row in rows:
-            if row.finish_reason is not None:
-                continue
-            if isinstance(row, ConstrainedRow):
-                row.close()
-            elif adapter is not None:
+            if row.finish_reason is None and adapter is not None:
                 with contextlib.suppress(RuntimeError):  # the pool is closed: so is the adapter
                     self._pool.submit(adapter.abort, row.request_id)
 

@@ -39,7 +39,7 @@ class ServeSettings:
         merge_ms: while many streams are open, tokens of so many milliseconds share an event.
         shutdown_s: seconds that open requests have to end in when a server is stopped.
         max_schema_bytes: of a JSON schema.
-        max_constrained: answers by a JSON schema at once.
+        max_constrained: answers of a form at once.
     """
 
     model: str

@@ -21,8 +21,8 @@ LEAST_LOGPROB = -9999.0
 class TokenBytes:
     """The bytes of each token of a tokenizer.
 
-    llguidance reads them from the tokenizer's own vocabulary, and so does the constrained decoding
-    that shares it; of a tokenizer that it does not know, a token's bytes are those of its text.
+    llguidance reads them from the tokenizer's own vocabulary, and so do forms; of a tokenizer that
+    it does not know, a token's bytes are those of its text.
 
     Args:
         tokenizer: of transformers.

@@ -1,7 +1,8 @@
-"""Calls of tools in what a model says, where its own format is known.
+"""Calls of tools in what a model says, where its own format is known; and calls it must make.
 
 The format is the chat template's: its text shows how calls of earlier turns are written. What
-cannot be read as a call stays text, so that nothing a model says is lost.
+cannot be read as a call stays text, so that nothing a model says is lost. A call that is asked for
+is a form: the format's marker and, by the schema of its parameters, what the tool is called with.
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ from __future__ import annotations
 import json
 import re
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from litecache.serving.answers import overlap
+from litecache.serving.forms import FormSpec, lark_text
+from litecache.serving.schemas import refused
 
 
 @dataclass(frozen=True)
@@ -23,12 +26,40 @@ class ToolFormat:
     Attributes:
         marker: begins a call; what stands before it is text.
         read: the calls in the text from there on; None = it holds none.
+        grammar: of an answer that is one call, and of one that is one or more, where "MARKER" and
+            "call" stand for themselves.
+        key: of a call's arguments.
         at_start: an answer that begins with a brace is a call, too.
     """
 
     marker: str
     read: Callable[[str], list[dict[str, Any]] | None]
+    grammar: tuple[str, str]
+    key: str = "arguments"
     at_start: bool = False
+
+    def form(
+        self, functions: Mapping[str, Any], *, several: bool, special: Callable[[str], int | None]
+    ) -> FormSpec:
+        """Of an answer that calls some of these functions.
+
+        Args:
+            functions: schemas of their parameters, by name.
+            several: more than one call may come.
+            special: the id of a special token, None for what is none.
+        """
+        token = special(self.marker)
+        marker = lark_text(self.marker) if token is None else f"<[{token}]>"
+        spaced = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+        lines = ["start: " + self.grammar[several].replace("MARKER", marker)]
+        lines.append("call: " + " | ".join(f"call_{i}" for i in range(len(functions))))
+        for i, (name, schema) in enumerate(functions.items()):
+            begin = f'{{"name": {json.dumps(name, ensure_ascii=False)}, "{self.key}": '
+            # each schema is a document of its own: its references begin there
+            own = json.dumps({"type": "object", **schema, "x-guidance": spaced})
+            lines.append(f'call_{i}: {lark_text(begin)} args_{i} "}}"')
+            lines.append(f"args_{i}: %json {own}")
+        return FormSpec("lark", ("\n".join(lines), list(functions.values())), "tools")
 
 
 def tool_format(template: str) -> ToolFormat | None:
@@ -89,9 +120,49 @@ def _read_llama(text: str) -> list[dict[str, Any]] | None:
     return calls or None
 
 
-_HERMES = ToolFormat("<tool_call>", _read_hermes)
-_MISTRAL = ToolFormat("[TOOL_CALLS]", lambda text: _json_calls(text.removeprefix("[TOOL_CALLS]")))
-_LLAMA = ToolFormat("<|python_tag|>", _read_llama, at_start=True)
+def asked_functions(tools: Sequence[Mapping[str, Any]], choice: Any) -> dict[str, Any]:
+    """The functions of which `tool_choice` asks for a call: schemas of parameters by name.
+
+    Raises:
+        ApiError: 400, the choice or a tool is malformed, or it names none of the tools.
+    """
+    functions: dict[str, Any] = {}
+    for index, tool in enumerate(tools):
+        given = tool.get("function")
+        function = given if isinstance(given, dict) else {}
+        name = function.get("name")
+        if tool.get("type") != "function" or not isinstance(name, str) or not name:
+            raise refused(f"tools[{index}]", "a function with a name, where a call is forced")
+        schema = function.get("parameters")
+        if schema is None:  # then it takes none
+            schema = {"properties": {}, "additionalProperties": False}
+        if not isinstance(schema, dict):
+            raise refused(f"tools[{index}].function.parameters", "a JSON schema")
+        functions[name] = schema
+    if choice == "required":
+        return functions
+    asked = choice if isinstance(choice, dict) else {}
+    named = asked.get("function")
+    name = named.get("name") if isinstance(named, dict) else None
+    if asked.get("type") != "function" or not isinstance(name, str) or name not in functions:
+        valid = '"none", "auto", "required" or {"type": "function", "function": {"name": NAME}}'
+        raise refused("tool_choice", f"{valid}, NAME one of {', '.join(functions)}"[:1000])
+    return {name: functions[name]}
+
+
+_HERMES_CALL = r'MARKER "\n" call "\n</tool_call>"'
+_HERMES = ToolFormat(
+    "<tool_call>",
+    _read_hermes,
+    (_HERMES_CALL, rf'{_HERMES_CALL} ("\n" {_HERMES_CALL})*'),
+)
+_MISTRAL = ToolFormat(
+    "[TOOL_CALLS]",
+    lambda text: _json_calls(text.removeprefix("[TOOL_CALLS]")),
+    ('MARKER "[" call "]"', 'MARKER "[" call (", " call)* "]"'),
+)
+# several calls stand for themselves there: "call; call" is read, and not asked for
+_LLAMA = ToolFormat("<|python_tag|>", _read_llama, ("call", "call"), "parameters", at_start=True)
 
 
 class CallFinder:

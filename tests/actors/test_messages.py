@@ -19,11 +19,13 @@ import litecache
 from litecache.actors import messages
 from litecache.actors.messages import (
     pack_call,
+    pack_guidance,
     pack_load,
     pack_reply,
     pack_routing,
     pack_value,
     unpack_call,
+    unpack_guidance,
     unpack_load,
     unpack_reply,
     unpack_routing,
@@ -34,6 +36,7 @@ from litecache.errors import ConfigError, GroupMismatchError, LiteCacheError
 from litecache.types import (
     MESSAGE_VERSION,
     FinishReason,
+    Guidance,
     PollReply,
     Request,
     SamplingParams,
@@ -68,7 +71,9 @@ REQUEST = st.builds(
     retention=TEXT,
     priority=INT,
     max_time_s=st.none() | FLOAT,
+    mask=st.none() | st.binary(max_size=9),
 )
+GUIDANCE = st.builds(Guidance, TEXT, INT, IDS, st.binary(max_size=9))
 LOGPROBS = st.builds(TokenLogprobs, FLOAT, st.lists(st.tuples(INT, FLOAT), max_size=2).map(tuple))
 DELTA = st.builds(
     TokenDelta,
@@ -81,8 +86,9 @@ DELTA = st.builds(
     st.none() | FLOAT,
     st.lists(LOGPROBS, max_size=2).map(tuple),
     found_tokens=st.none() | st.dictionaries(TEXT, INT, max_size=3),
+    awaits_guidance=st.booleans(),
 )
-UNPACK = (unpack_call, unpack_reply, unpack_value, unpack_routing, unpack_load)
+UNPACK = (unpack_call, unpack_guidance, unpack_reply, unpack_value, unpack_routing, unpack_load)
 ARGUMENTS = st.lists(st.none() | INT | FLOAT | TEXT, max_size=4).map(tuple)
 
 
@@ -93,6 +99,13 @@ def test_a_call_comes_out_as_it_went_in(arguments: Any, requests: list[Request])
     got_arguments, got = unpack_call(pack_call(*arguments, requests=requests))
     assert (got_arguments, got) == (arguments, requests)
     assert [repr(each) for each in got] == [repr(each) for each in requests]
+
+
+@given(st.lists(GUIDANCE, max_size=4))
+def test_guidance_comes_out_as_it_went_in(guidance: list[Guidance]) -> None:
+    got_arguments, got = unpack_guidance(pack_guidance(guidance))
+    assert (got_arguments, got) == ((), guidance)
+    assert all(type(each) is Guidance for each in got)
 
 
 @given(st.builds(PollReply, INT, st.lists(DELTA, max_size=4).map(tuple), TEXT))

@@ -27,7 +27,7 @@ from engine_harness import Harness, family_source
 from plan_driver import VOCAB
 
 from litecache.actors.gpu_cache import GpuCache
-from litecache.actors.messages import ReplicaMethod, answering, pack_call
+from litecache.actors.messages import ReplicaMethod, answering, pack_call, pack_guidance
 from litecache.errors import LiteCacheError
 from litecache.token_ids import TokenIds
 from litecache.types import (
@@ -35,9 +35,11 @@ from litecache.types import (
     MESSAGE_VERSION,
     RETENTIONS,
     FinishReason,
+    Guidance,
     Request,
     SamplingParams,
     TokenDelta,
+    mask_bytes,
 )
 
 ANSWER_TIMEOUT_S = 60.0
@@ -48,8 +50,10 @@ FIELDS = (
     *REQUEST_FIELDS,
     *SAMPLING_FIELDS,
     *("epoch", "ack", "hold_s", "gap_s", "timeout_s", "request_ids", "abort_client"),
+    *("guidance", "num_tokens", "token_ids"),
 )
 IDS = ("request_ids", "eos_token_ids", "suppress_tokens", "begin_suppress_tokens")
+MASK = b"\xff" * mask_bytes(VOCAB)
 _BIASES = ("sequence_bias", "bad_words_ids")
 _FLOATS = (
     *("max_time_s", "temperature", "top_p", "min_p", "hold_s", "gap_s", "timeout_s"),
@@ -158,8 +162,17 @@ class MessageFuzz:
     def _message(self, rng: random.Random) -> tuple[str, Callable[[], object]]:
         engine, door = self.engine, self.door
         kind = rng.choices(
-            ("submit", "actor submit", "actor poll", "wire", "ids", "actor abort", "other"),
-            (40, 15, 15, 8, 10, 4, 8),
+            (
+                "submit",
+                "actor submit",
+                "actor poll",
+                "wire",
+                "guide",
+                "ids",
+                "actor abort",
+                "other",
+            ),
+            (40, 15, 15, 8, 6, 8, 4, 8),
         )[0]
         if kind == "submit":
             requests = self._requests(rng)
@@ -175,12 +188,16 @@ class MessageFuzz:
             return kind, lambda: self._run(door.poll(*poll, requests))
         if kind == "wire":
             method, data = self._packed(rng)
-            handler = answering(method, door.submit if method == 1 else door.poll)
+            handler = answering(method, (door.submit, door.poll, door.guide)[method - 1])
             return kind, lambda: self._run(handler(data))
         if kind == "ids":
             call = rng.choice([engine.abort, engine.pause, engine.resume])
             ids = self._maybe(rng, "request_ids", [f"r{rng.randrange(9)}"], 0.5)
             return f"engine {call.__name__}", lambda: call(ids)
+        if kind == "guide":
+            guidance = self._maybe(rng, "guidance", self._guidance(rng))
+            call = rng.choice([engine.guide, lambda each: self._run(door.guide(each))])
+            return kind, lambda: call(guidance)
         if kind == "actor abort":
             ids = self._maybe(rng, "request_ids", [f"r{rng.randrange(9)}"], 0.5)
             return kind, lambda: self._run(door.abort(ids))
@@ -219,6 +236,13 @@ class MessageFuzz:
         requests = [self._request(rng) for _ in range(rng.choice([1, 1, 1, 2, 3]))]
         return requests + requests[:1] if rng.random() < 0.03 else requests
 
+    def _guidance(self, rng: random.Random) -> list[Guidance]:
+        """For requests that are open as like as not."""
+        names = [name for _, name in self.engine.call(self.engine._scheduler.open_requests)]
+        good = Guidance(rng.choice([*names, "r0"]), rng.randint(2, 9), (1, 2), MASK)
+        changed = {name: self._maybe(rng, name, getattr(good, name)) for name in Guidance._fields}
+        return [good, good._replace(**changed)][rng.randrange(2) :]
+
     def _request(self, rng: random.Random) -> Request:
         prompt = [rng.randrange(VOCAB) for _ in range(rng.choice([1, 4, 16, 17, 40]))]
         sampling = SamplingParams(rng.randint(1, 4), eos_token_ids=(rng.randrange(VOCAB),))
@@ -241,6 +265,8 @@ class MessageFuzz:
         if rng.random() < 0.1:
             arguments = arguments[: rng.randrange(len(arguments))] + [None] * rng.randrange(3)
         data = bytearray(pack_call(*arguments, requests=[good]))
+        if method is ReplicaMethod.GUIDE:
+            data = bytearray(pack_guidance([Guidance("w", 3, (1, 2), MASK)] * rng.randrange(3)))
         for _ in range(rng.choice([0, 1, 1, 2, 8])):
             place = rng.randrange(len(data))
             change = rng.randrange(4)
@@ -271,6 +297,12 @@ class MessageFuzz:
             return TokenIds(ids or [1])
         if name == "sampling":
             return SamplingParams(1, temperature=rng.random(), top_k=rng.randrange(9))
+        if name == "mask":
+            return rng.choice([MASK, b"", MASK[:-1], b"\1" + MASK[1:]])
+        if name == "token_ids":
+            return tuple(ids)
+        if name == "guidance":
+            return []
         if name == "version":
             return rng.choice([MESSAGE_VERSION, MESSAGE_VERSION - 1])
         if name == "sequence_bias":

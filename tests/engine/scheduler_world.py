@@ -2,9 +2,10 @@
 
 The world executes plans on symbolic KV: what a block holds at an offset is the whole prefix of
 tokens up to that position, so attention can check that every visible position holds exactly what
-it must. Tokens are a function of the prefix; a plain loop gives the expected output. Events of
-lower tiers are delivered in any order, fail, and are late. A copy that has begun leaves anything in
-its block until it has landed.
+it must. Tokens are a function of the prefix; a plain loop gives the expected output. The driver of
+a guided request is another such function: what it appends, and what it allows. Events of lower
+tiers are delivered in any order, fail, and are late. A copy that has begun leaves anything in its
+block until it has landed.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from litecache.engine.scheduling.scheduler import Scheduler
 from litecache.engine.scheduling.sequence import BlockRef, Sequence
 from litecache.engine.scheduling.step_plan import RowStep, StepPlan, StepResult
 from litecache.hashing import BlockKey, root_key
-from litecache.types import FinishReason, Request, SamplingParams
+from litecache.types import FinishReason, Guidance, Request, SamplingParams
 
 BLOCK_SIZE = 8
 WINDOW = 20
@@ -42,13 +43,34 @@ def next_token(prefix: tuple[int, ...]) -> int:
     return EOS if value % 13 == 0 else value % 2
 
 
-def expected_output(prompt: tuple[int, ...], max_new_tokens: int) -> tuple[int, ...]:
-    """The plain reference: generate without any cache."""
-    tokens = prompt
-    for _ in range(max_new_tokens):
-        tokens += (next_token(tokens),)
+def draw(prefix: tuple[int, ...], mask: bytes) -> int:
+    """What the model draws of the allowed tokens; of all where there is no mask."""
+    token, bits = next_token(prefix), int.from_bytes(mask, "little") or 0b111
+    return token if bits >> token & 1 else (bits & -bits).bit_length() - 1
+
+
+def guide(prefix: tuple[int, ...], room: int) -> tuple[tuple[int, ...], bytes]:
+    """What a driver appends, of at most `room` tokens, and what it allows then; b"" ends it."""
+    value = zlib.crc32(bytes((9, *prefix)))
+    forced = tuple(value >> place & 1 for place in range(value % 23 if value % 3 else 0))[:room]
+    ends = prefix and value % 17 == 0
+    return forced, b"" if ends else bytes((1 + zlib.crc32(bytes((8, *prefix))) % 7, 0, 0, 0))
+
+
+def expected_output(
+    prompt: tuple[int, ...], max_new_tokens: int, mask: bytes | None = None
+) -> tuple[int, ...]:
+    """The plain reference: generate without any cache; guided where there is a first mask."""
+    tokens, last = prompt, len(prompt) + max_new_tokens
+    while len(tokens) < last:
+        tokens += (draw(tokens, mask or b""),)
         if tokens[-1] == EOS:
             break
+        if mask is not None and len(tokens) < last:
+            forced, mask = guide(tokens, last - len(tokens) - 1)
+            tokens += forced
+            if not mask:
+                break
     return tokens[len(prompt) :]
 
 
@@ -114,6 +136,7 @@ class World:
     outputs: dict[str, list[int]] = field(default_factory=dict)
     logits: dict[str, bytes | None] = field(default_factory=dict)
     finished: dict[str, FinishReason] = field(default_factory=dict)
+    asking: list[str] = field(default_factory=list)
     requests: dict[str, Request] = field(default_factory=dict)
     reused: dict[str, dict[str, int]] = field(default_factory=dict)
     found: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -184,6 +207,8 @@ class World:
             if delta.reused_tokens is not None:
                 self.reused[delta.request_id] = delta.reused_tokens
                 self.found[delta.request_id] = delta.found_tokens or {}
+            if delta.awaits_guidance:
+                self.asking.append(delta.request_id)
             if delta.finish_reason is not None:
                 self.finished[delta.request_id] = delta.finish_reason
                 self.logits[delta.request_id] = delta.logits
@@ -265,6 +290,19 @@ class World:
         for offset in range(BLOCK_SIZE):
             self.blocks[ref[0], load.order.blocks[ref][0], offset] = ()
 
+    def answer_driver(self, position: int, times: int = 1) -> None:
+        """The driver of a guided request says how it goes on, perhaps again and again."""
+        name = self.asking.pop(position)
+        if name in self.finished:
+            return
+        request, output = self.requests[name], self.outputs[name]
+        tokens = (*request.prompt, *output)
+        room = request.sampling.max_new_tokens - len(output) - 1
+        guidance = Guidance(name, len(tokens), *guide(tokens, room))
+        output += guidance.token_ids
+        for _ in range(times):
+            self.take(self.scheduler.guide(guidance))
+
     def answer_save(self, position: int, works: bool) -> None:
         order = self.saves.pop(position)
         if works:
@@ -287,8 +325,10 @@ class World:
             while self.results:
                 self.finish_step()
                 moved = True
-            while self.stages or self.loads or self.saves or self.reports:
-                if self.stages:
+            while self.stages or self.loads or self.saves or self.reports or self.asking:
+                if self.asking:
+                    self.answer_driver(0, times=2)
+                elif self.stages:
                     self.answer_stage(0, lambda key: True)
                 elif self.loads:
                     self.answer_load(0)
@@ -305,6 +345,13 @@ class World:
         assert StepPlan.from_dict(plan.to_dict()) == plan
         for new in plan.new_rows:
             self.rows[new.row] = Row(list(new.token_ids), [[] for _ in self.groups])
+        masks = {}
+        for told in plan.guides:
+            tokens = self.rows[told.row].tokens
+            assert told.start <= len(tokens), "a guided row has a gap"
+            assert tuple(tokens[told.start :]) == told.token_ids[: len(tokens) - told.start]
+            tokens[told.start :] = told.token_ids
+            masks[told.row] = told.mask
         written = [
             (update.group, update.row, update.start + offset)
             for update in plan.table_updates
@@ -340,7 +387,9 @@ class World:
             if step.sample:
                 end = step.start + step.num_tokens
                 assert end == len(row.tokens), "samples before the last known token"
-                row.tokens.append(next_token(tuple(row.tokens)))
+                (seq,) = (s for s in self.scheduler._queues.running if s.row == step.row)
+                assert bool(masks.get(step.row)) == seq.guided, "a guided row draws unguided"
+                row.tokens.append(draw(tuple(row.tokens), masks.get(step.row, b"")))
                 tokens.append(row.tokens[-1])
             if step.logits:
                 seen = tuple(row.tokens[: step.start + step.num_tokens])
@@ -388,7 +437,8 @@ class World:
         """Finished requests have exactly the reference's tokens; aborted ones a prefix of them."""
         for name, reason in self.finished.items():
             request = self.requests[name]
-            wanted = expected_output(request.prompt, request.sampling.max_new_tokens)
+            new, mask = request.sampling.max_new_tokens, request.mask
+            wanted = expected_output(tuple(request.prompt), new, mask)
             if request.logits and reason is FinishReason.LENGTH:
                 told = logits_after(tuple(request.prompt), request.logits)
                 assert self.logits[name] == told, f"{name} has other logits"

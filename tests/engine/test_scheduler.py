@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from scheduler_world import BLOCK_SIZE, WINDOW, World, expected_output
+from scheduler_world import BLOCK_SIZE, WINDOW, World, expected_output, guide
 
 from litecache.engine.kv_layout import KVLayout, KVSpec
 from litecache.engine.scheduling.block_pool import BlockPool
@@ -28,7 +29,8 @@ from litecache.engine.scheduling.prefix_index import MISSING, PENDING, PartialMa
 from litecache.engine.scheduling.saves import Saves
 from litecache.engine.scheduling.scheduler import Scheduler
 from litecache.engine.scheduling.sequence import BlockRef, KeyChain, Sequence
-from litecache.types import FinishReason
+from litecache.engine.scheduling.step_plan import RowGuide
+from litecache.types import FinishReason, Guidance
 
 PROMPTS = st.builds(
     lambda shared, own: (0, 1, 1, 0) * (shared // 4) + tuple(own),
@@ -37,6 +39,8 @@ PROMPTS = st.builds(
 ).filter(bool)
 
 SALTS = ["", "b", "c", "d"]
+ALL = b"\7\0\0\0"
+"""Of the world's three tokens."""
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -69,6 +73,16 @@ class SchedulerMachine(RuleBasedStateMachine):
     def submit(self, prompt: tuple[int, ...], new: int, salt: str) -> None:
         if len(self.world.requests) < 16:
             self.world.submit(prompt, new, cache_salt=salt)
+
+    @rule(prompt=PROMPTS, new=st.integers(1, 28), salt=st.sampled_from(["", *SALTS]))
+    def submit_guided(self, prompt: tuple[int, ...], new: int, salt: str) -> None:
+        if len(self.world.requests) < 16:
+            self.world.submit(prompt, new, cache_salt=salt, mask=guide(prompt, 0)[1] or ALL)
+
+    @rule(pick=st.integers(0, 9), times=st.integers(1, 2))
+    def driver_answers(self, pick: int, times: int) -> None:
+        if self.world.asking:
+            self.world.answer_driver(pick % len(self.world.asking), times)
 
     @rule(prompt=PROMPTS, last=st.integers(1, 20), salt=st.sampled_from(["", *SALTS]))
     def forward(self, prompt: tuple[int, ...], last: int, salt: str) -> None:
@@ -346,10 +360,45 @@ def _publish_tails_that_are_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PrefixIndex, "insert", insert)
 
 
+def _step_guided_rows_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wants_step(self: Sequence) -> bool:
+        if self.num_logits:
+            return self.num_todo > 0
+        return self.num_tokens + self.num_in_flight < self.max_tokens
+
+    monkeypatch.setattr(Sequence, "wants_step", property(wants_step))
+
+
+def _take_each_answer_of_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Scheduler.guide
+
+    def guide(self: Scheduler, guidance: Guidance) -> Schedule:
+        seq = self._sequences.get(guidance.request_id)
+        if seq is not None:
+            self._asking[seq.id] = seq
+            guidance = guidance._replace(num_tokens=seq.num_tokens)
+        return original(self, guidance)
+
+    monkeypatch.setattr(Scheduler, "guide", guide)
+
+
+def _forget_what_a_driver_appends(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = PlanBuilder._guide
+
+    def guide(self: PlanBuilder, seq: Sequence, mask: bytes) -> RowGuide:
+        told = original(self, seq, mask)
+        return replace(told, token_ids=told.token_ids[:1])
+
+    monkeypatch.setattr(PlanBuilder, "_guide", guide)
+
+
 @pytest.mark.no_cover
 @pytest.mark.parametrize(
     "plant",
     [
+        _step_guided_rows_unasked,
+        _take_each_answer_of_a_driver,
+        _forget_what_a_driver_appends,
         _reuse_what_gives_logits,
         _publish_tails_that_are_too_long,
         _fail_to_pin_shared_blocks,

@@ -11,6 +11,7 @@ import itertools
 import os
 import time
 from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -70,6 +71,7 @@ class LocalReplicas:
         self.harness = Harness(source, **config)
         self.engine = self.harness.engine
         self.engine._sink = self._take
+        self.guides = ThreadPoolExecutor(2)
 
     def submit(self, rows: list[PendingRequest], index: int | None = None) -> None:
         self.rows |= {row.wire_id: row for row in rows}
@@ -89,6 +91,15 @@ class LocalReplicas:
                 row.feed(delta)
                 if row.done:
                     self.rows.pop(delta.request_id, None)
+                elif delta.awaits_guidance:
+                    self.guides.submit(self._guide, delta.request_id, row)
+
+    def _guide(self, name: str, row: PendingRequest) -> None:
+        guidance = row.guidance(name)
+        if row.done:
+            self.rows.pop(name, None)
+        if guidance is not None:
+            self.engine.guide([guidance])
 
 
 class LocalAdapter(KVCacheAdapter):
@@ -116,6 +127,7 @@ class LocalAdapter(KVCacheAdapter):
     def close(self) -> None:
         if self._finalizer.alive:
             self._finalizer.alive = False
+            self._replicas.guides.shutdown()
             self._replicas.harness.close()
 
     def check(self) -> None:

@@ -12,8 +12,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from litecache.adapter.driver import Driver
 from litecache.adapter.forward import prompt_logprobs_of, row_logits
 from litecache.adapter.generation import refuse_arguments
-from litecache.adapter.pending import PendingRequest
-from litecache.adapter.prompts import check_input_ids, check_prompt, check_prompts, naming
+from litecache.adapter.prompts import check_input_ids, check_prompts, naming
 from litecache.checks import check_integer
 from litecache.errors import ConfigError
 from litecache.types import TokenLogprobs
@@ -131,37 +130,3 @@ class ForwardSurface(Driver):
             check_integer("first", each, 1, len(tokens))
         use = self._use(cache_salt, cache, cache_ttl_s, retention)
         return prompt_logprobs_of(self._forward(use), checked, firsts, top)
-
-    def submit_forward(
-        self,
-        tokens: Sequence[int],
-        *,
-        priority: int = 0,
-        cache_salt: str | None = None,
-        cache: str = "default",
-        cache_ttl_s: float | None = None,
-        retention: str = "normal",
-    ) -> PendingRequest:
-        """Start a forward pass whose last position's logits are wanted, and return at once.
-
-        Args:
-            tokens: of one row; what is cached of them is reused.
-            priority: as in `submit`.
-            cache_salt, cache, cache_ttl_s, retention: as in `generate`. Of a "no-store" pass
-                nothing is found by the next one: for a row that goes on take "read-only" and a
-                salt of its own.
-
-        Returns:
-            The request; `logits_tensor` reads its `.logits` when it has ended.
-
-        Raises:
-            ConfigError: an argument is invalid; nothing was sent.
-        """
-        self._check_open()
-        use = self._use(cache_salt, cache, cache_ttl_s, retention)
-        checked = check_prompt(tokens, 0, self.info.max_model_len)
-        request = self._forward_request(checked, 1, use, priority=priority)
-        self.info.check(request)
-        row = PendingRequest(request, streaming=True)
-        self._replicas.submit([row])
-        return row

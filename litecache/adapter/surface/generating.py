@@ -20,7 +20,7 @@ from litecache.adapter.driver import CacheUse, Driver, has_methods
 from litecache.adapter.driver_loop import generate_in_driver
 from litecache.adapter.forward import prompt_logprobs_of
 from litecache.adapter.generation import LOOPS, needs_driver, prompts_to_score, translate
-from litecache.adapter.pending import PendingRequest, ReuseReport, aborting
+from litecache.adapter.pending import Guide, PendingRequest, ReuseReport, aborting
 from litecache.adapter.prompts import (
     append_rows,
     check_input_ids,
@@ -255,6 +255,7 @@ class GenerateSurface(Driver):
         retention: str = "normal",
         seed: int | None = None,
         tokenizer: Any = None,
+        guides: Sequence[Guide] | None = None,
         **kwargs: Any,
     ) -> list[PendingRequest]:
         """Start requests and return at once, for servers, which read many of them at a time.
@@ -270,6 +271,8 @@ class GenerateSurface(Driver):
             priority: lower runs first; one level is worth ten seconds of waiting.
             cache_salt, cache, cache_ttl_s, retention, seed, tokenizer, **kwargs: as in `generate`,
                 `logprobs` included.
+            guides: of each answer one, which says token by token what may follow; called in
+                threads of the adapter's. None = anything may.
 
         Returns:
             The requests, `samples` in a row for each prompt.
@@ -284,7 +287,11 @@ class GenerateSurface(Driver):
         check_integer("samples", samples, 1, 1 << 16)
         jobs = [(prompt, len(prompt), settings) for prompt in checked for _ in range(samples)]
         use = self._use(cache_salt, cache, cache_ttl_s, retention)
-        return self._start(jobs, use, seed, tokenizer, streaming=streaming, priority=priority)
+        if guides is not None and len(guides) != len(jobs):
+            raise ConfigError("guides", len(guides), f"{len(jobs)}, one for each answer")
+        return self._start(
+            jobs, use, seed, tokenizer, streaming=streaming, priority=priority, guides=guides
+        )
 
     def stream(
         self,

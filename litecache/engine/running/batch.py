@@ -81,7 +81,9 @@ class Batch:
             largest top-k, or `EVERY_TOKEN` when a sample has top-p alone; 0 = none has either.
         any_min_p: some sample has min-p.
         masked: (sample, token) pairs whose logits are struck out.
-        masks_fit: the drawing kernels find all of them in the field "struck".
+        allowed: of guided samples, (sample, bitmap of the tokens it may draw): all others are
+            struck out.
+        masks_fit: the drawing kernels find all that is struck out in the field "struck".
         ruled: samples with rules.
         logprobs: (sample, number of the likeliest) of those that report log-probabilities.
     """
@@ -99,6 +101,7 @@ class Batch:
     num_sorted: int = 0
     any_min_p: bool = False
     masked: tuple[tuple[int, int], ...] = ()
+    allowed: tuple[tuple[int, bytes], ...] = ()
     masks_fit: bool = True
     ruled: tuple[RuledSample, ...] = ()
     logprobs: tuple[tuple[int, int], ...] = ()

@@ -27,7 +27,13 @@ from litecache.engine.running.batch import (
 from litecache.engine.running.cuda_graphs import GraphKey
 from litecache.engine.running.logit_rules import RowRules, RuledSample
 from litecache.engine.running.random_numbers import position_keys, stream_keys
-from litecache.engine.scheduling.step_plan import NewRow, RowStep, StepPlan, TableUpdate
+from litecache.engine.scheduling.step_plan import (
+    NewRow,
+    RowGuide,
+    RowStep,
+    StepPlan,
+    TableUpdate,
+)
 from litecache.errors import ConfigError
 from litecache.types import SamplingParams
 
@@ -117,6 +123,16 @@ class RowTables:
         if sampling.logprobs is not None:
             self._with_logprobs.add(row)
 
+    def _guide_row(self, guide: RowGuide) -> None:
+        """The host learns what the row has drawn, and what its driver has appended."""
+        row, end = guide.row, guide.start + len(guide.token_ids)
+        self.tokens[row, guide.start : end] = guide.token_ids
+        self.num_known[row] = end
+        if len(guide.token_ids) > 1 and row in self.rules:
+            # the rules' history has what was drawn, and nothing of what was not
+            known = self.tokens[row, :end].tolist()
+            self.rules[row] = RowRules(self.sampling[row], known, int(self.num_prompt[row]))
+
     def build(self, plan: StepPlan, graph: GraphKey | None = None) -> Batch:
         """Apply a plan's changes and upload its inputs.
 
@@ -168,6 +184,7 @@ class RowTables:
             self._fill_deltas(fields, plan.table_updates)
         self._buffers.upload(sizes)
         masked, fit = self._masked(sampled, lengths)
+        masks = {guide.row: guide.mask for guide in plan.guides if guide.mask}
         top_k, top_p, min_p = (self.drawing[name][drawing] for name in ("top_k", "top_p", "min_p"))
         sampled_rows, rules = sampled.tolist(), self.rules
         return Batch(
@@ -184,7 +201,10 @@ class RowTables:
             num_sorted=num_sorted(top_k, top_p),
             any_min_p=bool(min_p.any()),
             masked=masked,
-            masks_fit=fit,
+            allowed=tuple((i, masks[row]) for i, row in enumerate(sampled_rows) if row in masks)
+            if masks
+            else (),
+            masks_fit=fit and not masks,
             ruled=tuple(
                 RuledSample(index, row, length, rules[row])
                 for index, (row, length) in enumerate(
@@ -220,6 +240,8 @@ class RowTables:
         """
         for new in plan.new_rows:
             self._set_row(new)
+        for guide in plan.guides:
+            self._guide_row(guide)
         for update in plan.table_updates:
             end = update.start + len(update.block_ids)
             self.block_tables[update.group, update.row, update.start : end] = update.block_ids

@@ -48,6 +48,24 @@ def strike(logits: torch.Tensor, batch: Batch) -> None:
         # A blocking copy would wait for the step before, which is still running.
         rows, tokens = pairs.to(logits.device, non_blocking=True)
         logits[rows, tokens] = float("-inf")
+    if batch.allowed:
+        _keep(logits, batch.allowed)
+
+
+def _keep(logits: torch.Tensor, allowed: Sequence[tuple[int, bytes]]) -> None:
+    """Strike all tokens out but those of the bitmaps; nothing waits for the device."""
+    size, vocab = len(allowed), logits.shape[1]
+    joined = np.frombuffer(b"".join(mask for _, mask in allowed), dtype=np.uint8)
+    packed = torch.from_numpy(joined.reshape(size, -1).copy())
+    rows = torch.tensor([row for row, _ in allowed]).to(logits.device, non_blocking=True)
+    packed = packed.to(logits.device, non_blocking=True)
+    # a bitmap's words are little-endian, so that byte by byte the order of its bits is the same
+    bits = (packed[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=logits.device)) & 1
+    struck = torch.ones((size, vocab), dtype=torch.bool, device=logits.device)
+    width = min(vocab, 8 * packed.shape[1])
+    struck[:, :width] = bits.view(size, -1)[:, :width] == 0
+    scores = logits.index_select(0, rows).masked_fill_(struck, float("-inf"))
+    logits.index_copy_(0, rows, scores)
 
 
 def _draw(logits: torch.Tensor, best: torch.Tensor, batch: Batch) -> torch.Tensor:

@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from litecache.engine.scheduling.sequence import BlockRef, Sequence
-from litecache.engine.scheduling.step_plan import BlockCopy, NewRow, RowStep, StepPlan, TableUpdate
+from litecache.engine.scheduling.step_plan import (
+    BlockCopy,
+    NewRow,
+    RowGuide,
+    RowStep,
+    StepPlan,
+    TableUpdate,
+)
 from litecache.token_ids import TokenIds
 
 MAX_STEP_LOGITS = 256
@@ -55,6 +62,7 @@ class PlanBuilder:
         self._prefill_tokens = 0
         self._logits_left = MAX_STEP_LOGITS
         self._untold: dict[int, Sequence] = {}
+        self._guided: dict[int, tuple[Sequence, bytes]] = {}
 
     def room(self, seq: Sequence) -> int:
         """How many of the next positions of a prefill may be computed in this step."""
@@ -91,6 +99,8 @@ class PlanBuilder:
         self.launched.rows.append((seq, step, seq.life))
         if seq.changed:
             self._untold[seq.row] = seq
+        if seq.guided:
+            self._guided[seq.row] = seq, (seq.mask or b"") if sample else b""
 
     def _enter(self, seq: Sequence) -> None:
         """The row is new to the runner."""
@@ -104,6 +114,12 @@ class PlanBuilder:
         seq.copies = []
         seq.changed.clear()
         seq.entered = True
+        seq.num_told = seq.num_tokens
+
+    def _guide(self, seq: Sequence, mask: bytes) -> RowGuide:
+        """What the row does not know of its tokens yet, and which ones it may draw."""
+        start, seq.num_told = seq.num_told, seq.num_tokens
+        return RowGuide(seq.row, start, tuple(seq.tokens[start:].tolist()), mask)
 
     def _tell(self, seq: Sequence) -> None:
         """Table entries have changed since the row's last step; neighbours are one update."""
@@ -133,4 +149,5 @@ class PlanBuilder:
             tuple(self._tables),
             tuple(self._copies),
             tuple(row_step for _, row_step, _ in self.launched.rows),
+            tuple(self._guide(seq, mask) for seq, mask in self._guided.values()),
         )

@@ -12,8 +12,10 @@ A prefill goes from the front and jumps over what the pool holds or what has bee
 
 Tokens of launched steps need not be known: a request counts the samples in flight, and the
 runner feeds a sampled token to the next step itself. So step n + 1 can be planned while step n
-runs. The stream order of the device makes it safe to hand out blocks that a running step still
-writes to; a copy on another stream waits for the last step that uses its block.
+runs. A guided row is in no plan from one sample to its driver's answer, and nobody waits for it; it
+keeps its blocks meanwhile, as long as no other needs them. The stream order of the device makes it
+safe to hand out blocks that a running step still writes to; a copy on another stream waits for the
+last step that uses its block.
 """
 
 from __future__ import annotations
@@ -40,12 +42,14 @@ from litecache.engine.scheduling.step_plan import RowStep, StepResult
 from litecache.errors import CapacityError
 from litecache.hashing import BlockKey
 from litecache.token_ids import TokenIds
-from litecache.types import FinishReason, Request, Tier, TokenDelta, TokenLogprobs
+from litecache.types import FinishReason, Guidance, Request, Tier, TokenDelta, TokenLogprobs
 
 REMEMBERED_ABORTS = 4096
 LOAD_CHUNK_TOKENS = 2048
 """Of a prefill chunk beside a load: the longer it is, the later the meeting is seen."""
 LOOKUP_PATIENCE_S = 0.1
+GUIDANCE_PATIENCE_S = 60.0
+"""A guided request whose driver has not answered for so long fails."""
 MEETING_S = 0.005
 """Who waits for loads looks again after so long: a source that stalls sends no message."""
 
@@ -95,6 +99,7 @@ class Scheduler:
         self._timed: dict[str, Sequence] = {}
         self._early_aborts: dict[str, None] = {}
         self._suspects: dict[str, Sequence] = {}
+        self._asking: dict[str, Sequence] = {}
         self._queues = RequestQueues(max_requests)
         self._lookup_patience_s = lookup_patience_s
         self._launched: dict[int, Launched] = {}
@@ -134,6 +139,25 @@ class Scheduler:
                 self._early_aborts[request_id] = None
         while len(self._early_aborts) > REMEMBERED_ABORTS:
             del self._early_aborts[next(iter(self._early_aborts))]
+        return out
+
+    def guide(self, guidance: Guidance) -> Schedule:
+        """A driver says how a guided request goes on; void unless that request waits for it."""
+        out = Schedule()
+        seq = self._asking.get(guidance.request_id)
+        if seq is None or seq.num_tokens != guidance.num_tokens:
+            return out
+        del self._asking[seq.id]
+        if not guidance.mask:
+            self._finish(seq, FinishReason.STOP, out)
+            return out
+        if seq.num_tokens + len(guidance.token_ids) >= seq.max_tokens:
+            message = f"request {seq.id}: guided beyond max_new_tokens"
+            self._finish(seq, FinishReason.ERROR, out, message)
+            return out
+        for token in guidance.token_ids:
+            seq.append(token)
+        seq.mask = guidance.mask
         return out
 
     def set_paused(self, request_ids: Iterable[str], paused: bool) -> None:
@@ -219,7 +243,7 @@ class Scheduler:
                     f"request {seq.id}: the logits of step {result.step} at position"
                     f" {step.start + step.num_tokens - 1} are not finite"
                 )
-                if seq.request.sampling.any_rules:
+                if seq.guided or seq.request.sampling.any_rules:
                     message += ", or its rules leave no token to draw"
                 self._finish(seq, FinishReason.ERROR, out, message)
                 continue
@@ -273,6 +297,10 @@ class Scheduler:
         for seq in list(self._timed.values()):
             if seq.deadline_s is not None and now >= seq.deadline_s:
                 self._finish(seq, FinishReason.LENGTH, out)
+        for seq in list(self._asking.values()):
+            if now >= seq.asked_driver_s + GUIDANCE_PATIENCE_S:
+                message = f"its driver has allowed no token for {GUIDANCE_PATIENCE_S:g} s"
+                self._finish(seq, FinishReason.ERROR, out, f"request {seq.id}: {message}")
         plan = PlanBuilder(self._step + 1, self._max_batch_tokens, self._chunk_grid)
         plan.launched.at_s = now
         self._wake_s = None
@@ -281,7 +309,9 @@ class Scheduler:
         if alone is not None:
             running = [seq for seq in running if seq is alone]
         for seq in running:
-            if seq.num_todo == 1 and self._may_step(seq) and self._grow(seq, out):
+            # a guided row grows by several tokens: the youngest gives way before it is planned
+            one = seq.num_todo == 1
+            if (one or seq.guided) and self._may_step(seq) and self._grow(seq, out) and one:
                 plan.add_step(seq, 1)
         num_decodes = len(plan.launched.rows)
         if not num_decodes:
@@ -336,6 +366,7 @@ class Scheduler:
     def next_deadline(self) -> float | None:
         """When to plan again though nothing comes in: a request ends, or has waited enough."""
         deadlines = [seq.deadline_s for seq in self._timed.values()]
+        deadlines += [s.asked_driver_s + GUIDANCE_PATIENCE_S for s in self._asking.values()]
         return min((d for d in (*deadlines, self._wake_s) if d is not None), default=None)
 
     def open_requests(self) -> list[tuple[str, str]]:
@@ -350,6 +381,10 @@ class Scheduler:
         """
         self.cache.check_integrity()
         self._queues.check_integrity()
+        for seq in self._sequences.values():
+            asking = seq.guided and seq.mask is None
+            assert asking == (seq.id in self._asking), "a guided row waits for nobody, or steps"
+            assert not (asking and seq.num_in_flight), "a guided row has stepped unasked"
         live = sorted(seq.id for seq in self._queues.waiting + self._queues.running)
         assert live == sorted(self._sequences), "a request is in no queue, or in two"
         refs = [[0] * (pool.num_blocks + 1) for pool in self.cache.pools]
@@ -376,10 +411,10 @@ class Scheduler:
         return seq.status is SequenceStatus.RUNNING and seq.wants_step and not seq.paused
 
     def _grow(self, seq: Sequence, out: Schedule) -> bool:
-        """Make room for the next token, preempting the youngest; False if `seq` had to give way."""
-        if self._windowed:
+        """Make room for known tokens, preempting the youngest; False if `seq` had to give way."""
+        if self._windowed and seq.num_todo == 1:
             self.cache.trim(seq)
-        index = seq.num_computed // self.cache.block_size
+        index = (seq.num_tokens + seq.num_in_flight - 1) // self.cache.block_size
         for group, table in enumerate(seq.tables):
             while index >= len(table):
                 try:
@@ -461,7 +496,12 @@ class Scheduler:
         """Look up and start waiting requests in order; one that does not fit holds the rest."""
         blocked, patience_s = False, self._lookup_patience_s
         for seq in list(self._queues.waiting):
-            if alone not in (None, seq) or seq.num_in_flight or seq.paused:
+            if (
+                alone not in (None, seq)
+                or seq.num_in_flight
+                or seq.paused
+                or seq.id in self._asking
+            ):
                 continue
             if seq.status is SequenceStatus.STAGING and now < seq.asked_s + patience_s:
                 self._wake(seq.asked_s + patience_s)
@@ -547,7 +587,11 @@ class Scheduler:
         elif seq.num_tokens >= seq.max_tokens:
             reason = FinishReason.LENGTH
         told = () if logprobs is None else (logprobs,)
-        delta = TokenDelta(seq.id, (token,), reason, logprobs=told)
+        asks = seq.guided and reason is None
+        if asks:
+            seq.mask, seq.asked_driver_s = None, now
+            self._asking[seq.id] = seq
+        delta = TokenDelta(seq.id, (token,), reason, logprobs=told, awaits_guidance=asks)
         if not seq.announced:
             delta = self._announced(seq, delta, now)
         else:
@@ -608,6 +652,7 @@ class Scheduler:
         del self._sequences[seq.id]
         self._timed.pop(seq.id, None)
         self._suspects.pop(seq.id, None)
+        self._asking.pop(seq.id, None)
 
     def _take_launched(self, step: int) -> Launched:
         launched = self._launched.pop(step)

@@ -143,6 +143,11 @@ class Sequence:
         num_handed_out: and how many positions that is.
         num_tail: positions that copies have filled, of no found block.
         announced: its first token has been told; `last_token_s`: when the last one was.
+        guided: each of its tokens is one that its driver allows: it steps only with a `mask`.
+        mask: of the tokens that may come next, see `Request.mask`; None from one token to the
+            driver's next answer.
+        asked_driver_s: since when it waits for that.
+        num_told: of a guided row that has entered, tokens that the runner knows.
         unshared: it is "no-store", or its salt was deleted while it was open: nothing of it is
             published or saved.
     """
@@ -179,6 +184,10 @@ class Sequence:
         self.staged: dict[BlockRef, str] = {}
         self.paused = False
         self.unshared = request.cache == "no-store"
+        self.guided = request.mask is not None
+        self.mask = request.mask
+        self.asked_driver_s = math.inf
+        self.num_told = 0
         self.announced = False
         self.last_token_s = now
         self.begin_life()
@@ -258,9 +267,14 @@ class Sequence:
 
     @property
     def wants_step(self) -> bool:
-        """Another token may be sampled, counting those in flight; or logits are to be computed."""
+        """Another token may be sampled, counting those in flight; or logits are to be computed.
+
+        A guided row samples one after the other: the driver's answer to one allows the next.
+        """
         if self.num_logits:
             return self.num_todo > 0
+        if self.guided and (self.mask is None or self.num_in_flight):
+            return False
         return self.num_tokens + self.num_in_flight < self.max_tokens
 
     @property

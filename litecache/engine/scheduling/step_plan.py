@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 from litecache.token_ids import TokenIds
 from litecache.types import SamplingParams, TokenLogprobs
 
-PLAN_VERSION = 4
+PLAN_VERSION = 5
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,25 @@ class NewRow:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "token_ids", TokenIds(self.token_ids))
+
+
+@dataclass(frozen=True)
+class RowGuide:
+    """What a guided row is told before it steps.
+
+    Attributes:
+        row: which row.
+        start: position of the first of `token_ids`.
+        token_ids: the row's tokens from there on: the last one that it drew, and what its driver
+            has appended.
+        mask: of the tokens that this step may draw for it, see `litecache.types.mask_bytes`;
+            empty where it draws none.
+    """
+
+    row: int
+    start: int
+    token_ids: tuple[int, ...]
+    mask: bytes
 
 
 @dataclass(frozen=True)
@@ -86,7 +105,8 @@ class RowStep(NamedTuple):
 
 @dataclass(frozen=True)
 class StepPlan:
-    """One engine step. Rows of one token come first; order of work: rows, tables, copies, forward.
+    """One engine step. Rows of one token come first; order of work: rows, guides, tables, copies,
+    forward.
 
     No two table updates name the same entry: a device writes all of them at once, in any order.
     A row may stand in a plan with several segments, in the order of their positions.
@@ -98,6 +118,7 @@ class StepPlan:
     table_updates: tuple[TableUpdate, ...] = ()
     copies: tuple[BlockCopy, ...] = ()
     rows: tuple[RowStep, ...] = ()
+    guides: tuple[RowGuide, ...] = ()
     version: int = PLAN_VERSION
 
     def __post_init__(self) -> None:
@@ -142,6 +163,10 @@ class StepPlan:
             ),
             copies=tuple(BlockCopy(**copy) for copy in values["copies"]),
             rows=tuple(RowStep(*row) for row in values["rows"]),
+            guides=tuple(
+                RowGuide(g["row"], g["start"], tuple(g["token_ids"]), g["mask"])
+                for g in values["guides"]
+            ),
             version=values["version"],
         )
 
