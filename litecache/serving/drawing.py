@@ -112,9 +112,7 @@ async def open_reader(
         guided: dict[str, Any] = {}
         form = form or body.form
         if form is not None:
-            guided["guides"], end_forms = await service.make_forms(
-                form, size, silent, body.min_tokens or 0
-            )
+            guided["guides"], end_forms = await service.make_forms(form, size, silent)
 
             def end() -> None:
                 leave()

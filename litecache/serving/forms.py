@@ -99,8 +99,7 @@ class Form:
         grammar: of `grammar_of`.
         param: the request's field, for errors.
         vocab_size: of the model.
-        ends: tokens that end an answer.
-        min_tokens: before so many no end is allowed, unless nothing else is.
+        ends: tokens that end an answer: where only these may follow it is whole.
 
     Raises:
         ApiError: 400, llguidance does not take the form, or knows no such tokenizer.
@@ -117,7 +116,6 @@ class Form:
         param: str,
         vocab_size: int,
         ends: Collection[int] = (),
-        min_tokens: int = 0,
     ) -> None:
         from llguidance import LLMatcher, LLParserLimits
 
@@ -128,9 +126,8 @@ class Form:
         limits = LLParserLimits(
             max_lexer_states=50_000, max_grammar_size=200_000, verbose_errors=False
         )
-        self._param, self._vocab_size, self._min_tokens = param, vocab_size, min_tokens
+        self._param, self._vocab_size = param, vocab_size
         self._ends = np.array([end for end in ends if end < vocab_size], dtype=np.int64)
-        self._num_tokens = 0
         self._matcher = LLMatcher(guide, grammar, log_level=0, limits=limits)
         self._check()
         self.mask = self._mask()
@@ -165,9 +162,7 @@ class Form:
             raise _refused(self._param, "a form that the model's tokens can spell")
         going_on = bits.copy()
         np.bitwise_and.at(going_on, self._ends >> 3, ~(1 << (self._ends & 7)).astype(np.uint8))
-        if not going_on.any():
-            return b""
-        return (going_on if self._num_tokens < self._min_tokens else bits).tobytes()
+        return bits.tobytes() if going_on.any() else b""
 
     def take(self, tokens: Sequence[int]) -> list[int]:
         """As in `Guide`.
@@ -183,6 +178,5 @@ class Form:
             if forced:
                 self._matcher.consume_tokens(forced)
                 self._check()
-        self._num_tokens += len(tokens) + len(forced)
         self.mask = self._mask()
         return forced

@@ -308,7 +308,7 @@ class ModelService:
             self.abandon(future.result())
 
     async def make_forms(
-        self, form: FormSpec, count: int, ends: Collection[int], min_tokens: int
+        self, form: FormSpec, count: int, ends: Collection[int]
     ) -> tuple[list[Form], Callable[[], None]]:
         """A form for each of some answers, and what to call when they have ended.
 
@@ -316,7 +316,6 @@ class ModelService:
             form: of the answers.
             count: how many answers.
             ends: tokens that end them.
-            min_tokens: they have at least so many, where the form allows.
 
         Raises:
             ApiError: 400, a form that is none, or too much of one; 429, too many at once.
@@ -345,7 +344,6 @@ class ModelService:
                 param=form.param,
                 vocab_size=info.vocab_size,
                 ends=ends,
-                min_tokens=min_tokens,
             )
             return [made, *(made.again() for _ in range(1, count))]
 

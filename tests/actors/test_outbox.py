@@ -259,20 +259,26 @@ def test_every_token_is_told_once_and_in_order_whatever_replies_are_lost(seed: i
 
 
 @pytest.mark.parametrize("before_the_poll", [True, False])
-def test_first_and_last_tokens_do_not_wait_for_the_gap(before_the_poll: bool) -> None:
+@pytest.mark.parametrize(
+    "news", [{"finish_reason": FinishReason.LENGTH}, {"awaits_guidance": True}]
+)
+def test_first_and_last_tokens_and_those_that_wait_for_the_driver_do_not_wait_for_the_gap(
+    news: dict[str, Any], before_the_poll: bool
+) -> None:
     async def body() -> None:
         outbox = Hooks().outbox()
         epoch, _ = outbox.register("c", ["r"])
         outbox.push([("c", TokenDelta("r", (1,), ttft_s=0.1))])
         await outbox.poll("c", epoch, 0, 15, 3600)
-        last = ("c", delta("r", 2, finish=FinishReason.LENGTH))
+        last = ("c", TokenDelta("r", (2,), **news))
         if before_the_poll:
             outbox.push([last])
         waiting = asyncio.create_task(outbox.poll("c", epoch, 1, 3600, 3600))
         await asyncio.sleep(0)
         if not before_the_poll:
             outbox.push([last])
-        assert [d.token_ids for d in (await waiting).deltas] == [(2,)]
+        reply = await asyncio.wait_for(waiting, 5)  # before the silence of the client ends it
+        assert [d.token_ids for d in reply.deltas] == [(2,)]
 
     run(body)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from scheduler_world import World, expected_output
+from scheduler_world import BLOCK_SIZE, World, expected_output
 
 from litecache.engine.scheduling.orders import Schedule
 from litecache.engine.scheduling.step_plan import StepPlan, TableUpdate
@@ -367,3 +367,19 @@ def test_queued_tokens_are_those_of_prompts_that_the_pool_does_not_hold() -> Non
     assert counts == [48, 32, 16, 0, 0], "decoding is no queue"
     world.submit(prompt + (1,) * 10, 1)
     assert world.scheduler.num_queued_tokens == 10
+
+
+def test_a_guided_request_that_was_preempted_starts_again_with_its_drivers_answer() -> None:
+    (prompt,) = endless(1, 40)
+    world = World(num_blocks=-(-(len(prompt) + 40) // BLOCK_SIZE), lower_tiers=False)
+    older = world.submit(prompt, 40)
+    guided = world.submit((1, 1, 0, 1), 20, mask=b"\3\0\0\0")
+    world.run_steps()
+    assert older in world.finished
+    assert world.scheduler.preemptions == 1
+    assert world.asking == [guided]
+    assert not world.step(), "it steps though its driver has allowed nothing"
+    assert (world.scheduler.num_running, world.scheduler.num_waiting) == (0, 1)
+    world.run_until_idle()
+    world.check_outputs()
+    assert guided in world.finished
