@@ -14,17 +14,21 @@ what O_DIRECT reads of the shard's request size give, R what a pinned copy gives
 Cases: first (the first prompt of each size against the second), idle and busy (the engine idle, and
 beside `--decodes` decodes), throttled (the disk at `--disk-gbps`), stalled (the disk stops for a
 second in mid-load), restart (the shards closed and opened again), saving (cold and a decode step
-with saving on and off). The promises (docs/tiers.md):
+with saving on and off), host (no model, no device: what the host does for a RAM hit of 512, 2,048
+and 4,096 blocks, from `submit` to the copies handed over, with a shard of this process and with an
+actor over its socket; `--only host` needs no GPU). The promises (docs/tiers.md):
 
     RAM    at most H(n) + 1.15 x bytes / R + 3 ms
     disk   at most 1.10 x (min over m of max(C(m), bytes(n - m) / D) + H(n)) + 3 ms,
            at 2,048 tokens at most C(n) + 3 ms
     hit    never slower than cold by more than 5 % or 3 ms, whichever is larger
     first  slower than the second by at most 10 % or 5 ms, whichever is larger
+    host   the first copy within 2 ms of the plan, 2 us of CPU a block
 """
 
 from __future__ import annotations
 
+import gc
 import os
 import statistics
 import sys
@@ -35,15 +39,18 @@ from typing import Any
 
 import numpy as np
 from bench_common import Report, Row, geometry, parser, summarise
-from tier_world import GB, BenchEngine, SlowFiles, model_limits, scratch
+from storage_bench.backends import Actor, InProcess
+from tier_world import GB, BenchEngine, HitPath, SlowFiles, model_limits, scratch
 
 from litecache import CacheConfig
 from litecache.engine.measuring.tier_engine import Tokens, copy_rate
 from litecache.engine.measuring.worth import ColdCurve
 
-CASES = ("first", "idle", "busy", "throttled", "stalled", "restart", "saving")
+CASES = ("first", "idle", "busy", "throttled", "stalled", "restart", "saving", "host")
 QUESTION = 64
 DECODE_PROMPT = 512
+HOST_BLOCK_US, HOST_SWITCH_S = 2.0, 5e-4
+"""What a RAM hit may take of the CPU, and after how long a replica's threads take turns."""
 
 
 class Bench:
@@ -311,6 +318,35 @@ def saving(bench: Bench, report: Report) -> None:
     report.add(row)
 
 
+def host(report: Report, rounds: int, *, quick: bool) -> None:
+    """What the host does for a RAM hit, without a model and without a copy."""
+    sys.setswitchinterval(HOST_SWITCH_S)
+    lengths = (64, 256) if quick else (512, 2048, 4096)
+    for backend in (InProcess,) if quick else (InProcess, Actor):
+        shard = backend({"directory": None, "ram_bytes": 256 << 20})
+        path = HitPath(shard.client, max(lengths))
+        gc.collect()
+        gc.freeze()  # as a replica does
+        for blocks in lengths:
+            prompt = path.prompt(blocks, seed=blocks)
+            path.store(prompt)
+            times = [path.ask(prompt) for _ in range(rounds + 1)][1:]
+            case = f"host {backend.name} {blocks} blocks"
+            first = [(one.first - one.staged) * 1e3 for one in times]
+            report.add(_row(case, "plan to the first copy", first, 2.0, "2 ms"))
+            for metric in ("first", "last", "ready"):
+                samples = [getattr(one, metric) * 1e3 for one in times]
+                report.add(_row(case, f"submitted to {metric}", samples, None, ""))
+            figure = summarise([one.cpu * 1e6 / blocks for one in times])
+            held = "held" if figure.median <= HOST_BLOCK_US else "NOT held"
+            report.add(
+                Row(case, "CPU of this process", figure.median, "us a block", HOST_BLOCK_US,
+                    figure.median / HOST_BLOCK_US, held, figure.spread, figure.samples)
+            )  # fmt: skip
+        path.close()
+        shard.close()
+
+
 def run(bench: Bench, report: Report, only: Sequence[str]) -> None:
     """The chosen cases of one geometry."""
     options, name = bench.options, bench.name
@@ -415,7 +451,9 @@ def main() -> int:
         options.ram_bytes, options.storage_bytes = 128 << 20, 256 << 20
         options.num_blocks, options.decodes, options.device = 512, 2, "cpu"
     report = Report("First token by source", options.json)
-    for each in options.geometry:
+    if "host" in options.only:
+        host(report, 3 * options.pairs, quick=options.quick)
+    for each in options.geometry if options.only != ["host"] else ():
         name, config = geometry(each)
         limit = model_limits(config) - QUESTION - 64
         options.lengths = [n for n in options.lengths if n <= limit] or [limit]

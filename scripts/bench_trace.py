@@ -8,11 +8,13 @@
 Any file of that format does: a JSON object a line with `timestamp` (ms), `input_length`,
 `output_length` (tokens) and `hash_ids`, one for each 512 tokens of the prompt. Half of the sessions
 are taken (`--share`, by `--seed`), in the order of their times, all lengths divided by `--divide`.
-Before the replay the run measures what prefill sustains without tiers, with other sessions; then
-arrivals are compressed until the tokens that must be computed without tiers (those that an LRU pool
-of the same size would not hold) arrive at `--load` of that. Then the same requests run without
-tiers and with each of `--configs`, RAM:disk in GB, shards new and empty each time; answers have the
-lengths of the trace. Ratios are of the requests that both have answered.
+Before the replay the run measures how many of these very requests the engine answers a second
+without tiers, with their decodes: `--clients` ask one after the other, for `--warm-s` seconds at
+most. Then arrivals are compressed until they come at `--load` of that rate, and the same requests
+run without tiers and with each of `--configs`, RAM:disk in GB, shards new and empty each time and
+the folder of the one before removed; answers have the lengths of the trace. Each replay tells the
+load that was reached and how the number of open requests grew: where it grows the engine was
+overloaded, and first tokens are waiting. Ratios are of the requests that both have answered.
 
 `--simulate` also prints what ideal plans would reach on a GPU and a disk of this run's speeds, one
 request after the other; with `--simulate` and no GPU asked for (`--device none`) nothing else runs.
@@ -24,13 +26,14 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 import time
-from collections import Counter, OrderedDict
-from collections.abc import Iterable, Sequence
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from bench_common import Report, Row, geometry, parser
@@ -227,26 +230,74 @@ def simulate(
 # Measured
 
 
-def sustained(world: BenchEngine, turns: Sequence[Turn], prompts: Prompts, most_s: float) -> float:
-    """Prefill tokens per second without tiers, everything waiting; also warms the engine up."""
+def sustained(
+    world: Any, turns: Sequence[Turn], prompts: Prompts, clients: int, most_s: float,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:  # fmt: skip
+    """Requests answered per second without tiers by clients that ask one after the other.
+
+    Counted from when as many have been answered as there are clients, while all of them ask; also
+    warms the engine up.
+    """
     longest = max(turns, key=lambda turn: turn.length)
     for _ in range(2):
         world.ask(prompts.of(longest)[::-1].copy())
         world.clear("gpu")
-    started = time.perf_counter()
-    world.ask(prompts.of(longest)[::-1].copy())
-    second = time.perf_counter() - started
-    world.clear("gpu")
-    count = max(4, min(len(turns), int(most_s / second)))
-    chosen = turns[:: max(1, len(turns) // count)][:count]
-    started = time.perf_counter()
-    answers = [world.submit(prompts.of(turn), turn.answer)[1] for turn in chosen]
-    for answer in answers:
+    clients = max(1, min(clients, len(turns) // 3))
+    left = deque(turns)
+    open_: list[Answer] = []
+    ended: list[float] = []
+    began = clock()
+    while len(ended) < len(turns) and (left or len(open_) == clients):
+        while left and len(open_) < clients and clock() < began + most_s:
+            turn = left.popleft()
+            open_.append(world.submit(prompts.of(turn), turn.answer)[1])
+        if len(open_) < clients:
+            break
+        waiting = [answer for answer in open_ if not answer.done.is_set()]
+        ended += [clock()] * (len(open_) - len(waiting))
+        open_ = waiting
+        time.sleep(0.0005)
+    for answer in open_:
         answer.done.wait(300)
-    spent = max(answer.first for answer in answers) - started
-    reused = sum(sum(answer.reused.values()) for answer in answers)
     world.clear("gpu")
-    return (sum(answer.length for answer in answers) - reused) / spent
+    counted = ended[clients - 1 :]
+    if len(counted) < 2:
+        raise SystemExit("error: too few requests were answered: raise --warm-s or --requests")
+    return (len(counted) - 1) / (counted[-1] - counted[0])
+
+
+def arrivals_at(turns: Sequence[Turn], rate: float) -> list[float]:
+    """Times of the trace, in seconds from the first, compressed so that so many come a second."""
+    span = (len(turns) - 1) / rate
+    first, last = turns[0].time_s, turns[-1].time_s
+    return [(turn.time_s - first) / max(1e-9, last - first) * span for turn in turns]
+
+
+class Queue(NamedTuple):
+    """How a replay went.
+
+    Attributes:
+        rate: requests that came a second.
+        open: of those that had come, unanswered ones at each arrival.
+        growth: of that number, requests a minute, over the second half of the arrivals.
+    """
+
+    rate: float
+    open: list[int]
+    growth: float
+
+    @classmethod
+    def of(cls, asked: Sequence[float], ended: Sequence[float]) -> Queue:
+        """From when each request came and was answered."""
+        came, left = np.array(asked), np.sort(np.array(ended))
+        open_ = np.arange(1, len(came) + 1) - np.searchsorted(left, came)
+        half = len(came) // 2
+        growth = 0.0
+        if len(came) - half > 2 and came[-1] > came[half]:
+            growth = float(np.polyfit(came[half:], open_[half:], 1)[0]) * 60
+        rate = (len(came) - 1) / max(1e-9, came[-1] - came[0])
+        return cls(rate, open_.tolist(), growth)
 
 
 def replay(
@@ -272,9 +323,22 @@ def replay(
 
 def tell(
     report: Report, case: str, answers: Sequence[Answer], off: Sequence[Answer] | None,
-    promise: tuple[float, float] | None,
+    promise: tuple[float, float] | None, capacity: float,
 ) -> None:  # fmt: skip
-    """Rows of one configuration."""
+    """Rows of one configuration; `capacity` is what `sustained` has told."""
+    queue = Queue.of([one.submitted for one in answers], [one.last for one in answers])
+    report.add(
+        Row(
+            case,
+            "load reached",
+            queue.rate / capacity,
+            "of what is sustained",
+            samples=len(answers),
+        ),
+        Row(case, "open requests, mean", float(np.mean(queue.open)), ""),
+        Row(case, "open requests, at the end", queue.open[-1], ""),
+        Row(case, "open requests, growth", queue.growth, "a minute"),
+    )
     count = len(answers) if off is None else min(len(answers), len(off))
     answers = answers[:count]
     first = np.array([answer.first_ms for answer in answers])
@@ -340,13 +404,12 @@ def tier_config(
 def trace(options: Any, report: Report) -> None:
     """Replay without tiers and with each configuration."""
     turns = read_trace(options.trace, options.divide)
-    chosen, others = split_sessions(turns, options.share, options.seed)
+    chosen, _ = split_sessions(turns, options.share, options.seed)
     chosen = chosen[: options.requests]
     name, config = geometry(options.geometry)
     block = BLOCK_TOKENS // options.divide
     limit = model_limits(config)
     chosen = [turn for turn in chosen if turn.length + turn.answer <= limit]
-    others = [turn for turn in others if turn.length + turn.answer <= limit]
     token_bytes = kv_token_bytes(config, options.device)
     pool_tokens = options.pool_bytes / token_bytes
     computed = sum(uncached(chosen, pool_tokens, block))
@@ -356,12 +419,6 @@ def trace(options: Any, report: Report) -> None:
         f" {sum(turn.length for turn in chosen):,} prompt tokens, {computed:,} of them to compute"
         f" with a pool of {options.pool_bytes / GB:g} GB alone"
     )
-
-    def arrivals(rate: float) -> list[float]:
-        """Times at which the tokens to compute arrive at the load."""
-        span = computed / (rate * options.load)
-        first, last = chosen[0].time_s, chosen[-1].time_s
-        return [(turn.time_s - first) / max(1e-9, last - first) * span for turn in chosen]
 
     def ideal(speeds: Speeds, times: Sequence[float]) -> None:
         base = simulate(chosen, times, speeds, token_bytes, options.pool_bytes, 0, 0, block)
@@ -376,13 +433,13 @@ def trace(options: Any, report: Report) -> None:
 
     if options.device == "none":
         speeds = Speeds(*SPEEDS)
-        rate = computed / sum(
+        rate = len(chosen) / sum(
             float(speeds.prefill_s(turn.length - left, turn.length))
             for turn, left in zip(chosen, uncached(chosen, pool_tokens, block), strict=True)
         )
-        ideal(speeds, arrivals(rate))
+        ideal(speeds, arrivals_at(chosen, options.load * rate))
         return
-    max_len = max(turn.length + turn.answer for turn in [*chosen, *others]) + 16
+    max_len = max(turn.length + turn.answer for turn in chosen) + 16
     num_blocks = max(int(pool_tokens / 16), math.ceil(max_len / 16) + 1)
     prompts = Prompts(int(config["vocab_size"]), options.divide)
     with scratch(options.dir) as folder:
@@ -390,24 +447,24 @@ def trace(options: Any, report: Report) -> None:
         world = BenchEngine(config, small)
         try:
             world.tiers(False)
-            rate = sustained(world, others, prompts, options.warm_s)
-            times = arrivals(rate)
+            rate = sustained(world, chosen, prompts, options.clients, options.warm_s)
+            times = arrivals_at(chosen, options.load * rate)
             report.add(
-                Row(name, "prefill sustained", rate, "tokens/s"),
+                Row(name, "sustained with decodes", rate, "requests/s"),
                 Row(name, "arrivals last", times[-1], "s", peer=f"load {options.load}"),
             )
             if options.simulate:
                 speeds = _speeds(world, chosen, prompts, options, folder)
                 ideal(speeds, times)
             off = replay(world, chosen, times, prompts, options.limit_s)
-            tell(report, f"{name} tiers off", off, None, None)
+            tell(report, f"{name} tiers off", off, None, None, rate)
             for pair in options.configs:
                 before = world.engine.metrics.by_label("litecache_drops", "reason")
                 made = tier_config(options, folder, pair, max_len, num_blocks)
                 world.restart_shards(made)
                 world.tiers(True)
                 answers = replay(world, chosen, times, prompts, options.limit_s)
-                tell(report, f"{name} {pair}", answers, off, PROMISES.get(pair))
+                tell(report, f"{name} {pair}", answers, off, PROMISES.get(pair), rate)
                 bytes_held = max(made.ram_bytes, made.storage_bytes if made.storage_dir else 0)
                 bound = lru_found(chosen[: len(answers)], bytes_held / token_bytes, block)
                 ratio = found_tokens(answers) / max(1, bound)
@@ -422,8 +479,16 @@ def trace(options: Any, report: Report) -> None:
                                        blocks - before.get(reason, 0), "blocks"))  # fmt: skip
                 _predictions(world, report, f"{name} {pair}")
                 world.tiers(False)
+                _remove(world, small, made)
         finally:
             world.close()
+
+
+def _remove(world: BenchEngine, small: CacheConfig, made: CacheConfig) -> None:
+    """Go back to small shards and remove a configuration's files: two do not fit on every disk."""
+    world.restart_shards(small)
+    for folder in filter(None, made.shard_folders):
+        shutil.rmtree(folder)
 
 
 def _speeds(
@@ -510,8 +575,8 @@ def chat(options: Any, report: Report) -> None:
     num_blocks = max(need // 4 // 16, longest // 16 + 2)
     case = f"{name} chat of {options.users}"
     with scratch(options.dir) as folder:
-        made = tier_config(options, folder, options.configs[0], longest + 16, num_blocks)
-        world = BenchEngine(config, made)
+        small = tier_config(options, folder, f"{64e6 / options.unit}:0", longest + 16, num_blocks)
+        world = BenchEngine(config, small)
         try:
             world.tiers(False)
             converse(world, min(4, options.users), 1, lengths, 1)  # type: ignore[arg-type]
@@ -524,7 +589,8 @@ def chat(options: Any, report: Report) -> None:
                 Row(case, "KV of all", need * token_bytes / GB, "GB"),
             )
             for pair in options.configs:
-                world.restart_shards(tier_config(options, folder, pair, longest + 16, num_blocks))
+                made = tier_config(options, folder, pair, longest + 16, num_blocks)
+                world.restart_shards(made)
                 world.tiers(True)
                 fast, first = converse(world, options.users, options.rounds, lengths, 0)  # type: ignore[arg-type]
                 ms = float(np.mean(first))
@@ -539,6 +605,7 @@ def chat(options: Any, report: Report) -> None:
                 )  # fmt: skip
                 _predictions(world, report, f"{case} {pair}")
                 world.tiers(False)
+                _remove(world, small, made)
         finally:
             world.close()
 
@@ -554,7 +621,8 @@ def main() -> int:
     made.add_argument("--divide", type=int, default=1, choices=(1, 2, 4, 8, 16, 32))
     made.add_argument("--limit-s", type=float, default=math.inf, help="of arrivals, each time")
     made.add_argument("--load", type=float, default=0.7)
-    made.add_argument("--warm-s", type=float, default=10.0, help="of measuring what is sustained")
+    made.add_argument("--warm-s", type=float, default=120.0, help="of measuring what is sustained")
+    made.add_argument("--clients", type=int, default=32, help="of measuring what is sustained")
     made.add_argument("--pool-bytes", default="10GB")
     made.add_argument("--seed", type=int, default=1, help="which sessions")
     made.add_argument("--simulate", action="store_true")
@@ -569,7 +637,7 @@ def main() -> int:
     if options.quick:
         options.geometry, options.device, options.unit = "tiny", "cpu", GB // 1000
         options.configs = ["40:0"] if options.chat else ["24:16"]
-        options.divide, options.requests, options.warm_s = 32, 24, 1.0
+        options.divide, options.requests, options.warm_s, options.clients = 32, 24, 10.0, 4
         options.pool_bytes, options.users, options.rounds = 2 << 20, 4, 3
     if not options.chat and options.trace is None:
         made.error("name a trace, or --chat")

@@ -1,21 +1,48 @@
 """What bench_tiers.py, bench_trace.py and chaos_loads.py put below an engine: a disk that can be
-slowed down or stopped inside the file layer, and a scratch folder."""
+slowed down or stopped inside the file layer, and a scratch folder; and the way of a RAM hit without
+an engine around it."""
 
 from __future__ import annotations
 
 import contextlib
+import math
+import queue
 import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
 
 from litecache import CacheConfig
+from litecache.engine.kv_layout import KVLayout, KVPool, KVSpec
 from litecache.engine.loading.model_source import ModelSource
 from litecache.engine.measuring.tier_engine import TierEngine
+from litecache.engine.scheduling.cost_model import CostModel
+from litecache.engine.scheduling.orders import Schedule
+from litecache.engine.scheduling.prefix_cache import PrefixCache
+from litecache.engine.scheduling.scheduler import Scheduler
+from litecache.engine.scheduling.step_plan import StepResult
+from litecache.engine.transfer.block_copier import (
+    BlockCopier,
+    HostBlocks,
+    Numbers,
+    PinnedArenas,
+    Rows,
+)
+from litecache.engine.transfer.codec import SameBytes
+from litecache.engine.transfer.lower_tiers import LowerTiers
+from litecache.hashing import chain_keys, root_key
+from litecache.metrics import Metrics
+from litecache.storage.client import ShardClient
 from litecache.storage.disk.files import Files
+from litecache.storage.protocol import CommitItem
+from litecache.token_ids import TokenIds
+from litecache.types import Request, SamplingParams
 
 GB = 1_000_000_000
 
@@ -107,3 +134,126 @@ def scratch(parent: Path | None, keep: bool = False) -> Iterator[Path]:
 def model_limits(config: dict[str, Any]) -> int:
     """The longest sequence of a geometry."""
     return int(config["max_position_embeddings"])
+
+
+class HitTimes(NamedTuple):
+    """Seconds of one RAM hit, from `submit` on, and CPU seconds of all this process did for it.
+
+    Attributes:
+        ordered: hashed, looked for in the pool, and the lookup ordered.
+        staged: the shard's answer is with the scheduler.
+        first, last: the first and the last copy have been handed over.
+        ready: all has landed and the step behind it is planned.
+        cpu: until then.
+    """
+
+    ordered: float
+    staged: float
+    first: float
+    last: float
+    ready: float
+    cpu: float
+
+
+class _HandedOver(SameBytes):
+    """A codec whose copies end at once: what a copy costs the host before the device has it."""
+
+    def __init__(self) -> None:
+        super().__init__(BlockCopier(torch.device("cpu"), lambda step: None, PinnedArenas()))
+        self.times: list[float] = []
+
+    def load(self, pool: KVPool, blocks: Numbers, slots: HostBlocks) -> None:
+        Rows(pool.buffer, blocks).addresses()
+        slots.addresses()  # type: ignore[union-attr]
+        self.times.append(time.perf_counter())
+
+
+class HitPath:
+    """Scheduler and transfer over one shard, without a model: from a prompt to the copies of its
+    blocks from RAM, and back. Nothing is copied.
+
+    Args:
+        client: of the shard.
+        num_blocks: of the longest prompt, and of the pool.
+    """
+
+    BLOCK = 16
+    ROOT = root_key({"bench": "hit path"})
+
+    def __init__(self, client: ShardClient, num_blocks: int) -> None:
+        self._client, self._names = client, 0
+        layout = KVLayout.from_specs([KVSpec(1, 32, 32, "float32")], self.BLOCK)
+        self._nbytes = layout.groups[0].block_bytes
+        pools = [KVPool(layout.groups[0], num_blocks + 8, "cpu")]
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._scheduler = Scheduler(
+            PrefixCache(layout.groups, num_blocks + 7),
+            lambda salt: (self.ROOT,),
+            max_requests=8,
+            max_batch_tokens=2048,
+            max_prefill_tokens=8192,
+            cost=CostModel(self.BLOCK, prefill_tokens=8192, loads="all"),
+            admission="none",
+            lookup_patience_s=math.inf,
+        )
+        self._tiers = LowerTiers(
+            *(pools, [client], None),
+            scheduler=self._scheduler,
+            post=self._inbox.put,
+            carry_out=self._carry_out,
+            device=torch.device("cpu"),
+            event_of=lambda step: None,
+            namespace_of=lambda salt: "bench",
+            metrics=Metrics(),
+        )
+        self._copies = _HandedOver()
+        self._tiers._loader._make_codec = lambda: self._copies
+
+    def store(self, prompt: TokenIds) -> None:
+        """Have the shard hold a prompt's blocks in RAM."""
+        keys = chain_keys(self.ROOT, prompt.array, self.BLOCK)
+        slots = self._client.reserve(self._nbytes, len(keys))
+        parents = [self.ROOT, *keys]
+        self._client.commit(
+            [CommitItem(*slot, *names) for slot, *names in zip(slots, keys, parents, strict=False)]
+        )
+
+    def ask(self, prompt: TokenIds) -> HitTimes:
+        """One request whose prefix lies in RAM, all of it."""
+        self._names += 1
+        self._copies.times.clear()
+        sampling = SamplingParams(1, 1)
+        request = Request(f"r{self._names}", "bench", prompt, sampling, cache="read-only")
+        began_cpu, began = time.process_time(), time.perf_counter()
+        self._carry_out(self._scheduler.add(request, time.monotonic()))
+        ordered = time.perf_counter()
+        staged = 0.0
+        while True:
+            out = self._scheduler.schedule(time.monotonic())
+            self._carry_out(out)
+            if out.plan is not None:
+                break
+            self._inbox.get(timeout=10)()
+            staged = staged or time.perf_counter()
+        ready, cpu = time.perf_counter(), time.process_time() - began_cpu
+        result = StepResult(out.plan.step, (1,))
+        done = self._scheduler.on_result(result, time.monotonic())
+        self._carry_out(done)
+        (delta,) = (delta for _, delta in done.deltas)
+        loaded = (delta.reused_tokens or {}).get("ram", 0)
+        assert loaded == len(prompt) // self.BLOCK * self.BLOCK, f"{loaded} tokens were loaded"
+        self._scheduler.cache.evict_idle()
+        times = (ordered, staged, self._copies.times[0], self._copies.times[-1], ready)
+        return HitTimes(*(at - began for at in times), cpu)
+
+    def prompt(self, num_blocks: int, seed: int) -> TokenIds:
+        """Random tokens: whole blocks and a question."""
+        rng = np.random.default_rng(seed)
+        return TokenIds(rng.integers(10, 100_000, size=num_blocks * self.BLOCK + self.BLOCK // 2))
+
+    def close(self) -> None:
+        """End the transfer's threads."""
+        self._tiers.close()
+
+    def _carry_out(self, schedule: Schedule) -> None:
+        self._tiers.carry_out(schedule)

@@ -292,21 +292,22 @@ def test_the_shards_of_several_folders_are_asked_together(ray_local: None, tmp_p
         result(handle.clear.remote("ram"), 20)
     shards = ShardSet(clients, None, Metrics())
     found = shards.stage([*KEYS, bytes(16)])
-    assert [lease and lease.tier for lease in found] == [Tier.DISK, Tier.DISK, Tier.DISK, None]
-    held = [lease for lease in found if lease is not None and lease.slot is not None]
-    assert {lease.shard_id for lease in held} == {"s0", "s1"}
-    for lease in held:
-        assert lease.shard is not None
-        assert lease.slot is not None
-        assert lease.shard.arena.wait([lease.slot]) == [True]
-        assert bytes(lease.shard.arena.block(lease.slot.slot, 16)) == lease.key
+    assert [found.of[o].tier if o >= 0 else None for o in found.origins] == [*[Tier.DISK] * 3, None]
+    assert {shard_id for shard_id, _, _ in found.by_shard()} == {"s0", "s1"}
+    for _, shard, places in found.by_shard():
+        assert shard is not None
+        mine = found.part(places)
+        held = zip(mine.slots.tolist(), mine.generations.tolist(), mine.keys, strict=True)
+        for slot, generation, key in held:
+            assert shard.arena.wait([SlotRef(slot, generation)]) == [True]
+            assert bytes(shard.arena.block(slot, 16)) == key
     # the block that both have is leased once, the spare lease went back
     wait_until(lambda: sum(map(leases, handles)) == 3)
-    shards.give_back(held)
+    shards.give_back(found)
     wait_until(lambda: sum(map(leases, handles)) == 0)
     os.kill(result(handles[0].info.remote(), 10)["pid"], signal.SIGKILL)
     found = shards.stage(KEYS)
-    assert [lease and lease.shard_id for lease in found] == [None, "s1", "s1"]
+    assert [found.of[o].shard_id if o >= 0 else None for o in found.origins] == [None, "s1", "s1"]
     for handle in handles:
         ray.kill(handle)
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from litecache.engine.kv_layout import TRASH_BLOCK, KVLayout, KVSpec
+from litecache.engine.scheduling.below import BlockRef, FoundBelow, as_pairs, as_refs
 from litecache.engine.scheduling.cost_model import CostModel
 from litecache.engine.scheduling.orders import (
     CancelOrder,
@@ -26,7 +27,7 @@ from litecache.engine.scheduling.orders import (
 )
 from litecache.engine.scheduling.prefix_cache import PrefixCache
 from litecache.engine.scheduling.scheduler import Scheduler
-from litecache.engine.scheduling.sequence import BlockRef, Sequence
+from litecache.engine.scheduling.sequence import Sequence
 from litecache.engine.scheduling.step_plan import RowStep, StepPlan, StepResult
 from litecache.hashing import BlockKey, root_key
 from litecache.types import FinishReason, Guidance, Request, SamplingParams
@@ -112,6 +113,7 @@ class Load:
 
     order: LoadOrder
     seq: Sequence
+    targets: dict[BlockRef, int]
     left: list[BlockRef]
     begun: list[BlockRef] = field(default_factory=list)
 
@@ -216,23 +218,27 @@ class World:
     def _order(self, order: LoadOrder) -> None:
         seq = self.scheduler._loads._copies[order.ticket][0]
         running = {result.step for result in self.results}
-        for ref, (block, step) in order.blocks.items():
+        refs = as_pairs(order.refs)
+        steps = order.steps.tolist()
+        for ref, block, step in zip(refs, order.blocks.tolist(), steps, strict=True):
             self.leases[order.ticket].remove(ref)  # each lease is taken once
             used = self.last_use.get((ref[0], block), 0)
             assert used <= step or used not in running, "a copy would overtake a step"
-        indices = [index for _, index in order.blocks]
+        indices = [index for _, index in refs]
         assert indices == sorted(indices, reverse=True), "not ordered from the back"
-        self.loads.append(Load(order, seq, list(order.blocks)))
+        targets = dict(zip(refs, order.blocks.tolist(), strict=True))
+        self.loads.append(Load(order, seq, targets, refs))
 
     def _cancel(self, cancel: CancelOrder) -> None:
         """What has not begun is lost; that is told some time later."""
-        if cancel.blocks is None:
+        refs = None if cancel.refs is None else as_pairs(cancel.refs)
+        if refs is None:
             self.leases.pop(cancel.ticket, None)
         for load in [load for load in self.loads if load.order.ticket == cancel.ticket]:
-            lost = [ref for ref in load.left if cancel.blocks is None or ref in cancel.blocks]
+            lost = [ref for ref in load.left if refs is None or ref in refs]
             load.left = [ref for ref in load.left if ref not in lost]
             if lost:
-                self.reports.append(LoadReport(cancel.ticket, (), lost))
+                self.reports.append(LoadReport(cancel.ticket, lost=as_refs(lost)))
         self._tidy()
 
     def _tidy(self) -> None:
@@ -248,10 +254,11 @@ class World:
 
     def answer_stage(self, position: int, have: Callable[[BlockKey], bool]) -> None:
         order = self.stages.pop(position)
-        found = {r: "ram:0" for r, key in order.blocks.items() if key in self.stored and have(key)}
+        asked = zip(as_pairs(order.refs), order.keys, strict=True)
+        found = {ref: "ram:0" for ref, key in asked if key in self.stored and have(key)}
         if found:
             self.leases.setdefault(order.ticket, set()).update(found)
-        self.take(self.scheduler.on_staged(order.ticket, found))
+        self.take(self.scheduler.on_staged(order.ticket, FoundBelow.of(found)))
 
     def begin_copies(self, position: int, count: int) -> None:
         """The next copies of a load begin: whatever they are asked, they end."""
@@ -268,14 +275,15 @@ class World:
         part, load.begun = load.begun[:count], load.begun[count:]
         done = [ref for number, ref in enumerate(part, start=1) if works(number)]
         for group, index in done:
-            block = load.order.blocks[group, index][0]
+            block = load.targets[group, index]
             for offset, prefix in enumerate(self.stored[load.seq.chain.keys[group][index]]):
                 self.blocks[group, block, offset] = prefix
-            if load.seq.ticket == load.order.ticket and (group, index) in load.seq.loading:
+            if load.seq.ticket == load.order.ticket and load.seq.below.is_loading(group, index):
                 self.landed.add((load.seq.id, load.seq.life, index))
         self._tidy()
         lost = [ref for ref in part if ref not in done]
-        self.take(self.scheduler.on_loaded(LoadReport(load.order.ticket, done, lost)))
+        report = LoadReport(load.order.ticket, as_refs(done), as_refs(lost))
+        self.take(self.scheduler.on_loaded(report))
 
     def answer_load(self, position: int, works: Callable[[int], bool] = bool) -> None:
         """All the rest of a load ends."""
@@ -288,7 +296,7 @@ class World:
 
     def _spoil(self, load: Load, ref: BlockRef) -> None:
         for offset in range(BLOCK_SIZE):
-            self.blocks[ref[0], load.order.blocks[ref][0], offset] = ()
+            self.blocks[ref[0], load.targets[ref], offset] = ()
 
     def answer_driver(self, position: int, times: int = 1) -> None:
         """The driver of a guided request says how it goes on, perhaps again and again."""
@@ -399,9 +407,7 @@ class World:
     def _write(self, step: RowStep) -> None:
         row = self.rows[step.row]
         (seq,) = (seq for seq in self.scheduler._queues.running if seq.row == step.row)
-        being_copied = {
-            (ref[0], load.order.blocks[ref][0]) for load in self.loads for ref in load.begun
-        }
+        being_copied = {(ref[0], load.targets[ref]) for load in self.loads for ref in load.begun}
         for position in range(step.start, step.start + step.num_tokens):
             assert position not in row.computed, "computed twice"
             row.computed.add(position)

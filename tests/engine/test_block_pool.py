@@ -91,7 +91,7 @@ class BlockPoolMachine(RuleBasedStateMachine):
     def end_copy(self, pick: int) -> None:
         if self.copying:
             block = self.copying.pop(pick % len(self.copying))
-            self.pool.end_copy(block)
+            self.pool.end_copies([block])
             assert self.pool.is_writable(block)
             self.release_chain_of([block])
 

@@ -12,7 +12,14 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from litecache.engine.scheduling.cost_model import CostModel, Found, LoadPlan, StepLaw, prior
+from litecache.engine.scheduling.cost_model import (
+    CostModel,
+    Found,
+    FoundBlocks,
+    LoadPlan,
+    StepLaw,
+    prior,
+)
 
 BLOCK = 16
 BLOCK_BYTES = 2 << 20
@@ -71,7 +78,8 @@ class Machine:
         self.tickets += 1
         began, ticket = self.now, self.tickets
         plan = self.model.plan(
-            num_tokens=tokens, start=0, found=[Found(self.source, BLOCK_BYTES)] * blocks,
+            num_tokens=tokens, start=0,
+            found=FoundBlocks.of([Found(self.source, BLOCK_BYTES)] * blocks),
             queued_tokens=0, num_decodes=0, now=self.now,
         )  # fmt: skip
         todo = [(m, min(8, m - plan.load_from)) for m in range(plan.load_end, plan.load_from, -8)]
@@ -203,7 +211,7 @@ def test_a_disk_that_stalls_in_mid_load_costs_at_most_one_chunk_and_is_left_out(
 
 def test_a_source_that_failed_is_left_out_until_it_answers_and_probed_rarely() -> None:
     costs = model()
-    found = [Found("disk:0", BLOCK_BYTES)] * 512
+    found = FoundBlocks.of([Found("disk:0", BLOCK_BYTES)] * 512)
 
     def plan(now: float) -> LoadPlan:
         return costs.plan(
@@ -244,7 +252,7 @@ def test_a_load_that_is_long_overdue_marks_its_source_as_out() -> None:
 
 def test_what_others_load_and_compute_stands_in_front() -> None:
     costs = model()
-    found = [Found("disk:0", BLOCK_BYTES)] * 512
+    found = FoundBlocks.of([Found("disk:0", BLOCK_BYTES)] * 512)
 
     def plan(queued: int = 0, ticket: int | None = None) -> LoadPlan:
         return costs.plan(
@@ -292,7 +300,7 @@ def test_a_plan_loads_one_run_without_holes_and_no_other_choice_is_better(
         if forced:
             chosen._sources = costs._sources
         return chosen.plan(
-            num_tokens=tokens, start=start, found=found, queued_tokens=queued,
+            num_tokens=tokens, start=start, found=FoundBlocks.of(found), queued_tokens=queued,
             num_decodes=decodes, now=0.0,
         )  # fmt: skip
 
@@ -321,8 +329,9 @@ def test_a_small_hit_is_not_worth_a_load_and_a_hole_does_not_cost_the_larger_par
 
     def plan(found: list[Found], num_tokens: int) -> LoadPlan:
         return costs.plan(
-            num_tokens=num_tokens, start=0, found=found, queued_tokens=0, num_decodes=0, now=0.0
-        )
+            num_tokens=num_tokens, start=0, found=FoundBlocks.of(found), queued_tokens=0,
+            num_decodes=0, now=0.0,
+        )  # fmt: skip
 
     small = plan([block] * 2, 64)
     assert small.load_from == small.load_end
@@ -333,7 +342,7 @@ def test_a_small_hit_is_not_worth_a_load_and_a_hole_does_not_cost_the_larger_par
 
 def test_what_lies_in_ram_is_loaded_whole_where_a_first_chunk_would_gain_nothing() -> None:
     costs = model()
-    found = [Found("ram:0", BLOCK_BYTES)] * 128
+    found = FoundBlocks.of([Found("ram:0", BLOCK_BYTES)] * 128)
     for _ in range(3):
         costs.note_read("ram:0", 256 * MIB, 0.005)
     plan = costs.plan(
@@ -344,7 +353,7 @@ def test_what_lies_in_ram_is_loaded_whole_where_a_first_chunk_would_gain_nothing
 
 @pytest.mark.parametrize("forced", ["all", "none"])
 def test_forced_plans(forced: str) -> None:
-    found = [Found("disk:0", BLOCK_BYTES)] * 8
+    found = FoundBlocks.of([Found("disk:0", BLOCK_BYTES)] * 8)
     plan = model(loads=forced).plan(
         num_tokens=200, start=4, found=found, queued_tokens=0, num_decodes=0, now=0.0
     )
@@ -406,7 +415,7 @@ def test_what_a_disk_has_read_ahead_is_credited_and_is_not_its_rate() -> None:
     costs = model()
     for _ in range(4):
         costs.note_read("disk:0", 160 * MIB, 0.1)
-    found = [Found("disk:0", BLOCK_BYTES)] * 512
+    found = FoundBlocks.of([Found("disk:0", BLOCK_BYTES)] * 512)
 
     def plan(asked_s: float) -> LoadPlan:
         return costs.plan(
@@ -445,7 +454,7 @@ def test_what_a_disk_has_read_ahead_is_credited_and_is_not_its_rate() -> None:
 
 def test_a_load_that_was_given_up_bounds_the_rate_and_idle_time_alone_changes_no_plan() -> None:
     costs = model()
-    found = [Found("disk:0", BLOCK_BYTES)] * 512
+    found = FoundBlocks.of([Found("disk:0", BLOCK_BYTES)] * 512)
 
     def plan(now: float) -> LoadPlan:
         return costs.plan(
@@ -467,7 +476,7 @@ def test_a_load_that_was_given_up_bounds_the_rate_and_idle_time_alone_changes_no
 
 def test_steps_under_way_stand_in_front_of_the_chunk_and_give_a_load_time() -> None:
     costs = model()
-    found = [Found("disk:0", BLOCK_BYTES)] * 512
+    found = FoundBlocks.of([Found("disk:0", BLOCK_BYTES)] * 512)
     steps = [(2048, 0, 0), (2048, 2048, 0)]
     whole = costs.left_s(steps, 10.0, 10.0)
     assert whole == pytest.approx(sum(costs._steps.seconds(*step) for step in steps))
@@ -490,7 +499,7 @@ def test_steps_under_way_stand_in_front_of_the_chunk_and_give_a_load_time() -> N
 
 def test_more_is_loaded_while_others_wait_behind_but_never_slower_than_computing_all() -> None:
     costs = model()
-    found = [Found("disk:0", BLOCK_BYTES)] * 512
+    found = FoundBlocks.of([Found("disk:0", BLOCK_BYTES)] * 512)
 
     def plan(num_waiting: int) -> LoadPlan:
         return costs.plan(
@@ -530,7 +539,7 @@ def test_nothing_is_computed_beside_a_load_from_ram_unless_it_spares_a_step_and_
 
     def load_from(source: str, rate: float) -> int:
         costs.note_read(source, int(rate), 1.0)
-        found = [Found(source, BLOCK_BYTES)] * 512
+        found = FoundBlocks.of([Found(source, BLOCK_BYTES)] * 512)
         return costs.plan(
             num_tokens=8256, start=0, found=found, queued_tokens=0, num_decodes=0, now=10.0
         ).load_from

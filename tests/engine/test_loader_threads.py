@@ -12,9 +12,11 @@ import pytest
 import torch
 
 from litecache.engine.kv_layout import KVLayout, KVPool, KVSpec
+from litecache.engine.scheduling.below import BlockRef, as_pairs, as_refs
 from litecache.engine.scheduling.orders import CancelOrder, LoadOrder, LoadReport, StageOrder
 from litecache.engine.transfer import loader
-from litecache.engine.transfer.block_copier import BlockCopier, PinnedArenas, SameBytes
+from litecache.engine.transfer.block_copier import BlockCopier, PinnedArenas
+from litecache.engine.transfer.codec import SameBytes
 from litecache.engine.transfer.loader import LOAD_THREADS, Loader
 from litecache.engine.transfer.shard_set import ShardSet
 from litecache.metrics import Metrics
@@ -28,7 +30,7 @@ class Rig:
     """A loader over one pool and a shard in RAM; blocks in `slow` are being read until `read`."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, num_blocks: int) -> None:
-        self.staged: queue.Queue[dict[tuple[int, int], str]] = queue.Queue()
+        self.staged: queue.Queue[dict[BlockRef, str]] = queue.Queue()
         self.told: queue.Queue[LoadReport] = queue.Queue()
         self.read, self.slow = threading.Event(), set[int]()
         original = ArenaView.states
@@ -55,18 +57,28 @@ class Rig:
         self.loader = Loader(
             [self.pool],
             ShardSet([self.client], None, Metrics()),
-            lambda: BlockCopier(torch.device("cpu"), lambda step: None, PinnedArenas()),
-            staged=lambda _, found: self.staged.put(found),
+            lambda: SameBytes(BlockCopier(torch.device("cpu"), lambda step: None, PinnedArenas())),
+            staged=lambda _, found: self.staged.put(found.as_dict()),
             loaded=self.told.put,
             metrics=Metrics(),
-            codec=SameBytes(),
         )
 
     def load(self, ticket: int, *indices: int) -> None:
         """Look blocks up and order them, each into the pool's block of its number."""
-        self.loader.stage(StageOrder(ticket, {(0, n): self.keys[n] for n in indices}))
+        self.stage(ticket, *indices)
         assert self.staged.get(timeout=60) == {(0, n): "ram:local" for n in indices}
-        self.loader.load(LoadOrder(ticket, {(0, n): (n + 1, 0) for n in indices}))
+        self.order(ticket, *indices)
+
+    def stage(self, ticket: int, *indices: int) -> None:
+        """Look blocks up."""
+        keys = [self.keys[n] for n in indices]
+        self.loader.stage(StageOrder(ticket, as_refs((0, n) for n in indices), keys))
+
+    def order(self, ticket: int, *indices: int) -> None:
+        """Order blocks that were found."""
+        blocks = np.array(indices) + 1
+        refs = as_refs((0, n) for n in indices)
+        self.loader.load(LoadOrder(ticket, refs, blocks, np.zeros_like(blocks)))
 
     def reports(self, count: int) -> tuple[list[int], list[int]]:
         """Indices landed and lost, when so many have been told."""
@@ -98,8 +110,8 @@ def test_a_lookup_does_not_wait_behind_slow_loads(rig: Rig) -> None:
     rig.slow.update(slot.slot for slot in rig.slots)
     for ticket in range(LOAD_THREADS):
         rig.load(ticket, ticket)
-    rig.loader.stage(StageOrder(99, {(0, 0): rig.keys[-1]}))
-    assert rig.staged.get(timeout=20) == {(0, 0): "ram:local"}
+    rig.stage(99, LOAD_THREADS)
+    assert rig.staged.get(timeout=20) == {(0, LOAD_THREADS): "ram:local"}
     assert rig.told.empty()
     rig.read.set()
     assert rig.reports(LOAD_THREADS) == (list(range(LOAD_THREADS)), [])
@@ -125,12 +137,12 @@ def test_a_load_tells_what_has_landed_while_the_rest_is_still_being_read(
 
 def test_blocks_of_a_load_are_cancelled_one_by_one_and_others_are_ordered_later(rig: Rig) -> None:
     rig.slow.update(slot.slot for slot in rig.slots)
-    rig.loader.stage(StageOrder(7, {(0, n): rig.keys[n] for n in range(5)}))
+    rig.stage(7, *range(5))
     assert len(rig.staged.get(timeout=60)) == 5
-    rig.loader.load(LoadOrder(7, {(0, n): (n + 1, 0) for n in (4, 3, 2)}))
-    rig.loader.cancel(CancelOrder(7, ((0, 2), (0, 9))))
+    rig.order(7, 4, 3, 2)
+    rig.loader.cancel(CancelOrder(7, as_refs([(0, 2), (0, 9)])))
     assert rig.reports(1) == ([], [2])
-    rig.loader.load(LoadOrder(7, {(0, n): (n + 1, 0) for n in (2, 1)}))
+    rig.order(7, 2, 1)
     assert rig.reports(1) == ([], [2])  # its lease is gone
     rig.read.set()
     assert rig.reports(3) == ([1, 3, 4], [])
@@ -144,7 +156,7 @@ def test_a_load_in_which_nothing_arrives_any_more_is_given_up_and_its_source_nam
     rig.slow.update(slot.slot for slot in rig.slots)
     rig.load(7, 0, 1)
     report = rig.told.get(timeout=60)
-    assert sorted(report.lost) == [(0, 0), (0, 1)]
+    assert sorted(as_pairs(report.lost)) == [(0, 0), (0, 1)]
     assert report.failed == {"ram:local"}
 
 

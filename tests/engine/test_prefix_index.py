@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from litecache.engine.scheduling.prefix_index import PrefixIndex
+from litecache.engine.scheduling.prefix_index import PrefixIndex, sortable
 from litecache.hashing import block_key, chain_keys, root_key
 
 SIZE = 4
@@ -37,7 +37,7 @@ class PrefixIndexMachine(RuleBasedStateMachine):
         for i in range(skip, len(keys)):
             prefix = tuple(tokens[: (i + 1) * SIZE])
             self.blocks += 1
-            own = np.array(prefix[-SIZE:])
+            own = sortable(np.array(prefix[-SIZE:]))
             added = self.index.insert(keys[i], self.blocks, keys[i - 1] if i else ROOT, own)
             assert added == (prefix not in self.model)
             self.model.setdefault(prefix, self.blocks)
@@ -54,7 +54,7 @@ class PrefixIndexMachine(RuleBasedStateMachine):
     def announce(self, tokens: list[int], owner: str) -> None:
         for i, key in enumerate(chain_keys(ROOT, tokens, SIZE)):
             prefix = tuple(tokens[: (i + 1) * SIZE])
-            self.index.set_pending(key, owner)
+            self.index.set_pending([key], owner)
             if prefix not in self.model:
                 self.pending.setdefault(prefix, owner)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from plan_driver import random_prompt
 
 from litecache.engine.scheduling import saves
 from litecache.engine.transfer import saver
-from litecache.engine.transfer.shard_set import ShardSet
+from litecache.engine.transfer.shard_set import Leases, ShardSet
 from litecache.storage.client import LocalShardClient
 from litecache.storage.protocol import Retention, SlotRef
 from litecache.types import Request
@@ -57,7 +58,22 @@ def test_what_another_shard_of_the_node_holds_is_not_saved_again(
             assert harness.engine.flush()["complete"]
             assert [len(store.keys()) for store in harness.stores] == [10, 0]
             harness.empty("gpu")
-            monkeypatch.setattr(ShardSet, "stage", lambda self, keys: [None] * len(keys))
+            monkeypatch.setattr(ShardSet, "stage", lambda self, keys: Leases.none(keys))
+
+
+def test_what_finds_no_room_in_the_queue_is_saved_once_there_is_some(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    prompt = random_prompt(161, seed=4)
+    with Harness(family_source("llama"), folders=[None]) as harness:
+        saver = harness.engine._tiers._saver
+        monkeypatch.setattr(saver, "_max_queued", 2)
+        harness.run([prompt], 1)
+        deadline = time.monotonic() + 60
+        while len(harness.stores[0].keys()) < 10:
+            assert time.monotonic() < deadline, "blocks were never saved"
+            harness.engine.flush()
+        assert harness.engine.metrics.by_label("litecache_drops", "reason")["queue_full"]
 
 
 def test_what_a_request_says_of_time_and_retention_goes_with_its_blocks(

@@ -20,15 +20,23 @@ from hypothesis.stateful import (
 from scheduler_world import BLOCK_SIZE, WINDOW, World, expected_output, guide
 
 from litecache.engine.kv_layout import KVLayout, KVSpec
+from litecache.engine.scheduling.below import NO_REFS, Refs
 from litecache.engine.scheduling.block_pool import BlockPool
 from litecache.engine.scheduling.loads import Loads
 from litecache.engine.scheduling.orders import LoadReport, Schedule
 from litecache.engine.scheduling.plan_builder import PlanBuilder
 from litecache.engine.scheduling.prefix_cache import PrefixCache
-from litecache.engine.scheduling.prefix_index import MISSING, PENDING, PartialMatch, PrefixIndex
+from litecache.engine.scheduling.prefix_index import (
+    MISSING,
+    PENDING,
+    TOKEN_BYTES,
+    PartialMatch,
+    PrefixIndex,
+    sortable,
+)
 from litecache.engine.scheduling.saves import Saves
 from litecache.engine.scheduling.scheduler import Scheduler
-from litecache.engine.scheduling.sequence import BlockRef, KeyChain, Sequence
+from litecache.engine.scheduling.sequence import KeyChain, Sequence
 from litecache.engine.scheduling.step_plan import RowGuide
 from litecache.types import FinishReason, Guidance
 
@@ -268,8 +276,8 @@ def _trust_failed_loads(monkeypatch: pytest.MonkeyPatch) -> None:
     original = Loads.on_loaded
 
     def on_loaded(self: Loads, report: LoadReport) -> Schedule:
-        everything = (*report.landed, *report.lost)
-        return original(self, report._replace(landed=everything, lost=()))
+        everything = np.concatenate((report.landed, report.lost))
+        return original(self, report._replace(landed=everything, lost=NO_REFS))
 
     monkeypatch.setattr(Loads, "on_loaded", on_loaded)
 
@@ -290,13 +298,15 @@ def _free_blocks_under_their_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     """A cancelled block counts as free, though its copy has begun."""
     original = Loads.cancel
 
-    def cancel(self: Loads, seq: Sequence, refs: tuple[BlockRef, ...], out: Schedule) -> None:
+    def cancel(self: Loads, seq: Sequence, refs: Refs, out: Schedule) -> None:
         for group, index in refs:
             self._cache.pools[group]._loading.discard(seq.tables[group][index])
         original(self, seq, refs, out)
 
     monkeypatch.setattr(Loads, "cancel", cancel)
-    monkeypatch.setattr(BlockPool, "end_copy", lambda self, block: self._loading.discard(block))
+    monkeypatch.setattr(
+        BlockPool, "end_copies", lambda self, blocks: self._loading.difference_update(blocks)
+    )
 
 
 def _jump_over_a_hole(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -334,7 +344,7 @@ def _count_lost_blocks_as_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def count(self: Sequence, start: int, tokens: int) -> None:
         original(self, start, tokens)
-        if self.loading:
+        if self.below.num_loading:
             self.num_own -= 1
 
     monkeypatch.setattr(Sequence, "count_computed", count)
@@ -351,10 +361,10 @@ def _publish_tails_that_are_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
     original = PrefixIndex.insert
 
     def insert(
-        self: PrefixIndex, key: bytes, block: int, parent: bytes, tokens: Any, *root: Any
+        self: PrefixIndex, key: bytes, block: int, parent: bytes, tokens: bytes, *root: Any
     ) -> bool:
-        if len(tokens) < BLOCK_SIZE:
-            tokens = np.append(tokens, 1)
+        if len(tokens) < BLOCK_SIZE * TOKEN_BYTES:
+            tokens += sortable(np.array([1]))
         return original(self, key, block, parent, tokens, *root)
 
     monkeypatch.setattr(PrefixIndex, "insert", insert)
@@ -745,7 +755,7 @@ def test_a_look_at_a_prefix_tells_of_each_block_whether_it_is_there_coming_or_mi
     for position in (1, 2):
         cache.pools[0].acquire([blocks[position]])
     cache.evict_idle()
-    index.set_pending(chain.keys[0][3], "somebody")
+    index.set_pending([chain.keys[0][3]], "somebody")
     assert cache.look_whole(chain) == [[MISSING, blocks[1], blocks[2], PENDING]]
     index.clear_pending(chain.keys[0], "somebody")
     cache.pools[0].release(blocks[1:3])

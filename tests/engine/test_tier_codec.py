@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
+from collections import deque
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,8 +20,9 @@ from litecache.config import CacheConfig
 from litecache.engine.engine import Engine
 from litecache.engine.kv_layout import KVLayout, KVPool, KVSpec, check_tier_codec
 from litecache.engine.loading.model_source import ModelSource
-from litecache.engine.transfer import block_copier
-from litecache.engine.transfer.block_copier import BlockCopier, EightBits, PinnedArenas, Slot
+from litecache.engine.transfer import codec as codecs
+from litecache.engine.transfer.block_copier import BlockCopier, Mark, PinnedArenas, Rows, Slot
+from litecache.engine.transfer.codec import EightBits
 from litecache.errors import ConfigError
 from litecache.kernels.quantise import dequantise, quantise
 from litecache.storage.client import LocalShardClient
@@ -45,9 +51,9 @@ def test_a_block_comes_back_as_its_codes_say(
 ) -> None:
     pool = make_pool(codec, dtype)
     copier = BlockCopier(torch.device("cpu"), lambda step: None, PinnedArenas())
-    eight = EightBits(copier, [pool])
-    # several rounds through the staging blocks
-    monkeypatch.setattr(block_copier, "STAGING_BYTES", 2 * pool.group.tier_bytes)
+    # several rounds through the staging buffers
+    monkeypatch.setattr(codecs, "STAGING_BYTES", 4 * pool.group.tier_bytes)
+    eight = EightBits(copier)
     wide = [side for layer in range(3) for side in pool.layer(layer)]
     for view in wide:
         view.normal_()
@@ -61,16 +67,114 @@ def test_a_block_comes_back_as_its_codes_say(
     def slots(rows: torch.Tensor) -> list[Slot]:
         return [row.tensor_split(at) for row, at in zip(rows, cuts, strict=True)]
 
-    eight.save(copier, pool, blocks, slots(kept_bytes))
+    eight.save(pool, blocks, slots(kept_bytes))
     assert all(torch.equal(view, before) for view, before in zip(wide, kept, strict=True))
-    eight.save(copier, pool, blocks, slots(again))
+    eight.save(pool, blocks, slots(again))
     assert torch.equal(kept_bytes, again), "not all written"
-    eight.load(copier, pool, places, slots(kept_bytes))
+    eight.load(pool, places, slots(kept_bytes))
     for view, before in zip(wide, kept, strict=True):
         as_stored = dequantise(*quantise(before[blocks], TORCH[codec]), view.dtype)
         assert torch.equal(view[[1, 4, 6, 8, 9]], as_stored)
         others = [0, 2, 3, 5, 7, 10, 11]
         assert torch.equal(view[others], before[others])
+
+
+class LateLane:
+    """A lane whose work is done in any order that its marks allow, when somebody waits for it."""
+
+    stream = None
+    current: LateLane | None = None
+
+    def __init__(self, name: str, rng: random.Random) -> None:
+        self.name, self.rng = name, rng
+        self.queue: deque[Callable[[], None] | tuple[LateLane, int]] = deque()
+        self.launched = self.done = 0
+
+    @contextlib.contextmanager
+    def run(self) -> Iterator[None]:
+        LateLane.current = self
+        yield
+        LateLane.current = None
+
+    def launch(self, work: Callable[[], None]) -> None:
+        self.queue.append(work)
+        self.launched += 1
+
+    def mark(self) -> Mark:
+        return Mark((self, self.launched))  # type: ignore[arg-type]
+
+    def after(self, mark: Mark) -> None:
+        if mark.event is not None:
+            self.queue.append(mark.event)  # type: ignore[arg-type]
+
+    def advance(self) -> bool:
+        """Do the next thing, unless it waits."""
+        if not self.queue:
+            return False
+        first = self.queue[0]
+        if isinstance(first, tuple):
+            if first[0].done < first[1]:
+                return False
+        else:
+            first()
+            self.done += 1
+        self.queue.popleft()
+        return True
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_copies_and_conversions_overlap_and_the_bytes_are_those_of_one_after_the_other(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool, rng = make_pool("int8"), random.Random(seed)
+    rows = rng.randint(1, 3) if seed else 1
+    monkeypatch.setattr(codecs, "STAGING_BYTES", 2 * pool.group.tier_bytes * rows)
+    for layer in range(3):
+        for side in pool.layer(layer):
+            side.normal_()
+    blocks, places = np.array([7, 2, 11, 5, 3]), np.array([1, 4, 6, 8, 9])
+    before = pool.buffer.clone()
+
+    def copier() -> BlockCopier:
+        return BlockCopier(torch.device("cpu"), lambda step: None, PinnedArenas())
+
+    def ways(eight: EightBits, end: Callable[[], None]) -> list[torch.Tensor]:
+        pool.buffer.copy_(before)
+        slots = torch.full((5, pool.group.tier_bytes), 0xFF, dtype=torch.uint8)
+        eight.save(pool, blocks, [[row] for row in slots])
+        end()
+        # two calls, which overlap, too
+        for part in (slice(0, 3), slice(3, 5)):
+            eight.load(pool, places[part], [[row] for row in slots[part]])
+        end()
+        return [slots, pool.buffer.clone()]
+
+    plain = ways(EightBits(copier()), lambda: None)
+    late, ahead = EightBits(copier()), []
+    lanes = [LateLane(name, rng) for name in ("copies", "conversions")]
+    late.copier.copies, late._conversions = lanes  # type: ignore[assignment]
+    copy, convert = late.copier.copy, codecs.convert_blocks
+
+    def later(rows: Rows, slots: list[Slot], *, save: bool) -> None:
+        lanes[0].launch(lambda: copy(rows, slots, save=save))
+
+    def convert_later(*arguments: Any) -> None:
+        assert LateLane.current is lanes[1]
+        lanes[1].launch(lambda: convert(*arguments))
+
+    def end() -> None:
+        while any(lane.queue for lane in lanes):
+            # the copies as far as they get, or anything
+            next_ones = rng.sample(lanes, rng.randint(1, 2)) if seed else lanes
+            moved = any(lane.advance() for lane in next_ones)
+            ahead.append(lanes[0].done - lanes[1].done)
+            assert moved or any(lane.advance() for lane in lanes), "each waits for the other"
+
+    monkeypatch.setattr(late.copier, "copy", later)
+    monkeypatch.setattr(codecs, "convert_blocks", convert_later)
+    for told, wanted in zip(ways(late, end), plain, strict=True):
+        assert torch.equal(told, wanted)
+    assert seed or max(ahead) == 2, "one buffer is filled while the other is converted"
 
 
 @pytest.mark.parametrize("codec", NARROW)

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from litecache.engine.kv_layout import KVLayout, KVSpec
+from litecache.engine.scheduling.below import BlockRef, FoundBelow, as_pairs, as_refs
 from litecache.engine.scheduling.cost_model import CostModel, prior
 from litecache.engine.scheduling.orders import (
     CancelOrder,
@@ -26,7 +27,6 @@ from litecache.engine.scheduling.orders import (
 )
 from litecache.engine.scheduling.prefix_cache import PrefixCache
 from litecache.engine.scheduling.scheduler import Scheduler
-from litecache.engine.scheduling.sequence import BlockRef
 from litecache.engine.scheduling.step_plan import StepPlan, StepResult
 from litecache.hashing import BlockKey, chain_keys, root_key
 from litecache.types import Request, SamplingParams
@@ -187,7 +187,7 @@ class VirtualMachine:
     def _stage(self, order: StageOrder) -> None:
         leases = self._leases.setdefault(order.ticket, {})
         found: dict[BlockRef, str] = {}
-        for ref, key in order.blocks.items():
+        for ref, key in zip(as_pairs(order.refs), order.keys, strict=True):
             if key in self.stored:
                 found[ref], leases[ref] = f"{self.stored[key]}:0", key
                 if self.stored[key] == "ram":
@@ -196,7 +196,7 @@ class VirtualMachine:
         for start in range(0, len(reads), READ_BLOCKS):
             self._reads.append((order.ticket, reads[start : start + READ_BLOCKS]))
         self._read()
-        self._messages.append(lambda: self.scheduler.on_staged(order.ticket, found))
+        self._messages.append(lambda: self.scheduler.on_staged(order.ticket, FoundBelow.of(found)))
 
     def _read(self) -> None:
         while self._reads and not self._reading:
@@ -219,7 +219,7 @@ class VirtualMachine:
         self._copy()
 
     def _load(self, order: LoadOrder) -> None:
-        self._loads.setdefault(order.ticket, []).extend(order.blocks)
+        self._loads.setdefault(order.ticket, []).extend(as_pairs(order.refs))
         self._waited[order.ticket] = False
         self._copy()
 
@@ -240,7 +240,7 @@ class VirtualMachine:
         self._copying = False
         for ref in part:
             self._leases[ticket].pop(ref, None)
-        report = LoadReport(ticket, part, at_s=self._event_s, waited=waited)
+        report = LoadReport(ticket, as_refs(part), at_s=self._event_s, waited=waited)
         self._messages.append(lambda: self.scheduler.on_loaded(report))
         self._copy()
 
@@ -251,12 +251,13 @@ class VirtualMachine:
 
     def _cancel(self, cancel: CancelOrder) -> None:
         refs = self._loads.get(cancel.ticket, [])
-        lost = [ref for ref in refs if cancel.blocks is None or ref in cancel.blocks]
+        given_up = refs if cancel.refs is None else as_pairs(cancel.refs)
+        lost = [ref for ref in refs if ref in given_up]
         self._loads[cancel.ticket] = [ref for ref in refs if ref not in set(lost)]
         for ref in lost:
             self._leases[cancel.ticket].pop(ref, None)
-        if cancel.blocks is None:
+        if cancel.refs is None:
             self._drop(cancel.ticket)
         if lost:
-            report = LoadReport(cancel.ticket, (), lost)
+            report = LoadReport(cancel.ticket, lost=as_refs(lost))
             self._messages.append(lambda: self.scheduler.on_loaded(report))

@@ -17,7 +17,8 @@ from test_reference_attention import (
 )
 
 from litecache.engine.kv_layout import KVLayout, KVPool, KVSpec
-from litecache.engine.transfer.block_copier import BlockCopier, EightBits, PinnedArenas
+from litecache.engine.transfer.block_copier import BlockCopier, PinnedArenas
+from litecache.engine.transfer.codec import EightBits
 from litecache.kernels import (
     AttentionMetadata,
     Geometry,
@@ -195,10 +196,10 @@ def test_blocks_of_a_pool_go_to_eight_bit_tiers_and_back_by_the_kernel(
         for layer in range(3):
             for side in pool.layer(layer):
                 side.copy_(torch.randn(side.shape, generator=torch.Generator().manual_seed(layer)))
-        eight = EightBits(copier, [pool])
+        eight = EightBits(copier)
         slots = [[torch.zeros(group.tier_bytes, dtype=torch.uint8)] for _ in range(3)]
-        eight.save(copier, pool, np.array([4, 1, 5]), slots)
-        eight.load(copier, pool, np.array([2, 3, 0]), slots)
+        eight.save(pool, np.array([4, 1, 5]), slots)
+        eight.load(pool, np.array([2, 3, 0]), slots)
         results.append([pool.layer(layer) for layer in range(3)])
     for theirs, ours in zip(*results, strict=True):
         for expected, got in zip(theirs, ours, strict=True):

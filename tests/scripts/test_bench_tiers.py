@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,16 +19,20 @@ from bench_trace import (
     SPEEDS,
     Lru,
     Prompts,
+    Queue,
     Speeds,
     Turn,
+    arrivals_at,
     lru_found,
     read_trace,
     sessions,
     simulate,
     split_sessions,
+    sustained,
 )
 from tier_world import SlowFiles
 
+from litecache.engine.measuring.tier_engine import Tokens
 from litecache.engine.measuring.worth import ColdCurve
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
@@ -171,6 +176,51 @@ def test_ideal_plans_gain_with_every_tier_and_never_lose() -> None:
     assert alone == [pytest.approx(float(speeds.prefill_s(0, turns[0].length)))]
 
 
+class VirtualServer:
+    """Answers one request after the other, each in as many seconds as its answer has tokens."""
+
+    def __init__(self) -> None:
+        self.now = self.free = 0.0
+
+    def clock(self) -> float:
+        self.now += 0.02
+        return self.now
+
+    def submit(self, prompt: Tokens, new_tokens: int) -> tuple[str, SimpleNamespace]:
+        self.free = ends = max(self.now, self.free) + new_tokens
+        done = SimpleNamespace(is_set=lambda: self.clock() >= ends, wait=lambda timeout: None)
+        return "", SimpleNamespace(done=done, ends=ends)
+
+    def ask(self, prompt: Tokens) -> None:
+        self.submit(prompt, 1)
+
+    def clear(self, tier: str) -> None:
+        self.now = max(self.now, self.free)
+
+
+@pytest.mark.parametrize(("load", "grows"), [(0.7, False), (0.95, False), (1.3, True)])
+def test_a_load_below_what_is_sustained_with_answers_leaves_no_growing_queue(
+    load: float, grows: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    turns = [_turn(i, 512, i, answer=(i * 7) % 5 + 1) for i in range(60)]
+    # an answer takes 3 seconds on the mean
+    server = VirtualServer()
+    rate = sustained(server, turns, Prompts(1000, 1), 8, 1e9, server.clock)
+    assert rate == pytest.approx(1 / 3, rel=0.05)
+    came = arrivals_at(turns, load * rate)
+    assert (len(came) - 1) / came[-1] == pytest.approx(load * rate)
+    server = VirtualServer()
+    ended = []
+    for turn, at in zip(turns, came, strict=True):
+        server.now = at
+        ended.append(server.submit(np.zeros(1), turn.answer)[1].ends)
+    queue = Queue.of(came, ended)
+    assert queue.rate == pytest.approx(load * rate)
+    assert (queue.growth > 1) == grows
+    assert (queue.open[-1] > 10) == grows
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(320)
 def test_bench_trace_replays_a_trace_with_and_without_tiers(tmp_path: Path) -> None:
@@ -182,3 +232,5 @@ def test_bench_trace_replays_a_trace_with_and_without_tiers(tmp_path: Path) -> N
     assert mean["ratio"] == pytest.approx(mean["value"] / mean["limit"])
     assert rows["tiny 24:16", "found"]["value"] > 0
     assert document["seed"] == 1
+    assert rows["tiny tiers off", "load reached"]["value"] > 0
+    assert ("tiny 24:16", "open requests, growth") in rows

@@ -84,11 +84,12 @@ class BlockPool:
             raise CapacityError(
                 f"{count} blocks wanted, {self.num_available} of {self.num_blocks} available"
             )
-        blocks = []
-        for _ in range(count):
-            block = self._free.pop() if self._free else self._evict_oldest()
+        left = max(0, len(self._free) - count)
+        blocks = self._free[left:][::-1]
+        del self._free[left:]
+        blocks += [self._evict_oldest() for _ in range(count - len(blocks))]
+        for block in blocks:
             self._refs[block] = 1
-            blocks.append(block)
         return blocks
 
     def acquire(self, blocks: Iterable[int]) -> None:
@@ -148,17 +149,18 @@ class BlockPool:
         return self._idle_partial if block in self._partial else self._idle
 
     def begin_copies(self, blocks: Sequence[int]) -> None:
-        """Copies will write to private blocks: each is referenced until its `end_copy`."""
-        refs, keys = self._refs, self._keys
+        """Copies will write to private blocks: each is referenced until its `end_copies`."""
+        refs = self._refs
+        assert all(map(refs.__getitem__, blocks)), "a block is not in use"
+        assert not any(map(self._keys.__getitem__, blocks)), "a block is published"
         for block in blocks:
-            assert refs[block] > 0, f"block {block} is not in use"
-            assert keys[block] is None, f"block {block} is published"
             refs[block] += 1
         self._loading.update(blocks)
 
-    def end_copy(self, block: int) -> None:
-        """The copy has ended, or never began; its reference is still to be released."""
-        self._loading.remove(block)
+    def end_copies(self, blocks: Sequence[int]) -> None:
+        """Copies have ended, or never began; their references are still to be released."""
+        for block in blocks:
+            self._loading.remove(block)
 
     def publish(
         self, block: int, key: BlockKey, *, partial: bool = False, owner: BlockKey = b""

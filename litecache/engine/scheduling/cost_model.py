@@ -13,7 +13,6 @@ The plan "compute from the front while loading from the back" is Cake's (arXiv 2
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 import statistics
 from collections import OrderedDict, deque
@@ -63,6 +62,19 @@ class Found(NamedTuple):
 
     source: str
     nbytes: int
+
+
+class FoundBlocks(NamedTuple):
+    """Where the blocks of a prefix lie: the kinds there are, and each block's number of them."""
+
+    kinds: Sequence[Found]
+    codes: npt.NDArray[np.int64]
+
+    @classmethod
+    def of(cls, found: Sequence[Found]) -> FoundBlocks:
+        """From a `Found` for each block."""
+        kinds = {kind: number for number, kind in enumerate(dict.fromkeys(found))}
+        return cls(list(kinds), np.array([kinds[kind] for kind in found], dtype=np.int64))
 
 
 class LoadPlan(NamedTuple):
@@ -339,7 +351,7 @@ class CostModel:
         *,
         num_tokens: int,
         start: int,
-        found: Sequence[tuple[str, int]],
+        found: FoundBlocks,
         queued_tokens: int,
         num_decodes: int,
         now: float,
@@ -353,7 +365,7 @@ class CostModel:
         Args:
             num_tokens: known tokens of the request.
             start: block index where the pool's prefix ends.
-            found: per block from `start`, its `Found`.
+            found: where the blocks from `start` lie.
             queued_tokens: prefill tokens that are computed before this request's.
             num_decodes: requests that decode meanwhile.
             now: in seconds, of any clock, the same in all calls.
@@ -365,22 +377,17 @@ class CostModel:
         """
         self._now = max(self._now, now)
         self._decodes = num_decodes
-        size, count = self._block_size, len(found)
+        size, (kinds, codes) = self._block_size, found
+        count = len(codes)
         base, token, pair, read, decode = self._steps.law
         base += decode * num_decodes
-        # Few kinds of blocks, in runs: what is computed of them is computed once for each kind.
-        kinds: dict[tuple[str, int], int] = {}
-        runs = [
-            (kinds.setdefault(kind, len(kinds)), len(list(same)))
-            for kind, same in itertools.groupby(found)
-        ]
-        codes = np.repeat(*np.array(runs or [(0, 0)]).T)
         sources = {
             name: self._source(name)
-            for name in {name for name, _ in kinds} - {"", "gpu"}
+            for name in {kinds[code].source for code in np.unique(codes).tolist()} - {"", "gpu"}
             if self._source(name).usable(now) and self._loads != "none"
         }
 
+        # Few kinds of blocks: what is computed of them is computed once for each kind.
         def per_block(value: Callable[[str, int], float]) -> Floats:
             return np.array([float(value(*kind)) for kind in kinds] or [0.0])[codes]
 

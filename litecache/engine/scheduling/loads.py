@@ -13,10 +13,14 @@ request meanwhile. What has landed is published. A lost block is a hole and noth
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
 
-from litecache.engine.scheduling.cost_model import CostModel, Found, LoadPlan
+import numpy as np
+import numpy.typing as npt
+
+from litecache.engine.scheduling.below import NO_REFS, Below, FoundBelow, Numbers, Refs
+from litecache.engine.scheduling.cost_model import CostModel, Found, FoundBlocks, LoadPlan
 from litecache.engine.scheduling.orders import (
     CancelOrder,
     LoadOrder,
@@ -26,12 +30,7 @@ from litecache.engine.scheduling.orders import (
 )
 from litecache.engine.scheduling.prefix_cache import PrefixCache
 from litecache.engine.scheduling.prefix_index import MISSING
-from litecache.engine.scheduling.sequence import (
-    BlockRef,
-    LoadingBlocks,
-    Sequence,
-    SequenceStatus,
-)
+from litecache.engine.scheduling.sequence import TIERS, Sequence, SequenceStatus
 from litecache.types import Tier
 
 MAX_STAGING = 8
@@ -59,8 +58,8 @@ class Loads:
         self._tickets = 0
         # requests that are looked up or hold leases
         self._active: dict[int, Sequence] = {}
-        # copies under way, and whose request ordered them
-        self._copies: dict[int, tuple[Sequence, dict[BlockRef, int]]] = {}
+        # whose request ordered copies, and of those under way the block of the pool, `[groups, n]`
+        self._copies: dict[int, tuple[Sequence, Numbers]] = {}
 
     # Lookups
 
@@ -69,26 +68,22 @@ class Loads:
         """Another request may be looked up."""
         return self._cost is not None and len(self._active) < MAX_STAGING
 
-    def wanted(self, seq: Sequence, looked: Seq[Seq[int]]) -> list[BlockRef]:
+    def wanted(self, seq: Sequence, looked: Seq[Seq[int]]) -> Refs:
         """Blocks that nobody here has or makes, and that were not asked for yet, from the back."""
         if self._cost is None:
-            return []
-        return [
-            (group, index)
-            for index in reversed(range(len(looked[0])))
-            for group in range(len(looked))
-            if looked[group][index] == MISSING and (group, index) not in seq.asked
-        ]
+            return NO_REFS
+        return seq.below.unasked(np.array(looked, dtype=np.int64) == MISSING)
 
-    def ask(self, seq: Sequence, refs: Seq[BlockRef], now: float, out: Schedule) -> None:
+    def ask(self, seq: Sequence, refs: Refs, now: float, out: Schedule) -> None:
         """Look blocks up in the lower tiers, which begin to read them from disk."""
         if not seq.ticket:
             self._tickets += 1
             seq.ticket = self._tickets
         self._active[seq.ticket] = seq
         seq.status, seq.asked_s = SequenceStatus.STAGING, now
-        seq.asked.update(refs)
-        out.stages.append(StageOrder(seq.ticket, {(g, i): seq.chain.keys[g][i] for g, i in refs}))
+        seq.below.ask(refs)
+        keys = [seq.chain.keys[group][index] for group, index in refs.tolist()]
+        out.stages.append(StageOrder(seq.ticket, refs, keys))
 
     def give_way(self, waiting: Seq[Sequence], seq: Sequence, out: Schedule) -> bool:
         """Take a lookup from the last of those that wait behind `seq`; False if there is none."""
@@ -100,8 +95,8 @@ class Loads:
                 return True
         return False
 
-    def on_staged(self, ticket: int, found: dict[BlockRef, str]) -> Schedule:
-        """The lower tiers hold these blocks (-> source) and have leased their slots."""
+    def on_staged(self, ticket: int, found: FoundBelow) -> Schedule:
+        """The lower tiers hold these blocks and have leased their slots."""
         out = Schedule()
         seq = self._active.get(ticket)
         if seq is None:
@@ -109,13 +104,13 @@ class Loads:
             return out
         if seq.status is SequenceStatus.STAGING:
             seq.status = SequenceStatus.WAITING
-        seq.staged.update(found)
-        if not seq.staged and not seq.loading:
+        seq.below.stage(found)
+        if not seq.below.num_staged and not seq.below.num_loading:
             del self._active[ticket]
         elif seq.status is SequenceStatus.RUNNING:
             seq.num_landed = len(seq.tables[0]) + REPLAN_BLOCKS
             if seq.num_todo <= 1:
-                self.cancel(seq, tuple(seq.loading), out)
+                self.cancel(seq, seq.below.loading(), out)
         return out
 
     # Loads
@@ -134,15 +129,15 @@ class Loads:
         """
         queued_tokens, num_decodes, busy_s, num_waiting = crowd
         seq.num_landed = 0
-        if self._cost is None or not (seq.staged or seq.loading):
+        if self._cost is None or not (seq.below.num_staged or seq.below.num_loading):
             return
         first = -(-seq.num_computed // self._cache.block_size)
         end = len(seq.chain.keys[0])
         for _ in range(2):
             found, end = self._found(seq, first, end)
-            for index, block in enumerate(found, start=first):
-                if block.source and index not in seq.tiers:
-                    seq.tiers[index] = block.source.partition(":")[0]
+            tiers = [TIERS.index(kind.source.partition(":")[0]) for kind in found.kinds]
+            known = seq.tiers[first:end]
+            np.copyto(known, np.array(tiers, np.uint8)[found.codes], where=known == 0)
             plan = self._cost.plan(
                 num_tokens=seq.num_tokens,
                 start=first,
@@ -163,22 +158,24 @@ class Loads:
             plan = plan._replace(load_from=plan.load_end)
         self._carry_out(seq, plan, now, out)
 
-    def found(self, seq: Sequence, first: int) -> list[Found]:
+    def found(self, seq: Sequence, first: int) -> FoundBlocks:
         """Where the blocks of a sequence from `first` to the end of its hit are."""
         return self._found(seq, first, len(seq.chain.keys[0]))[0]
 
-    def _found(self, seq: Sequence, first: int, limit: int) -> tuple[list[Found], int]:
+    def _found(self, seq: Sequence, first: int, limit: int) -> tuple[FoundBlocks, int]:
         """Where the blocks from `first` to the end of the hit are, and that end."""
         end = self._end_of_hit(seq, first, limit) if self._windowed else limit
         groups = [
             (group.index, group.policy.first_needed(end), group.tier_bytes, seq.ahead[group.index])
             for group in self._cache.groups
         ]
-        staged, loading = seq.staged, seq.loading
+        sources = seq.below.sources(first, end)
+        if len(groups) == 1 and not self._windowed:
+            return self._found_of_one(seq, first, sources[0])
+        of_groups, names = sources.tolist(), seq.below.names
+        end = min(end, first + sources.shape[1])
         found: list[Found] = []
         behind = gpu = Tier.GPU.value
-        if len(groups) == 1 and not self._windowed:
-            return self._found_of_one(seq, first, end)
         for index in range(end - 1, first - 1, -1):
             source, nbytes, needed = gpu, 0, False
             for group, start, block_bytes, ahead in groups:
@@ -186,8 +183,7 @@ class Loads:
                     continue
                 needed = True
                 if index not in ahead:
-                    ref = (group, index)
-                    source = staged.get(ref) or loading.get(ref) or ""
+                    source = names[of_groups[group][index - first]]
                     if not source:
                         nbytes = 0
                         break
@@ -199,29 +195,28 @@ class Loads:
                 behind = source
             if source or found:
                 found.append(Found(source, nbytes))
-        return found[::-1], first + len(found)
+        return FoundBlocks.of(found[::-1]), first + len(found)
 
-    def _found_of_one(self, seq: Sequence, first: int, end: int) -> tuple[list[Found], int]:
+    def _found_of_one(
+        self, seq: Sequence, first: int, sources: npt.NDArray[np.int16]
+    ) -> tuple[FoundBlocks, int]:
         """`_found` of the usual model, whose prompts may have thousands of blocks."""
-        nbytes, ahead = self._cache.groups[0].tier_bytes, seq.ahead[0]
-        refs = [(0, index) for index in range(first, end)]
-        staged, loading = seq.staged.get, seq.loading.get
-        names = [
-            Tier.GPU.value if ref[1] in ahead else staged(ref) or loading(ref) or "" for ref in refs
-        ]
-        kinds = {name: Found(name, nbytes) for name in set(names)}
-        kinds[""] = Found("", 0)
-        kinds[Tier.GPU.value] = Found(Tier.GPU.value, 0)
-        while names and not names[-1]:
-            names.pop()
-        return [kinds[name] for name in names], first + len(names)
+        nbytes, names = self._cache.groups[0].tier_bytes, seq.below.names
+        kinds = [Found(name, nbytes if name else 0) for name in names] + [Found(Tier.GPU.value, 0)]
+        codes = sources.astype(np.int64)
+        end = first + len(codes)
+        codes[[index - first for index in seq.ahead[0] if first <= index < end]] = len(names)
+        count = 1 + int(np.flatnonzero(codes)[-1]) if codes.any() else 0
+        return FoundBlocks(kinds, codes[:count]), first + count
 
     def _end_of_hit(self, seq: Sequence, first: int, limit: int) -> int:
         """Behind the last block in front of which all is there, or found, that windows reach."""
 
+        held = (seq.below.sources(0, limit) > 0).tolist()
+        limit = min(limit, len(held[0]))
+
         def has(group: int, index: int) -> bool:
-            ref = (group, index)
-            return index in seq.ahead[group] or ref in seq.staged or ref in seq.loading
+            return index in seq.ahead[group] or held[group][index]
 
         for end in range(limit, first, -1):
             for group in self._cache.groups:
@@ -235,73 +230,87 @@ class Loads:
     def _carry_out(self, seq: Sequence, plan: LoadPlan, now: float, out: Schedule) -> None:
         assert self._cost is not None
         blocks = range(plan.load_from, plan.load_end)
-        late = [ref for ref in seq.loading if ref[1] not in blocks]
+        below, groups = seq.below, self._cache.groups
+        loading = below.loading()
+        late = loading[(loading[:, 1] < blocks.start) | (loading[:, 1] >= blocks.stop)]
         if self._windowed:
             seq.load_run = blocks
-        groups = self._cache.groups
+        refs = below.staged(blocks.start, blocks.stop)
         first = [max(blocks.start, group.policy.first_needed(blocks.stop)) for group in groups]
-        wanted = [(g, i) for i in reversed(blocks) for g in range(len(groups)) if i >= first[g]]
-        staged, ahead = seq.staged, seq.ahead
-        refs = [ref for ref in wanted if ref in staged and ref[1] not in ahead[ref[0]]]
-        ordered = {ref: staged.pop(ref) for ref in refs}
-        before = Counter(seq.loading.left)
-        seq.loading.add(ordered)
-        sources = self._bytes_of(seq.loading.left - before)
+        wanted = refs[:, 1] >= np.array(first)[refs[:, 0]]
+        for group, ahead in enumerate(seq.ahead):
+            if ahead:
+                wanted &= (refs[:, 0] != group) | ~np.isin(refs[:, 1], list(ahead))
+        refs = refs[wanted]
+        sources = self._bytes_of(seq, below.load(refs))
         if seq.planned_s is None:
             seq.planned_s, seq.plan = now, plan
             self._cost.begin(seq.ticket, plan, sources, now, seq.asked_s)
-        elif refs:
+        elif len(refs):
             assert seq.plan is not None
             self._cost.begin(seq.ticket, seq.plan, sources, now, seq.asked_s)
-        if refs:
-            copies = self._cache.begin_copies(seq, refs)
-            self._copies.setdefault(seq.ticket, (seq, {}))[1].update(copies)
-            used_in = [pool.used_in for pool in self._cache.pools]
-            targets = {ref: (block, used_in[ref[0]][block]) for ref, block in copies.items()}
-            out.loads.append(LoadOrder(seq.ticket, targets))
+        if len(refs):
+            targets, steps = self._cache.begin_copies(seq, refs)
+            shape = (len(groups), len(seq.chain.keys[0]))
+            copies = self._copies.setdefault(seq.ticket, (seq, np.zeros(shape, np.int64)))[1]
+            copies[refs[:, 0], refs[:, 1]] = targets
+            out.loads.append(LoadOrder(seq.ticket, refs, targets, steps))
         self.cancel(seq, late, out)
         for group in range(len(groups)):
-            loading = sum(n for (g, _), n in seq.loading.left.items() if g == group)
-            self._cache.reserve(seq, group, min(loading, self._chunk_blocks))
+            count = sum(n for (g, _), n in below.left.items() if g == group)
+            self._cache.reserve(seq, group, min(count, self._chunk_blocks))
 
     def on_loaded(self, report: LoadReport) -> Schedule:
         """Copies have landed, or will never; only the first count."""
         out = Schedule()
         assert self._cost is not None
         seq, copies = self._copies[report.ticket]
-        landed: dict[str, int] = {}
-        for ref in report.landed:
-            group, index = ref
-            block = copies.pop(ref)
-            self._cache.pools[group].end_copy(block)
-            source = seq.loading.take(ref) if seq.ticket == report.ticket else None
-            published = self._cache.publish(seq, group, index, block)
-            far = source is not None and source.startswith(Tier.REMOTE.value)
-            # What was loaded is never encoded again: each time would lose a little.
-            if published and far and self._cache.groups[group].stored is None:
-                self._cache.unsaved[group].add(seq.chain.keys[group][index])
-            if source is not None:
-                seq.ahead[group].add(index)
-                seq.num_landed += 1
-                landed[source] = landed.get(source, 0) + self._cache.groups[group].tier_bytes
-            self._cache.pools[group].release([block])
-        for source, nbytes in landed.items():
-            self._cost.progress(report.ticket, source, nbytes, report.at_s, waited=report.waited)
-        for ref in report.lost:
-            group, index = ref
-            block = copies.pop(ref)
-            self._cache.pools[group].end_copy(block)
-            self._cache.pools[group].release([block])
-            if seq.ticket == report.ticket and seq.loading.take(ref) is not None:
-                seq.tiers.pop(index, None)
+        mine = seq.ticket == report.ticket
+        landed: Counter[str] = Counter()
+        for group, indices, blocks, sources in self._ended(seq, copies, report.landed, mine=mine):
+            keys, nbytes = seq.chain.keys[group], self._cache.groups[group].tier_bytes
+            published = self._cache.publish(seq, group, indices, blocks)
+            names = seq.below.names
+            for source, count in enumerate(np.bincount(sources).tolist()):
+                landed[names[source]] += count * nbytes
+                # What was loaded is never encoded again: each time would lose a little.
+                if _is_remote(names[source]) and self._cache.groups[group].stored is None:
+                    far = set(np.array(indices)[sources == source].tolist()).intersection(published)
+                    self._cache.unsaved[group].update(keys[index] for index in far)
+            wanted = np.array(indices)[sources > 0].tolist()
+            seq.ahead[group].update(wanted)
+            seq.num_landed += len(wanted)
+            self._cache.pools[group].release(blocks[::-1])  # they came from the back
+        landed.pop("", None)
+        for name, total in landed.items():
+            self._cost.progress(report.ticket, name, total, report.at_s, waited=report.waited)
+        for group, indices, blocks, sources in self._ended(seq, copies, report.lost, mine=mine):
+            self._cache.pools[group].release(blocks[::-1])
+            lost = np.array(indices)[sources > 0]
+            if len(lost):
+                seq.tiers[lost] = 0
                 seq.load_run = range(0)
-        for source in report.failed:
-            self._cost.note_read(source, 0, 0.0)
-        if not copies:
+        for name in report.failed:
+            self._cost.note_read(name, 0, 0.0)
+        if not copies.any():
             del self._copies[report.ticket]
-        if seq.ticket == report.ticket and not seq.loading:
+        if mine and not seq.below.num_loading:
             self._finish(seq, out)
         return out
+
+    def _ended(
+        self, seq: Sequence, copies: Numbers, refs: Refs, *, mine: bool
+    ) -> Iterator[tuple[int, list[int], list[int], Numbers]]:
+        """By KV group: indices, blocks and source numbers (0: nobody waits for it any more) of
+        copies that have ended; their references are still to be released."""
+        sources = seq.below.take(refs) if mine else np.zeros(len(refs), np.int64)
+        for group in np.unique(refs[:, 0]).tolist():
+            at = refs[:, 0] == group
+            indices = refs[at, 1]
+            blocks = copies[group, indices].tolist()
+            copies[group, indices] = 0
+            self._cache.pools[group].end_copies(blocks)
+            yield group, indices.tolist(), blocks, sources[at]
 
     @property
     def awaits_news(self) -> bool:
@@ -316,41 +325,43 @@ class Loads:
         Beside a load half of what is in front of it, in whole chunks: long ones are computed
         faster, and short ones meet the load where it is by then.
         """
-        if not seq.loading:
+        if not seq.below.num_loading:
             return seq.num_tokens
-        front = seq.loading.first * self._cache.block_size - seq.num_computed
+        front = seq.below.first * self._cache.block_size - seq.num_computed
         return self.chunk_tokens * max(1, front // 2 // self.chunk_tokens)
 
     def wants_plan(self, seq: Sequence) -> bool:
         """Enough has arrived to plan anew; copies from RAM change nothing on their way."""
         first = seq.num_computed // self._cache.block_size
-        tiers = {
-            source.partition(":")[0] for (_, source), count in seq.loading.left.items() if count
-        }
-        if tiers == {Tier.RAM.value} and seq.loading.first <= first:
+        below = seq.below
+        if (
+            all(_is_ram(below.names[source]) for (_, source), n in below.left.items() if n)
+            and below.num_loading
+            and below.first <= first
+        ):
             return False
-        return seq.num_landed >= max(REPLAN_BLOCKS, len(seq.loading) // 2)
+        return seq.num_landed >= max(REPLAN_BLOCKS, below.num_loading // 2)
 
     def loads(self, seq: Sequence, index: int) -> bool:
         """Whether a block is being loaded, or will be jumped over with what is."""
-        return bool(seq.loading) and (
+        return seq.below.num_loading > 0 and (
             index in seq.load_run
-            or any((group, index) in seq.loading for group in range(len(seq.tables)))
+            or any(seq.below.is_loading(group, index) for group in range(len(seq.tables)))
         )
 
     def waits(self, seq: Sequence, count: int, now: float, busy_s: float) -> bool:
         """At the meeting: what loads will be there before the next chunk would be."""
         assert self._cost is not None
-        left = self._bytes_of(seq.loading.left)
+        left = self._bytes_of(seq, seq.below.left)
         size, groups = self._cache.block_size, self._cache.groups
         spared = -(-count // size) * sum(group.tier_bytes for group in groups)
         return self._cost.sooner(seq.ticket, left, spared, count, seq.num_computed, now, busy_s)
 
-    def _bytes_of(self, counts: Mapping[tuple[int, str], int]) -> dict[str, int]:
-        """By source, bytes of so many blocks by KV group and source."""
+    def _bytes_of(self, seq: Sequence, counts: Mapping[tuple[int, int], int]) -> dict[str, int]:
+        """By source, bytes of so many blocks by KV group and source number."""
         nbytes: dict[str, int] = {}
-        for (group, source), count in counts.items():
-            more = count * self._cache.groups[group].tier_bytes
+        for (group, number), count in counts.items():
+            source, more = seq.below.names[number], count * self._cache.groups[group].tier_bytes
             nbytes[source] = nbytes.get(source, 0) + more
         return nbytes
 
@@ -363,24 +374,22 @@ class Loads:
         while end * size < seq.num_computed + count and self.loads(seq, end):
             end += 1
         seq.load_run = range(end, max(end, seq.load_run.stop))
-        self.cancel(seq, [ref for ref in seq.loading if first <= ref[1] < end], out)
+        self.cancel(seq, seq.below.loading(first, end), out)
         return min(count, end * size - seq.num_computed)
 
     def pass_over(self, seq: Sequence, first: int, out: Schedule) -> None:
         """The cursor has come to block `first`: do without what still loads in front of it."""
-        passed = [ref for ref in seq.loading if ref[1] < first]
-        seq.loading.first = first
-        if passed:
+        passed = seq.below.loading(0, first)
+        seq.below.first = first
+        if len(passed):
             self.cancel(seq, passed, out)
 
-    def cancel(self, seq: Sequence, refs: Iterable[BlockRef], out: Schedule) -> None:
+    def cancel(self, seq: Sequence, refs: Refs, out: Schedule) -> None:
         """Do without these blocks, which are loading."""
-        refs = tuple(refs)
-        for ref in refs:
-            seq.loading.take(ref)
-        if refs:
+        if len(refs):
+            seq.below.take(refs)
             out.cancels.append(CancelOrder(seq.ticket, refs))
-        if not seq.loading:
+        if not seq.below.num_loading:
             self._finish(seq, out)
 
     def drop(self, seq: Sequence, out: Schedule) -> None:
@@ -389,7 +398,7 @@ class Loads:
             out.cancels.append(CancelOrder(seq.ticket))
             self._end(seq)
         seq.ticket = 0
-        seq.asked, seq.staged, seq.loading = set(), {}, LoadingBlocks()
+        seq.below = Below(len(seq.tables))
         if seq.status is SequenceStatus.STAGING:
             seq.status = SequenceStatus.WAITING
 
@@ -402,7 +411,7 @@ class Loads:
         """Nothing is loaded any more: the leases that are left end."""
         if seq.status is SequenceStatus.RUNNING and self._active.pop(seq.ticket, None) is not None:
             out.discards.append(seq.ticket)
-            seq.staged = {}
+            seq.below.forget_staged()
             self._end(seq)
 
     def _end(self, seq: Sequence) -> None:
@@ -414,19 +423,22 @@ class Loads:
     def check_integrity(self, refs: list[list[int]]) -> None:
         """Add the references of copies to `refs`, and assert that they and requests agree."""
         for _, copies in self._copies.values():
-            for (group, _), block in copies.items():
-                refs[group][block] += 1
-            assert copies, "a load without copies was kept"
+            assert copies.any(), "a load without copies was kept"
+            for group, blocks in enumerate(copies):
+                for block in blocks[blocks > 0].tolist():
+                    refs[group][block] += 1
         for ticket, seq in self._active.items():
             assert seq.ticket == ticket, "a lookup of an earlier life was kept"
-            copies = self._copies.get(ticket, (seq, {}))[1]
-            assert +seq.loading.left == Counter((g, s) for (g, _), s in seq.loading.items())
-            for ref in seq.loading:
-                group, index = ref
-                assert index >= seq.loading.first, "a block in front of the first one"
-                assert copies[ref] == seq.tables[group][index], "it loads into another's block"
+            seq.below.check_integrity()
+            for group, index in seq.below.loading().tolist():
+                copies = self._copies[ticket][1]
+                assert copies[group, index] == seq.tables[group][index], "it loads elsewhere"
                 assert index * self._cache.block_size >= seq.num_computed, "loads what is computed"
 
 
 def _is_ram(source: str) -> bool:
     return source.startswith(Tier.RAM.value)
+
+
+def _is_remote(source: str) -> bool:
+    return source.startswith(Tier.REMOTE.value)

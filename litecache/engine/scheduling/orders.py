@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from litecache.engine.scheduling.sequence import BlockRef
+from litecache.engine.scheduling.below import NO_REFS, Numbers, Refs
 from litecache.engine.scheduling.step_plan import StepPlan
 from litecache.hashing import BlockKey
 from litecache.storage.protocol import Retention
@@ -14,28 +13,36 @@ from litecache.types import TokenDelta
 
 
 class StageOrder(NamedTuple):
-    """Ask the lower tiers for blocks: (group, index in the sequence) -> key, in reading order."""
+    """Ask the lower tiers for blocks: references `[n, 2]` and their keys, in reading order."""
 
     ticket: int
-    blocks: dict[BlockRef, BlockKey]
+    refs: Refs
+    keys: list[BlockKey]
 
 
 class LoadOrder(NamedTuple):
-    """Copy staged blocks into the pool, in this order: (group, index) -> (block, step).
+    """Copy staged blocks into the pool, in this order.
 
-    The copy into a block waits for that step, the last that uses it. Other orders of the ticket may
-    follow; its leases end by a discard or a cancel.
+    Other orders of the ticket may follow; its leases end by a discard or a cancel.
+
+    Attributes:
+        ticket: of their lookup.
+        refs: `[n, 2]`.
+        blocks: of the pool, where each is copied to, `[n]`.
+        steps: the last that uses that block, `[n]`: the copy waits for it.
     """
 
     ticket: int
-    blocks: dict[BlockRef, tuple[int, int]]
+    refs: Refs
+    blocks: Numbers
+    steps: Numbers
 
 
 class CancelOrder(NamedTuple):
     """Copy none of these blocks unless it has begun; None = the whole ticket, its leases too."""
 
     ticket: int
-    blocks: tuple[BlockRef, ...] | None = None
+    refs: Refs | None = None
 
 
 class LoadReport(NamedTuple):
@@ -43,16 +50,16 @@ class LoadReport(NamedTuple):
 
     Attributes:
         ticket: of the order.
-        landed: blocks that hold their bytes now.
-        lost: blocks into which nothing is copied, now or later.
+        landed: blocks that hold their bytes now, `[n, 2]`.
+        lost: blocks into which nothing is copied, now or later, `[n, 2]`.
         failed: sources that did not answer as they must.
         at_s: when, by `time.monotonic`.
         waited: what landed was waited for; False = it had been read before it was ordered.
     """
 
     ticket: int
-    landed: Sequence[BlockRef] = ()
-    lost: Sequence[BlockRef] = ()
+    landed: Refs = NO_REFS
+    lost: Refs = NO_REFS
     failed: frozenset[str] = frozenset()
     at_s: float = 0.0
     waited: bool = True

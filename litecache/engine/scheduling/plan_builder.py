@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from litecache.engine.scheduling.sequence import BlockRef, Sequence
+from litecache.engine.scheduling.below import BlockRef
+from litecache.engine.scheduling.sequence import Sequence
 from litecache.engine.scheduling.step_plan import (
     BlockCopy,
     NewRow,

@@ -16,12 +16,17 @@ from collections.abc import Sequence as Seq
 import numpy as np
 
 from litecache.engine.kv_layout import TRASH_BLOCK, KVGroup
+from litecache.engine.scheduling.below import Numbers, Refs
 from litecache.engine.scheduling.block_pool import BlockPool
-from litecache.engine.scheduling.prefix_index import PrefixIndex, TokenArray
-from litecache.engine.scheduling.sequence import BlockRef, KeyChain, Sequence
+from litecache.engine.scheduling.prefix_index import (
+    TOKEN_BYTES,
+    PrefixIndex,
+    TokenArray,
+    sortable,
+)
+from litecache.engine.scheduling.sequence import GPU, KeyChain, Sequence
 from litecache.errors import CapacityError
 from litecache.hashing import KEY_BYTES, BlockKey, block_key
-from litecache.types import Tier
 
 
 class PrefixCache:
@@ -110,21 +115,26 @@ class PrefixCache:
         owners = (known.pending_owner(chain.keys[g][index]) for g, known in enumerate(self.indexes))
         return next((owner for owner in owners if owner is not None), None)
 
-    def publish(self, seq: Sequence, group: int, index: int, block: int) -> bool:
-        """Publish a block that is computed or loaded; False if its key is published already.
+    def publish(self, seq: Sequence, group: int, indices: Seq[int], blocks: Seq[int]) -> list[int]:
+        """Publish blocks that are computed or loaded; the indices of those whose keys were not
+        published already.
 
-        A sequence that shares nothing keeps its block to itself.
+        A sequence that shares nothing keeps its blocks to itself.
         """
-        if seq.unshared:
-            return False
-        size = self.block_size
-        key, parent = seq.chain.keys[group][index], seq.chain.parent(group, index)
-        tokens = seq.tokens[index * size : (index + 1) * size].copy()
-        root = seq.chain.roots[group]
-        if not self.indexes[group].insert(key, block, parent, tokens, root):
-            return False
-        self.pools[group].publish(block, key, owner=root)
-        return True
+        if seq.unshared or not indices:
+            return []
+        known, pool = self.indexes[group], self.pools[group]
+        keys, root = seq.chain.keys[group], seq.chain.roots[group]
+        first, size = min(indices), self.block_size
+        tokens = sortable(seq.tokens[first * size : (max(indices) + 1) * size])
+        size *= TOKEN_BYTES
+        fresh = []
+        for index, block in zip(indices, blocks, strict=True):
+            key, parent, at = keys[index], keys[index - 1] if index else root, index - first
+            if known.insert(key, block, parent, tokens[at * size : (at + 1) * size], root):
+                pool.publish(block, key, owner=root)
+                fresh.append(index)
+        return fresh
 
     def publish_tail(self, seq: Sequence) -> None:
         """Let others copy the partial block at the end of a sequence whose positions are all
@@ -138,7 +148,7 @@ class PrefixCache:
             parent, block = seq.chain.parent(group, end), seq.tables[group][end]
             key = block_key(parent, tokens)
             root = seq.chain.roots[group]
-            if pool.is_writable(block) and index.insert(key, block, parent, tokens.copy(), root):
+            if pool.is_writable(block) and index.insert(key, block, parent, sortable(tokens), root):
                 pool.publish(block, key, partial=True, owner=root)
 
     def _forget(self, group: int, key: BlockKey) -> None:
@@ -163,7 +173,7 @@ class PrefixCache:
                     continue
                 self._forget(group, key)
                 unknown = secrets.token_bytes(KEY_BYTES)
-                index.insert(unknown, block, unknown, np.zeros(0, np.int64))
+                index.insert(unknown, block, unknown, b"")
                 pool.rename(block, unknown)
         return count
 
@@ -186,20 +196,22 @@ class PrefixCache:
         total = -(-seq.num_tokens // size)
         kept: list[dict[int, int]] = []
         room = []
-        for group, blocks in zip(self.groups, looked, strict=True):
+        for group, found in zip(self.groups, looked, strict=True):
             first = group.policy.first_needed(length)
-            kept.append({i: b for i, b in enumerate(blocks) if b >= 0 and i >= first})
+            kept.append({i: b for i, b in enumerate(found) if b >= 0 and i >= first})
             room.append(total - first - len(kept[-1]) + spare)
         if not self._acquire([list(mine.values()) for mine in kept], room):
             return False
         for number, mine in enumerate(kept):
             first = self.groups[number].policy.first_needed(length)
-            fresh = iter(self.pools[number].allocate(total - first - len(mine)))
-            seq.tables[number] = [TRASH_BLOCK] * first
-            seq.tables[number] += [mine.get(i) or next(fresh) for i in range(first, total)]
+            blocks = self.pools[number].allocate(total - first - len(mine))
+            if mine:
+                fresh = iter(blocks)
+                blocks = [mine.get(i) or next(fresh) for i in range(first, total)]
+            seq.tables[number] = [TRASH_BLOCK] * first + blocks
             seq.ahead[number] = {i for i in mine if i >= length}
-            for key in () if seq.unshared else seq.chain.keys[number][length:]:
-                self.indexes[number].set_pending(key, seq.id)
+            if not seq.unshared:
+                self.indexes[number].set_pending(seq.chain.keys[number][length:], seq.id)
         seq.num_computed = length * size
         seq.num_published = length
         seq.changed.update((group, 0) for group in range(len(self.groups)))  # all of it is new
@@ -214,8 +226,8 @@ class PrefixCache:
         """
         size = self.block_size
         end = seq.num_computed // size
-        if seq.loading or any(seq.ahead):
-            end = 1 + max(i for i in {i for _, i in seq.loading}.union(*seq.ahead))
+        if seq.below.num_loading or any(seq.ahead):
+            end = 1 + max({*seq.below.loading()[:1, 1].tolist()}.union(*seq.ahead))
         rest = seq.tokens[end * size : seq.num_reusable][:size]
         partials = [
             index.match_partial(seq.chain.parent(group, end), rest)
@@ -228,7 +240,9 @@ class PrefixCache:
             if count > shared:
                 shared, blocks = count, [table[end] for table in donor.tables]
         writable = all(
-            end < len(table) and pool.is_writable(table[end]) and (group, end) not in seq.staged
+            end < len(table)
+            and pool.is_writable(table[end])
+            and not seq.below.is_staged(group, end)
             for group, (table, pool) in enumerate(zip(seq.tables, self.pools, strict=True))
         )
         if not shared or not writable:
@@ -259,7 +273,7 @@ class PrefixCache:
         size = self.block_size
         while not seq.num_computed % size:
             if seq.tail is not None and seq.tail[0] == seq.num_computed:
-                if seq.tail[0] // size not in seq.tiers:
+                if not seq.tiers[seq.tail[0] // size]:
                     seq.num_tail = seq.tail[1] - seq.tail[0]
                 seq.num_computed, seq.tail = seq.tail[1], None
                 return
@@ -267,17 +281,22 @@ class PrefixCache:
             end = self.ahead_end(seq, first)
             if end == first:
                 return
-            for index in range(first, end):
-                seq.tiers.setdefault(index, Tier.GPU.value)
+            tiers, passed = seq.tiers[first:end], range(first, end)
+            tiers[tiers == 0] = GPU
             for mine, holes in zip(seq.ahead, seq.holes, strict=True):
-                holes.update(index for index in range(first, end) if index not in mine)
-            seq.ahead = [{i for i in mine if i >= end} for mine in seq.ahead]
+                holes.update(set(passed).difference(mine))
+                mine.difference_update(passed)
             seq.num_computed = end * size
 
     def ahead_end(self, seq: Sequence, first: int) -> int:
         """Where the cursor would stand if it came to block `first`."""
         if not any(seq.ahead):
             return first
+        if len(self.groups) == 1 and not self.groups[0].policy.slides:
+            ahead, end = seq.ahead[0], first
+            while end in ahead:
+                end += 1
+            return end
         return self.run_end(lambda g, i: i in seq.ahead[g], first, len(seq.chain.keys[0]))
 
     def make_writable(self, seq: Sequence, count: int) -> int:
@@ -313,13 +332,16 @@ class PrefixCache:
         pool.reserved += more
         seq.reserve[group] += more
 
-    def begin_copies(self, seq: Sequence, refs: Iterable[BlockRef]) -> dict[BlockRef, int]:
-        """Blocks of a sequence's table that something is copied into; each gets a reference."""
-        tables = seq.tables
-        blocks = {ref: tables[ref[0]][ref[1]] for ref in refs}
-        for group, pool in enumerate(self.pools):
-            pool.begin_copies([block for ref, block in blocks.items() if ref[0] == group])
-        return blocks
+    def begin_copies(self, seq: Sequence, refs: Refs) -> tuple[Numbers, Numbers]:
+        """Blocks of a sequence's table that something is copied into, and the last steps that use
+        them, `[n]` each; each gets a reference."""
+        blocks, steps = np.zeros((2, len(refs)), dtype=np.int64)
+        for group, (pool, table) in enumerate(zip(self.pools, seq.tables, strict=True)):
+            at = refs[:, 0] == group
+            mine = [*map(table.__getitem__, refs[at, 1].tolist())]
+            pool.begin_copies(mine)
+            blocks[at], steps[at] = mine, [*map(pool.used_in.__getitem__, mine)]
+        return blocks, steps
 
     def _acquire(self, blocks: Seq[Seq[int]], room: Seq[int]) -> bool:
         """Add references per group if that leaves `room` blocks to allocate; all or nothing."""

@@ -27,17 +27,20 @@ MISSING, PENDING = -1, -2
 _Child = tuple[bytes, BlockKey]
 
 
-def _sortable(tokens: TokenArray) -> bytes:
-    """Token ids as bytes that sort as the ids do."""
+TOKEN_BYTES = 4
+
+
+def sortable(tokens: TokenArray) -> bytes:
+    """Token ids as bytes that sort as the ids do, `TOKEN_BYTES` each."""
     return tokens.astype(">u4").tobytes()
 
 
 class Entry(NamedTuple):
-    """A published block; of a partial one the first `len(tokens)` tokens."""
+    """A published block; of a partial one the first tokens; `tokens` are `sortable`."""
 
     block: int
     parent: BlockKey
-    tokens: TokenArray
+    tokens: bytes
     root: BlockKey = b""
 
 
@@ -85,14 +88,14 @@ class PrefixIndex:
         best: PartialMatch | None = None
         children = self._children.get(parent, [])
         # in lexicographic order the longest common beginning is that of a neighbour
-        place = bisect_left(children, (_sortable(tokens),))
-        for _, key in children[max(0, place - 1) : place + 1]:
-            entry = self._entries[key]
-            length = min(len(entry.tokens), len(tokens))
-            differs = entry.tokens[:length] != tokens[:length]
+        place = bisect_left(children, (sortable(tokens),))
+        for held, key in children[max(0, place - 1) : place + 1]:
+            theirs = np.frombuffer(held, ">u4")
+            length = min(len(theirs), len(tokens))
+            differs = theirs[:length] != tokens[:length]
             shared = int(np.argmax(differs)) if differs.any() else length
             if shared and (best is None or shared > best.num_tokens):
-                best = PartialMatch(key, entry.block, shared)
+                best = PartialMatch(key, self._entries[key].block, shared)
         return best
 
     def has_child(self, parent: BlockKey) -> bool:
@@ -108,29 +111,32 @@ class PrefixIndex:
         key: BlockKey,
         block: int,
         parent: BlockKey,
-        tokens: TokenArray,
+        tokens: bytes,
         root: BlockKey = b"",
     ) -> bool:
-        """Add a published block; False when the key is present already (nothing changes)."""
+        """Add a published block, its tokens `sortable`; False when the key is present already
+        (nothing changes)."""
         self._pending.pop(key, None)
         if key in self._entries:
             return False
         self._entries[key] = Entry(block, parent, tokens, root)
-        insort(self._children.setdefault(parent, []), (_sortable(tokens), key))
+        insort(self._children.setdefault(parent, []), (tokens, key))
         return True
 
     def remove(self, key: BlockKey) -> None:
         """Forget a block; its children stay and are found again once it is back."""
         entry = self._entries.pop(key)
         siblings = self._children[entry.parent]
-        del siblings[bisect_left(siblings, (_sortable(entry.tokens), key))]
+        del siblings[bisect_left(siblings, (entry.tokens, key))]
         if not siblings:
             del self._children[entry.parent]
 
-    def set_pending(self, key: BlockKey, owner: str) -> None:
-        """Announce that `owner` computes or loads `key`; the first owner stays."""
-        if key not in self._entries:
-            self._pending.setdefault(key, owner)
+    def set_pending(self, keys: Sequence[BlockKey], owner: str) -> None:
+        """Announce that `owner` computes or loads these keys; the first owner stays."""
+        entries, pending = self._entries, self._pending
+        for key in keys:
+            if key not in entries:
+                pending.setdefault(key, owner)
 
     def pending_owner(self, key: BlockKey) -> str | None:
         """Who computes or loads `key` right now."""
@@ -150,8 +156,8 @@ class PrefixIndex:
         assert all(self._children.values()), "an empty list of children was kept"
         for kids in self._children.values():
             assert kids == sorted(kids), "children are out of order"
-            for sortable, key in kids:
-                assert sortable == _sortable(self._entries[key].tokens), "a child's tokens differ"
+            for tokens, key in kids:
+                assert tokens == self._entries[key].tokens, "a child's tokens differ"
         both = self._pending.keys() & self._entries.keys()
         assert not both, f"{len(both)} keys are both pending and published"
         blocks = [entry.block for entry in self._entries.values()]

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 from typing import NamedTuple
 
-from litecache.engine.scheduling.cost_model import CostModel, Found, LoadPlan
+import numpy as np
+
+from litecache.engine.scheduling.below import FoundBelow
+from litecache.engine.scheduling.cost_model import CostModel, FoundBlocks, LoadPlan
 from litecache.engine.scheduling.loads import Loads
 from litecache.engine.scheduling.prefix_cache import PrefixCache
 from litecache.engine.scheduling.prefix_index import MISSING, PENDING
@@ -90,14 +93,18 @@ def view_prefix(
         return view
     seq.num_computed = first * cache.block_size
     seq.ahead = [{i for i, b in enumerate(blocks) if b >= 0 and i >= first} for blocks in looked]
-    for group, its in enumerate(below):
-        for index in range(first, end):
-            if its[index] and looked[group][index] == MISSING:
-                seq.staged[group, index] = its[index]
+    held = {
+        (group, index): its[index]
+        for group, its in enumerate(below)
+        for index in range(first, end)
+        if its[index] and looked[group][index] == MISSING
+    }
+    seq.below.ask(seq.below.unasked(np.ones((len(below), end), dtype=bool)))
+    seq.below.stage(FoundBelow.of(held))
     found = loads.found(seq, first)
     queued_tokens, decodes, busy_s, waiting = crowd
 
-    def plan(model: CostModel, blocks: Seq[Found]) -> LoadPlan:
+    def plan(model: CostModel, blocks: FoundBlocks) -> LoadPlan:
         return model.plan(
             num_tokens=seq.num_tokens,
             start=first,
@@ -109,11 +116,13 @@ def view_prefix(
             num_waiting=waiting,
         )
 
-    loadable = any(block.source not in ("", Tier.GPU.value) for block in found)
+    sources_found = {found.kinds[code].source for code in set(found.codes.tolist())}
     return view._replace(
         plan=plan(cost.fork(), found),
         compute_s=plan(cost.fork("none"), found).first_token_s,
-        load_s=plan(cost.fork("all"), found).first_token_s if loadable else None,
+        load_s=plan(cost.fork("all"), found).first_token_s
+        if sources_found - {"", Tier.GPU.value}
+        else None,
         queued_tokens=queued_tokens,
         decodes=decodes,
         measured=bool(cost.stats()["measured"]),

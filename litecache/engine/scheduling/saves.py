@@ -3,7 +3,8 @@
 A key is published only after its bytes exist. What is published becomes eligible for saving by the
 admission policy: "all" and "frequent" at once (of the latter the shards write less to disk),
 "reused" on second sight, "none" never. What was dropped is tried
-again when it is used again; a tail is of use without its head.
+again when it is used again, what found no room as soon as there is some; a tail is of use without
+its head.
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ from litecache.engine.kv_layout import TRASH_BLOCK
 from litecache.engine.scheduling.orders import SaveOrder, Schedule
 from litecache.engine.scheduling.prefix_cache import PrefixCache
 from litecache.engine.scheduling.sequence import KeyChain, Sequence
+from litecache.hashing import BlockKey
 from litecache.storage.protocol import Retention
 from litecache.types import Request
 
 RUN_BYTES = 16 << 20
 """Bytes of a chain that go to one shard together."""
+MOST_REFUSED = 1 << 16
+"""Saves without room that are remembered."""
 
 
 class Saves:
@@ -32,18 +36,23 @@ class Saves:
     def __init__(self, cache: PrefixCache, admission: str) -> None:
         self._cache = cache
         self._admission = admission
+        self._refused: dict[BlockKey, SaveOrder] = {}
 
     def publish_computed(self, seq: Sequence, start: int, end: int, out: Schedule) -> None:
         """Publish the blocks that are full now that positions [start, end) are computed."""
         size = self._cache.block_size
         last = min(end // size, len(seq.chain.keys[0]))
-        for index in range(start // size, last):
-            for group, table in enumerate(seq.tables):
-                block = table[index]
-                if block != TRASH_BLOCK and self._cache.publish(seq, group, index, block):
-                    self._cache.unsaved[group].add(seq.chain.keys[group][index])
-                    if self._admission in ("all", "frequent") and seq.request.cache == "default":
-                        self._save(seq.chain, seq.request, group, index, block, out)
+        published = []
+        for group, table in enumerate(seq.tables):
+            indices = [i for i in range(start // size, last) if table[i] != TRASH_BLOCK]
+            blocks = [table[i] for i in indices]
+            fresh = self._cache.publish(seq, group, indices, blocks)
+            self._cache.unsaved[group].update(seq.chain.keys[group][i] for i in fresh)
+            published += [(i, group) for i in fresh]
+        if self._admission in ("all", "frequent") and seq.request.cache == "default":
+            for index, group in sorted(published):
+                block = seq.tables[group][index]
+                self._save(seq.chain, seq.request, group, index, block, out)
         seq.num_published = max(seq.num_published, last)
 
     def on_hit(self, seq: Sequence, num_blocks: int, out: Schedule) -> None:
@@ -81,6 +90,28 @@ class Saves:
                 self._cache.unsaved[group].update(chain.keys[group][index] for index in held)
             for index in held:
                 self._save(chain, owner, group, index, blocks[index], out)
+        return out
+
+    def on_refused(self, orders: Iterable[SaveOrder]) -> None:
+        """There was no room for these: they are ordered again as others end, while the pool still
+        holds them."""
+        orders = list(orders)
+        self.on_saved((), orders)
+        self._refused.update((order.key, order) for order in orders)
+        while len(self._refused) > MOST_REFUSED:
+            del self._refused[next(iter(self._refused))]
+
+    def again(self, count: int) -> Schedule:
+        """Order up to so many of the refused, oldest first."""
+        out = Schedule()
+        while self._refused and len(out.saves) < count:
+            key, order = next(iter(self._refused.items()))
+            del self._refused[key]
+            block = self._cache.indexes[order.group].block(key)
+            if block is not None and key in self._cache.unsaved[order.group]:
+                self._cache.unsaved[order.group].discard(key)
+                self._cache.pools[order.group].acquire([block])
+                out.saves.append(order._replace(block=block))
         return out
 
     def on_saved(self, orders: Iterable[SaveOrder], dropped: Iterable[SaveOrder]) -> None:

@@ -24,6 +24,7 @@ import math
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 
+from litecache.engine.scheduling.below import BlockRef, FoundBelow
 from litecache.engine.scheduling.cost_model import CostModel
 from litecache.engine.scheduling.loads import Loads
 from litecache.engine.scheduling.orders import LoadReport, SaveOrder, Schedule
@@ -32,7 +33,7 @@ from litecache.engine.scheduling.prefix_cache import PrefixCache
 from litecache.engine.scheduling.prefix_view import PrefixView, view_prefix
 from litecache.engine.scheduling.saves import Saves
 from litecache.engine.scheduling.sequence import (
-    BlockRef,
+    GPU,
     KeyChain,
     RequestQueues,
     Sequence,
@@ -42,7 +43,7 @@ from litecache.engine.scheduling.step_plan import RowStep, StepResult
 from litecache.errors import CapacityError
 from litecache.hashing import BlockKey
 from litecache.token_ids import TokenIds
-from litecache.types import FinishReason, Guidance, Request, Tier, TokenDelta, TokenLogprobs
+from litecache.types import FinishReason, Guidance, Request, TokenDelta, TokenLogprobs
 
 REMEMBERED_ABORTS = 4096
 LOAD_CHUNK_TOKENS = 2048
@@ -208,17 +209,23 @@ class Scheduler:
         chain.extend(request.prompt.array)
         return self._saves.save_prefix(chain, request, everything=True)
 
-    def on_staged(self, ticket: int, found: dict[BlockRef, str]) -> Schedule:
-        """The lower tiers hold these blocks (-> source) and have leased their slots."""
+    def on_staged(self, ticket: int, found: FoundBelow) -> Schedule:
+        """The lower tiers hold these blocks and have leased their slots."""
         return self._loads.on_staged(ticket, found)
 
     def on_loaded(self, report: LoadReport) -> Schedule:
         """Copies of a load have landed, or are a miss."""
         return self._loads.on_loaded(report)
 
-    def on_saved(self, orders: Iterable[SaveOrder], dropped: Iterable[SaveOrder] = ()) -> None:
-        """Copies of save orders ended; dropped ones may be saved on a later sight."""
+    def on_saved(self, orders: Seq[SaveOrder], dropped: Iterable[SaveOrder] = ()) -> Schedule:
+        """Copies of save orders ended; dropped ones may be saved on a later sight, and as many as
+        have ended of those that were refused are ordered again."""
         self._saves.on_saved(orders, dropped)
+        return self._saves.again(len(orders))
+
+    def on_refused(self, orders: Iterable[SaveOrder]) -> None:
+        """There is no room for these saves now."""
+        self._saves.on_refused(orders)
 
     def on_result(self, result: StepResult, now: float) -> Schedule:
         """A launched step is done."""
@@ -357,7 +364,7 @@ class Scheduler:
         waiting, running = list(self._queues.waiting), list(self._queues.running)
         tokens = 0
         for seq in waiting:
-            tokens += max(1, seq.num_todo - max(seq.num_found, size * len(seq.staged)))
+            tokens += max(1, seq.num_todo - max(seq.num_found, size * seq.below.num_staged))
         for seq in running:
             if seq.num_todo > 1:
                 tokens += max(1, seq.num_todo - size * len(seq.ahead[0]))
@@ -433,7 +440,7 @@ class Scheduler:
         while not seq.num_in_flight:
             self.cache.advance(seq)
             first = seq.num_computed // size
-            if seq.loading and seq.loading.first < first:
+            if seq.below.num_loading and seq.below.first < first:
                 self._loads.pass_over(seq, first, out)
             if not seq.num_todo:
                 if seq.num_logits:
@@ -446,7 +453,7 @@ class Scheduler:
                 return
             if seq.cached:
                 return plan.add_chunk(seq, count)
-            if seq.loading and self._loads.loads(seq, first):
+            if self._loads.loads(seq, first):
                 if self._loads.waits(seq, count, now, self._busy_s(plan, now)):
                     self._wake(now + MEETING_S)
                     return
@@ -462,7 +469,7 @@ class Scheduler:
         """How many of the next `count` positions are not there and not loading."""
         if seq.tail is not None and seq.tail[0] > seq.num_computed:
             count = min(count, seq.tail[0] - seq.num_computed)
-        if not seq.loading and not any(seq.ahead):
+        if not seq.below.num_loading and not any(seq.ahead):
             return count
         size = self.cache.block_size
         for index in range(seq.num_computed // size + 1, -(-(seq.num_computed + count) // size)):
@@ -506,7 +513,8 @@ class Scheduler:
             if seq.status is SequenceStatus.STAGING and now < seq.asked_s + patience_s:
                 self._wake(seq.asked_s + patience_s)
                 continue
-            blocked = blocked or not self._queues.has_row or (plan.budget <= 0 and not seq.staged)
+            full = plan.budget <= 0 and not seq.below.num_staged
+            blocked = blocked or full or not self._queues.has_row
             if blocked:
                 if seq.asked_s == -math.inf and self._loads.has_room:
                     self._look_up(seq, self.cache.look(seq), now, out)
@@ -525,8 +533,7 @@ class Scheduler:
                 continue
             self._queues.start(seq)
             seq.begin_account()
-            there = set.intersection(*seq.ahead).union(range(length))
-            seq.tiers = dict.fromkeys(there, Tier.GPU.value)
+            seq.tiers[[*range(length), *set.intersection(*seq.ahead)]] = GPU
             crowd = (queued, num_decodes, self._busy_s(plan, now), self.num_waiting)
             self._loads.plan(seq, now, crowd, out)
             self.cache.copy_tail(seq, self._queues.running)
@@ -541,7 +548,7 @@ class Scheduler:
         """Ask below for what the pools lack; False when there is nothing to ask."""
         seq.asked_s = now
         wanted = self._loads.wanted(seq, looked)
-        if not wanted:
+        if not len(wanted):
             return False
         # No place to ask now: those who have one go first, or nobody ever gives one back.
         if self._loads.has_room or self._loads.give_way(self._queues.waiting, seq, out):

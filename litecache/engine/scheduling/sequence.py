@@ -6,13 +6,12 @@ from __future__ import annotations
 import bisect
 import enum
 import math
-from collections import Counter
-from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from litecache.engine.scheduling.below import Below, BlockRef
 from litecache.engine.scheduling.cost_model import LoadPlan
 from litecache.engine.scheduling.prefix_index import TokenArray
 from litecache.hashing import BlockKey, chain_keys
@@ -20,10 +19,9 @@ from litecache.types import Request, Tier, TokenLogprobs
 
 PRIORITY_STEP_S = 10.0
 """One level of priority is worth so many seconds of waiting, so that nobody starves."""
-
-
-BlockRef = tuple[int, int]
-"""(group, index of the block in its sequence)."""
+TIERS = ("", *(tier.value for tier in Tier))
+"""Where a block was found, by the numbers of `Sequence.tiers`."""
+GPU = TIERS.index(Tier.GPU.value)
 
 
 @dataclass
@@ -68,36 +66,6 @@ class SequenceStatus(enum.Enum):
     FINISHED = enum.auto()
 
 
-class LoadingBlocks(dict[BlockRef, str]):
-    """Blocks that are being loaded, and their sources.
-
-    Attributes:
-        left: how many there are, by KV group and source.
-        first: no block's index is lower.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.left: Counter[tuple[int, str]] = Counter()
-        self.first = 0
-
-    def add(self, refs: Mapping[BlockRef, str]) -> None:
-        """More are loaded, none of which is yet."""
-        left = self.left
-        lowest = min([index for _, index in refs], default=self.first)
-        self.first = min(self.first, lowest) if self else lowest
-        self.update(refs)
-        for (group, _), source in refs.items():
-            left[group, source] += 1
-
-    def take(self, ref: BlockRef) -> str | None:
-        """One is not loaded any more; its source, or None where it was not."""
-        source = self.pop(ref, None)
-        if source is not None:
-            self.left[ref[0], source] -= 1
-        return source
-
-
 class Sequence:
     """State of one request inside the scheduler, which alone changes it.
 
@@ -123,19 +91,18 @@ class Sequence:
         life: counts preemptions; results of steps of an earlier life publish nothing.
         cached: the next step recomputes the last token of a full prefix hit.
         ticket: names its dealings with the lower tiers in this life; 0 = none.
-        asked: blocks that the lower tiers were asked for in this life.
-        asked_s: when that was, or would have been; -inf = not yet.
+        below: what the lower tiers were asked for in this life, hold of it, and load.
+        asked_s: when they were asked, or would have been; -inf = not yet.
         awaits: while it waits, the block that another computes or loads; None = none.
         num_found: positions from the front whose KV the pool held when it came.
-        staged: blocks found there whose leases no load has taken, and their sources.
-        loading: blocks being loaded.
         load_run: where windows slide, the blocks that will be jumped over once all that loads has
             landed, those that no window reaches among them.
         reserve: per KV group, blocks of the pool kept for taking over what is late.
         num_landed: blocks that have landed since the plan was last made.
         plan: the first plan of what to load.
         planned_s: when it was made; None = nothing was found.
-        tiers: where found blocks were, by index: the reused ones and those computed by plan.
+        tiers: where found blocks were, the reused ones and those computed by plan: by index, the
+            number in `TIERS`, uint8 `[blocks]`.
         computed: tokens of found blocks that were computed, by tier.
         num_own: positions of the prompt that were computed.
         handed_out: by first position, logits of the segments that they are asked for,
@@ -177,11 +144,10 @@ class Sequence:
         self.last_step = 0
         self.life = 0
         self.ticket = 0
-        self.asked: set[BlockRef] = set()
+        self.below = Below(len(roots))
         self.asked_s = -math.inf
         self.awaits: int | None = None
         self.num_found = 0
-        self.staged: dict[BlockRef, str] = {}
         self.paused = False
         self.unshared = request.cache == "no-store"
         self.guided = request.mask is not None
@@ -206,7 +172,6 @@ class Sequence:
         self.copies: list[tuple[int, int, int]] = []
         self.tail: tuple[int, int] | None = None
         self.cached = False
-        self.loading = LoadingBlocks()
         self.load_run = range(0)
         self.reserve = [0] * groups
         self.num_landed = 0
@@ -218,7 +183,7 @@ class Sequence:
 
     def begin_account(self) -> None:
         """Nothing of the prompt is found or computed."""
-        self.tiers: dict[int, str] = {}
+        self.tiers = np.zeros(-(-self.num_tokens // self.chain.block_size), np.uint8)
         self.computed: dict[str, int] = {}
         self.num_own = 0
         self.num_tail = 0
@@ -228,20 +193,25 @@ class Sequence:
         end = min(start + count, len(self.request.prompt))
         self.num_own += max(0, end - start)
         size = self.chain.block_size
-        for index in range(start // size, -(-end // size)) if self.tiers else ():
-            tier = self.tiers.get(index)
-            if tier is not None:
-                tokens = min(end, (index + 1) * size) - max(start, index * size)
-                self.computed[tier] = self.computed.get(tier, 0) + tokens
+        first, last = start // size, -(-end // size)
+        tiers = self.tiers[first:last]
+        if end <= start or not tiers.any():
+            return
+        tokens = np.full(len(tiers), size)
+        tokens[0] -= start - first * size
+        tokens[-1] -= last * size - end
+        for tier in np.unique(tiers[tiers > 0]).tolist():
+            name = TIERS[tier]
+            self.computed[name] = self.computed.get(name, 0) + int(tokens[tiers == tier].sum())
 
     def account(self) -> tuple[dict[str, int], dict[str, int]]:
         """Tokens of the prompt by tier: what was found, and what of it was reused.
 
         The difference was computed by plan; with what was not found it makes up the prompt.
         """
-        found: dict[str, int] = {}
-        for tier in self.tiers.values():
-            found[tier] = found.get(tier, 0) + self.chain.block_size
+        numbers, counts = np.unique(self.tiers[self.tiers > 0], return_counts=True)
+        pairs = zip(numbers.tolist(), counts.tolist(), strict=True)
+        found = {TIERS[tier]: count * self.chain.block_size for tier, count in pairs}
         if self.num_tail:
             found[Tier.GPU.value] = found.get(Tier.GPU.value, 0) + self.num_tail
         reused = {tier: found[tier] - self.computed.get(tier, 0) for tier in found}

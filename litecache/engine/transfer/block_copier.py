@@ -1,7 +1,8 @@
-"""Copies blocks between a GPU pool and host memory, as bytes, off the compute stream.
+"""Copies blocks between a device and host memory, as bytes, off the compute stream.
 
 On CUDA a copier owns a stream and registers the arena's segments as pinned memory when it first
-touches them, so that copies run at the link's speed. On CPU the copies are plain memcpys.
+touches them, so that copies run at the link's speed. On CPU the copies are plain memcpys. Whether
+pool and tiers hold the same bytes is `codec.py`'s affair.
 """
 
 from __future__ import annotations
@@ -13,15 +14,13 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from litecache.engine.kv_layout import TRASH_BLOCK, KVGroup, KVPool, block_form
 from litecache.kernels.batch_copy import copy_batch
-from litecache.kernels.quantise import convert_blocks
 from litecache.storage.arena.view import ArenaView
 from litecache.storage.protocol import PAGE_BYTES
 
@@ -125,90 +124,6 @@ class Rows:
         return (self.buffer.data_ptr() + self.index * stride).astype(np.uint64)
 
 
-STAGING_BYTES = 32 << 20
-"""Of blocks on the device between their two forms, a copier."""
-
-
-class Codec(Protocol):
-    """Between a block's bytes in the pool and its bytes in RAM and on disk."""
-
-    def save(self, copier: BlockCopier, pool: KVPool, blocks: Numbers, slots: HostBlocks) -> None:
-        """Start to write blocks of a pool into slots of `tier_bytes` each."""
-        ...
-
-    def load(self, copier: BlockCopier, pool: KVPool, blocks: Numbers, slots: HostBlocks) -> None:
-        """The inverse."""
-        ...
-
-
-class SameBytes:
-    """The codec of tiers that hold what the pool holds."""
-
-    def save(self, copier: BlockCopier, pool: KVPool, blocks: Numbers, slots: HostBlocks) -> None:
-        """A plain copy."""
-        copier.copy(Rows(pool.buffer, blocks), slots, save=True)
-
-    def load(self, copier: BlockCopier, pool: KVPool, blocks: Numbers, slots: HostBlocks) -> None:
-        """A plain copy."""
-        copier.copy(Rows(pool.buffer, blocks), slots, save=False)
-
-
-class EightBits:
-    """The codec of tiers that hold a wide pool's blocks as `KVGroup.stored` lays them out.
-
-    Blocks are converted on the pool's device, so that the link, RAM and disk carry the codes. The
-    staging blocks in between belong to the copier's stream: its order is what keeps them apart.
-
-    Args:
-        copier: with it the conversions of `pools` are tried, so that no request compiles them.
-        pools: one per KV group.
-    """
-
-    def __init__(self, copier: BlockCopier, pools: Sequence[KVPool]) -> None:
-        for pool in pools:
-            slots = [[torch.zeros(pool.group.tier_bytes, dtype=torch.uint8)]]
-            trash = np.array([TRASH_BLOCK])
-            self.save(copier, pool, trash, slots)
-            self.load(copier, pool, trash, slots)
-        copier.synchronize()
-
-    def save(self, copier: BlockCopier, pool: KVPool, blocks: Numbers, slots: HostBlocks) -> None:
-        """Quantise, then copy."""
-        wide, narrow = (block_form(group) for group in _forms(pool))
-        with copier.on_stream():
-            for part, staging, order, places in _parts(pool, blocks):
-                convert_blocks(pool.buffer, wide, staging, narrow, places, order)
-                copier.copy(Rows(staging, np.arange(len(staging))), slots[part], save=True)
-
-    def load(self, copier: BlockCopier, pool: KVPool, blocks: Numbers, slots: HostBlocks) -> None:
-        """Copy, then widen."""
-        wide, narrow = (block_form(group) for group in _forms(pool))
-        with copier.on_stream():
-            for part, staging, order, places in _parts(pool, blocks):
-                copier.copy(Rows(staging, np.arange(len(staging))), slots[part], save=False)
-                convert_blocks(staging, narrow, pool.buffer, wide, order, places)
-
-
-def _parts(
-    pool: KVPool, blocks: Numbers
-) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Slices of the blocks, and for each: staging, its rows and the pool's, on the device."""
-    device, tier_bytes = pool.buffer.device, pool.group.tier_bytes
-    step = max(1, STAGING_BYTES // tier_bytes)
-    for first in range(0, len(blocks), step):
-        part = slice(first, first + step)
-        places = torch.from_numpy(blocks[part]).to(device)
-        order = torch.arange(len(places), device=device)
-        # Zeros: what lies between the extents goes to disk, too.
-        shape = (len(places), tier_bytes)
-        yield part, torch.zeros(shape, dtype=torch.uint8, device=device), order, places
-
-
-def _forms(pool: KVPool) -> tuple[KVGroup, KVGroup]:
-    assert pool.group.stored is not None
-    return pool.group, pool.group.stored
-
-
 @dataclass(frozen=True)
 class Mark:
     """A place in the order of a copier's copies; on a CPU they are done as soon as they began."""
@@ -223,6 +138,41 @@ class Mark:
         """Until it is passed."""
         if self.event is not None:
             self.event.synchronize()
+
+
+class Lane:
+    """Work on a device that runs in its own order: a stream; on a CPU it is done as it begins.
+
+    Args:
+        device: where.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def run(self) -> contextlib.AbstractContextManager[Any]:
+        """What is launched inside the `with` is of this lane."""
+        return contextlib.nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
+
+    def mark(self) -> Mark:
+        """Behind all that was launched so far."""
+        if self.stream is None:
+            return Mark(None)
+        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        event.record(self.stream)
+        return Mark(event)
+
+    def after(self, mark: Mark) -> None:
+        """What is launched from here on begins behind a mark of another lane."""
+        if self.stream is not None and mark.event is not None:
+            self.stream.wait_event(mark.event)
+
+    def synchronize(self) -> None:
+        """Wait until all of it is done."""
+        if self.stream is not None:
+            self.stream.synchronize()
 
 
 class PinnedArenas:
@@ -272,6 +222,10 @@ class BlockCopier:
         event_of: the event behind a step that has not ended; a copy waits for the last step that
             uses its block, which may have been handed out while that still runs.
         pinned: shared registry of pinned segments.
+
+    Attributes:
+        device: of the pools.
+        copies: the lane of the copies.
     """
 
     def __init__(
@@ -280,18 +234,11 @@ class BlockCopier:
         event_of: Callable[[int], torch.cuda.Event | None],
         pinned: PinnedArenas,
     ) -> None:
+        self.device = device
+        self.copies = Lane(device)
         self._cuda = device.type == "cuda"
         self._event_of = event_of
         self._pinned = pinned
-        self._stream: torch.cuda.Stream | None = None
-        if self._cuda:
-            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-
-    def after(self, step: int) -> None:
-        """Order the following copies behind a step."""
-        event = self._event_of(step)
-        if self._stream is not None and event is not None:
-            self._stream.wait_event(event)
 
     def in_order(self, steps: Numbers) -> Iterator[Numbers]:
         """Places of blocks by when they may be copied to; in between copies wait for a step.
@@ -307,16 +254,16 @@ class BlockCopier:
             begins = int(np.searchsorted(steps[order], step))
             if begins > first:
                 yield order[first:begins]
-            self.after(step)
+            self.copies.after(Mark(self._event_of(step)))
             first = begins
         if first < len(order):
             yield order[first:]
 
     def copy(self, rows: Rows, slots: HostBlocks, *, save: bool) -> None:
         """Start to copy blocks of the device to host memory, or with `save=False` from there."""
-        if self._stream is None:
+        if self.copies.stream is None:
             return _copy_on_host(rows, slots, save=save)
-        with torch.cuda.stream(self._stream):
+        with self.copies.run():
             if isinstance(slots, ArenaSlots):
                 whole = ~slots.cut
                 if slots.pinned and _copy_at_once(rows[whole], slots[whole], save=save):
@@ -340,23 +287,6 @@ class BlockCopier:
             refused = [one for one in segments if not self._pinned.ensure(arena, one)]
             made.pinned = not refused
         return made
-
-    def on_stream(self) -> contextlib.AbstractContextManager[Any]:
-        """Have what is launched inside the `with` run in the order of the copies."""
-        return contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
-
-    def mark(self) -> Mark:
-        """Behind all copies started so far."""
-        if self._stream is None:
-            return Mark(None)
-        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-        event.record(self._stream)
-        return Mark(event)
-
-    def synchronize(self) -> None:
-        """Wait until all copies started here are done."""
-        if self._stream is not None:
-            self._stream.synchronize()
 
 
 def _starts(pieces: Slot) -> Iterator[int]:

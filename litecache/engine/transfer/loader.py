@@ -9,12 +9,11 @@ A copy that has not begun can be cancelled: that is answered at once, however lo
 
 from __future__ import annotations
 
-import itertools
 import logging
 import threading
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -22,13 +21,15 @@ import numpy as np
 import torch
 
 from litecache.engine.kv_layout import KVPool
+from litecache.engine.scheduling.below import NO_REFS, FoundBelow, Numbers, Refs
 from litecache.engine.scheduling.orders import CancelOrder, LoadOrder, LoadReport, StageOrder
-from litecache.engine.scheduling.sequence import BlockRef
-from litecache.engine.transfer.block_copier import BlockCopier, Codec, Mark, Numbers, Slot
-from litecache.engine.transfer.shard_set import Lease, ShardSet
+from litecache.engine.transfer.block_copier import BlockCopier, Mark
+from litecache.engine.transfer.codec import Codec
+from litecache.engine.transfer.shard_set import Leases, ShardSet
 from litecache.metrics import Metrics
 from litecache.spans import note_span
 from litecache.storage.block_index import key_words
+from litecache.storage.client import ShardClient
 from litecache.storage.protocol import SlotState
 from litecache.types import Tier
 
@@ -44,80 +45,111 @@ PART_BYTES = 64 << 20
 """Bytes that are copied, and told, together."""
 
 
-class _Load:
-    """An order under way, and the leases of its blocks that nothing was begun with.
+FIRST_BLOCKS, PART_BLOCKS = 64, 512
+"""Of the first part of a load, which is copied while the rest is looked at, and of any other."""
 
-    `tier` is the slowest of its blocks'.
+
+class _Held(NamedTuple):
+    """What a ticket's lookups have found and no load has taken."""
+
+    refs: Refs
+    leases: Leases
+
+    def places(self, refs: Refs) -> Numbers:
+        """Where some blocks are; -1 = nowhere."""
+        if np.array_equal(self.refs, refs):  # all of it is loaded, as a rule
+            return np.arange(len(refs))
+        if not len(self.refs):
+            return np.full(len(refs), -1, dtype=np.int64)
+        mine, wanted = _numbered(self.refs), _numbered(refs)
+        order = np.argsort(mine)
+        found = order[np.searchsorted(mine, wanted, sorter=order) % len(mine)]
+        return np.where(mine[found] == wanted, found, -1)
+
+    def part(self, places: Numbers) -> _Held:
+        """Those at some places."""
+        return _Held(self.refs[places], self.leases.part(places))
+
+
+_NOTHING = _Held(NO_REFS, Leases.none(()))
+
+
+class _Load:
+    """An order under way, in columns.
+
+    Attributes:
+        order: what of it was leased; `leases` are its leases.
+        waiting: bool `[n]`, the blocks with which nothing was begun, nor given up.
+        tier: the slowest of its blocks'.
     """
 
-    def __init__(self, order: LoadOrder, waiting: dict[BlockRef, Lease]) -> None:
-        self.order = order
-        self.waiting = waiting
-        self.tier = _slowest(waiting.values())
+    def __init__(self, order: LoadOrder, leases: Leases) -> None:
+        self.order, self.leases = order, leases
+        self.waiting = np.ones(len(order.refs), dtype=bool)
+        self.tier = _slowest(leases.tiers())
+
+    def part(self, places: Numbers) -> _Load:
+        """Those at some places, waiting."""
+        columns = (column[places] for column in self.order[1:])
+        return _Load(LoadOrder(self.order.ticket, *columns), self.leases.part(places))
+
+    @property
+    def places(self) -> Numbers:
+        """Of the blocks that are waiting."""
+        return np.flatnonzero(self.waiting)
 
 
 class _ShardLeases:
-    """The leases of a load on one shard, as columns: a few numpy calls tell what has arrived.
+    """The blocks of a load on one shard: a few numpy calls tell what has arrived.
 
-    Attributes:
-        refs, leases: in the order in which they are wanted.
-        slots, groups: int64 `[n]`.
+    Args:
+        load: in whose order they are wanted.
+        shard: which leased their slots.
+        places: of them in the load.
+        nbytes: of the tiers' blocks, by KV group.
+        room: bytes of a part.
     """
 
     def __init__(
-        self, refs: list[BlockRef], leases: list[Lease], sizes: Sequence[int], room: int
+        self, load: _Load, shard: ShardClient, places: Numbers, nbytes: Numbers, room: int
     ) -> None:
-        shard = leases[0].shard
-        assert shard is not None
         self.shard = shard
-        self.refs, self.leases = refs, leases
-        slots = [lease.slot for lease in leases if lease.slot is not None]
-        self.slots = np.fromiter([slot for slot, _ in slots], np.int64, len(slots))
-        self._generations = np.fromiter([number for _, number in slots], np.uint64, len(slots))
-        self._keys = key_words([lease.key for lease in leases])
-        self.groups = np.fromiter([group for group, _ in refs], np.int64, len(refs))
-        self._nbytes = np.array(sizes, dtype=np.int64)[self.groups]
-        self._room = room
+        self._slots, self._generations = load.leases.slots, load.leases.generations
+        self._nbytes = nbytes[load.order.refs[:, 0]]
+        self._room, self._most = room, FIRST_BLOCKS
         # places of what was neither begun nor lost
-        self._left = np.arange(len(refs))
+        self._left = places
 
-    def sorted(self) -> tuple[Numbers, list[int]]:
-        """Places of what can be copied next, and of what will never come; each is told once."""
-        left = self._left
-        if not len(left):
-            return left, []
-        states = self.shard.arena.states(self.slots[left], self._generations[left])
-        ready = left[states == SlotState.READY]
-        # at least one, however large a block is
-        fits = np.cumsum(self._nbytes[ready]) - self._nbytes[ready] < self._room
-        ready = ready[fits]
-        lost = self.shard.lost
-        gone = left[(states != SlotState.READY) & ((states != SlotState.LOADING) | lost)]
-        if len(ready) or len(gone):
-            self._left = np.setdiff1d(left, np.concatenate([ready, gone]), assume_unique=True)
-        return ready, gone.tolist()
+    def sorted(self) -> tuple[Numbers, Numbers]:
+        """Places of what can be copied next, and of what will never come; each is told once.
 
-    def confirmed(self, places: Numbers) -> list[bool]:
-        """Which slots still hold what was leased."""
-        generations, keys = self._generations[places], self._keys[places]
-        fine: list[bool] = self.shard.arena.confirm(self.slots[places], generations, keys).tolist()
-        return fine
+        The next ones are looked at alone, and all only where none of them is there: the work of a
+        part must not grow with what is left.
+        """
+        for count in (PART_BLOCKS, len(self._left)):
+            left = self._left[:count]
+            states = self.shard.arena.states(self._slots[left], self._generations[left])
+            ready = states == SlotState.READY
+            # at least one, however large a block is
+            nbytes = np.where(ready, self._nbytes[left], 0)
+            ready &= (np.cumsum(nbytes) - nbytes < self._room) & (np.cumsum(ready) <= self._most)
+            gone = (states != SlotState.READY) & ((states != SlotState.LOADING) | self.shard.lost)
+            if ready.any() or gone.any():
+                self._left = np.concatenate((left[~(ready | gone)], self._left[count:]))
+                self._most = PART_BLOCKS if ready.any() else self._most
+                break
+        return left[ready], left[gone]
+
+
+NO_PLACES: Numbers = np.zeros(0, np.int64)
 
 
 class _Part(NamedTuple):
     """Blocks that are copied, and told, together; `waited`: they had not been read ahead."""
 
-    of: _ShardLeases
+    shard: ShardClient
     places: Numbers
     waited: bool
-
-    @property
-    def refs(self) -> list[BlockRef]:
-        return [self.of.refs[place] for place in self.places.tolist()]
-
-    @property
-    def leases(self) -> list[Lease]:
-        return [self.of.leases[place] for place in self.places.tolist()]
 
 
 class Loader:
@@ -126,10 +158,9 @@ class Loader:
     Args:
         pools: one per KV group.
         shards: who is asked.
-        make_copier: a copier for the calling thread.
-        staged: called with (ticket, found blocks -> source), a source being "tier:shard".
+        make_codec: for the calling thread.
+        staged: called with a ticket and the blocks that were found.
         loaded: called with what has become of ordered blocks.
-        codec: between the bytes of pool and tiers.
         metrics: counts bytes, misses and latencies.
     """
 
@@ -137,24 +168,23 @@ class Loader:
         self,
         pools: Sequence[KVPool],
         shards: ShardSet,
-        make_copier: Callable[[], BlockCopier],
+        make_codec: Callable[[], Codec],
         *,
-        staged: Callable[[int, dict[BlockRef, str]], None],
+        staged: Callable[[int, FoundBelow], None],
         loaded: Callable[[LoadReport], None],
         metrics: Metrics,
-        codec: Codec,
     ) -> None:
         self._pools = pools
         self._shards = shards
-        self._make_copier = make_copier
+        self._make_codec = make_codec
         self._local = threading.local()
         self._staged = staged
         self._loaded = loaded
         self._metrics = metrics
-        self._codec = codec
-        # of what is begun, what is cancelled: one of the two takes a lease out of `waiting`
+        self._tier_bytes = np.array([pool.group.tier_bytes for pool in pools], dtype=np.int64)
+        # what is begun, or cancelled: one of the two takes a block out of `waiting`
         self._lock = threading.Lock()
-        self._leases: dict[int, dict[BlockRef, Lease]] = {}
+        self._held: dict[int, _Held] = {}
         self._under_way: dict[int, list[_Load]] = {}
         # a lookup takes a call, a load the time of its disk: none waits behind the other kind
         self._lookups = ThreadPoolExecutor(LOOKUP_THREADS, thread_name_prefix="litecache-lookup")
@@ -167,49 +197,61 @@ class Loader:
     def load(self, order: LoadOrder) -> None:
         """Copy staged blocks into the pool; answers through `loaded`."""
         with self._lock:
-            leases = self._leases.get(order.ticket, {})
-            mine = {ref: leases.pop(ref) for ref in order.blocks if ref in leases}
-            far = {ref: lease for ref, lease in mine.items() if lease.slot is None}
-            near = {ref: lease for ref, lease in mine.items() if lease.slot is not None}
+            held = self._held.get(order.ticket, _NOTHING)
+            places = held.places(order.refs)
+            known = places >= 0
+            taken = held.part(places[known])
+            if known.any():
+                self._held[order.ticket] = held.part(_others(places[known], len(held.refs)))
+            columns = (column[known] for column in order[1:])
+            mine = _Load(LoadOrder(order.ticket, *columns), taken.leases)
+            near = taken.leases.slots >= 0
             jobs = [
-                (job, _Load(order, part))
-                for job, part in ((self._load_near, near), (self._load_far, far))
-                if part
+                (job, mine.part(np.flatnonzero(chosen)))
+                for job, chosen in ((self._load_near, near), (self._load_far, ~near))
+                if chosen.any()
             ]
             self._under_way.setdefault(order.ticket, []).extend(load for _, load in jobs)
-        self._tell(order.ticket, lost=[ref for ref in order.blocks if ref not in mine])
+        self._tell(order.ticket, lost=order.refs[~known])
         for job, load in jobs:
             self._loads.submit(self._run, job, load).add_done_callback(_note_fault)
 
     def cancel(self, order: CancelOrder) -> None:
         """Copy these blocks only where that has begun; the others are told as lost at once."""
+        spare, lost = [], []
         with self._lock:
-            spare = {} if order.blocks is not None else self._leases.pop(order.ticket, {})
-            lost: dict[BlockRef, Lease] = {}
+            if order.refs is None and order.ticket in self._held:
+                spare.append(self._held.pop(order.ticket).leases)
             for load in self._under_way.get(order.ticket, ()):
-                refs = tuple(load.waiting) if order.blocks is None else order.blocks
-                lost |= {ref: load.waiting.pop(ref) for ref in refs if ref in load.waiting}
-        self._tell(order.ticket, lost=list(lost))
-        self._give_back([*spare.values(), *lost.values()])
+                ended = load.waiting.copy()
+                if order.refs is not None:
+                    ended &= np.isin(_numbered(load.order.refs), _numbered(order.refs))
+                load.waiting &= ~ended
+                lost.append(load.order.refs[ended])
+                spare.append(load.leases.part(np.flatnonzero(ended)))
+        for refs in lost:
+            self._tell(order.ticket, lost=refs)
+        for leases in spare:
+            self._give_back(leases)
 
     def discard(self, ticket: int) -> None:
         """Give back the leases of a lookup nobody wants any more."""
         with self._lock:
-            leases = self._leases.pop(ticket, {})
-        self._give_back(list(leases.values()))
+            held = self._held.pop(ticket, _NOTHING)
+        self._give_back(held.leases)
 
     def close(self) -> None:
         """Finish the lookups and the copies that have begun, and end the threads."""
         self._lookups.shutdown(wait=True)
         with self._lock:
-            tickets = {*self._leases, *self._under_way}
+            tickets = {*self._held, *self._under_way}
         for ticket in tickets:
             self.cancel(CancelOrder(ticket))
         self._loads.shutdown(wait=True)
 
-    def _give_back(self, leases: Sequence[Lease]) -> None:
+    def _give_back(self, leases: Leases) -> None:
         """Without waiting for the shards."""
-        if leases:
+        if len(leases.places):
             try:
                 self._lookups.submit(self._shards.give_back, leases)
             except RuntimeError:  # the loader is closing
@@ -217,19 +259,24 @@ class Loader:
 
     def _stage(self, order: StageOrder) -> None:
         started = time.perf_counter()
-        found: dict[BlockRef, Lease] = {}
+        leases = Leases.none(())
         try:
-            leases = self._shards.stage(list(order.blocks.values()))
-            found = {ref: lease for ref, lease in zip(order.blocks, leases, strict=True) if lease}
+            leases = self._shards.stage(order.keys)
         except Exception:
-            logger.exception("looking up %d blocks failed", len(order.blocks))
+            logger.exception("looking up %d blocks failed", len(order.keys))
         self._metrics.observe(
             "litecache_io_seconds", time.perf_counter() - started, direction="stage", tier="shard"
         )
-        if found:
+        there = np.flatnonzero(leases.origins >= 0)
+        refs, names = order.refs[there], tuple(origin.name for origin in leases.of)
+        if len(there):
             with self._lock:
-                self._leases.setdefault(order.ticket, {}).update(found)
-        self._staged(order.ticket, {ref: lease.source for ref, lease in found.items()})
+                held, leases = self._held.get(order.ticket), leases.part(there)
+                if held is not None:
+                    refs, leases = np.concatenate((held.refs, refs)), held.leases.and_more(leases)
+                self._held[order.ticket] = _Held(refs, leases)
+        found = FoundBelow(order.refs[there], leases.origins[-len(there) :][: len(there)], names)
+        self._staged(order.ticket, found)
 
     def _run(self, job: Callable[[_Load], None], load: _Load) -> None:
         started = time.perf_counter()
@@ -237,210 +284,197 @@ class Loader:
             job(load)
         except Exception:
             # Blocks that were not confirmed are misses; the request recomputes them.
-            logger.exception("loading %d blocks failed", len(load.order.blocks))
+            logger.exception("loading %d blocks failed", len(load.order.refs))
             self._metrics.inc("litecache_misses", tier="shard", reason="error")
-            self._lose(load, list(load.waiting), "error")
+            self._lose(load, load.places, "error")
         finally:
             with self._lock:
                 loads = self._under_way[load.order.ticket]
                 loads.remove(load)
                 if not loads:
                     del self._under_way[load.order.ticket]
-        note_span("load", started, blocks=len(load.order.blocks), tier=load.tier)
+        note_span("load", started, blocks=len(load.order.refs), tier=load.tier)
         elapsed = time.perf_counter() - started
         self._metrics.observe("litecache_io_seconds", elapsed, direction="load", tier=load.tier)
 
-    def _take(self, load: _Load, refs: Iterable[BlockRef]) -> dict[BlockRef, Lease]:
+    def _take(self, load: _Load, places: Numbers) -> Numbers:
         """Of these blocks, those that are not cancelled: they are this thread's from now on."""
         with self._lock:
-            return {ref: load.waiting.pop(ref) for ref in refs if ref in load.waiting}
+            mine = places[load.waiting[places]]
+            load.waiting[mine] = False
+        return mine
 
-    def _lose(self, load: _Load, refs: Sequence[BlockRef], reason: str) -> None:
+    def _lose(self, load: _Load, places: Numbers, reason: str) -> None:
         """Nothing can be begun with these blocks."""
-        mine = self._take(load, refs)
-        for lease in mine.values():
-            self._miss(lease, reason)
-        failed = {lease.source for lease in mine.values()}
-        self._tell(load.order.ticket, lost=list(mine), failed=frozenset(failed))
-        self._shards.give_back(list(mine.values()))
+        mine = self._take(load, places)
+        leases = load.leases.part(mine)
+        self._miss(leases, reason)
+        failed = {leases.of[origin].name for origin in np.unique(leases.origins).tolist()}
+        self._tell(load.order.ticket, lost=load.order.refs[mine], failed=frozenset(failed))
+        self._shards.give_back(leases)
 
     def _tell(
         self,
         ticket: int,
-        landed: Sequence[BlockRef] = (),
-        lost: Sequence[BlockRef] = (),
+        landed: Refs = NO_REFS,
+        lost: Refs = NO_REFS,
         failed: frozenset[str] = frozenset(),
         waited: bool = True,
     ) -> None:
-        if landed or lost:
+        if len(landed) or len(lost):
             self._loaded(LoadReport(ticket, landed, lost, failed, time.monotonic(), waited))
 
     def _load_near(self, load: _Load) -> None:
         """Copy what becomes ready in slots of this node; a part is told as it lands."""
-        copier = self._copier()
+        codec = self._codec()
         shards = self._by_shard(load)
         copying: deque[tuple[Mark | None, _Part]] = deque()
-        spent: list[Lease] = []
+        spent = NO_PLACES
         heard_s, pause_s, waited = time.monotonic(), 0.0002, False
         try:
-            while load.waiting or copying:
+            while load.waiting.any() or copying:
                 busy = False
                 for leases in shards:
                     ready, gone = leases.sorted()
-                    if gone:
-                        self._lose(load, [leases.refs[place] for place in gone], "failed")
-                    part = _Part(leases, self._taken(load, leases, ready), waited)
-                    busy = busy or bool(len(part.places) or gone)
+                    if len(gone):
+                        self._lose(load, gone, "failed")
+                    part = _Part(leases.shard, self._take(load, ready), waited)
+                    busy = busy or bool(len(part.places) or len(gone))
                     if len(part.places):
                         copying.append((None, part))
-                        self._copy_in(copier, load.order, part)
-                        copying[-1] = (copier.mark(), part)
+                        self._copy_in(codec, load, part)
+                        copying[-1] = (codec.mark(), part)
                 # What has landed is told at once; where nothing else is to be begun, the next part
                 # is waited for, and not all of them: the engine takes them in one by one.
                 while copying and (mark := copying[0][0]):
                     if not mark.passed():
-                        if load.waiting:
+                        if load.waiting.any():
                             break
                         # beside the copy: behind the last one the engine would wait for it
-                        self._shards.give_back(spent)
-                        spent = []
+                        self._shards.give_back(load.leases.part(spent))
+                        spent = NO_PLACES
                         mark.wait()
-                    self._landed(load.order.ticket, copying[0][1])
-                    spent += copying.popleft()[1].leases
+                    self._landed(load, copying[0][1])
+                    spent = np.concatenate((spent, copying.popleft()[1].places))
                     busy = True
                 if busy:
                     heard_s, pause_s = time.monotonic(), 0.0002
-                elif load.waiting and time.monotonic() > heard_s + LOAD_TIMEOUT_S:
-                    self._lose(load, list(load.waiting), "timeout")
-                elif spent:
-                    self._shards.give_back(spent)  # a call, for which no copy has to wait
-                    spent = []
+                elif load.waiting.any() and time.monotonic() > heard_s + LOAD_TIMEOUT_S:
+                    self._lose(load, load.places, "timeout")
+                elif len(spent):
+                    # a call, for which no copy has to wait
+                    self._shards.give_back(load.leases.part(spent))
+                    spent = NO_PLACES
                 else:
                     # Progress shows in shared memory only; there is nothing to block on.
                     time.sleep(pause_s)
                     pause_s, waited = min(pause_s * 2, 0.002), True
         except BaseException:
-            copier.synchronize()
+            codec.synchronize()
             for _, part in copying:
-                self._tell(load.order.ticket, lost=part.refs)
-                spent += part.leases
+                self._tell(load.order.ticket, lost=load.order.refs[part.places])
+                spent = np.concatenate((spent, part.places))
             raise
         finally:
-            self._shards.give_back(spent)
+            self._shards.give_back(load.leases.part(spent))
 
     def _by_shard(self, load: _Load) -> list[_ShardLeases]:
-        with self._lock:
-            waiting = dict(load.waiting)
-        by_shard: dict[str, list[BlockRef]] = {}
-        for ref, lease in waiting.items():
-            by_shard.setdefault(lease.shard_id, []).append(ref)
-        room = PART_BYTES // max(1, len(by_shard))
-        sizes = [pool.group.tier_bytes for pool in self._pools]
-        return [
-            _ShardLeases(refs, [waiting[ref] for ref in refs], sizes, room)
-            for refs in by_shard.values()
-        ]
+        shards = [(shard, at) for _, shard, at in load.leases.by_shard() if shard is not None]
+        room = PART_BYTES // max(1, len(shards))
+        return [_ShardLeases(load, shard, at, self._tier_bytes, room) for shard, at in shards]
 
-    def _taken(self, load: _Load, leases: _ShardLeases, places: Numbers) -> Numbers:
-        """Of these places, those whose blocks are not cancelled."""
-        if not len(places):
-            return places
-        taken = self._take(load, [leases.refs[place] for place in places.tolist()])
-        if len(taken) == len(places):
-            return places
-        return np.array([p for p in places.tolist() if leases.refs[p] in taken], dtype=np.int64)
-
-    def _landed(self, ticket: int, part: _Part) -> None:
+    def _landed(self, load: _Load, part: _Part) -> None:
         """The copies of a part are done: what is confirmed holds its bytes; the leases are left."""
-        fine = part.of.confirmed(part.places)
-        refs = part.refs
-        done = [ref for ref, good in zip(refs, fine, strict=True) if good]
-        lost = [ref for ref, good in zip(refs, fine, strict=True) if not good]
-        for lease, good in zip(part.leases, fine, strict=True):
-            if not good:
-                self._miss(lease, "changed")
-        self._tell(ticket, done, lost, waited=part.waited)
-        confirmed = itertools.compress(part.leases, fine)
-        self._count_copied(zip(done, confirmed, strict=True))
+        places, leases = part.places, load.leases.part(part.places)
+        arena, words = part.shard.arena, key_words(leases.keys)
+        fine = arena.confirm(leases.slots, leases.generations, words)
+        self._miss(leases.part(np.flatnonzero(~fine)), "changed")
+        refs = load.order.refs[places]
+        self._tell(load.order.ticket, refs[fine], refs[~fine], waited=part.waited)
+        self._count_copied(refs[fine], leases.part(np.flatnonzero(fine)))
 
-    def _count_copied(self, part: Iterable[tuple[BlockRef, Lease]]) -> None:
-        counts = Counter((lease.tier, group) for (group, _), lease in part)
-        for (tier, group), count in counts.items():
-            nbytes = count * self._tier_bytes(group)
-            self._metrics.inc("litecache_copied_bytes", nbytes, direction="load", tier=tier.value)
+    def _count_copied(self, refs: Refs, leases: Leases) -> None:
+        for origin in np.unique(leases.origins).tolist():
+            nbytes = int(self._tier_bytes[refs[leases.origins == origin, 0]].sum())
+            tier = leases.of[origin].tier.value
+            self._metrics.inc("litecache_copied_bytes", nbytes, direction="load", tier=tier)
 
     def _load_far(self, load: _Load) -> None:
         """Fetch blocks from shards of other nodes, many in a message."""
-        copier = self._copier()
-        while load.waiting:
-            with self._lock:
-                waiting = dict(load.waiting)
-            shard_id = next((lease.shard_id for lease in waiting.values()), "")
-            refs = [ref for ref, lease in waiting.items() if lease.shard_id == shard_id]
-            size = max((self._tier_bytes(group) for group, _ in refs), default=1)
-            refs = refs[: max(1, FETCH_BYTES // size)]
-            leases = [waiting[ref] for ref in refs]
-            blocks = self._shards.fetch(leases)
-            good = [
-                data is not None and len(data) == self._tier_bytes(group)
-                for (group, _), data in zip(refs, blocks, strict=True)
-            ]
-            lost = [ref for ref, fine in zip(refs, good, strict=True) if not fine]
-            if lost:
-                self._lose(load, lost, "absent")
-            part = self._take(load, refs)
-            views = {
-                ref: [torch.frombuffer(bytearray(data), dtype=torch.uint8)]
-                for ref, data in zip(refs, blocks, strict=True)
-                if ref in part and data is not None
-            }
-            if views:
-                self._copy_message(copier, load.order, views)
-                copier.synchronize()
-            self._metrics.inc("litecache_remote_blocks", len(part), shard=shard_id)
-            self._count_copied(part.items())
-            self._tell(load.order.ticket, list(part))
+        codec = self._codec()
+        for shard_id, _, places in load.leases.by_shard():
+            size = int(self._tier_bytes[load.order.refs[places, 0]].max())
+            count = max(1, FETCH_BYTES // size)
+            for first in range(0, len(places), count):
+                part = places[first : first + count]
+                self._fetch(codec, load, shard_id, part[load.waiting[part]])
 
-    def _copy_in(self, copier: BlockCopier, order: LoadOrder, part: _Part) -> None:
+    def _fetch(self, codec: Codec, load: _Load, shard_id: str, places: Numbers) -> None:
+        blocks = self._shards.fetch(load.leases.part(places))
+        sizes = self._tier_bytes[load.order.refs[places, 0]]
+        good = np.array([len(data or b"") for data in blocks], dtype=np.int64) == sizes
+        self._lose(load, places[~good], "absent")
+        mine = self._take(load, places[good])
+        if len(mine):
+            data = dict(zip(places.tolist(), blocks, strict=True))
+            self._copy_message(codec, load, mine, data)
+            codec.synchronize()
+        refs = load.order.refs[mine]
+        self._metrics.inc("litecache_remote_blocks", len(mine), shard=shard_id)
+        self._count_copied(refs, load.leases.part(mine))
+        self._tell(load.order.ticket, refs)
+
+    def _copy_in(self, codec: Codec, load: _Load, part: _Part) -> None:
         """Start to fill blocks of the pool from their slots."""
-        targets = np.array([order.blocks[ref] for ref in part.refs], dtype=np.int64)
-        groups = part.of.groups[part.places]
-        for at in copier.in_order(targets[:, 1]):
-            for group in np.unique(groups[at]).tolist():
-                mine = at[groups[at] == group]
-                nbytes, numbers = self._tier_bytes(group), part.of.slots[part.places[mine]]
-                slots = copier.slots(part.of.shard.arena, numbers, nbytes)
-                self._codec.load(copier, self._pools[group], targets[mine, 0], slots)
+        for group, mine in self._in_order(codec.copier, load, part.places):
+            nbytes, numbers = int(self._tier_bytes[group]), load.leases.slots[mine]
+            slots = codec.copier.slots(part.shard.arena, numbers, nbytes)
+            codec.load(self._pools[group], load.order.blocks[mine], slots)
 
     def _copy_message(
-        self, copier: BlockCopier, order: LoadOrder, part: Mapping[BlockRef, Slot]
+        self, codec: Codec, load: _Load, places: Numbers, data: Mapping[int, bytes | None]
     ) -> None:
         """Start to fill blocks of the pool from bytes of another node."""
-        refs = list(part)
-        targets = np.array([order.blocks[ref] for ref in refs], dtype=np.int64)
-        groups = np.array([group for group, _ in refs])
-        for at in copier.in_order(targets[:, 1]):
+        for group, mine in self._in_order(codec.copier, load, places):
+            views = [
+                [torch.frombuffer(bytearray(data[place] or b""), dtype=torch.uint8)]
+                for place in mine.tolist()
+            ]
+            codec.load(self._pools[group], load.order.blocks[mine], views)
+
+    def _in_order(
+        self, copier: BlockCopier, load: _Load, places: Numbers
+    ) -> Iterator[tuple[int, Numbers]]:
+        """By KV group, places in an order in which they may be copied to."""
+        groups = load.order.refs[places, 0]
+        for at in copier.in_order(load.order.steps[places]):
             for group in np.unique(groups[at]).tolist():
-                mine = at[groups[at] == group]
-                views = [part[refs[place]] for place in mine.tolist()]
-                self._codec.load(copier, self._pools[group], targets[mine, 0], views)
+                yield group, places[at[groups[at] == group]]
 
-    def _tier_bytes(self, group: int) -> int:
-        return self._pools[group].group.tier_bytes
+    def _miss(self, leases: Leases, reason: str) -> None:
+        for origin in leases.origins.tolist():
+            self._metrics.inc("litecache_misses", tier=leases.of[origin].tier.value, reason=reason)
 
-    def _miss(self, lease: Lease, reason: str) -> None:
-        self._metrics.inc("litecache_misses", tier=lease.tier.value, reason=reason)
-
-    def _copier(self) -> BlockCopier:
-        if not hasattr(self._local, "copier"):
-            self._local.copier = self._make_copier()
-        copier: BlockCopier = self._local.copier
-        return copier
+    def _codec(self) -> Codec:
+        if not hasattr(self._local, "codec"):
+            self._local.codec = self._make_codec()
+        codec: Codec = self._local.codec
+        return codec
 
 
-def _slowest(leases: Iterable[Lease]) -> str:
-    """The tier that a load of these waits for."""
-    tiers = {lease.tier for lease in leases}
+def _numbered(refs: Refs) -> Numbers:
+    return refs[:, 0] << 40 | refs[:, 1]
+
+
+def _others(places: Numbers, count: int) -> Numbers:
+    """All places below `count` but these."""
+    left = np.ones(count, dtype=bool)
+    left[places] = False
+    return np.flatnonzero(left)
+
+
+def _slowest(tiers: Collection[Tier]) -> str:
+    """The tier that a load from these waits for."""
     return next((t for t in (Tier.REMOTE, Tier.DISK) if t in tiers), Tier.RAM).value
 
 

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 
 from litecache.engine.kv_layout import KVPool
+from litecache.engine.scheduling.below import FoundBelow
 from litecache.engine.scheduling.orders import LoadReport, SaveOrder, Schedule
 from litecache.engine.scheduling.scheduler import Scheduler
-from litecache.engine.scheduling.sequence import BlockRef
-from litecache.engine.transfer.block_copier import BlockCopier, EightBits, PinnedArenas, SameBytes
+from litecache.engine.transfer.block_copier import BlockCopier, PinnedArenas
+from litecache.engine.transfer.codec import Codec, EightBits, SameBytes
 from litecache.engine.transfer.loader import Loader
 from litecache.engine.transfer.saver import Saver
 from litecache.engine.transfer.shard_set import RemoteSource, ShardSet
@@ -60,38 +61,39 @@ class LowerTiers:
         self._shards = ShardSet(shards, remote, metrics)
         self._pinned = PinnedArenas()
 
-        def copier() -> BlockCopier:
-            return BlockCopier(device, event_of, self._pinned)
+        kind = SameBytes if pools[0].group.stored is None else EightBits
 
-        encoded = pools[0].group.stored is not None
-        codec = EightBits(copier(), pools) if encoded else SameBytes()
+        def codec() -> Codec:
+            return kind(BlockCopier(device, event_of, self._pinned))
 
-        def staged(ticket: int, found: dict[BlockRef, str]) -> None:
+        for_saves = codec()
+        if isinstance(for_saves, EightBits):
+            for_saves.try_out(pools)
+
+        def staged(ticket: int, found: FoundBelow) -> None:
             post(lambda: carry_out(scheduler.on_staged(ticket, found)))
 
         def loaded(report: LoadReport) -> None:
             post(lambda: carry_out(scheduler.on_loaded(report)))
 
         def saved(orders: list[SaveOrder], dropped: list[SaveOrder]) -> None:
-            post(lambda: scheduler.on_saved(orders, dropped))
+            post(lambda: carry_out(scheduler.on_saved(orders, dropped)))
 
         self._scheduler = scheduler
         self._loader = Loader(
-            *(pools, self._shards, copier),
+            *(pools, self._shards, codec),
             staged=staged,
             loaded=loaded,
             metrics=metrics,
-            codec=codec,
         )
         self._saver = Saver(
             pools,
             self._shards,
-            copier(),
+            for_saves,
             namespace_of=namespace_of,
             max_queued=max(64, scheduler.cache.pools[0].num_blocks // MAX_QUEUED_SAVES_SHARE),
             done=saved,
             metrics=metrics,
-            codec=codec,
         )
 
     def carry_out(self, schedule: Schedule) -> None:
@@ -109,13 +111,13 @@ class LowerTiers:
         if schedule.saves:
             refused = self._saver.submit(schedule.saves)
             if refused:
-                self._scheduler.on_saved((), refused)
+                self._scheduler.on_refused(refused)
 
     def save_first(self, orders: list[SaveOrder]) -> list[SaveOrder]:
         """Save these before all that waits, as far as there is room; those that will be. Called on
         the engine's thread."""
         refused = self._saver.submit(orders, first=True)
-        self._scheduler.on_saved((), refused)
+        self._scheduler.on_refused(refused)
         return [order for order in orders if order not in refused]
 
     def wait_saved(self, orders: Sequence[SaveOrder], timeout_s: float) -> bool:

@@ -16,7 +16,7 @@ import numpy as np
 
 from litecache.engine.kv_layout import KVPool
 from litecache.engine.scheduling.orders import SaveOrder
-from litecache.engine.transfer.block_copier import BlockCopier, Codec
+from litecache.engine.transfer.codec import Codec
 from litecache.engine.transfer.shard_set import ShardSet
 from litecache.errors import StorageError
 from litecache.hashing import BlockKey
@@ -43,30 +43,27 @@ class Saver:
     Args:
         pools: one per KV group.
         shards: where the blocks go.
-        copier: for this thread.
+        codec: between the bytes of pool and tiers, for this thread.
         namespace_of: from a request's salt, the namespace stored with its blocks.
         max_queued: orders that may wait; more are dropped.
         done: called with (saved or already stored orders, dropped orders), from this thread.
         metrics: counts bytes and drops.
-        codec: between the bytes of pool and tiers.
     """
 
     def __init__(
         self,
         pools: Sequence[KVPool],
         shards: ShardSet,
-        copier: BlockCopier,
+        codec: Codec,
         *,
         namespace_of: Callable[[str], str],
         max_queued: int,
         done: Callable[[list[SaveOrder], list[SaveOrder]], None],
         metrics: Metrics,
-        codec: Codec,
     ) -> None:
         self._codec = codec
         self._pools = pools
         self._shards = shards
-        self._copier = copier
         self._namespace_of = namespace_of
         self._max_queued = max_queued
         self._done = done
@@ -197,10 +194,12 @@ class Saver:
             if not slots:
                 dropped += self._drop(new, "no_slot")
                 break
-            views = self._copier.slots(shard.arena, [slot.slot for slot in slots], block_bytes)
+            views = self._codec.copier.slots(
+                shard.arena, [slot.slot for slot in slots], block_bytes
+            )
             blocks = np.array([order.block for order in new[: len(slots)]], dtype=np.int64)
-            self._codec.save(self._copier, pool, blocks, views)
-            self._copier.synchronize()
+            self._codec.save(pool, blocks, views)
+            self._codec.synchronize()
             items = [
                 CommitItem(
                     *slot,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections import Counter
 from collections.abc import Sequence
+from functools import partial
+from itertools import chain
 from typing import NamedTuple, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from litecache.hashing import BlockKey
 from litecache.metrics import Metrics
@@ -17,6 +19,10 @@ from litecache.storage.protocol import SlotRef, SlotState, StageResult, StageSta
 from litecache.types import Tier
 
 logger = logging.getLogger(__name__)
+
+Numbers = npt.NDArray[np.int64]
+# a NamedTuple's own constructor takes three times as long
+_slot_ref = partial(tuple.__new__, SlotRef)
 
 
 class RemoteSource(Protocol):
@@ -31,18 +37,81 @@ class RemoteSource(Protocol):
         ...
 
 
-class Lease(NamedTuple):
-    """A block found below: in a slot of a local shard, or (slot None) on a remote one.
+class Origin(NamedTuple):
+    """A tier of a shard; `shard` is None for one of another node, `name` is "tier:shard"."""
 
-    `source` is "tier:shard".
-    """
-
-    key: BlockKey
+    name: str
     tier: Tier
     shard_id: str
     shard: ShardClient | None
-    slot: SlotRef | None
-    source: str
+
+
+class Leases(NamedTuple):
+    """What has been found below of keys, in columns.
+
+    Attributes:
+        asked: keys, these leases' among them.
+        places: of the leases' keys in `asked`, int64 `[n]`.
+        origins: number of each one's origin in `of`, int64 `[n]`; -1 = nobody has it.
+        slots: of local shards, int64 `[n]`; -1 = none.
+        generations: of the slots, uint64 `[n]`.
+        of: the origins.
+    """
+
+    asked: list[BlockKey]
+    places: Numbers
+    origins: Numbers
+    slots: Numbers
+    generations: npt.NDArray[np.uint64]
+    of: tuple[Origin, ...]
+
+    @classmethod
+    def none(cls, keys: Sequence[BlockKey]) -> Leases:
+        """Nobody has them."""
+        nothing = np.full(len(keys), -1, dtype=np.int64)
+        places, generations = np.arange(len(keys)), np.zeros(len(keys), np.uint64)
+        return cls(list(keys), places, nothing, nothing.copy(), generations, ())
+
+    @property
+    def keys(self) -> list[BlockKey]:
+        """Of the blocks."""
+        return [*map(self.asked.__getitem__, self.places.tolist())]
+
+    def part(self, places: Numbers) -> Leases:
+        """Those at some places, in their order."""
+        return Leases(
+            self.asked,
+            self.places[places],
+            self.origins[places],
+            self.slots[places],
+            self.generations[places],
+            self.of,
+        )
+
+    def and_more(self, more: Leases) -> Leases:
+        """These, and more behind them."""
+        of = tuple(dict.fromkeys((*self.of, *more.of)))
+        numbers = [np.array([*map(of.index, one.of), -1])[one.origins] for one in (self, more)]
+        return Leases(
+            self.asked + more.asked,
+            np.concatenate((self.places, more.places + len(self.asked))),
+            np.concatenate(numbers),
+            np.concatenate((self.slots, more.slots)),
+            np.concatenate((self.generations, more.generations)),
+            of,
+        )
+
+    def by_shard(self) -> list[tuple[str, ShardClient | None, Numbers]]:
+        """Shards, and the places of what was found on each."""
+        shards = list(dict.fromkeys((origin.shard_id, origin.shard) for origin in self.of))
+        numbers = [shards.index((origin.shard_id, origin.shard)) for origin in self.of]
+        of_each = np.array([*numbers, -1])[self.origins]
+        parts = ((*shard, np.flatnonzero(of_each == n)) for n, shard in enumerate(shards))
+        return [part for part in parts if len(part[2])]
+
+    def tiers(self) -> set[Tier]:
+        """Where they were found."""
+        return {self.of[origin].tier for origin in np.unique(self.origins).tolist() if origin >= 0}
 
 
 class ShardSet:
@@ -105,69 +174,67 @@ class ShardSet:
             except Exception as error:
                 self._note("touch", shard.shard_id, error)
 
-    def stage(self, keys: Sequence[BlockKey]) -> list[Lease | None]:
+    def stage(self, keys: Sequence[BlockKey]) -> Leases:
         """Lease every block that some shard has; one lease per key."""
-        answers = self._ask_all(keys)
-        leases: list[Lease | None] = [None] * len(keys)
-        reasons = ["absent"] * len(keys)
-        spare: list[Lease] = []
-        for shard, results in answers:
-            shard_id = shard.shard_id
-            ram, disk = (f"{tier.value}:{shard_id}" for tier in (Tier.RAM, Tier.DISK))
-            for position, (status, slot, generation) in enumerate(results):
-                if status is StageStatus.READY:
-                    tier, source = Tier.RAM, ram
-                elif status is StageStatus.LOADING:
-                    tier, source = Tier.DISK, disk
-                else:
-                    if status is StageStatus.BUSY:
-                        reasons[position] = "busy"
-                    continue
-                slot_ref = SlotRef(slot, generation)
-                lease = Lease(keys[position], tier, shard_id, shard, slot_ref, source)
-                other = leases[position]
-                if other is None:
-                    leases[position] = lease
-                elif other.tier is Tier.DISK and tier is Tier.RAM:
-                    leases[position] = lease
-                    spare.append(other)
-                else:
-                    spare.append(lease)
-        self.give_back(spare)
-        self._ask_remote(keys, leases)
-        missed = Counter(
-            reason for found, reason in zip(leases, reasons, strict=True) if found is None
-        )
-        for reason, count in missed.items():
-            self._metrics.inc("litecache_misses", count, tier="shard", reason=reason)
+        leases = Leases.none(keys)
+        busy = np.zeros(len(keys), dtype=bool)
+        spare: list[Leases] = []
+        for shard, results in self._ask_all(keys):
+            count = len(results)
+            fields = np.fromiter(chain.from_iterable(results), np.int64, 3 * count)
+            statuses, slots, generations = fields.reshape(count, 3).T
+            name, number = shard.shard_id, len(leases.of)
+            of = tuple(Origin(f"{t.value}:{name}", t, name, shard) for t in (Tier.RAM, Tier.DISK))
+            leases = leases._replace(of=leases.of + of)
+            ready = statuses == StageStatus.READY
+            found = ready | (statuses == StageStatus.LOADING)
+            busy |= statuses == StageStatus.BUSY
+            # those of disks have odd numbers
+            better = found & ((leases.origins < 0) | (ready & (leases.origins % 2 == 1)))
+            mine = leases._replace(
+                origins=np.where(ready, number, number + 1),
+                slots=slots,
+                generations=generations.astype(np.uint64),
+            )
+            spare.append(mine.part(np.flatnonzero(found & ~better)))
+            spare.append(leases.part(np.flatnonzero(better & (leases.origins >= 0))))
+            for column, other in zip(leases[2:5], mine[2:5], strict=True):
+                column[better] = other[better]
+        for one in spare:
+            self.give_back(one)
+        leases = self._ask_remote(leases)
+        missed = leases.origins < 0
+        for reason, which in (("busy", missed & busy), ("absent", missed & ~busy)):
+            if which.any():
+                times = int(which.sum())
+                self._metrics.inc("litecache_misses", times, tier="shard", reason=reason)
         return leases
 
-    def fetch(self, leases: Sequence[Lease]) -> list[bytes | None]:
+    def fetch(self, leases: Leases) -> list[bytes | None]:
         """Bytes of blocks on one remote shard."""
-        if self._remote is None or not leases:
-            return [None] * len(leases)
+        if self._remote is None or not len(leases.places):
+            return [None] * len(leases.places)
+        shard_id = leases.of[int(leases.origins[0])].shard_id
         try:
-            return self._remote.fetch(leases[0].shard_id, [lease.key for lease in leases])
+            return self._remote.fetch(shard_id, leases.keys)
         except Exception as error:
-            self._note("fetch", leases[0].shard_id, error)
-            return [None] * len(leases)
+            self._note("fetch", shard_id, error)
+            return [None] * len(leases.places)
 
-    def give_back(self, leases: Sequence[Lease]) -> None:
+    def give_back(self, leases: Leases) -> None:
         """End leases: reads that have not begun are cancelled, the rest is released."""
-        by_shard: dict[str, list[Lease]] = {}
-        for lease in leases:
-            if lease.shard is not None:
-                by_shard.setdefault(lease.shard_id, []).append(lease)
-        for shard_id, mine in by_shard.items():
-            shard = mine[0].shard
-            assert shard is not None
+        for shard_id, shard, places in leases.by_shard():
+            if shard is None:
+                continue
             try:
-                loading = _still_loading(shard, mine)
-                cancelled = shard.cancel([lease.key for lease in loading]) if loading else []
-                gone = {id(le) for le, ended in zip(loading, cancelled, strict=True) if ended}
-                rest = [le.slot for le in mine if id(le) not in gone and le.slot is not None]
-                if rest:
-                    shard.release(rest)
+                states = shard.arena.states(leases.slots[places], leases.generations[places])
+                loading = np.flatnonzero(states == SlotState.LOADING)
+                if len(loading):
+                    ended = np.array(shard.cancel(leases.part(places[loading]).keys), dtype=bool)
+                    places = np.delete(places, loading[ended])
+                if len(places):
+                    pairs = (leases.slots[places].tolist(), leases.generations[places].tolist())
+                    shard.release(list(map(_slot_ref, zip(*pairs, strict=True))))
             except Exception as error:
                 self._note("release", shard_id, error)
 
@@ -187,30 +254,26 @@ class ShardSet:
                 self._note("stage", shard.shard_id, error)
         return answers
 
-    def _ask_remote(self, keys: Sequence[BlockKey], leases: list[Lease | None]) -> None:
-        missing = [position for position, lease in enumerate(leases) if lease is None]
-        if self._remote is None or not missing:
-            return
+    def _ask_remote(self, leases: Leases) -> Leases:
+        missing = np.flatnonzero(leases.origins < 0)
+        if self._remote is None or not len(missing):
+            return leases
         try:
-            places = self._remote.locate([keys[position] for position in missing])
+            places = self._remote.locate(leases.part(missing).keys)
         except Exception as error:
             self._note("locate", "coordinator", error)
-            return
+            return leases
         local = {shard.shard_id for shard in self._shards}
-        for position, shard_id in zip(missing, places, strict=True):
+        of = dict.fromkeys(leases.of)
+        for place, shard_id in zip(missing.tolist(), places, strict=True):
             if shard_id is not None and shard_id not in local:
-                source = f"{Tier.REMOTE.value}:{shard_id}"
-                leases[position] = Lease(keys[position], Tier.REMOTE, shard_id, None, None, source)
+                tier = Tier.REMOTE
+                origin = Origin(f"{tier.value}:{shard_id}", tier, shard_id, None)
+                of.setdefault(origin)
+                leases.origins[place] = list(of).index(origin)
+        return leases._replace(of=tuple(of))
 
     def _note(self, call: str, shard_id: str, error: Exception) -> None:
         # A shard that fails is a miss, whatever the failure: the request computes instead.
         self._metrics.inc("litecache_shard_errors", call=call, kind=type(error).__name__)
         logger.warning("%s on shard %s failed: %s: %s", call, shard_id, type(error).__name__, error)
-
-
-def _still_loading(shard: ShardClient, leases: Sequence[Lease]) -> list[Lease]:
-    slots = [lease.slot for lease in leases if lease.slot is not None]
-    numbers = np.fromiter([slot for slot, _ in slots], np.int64, len(slots))
-    generations = np.fromiter([number for _, number in slots], np.uint64, len(slots))
-    states = shard.arena.states(numbers, generations)
-    return [leases[place] for place in np.flatnonzero(states == SlotState.LOADING).tolist()]
