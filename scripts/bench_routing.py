@@ -34,7 +34,7 @@ from typing import Any
 
 import numpy as np
 from bench_common import Report, Row, parser
-from bench_trace import BLOCK_TOKENS, SPEEDS, Speeds, Turn, read_trace
+from trace_model import BLOCK_TOKENS, SPEEDS, Speeds, Turn, read_trace
 
 from litecache.actors.locations import LocationMap, LocationReport
 from litecache.actors.naming import REPORT_INTERVAL_S

@@ -10,7 +10,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 from bench_routing import BLOCK_TOKENS, Held, Sizes, hot_prefix, replay
-from bench_trace import Turn
+from trace_model import Turn
 
 
 def conversations(count: int, turns: int) -> list[Turn]:

@@ -15,7 +15,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 from bench_tiers import never_slower
-from bench_trace import (
+from bench_trace import sustained
+from tier_world import SlowFiles
+from trace_model import (
     SPEEDS,
     Lru,
     Prompts,
@@ -28,9 +30,7 @@ from bench_trace import (
     sessions,
     simulate,
     split_sessions,
-    sustained,
 )
-from tier_world import SlowFiles
 
 from litecache.engine.measuring.tier_engine import Tokens
 from litecache.engine.measuring.worth import ColdCurve
