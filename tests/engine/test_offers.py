@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -100,5 +101,8 @@ def test_an_offer_goes_ahead_of_what_waits_and_what_finds_no_room_is_the_last_of
         holder.engine.flush()
         assert order[:2] == ["many"] * 2  # was being copied
         assert order[2:8] == ["s"] * 6
-        # one in four blocks of the pool may wait
-        assert order.count("many") == 72 - 6 + 2
+        # one in four blocks of the pool may wait; the others come once there is room
+        deadline = time.monotonic() + 60
+        while order.count("many") < 12 * 7:
+            assert time.monotonic() < deadline, "refused blocks were never saved"
+            holder.engine.flush()

@@ -835,7 +835,8 @@ def test_a_forward_of_one_token_more_computes_that_token_alone() -> None:
     world.check_outputs()
     # what is left behind is the first to go
     pool, index = world.scheduler.cache.pools[0], world.scheduler.cache.indexes[0]
-    full = [key for key in index.published_keys() if len(index._entries[key].tokens) == BLOCK_SIZE]
+    whole = BLOCK_SIZE * TOKEN_BYTES
+    full = [key for key in index.published_keys() if len(index._entries[key].tokens) == whole]
     pool.release(pool.allocate(pool.num_available - len(full)))
     assert set(full) == set(index.published_keys())
     assert not pool.evictions
