@@ -195,8 +195,8 @@ def other_format(folder: Path) -> None:
     [
         (other_format, {}, StorageFormatError),
         (None, {"storage_bytes": "12TB"}, StorageFullError),
-        (None, {"model": {"mamba_d_state": 16}},
-         ModelNotSupportedError),
+        pytest.param(None, {"model": {"mamba_d_state": 16}}, ModelNotSupportedError,
+                     marks=pytest.mark.slow),
     ],
 )  # fmt: skip
 def test_a_start_that_is_refused_leaves_nothing_behind(

@@ -67,6 +67,7 @@ def test_a_stream_goes_on_with_the_same_tokens_when_its_gpu_cache_is_killed(
     assert llm.stats().reused_tokens.get("ram", 0) >= 48
 
 
+@pytest.mark.slow
 def test_logits_come_though_the_gpu_cache_is_killed_meanwhile(llm: KVCacheAdapter) -> None:
     ids = torch.cat([prompt(300, seed=100 + row) for row in range(4)])
     expected = llm.forward(ids, cache_salt="first")

@@ -410,7 +410,7 @@ def _forget_what_a_driver_appends(monkeypatch: pytest.MonkeyPatch) -> None:
         _take_each_answer_of_a_driver,
         _forget_what_a_driver_appends,
         _reuse_what_gives_logits,
-        _publish_tails_that_are_too_long,
+        pytest.param(_publish_tails_that_are_too_long, marks=pytest.mark.slow),  # found late
         _fail_to_pin_shared_blocks,
         _match_one_token_too_many,
         _publish_before_computed,
@@ -420,7 +420,7 @@ def _forget_what_a_driver_appends(monkeypatch: pytest.MonkeyPatch) -> None:
         _let_copies_overtake_steps,
         _free_blocks_under_their_copies,
         _jump_over_a_hole,
-        _forget_what_windows_need,
+        pytest.param(_forget_what_windows_need, marks=pytest.mark.slow),
         _leak_what_is_taken_over,
         _count_lost_blocks_as_found,
     ],
