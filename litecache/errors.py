@@ -216,6 +216,10 @@ class StorageFullError(StorageError):
     """The disk, the shared memory or the configured bound has no room."""
 
 
+class NothingStoredError(StorageError):
+    """Of a prompt that was to be exported not even the first block is stored."""
+
+
 class PrefixFileError(StorageError):
     """A file of `export_prefix` is damaged, of another version, or of another model or salt."""
 

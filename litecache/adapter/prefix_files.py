@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 from litecache.actors.group import Group
 from litecache.engine.kv_layout import LAYOUT_VERSION
 from litecache.engine.progress import progress_bar
-from litecache.errors import PrefixFileError, StorageError
+from litecache.errors import NothingStoredError, PrefixFileError, StorageError
 from litecache.hashing import BlockKey, chain_keys
 from litecache.storage.namespaces import namespace_of, salt_digest
 from litecache.storage.prefix_file import PrefixFile, PrefixHeader, write_prefix
@@ -66,7 +66,8 @@ def export_prefix(group: Group, tokens: TokenIds, salt: str, path: str) -> Prefi
     saved first.
 
     Raises:
-        StorageError: nothing of it is stored, or the file cannot be written; there is none then.
+        NothingStoredError: nothing of it is stored.
+        StorageError: the file cannot be written; there is none then.
         GroupUnavailableError: an actor that may hold some of it does not answer.
     """
     group.save_prefix(tokens, salt)
@@ -84,7 +85,7 @@ def export_prefix(group: Group, tokens: TokenIds, salt: str, path: str) -> Prefi
             covered = gone.index
             continue
         return PrefixReport(len(header.tokens), len(tokens), nbytes)
-    raise StorageError(
+    raise NothingStoredError(
         f"nothing of this prompt is stored (its first block has {group.info.block_size} tokens): "
         "generate from it, or warm it, before it is exported"
     )

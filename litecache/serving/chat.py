@@ -44,15 +44,14 @@ async def chat(
     format = service.tools if tools else None
     form = _forced_call(service, body, format) if body.forces_call else None
     room = service.room_for(prompt, "messages")
-    wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    if wanted == 0:
+    if body.limit == 0:
         raise refused("max_tokens", "at least 1")
     reader = await open_reader(
         service,
         tenant,
         body,
         [prompt],
-        max_tokens=room if wanted is None else wanted,
+        max_tokens=room if body.limit is None else body.limit,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         # markers of calls may be special tokens
         skip_special_tokens=body.skip_special_tokens is not False and format is None,

@@ -17,6 +17,7 @@ from litecache.errors import (
     ConfigError,
     GroupError,
     LiteCacheError,
+    NothingStoredError,
     PrefixFileError,
     RequestAborted,
     RequestTimeout,
@@ -88,6 +89,8 @@ def api_error(error: BaseException) -> ApiError:
     if isinstance(error, CapacityError):
         code = "context_length_exceeded"
         return ApiError(400, _in_words(str(error)), param="max_tokens", code=code)
+    if isinstance(error, NothingStoredError):
+        return ApiError(404, str(error), param="prompt", code="not_stored")
     if isinstance(error, PrefixFileError):
         return ApiError(400, str(error), code="invalid_prefix_file")
     if isinstance(error, ConfigError):

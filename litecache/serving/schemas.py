@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from litecache.serving.errors import ApiError
 from litecache.serving.forms import FormSpec
@@ -26,7 +26,20 @@ Ids = Annotated[list[TokenId], Field(max_length=1 << 22)]
 Stop = Annotated[str, Field(min_length=1, max_length=1024)]
 Salt = Annotated[str, Field(max_length=1024)]
 Choice = Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=4096)]
-Tools = Annotated[list[dict[str, Any]], Field(max_length=1024)]
+
+
+def _function(tool: dict[str, Any]) -> dict[str, Any]:
+    """As it came: templates show its fields in the order that they have."""
+    function = tool.get("function")
+    named = isinstance(function, dict) and isinstance(function.get("name"), str)
+    if tool.get("type", "function") != "function" or not named:
+        raise ValueError('tools have the type "function", and a function with a name')
+    return tool
+
+
+Tools = Annotated[
+    list[Annotated[dict[str, Any], AfterValidator(_function)]], Field(max_length=1024)
+]
 
 
 class Body(BaseModel):
@@ -160,6 +173,11 @@ class Drawing(CacheFields):
         return found[0] if found else None
 
     @property
+    def limit(self) -> int | None:
+        """Tokens that an answer may have; None = as many as there is room for."""
+        return self.max_tokens
+
+    @property
     def stops(self) -> tuple[str, ...]:
         """Texts that end an answer."""
         if self.stop is None:
@@ -187,8 +205,8 @@ class Drawing(CacheFields):
         form = self.response_format
         if form is not None and (form.type == "json_schema") != (form.json_schema is not None):
             raise refused("response_format.json_schema", 'given with type "json_schema" alone')
-        if self.max_tokens is not None and (self.min_tokens or 0) > self.max_tokens:
-            raise refused("min_tokens", f"at most max_tokens, which is {self.max_tokens}")
+        if self.limit is not None and (self.min_tokens or 0) > self.limit:
+            raise refused("min_tokens", f"at most max_tokens, which is {self.limit}")
         self.form  # noqa: B018 - it raises
 
 
@@ -285,6 +303,12 @@ class ChatRequest(Drawing, Conversation):
     modalities: list[str] | None = None
 
     @property
+    def limit(self) -> int | None:
+        """As in `Drawing`."""
+        given = self.max_completion_tokens
+        return self.max_tokens if given is None else given
+
+    @property
     def forces_call(self) -> bool:
         """The answer has to be a call of a tool."""
         return self.tool_choice not in (None, "none", "auto")
@@ -302,6 +326,8 @@ class ChatRequest(Drawing, Conversation):
             raise refused("tool_choice", "left out without tools")
         if self.forces_call and self.form is not None:
             raise refused("tool_choice", '"none" or "auto" beside a form of the answer')
+        if self.continue_final_message and self.add_generation_prompt:
+            raise refused("add_generation_prompt", "false or left out in a message's continuation")
         both = (self.max_tokens, self.max_completion_tokens)
         if None not in both and both[0] != both[1]:
             raise refused("max_tokens", "left out beside max_completion_tokens")

@@ -45,8 +45,18 @@ def openapi(posts: Mapping[str, tuple[type[Any], Any]]) -> dict[str, Any]:
                 "responses": _responses(),
             }
         }
-    for path in ("/health", "/ready", "/metrics", "/v1/models"):
+    file = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
+    paths["/v1/cache/import"] = {
+        "post": {
+            "summary": "Store the blocks of an exported file.",
+            "requestBody": {"required": True, "content": file},
+            "responses": _responses(),
+        }
+    }
+    for path in ("/", "/health", "/ready", "/metrics", "/openapi.json", "/v1/models"):
         paths[path] = {"get": {"responses": _responses()}}
+    model = {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
+    paths["/v1/models/{model}"] = {"get": {"parameters": [model], "responses": _responses()}}
     return {
         "openapi": "3.1.0",
         "info": {"title": "LiteCache", "version": litecache.__version__},
