@@ -1,145 +1,123 @@
-"""`litecache serve` as a user runs it: a process with Ray, Ray Serve and a group of its own."""
+"""`litecache serve` as a user runs it: tenants, streams, clients that leave or stall, restarts."""
 
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
+import contextlib
+import json
+import random
 import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx2
-import psutil
 import pytest
-import torch
-from local_server import model_config, tokenizer
-from transformers import LlamaForCausalLM
+from schema_fuzz import SchemaFuzz, fault
+from served import ALICE, BOB, Server, ray_folder, save_tiny_model, start, write_keys
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(600)]
-ALICE, BOB = "alice-secret-0123456789", "bob-secret-0123456789"
 PROMPT = "a prompt that two tenants send to the same server, and of some length"
 BODY = {"model": "tiny", "prompt": PROMPT, "max_tokens": 16, "temperature": 0}
 
 
-@dataclass
-class Server:
-    """A running `litecache serve`."""
-
-    process: subprocess.Popen[str]
-    url: str
-    folder: Path
-    output: list[str]
-
-    def client(self, key: str = ALICE) -> httpx2.Client:
-        headers = {"authorization": f"Bearer {key}"}
-        return httpx2.Client(base_url=self.url, headers=headers, timeout=120)
-
-    def post(self, path: str, body: Any, key: str = ALICE) -> Any:
-        with self.client(key) as client:
-            answer = client.post(path, json=body)
-            assert answer.status_code == 200, answer.text
-            return answer.json()
-
-    def metric(self, name: str) -> float:
-        with self.client() as client:
-            lines = client.get("/metrics").text.splitlines()
-        (found,) = [line for line in lines if line.startswith(f"litecache_server_{name} ")]
-        return float(found.rpartition(" ")[2])
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def environment(folder: Path) -> dict[str, str]:
-    return {**os.environ, "RAY_TMPDIR": str(folder), "RAY_SERVE_LOG_TO_STDERR": "0"}
-
-
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    torch.manual_seed(1)
-    LlamaForCausalLM(model_config()).save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
-    return folder
-
-
-def start(model: Path, folder: Path, ray_folder: Path, *options: str) -> Server:
-    port = free_port()
-    command = [sys.executable, "-m", "litecache.cli", "serve", str(model), "--port", str(port)]
-    settings = (f"storage_dir={folder / 'store'}", "num_blocks=128", "ram_bytes=16MB")
-    command += [word for setting in settings for word in ("--set", setting)]
-    process = subprocess.Popen(
-        [*command, *options],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment(ray_folder),
-    )
-    server = Server(process, f"http://127.0.0.1:{port}", folder, [])
-    ready = threading.Event()
-
-    def read() -> None:
-        assert process.stdout is not None
-        for line in process.stdout:
-            server.output.append(line)
-            if line.startswith("curl "):
-                ready.set()
-        ready.set()
-
-    threading.Thread(target=read, daemon=True).start()
-    assert ready.wait(240)
-    assert process.poll() is None, server.output
-    return server
-
-
-def stop(server: Server) -> None:
-    family = psutil.Process(server.process.pid).children(recursive=True)
-    server.process.send_signal(signal.SIGTERM)
-    assert server.process.wait(120) == 0, server.output
-    _, alive = psutil.wait_procs(family, timeout=30)
-    assert not alive
+    return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]]:
-    import shutil
-    import tempfile
-
+def again(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Starts the server, each time over the same folder of blocks."""
     folder = tmp_path_factory.mktemp("serve")
     (folder / "store").mkdir()
-    keys = folder / "keys"
-    keys.touch(mode=0o600)
-    keys.write_text(f"{ALICE} alice\n{BOB} bob\n")
-    ray_folder = Path(tempfile.mkdtemp(prefix="lc-sv-", dir="/tmp"))  # sockets want short paths
-    yield folder, ray_folder
-    shutil.rmtree(ray_folder, ignore_errors=True)
+    keys = write_keys(folder / "keys")
+    cache = {"storage_dir": folder / "store", "num_blocks": 128, "ram_bytes": "16MB"}
+    with ray_folder() as ray:
+        yield lambda: start(model_folder, ray, "--api-keys", str(keys), **cache)
 
 
 @pytest.fixture(scope="module")
-def server(model_folder: Path, folders: tuple[Path, Path]) -> Iterator[Server]:
-    started = start(model_folder, *folders, "--api-keys", str(folders[0] / "keys"))
+def server(again: Any) -> Iterator[Server]:
+    started = again()
     yield started
     if started.process.poll() is None:
-        stop(started)
+        started.stop()
 
 
-def test_two_keys_share_nothing_and_each_finds_its_own(server: Server) -> None:
-    cached = []
-    for key in (ALICE, BOB, ALICE, BOB):
-        usage = server.post("/v1/completions", BODY, key)["usage"]
-        cached.append(usage["prompt_tokens_details"]["cached_tokens"])
-    assert cached[:2] == [0, 0]
-    assert cached[2] == cached[3] >= 48
+NOTHING = {"reused_tokens": {}, "found_tokens": {}}
+COUNTERS = ("found_tokens_total", "reused_tokens_total")
+
+
+def told(server: Server, prompt: str, key: str) -> dict[str, Any]:
+    """An answer, without what tells it from another one to the same request."""
+    answer = server.post("/v1/completions", {**BODY, "prompt": prompt}, key)
+    return {name: value for name, value in answer.items() if name not in ("id", "created")}
+
+
+def counters(server: Server) -> list[str]:
+    """What the server's metrics tell of reuse."""
+    with server.client(BOB) as client:
+        lines = client.get("/metrics").text.splitlines()
+    return [line for line in lines if any(name in line for name in COUNTERS)]
+
+
+@pytest.mark.parametrize("tier", ["gpu", "ram"])
+def test_two_keys_share_nothing_in_any_tier_and_each_finds_its_own(
+    server: Server, tier: str
+) -> None:
+    prompt = f"in {tier}: {PROMPT}"
+    told(server, prompt, ALICE)
+    if tier == "ram":  # more than the pool holds
+        for number in range(16):
+            told(server, f"{number}, " * 80, ALICE)
+    before = counters(server)
+    bobs = told(server, prompt, BOB)
+    assert (bobs["usage"]["prompt_tokens_details"], bobs["usage"]["litecache"]) == (
+        {"cached_tokens": 0},
+        NOTHING,
+    )
+    assert counters(server) == before
+    # as of a prompt that nobody has sent, in every word
+    alices = told(server, prompt, ALICE)
+    assert list(alices["usage"]["litecache"]["found_tokens"]) == [tier]
+    assert alices["usage"]["litecache"]["found_tokens"][tier] >= 48
+    assert {**alices, "usage": None} == {**bobs, "usage": None}
+    assert told(server, prompt, BOB)["usage"]["prompt_tokens_details"]["cached_tokens"] >= 48
+
+
+def test_cache_control_tells_a_key_nothing_of_another_one(server: Server) -> None:
+    known, unknown = "a prompt that alice alone has had kept on disk, pinned", "another prompt"
+    server.post("/v1/cache/warm", {"prompt": known})
+    assert server.post("/v1/cache/pin", {"prompt": known})["tokens"] >= 32
+    salts = [{}, {"cache_salt": ""}, {"cache_salt": "alice"}, {"cache_salt": "key:0"}]
+    with server.client(BOB) as client:
+        client.post("/v1/cache/delete", json={})  # his own
+        for salt in salts:
+            for action in ("unpin", "pin", "export"):
+                answers = [
+                    client.post(f"/v1/cache/{action}", json={"prompt": prompt, **salt})
+                    for prompt in (known, unknown)
+                ]
+                assert len({answer.status_code for answer in answers}) == 1, action
+                assert "error" in answers[0].json() or answers[0].json()["tokens"] == 0
+                if answers[0].is_error:
+                    assert answers[0].json() == answers[1].json()
+            assert client.post("/v1/cache/delete", json=salt).json()["blocks"] == 0
+        warmed = client.post("/v1/cache/warm", json={"prompt": known}).json()
+        assert warmed["tokens"]["computed"] == warmed["prompt_tokens"]
+        assert client.post("/v1/cache/delete", json={}).json()["blocks"] > 0
+    # nothing that bob did has changed what alice has
+    assert server.post("/v1/cache/unpin", {"prompt": known})["tokens"] >= 32
+    assert told(server, known, ALICE)["usage"]["prompt_tokens_details"]["cached_tokens"] >= 32
+
+
+def test_who_has_no_key_gets_no_answer(server: Server) -> None:
     with server.client("nobody-0123456789") as client:
         assert client.get("/v1/models").status_code == 401
         assert client.get("/ready").status_code == 200
@@ -174,10 +152,7 @@ def test_a_client_that_goes_away_frees_its_blocks(server: Server) -> None:
                     await asyncio.wait_for(call, 0.2)
 
         asyncio.run(leave())
-        until = time.monotonic() + 10
-        while server.metric("engine_requests_running") or server.metric("sequences_running"):
-            assert time.monotonic() < until
-            time.sleep(0.05)
+        server.await_idle(10)
 
 
 def test_a_prefix_goes_out_as_a_file_and_comes_back_under_its_keys_salt(server: Server) -> None:
@@ -190,7 +165,8 @@ def test_a_prefix_goes_out_as_a_file_and_comes_back_under_its_keys_salt(server: 
     with server.client() as client:
         file = client.post("/v1/cache/export", json=asked)
         assert file.status_code == 200
-        assert client.post("/v1/cache/export", json={"prompt": "nothing of this"}).is_error
+        missing = client.post("/v1/cache/export", json={"prompt": "nothing of this"})
+        assert (missing.status_code, missing.json()["error"]["code"]) == (404, "not_stored")
         assert server.post("/v1/cache/delete", {})["blocks"] > 0
         nothing = server.post("/v1/completions", {**BODY, "prompt": prompt, "max_tokens": 1})
         assert nothing["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
@@ -207,23 +183,112 @@ def test_a_prefix_goes_out_as_a_file_and_comes_back_under_its_keys_salt(server: 
     assert found["usage"]["litecache"]["found_tokens"].keys() & {"ram", "disk"}
 
 
-def test_idle_connections_and_halves_of_requests_stop_nobody(server: Server) -> None:
-    host, port = server.url.removeprefix("http://").split(":")
-    idle = [socket.create_connection((host, int(port)), timeout=30) for _ in range(300)]
-    halves = [b"", b"POST /v1/completions HT", b"\x00\xff\xfe\r\n\r\n", b"GET / HTTP/1.1\r\n" * 50]
-    halves.append(b"POST /v1/completions HTTP/1.1\r\ncontent-length: 99999999999\r\n\r\n{")
+async def streamed(address: tuple[str, int], body: Any, leaves_after: int | None) -> str | None:
+    """The text of a stream over a connection of its own; None = its client left."""
+    reader, writer = await asyncio.open_connection(*address)
     try:
-        for index, connection in enumerate(idle):
-            connection.sendall(halves[index % len(halves)])
-        assert server.post("/v1/completions", BODY)["usage"]["completion_tokens"] == 16
+        data = json.dumps({**body, "stream": True}).encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {ALICE}\r\n"
+        head += f"connection: close\r\ncontent-length: {len(data)}\r\n\r\n"
+        writer.write(head.encode() + data)
+        if leaves_after == 0:
+            await asyncio.sleep(random.random() / 2)
+            return None
+        assert b" 200 " in await reader.readline()
+        text = ""
+        events = 0
+        async for line in reader:  # a chunk's size and its end stand in lines of their own
+            if not line.startswith(b"data: "):
+                continue
+            if line == b"data: [DONE]\n":
+                return text
+            text += json.loads(line[6:])["choices"][0]["text"]
+            events += 1
+            if events == leaves_after:
+                return None
+        raise AssertionError(f"a stream without its end: {text!r}")
     finally:
-        for connection in idle:
-            connection.close()
+        if random.random() < 0.5:  # some go without a word
+            hard = struct.pack("ii", 1, 0)
+            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, hard)
+        writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
+
+
+def test_of_a_thousand_streams_none_is_wrong_and_those_that_leave_hold_no_block(
+    server: Server,
+) -> None:
+    dice = random.Random(5)
+    body = {**BODY, "max_tokens": 24, "ignore_eos": True}
+    prompts = [f"prompt number {i} of some length" for i in range(16)]
+    expected = {
+        prompt: server.post("/v1/completions", {**body, "prompt": prompt})["choices"][0]["text"]
+        for prompt in prompts
+    }
+    chosen = [(dice.choice(prompts), dice.choice([None, 0, 1, 3])) for _ in range(1000)]
+
+    async def storm() -> list[str | None]:
+        calls = (
+            streamed(server.address, {**body, "prompt": prompt}, leaves)
+            for prompt, leaves in chosen
+        )
+        return await asyncio.gather(*calls)
+
+    texts = asyncio.run(storm())
+    for (prompt, leaves), text in zip(chosen, texts, strict=True):
+        # events are merged: a stream may end before its client has seen as many
+        assert text in ([expected[prompt]] if leaves is None else [expected[prompt], None])
+    assert None in texts
+    server.await_idle()
+
+
+def test_requests_against_the_openapi_document_are_answered_and_none_with_500(
+    server: Server,
+) -> None:
+    with server.client() as client:
+        fuzz = SchemaFuzz(client.get("/openapi.json").json(), "tiny")
+        statuses = set()
+        for seed in range(400):
+            method, path, headers, body = fuzz.request(seed)
+            answer = client.request(method, path, headers=headers, content=body)
+            assert fault(answer.status_code, answer.text, method) is None, (seed, path, body)
+            statuses.add(answer.status_code)
+    assert statuses >= {200, 400, 404, 405}
     assert server.post("/v1/completions", BODY)["usage"]["completion_tokens"] == 16
+    server.await_idle()
+
+
+def test_a_thousand_connections_that_stall_stop_nobody(server: Server) -> None:
+    def connect() -> socket.socket:
+        return socket.create_connection(server.address, timeout=30)
+
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {ALICE}\r\n"
+    halves = [
+        b"",
+        b"POST /v1/completions HT",
+        b"\x00\xff\xfe\r\n\r\n",
+        b"GET / HTTP/1.1\r\n" * 50,
+        head.encode(),
+        f"{head}content-length: 999\r\n\r\n{{".encode(),
+        f"{head}transfer-encoding: chunked\r\n\r\n5\r\n{{".encode(),
+        f"{head}content-length: 99999999999\r\n\r\n{{".encode(),
+    ]
+    with contextlib.ExitStack() as stack:
+        stalled = [stack.enter_context(connect()) for _ in range(1000)]
+        for index, connection in enumerate(stalled):
+            connection.sendall(halves[index % len(halves)])
+        for _ in range(5):
+            assert server.post("/v1/completions", BODY)["usage"]["completion_tokens"] == 16
+            for index, connection in enumerate(stalled):
+                with contextlib.suppress(OSError):  # those that are no HTTP were closed
+                    connection.sendall(b" "[: index % len(halves) in (5, 6)])
+    assert server.post("/v1/completions", BODY)["usage"]["completion_tokens"] == 16
+    server.await_idle()
 
 
 def test_stopped_it_answers_what_is_open_and_starts_again_with_what_is_on_disk(
-    server: Server, model_folder: Path, folders: tuple[Path, Path]
+    server: Server, again: Any
 ) -> None:
     answered: list[dict[str, Any]] = []
     body = {**BODY, "max_tokens": 300, "ignore_eos": True}
@@ -234,16 +299,19 @@ def test_stopped_it_answers_what_is_open_and_starts_again_with_what_is_on_disk(
     until = time.monotonic() + 20
     while not answered and not server.metric("engine_requests_running"):
         assert time.monotonic() < until
-    stop(server)
+    alone = "a prompt of alice's alone, of which bob asks after everything was stopped"
+    server.post("/v1/completions", {**BODY, "prompt": alone})
+    server.stop()
     asking.join(30)
     assert [answer["usage"]["completion_tokens"] for answer in answered] == [300]
-    again = start(model_folder, *folders, "--api-keys", str(folders[0] / "keys"))
+    later = again()
     try:
-        first = again.post("/v1/completions", BODY)
+        assert told(later, alone, BOB)["usage"]["litecache"] == NOTHING
+        first = later.post("/v1/completions", BODY)
         assert first["usage"]["litecache"]["found_tokens"].get("disk", 0) >= 48
         assert answered[0]["choices"][0]["text"].startswith(first["choices"][0]["text"][:4])
     finally:
-        stop(again)
+        later.stop()
 
 
 @pytest.mark.parametrize(
