@@ -6,6 +6,7 @@ import dataclasses
 import os
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,9 @@ def slow_down(replica: Any) -> None:
 
     def slow(actor: Any) -> None:
         runner = actor._loading.result()._runner
-        execute = runner.execute
-        runner.execute = lambda plan: (time.sleep(0.05), execute(plan))[1]
+        if "execute" not in vars(runner):
+            execute = runner.execute
+            runner.execute = lambda plan: (time.sleep(0.05), execute(plan))[1]
 
     result(replica.__ray_call__.remote(slow), 30, "slowing down")
 
@@ -65,6 +67,49 @@ def wait_for(replica: Any, pid: int) -> dict[str, Any]:
         except LiteCacheError:
             time.sleep(0.1)
     pytest.fail("the replica did not come back")
+
+
+class Pair:
+    """Two replicas, and a request that takes 60 steps."""
+
+    def __init__(self) -> None:
+        self.group = Group.start(dataclasses.replace(make_spec("pair"), replicas=2))
+        driver = Driver(self, "first")
+        self.expected = driver.begin("undisturbed").wait()
+        driver.close()
+        for replica in self.group.replicas:
+            slow_down(replica)
+
+
+class Driver:
+    """A client of the pair."""
+
+    def __init__(self, pair: Pair, name: str) -> None:
+        self.replicas, self.name = ReplicaSet(pair.group, name), name
+
+    def begin(self, name: str) -> PendingRequest:
+        sampling = SamplingParams(max_new_tokens=60, temperature=1.0, seed=7)
+        request = Request(name, self.name, list(range(1, 20)), sampling)
+        pending = PendingRequest(request, streaming=True)
+        self.replicas.submit([pending])
+        return pending
+
+    def running(self) -> int:
+        """The replica that has a request."""
+        (index,) = (i for i, poller in enumerate(self.replicas.pollers) if poller.load)
+        return index
+
+    def close(self) -> None:
+        for poller in self.replicas.pollers:
+            poller.close()
+
+
+@pytest.fixture(scope="module")
+def pair(ray_local: None) -> Iterator[Pair]:
+    """Whose replicas hang in one test after the other; in the last one leaves."""
+    made = Pair()
+    yield made
+    made.group.stop(1.0)
 
 
 def test_an_engine_that_dies_is_replaced_until_that_has_not_helped(ray_local: None) -> None:
@@ -90,86 +135,38 @@ def test_an_engine_that_dies_is_replaced_until_that_has_not_helped(ray_local: No
         group.stop(1.0)
 
 
-def test_what_a_replica_that_left_was_doing_goes_on_with_the_others(ray_local: None) -> None:
-    group = Group.start(dataclasses.replace(make_spec("leaving"), replicas=2))
+def test_a_replica_that_hangs_is_left_out_and_its_requests_end_elsewhere(pair: Pair) -> None:
+    driver = Driver(pair, "hanging")
+    pollers = driver.replicas.pollers
+    disturbed = driver.begin("disturbed")
+    next(disturbed.stream())
+    running = driver.running()
+    pid = ray.get(pair.group.replicas[running].where.remote())["pid"]
+    os.kill(pid, signal.SIGSTOP)
     try:
-        replicas = ReplicaSet(group, "c")
-        prompt = list(range(1, 20))
-        sampling = SamplingParams(max_new_tokens=60, temperature=1.0, seed=7)
-
-        def begin(name: str) -> PendingRequest:
-            pending = PendingRequest(Request(name, "c", prompt, sampling), streaming=True)
-            replicas.submit([pending])
-            return pending
-
-        expected = begin("undisturbed").wait()
-        for index, replica in enumerate(group.replicas):
-            slow_down(replica)
-            for number in range(MAX_RESTARTS):
-                group.coordinator.call("report_failure", index, f"failure {number}")
-        disturbed = begin("disturbed")
-        next(disturbed.stream())
-        (running,) = (i for i, poller in enumerate(replicas.pollers) if poller.load)
-        break_engine(group.replicas[running])
-        assert disturbed.wait() == expected
-        assert disturbed.tried == {replicas.pollers[running].name}
-        # what comes later avoids it, and joining finds the one that is left
-        assert begin("later").wait() == expected
-        assert group.flush(30.0)["complete"]
-        joined = Group.attach("leaving", timeout_s=60)
-        assert joined.info == group.info
-        for poller in replicas.pollers:
-            poller.close()
+        assert disturbed.wait() == pair.expected
+        assert disturbed.tried == {pollers[running].name}
+        for number in range(3):
+            later = driver.begin(f"later {number}")
+            assert later.wait() == pair.expected
+            assert later.tried == set(), "it was tried once more"
     finally:
-        group.stop(1.0)
+        os.kill(pid, signal.SIGCONT)
+    deadline = time.monotonic() + 60
+    while pollers[running].silent_since is not None:
+        assert time.monotonic() < deadline, "it answers, and is still taken for silent"
+        time.sleep(0.1)
+    driver.close()
 
 
-def test_a_replica_that_hangs_is_left_out_and_its_requests_end_elsewhere(ray_local: None) -> None:
-    group = Group.start(dataclasses.replace(make_spec("hanging"), replicas=2))
-    try:
-        replicas = ReplicaSet(group, "c")
-        sampling = SamplingParams(max_new_tokens=60, temperature=1.0, seed=7)
-
-        def begin(name: str) -> PendingRequest:
-            pending = PendingRequest(Request(name, "c", range(1, 20), sampling), streaming=True)
-            replicas.submit([pending])
-            return pending
-
-        expected = begin("undisturbed").wait()
-        for replica in group.replicas:
-            slow_down(replica)
-        disturbed = begin("disturbed")
-        next(disturbed.stream())
-        (running,) = (i for i, poller in enumerate(replicas.pollers) if poller.load)
-        pid = ray.get(group.replicas[running].where.remote())["pid"]
-        os.kill(pid, signal.SIGSTOP)
-        try:
-            assert disturbed.wait() == expected
-            assert disturbed.tried == {replicas.pollers[running].name}
-            for number in range(3):
-                later = begin(f"later {number}")
-                assert later.wait() == expected
-                assert later.tried == set(), "it was tried once more"
-        finally:
-            os.kill(pid, signal.SIGCONT)
-        deadline = time.monotonic() + 60
-        while replicas.pollers[running].silent_since is not None:
-            assert time.monotonic() < deadline, "it answers, and is still taken for silent"
-            time.sleep(0.1)
-        for poller in replicas.pollers:
-            poller.close()
-    finally:
-        group.stop(1.0)
-
-
-def test_joining_does_not_wait_for_a_replica_that_hangs(ray_local: None) -> None:
+def test_joining_does_not_wait_for_a_replica_that_hangs(pair: Pair) -> None:
     """It was up to fifteen minutes, and then refused, though the other one served."""
-    group = Group.start(dataclasses.replace(make_spec("joining"), replicas=2))
+    group = pair.group
     pid = ray.get(group.replicas[0].where.remote())["pid"]
     os.kill(pid, signal.SIGSTOP)
     try:
         began = time.monotonic()
-        joined = Group.attach("joining", timeout_s=100)
+        joined = Group.attach("pair", timeout_s=100)
         assert time.monotonic() - began < 15
         assert joined.info == group.info
         assert joined.actors.keys() == group.actors.keys()
@@ -182,7 +179,26 @@ def test_joining_does_not_wait_for_a_replica_that_hangs(ray_local: None) -> None
             poller.close()
     finally:
         os.kill(pid, signal.SIGCONT)
-        group.stop(1.0)
+
+
+def test_what_a_replica_that_left_was_doing_goes_on_with_the_others(pair: Pair) -> None:
+    group, driver = pair.group, Driver(pair, "leaving")
+    for index, replica in enumerate(group.replicas):
+        result(replica.where.remote(), 30)  # it goes on from where it was stopped
+        for number in range(MAX_RESTARTS):
+            group.coordinator.call("report_failure", index, f"failure {number}")
+    disturbed = driver.begin("disturbed")
+    next(disturbed.stream())
+    running = driver.running()
+    break_engine(group.replicas[running])
+    assert disturbed.wait() == pair.expected
+    assert disturbed.tried == {driver.replicas.pollers[running].name}
+    # what comes later avoids it, and joining finds the one that is left
+    assert driver.begin("later").wait() == pair.expected
+    assert group.flush(30.0)["complete"]
+    joined = Group.attach("pair", timeout_s=60)
+    assert joined.info == group.info
+    driver.close()
 
 
 def test_a_replica_that_is_refused_at_its_restart_tries_again(

@@ -28,7 +28,8 @@ pytestmark = pytest.mark.slow
 
 def begin(replicas: ReplicaSet, name: str, index: int | None = None) -> PendingRequest:
     sampling = SamplingParams(max_new_tokens=60, temperature=1.0, seed=7)
-    pending = PendingRequest(Request(name, "c", list(range(1, 20)), sampling), streaming=True)
+    prompt = list(range(1, 20))
+    pending = PendingRequest(Request(name, replicas._client_id, prompt, sampling), streaming=True)
     replicas.submit([pending], index)
     return pending
 
@@ -50,12 +51,18 @@ def stopped() -> Iterator[list[str]]:
             stop_group(name, 1.0)
 
 
+@pytest.fixture(scope="module")
+def growing(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Group]:
+    """A detached group; tests leave it with the two replicas that the next one may want."""
+    spec = make_spec("growing", tmp_path_factory.mktemp("growing"))
+    yield Group.start(dataclasses.replace(spec, detached=True))
+    stop_group("growing", 1.0)
+
+
 def test_running_drivers_follow_a_group_that_grows_and_shrinks_with_the_same_tokens(
-    ray_local: None, tmp_path: Path, stopped: list[str]
+    growing: Group,
 ) -> None:
-    stopped.append("growing")
-    spec = dataclasses.replace(make_spec("growing", tmp_path), detached=True)
-    driver = ReplicaSet(Group.start(spec), "c")
+    driver = ReplicaSet(growing, "c")
     expected = begin(driver, "undisturbed").wait()
     told: list[tuple[str, str]] = []
 
@@ -108,20 +115,20 @@ def test_running_drivers_follow_a_group_that_grows_and_shrinks_with_the_same_tok
 
 
 def test_a_replica_that_is_to_go_takes_nothing_new_until_nobody_says_so(
-    ray_local: None, stopped: list[str]
+    growing: Group,
 ) -> None:
-    stopped.append("leaving-soon")
-    group = Group.start(dataclasses.replace(make_spec("leaving-soon"), replicas=2, detached=True))
-    driver = ReplicaSet(group, "c")
+    group = Group.attach("growing")
+    scale_group(group, 2)
+    driver = ReplicaSet(group, "d")
     try:
         expected = begin(driver, "undisturbed", 0).wait()
-        replica, coordinator = group.replicas[0], CoordinatorClient("leaving-soon", 10.0)
+        replica, coordinator = group.replicas[0], CoordinatorClient("growing", 10.0)
         assert result(replica.drain.remote(60.0), 10) == 0
         assert coordinator.call("members").keys() == {1}
         # who does not know goes on with the other
         astray = begin(driver, "astray", 0)
         assert astray.wait() == expected
-        assert astray.tried == {"litecache:leaving-soon:gpu:0"}
+        assert astray.tried == {"litecache:growing:gpu:0"}
         assert result(replica.drain.remote(0.0), 10) == 0
         until(lambda: coordinator.call("members").keys() == {0, 1})
         until(lambda: driver.by_index[0].silent_since is None)
@@ -129,9 +136,9 @@ def test_a_replica_that_is_to_go_takes_nothing_new_until_nobody_says_so(
         with pytest.raises(GroupUnavailableError, match=r"do not fit.*CPU 98 asked for"):
             scale_group(group, 100)
         assert coordinator.call("members").keys() == {0, 1}
-        with pytest.raises(GroupError, match="all replicas of group 'leaving-soon' are on node"):
+        with pytest.raises(GroupError, match="all replicas of group 'growing' are on node"):
             drain_node(ray.get_runtime_context().get_node_id())
-        assert len([name for name in actor_names("leaving-soon") if ":gpu:" in name]) == 2
+        assert len([name for name in actor_names("growing") if ":gpu:" in name]) == 2
     finally:
         for poller in driver.pollers:
             poller.close()
