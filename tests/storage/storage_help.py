@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
 import tempfile
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -20,6 +22,15 @@ KIB, MIB = 1 << 10, 1 << 20
 def key_of(number: int) -> bytes:
     """A key for a small number."""
     return hashlib.blake2b(number.to_bytes(8, "little"), digest_size=16).digest()
+
+
+def taken_bytes(folder: Path) -> int:
+    """Bytes of the disk that a store's files take; a compaction may rename one meanwhile."""
+    taken = 0
+    for file in folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            taken += file.stat().st_blocks * 512
+    return taken
 
 
 @functools.lru_cache(maxsize=256)

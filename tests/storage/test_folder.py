@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from storage_help import KIB, MIB, bytes_of, fill, get, key_of, put
+from storage_help import KIB, MIB, bytes_of, fill, get, key_of, put, taken_bytes
 
 from litecache.errors import ConfigError, LiteCacheError, StorageError, StorageLockedError
 from litecache.storage import LocalShardClient, ShardStore, block_io, durability
@@ -368,7 +368,7 @@ def test_a_gigantic_sparse_file_costs_neither_memory_nor_the_store(tmp_path):
     run = [sys.executable, "-c", code, *(key.hex() for key in keys)]
     done = subprocess.run(run, capture_output=True, text=True, timeout=120, check=False)
     assert done.stdout == "10\n", done.stderr
-    assert sum(f.stat().st_blocks * 512 for f in tmp_path.iterdir()) <= 16 * MIB
+    assert taken_bytes(tmp_path) <= 16 * MIB
 
 
 def test_shared_memory_files_of_killed_shards_are_swept_and_those_of_live_ones_are_not(tmp_path):

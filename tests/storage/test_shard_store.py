@@ -12,7 +12,7 @@ import time
 from unittest.mock import Mock
 
 import pytest
-from storage_help import KIB, MIB, ROOT, bytes_of, fill, get, key_of, put
+from storage_help import KIB, MIB, ROOT, bytes_of, fill, get, key_of, put, taken_bytes
 
 from litecache.errors import (
     ConfigError,
@@ -299,7 +299,7 @@ def test_disk_and_memory_stay_within_their_bounds(tmp_path, eviction):
     with make(tmp_path, storage_bytes=6 * MIB, ram_bytes=2 * MIB, eviction=eviction) as store:
         for start in range(0, 400, 20):
             fill(store, range(start, start + 20), (16 + start % 3 * 20) * KIB)
-            used = sum(f.stat().st_blocks * 512 for f in tmp_path.iterdir())
+            used = taken_bytes(tmp_path)
             assert used <= 6 * MIB
             assert store._arena.resident_bytes() <= 2 * MIB + store._arena.segment_bytes + 64 * KIB
         store.check_integrity()
@@ -345,7 +345,7 @@ def test_small_blocks_take_the_space_of_older_large_ones(tmp_path, monkeypatch, 
         store.flush()
         assert sum(store.durable(small)) == (1200 if punch else 896)
         assert (store.stats()["slab_bytes"] < full) == punch
-        used = sum(f.stat().st_blocks * 512 for f in tmp_path.iterdir())
+        used = taken_bytes(tmp_path)
         assert used <= 12 * MIB
         # nothing is dropped, nothing leaves beyond the room that is needed, tails first
         assert not store.metrics.value("litecache_drops", reason="no_room")
@@ -542,7 +542,7 @@ def test_a_smaller_bound_at_the_next_start_holds_at_once(tmp_path):
     with make(tmp_path, storage_bytes=16 * MIB) as store:
         keys = fill(store, range(150), NBYTES)
     with make(tmp_path, storage_bytes=4 * MIB) as store:
-        assert sum(f.stat().st_blocks * 512 for f in tmp_path.iterdir()) <= 4 * MIB
+        assert taken_bytes(tmp_path) <= 4 * MIB
         store.check_integrity()
         client = LocalShardClient(store)
         assert 0 < sum(get(client, keys, NBYTES)) < 150
