@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -15,7 +14,6 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -101,11 +99,6 @@ def adapters_chat(ray: OwnRay) -> list[list[Any]]:
     return list(json.loads(line.removeprefix("told: ")))
 
 
-def stop_group(ray: OwnRay) -> None:
-    """What is in RAM is on disk afterwards."""
-    ray.run(str(BIN / "litecache"), "down", "--group", "litecache", cwd=ray.folder)
-
-
 @pytest.fixture
 def hub(smollm2_dir: Path, tmp_path: Path) -> dict[str, str]:
     """The environment of a machine that has the model of deploy/ in its Hugging Face cache."""
@@ -118,25 +111,7 @@ def hub(smollm2_dir: Path, tmp_path: Path) -> dict[str, str]:
     return {"HF_HOME": str(tmp_path), "HF_HUB_CACHE": str(tmp_path / "hub")}
 
 
-@contextlib.contextmanager
-def serve_run(ray: OwnRay, port: int, *arguments: str) -> Iterator[None]:
-    """`serve run litecache.serving:build_app`, where Ray Serve's proxy listens on this port."""
-    ray.run(str(BIN / "serve"), "start", "--http-port", str(port), cwd=ray.folder)
-    log = ray.folder / "run.log"
-    with log.open("w") as file:
-        command = [str(BIN / "serve"), "run", "litecache.serving:build_app", *arguments]
-        process = subprocess.Popen(
-            command, env=ray.env, cwd=ray.folder, stdout=file, stderr=subprocess.STDOUT
-        )
-    try:
-        yield
-        assert process.poll() is None, log.read_text()
-    finally:
-        process.send_signal(signal.SIGINT)
-        process.wait(60)
-
-
-def test_serve_deploy_and_serve_run_take_what_is_shipped_and_tell_what_the_adapter_reuses(
+def test_serve_deploy_takes_what_is_shipped_and_tells_what_the_adapter_reuses(
     hub: dict[str, str], tmp_path: Path
 ) -> None:
     store = tmp_path / "store"
@@ -162,17 +137,6 @@ def test_serve_deploy_and_serve_run_take_what_is_shipped_and_tell_what_the_adapt
         assert cached[0] == 0
         assert cached[1] >= 0.9 * first[0][1]["prompt_tokens"]
         assert cached == sorted(cached)
-        ray.run(*deploy[:1], "shutdown", "-y", "-a", ray.dashboard, cwd=ray.folder)
-        stop_group(ray)
-        # no server and no group any more
-        cache = {"storage_dir": store, "num_blocks": 1024, "ram_bytes": "1GB"}
-        settings = [f"model={MODEL}", f"served_name={NAME}", "group=litecache"]
-        settings += [f"cache.{name}={value}" for name, value in cache.items()]
-        with serve_run(ray, port, *settings):
-            await_ready(url)
-            later = chat(url)
-        stop_group(ray)
-    assert [text for text, _ in later] == [text for text, _ in first]
 
 
 def test_the_readmes_command_serves_and_its_curl_answers(smollm2_dir: Path) -> None:
