@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import ray
+from guided_rows import ToyGuide
 from test_group import make_spec
 from tiny_config import TINIEST
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -70,12 +71,14 @@ def wait_for(replica: Any, pid: int) -> dict[str, Any]:
 
 
 class Pair:
-    """Two replicas, and a request that takes 60 steps."""
+    """Two replicas, and what a request of 60 tokens answers, free and guided."""
 
     def __init__(self) -> None:
         self.group = Group.start(dataclasses.replace(make_spec("pair"), replicas=2))
         driver = Driver(self, "first")
         self.expected = driver.begin("undisturbed").wait()
+        guide = ToyGuide(self.group.info.vocab_size)
+        self.guided = driver.begin("undisturbed and guided", guide).wait()
         driver.close()
         for replica in self.group.replicas:
             slow_down(replica)
@@ -87,11 +90,12 @@ class Driver:
     def __init__(self, pair: Pair, name: str) -> None:
         self.replicas, self.name = ReplicaSet(pair.group, name), name
 
-    def begin(self, name: str) -> PendingRequest:
+    def begin(self, name: str, guide: Any = None, index: int | None = None) -> PendingRequest:
         sampling = SamplingParams(max_new_tokens=60, temperature=1.0, seed=7)
-        request = Request(name, self.name, list(range(1, 20)), sampling)
-        pending = PendingRequest(request, streaming=True)
-        self.replicas.submit([pending])
+        mask = None if guide is None else guide.mask
+        request = Request(name, self.name, list(range(1, 20)), sampling, mask=mask)
+        pending = PendingRequest(request, streaming=True, guide=guide)
+        self.replicas.submit([pending], index)
         return pending
 
     def running(self) -> int:
@@ -190,9 +194,11 @@ def test_what_a_replica_that_left_was_doing_goes_on_with_the_others(pair: Pair) 
     disturbed = driver.begin("disturbed")
     next(disturbed.stream())
     running = driver.running()
+    beside = driver.begin("disturbed and guided", ToyGuide(group.info.vocab_size), running)
+    next(beside.stream())
     break_engine(group.replicas[running])
-    assert disturbed.wait() == pair.expected
-    assert disturbed.tried == {driver.replicas.pollers[running].name}
+    assert (disturbed.wait(), beside.wait()) == (pair.expected, pair.guided)
+    assert disturbed.tried == beside.tried == {driver.replicas.pollers[running].name}
     # what comes later avoids it, and joining finds the one that is left
     assert driver.begin("later").wait() == pair.expected
     assert group.flush(30.0)["complete"]
