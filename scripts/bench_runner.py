@@ -26,7 +26,7 @@ from litecache.engine.kv_layout import KVLayout, KVPool
 from litecache.engine.loading.model_loader import load_model
 from litecache.engine.loading.model_source import ModelSource
 from litecache.engine.running.model_runner import ModelRunner
-from litecache.engine.scheduling.step_plan import NewRow, RowStep, StepPlan, TableUpdate
+from litecache.engine.scheduling.orders import NewRow, RowStep, StepPlan, TableUpdate
 from litecache.types import SamplingParams
 
 DECODES = ((1, 512), (16, 512), (64, 1024), (64, 4096))

@@ -43,8 +43,8 @@ from storage_bench.backends import Actor, InProcess
 from tier_world import GB, BenchEngine, HitPath, SlowFiles, model_limits, scratch
 
 from litecache import CacheConfig
-from litecache.engine.measuring.tier_engine import Tokens, copy_rate
-from litecache.engine.measuring.worth import ColdCurve
+from litecache.engine.tier_engine import Tokens, copy_rate
+from litecache.engine.worth import ColdCurve
 
 CASES = ("first", "idle", "busy", "throttled", "stalled", "restart", "saving", "host")
 QUESTION = 64

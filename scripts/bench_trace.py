@@ -53,7 +53,7 @@ from trace_model import (
 
 from litecache import CacheConfig
 from litecache.config import parse_size
-from litecache.engine.measuring.tier_engine import Answer, copy_rate
+from litecache.engine.tier_engine import Answer, copy_rate
 
 PROMISES = {"48:40": (0.65, 0.9), "12:40": (0.85, 1.0)}
 """Mean and p90 of the first token against tiers off."""

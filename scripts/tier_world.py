@@ -21,12 +21,11 @@ import torch
 from litecache import CacheConfig
 from litecache.engine.kv_layout import KVLayout, KVPool, KVSpec
 from litecache.engine.loading.model_source import ModelSource
-from litecache.engine.measuring.tier_engine import TierEngine
 from litecache.engine.scheduling.cost_model import CostModel
-from litecache.engine.scheduling.orders import Schedule
+from litecache.engine.scheduling.orders import Schedule, StepResult
 from litecache.engine.scheduling.prefix_cache import PrefixCache
 from litecache.engine.scheduling.scheduler import Scheduler
-from litecache.engine.scheduling.step_plan import StepResult
+from litecache.engine.tier_engine import TierEngine
 from litecache.engine.transfer.block_copier import (
     BlockCopier,
     HostBlocks,

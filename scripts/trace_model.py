@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from litecache.engine.measuring.tier_engine import Tokens
+from litecache.engine.tier_engine import Tokens
 
 BLOCK_TOKENS = 512
 # seconds of a step, a token, a token behind a token; bytes per second of disk and copy

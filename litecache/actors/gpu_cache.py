@@ -42,7 +42,7 @@ from litecache.actors.placement import going_nodes
 from litecache.actors.router import FAILURE_WINDOW_S, ReplicaLoad
 from litecache.actors.shard_client import AttachedShards, RayShardClient
 from litecache.checks import check_integer, check_real
-from litecache.engine.request_checks import check_text
+from litecache.engine.engine_info import check_text
 from litecache.errors import (
     ConfigError,
     GroupError,

@@ -17,8 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 from litecache.errors import told
-from litecache.metric_catalog import BY_NAME
-from litecache.metrics import Labels, Metrics
+from litecache.metrics import BY_NAME, Labels, Metrics
 from litecache.threads import start_service
 
 logger = logging.getLogger(__name__)

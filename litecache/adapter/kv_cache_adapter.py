@@ -1,7 +1,7 @@
 """`KVCacheAdapter`: Hugging Face's `generate` over a group of LiteCache actors.
 
 The driver's side: it starts or joins the actors and never holds weights or KV. What can be called
-is in surface/ and chat/surface.py; requests of all threads of a driver share one poll per replica.
+is in surface/ and chat_surface.py; requests of all threads of a driver share one poll per replica.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from litecache.actors.placement import (
     check_placement,
     check_replicas,
 )
-from litecache.adapter.chat.surface import ChatSurface
+from litecache.adapter.chat_surface import ChatSurface
 from litecache.adapter.driver import has_methods
 from litecache.adapter.sources import resolve_model
 from litecache.adapter.stats import CacheStats

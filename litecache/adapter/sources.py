@@ -20,7 +20,7 @@ from transformers import GenerationConfig, PretrainedConfig
 from transformers.utils import cached_file
 
 from litecache.adapter.gguf import held_conversion, without_bars
-from litecache.adapter.modules.module_checks import check_module
+from litecache.adapter.module_checks import check_module
 from litecache.checks import check_integer
 from litecache.engine.loading.fingerprint import file_digest, model_fingerprint, module_fingerprint
 from litecache.engine.loading.model_checks import read_config

@@ -27,7 +27,7 @@ from litecache.config import parse_size
 from litecache.errors import ConfigError, StorageFullError
 
 if TYPE_CHECKING:
-    from litecache.engine.measuring.worth import TierWorth
+    from litecache.engine.worth import TierWorth
 
 _LONGEST_S = 86_400.0
 _MOST_TOKENS = 1 << 24
@@ -70,7 +70,7 @@ def bench(
     with ended_by_sigterm(), _scratch(parent, most_bytes) as folder, progress_bar() as progress:
         from litecache.adapter.gguf import without_bars
         from litecache.adapter.sources import resolve_model
-        from litecache.engine.measuring.worth import measure_worth
+        from litecache.engine.worth import measure_worth
 
         resolved = resolve_model(model, trust_remote_code=trust_remote_code)
         with without_bars():

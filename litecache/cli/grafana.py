@@ -12,7 +12,7 @@ import json
 from importlib import resources
 from typing import Any, NamedTuple
 
-from litecache.metric_catalog import BY_NAME
+from litecache.metrics import BY_NAME
 
 UID = "litecache"
 FILE_NAME = "litecache_grafana_dashboard.json"

@@ -26,17 +26,16 @@ import torch
 
 from litecache.checks import check_real
 from litecache.config import CacheConfig
-from litecache.engine.engine_info import EngineInfo
+from litecache.engine.engine_info import EngineInfo, check_text, check_texts
 from litecache.engine.kv_layout import KVLayout, KVPool, check_tier_codec
 from litecache.engine.loading.memory import choose_num_blocks, memory_for
 from litecache.engine.loading.model_loader import LoadedModel, load_model
 from litecache.engine.loading.model_source import ModelSource
 from litecache.engine.progress import progress_bar
-from litecache.engine.request_checks import check_text, check_texts
 from litecache.engine.running.device_errors import check_device, is_out_of_memory
 from litecache.engine.running.model_runner import ModelRunner
 from litecache.engine.scheduling.cost_model import CostModel, Loads, prior
-from litecache.engine.scheduling.orders import Schedule
+from litecache.engine.scheduling.orders import Executor, Schedule, Step
 from litecache.engine.scheduling.prefix_cache import PrefixCache
 from litecache.engine.scheduling.prefix_view import PrefixView
 from litecache.engine.scheduling.scheduler import (
@@ -44,7 +43,6 @@ from litecache.engine.scheduling.scheduler import (
     LOOKUP_PATIENCE_S,
     Scheduler,
 )
-from litecache.engine.scheduling.step_plan import Executor, Step
 from litecache.engine.transfer.lower_tiers import LowerTiers
 from litecache.engine.transfer.shard_set import RemoteSource
 from litecache.errors import (

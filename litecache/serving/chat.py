@@ -8,10 +8,9 @@ import uuid
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from litecache.serving.drawing import open_reader
 from litecache.serving.forms import FormSpec
 from litecache.serving.keys import Tenant
-from litecache.serving.reader import Reader
+from litecache.serving.reader import Reader, open_reader
 from litecache.serving.schemas import ChatMessage, ChatRequest, refused
 from litecache.serving.service import ModelService
 from litecache.serving.tokens import chat_logprobs

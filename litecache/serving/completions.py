@@ -8,9 +8,8 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from litecache.serving.answers import Piece
-from litecache.serving.drawing import open_reader
 from litecache.serving.keys import Tenant
-from litecache.serving.reader import Reader
+from litecache.serving.reader import Reader, open_reader
 from litecache.serving.schemas import MAX_PROMPTS, CompletionRequest, refused
 from litecache.serving.service import ModelService
 from litecache.serving.tokens import completion_logprobs

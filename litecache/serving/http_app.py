@@ -25,9 +25,7 @@ from litecache.errors import shorten
 from litecache.serving import cache_control, chat, completions
 from litecache.serving.errors import ApiError, api_error
 from litecache.serving.keys import ANYBODY
-from litecache.serving.pages.metrics_text import metrics_text
-from litecache.serving.pages.openapi import openapi
-from litecache.serving.pages.page import page
+from litecache.serving.pages import metrics_text, openapi, page
 from litecache.serving.schemas import (
     CacheDeleteRequest,
     CacheRequest,

@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from litecache.adapter.chat.replies import ChatTemplate
+from litecache.adapter.chat_replies import ChatTemplate
 from litecache.adapter.pending import PendingRequest
 from litecache.adapter.streaming import TextDecoder
 from litecache.errors import ConfigError, told

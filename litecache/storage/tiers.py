@@ -16,8 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from ..hashing import BlockKey
-from ..metric_catalog import GAP_BOUNDS_S
-from ..metrics import Metrics
+from ..metrics import GAP_BOUNDS_S, Metrics
 from .admission import Admission
 from .arena.arena import Arena
 from .block_index import BlockIndex, Changes

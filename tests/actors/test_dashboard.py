@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from litecache.cli import app
 from litecache.cli.grafana import FILE_NAME, dashboard_json, panels
 from litecache.errors import LiteCacheError
-from litecache.metric_catalog import METRICS
+from litecache.metrics import METRICS
 
 
 def run(*words: str) -> Any:

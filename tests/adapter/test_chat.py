@@ -16,8 +16,8 @@ from letter_tokenizer import letter_tokenizer
 from transformers import LlamaForCausalLM, TextIteratorStreamer, TextStreamer
 
 from litecache.adapter import KVCacheAdapter
-from litecache.adapter.chat.replies import ChatReply, ChatStream, Message
-from litecache.adapter.chat.session import ChatSession
+from litecache.adapter.chat_replies import ChatReply, ChatStream, Message
+from litecache.adapter.chat_surface import ChatSession
 from litecache.errors import CapacityError, ConfigError, RequestAborted
 
 TEMPLATE = (

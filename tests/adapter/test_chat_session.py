@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_tokenizers import KINDS, small_tokenizer
 
-from litecache.adapter.chat.replies import ChatTemplate, Message
-from litecache.adapter.chat.session import Transcript
+from litecache.adapter.chat_replies import ChatTemplate, Message
+from litecache.adapter.chat_surface import Transcript
 
 PLAIN = (
     "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"

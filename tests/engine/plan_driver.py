@@ -16,7 +16,7 @@ from litecache.engine.kv_layout import KVLayout, KVPool
 from litecache.engine.loading.model_loader import LoadedModel, load_model
 from litecache.engine.loading.model_source import ModelSource
 from litecache.engine.running.model_runner import ModelRunner, StepHandle
-from litecache.engine.scheduling.step_plan import BlockCopy, NewRow, RowStep, StepPlan, TableUpdate
+from litecache.engine.scheduling.orders import BlockCopy, NewRow, RowStep, StepPlan, TableUpdate
 from litecache.types import SamplingParams
 
 VOCAB = 211

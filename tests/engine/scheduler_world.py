@@ -21,14 +21,16 @@ from litecache.engine.scheduling.orders import (
     CancelOrder,
     LoadOrder,
     LoadReport,
+    RowStep,
     SaveOrder,
     Schedule,
     StageOrder,
+    StepPlan,
+    StepResult,
 )
 from litecache.engine.scheduling.prefix_cache import PrefixCache
 from litecache.engine.scheduling.scheduler import Scheduler
 from litecache.engine.scheduling.sequence import Sequence
-from litecache.engine.scheduling.step_plan import RowStep, StepPlan, StepResult
 from litecache.hashing import BlockKey, root_key
 from litecache.types import FinishReason, Guidance, Request, SamplingParams
 

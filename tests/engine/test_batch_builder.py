@@ -12,7 +12,7 @@ from litecache.engine.kv_layout import KVLayout, KVSpec
 from litecache.engine.running.batch import StepBuffers
 from litecache.engine.running.cuda_graphs import GraphCache, GraphKey
 from litecache.engine.running.row_tables import RowTables
-from litecache.engine.scheduling.step_plan import NewRow, RowStep, StepPlan, TableUpdate
+from litecache.engine.scheduling.orders import NewRow, RowStep, StepPlan, TableUpdate
 from litecache.types import SamplingParams
 
 ROWS, LENGTH, BLOCK = 8, 256, 16

@@ -8,7 +8,7 @@ import pytest
 import torch
 from plan_driver import GREEDY, PlanDriver, random_prompt, stock_generate, tiny_model
 
-from litecache.engine.scheduling.step_plan import NewRow
+from litecache.engine.scheduling.orders import NewRow
 from litecache.kernels import decode_copies
 from litecache.kernels.decode_copies import DecodeCopies
 

@@ -17,7 +17,7 @@ from plan_driver import FAMILIES, random_prompt, stock_generate, tiny_model
 from litecache.config import CacheConfig
 from litecache.engine.engine import Engine
 from litecache.engine.running.model_runner import StepHandle
-from litecache.engine.scheduling.step_plan import StepPlan
+from litecache.engine.scheduling.orders import StepPlan
 from litecache.engine.transfer import loader
 from litecache.errors import CapacityError, ConfigError
 from litecache.storage.arena.view import ArenaView

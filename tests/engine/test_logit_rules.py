@@ -257,7 +257,7 @@ def test_sampling_with_rules_draws_what_transformers_keeps() -> None:
 
 
 def new_row(row: int, prompt: list[int], sampling: SamplingParams) -> Any:
-    from litecache.engine.scheduling.step_plan import NewRow
+    from litecache.engine.scheduling.orders import NewRow
 
     return NewRow(row, tuple(prompt), len(prompt), sampling)
 

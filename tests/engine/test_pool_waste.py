@@ -7,9 +7,9 @@ import random
 import pytest
 
 from litecache.engine.kv_layout import KVLayout, KVSpec
+from litecache.engine.scheduling.orders import StepResult
 from litecache.engine.scheduling.prefix_cache import PrefixCache
 from litecache.engine.scheduling.scheduler import Scheduler
-from litecache.engine.scheduling.step_plan import StepResult
 from litecache.hashing import root_key
 from litecache.types import Request, SamplingParams
 

@@ -18,7 +18,7 @@ from plan_driver import (
 )
 
 from litecache.engine.running.cuda_graphs import GraphCache
-from litecache.engine.scheduling.step_plan import RowStep, StepPlan
+from litecache.engine.scheduling.orders import RowStep, StepPlan
 from litecache.errors import ConfigError
 from litecache.kernels import dispatch
 from litecache.types import SamplingParams

@@ -23,7 +23,7 @@ from litecache.engine.kv_layout import KVLayout, KVSpec
 from litecache.engine.scheduling.below import NO_REFS, Refs
 from litecache.engine.scheduling.block_pool import BlockPool
 from litecache.engine.scheduling.loads import Loads
-from litecache.engine.scheduling.orders import LoadReport, Schedule
+from litecache.engine.scheduling.orders import LoadReport, RowGuide, Schedule
 from litecache.engine.scheduling.plan_builder import PlanBuilder
 from litecache.engine.scheduling.prefix_cache import PrefixCache
 from litecache.engine.scheduling.prefix_index import (
@@ -37,7 +37,6 @@ from litecache.engine.scheduling.prefix_index import (
 from litecache.engine.scheduling.saves import Saves
 from litecache.engine.scheduling.scheduler import Scheduler
 from litecache.engine.scheduling.sequence import KeyChain, Sequence
-from litecache.engine.scheduling.step_plan import RowGuide
 from litecache.types import FinishReason, Guidance
 
 PROMPTS = st.builds(

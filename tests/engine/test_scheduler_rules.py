@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 from scheduler_world import BLOCK_SIZE, World, expected_output
 
-from litecache.engine.scheduling.orders import Schedule
-from litecache.engine.scheduling.step_plan import StepPlan, TableUpdate
+from litecache.engine.scheduling.orders import Schedule, StepPlan, TableUpdate
 from litecache.storage.protocol import Retention
 from litecache.token_ids import TokenIds
 from litecache.types import FinishReason

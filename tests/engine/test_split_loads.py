@@ -24,7 +24,7 @@ from split_world import (
 )
 
 from litecache.engine.scheduling.cost_model import CostModel
-from litecache.engine.scheduling.step_plan import Step, StepPlan, StepResult
+from litecache.engine.scheduling.orders import Step, StepPlan, StepResult
 from litecache.engine.transfer import loader
 from litecache.errors import StorageError
 from litecache.storage.arena.view import ArenaView

@@ -22,7 +22,7 @@ from litecache.engine.running.cuda_graphs import GraphCache, StepGraph
 from litecache.engine.running.model_runner import ModelRunner
 from litecache.engine.running.passes.fused_layers import FusedDecoderLayer
 from litecache.engine.running.passes.layer_ops import TritonOps
-from litecache.engine.scheduling.step_plan import BlockCopy, NewRow, RowStep, StepPlan
+from litecache.engine.scheduling.orders import BlockCopy, NewRow, RowStep, StepPlan
 from litecache.kernels import library_prefill, triton_common, triton_plan, tuning
 from litecache.types import SamplingParams
 

@@ -6,7 +6,7 @@ import pytest
 from engine_harness import family_source
 
 from litecache.config import CacheConfig
-from litecache.engine.measuring.worth import ColdCurve, LengthTimes, break_even, measure_worth
+from litecache.engine.worth import ColdCurve, LengthTimes, break_even, measure_worth
 from litecache.errors import CapacityError, ConfigError
 
 DISK_BYTES = 600_000_000

@@ -24,10 +24,11 @@ from litecache.engine.scheduling.orders import (
     LoadReport,
     Schedule,
     StageOrder,
+    StepPlan,
+    StepResult,
 )
 from litecache.engine.scheduling.prefix_cache import PrefixCache
 from litecache.engine.scheduling.scheduler import Scheduler
-from litecache.engine.scheduling.step_plan import StepPlan, StepResult
 from litecache.hashing import BlockKey, chain_keys, root_key
 from litecache.types import Request, SamplingParams
 

@@ -32,8 +32,8 @@ from trace_model import (
     split_sessions,
 )
 
-from litecache.engine.measuring.tier_engine import Tokens
-from litecache.engine.measuring.worth import ColdCurve
+from litecache.engine.tier_engine import Tokens
+from litecache.engine.worth import ColdCurve
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 

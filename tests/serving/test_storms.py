@@ -15,7 +15,7 @@ from local_server import LocalAdapter, client_of, make_service
 from schema_fuzz import SchemaFuzz, fault
 
 from litecache.serving.http_app import POSTS, HttpApp
-from litecache.serving.pages.openapi import openapi
+from litecache.serving.pages import openapi
 from litecache.serving.service import ModelService
 
 COUNT = 60

@@ -7,7 +7,7 @@ import time
 import pytest
 from storage_help import fill, get
 
-from litecache.metric_catalog import GAP_BOUNDS_S
+from litecache.metrics import GAP_BOUNDS_S
 from litecache.storage import LocalShardClient, ShardStore
 
 NBYTES = 4096

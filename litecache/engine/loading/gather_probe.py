@@ -66,7 +66,7 @@ def gathered_logits(
 
     Arguments as of `verify`; float32 `[rows, tokens, vocab]`.
     """
-    from litecache.engine.running.gathered_forward import GatheredForward
+    from litecache.engine.running.gather_cache import GatheredForward
 
     tokens, positions = plan.inputs(model)
     rows, device = len(plan.starts), tokens.device

@@ -1,9 +1,11 @@
-"""Draws the next tokens of a mixed batch: greedy rows and sampling rows in one pass.
+"""Draws the next tokens of a mixed batch, and hands out what else is asked of its logits.
 
-The filters have the meaning and the order of transformers' warpers (temperature, top-k, top-p,
-min-p), written as one threshold per row. A token is drawn by an exponential race: the kept token
-with the largest `p / e` wins, `e` being exponential numbers of the counter-based generator, which
-makes each draw independent of the batch around it.
+Greedy rows and sampling rows are one pass. The filters have the meaning and the order of
+transformers' warpers (temperature, top-k, top-p, min-p), written as one threshold per row. A token
+is drawn by an exponential race: the kept token with the largest `p / e` wins, `e` being exponential
+numbers of the counter-based generator, which makes each draw independent of the batch around it.
+
+What is handed out travels to the host behind the step's event, as its tokens do.
 """
 
 from __future__ import annotations
@@ -149,3 +151,53 @@ class LogprobRows:
             top = tuple(zip(indices[:count], values[:count], strict=True))
             found[place] = TokenLogprobs(chosen, top)
         return found
+
+
+class HandedOut:
+    """A step's logits on their way to the host.
+
+    Args:
+        logits: `[S, vocab]`, of the samples and, behind them, of the positions that
+            `Batch.handed_out` names.
+        batch: the step.
+        vocab_size: what lies behind is padding of the model's.
+    """
+
+    def __init__(self, logits: torch.Tensor, batch: Batch, vocab_size: int) -> None:
+        self._logits: dict[int, torch.Tensor] = {}
+        self._logprobs: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+        self._top: dict[int, int] = {}
+        for place, first, count in batch.handed_out:
+            own = logits[first : first + count, :vocab_size]
+            if place not in batch.following:
+                self._logits[place] = own.contiguous().to("cpu", non_blocking=True)
+                continue
+            tokens, self._top[place] = batch.following[place]
+            scores = torch.log_softmax(own.float(), dim=-1)
+            top = scores.topk(min(max(1, self._top[place]), scores.shape[1]), dim=-1)
+            known = torch.from_numpy(tokens).to(logits.device, non_blocking=True)
+            known = torch.where(known < 0, top.indices[:, 0], known)
+            self._logprobs[place] = (
+                scores.gather(1, known[:, None])[:, 0].to("cpu", non_blocking=True),
+                top.values.to("cpu", non_blocking=True),
+                top.indices.to("cpu", non_blocking=True),
+            )
+
+    def logits(self) -> dict[int, bytes]:
+        """`[count, vocab]` as bytes, by place in the plan; only after the step's event."""
+        return {
+            place: own.view(torch.uint8).numpy().tobytes() for place, own in self._logits.items()
+        }
+
+    def logprobs(self) -> dict[int, tuple[TokenLogprobs, ...]]:
+        """One for each position, by place in the plan; only after the step's event."""
+        return {
+            place: tuple(
+                TokenLogprobs(
+                    chosen,
+                    tuple(zip(indices, values, strict=True))[: self._top[place]],
+                )
+                for chosen, values, indices in zip(*(part.tolist() for part in parts), strict=True)
+            )
+            for place, parts in self._logprobs.items()
+        }

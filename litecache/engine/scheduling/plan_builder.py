@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from litecache.engine.scheduling.below import BlockRef
-from litecache.engine.scheduling.sequence import Sequence
-from litecache.engine.scheduling.step_plan import (
+from litecache.engine.scheduling.orders import (
     BlockCopy,
     NewRow,
     RowGuide,
@@ -14,6 +13,7 @@ from litecache.engine.scheduling.step_plan import (
     StepPlan,
     TableUpdate,
 )
+from litecache.engine.scheduling.sequence import Sequence
 from litecache.token_ids import TokenIds
 
 MAX_STEP_LOGITS = 256

@@ -27,7 +27,7 @@ from collections.abc import Sequence as Seq
 from litecache.engine.scheduling.below import BlockRef, FoundBelow
 from litecache.engine.scheduling.cost_model import CostModel
 from litecache.engine.scheduling.loads import Loads
-from litecache.engine.scheduling.orders import LoadReport, SaveOrder, Schedule
+from litecache.engine.scheduling.orders import LoadReport, RowStep, SaveOrder, Schedule, StepResult
 from litecache.engine.scheduling.plan_builder import Launched, PlanBuilder
 from litecache.engine.scheduling.prefix_cache import PrefixCache
 from litecache.engine.scheduling.prefix_view import PrefixView, view_prefix
@@ -39,7 +39,6 @@ from litecache.engine.scheduling.sequence import (
     Sequence,
     SequenceStatus,
 )
-from litecache.engine.scheduling.step_plan import RowStep, StepResult
 from litecache.errors import CapacityError
 from litecache.hashing import BlockKey
 from litecache.token_ids import TokenIds

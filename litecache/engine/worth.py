@@ -19,7 +19,7 @@ import numpy as np
 
 from litecache.config import CacheConfig
 from litecache.engine.loading.model_source import ModelSource
-from litecache.engine.measuring.tier_engine import TierEngine, Tokens, copy_rate
+from litecache.engine.tier_engine import TierEngine, Tokens, copy_rate
 from litecache.errors import CapacityError, ConfigError, RequestTimeout
 from litecache.storage.disk.raw_disk import MIB, RawDisk
 

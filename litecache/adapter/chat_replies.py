@@ -1,8 +1,8 @@
 """One conversation and its answer: the chat template, the reply, the reply while it comes.
 
-`ChatSurface` (surface.py) is what users call, `ChatSession` (session.py) goes on from
-turn to turn. Both make their prompts by `ChatTemplate`, which is `apply_chat_template` of
-transformers and nothing else, and ask by `ask` or `ChatStream`.
+`ChatSurface` and `ChatSession` (chat_surface.py) are what users call. Both make their prompts by
+`ChatTemplate`, which is `apply_chat_template` of transformers and nothing else, and ask by `ask` or
+`ChatStream`.
 """
 
 from __future__ import annotations

@@ -3,16 +3,25 @@
 The actors build the model from its config and load its tensors. Whatever else was done to a module
 would be lost on that way, and other tokens would come back; so it is refused here, by name. A
 second module of the same config, built without weights, tells what belongs to it; given the same
-tensors, it must give the same logits.
+tensors, it must give the same logits: a patched function, a closure or a class that another library
+exchanged may hide from a comparison of parts, but not from those.
+
+Adapters of PEFT are merged into the weights of a copy, by PEFT's own layers of whichever kind
+(LoRA, DoRA, IA3 and so on): merged, they cost no step of the engine anything, and are part of the
+model's fingerprint, so that no block of one adapter is ever found for another. Nothing of PEFT is
+imported here: whoever hands over such a model has done that.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
+import logging
 import sys
 import types
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,10 +29,11 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from litecache.adapter.modules.module_trial import trial_error
-from litecache.adapter.modules.peft_models import has_adapters, is_peft, merged_copy
 from litecache.engine.loading.model_checks import loading_reason
-from litecache.errors import ConfigError, shown
+from litecache.engine.loading.probe import TOLERANCE, ProbePlan, relative_error
+from litecache.errors import ConfigError, shown, told
+
+logger = logging.getLogger(__name__)
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 # Attributes of modules that change nothing in eval mode.
@@ -302,3 +312,184 @@ def _name(hook: Callable[..., Any]) -> str:
     if isinstance(hook, functools.partial):
         hook = hook.func
     return getattr(hook, "__qualname__", None) or type(hook).__name__
+
+
+_PLAN = ProbePlan((0,), 8)
+# Matrix products of a GPU may round to fewer bits than those of a CPU, float32 ones included.
+_TOLERANCE_BETWEEN_DEVICES = 1e-2
+
+
+def trial_error(module: nn.Module, plain: nn.Module) -> tuple[float, float] | None:
+    """Relative difference between the logits of two models, in eval mode and eagerly.
+
+    Both are left as they were, torch's generators too.
+
+    Args:
+        module: the user's.
+        plain: with the same tensors, on any device.
+
+    Returns:
+        The difference and what rounding may make of it; None where one of them does not run here.
+    """
+    theirs, ours = _logits(module, plain), _logits(plain, plain)
+    if theirs is None or ours is None:
+        return None
+    first = next(plain.parameters())
+    allowed = TOLERANCE.get(first.dtype, TOLERANCE[torch.float32])
+    if next(module.parameters()).device != first.device:
+        allowed = max(allowed, _TOLERANCE_BETWEEN_DEVICES)
+    if theirs.shape != ours.shape:
+        return float("inf"), allowed
+    return relative_error(theirs, ours), allowed
+
+
+def _logits(model: Any, plain: nn.Module) -> torch.Tensor | None:
+    """Float32 on the CPU, of tokens that are valid ones of `plain`."""
+    tokens, _ = _PLAN.inputs(plain)
+    device = next(model.parameters()).device
+    try:
+        with _undisturbed(model, device), torch.no_grad():
+            logits: torch.Tensor = model(input_ids=tokens.to(device), use_cache=False).logits
+            return logits.float().cpu()
+    except Exception as error:  # whatever a model of the user's trips over
+        logger.debug("%s does not run here: %s", type(model).__name__, told(error))
+        return None
+
+
+@contextlib.contextmanager
+def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """In eval mode, in its own dtype and without compiling; afterwards as before."""
+    training = [part for part in model.modules() if part.training]
+    devices = [device] if device.type == "cuda" else []
+    # What is not imported has compiled nothing, and to import it takes seconds.
+    compiler = "torch._dynamo" in sys.modules
+    eagerly = torch.compiler.set_stance("force_eager") if compiler else contextlib.nullcontext()
+    try:
+        for part in training:
+            part.training = False
+        with (
+            torch.random.fork_rng(devices=devices),
+            torch.autocast(device.type, enabled=False),
+            eagerly,
+        ):
+            yield
+    finally:
+        for part in training:
+            part.training = True
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether a part of the model is a layer, a wrapper or a model of PEFT."""
+    return any(is_peft(part) for part in model.modules())
+
+
+def merged_copy(model: Any) -> Any:
+    """What the model computes now, as a plain model: active adapters merged, others left out.
+
+    Adapters that are disabled or not active count as PEFT counts them. The user's model stays as it
+    is; tensors on the CPU that nothing is merged into are shared with it.
+
+    Args:
+        model: of PEFT, or of transformers with adapters in it.
+
+    Returns:
+        A model of transformers, on the CPU.
+
+    Raises:
+        ConfigError: the adapters change more than weights, or PEFT cannot merge them.
+    """
+    valid = "a model whose adapters are merged into its weights, as by merge_and_unload()"
+    configs = getattr(model, "peft_config", None)
+    for each in configs.values() if isinstance(configs, dict) else ():
+        if getattr(each, "is_prompt_learning", False):
+            why = f"{type(each).__name__} gives the model other inputs and cannot be merged"
+            raise ConfigError("model", type(model).__name__, f"{valid}; {why}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT tells what is merged already
+            return _merge(_copy_on_cpu(_base(model)))
+    except Exception as error:  # each kind of adapter has reasons of its own
+        why = f"PEFT does not merge these ({told(error)})"
+        raise ConfigError("model", type(model).__name__, f"{valid}; {why}") from error
+
+
+def is_peft(part: nn.Module) -> bool:
+    """Whether it is of a class of PEFT."""
+    return type(part).__module__.partition(".")[0] == "peft"
+
+
+def _base(model: Any) -> Any:
+    """The model of transformers inside, its layers still PEFT's."""
+    while is_peft(model):
+        model = model.base_model if "base_model" in model._modules else model.model
+    return model
+
+
+def _copy_on_cpu(model: nn.Module) -> Any:
+    """A copy of all parts over the same tensors; those in parts of PEFT are copied, each alone.
+
+    Each alone, because a tied tensor is not tied where an adapter adds to one use of it.
+    """
+    tensors = (*model.parameters(), *model.buffers())
+    shared: dict[int, Any] = {id(tensor): _on_cpu(tensor) for tensor in tensors}
+    made = copy.deepcopy(model, shared)
+    for part in made.modules():
+        if is_peft(part):
+            for inner in part.modules():
+                for name, tensor in inner._parameters.items():
+                    if tensor is not None:
+                        inner._parameters[name] = nn.Parameter(tensor.detach().clone(), False)
+    return made
+
+
+def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.device.type == "cpu":
+        return tensor
+    moved = tensor.detach().cpu()
+    return nn.Parameter(moved, False) if isinstance(tensor, nn.Parameter) else moved
+
+
+def _merge(model: Any) -> Any:
+    """Replace all parts of PEFT by what they compute now, in place."""
+    merged: tuple[str, ...] = ()
+    for name, part in list(model.named_modules()):
+        if is_peft(part) and not name.startswith(merged):
+            owner, _, own_name = name.rpartition(".")
+            model.get_submodule(owner)._modules[own_name] = _merged_part(part)
+            merged += (f"{name}.",)
+    for name in ("peft_config", "_hf_peft_config_loaded"):
+        vars(model).pop(name, None)
+    _untie(model)
+    return model
+
+
+def _merged_part(part: Any) -> nn.Module:
+    """A plain module with the part's effect; the part itself is of no use afterwards."""
+    for layer in part.modules():
+        if not is_peft(layer) or not hasattr(layer, "_active_adapter"):
+            continue
+        merged = getattr(layer, "merged", False)
+        if layer.disable_adapters:
+            if merged:
+                layer.unmerge()
+            layer._active_adapter = []
+        elif merged:  # then a forward adds no others
+            layer._active_adapter = list(layer.merged_adapters)
+    if hasattr(part, "unload_and_optionally_merge_module"):
+        plain = part.unload_and_optionally_merge_module(
+            merge=True, safe_merge=False, adapter_names=None
+        )
+    else:
+        part.merge()
+        plain = part.get_base_layer()
+    return plain  # type: ignore[no-any-return]
+
+
+def _untie(model: Any) -> None:
+    """Let the config say that an embedding and a head which differ now are not tied."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is None or torch.equal(embedding.weight, head.weight):
+        return
+    for config in (model.config, model.config.get_text_config(decoder=True)):
+        if getattr(config, "tie_word_embeddings", False):
+            config.tie_word_embeddings = False

@@ -1,1 +1,0 @@
-"""Conversations: replies by the tokenizer's template, and sessions that go on from turn to turn."""

@@ -1,1 +1,0 @@
-"""Modules of the caller's process: which can be served as they are, and what is saved of them."""

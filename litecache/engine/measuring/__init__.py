@@ -1,1 +1,0 @@
-"""Measuring a model, its tiers and a machine: for `litecache bench` and `scripts/bench_*.py`."""

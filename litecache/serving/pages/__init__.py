@@ -1,1 +1,0 @@
-"""What the server answers without its model: a page for people, the schemas of bodies, metrics."""
