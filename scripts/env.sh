@@ -6,6 +6,8 @@
 # shellcheck shell=bash
 export PATH="$PWD/.venv/bin:$PATH" VIRTUAL_ENV="$PWD/.venv" PYTHONUNBUFFERED=1
 export RAY_USAGE_STATS_ENABLED=0 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}
+# Some containers set it; each of hundreds of processes would compile the library again.
+unset PYTHONDONTWRITEBYTECODE
 litecache_tmp=$(mktemp -d)
 trap 'rm -rf "$litecache_tmp"' EXIT
 if [ -z "${RAY_ADDRESS:-}" ] && [ -z "${RAY_AUTH_TOKEN_PATH:-}" ]; then

