@@ -739,6 +739,27 @@ def test_a_lookup_begins_when_a_request_arrives_and_holds_up_nobody_behind_it() 
     assert not world.leases
 
 
+def test_a_lookup_is_waited_for_as_long_as_it_is_worth_and_no_longer_than_a_call() -> None:
+    world, prompt = stored(8)
+    for tokens in (8, 16, 32):  # as slow as a large model on a CPU
+        world.costs.note_step(
+            prefill_tokens=tokens, context_tokens=0, num_decodes=0, seconds=0.5 * tokens
+        )
+    late = world.submit(prompt, 1)
+    world.run_steps()
+    world.now += 1.0
+    world.run_steps()
+    assert not world.outputs[late]
+    world.answer_stage(0, lambda _: True)
+    world.run_until_idle()
+    assert world.found[late] == world.reused[late] == {"ram": 64}
+    other = world.submit((1, *prompt), 1)
+    world.now += 2.0
+    world.run_steps()
+    assert other in world.finished
+    world.run_until_idle()
+
+
 def test_a_look_at_a_prefix_tells_of_each_block_whether_it_is_there_coming_or_missing() -> None:
     world = World(num_blocks=40)
     prompt = (0, 1, 1, 0) * 8 + (1,)

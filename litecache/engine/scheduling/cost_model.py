@@ -545,6 +545,10 @@ class CostModel:
         """A step has taken so long, see `StepLaw`."""
         self._steps.note(prefill_tokens, context_tokens, num_decodes, seconds)
 
+    def compute_s(self, num_tokens: int, num_cached: int) -> float:
+        """Seconds of a prefill behind what is cached, on an idle engine."""
+        return self._steps.seconds(num_tokens, num_cached, 0)
+
     def left_s(self, steps: Iterable[tuple[int, int, int]], began_s: float, now: float) -> float:
         """Seconds until steps under way have ended, the first of which began at `began_s`.
 

@@ -36,6 +36,10 @@ from litecache.types import Tier
 MAX_STAGING = 8
 """Requests that may hold leases in the shards at once."""
 
+LOOKUP_SHARE, LOOKUP_MOST_S = 0.25, 2.0
+"""A lookup is worth waiting for this share of what computing all that it asks for takes, but no
+longer than a call to a shard may take."""
+
 REPLAN_BLOCKS = 16
 """A plan is made anew when so many have landed, or half of what is left."""
 
@@ -81,6 +85,10 @@ class Loads:
             seq.ticket = self._tickets
         self._active[seq.ticket] = seq
         seq.status, seq.asked_s = SequenceStatus.STAGING, now
+        assert self._cost is not None
+        count = len(np.unique(refs[:, 1])) * self._cache.block_size
+        spared_s = self._cost.compute_s(count, seq.num_tokens - count)
+        seq.lookup_worth_s = min(LOOKUP_SHARE * spared_s, LOOKUP_MOST_S)
         seq.below.ask(refs)
         keys = [seq.chain.keys[group][index] for group, index in refs.tolist()]
         out.stages.append(StageOrder(seq.ticket, refs, keys))

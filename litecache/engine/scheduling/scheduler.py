@@ -67,8 +67,8 @@ class Scheduler:
         admission: which published blocks are saved: "all", "frequent", "reused" or "none".
         deterministic: end prefill chunks on a fixed grid.
         load_chunk_tokens: of a prefill chunk beside a load.
-        lookup_patience_s: a request whose lookup takes longer starts without; a late answer is of
-            use all the same.
+        lookup_patience_s: a request whose lookup takes longer, and longer than it is worth, starts
+            without; a late answer is of use all the same.
     """
 
     def __init__(
@@ -500,7 +500,7 @@ class Scheduler:
         out: Schedule,
     ) -> None:
         """Look up and start waiting requests in order; one that does not fit holds the rest."""
-        blocked, patience_s = False, self._lookup_patience_s
+        blocked = False
         for seq in list(self._queues.waiting):
             if (
                 alone not in (None, seq)
@@ -509,9 +509,11 @@ class Scheduler:
                 or seq.id in self._asking
             ):
                 continue
-            if seq.status is SequenceStatus.STAGING and now < seq.asked_s + patience_s:
-                self._wake(seq.asked_s + patience_s)
-                continue
+            if seq.status is SequenceStatus.STAGING:
+                until_s = seq.asked_s + max(self._lookup_patience_s, seq.lookup_worth_s)
+                if now < until_s:
+                    self._wake(until_s)
+                    continue
             full = plan.budget <= 0 and not seq.below.num_staged
             blocked = blocked or full or not self._queues.has_row
             if blocked:

@@ -93,6 +93,7 @@ class Sequence:
         ticket: names its dealings with the lower tiers in this life; 0 = none.
         below: what the lower tiers were asked for in this life, hold of it, and load.
         asked_s: when they were asked, or would have been; -inf = not yet.
+        lookup_worth_s: how long their answer is worth waiting for.
         awaits: while it waits, the block that another computes or loads; None = none.
         num_found: positions from the front whose KV the pool held when it came.
         load_run: where windows slide, the blocks that will be jumped over once all that loads has
@@ -146,6 +147,7 @@ class Sequence:
         self.ticket = 0
         self.below = Below(len(roots))
         self.asked_s = -math.inf
+        self.lookup_worth_s = 0.0
         self.awaits: int | None = None
         self.num_found = 0
         self.paused = False
