@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pty
+import re
 import resource
 import shutil
 import signal
@@ -693,6 +694,8 @@ def test_every_command_has_an_example_in_its_help_and_takes_json(name: str) -> N
     text = " ".join(CliRunner().invoke(app, [name, "--help"]).stdout.split())
     assert f"Example: litecache {name}" in text
     assert "--json" in text
+    # a flag is off unless it is given: its opposite would only fill the page
+    assert set(re.findall(r"--no-[a-z]+", text)) <= {"--no-auth"}
 
 
 def test_a_shell_completes_commands_and_is_shown_nothing_where_there_is_no_cluster(

@@ -34,27 +34,32 @@ logger = logging.getLogger(__name__)
 app = typer.Typer(
     help="A paged, tiered and persistent KV cache for Hugging Face models on Ray.",
     no_args_is_help=True,
+    rich_markup_mode="markdown",
 )
-_groups: tuple[Any, ...] = (
-    up,
-    scale,
-    drain,
-    down,
-    show_status,
-    show_top,
-    explain_prompt,
-    generate,
-    serve_model,
-    export,
-    warm,
-    delete,
-)
-_machine: tuple[Any, ...] = bench_model, inspect, verify, tune, doctor, models
-for command in (*_groups, *_machine):
-    app.command()(command)
-app.command("import")(import_)
-app.command("timeline")(write_timeline)
-app.add_typer(dashboard, name="dashboard")
+# As the README groups them.
+_panels: dict[str, dict[str, Any]] = {
+    "Groups of actors": {"up": up, "down": down, "scale": scale, "drain": drain},
+    "What a group does": {
+        "status": show_status,
+        "top": show_top,
+        "explain": explain_prompt,
+        "timeline": write_timeline,
+    },
+    "Texts": {"generate": generate, "serve": serve_model},
+    "Prefixes": {"warm": warm, "export": export, "import": import_, "delete": delete},
+    "This machine": {
+        "doctor": doctor,
+        "bench": bench_model,
+        "tune": tune,
+        "models": models,
+        "inspect": inspect,
+        "verify": verify,
+    },
+}
+for panel, commands in _panels.items():
+    for name, command in commands.items():
+        app.command(name, rich_help_panel=panel)(command)
+app.add_typer(dashboard, name="dashboard", rich_help_panel="What a group does")
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from litecache.checks import check_text
 from litecache.cli.options import (
     Address,
     AsJson,
+    Chat,
     TrustRemoteCode,
     check_address,
     check_model,
@@ -52,7 +53,7 @@ def explain(
         ),
     ] = None,
     salt: Salt = None,
-    chat: Annotated[bool, typer.Option(help="apply the tokenizer's chat template")] = False,
+    chat: Chat = False,
     trust_remote_code: TrustRemoteCode = False,
     address: Address = None,
     as_json: AsJson = False,

@@ -11,6 +11,7 @@ from litecache.checks import check_integer, check_seconds
 from litecache.cli.options import (
     Address,
     AsJson,
+    Chat,
     GroupName,
     Model,
     Settings,
@@ -62,13 +63,16 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="text to continue; - reads it from stdin")],
     group: Annotated[
         str | None,
-        typer.Option(help="join or name a group; default private", autocompletion=group_names),
+        typer.Option(
+            help="to join, or to start; default: one that ends with the command",
+            autocompletion=group_names,
+        ),
     ] = None,
     settings: Settings = None,
     max_new_tokens: Annotated[int, typer.Option(help="tokens to generate")] = 64,
     temperature: Annotated[float | None, typer.Option(help="sample at this temperature")] = None,
     seed: Annotated[int | None, typer.Option(help="of sampling")] = None,
-    chat: Annotated[bool, typer.Option(help="apply the tokenizer's chat template")] = False,
+    chat: Chat = False,
     trust_remote_code: TrustRemoteCode = False,
     address: Address = None,
     as_json: AsJson = False,

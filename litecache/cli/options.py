@@ -46,8 +46,10 @@ GroupName = Annotated[
 ]
 Address = Annotated[str | None, typer.Option(help="Ray's address; default RAY_ADDRESS or auto")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
+Chat = Annotated[bool, typer.Option("--chat", help="apply the tokenizer's chat template")]
 TrustRemoteCode = Annotated[
-    bool, typer.Option(help="let Python code that comes with the model run")
+    bool,
+    typer.Option("--trust-remote-code", help="let Python code that comes with the model run"),
 ]
 Settings = Annotated[
     list[str] | None,

@@ -35,7 +35,7 @@ AGroup = Annotated[
     str | None,
     typer.Option(
         "--group",
-        help="join it; default: default, or with --model none",
+        help='to join; default: "default", or with --model one of its own',
         autocompletion=group_names,
     ),
 ]
