@@ -44,7 +44,7 @@ def check_input_ids(input_ids: object) -> torch.Tensor:
         raise ConfigError("input_ids", outline(input_ids), _MATRIX)
     with naming("input_ids", input_ids, f"{_MATRIX}, dense"):
         kind, shape = input_ids.dtype, list(input_ids.shape)
-        if len(shape) != 2 or kind.is_floating_point or kind.is_complex:
+        if len(shape) != 2 or kind.is_floating_point or kind.is_complex or kind is torch.bool:
             raise ConfigError("input_ids", outline(input_ids), _MATRIX)
         if not all(shape):
             raise ConfigError("input_ids", shape, "at least one row and one token")
@@ -191,14 +191,15 @@ def append_rows(
         pad_token_id: fills shorter rows; None = there is no such token.
 
     Returns:
-        Of `input_ids`' dtype and device, `[batch, tokens + new]`.
+        int64 on `input_ids`' device, `[batch, tokens + new]`: a narrow input's dtype could not hold
+        every token.
     """
     lengths = [len(row) for row in new_tokens]
     width = min(lengths) if pad_token_id is None else max(lengths)
     added = torch.full((len(new_tokens), width), pad_token_id or 0, dtype=torch.int64)
     for index, row in enumerate(new_tokens):
         added[index, : len(row)] = torch.tensor(row[:width], dtype=torch.int64)
-    return torch.cat([input_ids, added.to(input_ids.device, input_ids.dtype)], dim=1)
+    return torch.cat([input_ids.to(torch.int64), added.to(input_ids.device)], dim=1)
 
 
 def as_list(name: str, value: Any, most: int = 1 << 20) -> Any:

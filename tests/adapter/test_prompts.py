@@ -57,7 +57,11 @@ def test_a_mask_of_another_shape_is_refused(mask: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "ids", [None, [[1, 2]], torch.ones(2, 2), torch.ones(3, dtype=torch.int64), torch.ones(0, 4)]
+    "ids",
+    [
+        *(None, [[1, 2]], torch.ones(2, 2), torch.ones(3, dtype=torch.int64), torch.ones(0, 4)),
+        torch.ones(1, 3, dtype=torch.bool),  # a mask in the place of the ids
+    ],
 )
 def test_what_is_no_integer_matrix_is_refused(ids: Any) -> None:
     with pytest.raises(ConfigError, match="input_ids"):
@@ -70,10 +74,10 @@ def test_an_empty_prompt_is_refused() -> None:
 
 
 def test_new_tokens_are_appended_and_shorter_rows_padded() -> None:
-    ids = torch.tensor([[0, 5], [6, 7]], dtype=torch.int32)
-    out = append_rows(ids, [[1], [2, 3]], 9)
-    assert out.tolist() == [[0, 5, 1, 9], [6, 7, 2, 3]]
-    assert out.dtype == torch.int32
+    ids = torch.tensor([[0, 5], [6, 7]], dtype=torch.uint8)
+    out = append_rows(ids, [[1], [2, 50_000]], 9)
+    assert out.tolist() == [[0, 5, 1, 9], [6, 7, 2, 50_000]]  # whatever a byte can hold
+    assert out.dtype == torch.int64
 
 
 SECRET = "the patient said"

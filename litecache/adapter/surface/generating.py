@@ -74,7 +74,8 @@ class GenerateSurface(Driver):
             cache: what becomes of the KV that this call computes; what others left is found in any
                 case. "default": later calls find it in the pool and in the tiers below.
                 "read-only": in the pool only, and nothing is saved because of this call.
-                "no-store": nowhere, so that samples of one prompt compute it each for itself.
+                "no-store": nowhere, so that samples of one prompt compute it each for itself; in
+                the driver loop such a call finds what its own passes have computed alone.
             cache_ttl_s: what is saved because of this call leaves RAM and disk after so many
                 seconds, if the group's own `ttl_s` does not come first; None = only that counts.
             retention: "low", "normal" or "high": where room is needed there, low leaves first.
