@@ -141,6 +141,9 @@ def write_prefix(path: str, header: PrefixHeader, blocks: Iterable[bytes]) -> in
         raise StorageError(f"the prefix needs a header of {len(packed):,} bytes: too long")
     total = header.file_bytes(len(packed))
     head = _HEAD.pack(_MAGIC, VERSION, len(packed), total, xxhash.xxh3_64_intdigest(packed))
+    if os.path.exists(path) and not os.path.isfile(path):
+        # the rename below would put a file in the place of a device
+        raise StorageError(f"{shorten(path)} cannot be written: it is no regular file")
     folder, name = os.path.split(os.path.abspath(path))
     new = f"{folder}/.{name[:200]}.{secrets.token_hex(4)}"
     try:

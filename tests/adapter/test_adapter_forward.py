@@ -97,6 +97,7 @@ def test_logprobs_of_prompts_are_those_of_stocks_logits(
         ("top", lambda llm: llm.prompt_logprobs([[5, 6]], -1)),
         ("first", lambda llm: llm.prompt_logprobs([[5, 6]], first=0)),
         ("first", lambda llm: llm.prompt_logprobs([[5, 6]], first=[1, 1])),
+        ("first", lambda llm: llm.prompt_logprobs([[5, 6]], first=None)),
         ("prompts[0]", lambda llm: llm.prompt_logprobs([[]])),
         ("cache", lambda llm: llm.forward(IDS, cache="some")),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import stat
 import struct
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -212,4 +213,9 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(path: str) -> N
     for bad in ("/nowhere/at/all", os.path.dirname(path), "/dev/full/x"):
         with pytest.raises(StorageError, match="cannot be written"):
             write_prefix(bad, HEADER, iter(BLOCKS))
+    pipe = f"{os.path.dirname(path)}/pipe"
+    os.mkfifo(pipe)  # as good as /dev/null, in whose place there would be a file now
+    with pytest.raises(StorageError, match="it is no regular file"):
+        write_prefix(pipe, HEADER, iter(BLOCKS))
+    assert stat.S_ISFIFO(os.stat(pipe).st_mode)
     assert issubclass(PrefixFileError, LiteCacheError)

@@ -12,7 +12,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from litecache.adapter.driver import Driver
 from litecache.adapter.forward import prompt_logprobs_of, row_logits
 from litecache.adapter.generation import refuse_arguments
-from litecache.adapter.prompts import check_input_ids, check_prompts, naming
+from litecache.adapter.prompts import as_list, check_input_ids, check_prompts, naming
 from litecache.checks import check_integer
 from litecache.errors import ConfigError
 from litecache.types import TokenLogprobs
@@ -123,9 +123,13 @@ class ForwardSurface(Driver):
         self._check_open()
         checked = check_prompts(prompts, self.info.max_model_len)
         check_integer("top", top, 0, self.info.vocab_size)
-        firsts = [first] * len(checked) if isinstance(first, int) else list(first)
+        valid = f"one index, or a list of {len(checked)}"
+        with naming("first", first, valid):
+            firsts = (
+                [first] * len(checked) if isinstance(first, int) else [*as_list("first", first)]
+            )
         if len(firsts) != len(checked):
-            raise ConfigError("first", len(firsts), f"one index, or {len(checked)}")
+            raise ConfigError("first", len(firsts), valid)
         for each, tokens in zip(firsts, checked, strict=True):
             check_integer("first", each, 1, len(tokens))
         use = self._use(cache_salt, cache, cache_ttl_s, retention)
