@@ -64,7 +64,7 @@ class BlockIndex(KeyDict):
         checksum: xxh3_64 of the bytes on disk.
         put_seq: log's number of the disk copy; durable once that is synced.
         disk: disk slot + 1.
-        ram: RAM handle + 1.
+        ram: RAM handle, from 1 on.
         pages: block bytes / 4096.
         created_s, expires_s, used_s: Unix seconds; `expires_s` 0 is never.
         hits: times it was staged.

@@ -10,6 +10,7 @@ use it. Not thread-safe.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import TypeVar
 
 from ..errors import ConfigError
@@ -89,10 +90,7 @@ class KeyDict:
             ConfigError: a key is not 16 bytes.
         """
         parts = self.parts
-        try:
-            found = [parts[key[-1]].get(key, default) for key in keys]
-        except IndexError:
-            found = [default]
-        if default in found:  # a key of another length is never there
-            check_keys(keys)
-        return found
+        with suppress(KeyError, IndexError):
+            return [parts[key[-1]][key] for key in keys]
+        check_keys(keys)  # one of another length is never there
+        return [parts[key[-1]].get(key, default) for key in keys]

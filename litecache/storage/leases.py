@@ -99,10 +99,13 @@ class Leases:
     def __len__(self) -> int:
         return len(self._clients)
 
-    def give(self, client: Client, block: RamBlock) -> None:
-        """One more lease."""
-        client.leases[block.slot] = client.leases.get(block.slot, 0) + 1
-        block.leases += 1
+    def give(self, client: Client, blocks: Iterable[RamBlock]) -> None:
+        """One more lease on each."""
+        leases = client.leases
+        for block in blocks:
+            slot = block.slot
+            leases[slot] = leases.get(slot, 0) + 1
+            block.leases += 1
 
     def end(self, client: Client, slot: int, generation: int) -> RamBlock | None:
         """One lease less; the block, or None when the client holds no such lease."""

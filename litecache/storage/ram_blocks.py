@@ -19,6 +19,7 @@ from enum import IntEnum
 from typing import NamedTuple
 
 from ..hashing import BlockKey
+from .protocol import StageResult, StageStatus
 
 
 class RamState(IntEnum):
@@ -32,6 +33,7 @@ class RamState(IntEnum):
     DEAD = 5
 
 
+MISS = StageResult(StageStatus.MISS)
 LOADED = (RamState.DIRTY, RamState.WRITING, RamState.CLEAN)
 UNWRITTEN = (RamState.DIRTY, RamState.WRITING)
 
@@ -42,7 +44,8 @@ class RamBlock:
 
     Attributes:
         slot, nbytes, generation: where, how big, and under which number it was given out.
-        handle: small integer for the eviction queues.
+        handle: small integer from 1 on, for the eviction queues.
+        staged: what `stage` answers for the block in it; MISS while there is none.
         entry: of the block in it; -1 while RESERVED or DEAD.
         leases: of all clients together.
         busy: a read or a write is under way, and touches the slot.
@@ -56,6 +59,11 @@ class RamBlock:
     leases: int = 0
     state: RamState = RamState.RESERVED
     busy: bool = False
+    staged: StageResult = MISS
+
+    def answer(self, status: StageStatus) -> None:
+        """From now on `stage` tells of the slot like this."""
+        self.staged = StageResult(status, self.slot, self.generation)
 
 
 class WriteBatch(NamedTuple):

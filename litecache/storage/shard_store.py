@@ -9,7 +9,6 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import partial
 
 from ..errors import ConfigError
 from ..hashing import KEY_BYTES, BlockKey
@@ -35,16 +34,13 @@ MAX_FETCH_BYTES = 64 << 20
 """Of one answer of `fetch`; a block larger than this still goes, alone."""
 _LAST_S = 2**32 - 1
 _RETENTIONS = frozenset(Retention)
-_COUNTERS: tuple[tuple[StageStatus, str, dict[str, str]], ...] = (
-    (StageStatus.READY, "litecache_hits", {"tier": "ram"}),
-    (StageStatus.LOADING, "litecache_hits", {"tier": "disk"}),
-    (StageStatus.MISS, "litecache_misses", {"tier": "shard", "reason": "absent"}),
-    (StageStatus.BUSY, "litecache_misses", {"tier": "shard", "reason": "busy"}),
-)
-_MISS, _BUSY = StageResult(StageStatus.MISS), StageResult(StageStatus.BUSY)
-_READY, _LOADING = StageStatus.READY, StageStatus.LOADING
-# a NamedTuple's own constructor takes three times as long
-_staged = partial(tuple.__new__, StageResult)
+_COUNTERS: dict[StageStatus, tuple[str, dict[str, str]]] = {
+    StageStatus.READY: ("litecache_hits", {"tier": "ram"}),
+    StageStatus.LOADING: ("litecache_hits", {"tier": "disk"}),
+    StageStatus.MISS: ("litecache_misses", {"tier": "shard", "reason": "absent"}),
+    StageStatus.BUSY: ("litecache_misses", {"tier": "shard", "reason": "busy"}),
+}
+_BUSY = StageResult(StageStatus.BUSY)
 
 
 class ShardStore(ShardBase):
@@ -69,7 +65,8 @@ class ShardStore(ShardBase):
             ConfigError: a key is not 16 bytes.
         """
         self._check_open()
-        self.release(client_id, released)
+        if released:
+            self.release(client_id, released)
         results: list[StageResult] = []
         for batch in batches(keys):
             results += self._stage(client_id, batch)
@@ -79,7 +76,8 @@ class ShardStore(ShardBase):
     def _stage(self, client_id: int, keys: Sequence[BlockKey]) -> list[StageResult]:
         results = self._stage_once(client_id, keys)
         space, grown = self._tiers.space, -1
-        while _BUSY in results and space.grown != grown:
+        statuses = [result[0] for result in results]
+        while StageStatus.BUSY in statuses and space.grown != grown:
             # another client, or another block size, took the segment that was grown for these: ask
             # again for as long as the arena grows, now that growth and eviction see their need
             grown = space.grown
@@ -87,51 +85,53 @@ class ShardStore(ShardBase):
             again = self._stage_once(client_id, [keys[i] for i in busy])
             for i, result in zip(busy, again, strict=True):
                 results[i] = result
-        statuses = [result[0] for result in results]
-        for status, name, labels in _COUNTERS:
-            if count := statuses.count(status):
-                self.metrics.inc(name, count, **labels)
+            statuses = [result[0] for result in results]
+        for status in set(statuses):
+            name, labels = _COUNTERS[status]
+            self.metrics.inc(name, statuses.count(status), **labels)
         return results
 
     def _stage_once(self, client_id: int, keys: Sequence[BlockKey]) -> list[StageResult]:
-        index, space = self._tiers.index, self._tiers.space
-        with self._lock:
-            client = self._leases.get(client_id)
-            entries = self._tiers.look_up(keys)
-            needs = Counter(index.pages[e] for e in entries if e >= 0 and not index.ram[e])
-            if all(space.available(p) >= n or space.growth(p) is None for p, n in needs.items()):
-                return self._lease(client, entries)
-        for pages, count in needs.items():
-            self._grow_for(pages, count)
-        with self._lock:
-            return self._lease(self._leases.get(client_id), self._tiers.look_up(keys))
+        tiers, space, grown = self._tiers, self._tiers.space, False
+        while True:
+            with self._lock:
+                client, entries = self._leases.get(client_id), tiers.look_up(keys)
+                ram, pages = tiers.index.ram, tiers.index.pages
+                handles = [ram[entry] if entry >= 0 else 0 for entry in entries]
+                absent: dict[int, list[int]] = {}
+                if not all(handles):
+                    for at, entry in enumerate(entries):
+                        if entry >= 0 and not handles[at]:
+                            absent.setdefault(pages[entry], []).append(at)
+                needs = {size: len(places) for size, places in absent.items()}
+                if grown or all(
+                    space.available(size) >= n or space.growth(size) is None
+                    for size, n in needs.items()
+                ):
+                    return self._lease(client, entries, handles, absent)
+            for size, n in needs.items():
+                self._grow_for(size, n)
+            grown = True
 
-    def _lease(self, client: Client, entries: list[int]) -> list[StageResult]:
-        tiers, leases, staged = self._tiers, client.leases, _staged
-        handles, blocks, loading = tiers.index.ram, tiers.blocks, RamState.LOADING
-        results = [_MISS] * len(entries)
-        leased: list[int] = []
-        loads: dict[int, list[int]] = {}
-        for i, entry in enumerate(entries):
-            if entry < 0:
-                continue
-            handle = handles[entry]
-            if not handle:
-                loads.setdefault(tiers.index.pages[entry], []).append(i)
-                continue
-            # as `Leases.give`, which is called once a block and not once for each of 64
-            block = blocks[handle - 1]
-            slot = block.slot
-            leases[slot] = leases.get(slot, 0) + 1
-            block.leases += 1
-            status = _LOADING if block.state is loading else _READY
-            results[i] = staged((status, slot, block.generation))
-            leased.append(entry)
-        if loads:
-            for pages, wanted in loads.items():
-                self._begin_loads(client, pages, wanted, entries, results)
-            leased = [e for e, result in zip(entries, results, strict=True) if result[1] >= 0]
-        tiers.use(leased)
+    def _lease(
+        self,
+        client: Client,
+        entries: list[int],
+        handles: list[int],
+        absent: dict[int, list[int]],
+    ) -> list[StageResult]:
+        """Lease what is in RAM, and begin to load what is not: its places by block size."""
+        tiers = self._tiers
+        held = [tiers.blocks[handle] for handle in handles]
+        results = [block.staged for block in held]
+        if not all(handles):
+            held = [block for block in held if block.handle]
+        self._leases.give(client, held)
+        for size, places in absent.items():
+            self._begin_loads(client, size, places, entries, results)
+        if len(held) < len(entries):
+            entries = [e for e, result in zip(entries, results, strict=True) if result[1] >= 0]
+        tiers.use(entries)
         if tiers.dirty:
             tiers.work.notify_all()
         return results
@@ -140,24 +140,21 @@ class ShardStore(ShardBase):
         self,
         client: Client,
         pages: int,
-        wanted: list[int],
+        places: list[int],
         entries: list[int],
         results: list[StageResult],
     ) -> None:
         assert self._io is not None
-        distinct = list(dict.fromkeys(entries[i] for i in wanted))
+        distinct = list(dict.fromkeys(entries[at] for at in places))
         free = self._tiers.allocate(pages * PAGE_BYTES, len(distinct))
         # making room may have dropped nothing that is on disk, so all entries still stand
         blocks = dict(zip(distinct, free, strict=False))
         if blocks:
             self._io.load(list(blocks), free)
-        for i in wanted:
-            block = blocks.get(entries[i])
-            if block is None:
-                results[i] = _BUSY
-                continue
-            self._leases.give(client, block)
-            results[i] = StageResult(StageStatus.LOADING, block.slot, block.generation)
+        for at in places:
+            block = blocks.get(entries[at])
+            results[at] = block.staged if block is not None else _BUSY
+        self._leases.give(client, [blocks[e] for at in places if (e := entries[at]) in blocks])
 
     def _each(self, keys: Sequence[BlockKey], ask: Callable[[int], bool]) -> list[bool]:
         """An answer for each entry, or -1; asked under the lock."""
@@ -219,8 +216,8 @@ class ShardStore(ShardBase):
                 return []
             self._tiers.drop_expired(int(time.time()))
             blocks = self._tiers.allocate(block_bytes, n)
+            self._leases.give(client, blocks)
             for block in blocks:
-                self._leases.give(client, block)
                 self._arena.set_entry(
                     block.slot, block.generation, SlotState.RESERVED, None, block_bytes
                 )
@@ -317,7 +314,7 @@ class ShardStore(ShardBase):
                     self._tiers.use_elsewhere([entry for entry in entries if entry >= 0])
                     if self._tiers.dirty:
                         self._tiers.work.notify_all()
-            found += [entry >= 0 for entry in entries]
+            found += [entry >= 0 for entry in entries] if -1 in entries else [True] * len(entries)
         return found
 
     def places(self, keys: Sequence[BlockKey]) -> bytes:
@@ -413,7 +410,7 @@ class ShardStore(ShardBase):
                     continue
                 block = tiers.block_of(entry)
                 if block is not None and block.state in LOADED:
-                    self._leases.give(self._leases.own, block)
+                    self._leases.give(self._leases.own, [block])
                     in_ram[position] = block
                 elif tiers.disk is not None and tiers.index.disk[entry]:
                     on_disk[position] = tiers.stored(entry)

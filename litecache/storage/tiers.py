@@ -26,8 +26,8 @@ from .disk.tier import DiskTier
 from .eviction.queues import Queues, allocate
 from .key_dict import BATCH_KEYS
 from .namespaces import Quotas
-from .protocol import PAGE_BYTES, CommitItem, SlotState
-from .ram_blocks import UNWRITTEN, RamBlock, RamState, WriteBatch
+from .protocol import PAGE_BYTES, CommitItem, SlotState, StageResult, StageStatus
+from .ram_blocks import MISS, UNWRITTEN, RamBlock, RamState, WriteBatch
 from .retry import Backoff
 from .segments import SegmentSpace
 
@@ -47,7 +47,7 @@ class Tiers:
         lock: guards all of this; `changed` tells that a lease, a read or a write ended, `work` that
             there is something to read or write.
         index, disk: see their classes; without a disk RAM is all there is.
-        by_slot, blocks: slots in use, by where they lie and by handle.
+        by_slot, blocks: slots in use, by where they lie and by handle; handle 0 is no slot's.
         space, queues, quotas: of the RAM tier.
         growth: when the arena may grow again after there was no memory.
         reads: LOADING blocks of one size in neighbouring disk slots, a request each.
@@ -82,7 +82,7 @@ class Tiers:
         # (namespace, pages) of blocks that came in under a quota
         self._under_quota: set[tuple[int, int]] = set()
         self.by_slot: dict[int, RamBlock] = {}
-        self.blocks: dict[int, RamBlock] = {}
+        self.blocks = {0: RamBlock(-1, 0, 0, 0)}
         self._free_handles: list[int] = []
         self._generation = 0
         self.reads: deque[list[RamBlock]] = deque()
@@ -104,9 +104,9 @@ class Tiers:
         return self.index.parents[self.blocks[handle].entry]
 
     def find(self, key: BlockKey) -> int:
-        """Handle of a key's block, or -1."""
+        """Handle of a key's block, or 0."""
         entry = self.index.find(key)
-        return self.index.ram[entry] - 1 if entry >= 0 else -1
+        return self.index.ram[entry] if entry >= 0 else 0
 
     def look_up(self, keys: Sequence[BlockKey]) -> list[int]:
         """Entries of keys, -1 where missing; what has outlived its time is dropped."""
@@ -131,7 +131,7 @@ class Tiers:
     def block_of(self, entry: int) -> RamBlock | None:
         """The block's slot in RAM, if any."""
         handle = self.index.ram[entry] if entry >= 0 else 0
-        return self.blocks[handle - 1] if handle else None
+        return self.blocks[handle] if handle else None
 
     def stored(self, entry: int) -> Stored:
         """Where the disk has a block."""
@@ -141,6 +141,8 @@ class Tiers:
 
     def use(self, entries: Sequence[int]) -> None:
         """Count a hit each, refresh recency, and let admission think again."""
+        if not entries:
+            return
         now = int(time.time())
         self._count_gaps(entries, now)
         self.index.note_hits(entries, now)
@@ -153,32 +155,31 @@ class Tiers:
 
     def _count_gaps(self, entries: Sequence[int], now: int) -> None:
         # A prefix was mostly used at one time; of old blocks each may have had its own.
-        used = self.index.used_s
-        times: Counter[int] = Counter()
-        sums: Counter[int] = Counter()
-        for then, count in Counter(used[entry] for entry in entries).items():
+        used = list(map(self.index.used_s.__getitem__, entries))
+        alike = used.count(used[0]) == len(used)
+        times: dict[int, int] = {}
+        sums: dict[int, int] = {}
+        for then, count in [(used[0], len(used))] if alike else Counter(used).items():
             gap_s = max(0, now - then)
             place = bisect.bisect_left(GAP_BOUNDS_S, gap_s)
-            times[place] += count
-            sums[place] += gap_s * count
+            times[place] = times.get(place, 0) + count
+            sums[place] = sums.get(place, 0) + gap_s * count
         for place, count in times.items():
             mean_s = sums[place] / count
             self.metrics.observe("litecache_block_use_gap_seconds", mean_s, count)
 
     def touch(self, entries: Sequence[int]) -> None:
         """Blocks were used, and with them all that they follow."""
-        index, disk = self.index, self.disk
-        keys, parents, ram = index.keys, index.parents, index.ram
-        followed = {parents[entry] for entry in entries}
-        in_ram = self.queues.counts_uses
-        on_disk = disk is not None and disk.queues.counts_uses
+        disk, keys, ram = self.disk, self.index.keys, self.index.ram
+        # the queues keep what comes before a block for as long as the block itself
+        followed = set(map(self.index.parents.__getitem__, entries))
+        if not self.queues.counts_uses:
+            # of the others nothing would change
+            entries = [entry for entry in entries if keys[entry] not in followed]
         for entry in entries:
-            # the queues keep what comes before a block for as long as the block itself
             ends = keys[entry] not in followed
-            if not (ends or in_ram or on_disk):
-                continue  # nothing would change
             if ram[entry]:
-                self.queues.use(ram[entry] - 1, ends=ends)
+                self.queues.use(ram[entry], ends=ends)
             if disk is not None:
                 disk.queues.use(entry, ends=ends)
                 if ends and (self.dirty or self._writing):
@@ -237,6 +238,7 @@ class Tiers:
         blocks = []
         for slot in slots:
             self._generation += 1
+            # those from 1 on are in use or free
             handle = self._free_handles.pop() if self._free_handles else len(self.blocks)
             block = RamBlock(slot, nbytes, self._generation, handle)
             self.blocks[handle] = self.by_slot[slot] = block
@@ -290,7 +292,7 @@ class Tiers:
         if block.handle in self.queues:
             self.queues.remove(block.handle)
         self.index.ram[block.entry] = 0
-        block.state, block.entry = RamState.DEAD, -1
+        block.state, block.entry, block.staged = RamState.DEAD, -1, MISS
         self.arena.set_state(block.slot, block.generation, state)
         self._reap(block)
 
@@ -315,8 +317,9 @@ class Tiers:
         """A reserved slot holds a block that the shard does not have; its entry."""
         index, now, key = self.index, int(time.time()), item.key
         block.entry = entry = index.insert(key, item.parent)
-        index.ram[entry] = block.handle + 1
+        index.ram[entry] = block.handle
         index.pages[entry] = block.nbytes // PAGE_BYTES
+        block.answer(StageStatus.READY)
         index.created_s[entry] = index.used_s[entry] = now
         ends = [item.expires_s] if item.expires_s else []
         if self._ttl_s is not None:
@@ -365,7 +368,8 @@ class Tiers:
         index, nbytes = self.index, blocks[0].nbytes
         for block, entry in zip(blocks, entries, strict=True):
             block.entry, block.state = entry, RamState.LOADING
-            index.ram[entry] = block.handle + 1
+            block.answer(StageStatus.LOADING)
+            index.ram[entry] = block.handle
             key = index.keys[entry]
             self.arena.set_entry(block.slot, block.generation, SlotState.LOADING, key, nbytes)
         slots = index.column("disk")[np.array(entries, np.int64)].astype(np.int64) - 1
@@ -406,6 +410,7 @@ class Tiers:
                 self.drop(block.entry, SlotState.FAILED)
             block.busy = False
             if block.state is RamState.LOADING:
+                block.answer(StageStatus.READY)
                 whole.append(block)
             else:
                 self._reap(block)
@@ -582,7 +587,11 @@ class Tiers:
             assert not dead or block.leases or block.busy, "a dead slot stayed"
             named = not dead and block.state is not RamState.RESERVED
             assert (block.entry >= 0) == named, "a slot holds a block wrongly"
-            assert not named or self.index.ram[block.entry] == block.handle + 1, "not indexed"
+            assert not named or self.index.ram[block.entry] == block.handle, "not indexed"
+            loading = block.state is RamState.LOADING
+            status = StageStatus.LOADING if loading else StageStatus.READY
+            told = StageResult(status, slot, block.generation) if named else MISS
+            assert block.staged == told, "stage would be told otherwise"
         assert len(queued) == len(self.queues) <= len(self.by_slot), "a freed block is queued"
         dirty = [block for block in self.by_slot.values() if block.state is RamState.DIRTY]
         waiting = [block for block in self.dirty if block.state is RamState.DIRTY]
