@@ -411,6 +411,10 @@ class SegmentSpace:
             return held + max(0, self._count[_SPARE] - surplus) * size.slots
         return held + size.slots * (self._spare_run(size.segments) is not None)
 
+    def wants_growth(self, block_pages: int, n: int) -> bool:
+        """Whether fewer than `n` slots can be given out now, and more segments may be made."""
+        return self.available(block_pages) < n and self.growth(block_pages) is not None
+
     def worth_emptying(self, slot: int, block_pages: int) -> bool:
         """Whether emptying the region where `slot` lies can give room to `block_pages`."""
         region = self._regions[slot // self.segment_pages]

@@ -192,9 +192,6 @@ class ShardBase:
         One thread at a time, outside the lock: faulting memory in takes long.
         """
         space, growth = self._tiers.space, self._tiers.growth
-        with self._lock:
-            if space.available(pages) >= n or space.growth(pages) is None:
-                return
         with self._growing:
             while True:
                 with self._lock:

@@ -104,10 +104,7 @@ class ShardStore(ShardBase):
                         if entry >= 0 and not handles[at]:
                             absent.setdefault(pages[entry], []).append(at)
                 needs = {size: len(places) for size, places in absent.items()}
-                if grown or all(
-                    space.available(size) >= n or space.growth(size) is None
-                    for size, n in needs.items()
-                ):
+                if grown or not any(space.wants_growth(size, n) for size, n in needs.items()):
                     return self._lease(client, entries, handles, absent)
             for size, n in needs.items():
                 self._grow_for(size, n)
@@ -208,13 +205,17 @@ class ShardStore(ShardBase):
             raise ConfigError("n", n, "zero or more")
         n = min(n, most // block_bytes)
         self._check_open()
-        if self._accepts_writes and n:
-            self._grow_for(block_bytes // PAGE_BYTES, n)
+        pages = block_bytes // PAGE_BYTES
+        with self._lock:
+            grows = self._accepts_writes and self._tiers.space.wants_growth(pages, n)
+        if grows:
+            self._grow_for(pages, n)
         with self._lock:
             client = self._leases.get(client_id)
             if not self._accepts_writes or self._closed:
                 return []
-            self._tiers.drop_expired(int(time.time()))
+            if self._tiers.index.expiring:
+                self._tiers.drop_expired(int(time.time()))
             blocks = self._tiers.allocate(block_bytes, n)
             self._leases.give(client, blocks)
             for block in blocks:

@@ -171,10 +171,12 @@ class EvictionPolicy(ABC):
 
     def pop(self) -> int | None:
         """Take out the first in the policy's order; None when empty."""
-        handle = self.peek()
-        if handle is not None:
-            self.remove(handle)
-        return handle
+        for chain in self.chains:
+            if chain.count:
+                handle = chain.oldest
+                chain.unlink(handle)
+                return handle
+        return None
 
     def put_back(self, handle: int) -> None:
         """What was popped is in use and may not go now; others come first."""

@@ -89,6 +89,7 @@ class Queues:
         self._links = Links()
         self._queues: list[Queue] = []
         self._by_kind: dict[tuple[int, int, int], int] = {}
+        self._by_pages: dict[int, list[Queue]] = {}
         # by handle: number of its queue, order of its last use, how many in the tier follow it
         self._where = array("h")
         self._tick = array("q")
@@ -104,7 +105,9 @@ class Queues:
         kind = (pages, namespace if namespace in self.quota_pages else -1, rank)
         if kind not in self._by_kind:
             self._by_kind[kind] = len(self._queues)
-            self._queues.append(Queue(self._policy(self._links), *kind))
+            queue = Queue(self._policy(self._links), *kind)
+            self._queues.append(queue)
+            self._by_pages.setdefault(pages, []).append(queue)
         return self._by_kind[kind]
 
     def _ensure(self, handle: int) -> None:
@@ -130,7 +133,8 @@ class Queues:
         before = self._kin.find(parent)
         if before == handle:
             return -1, None
-        return before if before in self else -1, parent
+        inside = 0 <= before < len(self._where) and self._where[before] >= 0
+        return before if inside else -1, parent
 
     def insert(self, handle: int, pages: int, namespace: int, retention: int = 0) -> None:
         """A handle enters the queue of its block size and retention."""
@@ -212,8 +216,9 @@ class Queues:
                 self._tick[before] = max(self._tick[before], self._tick[handle])
                 self._let_go(before, place)
         elif parent is not None:
-            self._orphans[parent] -= 1
-            if not self._orphans[parent]:
+            if left := self._orphans[parent] - 1:
+                self._orphans[parent] = left
+            else:
                 del self._orphans[parent]
         self._where[handle] = -1
 
@@ -249,7 +254,7 @@ class Queues:
             allowed: whether a handle may go now.
             namespace: only this one, when it has a quota.
         """
-        mine = [queue for queue in self._queues if queue.pages == pages and len(queue)]
+        mine = self._by_pages.get(pages, [])
         if namespace >= 0:
             mine = [queue for queue in mine if queue.namespace == namespace]
         mine = sorted(mine, key=self._debt) if len(mine) > 1 else mine
@@ -317,7 +322,7 @@ class Queues:
 
     def oldest_elsewhere(self, pages: int) -> int | None:
         """The next to go of all, when it is of another block size than `pages`; else None."""
-        if all(queue.pages == pages for queue in self._queues):
+        if self._by_pages.keys() <= {pages}:
             return None
         oldest = [(queue, self._oldest(queue)) for queue in self._queues]
         ages = [(q.rank, self._tick[at], at, q.pages) for q, at in oldest if at is not None]
