@@ -192,7 +192,9 @@ class World:
         striking.start()
         try:
             while not self.problems and (
-                self.splits < splits or sum(self.faults.values()) < splits // 10
+                self.splits < splits
+                or sum(self.faults.values()) < splits // 10
+                or not self.in_mid_load
             ):
                 # what is asked meanwhile finds one shard, or none
                 if self.rng.random() < 0.3:
@@ -280,7 +282,7 @@ def main() -> int:
     arguments.add_argument("--splits", type=int, default=500)
     arguments.add_argument("--seed", type=int, default=0)
     options = arguments.parse_args()
-    splits = 40 if options.quick else options.splits
+    splits = 20 if options.quick else options.splits
     torch.set_num_threads(1)
     logging.disable(logging.CRITICAL)  # each fault is told many times
     report = Report("Chaos in mid-load", options.json)

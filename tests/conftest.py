@@ -71,6 +71,16 @@ _WITH_RAY = (
     *("actors", "adapter", "e2e"),
     *("test_cli.py", "test_demo.py", "test_project.py", "test_thread_faults.py"),
 )
+# The dearest files, which come first: at the end one of them would keep a process waiting.
+_DEAR = frozenset(
+    f"test_{name}.py"
+    for name in (
+        *("failure_rows", "smollm2", "demo", "ray_serve", "clients", "serve_tools", "examples"),
+        *("jobs", "chaos_loads", "replica_failure", "thread_faults", "group", "cli", "adapter"),
+        *("features", "scheduler", "family_matrix", "families", "engine", "split_loads"),
+        *("paged_cache", "triton_interpreter", "shard_store_model", "generation_mixin"),
+    )
+)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -88,7 +98,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if machine is not None and item.cls.settings.max_examples == settings().max_examples:
             item.cls.settings = settings(item.cls.settings, max_examples=1000)
     if _SHARE:
-        items.sort(key=lambda item: (item.get_closest_marker("ray") is None) == (_FIRST == "ray"))
+        items.sort(
+            key=lambda item: (
+                (item.get_closest_marker("ray") is None) == (_FIRST == "ray"),
+                item.path.name not in _DEAR,
+            )
+        )
 
 
 _claims: dict[Path, bool] = {}

@@ -140,6 +140,9 @@ def test_a_group_answers_and_shows_itself(group: str, model: Path, tmp_path: Pat
     assert "int8 blocks" in " ".join(table.split())
     assert group_names("cl") == ["cli"]
     assert group_names("x") == []
+    trace = tmp_path / "trace.json"
+    assert "export RAY_PROFILING=1" in refused("timeline", str(trace), "--group", group)
+    assert not trace.exists()
     check_silent_replica(group, shown["actors"]["litecache:cli:gpu:0"]["pid"])
     check_top(group)
     check_explanation(group, model, prompt)
@@ -667,6 +670,23 @@ def test_what_can_be_told_from_the_words_is_refused_before_anything_is_loaded(
 def test_an_address_that_is_none_is_refused_before_ray_is_asked() -> None:
     for address in ("nowhere", "local", "", "ray://", "a b:1", "host:port"):
         assert "--address" in refused("status", "--address", address)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--host", "0.0.0.0"], "--no-auth"),
+        (["--api-keys", "/nowhere/keys"], "api_keys"),
+        (["--port", "0"], "--port"),
+        (["--set", "block_size=7"], "block_size"),
+        (["--config", "/nowhere.yaml"], "--config"),
+    ],
+)
+def test_what_is_wrong_with_a_server_is_said_before_anything_starts(
+    model: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], told: str
+) -> None:
+    monkeypatch.setattr("litecache.actors.cluster.open_ray", no_cluster)
+    assert told in refused("serve", str(model), *options)
 
 
 def test_words_that_are_too_many_are_not_repeated() -> None:

@@ -25,6 +25,6 @@ def test_shards_killed_and_stopped_in_mid_load_cost_no_token_and_leave_nothing(
     rows = {
         (row["case"], row["metric"]): row["value"] for row in json.loads(file.read_text())["rows"]
     }
-    assert rows["prompts", "partly loaded, partly computed"] >= 40
+    assert rows["prompts", "partly loaded, partly computed"] >= 20
     assert rows["shards", "of these while blocks were loading"] > 0
     assert rows["all", "problems"] == 0

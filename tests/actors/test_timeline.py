@@ -1,4 +1,4 @@
-"""`litecache timeline`: loads, prefills and saves of a group as events of a trace viewer."""
+"""What a group records of its work where that is asked for: a trace viewer's events, JSON lines."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from litecache.actors.cluster import _log_options
 from litecache.cli.timeline import _trace_events
-from litecache.errors import GroupUnavailableError
+from litecache.errors import ConfigError, GroupUnavailableError
 
 LIFE = """
 import sys, ray
@@ -28,7 +30,7 @@ model = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hid
 config = CacheConfig(num_blocks=32, ram_bytes="16MB", device="cpu")
 with KVCacheAdapter(model, weights="random", cache_config=config, num_threads=1, group="g") as llm:
     for _ in range(2):
-        llm.generate_batch([list(range(3, 63))], max_new_tokens=3)
+        llm.generate_batch([[41, 42, 43, 44, *range(3, 59)]], max_new_tokens=3)
         llm.clear("gpu")
     words = ["timeline", sys.argv[2], "--group", "g"]
     done = CliRunner().invoke(app, words, catch_exceptions=False)
@@ -41,26 +43,54 @@ def test_a_group_that_is_not_there_is_named(ray_local: None) -> None:
         _trace_events("nobody")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("recorded", [True, False])
-def test_a_trace_holds_the_groups_spans_where_ray_profiles(recorded: bool) -> None:
+def test_another_log_format_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LITECACHE_LOG_FORMAT", "xml")
+    with pytest.raises(ConfigError, match=r'LITECACHE_LOG_FORMAT.*"json" or "text"'):
+        _log_options()
+    monkeypatch.setenv("LITECACHE_LOG_FORMAT", "text")
+    assert _log_options() == {}
+
+
+@pytest.fixture(scope="module")
+def recorded() -> tuple[list[dict[str, Any]], list[str]]:
+    """The events of a trace, and the lines that workers logged."""
     with tempfile.TemporaryDirectory(prefix="lc-trace-", dir="/tmp") as folder:
         file = Path(folder, "trace.json")
-        env = {**os.environ, "LITECACHE_LOADS": "all"}
-        env |= {"RAY_PROFILING": "1"} if recorded else {}
+        asked = {"RAY_PROFILING": "1", "LITECACHE_LOG_FORMAT": "json", "LITECACHE_LOADS": "all"}
         done = subprocess.run(
-            [sys.executable, "-c", LIFE, f"{folder}/r", str(file)], env=env, timeout=120,
-            capture_output=True, text=True,
+            [sys.executable, "-c", LIFE, f"{folder}/r", str(file)], env={**os.environ, **asked},
+            timeout=120, capture_output=True, text=True,
         )  # fmt: skip
-        if not recorded:
-            assert "export RAY_PROFILING=1" in done.stderr
-            assert not file.exists()
-            return
         assert done.returncode == 0, done.stderr
-        events = json.loads(file.read_text())
+        logs = Path(folder, "r", "session_latest", "logs").glob("worker-*.err")
+        lines = [line for log in logs for line in log.read_text().splitlines()]
+        return json.loads(file.read_text()), lines
+
+
+@pytest.mark.slow
+def test_a_trace_holds_the_groups_spans_where_ray_profiles(
+    recorded: tuple[list[dict[str, Any]], list[str]],
+) -> None:
+    events, _ = recorded
     own = [event for event in events if event["cat"] == "litecache"]
     assert len(own) < len(events)
     assert {event["name"] for event in own} >= {"load", "prefill", "save"}
     assert {event["pid"] for event in own} == {"litecache g"}
     assert all(event["ph"] == "X" and event["dur"] >= 0 for event in own)
     assert any(event["tid"].startswith("gpu:0 ") for event in own)
+
+
+@pytest.mark.slow
+def test_actors_log_json_lines_with_ids_of_request_and_actor(
+    recorded: tuple[list[dict[str, Any]], list[str]],
+) -> None:
+    told = [json.loads(line) for line in recorded[1] if '"request_id"' in line]
+    first = next(line for line in told if "ttft_s" in line)
+    last = next(line for line in told if "outcome" in line)
+    assert first["request_id"] == last["request_id"]
+    assert last["outcome"] == "length"
+    for line in (first, last):
+        assert line["levelname"] == "INFO"
+        assert line["name"] == "litecache.engine.engine"
+        assert line["actor_name"].endswith(":gpu:0")
+        assert "41, 42" not in json.dumps(line)

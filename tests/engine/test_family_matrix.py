@@ -22,6 +22,7 @@ from family_matrix import chosen_cases, render, trial
 from sweep_families import families
 
 torch.set_num_threads(1)
+pytestmark = pytest.mark.no_cover
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 QUICK = (
     ("gemma2", "known lengths", "paged"),

@@ -66,15 +66,7 @@ def at_random_places(
     return loaded
 
 
-@pytest.mark.parametrize(
-    ("family", "count"),
-    [
-        ("llama", 40),
-        ("gemma2", 10),
-        ("mistral", 10),
-        *(pytest.param(f, 200, marks=pytest.mark.slow) for f in ("llama", "gemma2", "mistral")),
-    ],
-)
+@pytest.mark.parametrize(("family", "count"), [("llama", 40), ("gemma2", 10), ("mistral", 10)])
 def test_random_shared_prefixes_split_at_random_places_give_the_same_tokens(
     family: str, count: int, tmp_path: Path
 ) -> None:
@@ -103,18 +95,17 @@ def test_a_prefix_split_at_every_place_gives_the_same_tokens(family: str, tmp_pa
             assert reused == 160 - 16 * place or (family == "mistral" and reused > 160 - 16 * place)
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(40, marks=pytest.mark.slow)])
 def test_every_tier_together_and_any_split_give_the_tokens_of_an_engine_without(
-    count: int, tmp_path: Path
+    tmp_path: Path,
 ) -> None:
     # scripts/fuzz_splits.py is the long form
-    with Splits("llama", count, [tmp_path / "a", tmp_path / "b"]) as splits:
+    with Splits("llama", 2, [tmp_path / "a", tmp_path / "b"]) as splits:
         splits.compare_with_transformers()
         splits.run_all()
         assert splits.wrong == []
         assert set(splits.runs) == set(SOURCES)
         assert splits.reused.keys() == {"gpu", "ram", "disk", "remote"}
-        assert splits.split > 2 * count
+        assert splits.split > 4
 
 
 class Chaos:
@@ -173,12 +164,11 @@ class Chaos:
         return len(self.happened) == 7
 
 
-@pytest.mark.parametrize("count", [10, pytest.param(120, marks=pytest.mark.slow)])
 def test_shards_that_fail_stall_and_die_in_mid_load_cost_no_token(
-    count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rng = random.Random(1)
-    prompts = shared_prefixes(count, rng)
+    prompts = shared_prefixes(10, rng)
     with monkeypatch.context() as planted:
         chaos = Chaos(planted, rng)
         folders = [tmp_path / "a", tmp_path / "b"]

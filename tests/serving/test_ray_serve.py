@@ -8,8 +8,6 @@ import json
 import random
 import socket
 import struct
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -312,22 +310,3 @@ def test_stopped_it_answers_what_is_open_and_starts_again_with_what_is_on_disk(
         assert answered[0]["choices"][0]["text"].startswith(first["choices"][0]["text"][:4])
     finally:
         later.stop()
-
-
-@pytest.mark.parametrize(
-    ("options", "told"),
-    [
-        (["--host", "0.0.0.0"], "--no-auth"),
-        (["--api-keys", "/nowhere/keys"], "api_keys"),
-        (["--port", "0"], "--port"),
-        (["--set", "block_size=7"], "block_size"),
-        (["--config", "/nowhere.yaml"], "--config"),
-    ],
-)
-def test_what_is_wrong_is_said_before_anything_starts(
-    model_folder: Path, options: list[str], told: str
-) -> None:
-    command = [sys.executable, "-m", "litecache.cli", "serve", str(model_folder), *options]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert (ended.returncode, ended.stderr.count("\n")) == (2, 1), ended.stderr
-    assert told in ended.stderr

@@ -23,13 +23,6 @@ def test_no_fault_of_the_disk_breaks_a_promise() -> None:
     assert sum(tally.hits for tally in tallies) == sum(tally.untouched for tally in tallies) > 500
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_no_fault_of_the_disk_breaks_a_promise_in_300_worlds() -> None:
-    for seed in range(5000, 5300):
-        run_world(seed)
-
-
 @pytest.mark.parametrize("bug", BUGS)
 def test_a_planted_bug_is_caught(bug: str) -> None:
     assert first_violation(bug, range(60)) is not None

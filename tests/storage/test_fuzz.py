@@ -31,11 +31,3 @@ def test_mutated_files_yield_no_wrong_block_and_spare_the_rest() -> None:
     assert total.wrong == 0
     assert total.untouched > 1000
     assert total.hits == total.untouched
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_5000_mutations_yield_no_wrong_block_and_spare_the_rest() -> None:
-    total = fuzz(range(10_000, 15_000))
-    assert total.wrong == 0
-    assert total.hits == total.untouched
