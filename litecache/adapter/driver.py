@@ -197,7 +197,13 @@ class Driver:
             **use.fields(),
         )
 
-    def _start(
+    def _start(self, *args: Any, **kwargs: Any) -> list[PendingRequest]:
+        """Check all requests of a call, then submit them, all or none; arguments of `_rows`."""
+        rows = self._rows(*args, **kwargs)
+        self._replicas.submit(rows)
+        return rows
+
+    def _rows(
         self,
         jobs: Sequence[tuple[TokenIds, int, GenerationSettings]],
         use: CacheUse,
@@ -208,7 +214,7 @@ class Driver:
         priority: int = 0,
         guides: Sequence[Guide] | None = None,
     ) -> list[PendingRequest]:
-        """Check all requests, then submit them, all or none; samples of a prompt in a row.
+        """Requests that have been checked and not yet sent; samples of a prompt in a row.
 
         Args:
             jobs: of each prompt its ids, its tokens as HF counts them (padding included), and its
@@ -244,7 +250,6 @@ class Driver:
                 )
                 self.info.check(request)
                 rows.append(PendingRequest(request, streaming=streaming, stop=stop, guide=guide))
-        self._replicas.submit(rows)
         return rows
 
     def _stop_strings(self, given: Any, texts: tuple[str, ...]) -> StopStrings:

@@ -83,6 +83,9 @@ class ReplicaForward:
             LiteCacheError: a request is refused or failed; none is left open.
         """
         most = self._info.max_logits
+        if max(wanted, default=0) > most:  # else a row is whole in the first round
+            for row in rows:
+                self._info.check(self._request_of(row, 1, None))
         starts = [len(row) - count for row, count in zip(rows, wanted, strict=True)]
         parts: list[list[torch.Tensor]] = [[] for _ in rows]
         open_rows = list(range(len(rows)))

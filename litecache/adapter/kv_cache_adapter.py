@@ -190,6 +190,7 @@ class KVCacheAdapter(ChatSurface, ForwardSurface, CacheSurface, ModelSurface):
 
     def stats(self) -> CacheStats:
         """Counters and state, added up over the group's actors."""
+        self._check_open()
         return CacheStats.from_status(self.group.status())
 
     def __reduce__(self) -> NoReturn:

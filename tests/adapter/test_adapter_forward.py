@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from transformers import LlamaForCausalLM
 
 from litecache.adapter import KVCacheAdapter
+from litecache.adapter.forward import ReplicaForward
 from litecache.engine.engine_info import EngineInfo
 from litecache.errors import ConfigError
+from litecache.token_ids import TokenIds
 
 IDS = torch.tensor([[(i * i * 7 + row * 31) % 200 + 5 for i in range(40)] for row in range(3)])
 
@@ -83,6 +86,9 @@ def test_logprobs_of_prompts_are_those_of_stocks_logits(
             assert [token for token, _ in one.top] == scores[place - 1].topk(2).indices.tolist()
 
 
+DRAWS = {"do_sample": True}
+
+
 @pytest.mark.parametrize(
     ("name", "call"),
     [
@@ -100,6 +106,9 @@ def test_logprobs_of_prompts_are_those_of_stocks_logits(
         ("first", lambda llm: llm.prompt_logprobs([[5, 6]], first=None)),
         ("prompts[0]", lambda llm: llm.prompt_logprobs([[]])),
         ("cache", lambda llm: llm.forward(IDS, cache="some")),
+        ("guides", lambda llm: llm.submit([[5]], guides=[5])),
+        ("samples", lambda llm: llm.submit([[5]] * 2, samples=1 << 16)),
+        ("num_return_sequences", lambda llm: llm.submit([[5]], num_return_sequences=2, **DRAWS)),
     ],
 )
 def test_a_bad_argument_is_named(llm: KVCacheAdapter, name: str, call: Any) -> None:
@@ -150,3 +159,15 @@ def test_generate_tells_of_its_prompts_tokens(
             assert one.top[0][0] == int(scores[row, place - 1].argmax())
     with pytest.raises(ConfigError, match="return_dict_in_generate"):
         llm.generate(ids, prompt_logprobs=1)
+
+
+def test_a_row_that_is_refused_is_so_before_its_first_part_is_computed() -> None:
+    def check(tokens: TokenIds) -> None:
+        if tokens.array.max() >= 8:
+            raise ConfigError("input_ids", int(tokens.array.max()), "token ids from 0 to 7")
+
+    info, replicas = Mock(vocab_size=8, dtype="float32", max_logits=2, check=check), Mock()
+    forward = ReplicaForward(replicas, info, lambda tokens, count, logprobs: tokens)  # type: ignore[arg-type,return-value]
+    with pytest.raises(ConfigError, match="input_ids=9"):
+        forward([TokenIds([1, 2, 3, 9])], [4])
+    assert not replicas.mock_calls

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from litecache.adapter import KVCacheAdapter
+from litecache.adapter.surface.cache_control import WARMED_AT_ONCE
+from litecache.errors import ConfigError
 
 PROMPT = [(i * i * 7 + i * 3) % 200 + 5 for i in range(100)]
 
@@ -58,3 +61,27 @@ def test_what_a_call_saves_is_gone_after_its_ttl(llm: KVCacheAdapter) -> None:
             cache="no-store",
         )
         assert bool(out.litecache.found_tokens[0]) == (ttl_s == 600)
+
+
+@pytest.mark.parametrize("name", ["stats", "flush", "clear", "unpin", "generate"])
+def test_a_closed_adapter_says_so(
+    llm: KVCacheAdapter, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(llm, "_finalizer", SimpleNamespace(alive=False))
+    given = {"unpin": [PROMPT], "generate": [torch.tensor([PROMPT])]}
+    with pytest.raises(ConfigError, match="adapter='closed' is invalid: an open adapter"):
+        getattr(llm, name)(*given.get(name, []))
+
+
+def test_one_prompt_that_is_refused_leaves_all_uncomputed(llm: KVCacheAdapter) -> None:
+    before = llm.stats().prompt_tokens
+    prompts = [PROMPT] * WARMED_AT_ONCE
+    with pytest.raises(ConfigError, match="input_ids=211"):
+        llm.warm([*prompts, [211]], cache_salt="warmed in part")
+    assert llm.stats().prompt_tokens == before
+
+
+@pytest.mark.parametrize("nothing", [[], (), False])
+def test_an_empty_past_is_no_cache(llm: KVCacheAdapter, nothing: Any) -> None:
+    row = llm.generate(torch.tensor([PROMPT]), max_new_tokens=3, past_key_values=nothing)
+    assert row[0, len(PROMPT) :].tolist() == call(llm, "generate_batch")[:3]

@@ -256,6 +256,7 @@ class CacheSurface(Driver):
 
     def flush(self, timeout_s: float = 30.0) -> dict[str, Any]:
         """Save everything that is cached; see `Group.flush`."""
+        self._check_open()
         return self.group.flush(check_seconds("timeout_s", timeout_s))
 
     def clear(self, tier: str = "all") -> None:
@@ -263,6 +264,7 @@ class CacheSurface(Driver):
 
         Blocks in "gpu" and "ram" are saved to the tiers below first.
         """
+        self._check_open()
         if not isinstance(tier, str) or tier not in TIERS:
             raise ConfigError("tier", tier, f"one of {', '.join(TIERS)}")
         self.group.clear(tier)
@@ -282,7 +284,6 @@ class CacheSurface(Driver):
         Raises:
             ConfigError: no token ids.
         """
-        self._check_open()
         return self._set_pinned(prompt, cache_salt, True)
 
     def unpin(self, prompt: Any, *, cache_salt: str | None = None) -> int:
@@ -291,6 +292,7 @@ class CacheSurface(Driver):
 
     def _set_pinned(self, prompt: Any, cache_salt: str | None, pinned: bool) -> int:
         """Tokens of the leading blocks that some shard holds in every KV group."""
+        self._check_open()
         tokens, salt = check_prompt(prompt, 0, self.info.max_model_len), self._salt(cache_salt)
         if pinned:
             self.flush()
@@ -335,13 +337,14 @@ class CacheSurface(Driver):
             done, total = len(found), len(checked)
             return Progress(done, total, f"{done:,}/{total:,} prompts")
 
+        jobs = [(tokens, len(tokens), settings) for tokens in checked]
+        rows = self._rows(jobs, self._use(cache_salt), None, None)
         with show_progress(progress, "Warming", so_far):
-            for start in range(0, len(checked), WARMED_AT_ONCE):
-                batch = checked[start : start + WARMED_AT_ONCE]
-                jobs = [(tokens, len(tokens), settings) for tokens in batch]
-                rows = self._start(jobs, self._use(cache_salt), None, None)
-                with aborting(rows, self._replicas.abort):
-                    for row in rows:
+            for start in range(0, len(rows), WARMED_AT_ONCE):
+                batch = rows[start : start + WARMED_AT_ONCE]
+                with aborting(batch, self._replicas.abort):
+                    self._replicas.submit(batch)
+                    for row in batch:
                         row.wait()
                         there = row.found_tokens
                         computed = len(row.request.prompt) - sum(there.values())

@@ -25,6 +25,7 @@ from litecache.adapter.prompts import (
     append_rows,
     check_input_ids,
     check_prompts,
+    check_sequences,
     one_input,
     real_columns,
     split_rows,
@@ -33,7 +34,7 @@ from litecache.adapter.proxy import ModelProxy, TokenRows
 from litecache.adapter.row_progress import check_progress, progress_of, show_progress
 from litecache.adapter.streaming import TextDecoder, TokenStream, feed_streamer
 from litecache.checks import check_flag, check_integer
-from litecache.errors import ConfigError
+from litecache.errors import ConfigError, outline
 from litecache.token_ids import TokenIds
 
 
@@ -139,8 +140,9 @@ class GenerateSurface(Driver):
                     most_threads=1 if self.info.device == "cpu" else None,
                 )
         else:
+            rows = past if isinstance(past, TokenRows) else None  # an empty list is no cache
             options = (use, seed, tokenizer, streamer, progress)
-            result = self._generate(given, generation_config, asked, past, *options)
+            result = self._generate(given, generation_config, asked, rows, *options)
         if prompt_logprobs is not None:
             firsts = [1] * len(scored)
             told = prompt_logprobs_of(self._forward(use), scored, firsts, prompt_logprobs)
@@ -285,11 +287,18 @@ class GenerateSurface(Driver):
         self._check_open()
         checked = check_prompts(prompts, self.info.max_model_len)
         settings = translate(generation_config, kwargs, self.generation_config)
-        check_integer("samples", samples, 1, 1 << 16)
+        if settings.num_return_sequences != 1:
+            valid = "1 in submit, which takes samples"
+            raise ConfigError("num_return_sequences", settings.num_return_sequences, valid)
+        check_sequences("samples", len(checked) * check_integer("samples", samples, 1))
         jobs = [(prompt, len(prompt), settings) for prompt in checked for _ in range(samples)]
         use = self._use(cache_salt, cache, cache_ttl_s, retention)
-        if guides is not None and len(guides) != len(jobs):
-            raise ConfigError("guides", len(guides), f"{len(jobs)}, one for each answer")
+        if guides is not None:
+            listed = isinstance(guides, (list, tuple))
+            if not listed or not all(has_methods(guide, "take") for guide in guides):
+                raise ConfigError("guides", outline(guides), "a list of guides")
+            if len(guides) != len(jobs):
+                raise ConfigError("guides", len(guides), f"{len(jobs)}, one for each answer")
         return self._start(
             jobs, use, seed, tokenizer, streaming=streaming, priority=priority, guides=guides
         )
