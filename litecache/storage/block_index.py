@@ -61,6 +61,7 @@ class BlockIndex(KeyDict):
 
     Attributes:
         keys, parents: key of each entry and of the block before it; of a free entry empty.
+        key_at, parent_of: one of them.
         checksum: xxh3_64 of the bytes on disk.
         put_seq: log's number of the disk copy; durable once that is synced.
         disk: disk slot + 1.
@@ -92,6 +93,7 @@ class BlockIndex(KeyDict):
         self._columns: list[array[int]] = [c for c in vars(self).values() if isinstance(c, array)]
         self.keys: list[BlockKey] = []
         self.parents: list[BlockKey] = []
+        self.key_at, self.parent_of = self.keys.__getitem__, self.parents.__getitem__
         self._free = array("i")
         self.expiring = False
         self._hand = 0
@@ -101,15 +103,11 @@ class BlockIndex(KeyDict):
         """Entries ever given out."""
         return len(self.keys)
 
-    def find(self, key: BlockKey) -> int:
-        """Entry of a key, or -1."""
-        return self.get(key)
-
     def insert(self, key: BlockKey, parent: BlockKey = bytes(KEY_BYTES)) -> int:
         """Add a key that is not there, and the key of the block before; its entry, all zero."""
         check_keys((key, parent))
         parts = self.parts
-        before = parts[parent[-1]].get(parent, -1)
+        before = self.find(parent)
         if before >= 0:
             parent = self.keys[before]  # one object for both
         if self._free:
@@ -141,14 +139,6 @@ class BlockIndex(KeyDict):
         """A column as a numpy view of all entries; drop it before the next insert."""
         data: array[int] = getattr(self, name)
         return np.frombuffer(data, dtype=data.typecode, count=self.high)
-
-    def key_at(self, entry: int) -> BlockKey:
-        """The key of an entry."""
-        return self.keys[entry]
-
-    def parent_of(self, entry: int) -> BlockKey:
-        """Key of the block before."""
-        return self.parents[entry]
 
     def entries(self) -> Entries:
         """Entry numbers of all blocks, ascending."""
@@ -205,14 +195,14 @@ class BlockIndex(KeyDict):
         """Fill an empty index from records with distinct keys; their entries."""
         assert not self.keys, "loading needs an empty index"
         n = len(records)
-        self.keys = split_keys(records["key"].tobytes())
+        self.keys += split_keys(records["key"].tobytes())
         parts = self.parts
         for entry, key in enumerate(self.keys):
             parts[key[-1]][key] = entry
         parents = split_keys(records["parent"].tobytes())
         before = self.get_many(parents)
         shared: dict[BlockKey, BlockKey] = {}
-        self.parents = [
+        self.parents += [
             self.keys[at] if at >= 0 else shared.setdefault(parent, parent)
             for at, parent in zip(before, parents, strict=True)
         ]

@@ -79,9 +79,9 @@ class KeyDict:
         for part in self.dicts:
             yield from part
 
-    def get(self, key: BlockKey, default: int = -1) -> int:
-        """Number of a key."""
-        return self.parts[key[-1]].get(key, default)
+    def find(self, key: BlockKey) -> int:
+        """Number of a key, or -1."""
+        return self.parts[key[-1]].get(key, -1)
 
     def get_many(self, keys: Sequence[BlockKey], default: int = -1) -> list[int]:
         """Numbers of keys.

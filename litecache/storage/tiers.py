@@ -105,7 +105,7 @@ class Tiers:
 
     def find(self, key: BlockKey) -> int:
         """Handle of a key's block, or 0."""
-        entry = self.index.parts[key[-1]].get(key, -1)
+        entry = self.index.find(key)
         return self.index.ram[entry] if entry >= 0 else 0
 
     def look_up(self, keys: Sequence[BlockKey]) -> list[int]:

@@ -85,7 +85,7 @@ class Queues:
     def __init__(self, policy: str, kin: Kin) -> None:
         self.quota_pages: dict[int, int] = {}
         self._policy = get_policy(policy)
-        self._kin = kin
+        self._key_at, self._parent_of, self._find = kin.key_at, kin.parent_of, kin.find
         self._links = Links()
         self._queues: list[Queue] = []
         self._by_kind: dict[tuple[int, int, int], int] = {}
@@ -103,12 +103,13 @@ class Queues:
         # what a damaged or later store says of it passes for normal
         rank = _RANKS.get(retention, 0)
         kind = (pages, namespace if namespace in self.quota_pages else -1, rank)
-        if kind not in self._by_kind:
-            self._by_kind[kind] = len(self._queues)
+        number = self._by_kind.get(kind)
+        if number is None:
+            number = self._by_kind[kind] = len(self._queues)
             queue = Queue(self._policy(self._links), *kind)
             self._queues.append(queue)
             self._by_pages.setdefault(pages, []).append(queue)
-        return self._by_kind[kind]
+        return number
 
     def _ensure(self, handle: int) -> None:
         missing = handle + 1 - len(self._where)
@@ -129,8 +130,8 @@ class Queues:
 
     def _before(self, handle: int) -> tuple[int, BlockKey | None]:
         """The block that one follows, -1 if it is not in; its key, None if it follows itself."""
-        parent = self._kin.parent_of(handle)
-        before = self._kin.find(parent)
+        parent = self._parent_of(handle)
+        before = self._find(parent)
         if before == handle:
             return -1, None
         inside = 0 <= before < len(self._where) and self._where[before] >= 0
@@ -138,8 +139,9 @@ class Queues:
 
     def insert(self, handle: int, pages: int, namespace: int, retention: int = 0) -> None:
         """A handle enters the queue of its block size and retention."""
-        self._ensure(handle)
-        key = self._kin.key_at(handle)
+        if handle >= len(self._where):
+            self._ensure(handle)
+        key = self._key_at(handle)
         number = self._queue_of(pages, namespace, retention)
         self._queues[number].policy.insert(handle, key)
         self._where[handle] = number
@@ -166,8 +168,8 @@ class Queues:
         places = np.arange(len(handles))
         np.frombuffer(self._tick, np.int64)[handles] = self._clock + 1 + places
         self._clock += len(handles)
-        parents = list(map(self._kin.parent_of, handles.tolist()))
-        before = np.array(list(map(self._kin.find, parents)), np.int64)
+        parents = list(map(self._parent_of, handles.tolist()))
+        before = np.array(list(map(self._find, parents)), np.int64)
         inside = np.zeros(len(self._where) + 1, bool)  # and a place for -1
         inside[handles] = True
         self._orphans = Counter(compress(parents, (~inside[before]).tolist()))
@@ -184,7 +186,7 @@ class Queues:
             rows = (pages == kind[0]) & (kinds == kind[1]) & (retentions == kind[2])
             number = self._queue_of(*kind)
             np.frombuffer(self._where, np.int16)[handles[rows]] = number
-            self._queues[number].policy.extend(handles[rows & ~held], self._kin.key_at)
+            self._queues[number].policy.extend(handles[rows & ~held], self._key_at)
             self._queues[number].held.extend(handles[rows & held])
             np.frombuffer(self._links.mark, np.uint8)[handles[rows & held]] = 0
 
@@ -207,7 +209,7 @@ class Queues:
     def _part(self, handle: int, place: int = -1) -> None:
         """Undo what a block that leaves means for those that it follows, and that follow it."""
         if self._followers[handle]:
-            self._orphans[self._kin.key_at(handle)] = self._followers[handle]
+            self._orphans[self._key_at(handle)] = self._followers[handle]
             self._followers[handle] = 0
         before, parent = self._before(handle)
         if before >= 0:
@@ -277,7 +279,7 @@ class Queues:
                 self._held[handle] = 1
                 queue.held.add(handle)
             elif allowed(handle):
-                policy.evicted(handle, self._kin.key_at(handle))
+                policy.evicted(handle, self._key_at(handle))
                 return handle
             else:
                 policy.put_back(handle)
