@@ -276,6 +276,7 @@ def orchestrate(args: argparse.Namespace) -> int:
     from litecache.adapter.gguf import convert_gguf, packaged_gguf
 
     started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    console.print("the model: SmolLM2, converted from its GGUF file the first time")
     model_dir = str(convert_gguf(packaged_gguf()))
     folder = Path(tempfile.mkdtemp(prefix="litecache-demo-"))
     names = ["cold", "after_restart"] + (["no_cache"] if args.no_cache else [])

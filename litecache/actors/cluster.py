@@ -7,6 +7,7 @@ second Ray after `ray.shutdown()`.
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from dataclasses import dataclass
@@ -103,6 +104,9 @@ def open_ray(address: str | None = None, **options: Any) -> None:
     if ray.is_initialized():
         return
     _check_cluster(address)
+    # At each start a warning that Ray is in its safe state, with how to leave it.
+    advice = logging.getLogger("ray._private.authentication.authentication_token_setup")
+    advice.addFilter(_is_no_advice)
     try:
         ray.init(address, log_to_driver=False, **_log_options(), **options)
     except (OSError, ValueError, RuntimeError, RayError) as error:
@@ -110,6 +114,10 @@ def open_ray(address: str | None = None, **options: Any) -> None:
             f"no Ray cluster to join ({first_line(error)}): start one with `ray start --head`, "
             "and export the same RAY_AUTH_MODE and token for both"
         ) from error
+
+
+def _is_no_advice(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("Token authentication is enabled")
 
 
 def _check_cluster(address: str | None) -> None:

@@ -109,7 +109,12 @@ def _run(settings: Any, host: str, port: int, address: str | None, as_json: bool
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
 
+    def tell(text: str) -> None:
+        if not as_json:
+            typer.echo(text, err=True)
+
     with contextlib.ExitStack() as stack:
+        tell("starting what is missing of Ray and Ray Serve")
         open_ray(address, logging_level="warning")
         stack.callback(ray.shutdown)
         stack.enter_context(_interrupts())  # Ray has put a handler of its own there
@@ -118,6 +123,7 @@ def _run(settings: Any, host: str, port: int, address: str | None, as_json: bool
             stack.callback(lambda: exists(settings.group) and stop_group(settings.group))
         stack.callback(_start_proxy(host, port))
         stack.callback(_start_app(settings))
+        tell(f"loading {settings.model}")
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         # whoever listens everywhere listens here, too
         name = _wait_until_ready(url.replace("0.0.0.0", "127.0.0.1").replace("[::]", "[::1]"))
@@ -128,8 +134,7 @@ def _run(settings: Any, host: str, port: int, address: str | None, as_json: bool
         with contextlib.suppress(KeyboardInterrupt):
             while True:
                 time.sleep(3600)
-        if not as_json:
-            typer.echo("stopping: open requests are answered first", err=True)
+        tell("stopping: open requests are answered first")
 
 
 def _app_name(settings: Any) -> str:
