@@ -88,7 +88,7 @@ def main() -> None:
 def _usage(message: str) -> str:
     # words that are too many may be a prompt without quotes: they are not repeated
     message = message.partition(" (")[0] if "unexpected extra argument" in message else message
-    return f"{message} (see litecache --help, and litecache COMMAND --help)"
+    return f"{message.rstrip('.')} (see litecache --help, and litecache COMMAND --help)"
 
 
 def _fail(text: str, status: int = 2) -> int:

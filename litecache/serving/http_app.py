@@ -128,7 +128,8 @@ class _Exchange:
             raise
         except BaseException as error:
             told = api_error(error)
-            if told.status >= 500:
+            # one that loads is asked again and again: that is no fault
+            if told.status >= 500 and told.code != "not_ready":
                 logger.warning("%s: %s", self._id, told.message)
             if not self._status:
                 if told.status == 500 and told.code is None:

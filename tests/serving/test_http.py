@@ -437,7 +437,9 @@ def test_a_full_queue_is_429_with_when_to_come_back(adapter: LocalAdapter) -> No
     assert (service.admission.running, service.admission.waiting) == (0, 0)
 
 
-def test_while_it_loads_it_is_healthy_and_not_ready(adapter: LocalAdapter) -> None:
+def test_while_it_loads_it_is_healthy_and_not_ready(
+    adapter: LocalAdapter, caplog: pytest.LogCaptureFixture
+) -> None:
     loading = ModelService(ServeSettings(model="tiny"), lambda: adapter)
 
     async def ask(service: ModelService) -> list[int]:
@@ -447,6 +449,7 @@ def test_while_it_loads_it_is_healthy_and_not_ready(adapter: LocalAdapter) -> No
             return [*got, answer.status_code]
 
     assert asyncio.run(ask(loading)) == [200, 503, 503]
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
     def fails() -> Any:
         raise ValueError("no such weights")
