@@ -216,7 +216,9 @@ def spawn(phase: str, model_dir: str, folder: Path) -> dict[str, Any]:
     command += ["--folder", str(folder)]
     console.print(f"[bold]{phase}[/]: a new driver process", highlight=False)
     started = time.perf_counter()
-    subprocess.run(command, env={**os.environ, MARK: mark}, check=True)
+    status = subprocess.run(command, env={**os.environ, MARK: mark}, check=False).returncode
+    if status:
+        sys.exit(f"error: phase {phase} has failed, with exit status {status}")
     seconds = time.perf_counter() - started
     deadline = time.monotonic() + 30
     while (alive := survivors(mark)) and time.monotonic() < deadline:

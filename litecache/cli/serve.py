@@ -38,6 +38,7 @@ from litecache.cli.options import (
 from litecache.errors import ConfigError, GroupError, first_line
 
 _POLL_S = 0.2
+_STOP_S = 30.0  # for Ray Serve's own actors
 
 
 def serve(
@@ -157,7 +158,7 @@ def _start_proxy(host: str, port: int) -> Any:
             http_options={"host": host, "port": port},
             logging_config={"log_level": "WARNING"},
         )
-        return serve.shutdown
+        return _stop_serve
     running = client.http_config
     if (running.host, running.port) != (host, port):
         raise ConfigError(
@@ -166,6 +167,25 @@ def _start_proxy(host: str, port: int) -> Any:
             f"{running.host}:{running.port}, where Ray Serve runs in this cluster already",
         )
     return lambda: None
+
+
+def _stop_serve() -> None:
+    """End Ray Serve, as `serve.shutdown` does.
+
+    That waits for a call of the controller's that only its end ends, of which Ray then tells users,
+    on standard output, as of a failed task that it will retry.
+    """
+    import ray
+    from ray.exceptions import RayError
+    from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
+
+    until = time.monotonic() + _STOP_S
+    with contextlib.suppress(ValueError, RayError):  # gone
+        controller = ray.get_actor(SERVE_CONTROLLER_NAME, SERVE_NAMESPACE)
+        ray.get(controller.graceful_shutdown.remote(wait=False), timeout=_STOP_S)
+        while time.monotonic() < until:
+            time.sleep(_POLL_S)
+            ray.get_actor(SERVE_CONTROLLER_NAME, SERVE_NAMESPACE)
 
 
 def _check_free(host: str, port: int) -> None:
