@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import numbers
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -41,6 +42,9 @@ _LIBRARIES = frozenset(
     | sys.stdlib_module_names
 )
 _DEEPEST = 6
+# All threads draw from one generator: calls with a seed take turns, or each got the other's tokens.
+# A processor of the caller's may call `generate` again.
+_ONE_SEED = threading.RLock()
 
 
 def generate_in_driver(
@@ -64,8 +68,8 @@ def generate_in_driver(
         given: the caller's `generation_config`.
         arguments: the caller's other keyword arguments, LiteCache's own among them.
         streamer: as in transformers.
-        seed: of torch's CPU generator for this call, which is put back afterwards; None = it goes
-            on from where it is, as in transformers.
+        seed: of torch's CPU generator for this call, which is put back afterwards; calls with one
+            take turns. None = it goes on from where it is, as in transformers.
         tokenizer: the caller's.
         own_tokenizer: called where one is needed and the caller gave none.
         first_pass: gives the requests of the first forward pass, for the report.
@@ -292,12 +296,13 @@ def _seeded(seed: int | None) -> Iterator[None]:
     if seed is None:
         yield
         return
-    before = torch.get_rng_state()
-    torch.default_generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        torch.set_rng_state(before)
+    with _ONE_SEED:
+        before = torch.get_rng_state()
+        torch.default_generator.manual_seed(seed)
+        try:
+            yield
+        finally:
+            torch.set_rng_state(before)
 
 
 @contextlib.contextmanager

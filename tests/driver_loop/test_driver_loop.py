@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -112,6 +115,29 @@ def test_a_seed_gives_stocks_tokens_for_that_seed_and_leaves_torchs_generator_al
     assert not torch.equal(drive(forward, do_sample=True), expected)
     with pytest.raises(ConfigError, match="seed=-1"):
         drive(forward, seed=-1)
+
+
+def test_threads_with_seeds_do_not_draw_from_each_others(forward: StockForward) -> None:
+    def expected(seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        return stock(do_sample=True)
+
+    in_step = threading.Barrier(2)
+
+    class InStep(LogitsProcessor):
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            with contextlib.suppress(threading.BrokenBarrierError):
+                in_step.wait(0.3)  # in vain: one waits for the other's end
+            return scores
+
+    def draw(seed: int) -> torch.Tensor:
+        return drive(forward, do_sample=True, seed=seed, logits_processor=[InStep()])
+
+    before = torch.get_rng_state()
+    with ThreadPoolExecutor(2) as threads:
+        found = list(threads.map(draw, (1, 2)))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(map(torch.equal, found, map(expected, (1, 2))))
 
 
 def raising(error: BaseException) -> Any:

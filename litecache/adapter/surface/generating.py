@@ -82,7 +82,8 @@ class GenerateSurface(Driver):
             retention: "low", "normal" or "high": where room is needed there, low leaves first.
             seed: of sampling; None = drawn from torch's default generator. In the driver loop it
                 is torch's own: the tokens are those of a stock model on the CPU after
-                `torch.manual_seed(seed)`, and torch's generator is put back afterwards.
+                `torch.manual_seed(seed)`, and torch's generator is put back afterwards; such calls
+                of several threads take turns.
             tokenizer: for `stop_strings`; None = the adapter's.
             prompt_logprobs: also tell each prompt token's log-probability and those of so many of
                 the likeliest in its place; needs `return_dict_in_generate`, see
