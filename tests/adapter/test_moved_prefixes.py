@@ -15,7 +15,7 @@ from litecache import CacheConfig, KVCacheAdapter
 from litecache.actors.naming import OFFER_PATIENCE_S
 from litecache.actors.router import Placement
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
 
 @pytest.fixture(scope="module")

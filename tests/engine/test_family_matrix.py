@@ -26,12 +26,12 @@ pytestmark = pytest.mark.no_cover
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 QUICK = (
     ("gemma2", "known lengths", "paged"),
-    ("gpt_oss", "known lengths", "paged"),
-    ("deepseek_v3", "plain", "paged"),
+    pytest.param("gpt_oss", "known lengths", "paged", marks=pytest.mark.slow),
+    pytest.param("deepseek_v3", "plain", "paged", marks=pytest.mark.slow),
     ("gptj", "plain", "gathered"),
-    ("llama4_text", "known lengths", "gathered"),
+    pytest.param("llama4_text", "known lengths", "gathered", marks=pytest.mark.slow),
     ("llama", "longrope from 40", "refused"),
-    ("qwen3_next", "plain", "refused"),
+    pytest.param("qwen3_next", "plain", "refused", marks=pytest.mark.slow),
 )
 # Others than test_families.py sweeps; scripts/family_matrix.py tries all.
 MANY = (
