@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Set everything up, then run the tests, in two processes that share them.
-#   scripts/test.sh          the fast set (four and a half minutes on two cores)
+#   scripts/test.sh          the fast set (four and a half minutes on two cores, 2026-11-29)
 #   scripts/test.sh --all    everything that needs no GPU: the fast set under coverage, then the slow
 #                            tests and every property again with more examples
 # Further arguments go to a single pytest: scripts/test.sh tests/storage -x

@@ -210,9 +210,13 @@ def test_a_block_that_a_window_jumped_over_is_copied_by_nobody(tmp_path: Path) -
         harness.engine._overlap = 1
         harness.run([first], 1)
         harness.engine.flush()
-        harness.empty("gpu", "ram")
-        assert harness.run(prompts, 16) == wanted
-        assert harness.found[2] == {"gpu": 32}
+        for _ in range(20):
+            harness.empty("gpu", "ram")
+            assert harness.run(prompts, 16) == wanted
+            if harness.found[2] == {"gpu": 32}:
+                break
+        else:  # where the disk is late, the second prompt comes before those blocks are in the pool
+            pytest.fail(f"the second prompt never found them: {harness.found[2]}")
 
 
 class HeldStep:

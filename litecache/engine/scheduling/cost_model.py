@@ -465,7 +465,7 @@ class CostModel:
             cost_s = np.where(worth & (total_s <= all_s), cost_s, math.inf)
             slack_s = np.where(disks > 0, 0.0, np.maximum(base, BESIDE_RAM * load_s))
             near = cost_s - slack_s <= cost_s.min() * TOLERANCE + TOLERANCE_S
-            taken_s = disks + (front_s - queued_s)
+            taken_s = disks + (front_s + behind_s - queued_s)
             return chosen(int(np.argmin(np.where(near, taken_s, math.inf))), load_s, total_s)
         return nothing
 
