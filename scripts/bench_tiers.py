@@ -45,12 +45,13 @@ from tier_world import GB, BenchEngine, HitPath, SlowFiles, model_limits, scratc
 from litecache import CacheConfig
 from litecache.engine.tier_engine import Tokens, copy_rate
 from litecache.engine.worth import ColdCurve
+from litecache.threads import take_short_turns
 
 CASES = ("first", "idle", "busy", "throttled", "stalled", "restart", "saving", "host")
 QUESTION = 64
 DECODE_PROMPT = 512
-HOST_BLOCK_US, HOST_SWITCH_S = 2.0, 5e-4
-"""What a RAM hit may take of the CPU, and after how long a replica's threads take turns."""
+HOST_BLOCK_US = 2.0
+"""What a RAM hit may take of the CPU."""
 
 
 class Bench:
@@ -320,13 +321,13 @@ def saving(bench: Bench, report: Report) -> None:
 
 def host(report: Report, rounds: int, *, quick: bool) -> None:
     """What the host does for a RAM hit, without a model and without a copy."""
-    sys.setswitchinterval(HOST_SWITCH_S)
+    take_short_turns()  # as a replica does
     lengths = (64, 256) if quick else (512, 2048, 4096)
     for backend in (InProcess,) if quick else (InProcess, Actor):
         shard = backend({"directory": None, "ram_bytes": 256 << 20})
         path = HitPath(shard.client, max(lengths))
         gc.collect()
-        gc.freeze()  # as a replica does
+        gc.freeze()
         for blocks in lengths:
             prompt = path.prompt(blocks, seed=blocks)
             path.store(prompt)

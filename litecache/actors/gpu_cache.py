@@ -16,7 +16,6 @@ import gc
 import itertools
 import logging
 import os
-import sys
 import threading
 import time
 import uuid
@@ -57,7 +56,7 @@ from litecache.paths import hold_model
 from litecache.sockets.frames import handler_of
 from litecache.sockets.server import AsyncHandler, AsyncSocketServer
 from litecache.spans import Span, record_spans, recorded_spans
-from litecache.threads import fault_counts, start_job, start_service
+from litecache.threads import fault_counts, start_job, start_service, take_short_turns
 from litecache.token_ids import TokenIds
 from litecache.types import Guidance, PollReply, Request, TokenDelta
 
@@ -67,7 +66,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _LONGEST_HOLD_S = 600.0
-_SWITCH_INTERVAL_S = 0.0005
 # A process that ends itself gives its last answers this time to leave it.
 _LAST_WORDS_S = 0.1
 # A turn of the engine's thread takes seconds on a GPU, be it with kernels to compile: one that has
@@ -111,9 +109,7 @@ class GpuCache:
         self._stopped = threading.Event()
         self._ending: BaseException | None = None
         self._draining_until = 0.0
-        # The engine's thread and the event loop take turns: with Python's 5 ms between them, a
-        # step would wait that long behind a driver's message.
-        sys.setswitchinterval(_SWITCH_INTERVAL_S)
+        take_short_turns()
         if "RAY_PROFILING" in os.environ:
             record_spans()
         self._preloading = start_job(self._preload, "preload")

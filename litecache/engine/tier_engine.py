@@ -27,6 +27,7 @@ from litecache.storage.client import LocalShardClient
 from litecache.storage.disk.files import Files
 from litecache.storage.protocol import SlotRef, StageResult
 from litecache.storage.shard_store import ShardStore
+from litecache.threads import take_short_turns
 from litecache.token_ids import TokenIds
 from litecache.types import Request, SamplingParams, TokenDelta
 
@@ -85,8 +86,10 @@ class TierEngine:
         except BaseException:
             self._close_shards()
             raise
+        # as a GpuCache actor does; a look through all of a model takes 0.3 s
         gc.collect()
-        gc.freeze()  # as a GpuCache actor does: a look through all of a model takes 0.3 s
+        gc.freeze()
+        take_short_turns()
         self.block_bytes = sum(self.engine.info.block_bytes)
         self.vocab = self.engine.info.vocab_size
 

@@ -143,7 +143,8 @@ def copy_blocks(pool: torch.Tensor, src: torch.Tensor, dst: torch.Tensor) -> Non
     copy_rows(pool, pool, src, dst)
 
 
-@triton.jit
+# parts of a list of blocks begin anywhere, and no request must wait for a compiler
+@triton.jit(do_not_specialize_on_alignment=["wide_blocks_ptr", "code_blocks_ptr"])
 def _convert_kernel(
     wide_ptr, codes_ptr, scale_ptr, wide_blocks_ptr, code_blocks_ptr,
     wide_block, wide_layer, wide_side, code_block, code_layer, code_side,

@@ -265,8 +265,10 @@ class BlockCopier:
             return _copy_on_host(rows, slots, save=save)
         with self.copies.run():
             if isinstance(slots, ArenaSlots):
-                whole = ~slots.cut
-                if slots.pinned and _copy_at_once(rows[whole], slots[whole], save=save):
+                if slots.pinned and not slots.cut.any():  # as a rule
+                    if _copy_at_once(rows, slots, save=save):
+                        return
+                elif slots.pinned and _copy_at_once(rows[~slots.cut], slots[~slots.cut], save=save):
                     rows, slots = rows[slots.cut], slots[slots.cut]
                 slots = slots.pieces()
             for row, pieces in zip(rows.index.tolist(), slots, strict=True):

@@ -41,8 +41,8 @@ LOAD_TIMEOUT_S = 10.0
 """A load in which nothing arrives for so long is given up."""
 FETCH_BYTES = 32 << 20
 """Bytes of one message from a remote shard."""
-PART_BYTES = 64 << 20
-"""Bytes that are copied, and told, together."""
+PART_BYTES = 128 << 20
+"""Bytes that are copied, and told, together: 2.4 ms of the link, 1 to 2 of the host."""
 
 
 FIRST_BLOCKS, PART_BLOCKS = 64, 512
