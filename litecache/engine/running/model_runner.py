@@ -53,7 +53,8 @@ class StepHandle:
         step: number of the plan.
         rows: the sampled rows, in order.
         tokens: int64 `[>= len(rows)]` on the host, valid once `event` has passed.
-        event: recorded behind the copy of the tokens; None when they are there already.
+        began, event: recorded in front of the step and behind the copy of its tokens; None when
+            they are there already.
         logprobs: of the rows that asked for them; their copy lies before the event, too.
         handed_out: logits of the rows that ask for them; likewise.
     """
@@ -61,6 +62,7 @@ class StepHandle:
     step: int
     rows: tuple[int, ...]
     tokens: torch.Tensor
+    began: torch.cuda.Event | None = None
     event: torch.cuda.Event | None = None
     logprobs: LogprobRows | None = None
     handed_out: HandedOut | None = None
@@ -71,8 +73,10 @@ class StepHandle:
 
     def result(self) -> StepResult:
         """Wait for the step's tokens."""
-        if self.event is not None:
+        seconds = 0.0
+        if self.began is not None and self.event is not None:
             self.event.synchronize()
+            seconds = self.began.elapsed_time(self.event) / 1e3
         tokens = tuple(self.tokens[: len(self.rows)].tolist())
         invalid = tuple(
             row for row, token in zip(self.rows, tokens, strict=True) if token == INVALID_TOKEN
@@ -80,7 +84,7 @@ class StepHandle:
         logprobs = {} if self.logprobs is None else self.logprobs.read()
         out = self.handed_out
         told = ({}, {}) if out is None else (out.logits(), out.logprobs())
-        return StepResult(self.step, tokens, invalid, logprobs, *told)
+        return StepResult(self.step, tokens, invalid, logprobs, *told, seconds)
 
 
 class ModelRunner:
@@ -139,13 +143,14 @@ class ModelRunner:
             self._logits = GatheredForward(loaded.model, layout, pools, words, tables)
         self._rules = RuleBook(max_model_len, device)
         self._decode_copies = None if self._on_gpu else DecodeCopies()
-        self._results = []
+        self._results: list[tuple[torch.Tensor, torch.cuda.Event, torch.cuda.Event]] = []
         self._turn = 0
         if self._on_gpu:
             self._results = [
                 (
                     torch.empty(most, dtype=torch.int64, pin_memory=True),
-                    torch.cuda.Event(),  # type: ignore[no-untyped-call]
+                    torch.cuda.Event(enable_timing=True),  # type: ignore[no-untyped-call]
+                    torch.cuda.Event(enable_timing=True),  # type: ignore[no-untyped-call]
                 )
                 for _ in range(MAX_UNREAD_STEPS)
             ]
@@ -161,6 +166,11 @@ class ModelRunner:
                 self._tables.apply(plan)
                 self._copy(plan.copies)
                 return StepHandle(plan.step, (), torch.empty(0, dtype=torch.int64))
+            began = event = None
+            if self._on_gpu:
+                self._turn = (self._turn + 1) % len(self._results)
+                host, began, event = self._results[self._turn]
+                began.record()
             key = self._graph_key(plan)
             graph = None if key is None else self._graph(key)
             batch = self._tables.build(plan, key if graph is not None else None)
@@ -179,14 +189,12 @@ class ModelRunner:
                 tokens = self._draw(logits, batch)
             if logprobs is not None:
                 logprobs.send(tokens)
-            event = None
-            if self._on_gpu:
-                self._turn = (self._turn + 1) % len(self._results)
-                host, event = self._results[self._turn]
+            if event is not None:
                 host[: len(tokens)].copy_(tokens, non_blocking=True)
                 event.record()
                 tokens = host
-            return StepHandle(plan.step, batch.sampled_rows, tokens, event, logprobs, handed_out)
+            sampled = batch.sampled_rows
+            return StepHandle(plan.step, sampled, tokens, began, event, logprobs, handed_out)
 
     def warm_up(self, progress: Callable[[int, int], None] | None = None) -> None:
         """On a GPU, capture all graphs and run a step of every kind, so that no request waits.

@@ -2,9 +2,8 @@
 
 Pure: all times are given, nothing is asked of a clock. The scheduler, its only user, asks it for a
 plan when it admits a request and again while blocks arrive, and tells it what steps and reads took.
-From that it keeps two laws. A step of `t` prefill tokens behind `c` cached ones, beside `d`
-decodes, takes `base + token * t + pair * t * (c + t / 2) + read * c + decode * d` seconds; a source
-(a tier of a shard, "disk:2") takes `latency + nbytes / rate`. Requests in front of both are queues.
+From that it keeps two laws: what a step takes (`step_law.py`), and that a source (a tier of a
+shard, "disk:2") takes `latency + nbytes / rate`. Requests in front of both are queues.
 Before anything was measured, priors that favour computing stand in.
 
 The plan "compute from the front while loading from the back" is Cake's (arXiv 2410.03065).
@@ -23,8 +22,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from litecache.engine.scheduling.step_law import Floats, StepLaw
+
 Loads = Literal["model", "all", "none"] | Callable[[int, int], int]
-Floats = npt.NDArray[np.float64]
 
 PRIOR_FLOPS = {"cuda": 700e12, "cpu": 50e9}
 """Of a prefill: more than most have, so that computing looks cheap until it is measured."""
@@ -34,17 +34,13 @@ PRIOR_SOURCES = {"ram": (40e9, 5e-4), "disk": (2e9, 2e-3), "remote": (0.5e9, 1e-
 that is never asked is never measured, and asking one that is slow costs a chunk at most."""
 COPY_BYTES_PER_S = 50e9
 """Of what was read ahead: it still has to be copied."""
-PAIR_SHARE = 4e-5
-"""Prior of `pair` over `token`: attention's share in the cost of a Llama-like model."""
-READ_SHARE = 5e-3
-"""Prior of `read` over `token`: a chunk of few tokens still reads all keys in front of it."""
 TOLERANCE, TOLERANCE_S = 1.01, 1e-4
 """Of the plans that are this near to the best, the one is taken that takes the least seconds of
 disks and GPU together: copies from RAM are cheap."""
 WORTH, WORTH_S = 1.02, 5e-4
 """A plan that loads must beat computing all by this much; one that asks a disk by a step, too: so
 much is lost where the disk does not answer."""
-BESIDE_RAM = 0.1
+BESIDE_RAM = 0.25
 """What computing beside a load from RAM must save of it, and a step at least: launching steps and
 launching copies take turns on one interpreter, so that each slows the other down."""
 SPAN_S = 0.02
@@ -54,6 +50,9 @@ OVERDUE_S = 0.1
 PROBE_S, MAX_PROBE_S = 1.0, 30.0
 FORGET_S = 5.0
 """A slow source is believed to be twice as fast, up to its best, after each so long unasked."""
+SLOWED, SLOWED_FOR_S = 1.05, 30.0
+"""Loads and steps are seen to slow each other down where a prediction is missed by more than that;
+it is believed to be half as much after so many seconds."""
 REMEMBERED = 4096
 
 
@@ -84,6 +83,7 @@ class LoadPlan(NamedTuple):
         first_token_s: predicted seconds from now until the first token.
         load_s, compute_s: until the loaded part has landed, and the part in front of it is
             computed, with the queues in front of each.
+        beside: something is computed while it loads.
     """
 
     load_from: int
@@ -91,77 +91,13 @@ class LoadPlan(NamedTuple):
     load_s: float
     compute_s: float
     load_end: int
+    beside: bool = False
 
 
 def prior(num_parameters: int, device_type: str) -> tuple[float, float]:
     """Seconds of a prefill token and of an empty step, for `CostModel`, from a model's size."""
     kind = "cuda" if device_type == "cuda" else "cpu"
     return 2 * num_parameters / PRIOR_FLOPS[kind], PRIOR_STEP_S[kind]
-
-
-class StepLaw:
-    """Seconds of a step, fitted to the last steps of every size class.
-
-    Attributes:
-        law: base, token, pair, read, decode: see the module.
-        count: steps noted.
-
-    A class (tokens, context and decodes, each by powers of two) counts with the median of its last
-    five steps, so that a step that compiled or was interrupted has no weight, and classes not seen
-    for long fade. The fit is of relative errors, pulled slightly towards the priors' proportions.
-    """
-
-    def __init__(self, token_s: float, step_s: float) -> None:
-        shares = (1.0, PAIR_SHARE, READ_SHARE)
-        self._prior = np.array([step_s, *(token_s * share for share in shares), step_s / 100])
-        self.law: tuple[float, ...] = tuple(self._prior.tolist())
-        self._classes: dict[tuple[int, int, int], tuple[deque[tuple[float, ...]], int]] = {}
-        self.count = 0
-
-    def note(self, tokens: int, context: int, decodes: int, seconds: float) -> None:
-        """A step has taken so long."""
-        if tokens <= 0 or not 0 < seconds < math.inf:
-            return
-        self.count += 1
-        size = (tokens.bit_length(), context.bit_length(), decodes.bit_length())
-        steps = self._classes.get(size, (deque(maxlen=5), 0))[0]
-        pairs = tokens * (context + tokens / 2)
-        steps.append((seconds, 1.0, tokens, pairs, context, decodes))
-        self._classes[size] = (steps, self.count)
-        if self.count < 32 or self.count % 8 == 0:
-            self.law = tuple(self._fit().tolist())
-
-    def seconds(self, tokens: int, context: int, decodes: int) -> float:
-        """Of one step."""
-        base, token, pair, read, decode = self.law
-        alone_s = base + read * context + decode * decodes
-        return alone_s + tokens * (token + pair * (context + tokens / 2))
-
-    def _fit(self) -> Floats:
-        rows, weights = [], []
-        for steps, last in self._classes.values():
-            # One or two steps: the faster, since whatever disturbs a step makes it slower.
-            rows.append(sorted(steps)[(len(steps) - 1) // 2])
-            weights.append(0.5 ** ((self.count - last) / 64))
-        table = np.array(rows)
-        features = table[:, 1:] * self._prior / table[:, :1]
-        weight = np.array(weights)[:, None]
-        # In units of the priors' proportions, brought to this machine's speed.
-        scale = 1 / float(np.median(features.sum(axis=1)))
-        features *= scale
-        pull = 2e-4 * np.eye(5)
-        keep = np.ones(5, dtype=bool)
-        law = np.zeros(5)
-        while True:
-            part = features[:, keep]
-            left = part.T @ (weight * part) + pull[keep][:, keep]
-            right = (weight * part).sum(axis=0) + pull.diagonal()[keep]
-            law[keep] = np.linalg.solve(left, right)
-            law[~keep] = 0.0
-            if law.min() >= 0:
-                fitted: Floats = law * scale * self._prior
-                return fitted
-            keep &= law > 0
 
 
 @dataclass
@@ -337,10 +273,15 @@ class CostModel:
         self._loads = loads
         self._steps = StepLaw(token_s, step_s)
         self._sources: dict[str, Source] = {}
-        self._predicted: OrderedDict[int, tuple[float, float]] = OrderedDict()
+        # of a ticket: its plan, and what overhead and slowdown it was told with
+        self._predicted: OrderedDict[int, tuple[LoadPlan, float, float]] = OrderedDict()
         self._misjudged: deque[float] = deque(maxlen=7)
         # What first tokens take beyond the laws: launches, messages, the way to the client.
         self._overhead_s = 0.0
+        # How much longer it takes to load and compute at once than each by itself says, and when
+        # that was seen.
+        self._slowdowns: deque[float] = deque(maxlen=7)
+        self._slowed_s = -math.inf
         self._errors: deque[float] = deque(maxlen=32)
         self._judged: deque[tuple[float, float]] = deque(maxlen=REMEMBERED)
         self._decodes = 0
@@ -394,7 +335,8 @@ class CostModel:
         def compute_s(
             tokens: Floats, seconds: Floats, context: Floats | float, chunk: int
         ) -> Floats:
-            return np.asarray(seconds + (base + read * context) * np.ceil(tokens / chunk))
+            plain = seconds + (base + read * context) * np.ceil(tokens / chunk)
+            return np.asarray(plain * self._steps.chunks(tokens, chunk))
 
         # Tokens to compute and their seconds, as sums over the blocks in front of each.
         places = np.arange(count)
@@ -433,9 +375,12 @@ class CostModel:
         behind = tokens[-1] - tokens[ends] + rest
         behind_s = compute_s(behind, behind_s, (start + ends) * size, self._chunk)
 
+        beside = tokens[:-1] > 0
+
         def chosen(first: int, load_s: Floats, total_s: Floats) -> LoadPlan:
             told_s, end = float(total_s[first]) + self._overhead_s, start + int(ends[first])
-            return LoadPlan(start + first, told_s, float(load_s[first]), float(front_s[first]), end)
+            parts_s = (float(load_s[first]), float(front_s[first]))
+            return LoadPlan(start + first, told_s, *parts_s, end, bool(beside[first]))
 
         for hopeful in (False, True):
             # A source too slow to be asked may have become faster: it is asked now and then.
@@ -447,6 +392,7 @@ class CostModel:
                 axis=0,
             )
             total_s = np.where(here, np.maximum(front_s, load_s) + behind_s, math.inf)
+            total_s *= np.where(beside, self._slowdown(now), 1.0)
             if self._loads != "model":
                 first = int(np.argmax(np.where(here, ends - places, 0)))
                 if callable(self._loads):
@@ -479,7 +425,8 @@ class CostModel:
     ) -> None:
         """A plan is carried out: reserve its bytes at its sources; `asked_s` as in `plan`."""
         self._now = max(self._now, now)
-        self._predicted[ticket] = (plan.first_token_s, self._overhead_s)
+        slowdown = self._slowdown(now) if plan.beside else 1.0
+        self._predicted[ticket] = (plan, self._overhead_s, slowdown)
         while len(self._predicted) > REMEMBERED:
             self._predicted.popitem(last=False)
         for name, nbytes in sources.items():
@@ -536,7 +483,8 @@ class CostModel:
                 from_ram = from_ram and source.tier == "ram" and not source.overdue(now)
         if arrival_s <= compute_s:
             return True
-        told_s = max(arrival_s, self._predicted.get(ticket, (0.0, 0.0))[0])
+        told = self._predicted.get(ticket)
+        told_s = max(arrival_s, told[0].first_token_s if told else 0.0)
         return from_ram and arrival_s - max(rest_s, compute_s) <= BESIDE_RAM * told_s
 
     def note_step(
@@ -565,12 +513,27 @@ class CostModel:
 
     def note_first_token(self, ticket: int, seconds: float) -> None:
         """The first token came so long after the plan that `begin` was given."""
-        predicted, overhead_s = self._predicted.pop(ticket, (0.0, 0.0))
-        if predicted > 0 and seconds > 0:
-            self._errors.append(abs(predicted - seconds) / seconds)
-            self._judged.append((predicted, seconds))
-            self._misjudged.append(seconds - predicted + overhead_s)
+        plan, overhead_s, slowdown = self._predicted.pop(ticket, (None, 0.0, 1.0))
+        if plan is None or plan.first_token_s <= 0 or seconds <= 0:
+            return
+        predicted_s = plan.first_token_s
+        self._errors.append(abs(predicted_s - seconds) / seconds)
+        self._judged.append((predicted_s, seconds))
+        if plan.beside:
+            alone_s = max(predicted_s - overhead_s, 1e-6) / slowdown
+            self._slowdowns.append(min(max((seconds - overhead_s) / alone_s, SLOWED), 2.0))
+            self._slowed_s = self._now
+        else:
+            self._misjudged.append(seconds - predicted_s + overhead_s)
             self._overhead_s = max(0.0, statistics.median(self._misjudged))
+
+    def _slowdown(self, now: float) -> float:
+        """Of computing beside a load: launches and copies take turns on one interpreter."""
+        if len(self._slowdowns) < 2:
+            return 1.0
+        age = max(0.0, now - self._slowed_s) / SLOWED_FOR_S
+        seen = max(0.0, statistics.median_low(self._slowdowns) - SLOWED)
+        return 1 + seen * math.pow(0.5, age)
 
     def take_judged(self) -> list[tuple[float, float]]:
         """(predicted, actual) seconds of the first tokens noted since the last time."""

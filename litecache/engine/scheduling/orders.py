@@ -191,6 +191,7 @@ class StepResult:
         logits: by place in the plan's `rows`, what was handed out: `[RowStep.logits, vocab]` in the
             model's dtype, as bytes.
         prompt_logprobs: likewise, of rows that ask for log-probabilities.
+        seconds: it took the device once that was through with the steps before; 0 = not measured.
     """
 
     step: int
@@ -199,6 +200,7 @@ class StepResult:
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
     logits: dict[int, bytes] = field(default_factory=dict)
     prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
+    seconds: float = 0.0
 
 
 class Step(Protocol):

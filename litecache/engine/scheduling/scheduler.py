@@ -231,7 +231,7 @@ class Scheduler:
         out = Schedule()
         launched = self._take_launched(result.step)
         if self._cost is not None:
-            self._note_step(self._cost, launched, now)
+            self._note_step(self._cost, launched, now, result.seconds)
         tokens, logprobs = result.tokens, result.logprobs
         place, size = -1, self.cache.block_size
         for number, (seq, step, life) in enumerate(launched.rows):
@@ -556,7 +556,7 @@ class Scheduler:
             self._loads.ask(seq, wanted, now, out)
         return True
 
-    def _note_step(self, cost: CostModel, launched: Launched, now: float) -> None:
+    def _note_step(self, cost: CostModel, launched: Launched, now: float, seconds: float) -> None:
         began_s = max(launched.at_s, self._last_result_s)
         self._last_result_s = now
         if launched.rows[-1][1].num_tokens == 1:
@@ -566,7 +566,7 @@ class Scheduler:
             prefill_tokens=tokens,
             context_tokens=context,
             num_decodes=decodes,
-            seconds=now - began_s,
+            seconds=seconds or now - began_s,
         )
 
     def _busy_s(self, plan: PlanBuilder, now: float) -> float:
