@@ -6,6 +6,7 @@ is gone or late becomes `GroupUnavailableError` or `RequestTimeout`. No call sta
 
 from __future__ import annotations
 
+import importlib
 import threading
 import time
 import warnings
@@ -100,8 +101,12 @@ def find_actor(name: str, deadline: float = 0.0) -> Any:
 def _look_up(name: str) -> Any:
     """What `ray.get_actor` finds; that waits for a minute when the cluster's head is cut off.
 
-    So another thread does it, one for all who ask for the same name meanwhile.
+    So another thread does it, one for all who ask for the same name meanwhile. Ray imports the
+    actor's class for it, which on a busy machine alone takes longer: that is done before.
     """
+    kinds = {":gpu:": "gpu_cache", ":shard:": "storage_shard"}
+    module = next((kinds[kind] for kind in kinds if kind in name), "coordinator")
+    importlib.import_module(f"litecache.actors.{module}")
     with _lookups_lock:
         found = _lookups.get(name)
         if found is None:

@@ -126,3 +126,15 @@ def test_an_actor_that_is_not_there_is_an_answer_and_no_fault(
         with pytest.raises(GroupUnavailableError, match="there is no actor absent"):
             find_actor("absent")
     assert fault_counts() == before
+
+
+def test_an_actors_class_is_imported_before_the_time_of_its_lookup_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(ray, "get_actor", lambda name, namespace: done.append(name))
+    monkeypatch.setattr(calls.importlib, "import_module", done.append)
+    for name in ("litecache:g:gpu:0", "litecache:g:shard:0a:0", "litecache:g:coordinator"):
+        find_actor(name)
+    modules = [f"litecache.actors.{name}" for name in ("gpu_cache", "storage_shard", "coordinator")]
+    assert done[::2] == modules
