@@ -68,10 +68,12 @@ class ShardMachine(RuleBasedStateMachine):
         self.reserved: list[tuple[SlotRef, int]] = []
 
     def teardown(self) -> None:
-        if hasattr(self, "store"):
-            self.client.close()
-            self.store.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        try:
+            if hasattr(self, "store"):
+                self.client.close()
+                self.store.close()
+        finally:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     @invariant()
     def integrity(self) -> None:
