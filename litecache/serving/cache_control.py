@@ -36,15 +36,8 @@ async def tokens_of(service: ModelService, body: CacheRequest | TokenizeRequest)
         return await service.run(service.encode, body.prompt, body.add_special_tokens is not False)
     if not body.messages:
         raise refused("messages", "a list of messages, not empty")
-    return await service.run(
-        service.encode_chat,
-        plain_messages(service, body.messages),
-        tools=body.tools or None,
-        documents=body.documents,
-        options=body.chat_template_kwargs,
-        continue_final_message=body.continue_final_message is True,
-        add_generation_prompt=body.add_generation_prompt is not False,
-    )
+    messages = plain_messages(service, body.messages)
+    return await service.run(service.encode_chat, messages, body, body.tools)
 
 
 async def tokenize(service: ModelService, body: TokenizeRequest, tenant: Tenant) -> dict[str, Any]:

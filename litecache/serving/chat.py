@@ -34,11 +34,8 @@ async def chat(
         sum(len(message["content"]) for message in messages) + 100 * len(tools or ()),
         service.encode_chat,
         messages,
-        tools=tools,
-        documents=body.documents,
-        options=body.chat_template_kwargs,
-        continue_final_message=body.continue_final_message is True,
-        add_generation_prompt=body.add_generation_prompt is not False,
+        body,
+        tools,
     )
     format = service.tools if tools else None
     form = _forced_call(service, body, format) if body.forces_call else None

@@ -263,9 +263,7 @@ class _Exchange:
     async def _get(self, model: str) -> None:
         service = self._service
         if self._path == "/":
-            body, headers = page()
-            await self._start(200, headers, body)
-            await self._send({"type": "http.response.body", "body": body})
+            await self._send_whole(*page())
         elif self._path == "/health":
             await self._send_json({"status": "ok"})
         elif self._path == "/ready":
@@ -276,7 +274,8 @@ class _Exchange:
             await self._send_json({"object": "list", "data": [_model(service)]})
         elif self._path == "/metrics":
             text = await service.run_long(metrics_text, service)
-            await self._send_body(text.encode(), "text/plain; version=0.0.4; charset=utf-8")
+            kind = b"text/plain; version=0.0.4; charset=utf-8"
+            await self._send_whole(text.encode(), [(b"content-type", kind)])
         elif self._path == "/openapi.json":
             await self._send_json(openapi(POSTS))
         else:
@@ -306,19 +305,18 @@ class _Exchange:
         self, value: Any, status: int = 200, headers: dict[str, str] | None = None
     ) -> None:
         extra = [(k.encode(), v.encode()) for k, v in (headers or {}).items()]
-        await self._start(status, [_JSON, *extra], body := to_json(value))
-        await self._send({"type": "http.response.body", "body": body})
+        await self._send_whole(to_json(value), [_JSON, *extra], status)
 
-    async def _send_body(self, body: bytes, kind: str) -> None:
-        await self._start(200, [(b"content-type", kind.encode())], body)
-        await self._send({"type": "http.response.body", "body": body})
-
-    async def _start(
-        self, status: int, headers: list[tuple[bytes, bytes]], body: bytes | None
+    async def _send_whole(
+        self, body: bytes, headers: list[tuple[bytes, bytes]], status: int = 200
     ) -> None:
+        length = (b"content-length", str(len(body)).encode())
+        await self._start(status, [*headers, length])
+        await self._send({"type": "http.response.body", "body": body})
+
+    async def _start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
         self._status = status
-        length = [] if body is None else [(b"content-length", str(len(body)).encode())]
-        headers = [*headers, *length, *self._extra]
+        headers = [*headers, *self._extra]
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
 
     async def _stream(self, chunks: AsyncIterator[dict[str, Any]]) -> None:
@@ -328,7 +326,7 @@ class _Exchange:
         try:
             chunk: dict[str, Any] | None = await anext(chunks)
             headers = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-cache")]
-            await self._start(200, headers, None)
+            await self._start(200, headers)
             while chunk is not None:
                 if chunk.get("usage"):
                     self._note_usage(chunk["usage"])
@@ -356,7 +354,7 @@ class _Exchange:
                 size = os.fstat(file.fileno()).st_size
                 kind = (b"content-type", b"application/octet-stream")
                 length = (b"content-length", str(size).encode())
-                await self._start(200, [kind, length], None)
+                await self._start(200, [kind, length])
                 while part := await service.run_long(file.read, _FILE_PART_BYTES):
                     message = {"type": "http.response.body", "body": part, "more_body": True}
                     await self._send(message)

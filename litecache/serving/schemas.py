@@ -272,10 +272,9 @@ class ChatMessage(BaseModel):
     tool_call_id: str | None = None
 
 
-class Conversation(Body):
-    """Messages and what a template is given beside them."""
+class TemplateFields(Body):
+    """What a chat template is given beside messages."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=1 << 16)]
     tools: Tools | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
@@ -283,9 +282,18 @@ class Conversation(Body):
     documents: list[dict[str, str]] | None = None
 
 
-class ChatRequest(Drawing, Conversation):
+class PromptFields(CacheFields, TemplateFields):
+    """A prompt or a conversation, of which one is given."""
+
+    model: str | None = None
+    messages: list[ChatMessage] | None = None
+    add_special_tokens: bool | None = None
+
+
+class ChatRequest(Drawing, TemplateFields):
     """`POST /v1/chat/completions`."""
 
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=1 << 16)]
     max_completion_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -340,18 +348,10 @@ class ChatRequest(Drawing, Conversation):
                     raise refused(param, '"text", with a text: the model reads nothing else')
 
 
-class TokenizeRequest(CacheFields):
+class TokenizeRequest(PromptFields):
     """`POST /tokenize`: of a prompt, or of a conversation."""
 
-    model: str | None = None
     prompt: Text | None = None
-    messages: list[ChatMessage] | None = None
-    tools: Tools | None = None
-    add_special_tokens: bool | None = None
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    documents: list[dict[str, str]] | None = None
     return_token_strs: bool | None = None
 
 
@@ -362,18 +362,10 @@ class DetokenizeRequest(Body):
     tokens: Ids
 
 
-class CacheRequest(CacheFields):
+class CacheRequest(PromptFields):
     """`POST /v1/cache/...`: of a prompt, or of a conversation."""
 
-    model: str | None = None
     prompt: Text | Ids | None = None
-    messages: list[ChatMessage] | None = None
-    tools: Tools | None = None
-    add_special_tokens: bool | None = None
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    documents: list[dict[str, str]] | None = None
 
 
 class CacheDeleteRequest(Body):

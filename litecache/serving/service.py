@@ -25,7 +25,7 @@ from litecache.serving.admission import Admission
 from litecache.serving.errors import ApiError
 from litecache.serving.forms import Form, FormSpec, grammar_of
 from litecache.serving.keys import ApiKeys, Tenant
-from litecache.serving.schemas import CacheFields
+from litecache.serving.schemas import CacheFields, TemplateFields
 from litecache.serving.settings import ServeSettings
 from litecache.serving.tokens import TokenBytes
 from litecache.serving.tool_calls import ToolFormat, tool_format
@@ -211,34 +211,32 @@ class ModelService:
     def encode_chat(
         self,
         messages: Sequence[dict[str, Any]],
-        *,
+        asked: TemplateFields,
         tools: Sequence[Any] | None,
-        documents: Any = None,
-        options: Mapping[str, Any] | None = None,
-        continue_final_message: bool = False,
-        add_generation_prompt: bool = True,
     ) -> list[int]:
         """Token ids of a conversation, by the chat template.
 
         Args:
             messages: plain values.
-            tools, documents: for the template.
-            options: what else it reads.
-            continue_final_message: go on with the last message instead of answering it.
-            add_generation_prompt: end with the beginning of an answer.
+            asked: the request, with what else the template reads.
+            tools: those of the request that the model is told of.
 
         Raises:
             ApiError: 400, as in `encode`.
             ConfigError: the template does not take them.
         """
-        tokenizer = self.llm.tokenizer
+        tokenizer, options = self.llm.tokenizer, asked.chat_template_kwargs
         self._check_length(sum(len(each["content"]) for each in messages), "messages")
         reserved = set(inspect.signature(tokenizer.apply_chat_template).parameters)
         if options is not None and (wrong := sorted(reserved & set(options))):
             raise ConfigError("chat_template_kwargs", wrong, "names that the template reads")
-        template = ChatTemplate(tokenizer, tools=tools, documents=documents, options=options)
+        template = ChatTemplate(
+            tokenizer, tools=tools or None, documents=asked.documents, options=options
+        )
         return template.tokens(
-            messages, continue_final_message, add_generation_prompt=add_generation_prompt
+            messages,
+            asked.continue_final_message is True,
+            add_generation_prompt=asked.add_generation_prompt is not False,
         )
 
     def decoder(self, skip_special_tokens: bool) -> TextDecoder:

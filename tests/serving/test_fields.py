@@ -11,6 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from test_http import CHAT, COMPLETION, post
 
 from litecache.serving.http_app import ROUTES
+from litecache.serving.schemas import TemplateFields
 from litecache.serving.service import ModelService
 
 PATHS = {"/v1/completions": COMPLETION, "/v1/chat/completions": CHAT}
@@ -146,7 +147,8 @@ def test_tools_reach_the_template_unless_none_may_be_called(service: ModelServic
 def test_a_message_is_continued_or_answered_and_not_both(service: ModelService) -> None:
     last = {"role": "assistant", "content": "It is"}
     body = {**CHAT, "messages": [*CHAT["messages"], last], "continue_final_message": True}
-    tokens = service.encode_chat(body["messages"], tools=None, continue_final_message=True)
+    asked = TemplateFields(continue_final_message=True)
+    tokens = service.encode_chat(body["messages"], asked, None)
     answer = post(service, "/v1/chat/completions", body).json()
     assert answer["usage"]["prompt_tokens"] == len(tokens)
     both = post(service, "/v1/chat/completions", {**body, "add_generation_prompt": True})

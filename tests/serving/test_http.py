@@ -15,6 +15,7 @@ from local_server import LocalAdapter, client_of, make_service
 from litecache.serving import service as service_module
 from litecache.serving.http_app import POSTS, HttpApp
 from litecache.serving.keys import ApiKeys
+from litecache.serving.schemas import TemplateFields
 from litecache.serving.service import ModelService
 from litecache.serving.settings import ServeSettings
 
@@ -121,7 +122,7 @@ def test_logprobs_are_the_adapters_with_the_bytes_of_each_token(
     assert len(content) == 12
     text = b"".join(bytes(entry["bytes"]) for entry in content).decode("utf-8", "replace")
     assert text == choice["message"]["content"]
-    prompt = service.encode_chat(CHAT["messages"], tools=None)
+    prompt = service.encode_chat(CHAT["messages"], TemplateFields(), None)
     (row,) = adapter.submit([prompt], max_new_tokens=12, do_sample=False, logprobs=3)
     row.wait()
     assert [e["logprob"] for e in content] == pytest.approx([p.logprob for p in row.logprobs])
@@ -550,7 +551,7 @@ def test_texts_and_tokens_go_both_ways(service: ModelService) -> None:
     assert back == {"prompt": "é🙂 hello"}
     assert post(service, "/detokenize", {"tokens": [9999]}).status_code == 400
     chat = post(service, "/tokenize", {"messages": CHAT["messages"]}).json()
-    assert chat["tokens"] == service.encode_chat(CHAT["messages"], tools=None)
+    assert chat["tokens"] == service.encode_chat(CHAT["messages"], TemplateFields(), None)
     assert post(service, "/tokenize", {}).status_code == 400
 
 
