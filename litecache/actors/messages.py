@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from enum import IntEnum
+from operator import attrgetter
 from typing import Any, TypeVar
 
 import msgpack
@@ -32,11 +33,8 @@ from litecache.types import (
 
 T = TypeVar("T")
 _SAMPLING_FIELDS = tuple(field.name for field in dataclasses.fields(SamplingParams))
-_COLUMNS = (
-    *("request_id", "client_id", "input_ids", "sampling", "num_resumed_tokens"),
-    *("cache_salt", "cache", "expires_s", "retention", "priority", "max_time_s", "logits"),
-    *("mask", "sampling"),
-)
+_REQUEST_FIELDS = tuple(each.name for each in dataclasses.fields(Request) if each.name != "version")
+_COLUMNS = (*("input_ids" if name == "prompt" else name for name in _REQUEST_FIELDS), "sampling")
 _MOST_ITEMS = 1 << 24
 _FINISH_REASONS = {reason.value: reason for reason in FinishReason}
 
@@ -74,22 +72,15 @@ def pack_call(*arguments: Any, requests: Sequence[Request] = ()) -> bytes:
     """The arguments of a call, and requests; ConfigError names what cannot be carried."""
     samplings = {id(request.sampling): request.sampling for request in requests}
     numbers = {each: number for number, each in enumerate(samplings)}
-    columns = (
-        [request.request_id for request in requests],
-        [request.client_id for request in requests],
-        [request.prompt.pack() for request in requests],
-        [numbers[id(request.sampling)] for request in requests],
-        [request.num_resumed_tokens for request in requests],
-        [request.cache_salt for request in requests],
-        [request.cache for request in requests],
-        [request.expires_s for request in requests],
-        [request.retention for request in requests],
-        [request.priority for request in requests],
-        [request.max_time_s for request in requests],
-        [request.logits for request in requests],
-        [request.mask for request in requests],
-        [[getattr(each, name) for name in _SAMPLING_FIELDS] for each in samplings.values()],
-    )
+    carried: dict[str, Callable[[Request], Any]] = {
+        "prompt": lambda request: request.prompt.pack(),
+        "sampling": lambda request: numbers[id(request.sampling)],
+    }
+    columns = [
+        [carried.get(name, attrgetter(name))(request) for request in requests]
+        for name in _REQUEST_FIELDS
+    ]
+    columns.append([[getattr(s, name) for name in _SAMPLING_FIELDS] for s in samplings.values()])
     return _pack(arguments, columns, ("arguments", _COLUMNS))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import sys
@@ -131,7 +132,7 @@ def _print_lines(frames: Iterator[_Frame]) -> None:
                 "time": datetime.now().astimezone().isoformat(timespec="milliseconds"),
                 "model": frame.model,
                 "error": frame.message or None,
-                **frame.rates.to_dict(),
+                **dataclasses.asdict(frame.rates),
             }
             typer.echo(json.dumps(line))
 

@@ -7,7 +7,6 @@ went back has counted all of its value since.
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -129,10 +128,6 @@ class GroupRates:
     keys: int = 0
     drops_s: dict[str, float] = field(default_factory=dict)
     without_figures: dict[str, str] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
-        return dataclasses.asdict(self)
 
 
 @dataclass
