@@ -18,7 +18,6 @@ from litecache.cli.options import (
     GroupName,
     Settings,
     TrustRemoteCode,
-    check_address,
     check_model,
     connect,
     group_names,
@@ -167,7 +166,6 @@ def drain(
     Example: litecache drain 10.0.0.7
     """
     timeout = check_seconds("--timeout", timeout)
-    check_address(address)
     connect(address)
     from litecache.actors.operating.scaling import drain_node
 
