@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,10 +79,10 @@ def curl(*arguments: str) -> Any:
     return json.loads(done.stdout)
 
 
-def chat(url: str) -> list[tuple[str, dict[str, Any]]]:
+def chat(url: str, questions: Sequence[str] = QUESTIONS) -> list[tuple[str, dict[str, Any]]]:
     """The text and the usage of each turn."""
     messages, told = [{"role": "system", "content": SYSTEM}], []
-    for question in QUESTIONS:
+    for question in questions:
         messages.append({"role": "user", "content": question})
         body = {"model": NAME, "messages": messages, "max_tokens": COUNT, "temperature": 0}
         header = "Content-Type: application/json"
@@ -137,6 +139,60 @@ def test_serve_deploy_takes_what_is_shipped_and_tells_what_the_adapter_reuses(
         assert cached[0] == 0
         assert cached[1] >= 0.9 * first[0][1]["prompt_tokens"]
         assert cached == sorted(cached)
+
+
+def heed_ctrl_c() -> None:
+    """As in a terminal: what a shell starts in the background ignores SIGINT, and so do Python's
+    children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def serve_run(ray: OwnRay, command: list[str]) -> Iterator[str]:
+    """`serve run` until Ctrl-C, where Ray Serve's proxy has a port of its own; its address."""
+    port = free_port()
+    ray.run(str(BIN / "serve"), "start", "--http-port", str(port), cwd=ray.folder)
+    with (ray.folder / "run.log").open("w+") as log:
+        process = subprocess.Popen(
+            command,
+            env=ray.env,
+            cwd=ray.folder,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            preexec_fn=heed_ctrl_c,
+        )
+        try:
+            await_ready(f"http://127.0.0.1:{port}")
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.send_signal(signal.SIGINT)
+            status = process.wait(120)
+        log.seek(0)
+        assert status == 0, log.read()
+
+
+def test_serve_run_ends_with_ctrl_c_and_the_next_one_over_its_folder_answers_alike(
+    smollm2_dir: Path, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    store.mkdir(mode=0o700)
+    documents = (ROOT / "docs" / "serving.md").read_text().splitlines()
+    (line,) = [each for each in documents if each.startswith("serve run ")]
+    line = line.replace("/models/smollm2", str(smollm2_dir)).replace("/data/litecache", str(store))
+    command = [*line.split(), f"served_name={NAME}"]
+    assert str(smollm2_dir) in line
+    assert str(store) in line
+    with own_ray(num_cpus=4) as ray:
+        lives = []
+        for _ in range(2):
+            with serve_run(ray, command) as url:
+                lives.extend(chat(url, QUESTIONS[:1]))
+            ray.run(str(BIN / "litecache"), "down", cwd=ray.folder)
+    (text, computed), (again, found) = lives
+    assert again == text
+    assert computed["litecache"]["found_tokens"] == {}
+    # a busy machine may look it up too late: whatever is found is on the disk
+    assert set(found["litecache"]["found_tokens"]) <= {"disk"}
 
 
 def test_the_readmes_command_serves_and_its_curl_answers(smollm2_dir: Path) -> None:

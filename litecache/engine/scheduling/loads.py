@@ -36,9 +36,9 @@ from litecache.types import Tier
 MAX_STAGING = 8
 """Requests that may hold leases in the shards at once."""
 
-LOOKUP_SHARE, LOOKUP_MOST_S = 0.25, 2.0
-"""A lookup is worth waiting for this share of what computing all that it asks for takes, but no
-longer than a call to a shard may take."""
+LOOKUP_MOST_S = 2.0
+"""A lookup is waited for as long as computing all that it asks for would take, so that a request
+takes at most twice as long, but no longer than a call to a shard may take."""
 
 REPLAN_BLOCKS = 16
 """A plan is made anew when so many have landed, or half of what is left."""
@@ -88,7 +88,7 @@ class Loads:
         assert self._cost is not None
         count = len(np.unique(refs[:, 1])) * self._cache.block_size
         spared_s = self._cost.compute_s(count, seq.num_tokens - count)
-        seq.lookup_worth_s = min(LOOKUP_SHARE * spared_s, LOOKUP_MOST_S)
+        seq.lookup_worth_s = min(spared_s, LOOKUP_MOST_S)
         seq.below.ask(refs)
         keys = [seq.chain.keys[group][index] for group, index in refs.tolist()]
         out.stages.append(StageOrder(seq.ticket, refs, keys))
