@@ -164,7 +164,7 @@ class World:
                 self._planned.clear()
                 if not self._planned.wait(5) or self._over.wait(rng.uniform(0, 0.02)):
                     continue
-                under_way = len(self.harness.engine._scheduler._loads._copies)
+                under_way = len(self.harness.engine._scheduler.loads._copies)
                 self._fault(name, kind, pid)
             except (LiteCacheError, ProcessLookupError):
                 continue  # it is just coming back

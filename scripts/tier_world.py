@@ -100,13 +100,13 @@ class BenchEngine(TierEngine):
     def saving(self, on: bool) -> None:
         """Whether what is computed from now on is saved."""
         policy = self.config.admission if on else "none"
-        saves = self.engine._scheduler._saves
+        saves = self.engine._scheduler.saves
         self.engine.call(lambda: setattr(saves, "_admission", policy))
 
     def tiers(self, on: bool) -> None:
         """Without them the engine neither looks up nor saves, as one that was made without."""
         costs = self.engine._costs if on else None
-        self.engine.call(lambda: setattr(self.engine._scheduler._loads, "_cost", costs))
+        self.engine.call(lambda: setattr(self.engine._scheduler.loads, "_cost", costs))
         self.saving(on)
 
     def forgive(self) -> None:

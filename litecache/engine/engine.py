@@ -6,36 +6,34 @@ scheduler, so nothing here is locked. New tokens leave through the sink, called 
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import logging
 import math
 import os
-import queue
 import threading
 import time
 import traceback
 import weakref
-from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent import futures
 from concurrent.futures import Future
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 
 from litecache.checks import check_real
 from litecache.config import CacheConfig
+from litecache.engine import progress
 from litecache.engine.engine_info import EngineInfo, check_text, check_texts
+from litecache.engine.inbox import CALL_TIMEOUT_S, Inbox
 from litecache.engine.kv_layout import KVLayout, KVPool, check_tier_codec
 from litecache.engine.loading.memory import choose_num_blocks, memory_for
-from litecache.engine.loading.model_loader import LoadedModel, load_model
+from litecache.engine.loading.model_loader import load_model
 from litecache.engine.loading.model_source import ModelSource
-from litecache.engine.progress import progress_bar
 from litecache.engine.running.device_errors import check_device, is_out_of_memory
 from litecache.engine.running.model_runner import ModelRunner
-from litecache.engine.scheduling.cost_model import CostModel, Loads, prior
-from litecache.engine.scheduling.orders import Executor, Schedule, Step
+from litecache.engine.running.steps_in_flight import StepsInFlight
+from litecache.engine.scheduling.cost_model import CostModel, Loads, chosen_loads, prior
+from litecache.engine.scheduling.orders import Executor, SaveOrder, Schedule
 from litecache.engine.scheduling.prefix_cache import PrefixCache
 from litecache.engine.scheduling.prefix_view import PrefixView
 from litecache.engine.scheduling.scheduler import (
@@ -54,7 +52,6 @@ from litecache.errors import (
 )
 from litecache.hashing import BlockKey
 from litecache.metrics import Metrics
-from litecache.spans import note_span
 from litecache.storage.client import ShardClient
 from litecache.storage.namespaces import namespace_of
 from litecache.storage.shard_options import check_tiers
@@ -67,9 +64,6 @@ logger = logging.getLogger(__name__)
 Sink = Callable[[list[tuple[str, TokenDelta]]], None]
 T = TypeVar("T")
 
-CALL_TIMEOUT_S = 30.0
-MOST_LOGGED = 80
-"""Characters of a request's id in a log."""
 _open_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 WATCH_S = 2e-4
 """Between two looks at a step that runs, while loads may land."""
@@ -138,10 +132,10 @@ class Engine:
                 max_batch_tokens=config.prefill_tokens(loaded.device.type),
                 deterministic=config.deterministic,
             )
-        self.info = _describe(source, config, loaded, layout, num_blocks, self._num_threads)
+        self.info = EngineInfo.of(source, config, loaded, layout, num_blocks, self._num_threads)
         self._overlap = 1 if loaded.device.type == "cuda" else 0
         self._device = loaded.device
-        costs, loads = None, _chosen_loads(loads)
+        costs, loads = None, chosen_loads(loads)
         if shards is not None:
             num_parameters = sum(p.numel() for p in loaded.model.parameters())
             token_s, step_s = prior(num_parameters, loaded.device.type)
@@ -174,12 +168,12 @@ class Engine:
         )
         self._open: set[str] = set()
         self._open_lock = threading.Lock()
-        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._in_flight: deque[tuple[int, Step, int, float]] = deque()
+        self._inbox = Inbox(self.metrics, self._check_alive)
         self._failure: BaseException | None = None
         self._turns, self._waits = 0, True
         self._closing = False
-        self._step_events: dict[int, torch.cuda.Event] = {}
+        copies = shards is not None and self._device.type == "cuda"
+        self._in_flight = StepsInFlight(self._runner, self.metrics, with_events=copies)
         self._tiers: LowerTiers | None = None
         if shards is not None:
             quota_salts = frozenset(config.salt_quotas)
@@ -189,7 +183,7 @@ class Engine:
                 post=self._inbox.put,
                 carry_out=self._carry_out,
                 device=self._device,
-                event_of=self._step_events.get,
+                event_of=self._in_flight.events.get,
                 namespace_of=lambda salt: namespace_of(self.info.label, salt, quota_salts),
                 metrics=self.metrics,
             )
@@ -213,7 +207,8 @@ class Engine:
             CapacityError: a request can never fit.
         """
         self._check_alive()
-        ids = [request.request_id for request in self._checked(requests)]
+        _check_each("requests", requests, "a list of requests", self.info.check)
+        ids = [request.request_id for request in requests]
         with self._open_lock:
             fresh: set[str] = set()
             for name in ids:
@@ -228,7 +223,7 @@ class Engine:
                 try:
                     self._carry_out(self._scheduler.add(request, now))
                 except Exception as error:
-                    name = shorten(request.request_id, MOST_LOGGED)
+                    name = shorten(request.request_id, progress.MOST_LOGGED)
                     logger.exception(
                         "request %s could not be queued", name, extra={"request_id": name}
                     )
@@ -236,19 +231,12 @@ class Engine:
                 else:
                     self.metrics.inc("litecache_prompt_tokens", len(request.prompt))
 
-        self._post(add)
-
-    def _checked(self, requests: Sequence[Request]) -> Sequence[Request]:
-        if not isinstance(requests, (list, tuple)):
-            raise ConfigError("requests", type(requests).__name__, "a list of requests")
-        for request in requests:
-            self.info.check(request)
-        return requests
+        self._inbox.post(add)
 
     def abort(self, request_ids: Sequence[str]) -> None:
         """End requests with what they have; one that is still to come ends as it comes."""
         ids = check_texts("request_ids", request_ids)
-        self._post(lambda: self._carry_out(self._scheduler.abort(ids)))
+        self._inbox.post(lambda: self._carry_out(self._scheduler.abort(ids)))
 
     def abort_client(self, client_id: str) -> None:
         """End all requests of a client."""
@@ -258,7 +246,7 @@ class Engine:
             ids = [name for client, name in self._scheduler.open_requests() if client == client_id]
             self._carry_out(self._scheduler.abort(ids))
 
-        self._post(end)
+        self._inbox.post(end)
 
     def guide(self, guidance: Sequence[Guidance]) -> None:
         """What drivers allow guided requests next; what no request waits for is passed over.
@@ -267,26 +255,23 @@ class Engine:
             ConfigError: no such answers; none was taken.
         """
         self._check_alive()
-        if not isinstance(guidance, (list, tuple)):
-            raise ConfigError("guidance", type(guidance).__name__, "a list of Guidance")
-        for each in guidance:
-            self.info.check_guidance(each)
+        _check_each("guidance", guidance, "a list of Guidance", self.info.check_guidance)
 
         def take() -> None:  # all before the next step, which they share
             for each in guidance:
                 self._carry_out(self._scheduler.guide(each))
 
-        self._post(take)
+        self._inbox.post(take)
 
     def pause(self, request_ids: Sequence[str]) -> None:
         """Stop decoding requests whose client does not take their tokens."""
         ids = check_texts("request_ids", request_ids)
-        self._post(lambda: self._scheduler.set_paused(ids, True))
+        self._inbox.post(lambda: self._scheduler.set_paused(ids, True))
 
     def resume(self, request_ids: Sequence[str]) -> None:
         """The inverse of `pause`."""
         ids = check_texts("request_ids", request_ids)
-        self._post(lambda: self._scheduler.set_paused(ids, False))
+        self._inbox.post(lambda: self._scheduler.set_paused(ids, False))
 
     def stats(self) -> dict[str, Any]:
         """Blocks by state, requests and counters, consistent with one moment."""
@@ -401,9 +386,12 @@ class Engine:
         if self._tiers is None or self._admission == "none" or request.cache != "default":
             return False
         tiers, deadline = self._tiers, time.monotonic() + timeout_s
-        orders = self.call(
-            lambda: tiers.save_first(self._scheduler.offer(request).saves), timeout_s
-        )
+
+        def save() -> list[SaveOrder]:
+            found = self._scheduler.save_prefix(request.prompt, request, everything=True)
+            return tiers.save_first(found.saves)
+
+        orders = self.call(save, timeout_s)
         return tiers.wait_saved(orders, deadline - time.monotonic())
 
     def set_shards(self, shards: Sequence[ShardClient]) -> None:
@@ -426,25 +414,7 @@ class Engine:
             RequestTimeout: it has not run in time.
             LiteCacheError: the engine has failed.
         """
-        self._check_alive()
-        future: Future[T] = Future()
-
-        def run() -> None:
-            try:
-                future.set_result(function())
-            except BaseException as error:
-                future.set_exception(error)
-
-        self._inbox.put(run)
-        deadline = time.monotonic() + timeout_s
-        while True:
-            left_s = deadline - time.monotonic()
-            done, _ = futures.wait([future], min(max(left_s, 0.0), 1.0))
-            if done:
-                return future.result()
-            self._check_alive()
-            if left_s <= 0:
-                raise RequestTimeout(f"the engine has not answered within {timeout_s:g} s")
+        return self._inbox.call(function, timeout_s)
 
     def close(self) -> None:
         """End the thread and give everything back; unfinished requests are aborted.
@@ -459,10 +429,9 @@ class Engine:
         if self._tiers is not None:
             self._tiers.close()
             self._tiers = None
-        self._in_flight.clear()
         if self._failure is not None:
             traceback.clear_frames(self._failure.__traceback__)
-        del self._runner, self._pools, self._scheduler
+        del self._runner, self._in_flight, self._pools, self._scheduler
         gc.collect()  # a model's modules are linked in circles
         _open_engines.discard(self)
         if self._device.type == "cuda":
@@ -480,7 +449,7 @@ class Engine:
                 torch.cuda.set_device(self._device)
             # On this thread, because the libraries keep handles and plans of their own for each.
             with memory_for("CUDA graphs beside the pool", advice):
-                self._runner.warm_up(progress_bar("Preparing steps"))
+                self._runner.warm_up(progress.progress_bar("Preparing steps"))
         except BaseException as error:
             warm.set_exception(error)
             return
@@ -505,7 +474,10 @@ class Engine:
         schedule = self._scheduler.schedule(time.monotonic())
         self._carry_out(schedule)
         if schedule.plan is not None:
-            self._launch(schedule)
+            try:
+                self._in_flight.launch(schedule.plan)
+            except Exception as error:
+                self._undo(schedule.plan.step, error)
         idle = schedule.plan is None and not self._in_flight
         if schedule.plan is None and self._in_flight and self._hears_first():
             return
@@ -514,57 +486,33 @@ class Engine:
         if schedule.plan is not None:
             host_s = time.perf_counter() - started - waited_s
             self.metrics.observe("litecache_step_seconds", host_s, kind="host")
-        self._take_messages(wait=idle)
+        wait_s = 0.0
+        if idle:
+            self._waits = True
+            deadline = self._scheduler.next_deadline()
+            wait_s = LONGEST_WAIT_S if deadline is None else deadline - time.monotonic()
+        self._inbox.take(min(max(wait_s, 0.0), LONGEST_WAIT_S))
 
     def _hears_first(self) -> bool:
         """While the last step runs: whether news of loads has come before its end.
 
         What it lets be computed is launched behind that step, and not after it.
         """
-        if not self._scheduler.awaits_news:
+        if not self._scheduler.loads.awaits_news:
             return False
-        step = self._in_flight[0][1]
-        while not step.ready():
-            try:
-                self._inbox.get(timeout=WATCH_S)()
-            except queue.Empty:
-                continue
-            self._take_messages(wait=False)
-            return True
+        while not self._in_flight.ready():
+            if self._inbox.take(WATCH_S):
+                return True
         return False
-
-    def _launch(self, schedule: Schedule) -> None:
-        assert schedule.plan is not None
-        plan, begun = schedule.plan, time.perf_counter()
-        # a row of one token decodes
-        prefill = sum(row.num_tokens for row in plan.rows if row.num_tokens > 1)
-        try:
-            self._in_flight.append((plan.step, self._runner.execute(plan), prefill, begun))
-        except Exception as error:
-            self._undo(plan.step, error)
-        else:
-            if prefill:
-                self.metrics.inc("litecache_computed_tokens", prefill)
-            if self._tiers is not None and self._device.type == "cuda":
-                event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-                event.record()
-                self._step_events[plan.step] = event
 
     def _finish_step(self) -> float:
         """Take the oldest step's result; returns the seconds that the thread waited for it."""
-        step, handle, prefill, begun = self._in_flight.popleft()
-        started = time.perf_counter()
+        step = self._in_flight.oldest
         try:
-            result = handle.result()
+            result, waited_s = self._in_flight.finish()
         except Exception as error:
             self._undo(step, error)
             return 0.0
-        finally:
-            self._step_events.pop(step, None)
-        waited_s = time.perf_counter() - started
-        self.metrics.observe("litecache_step_seconds", waited_s, kind="wait")
-        if prefill:
-            note_span("prefill", begun, tokens=prefill)
         self._carry_out(self._scheduler.on_result(result, time.monotonic()))
         return waited_s
 
@@ -580,28 +528,6 @@ class Engine:
         message = f"step {step} failed: {told(error)}"
         self._carry_out(self._scheduler.undo_step(step, message, out_of_memory=out_of_memory))
 
-    def _take_messages(self, *, wait: bool) -> None:
-        with contextlib.suppress(queue.Empty):
-            if wait:
-                deadline = self._scheduler.next_deadline()
-                wait_s = LONGEST_WAIT_S if deadline is None else deadline - time.monotonic()
-                self._waits = True
-                self._inbox.get(timeout=min(max(wait_s, 0.0), LONGEST_WAIT_S))()
-            while True:
-                self._inbox.get_nowait()()
-
-    def _post(self, message: Callable[[], None]) -> None:
-        """Have a caller's message taken on the engine's thread: whatever it raises is its own."""
-
-        def take() -> None:
-            try:
-                message()
-            except Exception:
-                self.metrics.inc("litecache_failed_messages")
-                logger.exception("a message to the engine failed")
-
-        self._inbox.put(take)
-
     def _fail(self, client_id: str, request_id: str, error: BaseException) -> None:
         """End a request that no schedule knows any more."""
         kind = type(error).__name__ if isinstance(error, LiteCacheError) else "LiteCacheError"
@@ -611,49 +537,20 @@ class Engine:
     def _carry_out(self, schedule: Schedule) -> None:
         """Hand the scheduler's orders to those who execute them."""
         if schedule.deltas:
-            self._count(schedule)
+            progress.count_deltas(self.metrics, schedule, self._costs)
+            progress.log_deltas(logger, schedule.deltas)
+            for _, delta in schedule.deltas:
+                if delta.finish_reason is not None:
+                    self._open.discard(delta.request_id)
             self._sink(schedule.deltas)
         if self._tiers is not None:
             self._tiers.carry_out(schedule)
 
-    def _count(self, schedule: Schedule) -> None:
-        generated, logged = 0, logger.isEnabledFor(logging.INFO)
-        for gap_s, times in schedule.token_gaps.items():
-            self.metrics.observe("litecache_inter_token_seconds", gap_s, times)
-        for _, delta in schedule.deltas:
-            generated += len(delta.token_ids)
-            if delta.ttft_s is not None:
-                self.metrics.observe("litecache_ttft_seconds", delta.ttft_s)
-                for tier, tokens in (delta.reused_tokens or {}).items():
-                    self.metrics.inc("litecache_reused_tokens", tokens, tier=tier)
-                for tier, tokens in (delta.found_tokens or {}).items():
-                    self.metrics.inc("litecache_found_tokens", tokens, tier=tier)
-                self._count_predictions()
-            if logged:
-                _log(delta)
-            if delta.finish_reason is not None:
-                self._open.discard(delta.request_id)
-                self.metrics.inc("litecache_requests", outcome=delta.finish_reason.value)
-        self.metrics.inc("litecache_generated_tokens", generated)
-
-    def _count_predictions(self) -> None:
-        for predicted_s, actual_s in self._costs.take_judged() if self._costs is not None else ():
-            self.metrics.inc("litecache_predicted_first_token_seconds", predicted_s)
-            self.metrics.inc("litecache_planned_first_token_seconds", actual_s)
-            self.metrics.observe("litecache_load_prediction_ratio", actual_s / predicted_s)
-
     def refresh_metrics(self) -> None:
         """Bring the gauges up to date; any thread may ask, and the engine's is not held up."""
-        scheduler, metrics = getattr(self, "_scheduler", None), self.metrics
-        if scheduler is None:
-            return
-        for state, count in scheduler.cache.stats().items():
-            metrics.set("litecache_pool_blocks", count, state=state)
-        metrics.set("litecache_running_requests", scheduler.num_running)
-        metrics.set("litecache_waiting_requests", scheduler.num_waiting)
-        metrics.set("litecache_queued_tokens", scheduler.num_queued_tokens)
-        metrics.count_to("litecache_evictions", scheduler.cache.num_evictions, tier="gpu")
-        metrics.count_to("litecache_preemptions", scheduler.preemptions)
+        scheduler = getattr(self, "_scheduler", None)
+        if scheduler is not None:
+            progress.set_gauges(self.metrics, scheduler)
 
     def _stats(self) -> dict[str, Any]:
         scheduler = self._scheduler
@@ -678,59 +575,8 @@ class Engine:
             raise ConfigError("engine", "closed", "an open engine")
 
 
-def _log(delta: TokenDelta) -> None:
-    """One line for a request's first token and one for its end: sizes and times, no text."""
-    name = shorten(delta.request_id, MOST_LOGGED)
-    if delta.ttft_s is not None:
-        reused, found = dict(delta.reused_tokens or {}), dict(delta.found_tokens or {})
-        said = ", ".join(f"{tokens} {tier}" for tier, tokens in reused.items()) or "none"
-        ttft_s = round(delta.ttft_s, 6)
-        figures = {"ttft_s": ttft_s, "reused_tokens": reused, "found_tokens": found}
-        extra = {"request_id": name, **figures}
-        what = "request %s: first token after %.4f s, tokens reused: %s"
-        logger.info(what, name, ttft_s, said, extra=extra)
-    if delta.finish_reason is not None:
-        outcome = delta.finish_reason.value
-        ended = {"request_id": name, "outcome": outcome, "error_type": delta.error_type}
-        logger.info("request %s: ended, %s", name, outcome, extra=ended)
-
-
-def _chosen_loads(loads: Loads | None) -> Loads:
-    if loads is not None:
-        return loads
-    name = os.environ.get("LITECACHE_LOADS", "model")
-    if name in ("model", "all", "none"):
-        return cast("Loads", name)
-    raise ConfigError("LITECACHE_LOADS", name, "'model', 'all' or 'none'")
-
-
-def _describe(
-    source: ModelSource,
-    config: CacheConfig,
-    loaded: LoadedModel,
-    layout: KVLayout,
-    num_blocks: int,
-    num_threads: int,
-) -> EngineInfo:
-    shapes = tuple(
-        f"layers={group.layers} spec={group.spec} bytes={group.block_bytes}"
-        for group in layout.groups
-    )
-    return EngineInfo(
-        model=source.name,
-        fingerprint=loaded.fingerprint,
-        dtype=str(loaded.dtype).removeprefix("torch."),
-        kv_dtype=layout.groups[0].spec.dtype,
-        device=str(loaded.device),
-        block_size=config.block_size,
-        num_blocks=num_blocks,
-        group_shapes=shapes,
-        block_bytes=tuple(group.tier_bytes for group in layout.groups),
-        max_model_len=loaded.max_model_len,
-        max_requests=config.max_requests,
-        max_batch_tokens=config.max_batch_tokens,
-        vocab_size=loaded.vocab_size,
-        num_threads=num_threads,
-        tier_codec=config.tier_codec,
-        attention=loaded.attention,
-    )
+def _check_each(name: str, values: Any, valid: str, check: Callable[[Any], None]) -> None:
+    if not isinstance(values, (list, tuple)):
+        raise ConfigError(name, type(values).__name__, valid)
+    for value in values:
+        check(value)

@@ -10,10 +10,10 @@ import functools
 import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from litecache.checks import FLOAT32_MAX, INT64_MAX, check_integer, check_real
-from litecache.engine.kv_layout import LAYOUT_VERSION
+from litecache.engine.kv_layout import LAYOUT_VERSION, KVLayout
 from litecache.errors import CapacityError, ConfigError
 from litecache.hashing import BlockKey, root_key
 from litecache.storage.namespaces import label_of
@@ -28,6 +28,11 @@ from litecache.types import (
     SamplingParams,
     mask_bytes,
 )
+
+if TYPE_CHECKING:
+    from litecache.config import CacheConfig
+    from litecache.engine.loading.model_loader import LoadedModel
+    from litecache.engine.loading.model_source import ModelSource
 
 MAX_PRIORITY = 1 << 31
 MAX_LOGITS_BYTES = 32 << 20
@@ -71,6 +76,40 @@ class EngineInfo:
     num_threads: int
     tier_codec: str | None = None
     attention: str = "paged"
+
+    @classmethod
+    def of(
+        cls,
+        source: ModelSource,
+        config: CacheConfig,
+        loaded: LoadedModel,
+        layout: KVLayout,
+        num_blocks: int,
+        num_threads: int,
+    ) -> EngineInfo:
+        """Of a model that was loaded, with a pool of `num_blocks`."""
+        shapes = tuple(
+            f"layers={group.layers} spec={group.spec} bytes={group.block_bytes}"
+            for group in layout.groups
+        )
+        return cls(
+            model=source.name,
+            fingerprint=loaded.fingerprint,
+            dtype=str(loaded.dtype).removeprefix("torch."),
+            kv_dtype=layout.groups[0].spec.dtype,
+            device=str(loaded.device),
+            block_size=config.block_size,
+            num_blocks=num_blocks,
+            group_shapes=shapes,
+            block_bytes=tuple(group.tier_bytes for group in layout.groups),
+            max_model_len=loaded.max_model_len,
+            max_requests=config.max_requests,
+            max_batch_tokens=config.max_batch_tokens,
+            vocab_size=loaded.vocab_size,
+            num_threads=num_threads,
+            tier_codec=config.tier_codec,
+            attention=loaded.attention,
+        )
 
     @property
     def capacity_tokens(self) -> int:

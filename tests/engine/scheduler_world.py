@@ -218,7 +218,7 @@ class World:
                 self.logits[delta.request_id] = delta.logits
 
     def _order(self, order: LoadOrder) -> None:
-        seq = self.scheduler._loads._copies[order.ticket][0]
+        seq = self.scheduler.loads._copies[order.ticket][0]
         running = {result.step for result in self.results}
         refs = as_pairs(order.refs)
         steps = order.steps.tolist()
@@ -260,7 +260,7 @@ class World:
         found = {ref: "ram:0" for ref, key in asked if key in self.stored and have(key)}
         if found:
             self.leases.setdefault(order.ticket, set()).update(found)
-        self.take(self.scheduler.on_staged(order.ticket, FoundBelow.of(found)))
+        self.take(self.scheduler.loads.on_staged(order.ticket, FoundBelow.of(found)))
 
     def begin_copies(self, position: int, count: int) -> None:
         """The next copies of a load begin: whatever they are asked, they end."""
@@ -285,7 +285,7 @@ class World:
         self._tidy()
         lost = [ref for ref in part if ref not in done]
         report = LoadReport(load.order.ticket, as_refs(done), as_refs(lost))
-        self.take(self.scheduler.on_loaded(report))
+        self.take(self.scheduler.loads.on_loaded(report))
 
     def answer_load(self, position: int, works: Callable[[int], bool] = bool) -> None:
         """All the rest of a load ends."""
@@ -294,7 +294,7 @@ class World:
 
     def report(self, position: int) -> None:
         """What a cancelled load has lost is told."""
-        self.take(self.scheduler.on_loaded(self.reports.pop(position)))
+        self.take(self.scheduler.loads.on_loaded(self.reports.pop(position)))
 
     def _spoil(self, load: Load, ref: BlockRef) -> None:
         for offset in range(BLOCK_SIZE):
@@ -319,7 +319,7 @@ class World:
             self.stored[order.key] = [
                 self.blocks[order.group, order.block, offset] for offset in range(BLOCK_SIZE)
             ]
-        self.scheduler.on_saved([order] if works else [], [] if works else [order])
+        self.scheduler.saves.on_saved([order] if works else [], [] if works else [order])
 
     def run_steps(self) -> None:
         """Deliver steps alone until nothing moves any more."""

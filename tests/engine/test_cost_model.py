@@ -326,6 +326,7 @@ stretches = st.lists(st.tuples(sources, st.integers(1, 40)), max_size=8)
 )
 @example([("disk:0", 5), ("ram:0", 19)], 0, 1, 0, 0)  # worth it without the disk alone
 @example([("ram:0", 4), ("", 1), ("ram:0", 19)], 0, 1, 0, 0)  # most lies behind the hole
+@example([("", 1), ("ram:0", 16), ("", 1), ("ram:0", 19)], 0, 1, 0, 0)
 @settings(max_examples=60, deadline=None)
 def test_a_plan_loads_one_run_without_holes_and_no_other_choice_is_better(
     pieces: list[tuple[str, int]], start: int, question: int, queued: int, decodes: int

@@ -197,7 +197,9 @@ class VirtualMachine:
         for start in range(0, len(reads), READ_BLOCKS):
             self._reads.append((order.ticket, reads[start : start + READ_BLOCKS]))
         self._read()
-        self._messages.append(lambda: self.scheduler.on_staged(order.ticket, FoundBelow.of(found)))
+        self._messages.append(
+            lambda: self.scheduler.loads.on_staged(order.ticket, FoundBelow.of(found))
+        )
 
     def _read(self) -> None:
         while self._reads and not self._reading:
@@ -242,7 +244,7 @@ class VirtualMachine:
         for ref in part:
             self._leases[ticket].pop(ref, None)
         report = LoadReport(ticket, as_refs(part), at_s=self._event_s, waited=waited)
-        self._messages.append(lambda: self.scheduler.on_loaded(report))
+        self._messages.append(lambda: self.scheduler.loads.on_loaded(report))
         self._copy()
 
     def _drop(self, ticket: int) -> None:
@@ -261,4 +263,4 @@ class VirtualMachine:
             self._drop(cancel.ticket)
         if lost:
             report = LoadReport(cancel.ticket, lost=as_refs(lost))
-            self._messages.append(lambda: self.scheduler.on_loaded(report))
+            self._messages.append(lambda: self.scheduler.loads.on_loaded(report))

@@ -13,16 +13,18 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import statistics
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from litecache.engine.scheduling.step_law import Floats, StepLaw
+from litecache.errors import ConfigError
 
 Loads = Literal["model", "all", "none"] | Callable[[int, int], int]
 
@@ -243,6 +245,16 @@ class Source:
             more_s = LATE_RAM_S if self.tier == "ram" else LATE_S
         usual_s = self.latency_s + self._batch / self.rate
         return self._since(now) > times * usual_s + more_s
+
+
+def chosen_loads(loads: Loads | None) -> Loads:
+    """What was asked for, or what `LITECACHE_LOADS` says; ConfigError where that is neither."""
+    if loads is not None:
+        return loads
+    name = os.environ.get("LITECACHE_LOADS", "model")
+    if name in ("model", "all", "none"):
+        return cast("Loads", name)
+    raise ConfigError("LITECACHE_LOADS", name, "'model', 'all' or 'none'")
 
 
 class CostModel:

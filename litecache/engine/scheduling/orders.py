@@ -41,6 +41,8 @@ class NewRow:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "token_ids", TokenIds(self.token_ids))
+        if isinstance(self.sampling, dict):  # of `StepPlan.to_dict`
+            object.__setattr__(self, "sampling", SamplingParams(**self.sampling))
 
 
 @dataclass(frozen=True)
@@ -149,33 +151,21 @@ class StepPlan:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> StepPlan:
         """The inverse of `to_dict`."""
-        return cls(
-            step=values["step"],
-            new_rows=tuple(
-                NewRow(
-                    row["row"],
-                    row["token_ids"],
-                    row["num_prompt_tokens"],
-                    SamplingParams(**{k: _frozen(v) for k, v in row["sampling"].items()}),
-                )
-                for row in values["new_rows"]
-            ),
-            table_updates=tuple(
-                TableUpdate(u["row"], u["group"], u["start"], tuple(u["block_ids"]))
-                for u in values["table_updates"]
-            ),
-            copies=tuple(BlockCopy(**copy) for copy in values["copies"]),
-            rows=tuple(RowStep(*row) for row in values["rows"]),
-            guides=tuple(
-                RowGuide(g["row"], g["start"], tuple(g["token_ids"]), g["mask"])
-                for g in values["guides"]
-            ),
-            version=values["version"],
-        )
+        rows = {name: tuple(kind(**_frozen(row)) for row in values[name]) for name, kind in _ROWS}
+        steps = tuple(RowStep(*row) for row in values["rows"])
+        return cls(**{**values, **rows, "rows": steps})
+
+
+_ROWS: tuple[tuple[str, type[Any]], ...] = (
+    ("new_rows", NewRow), ("table_updates", TableUpdate), ("copies", BlockCopy),
+    ("guides", RowGuide),
+)  # fmt: skip
 
 
 def _frozen(value: Any) -> Any:
     """Lists, as msgpack gives them, back to tuples."""
+    if isinstance(value, dict):
+        return {name: _frozen(part) for name, part in value.items()}
     return tuple(_frozen(part) for part in value) if isinstance(value, (list, tuple)) else value
 
 

@@ -1,10 +1,13 @@
-"""A step plan under construction, and the record of what was launched with it."""
+"""A step plan under construction, and the steps that were launched and have not ended."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 from litecache.engine.scheduling.below import BlockRef
+from litecache.engine.scheduling.block_pool import BlockPool
+from litecache.engine.scheduling.cost_model import CostModel
 from litecache.engine.scheduling.orders import (
     BlockCopy,
     NewRow,
@@ -152,3 +155,66 @@ class PlanBuilder:
             tuple(row_step for _, row_step, _ in self.launched.rows),
             tuple(self._guide(seq, mask) for seq, mask in self._guided.values()),
         )
+
+
+class StepsUnderWay:
+    """Steps from their launch to their result, in order.
+
+    Args:
+        cost: is told what they took, and says what they will take; None = nobody asks.
+        pools: hold the sources of copies until the step that copies has ended.
+    """
+
+    def __init__(self, cost: CostModel | None, pools: Seq[BlockPool]) -> None:
+        self._cost, self._pools = cost, pools
+        self._launched: dict[int, Launched] = {}
+        self._number = 0
+        self._last_result_s = 0.0
+
+    @property
+    def copied_from(self) -> list[BlockRef]:
+        """(group, block) that a reference is held to, for copies."""
+        return [ref for launched in self._launched.values() for ref in launched.copied_from]
+
+    def begin(self, budget: int, chunk_grid: int | None, now: float) -> PlanBuilder:
+        """The next plan, still empty; arguments as of `PlanBuilder`."""
+        plan = PlanBuilder(self._number + 1, budget, chunk_grid)
+        plan.launched.at_s = now
+        return plan
+
+    def launch(self, plan: PlanBuilder) -> StepPlan | None:
+        """Finish a plan, whose step is under way from now on; None: there is nothing in it."""
+        built = plan.build()
+        if built is not None:
+            self._number += 1
+            self._launched[self._number] = plan.launched
+        return built
+
+    def end(self, step: int, now: float | None, seconds: float = 0.0) -> Launched:
+        """A step has given its result; `now` is None where it raised, and tells nothing. The device
+        took `seconds` for it, or 0 where that was not measured."""
+        launched = self._launched.pop(step)
+        for group, block in launched.copied_from:
+            self._pools[group].release([block])
+        if now is not None and self._cost is not None:
+            began_s = max(launched.at_s, self._last_result_s)
+            self._last_result_s = now
+            if launched.rows[-1][1].num_tokens > 1:  # longer ones come last
+                tokens, context, decodes = launched.work
+                self._cost.note_step(
+                    prefill_tokens=tokens,
+                    context_tokens=context,
+                    num_decodes=decodes,
+                    seconds=seconds or now - began_s,
+                )
+        return launched
+
+    def left_s(self, now: float, plan: PlanBuilder | None = None) -> float:
+        """Seconds until they have ended, and what is in a plan already."""
+        if self._cost is None:
+            return 0.0
+        steps = list(self._launched.values())
+        if plan is not None and plan.launched.rows:
+            steps.append(plan.launched)
+        began_s = max(steps[0].at_s, self._last_result_s) if steps else now
+        return self._cost.left_s([launched.work for launched in steps], began_s, now)

@@ -10,6 +10,7 @@ its head.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from collections.abc import Sequence as Seq
 
 from litecache.engine.kv_layout import TRASH_BLOCK
 from litecache.engine.scheduling.orders import SaveOrder, Schedule
@@ -101,7 +102,7 @@ class Saves:
         while len(self._refused) > MOST_REFUSED:
             del self._refused[next(iter(self._refused))]
 
-    def again(self, count: int) -> Schedule:
+    def _again(self, count: int) -> Schedule:
         """Order up to so many of the refused, oldest first."""
         out = Schedule()
         while self._refused and len(out.saves) < count:
@@ -114,14 +115,16 @@ class Saves:
                 out.saves.append(order._replace(block=block))
         return out
 
-    def on_saved(self, orders: Iterable[SaveOrder], dropped: Iterable[SaveOrder]) -> None:
-        """Copies ended: give their references back; the dropped ones are unsaved again."""
+    def on_saved(self, orders: Seq[SaveOrder], dropped: Iterable[SaveOrder] = ()) -> Schedule:
+        """Copies ended: give their references back; the dropped ones are unsaved again, and may be
+        saved on a later sight. As many of the refused are ordered again as have ended."""
         for order in orders:
             self._cache.pools[order.group].release([order.block])
         for order in dropped:
             if order.key in self._cache.indexes[order.group]:
                 self._cache.unsaved[order.group].add(order.key)
             self._cache.pools[order.group].release([order.block])
+        return self._again(len(orders))
 
     def _save(
         self,

@@ -24,11 +24,11 @@ import math
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 
-from litecache.engine.scheduling.below import BlockRef, FoundBelow
+from litecache.engine.scheduling.below import BlockRef
 from litecache.engine.scheduling.cost_model import CostModel
 from litecache.engine.scheduling.loads import Loads
-from litecache.engine.scheduling.orders import LoadReport, RowStep, SaveOrder, Schedule, StepResult
-from litecache.engine.scheduling.plan_builder import Launched, PlanBuilder
+from litecache.engine.scheduling.orders import RowStep, Schedule, StepResult
+from litecache.engine.scheduling.plan_builder import PlanBuilder, StepsUnderWay
 from litecache.engine.scheduling.prefix_cache import PrefixCache
 from litecache.engine.scheduling.prefix_view import PrefixView, view_prefix
 from litecache.engine.scheduling.saves import Saves
@@ -69,6 +69,10 @@ class Scheduler:
         load_chunk_tokens: of a prefill chunk beside a load.
         lookup_patience_s: a request whose lookup takes longer, and longer than it is worth, starts
             without; a late answer is of use all the same.
+
+    Attributes:
+        loads: is told what the lower tiers hold and what has landed.
+        saves: is told what was saved, and what found no room.
     """
 
     def __init__(
@@ -90,8 +94,8 @@ class Scheduler:
         self._roots = roots
         self._windowed = any(group.policy.slides for group in cache.groups)
         self._cost = cost
-        self._loads = Loads(cache, cost, min(load_chunk_tokens, max_batch_tokens))
-        self._saves = Saves(cache, "none" if cost is None else admission)
+        self.loads = Loads(cache, cost, min(load_chunk_tokens, max_batch_tokens))
+        self.saves = Saves(cache, "none" if cost is None else admission)
         self._max_batch_tokens = max_batch_tokens
         self._max_prefill_tokens = max_prefill_tokens or max_batch_tokens
         self._chunk_grid = max(1, max_batch_tokens // 2) if deterministic else None
@@ -102,10 +106,8 @@ class Scheduler:
         self._asking: dict[str, Sequence] = {}
         self._queues = RequestQueues(max_requests)
         self._lookup_patience_s = lookup_patience_s
-        self._launched: dict[int, Launched] = {}
+        self._steps = StepsUnderWay(cost, cache.pools)
         self._arrivals = 0
-        self._step = 0
-        self._last_result_s = 0.0
         self._wake_s: float | None = None
 
     # What comes in
@@ -124,7 +126,7 @@ class Scheduler:
         if seq.id in self._sequences:
             looked = self.cache.look(seq)
             seq.num_found = self.cache.present(looked) * self.cache.block_size
-            if self._loads.has_room:
+            if self.loads.has_room:
                 self._look_up(seq, looked, now, out)
         return out
 
@@ -150,14 +152,13 @@ class Scheduler:
         del self._asking[seq.id]
         if not guidance.mask:
             self._finish(seq, FinishReason.STOP, out)
-            return out
-        if seq.num_tokens + len(guidance.token_ids) >= seq.max_tokens:
+        elif seq.num_tokens + len(guidance.token_ids) >= seq.max_tokens:
             message = f"request {seq.id}: guided beyond max_new_tokens"
             self._finish(seq, FinishReason.ERROR, out, message)
-            return out
-        for token in guidance.token_ids:
-            seq.append(token)
-        seq.mask = guidance.mask
+        else:
+            for token in guidance.token_ids:
+                seq.append(token)
+            seq.mask = guidance.mask
         return out
 
     def set_paused(self, request_ids: Iterable[str], paused: bool) -> None:
@@ -180,11 +181,12 @@ class Scheduler:
                 self.cache.clear_pending(seq)
         return self.cache.delete(self._roots(salt))
 
-    def save_prefix(self, tokens: TokenIds, salt: str, *, everything: bool) -> Schedule:
+    def save_prefix(self, tokens: TokenIds, owner: Request | str, *, everything: bool) -> Schedule:
         """Save what the pools hold of a prefix; see `Saves.save_prefix`."""
+        salt = owner if isinstance(owner, str) else owner.cache_salt
         chain = KeyChain(tuple(self._roots(salt)), self.cache.block_size)
         chain.extend(tokens.array)
-        return self._saves.save_prefix(chain, salt, everything=everything)
+        return self.saves.save_prefix(chain, owner, everything=everything)
 
     def view_prefix(
         self,
@@ -196,49 +198,19 @@ class Scheduler:
         """What a request would find and cost if it came now; nothing is queued."""
         seq = Sequence(request, self._roots(request.cache_salt), self.cache.block_size, 0, now)
         decodes = sum(other.num_todo == 1 for other in self._queues.running)
-        steps = [launched.work for launched in self._launched.values()]
-        began = next(iter(self._launched.values())).at_s if self._launched else now
-        busy_s = self._cost.left_s(steps, began, now) if self._cost is not None else 0.0
-        crowd = (self.num_queued_tokens, decodes, busy_s, self.num_waiting)
-        return view_prefix(seq, below, others, self.cache, self._loads, self._cost, crowd, now)
-
-    def offer(self, request: Request) -> Schedule:
-        """Save what the pools hold of a request's prompt, for a replica that will run it."""
-        chain = KeyChain(tuple(self._roots(request.cache_salt)), self.cache.block_size)
-        chain.extend(request.prompt.array)
-        return self._saves.save_prefix(chain, request, everything=True)
-
-    def on_staged(self, ticket: int, found: FoundBelow) -> Schedule:
-        """The lower tiers hold these blocks and have leased their slots."""
-        return self._loads.on_staged(ticket, found)
-
-    def on_loaded(self, report: LoadReport) -> Schedule:
-        """Copies of a load have landed, or are a miss."""
-        return self._loads.on_loaded(report)
-
-    def on_saved(self, orders: Seq[SaveOrder], dropped: Iterable[SaveOrder] = ()) -> Schedule:
-        """Copies of save orders ended; dropped ones may be saved on a later sight, and as many as
-        have ended of those that were refused are ordered again."""
-        self._saves.on_saved(orders, dropped)
-        return self._saves.again(len(orders))
-
-    def on_refused(self, orders: Iterable[SaveOrder]) -> None:
-        """There is no room for these saves now."""
-        self._saves.on_refused(orders)
+        crowd = (self.num_queued_tokens, decodes, self._steps.left_s(now), self.num_waiting)
+        return view_prefix(seq, below, others, self.cache, self.loads, self._cost, crowd, now)
 
     def on_result(self, result: StepResult, now: float) -> Schedule:
         """A launched step is done."""
         out = Schedule()
-        launched = self._take_launched(result.step)
-        if self._cost is not None:
-            self._note_step(self._cost, launched, now, result.seconds)
-        tokens, logprobs = result.tokens, result.logprobs
+        launched = self._steps.end(result.step, now, result.seconds)
         place, size = -1, self.cache.block_size
         for number, (seq, step, life) in enumerate(launched.rows):
             token = None
             if step.sample:
                 place += 1
-                token = tokens[place]
+                token = result.tokens[place]
                 seq.num_in_flight -= 1
             if seq.status is SequenceStatus.FINISHED:
                 continue
@@ -260,11 +232,11 @@ class Scheduler:
                 if token is not None:
                     seq.num_confirmed = end
                 if end // size > step.start // size:
-                    self._saves.publish_computed(seq, step.start, end, out)
+                    self.saves.publish_computed(seq, step.start, end, out)
                 if step.logits:
                     self._hand_out(seq, step, result, number, now, out)
             if token is not None:
-                self._emit(seq, token, logprobs.get(place) if logprobs else None, now, out)
+                self._emit(seq, token, result.logprobs.get(place), now, out)
         return out
 
     def undo_step(self, step: int, message: str, *, out_of_memory: bool) -> Schedule:
@@ -275,7 +247,7 @@ class Scheduler:
         by itself. A step of one request that cannot be made smaller fails it.
         """
         out = Schedule()
-        launched = self._take_launched(step)
+        launched = self._steps.end(step, None)
         tokens = sum(row_step.num_tokens for _, row_step, _ in launched.rows)
         smaller = max(self.cache.block_size, min(tokens, self._max_prefill_tokens) // 2)
         hopeless = len(launched.rows) == 1 and (not out_of_memory or tokens <= smaller)
@@ -307,8 +279,7 @@ class Scheduler:
             if now >= seq.asked_driver_s + GUIDANCE_PATIENCE_S:
                 message = f"its driver has allowed no token for {GUIDANCE_PATIENCE_S:g} s"
                 self._finish(seq, FinishReason.ERROR, out, f"request {seq.id}: {message}")
-        plan = PlanBuilder(self._step + 1, self._max_batch_tokens, self._chunk_grid)
-        plan.launched.at_s = now
+        plan = self._steps.begin(self._max_batch_tokens, self._chunk_grid, now)
         self._wake_s = None
         alone = next(iter(self._suspects.values()), None)
         running = list(self._queues.running)
@@ -325,22 +296,14 @@ class Scheduler:
         queued = 0
         for seq in running:
             if seq.num_todo > 1 and self._may_step(seq):
-                if self._loads.wants_plan(seq):
-                    crowd = (queued, num_decodes, self._busy_s(plan, now), self.num_waiting)
-                    self._loads.plan(seq, now, crowd, out)
+                if self.loads.wants_plan(seq):
+                    crowd = (queued, num_decodes, self._steps.left_s(now, plan), self.num_waiting)
+                    self.loads.plan(seq, now, crowd, out)
                 self._prefill(seq, plan, now, out)
                 queued += seq.num_todo
         self._admit(plan, alone, queued, num_decodes, now, out)
-        out.plan = plan.build()
-        if out.plan is not None:
-            self._step += 1
-            self._launched[self._step] = plan.launched
+        out.plan = self._steps.launch(plan)
         return out
-
-    @property
-    def awaits_news(self) -> bool:
-        """The lower tiers are asked for something, whose answer may let another step begin."""
-        return self._loads.awaits_news
 
     @property
     def num_waiting(self) -> int:
@@ -394,10 +357,9 @@ class Scheduler:
         live = sorted(seq.id for seq in self._queues.waiting + self._queues.running)
         assert live == sorted(self._sequences), "a request is in no queue, or in two"
         refs = [[0] * (pool.num_blocks + 1) for pool in self.cache.pools]
-        self._loads.check_integrity(refs)
+        self.loads.check_integrity(refs)
         held = [(g, b) for seq in self._sequences.values() for g, b, _ in seq.copies]
-        for launched in self._launched.values():
-            held += launched.copied_from
+        held += self._steps.copied_from
         for seq in self._sequences.values():
             held += [(group, block) for group, table in enumerate(seq.tables) for block in table]
         for group, block in (*held, *(saving or ())):
@@ -435,12 +397,12 @@ class Scheduler:
     def _prefill(self, seq: Sequence, plan: PlanBuilder, now: float, out: Schedule) -> None:
         """Add what this step computes of a prefill: segments between what is there already."""
         size = self.cache.block_size
-        room = self._loads.chunk(seq)
+        room = self.loads.chunk(seq)
         while not seq.num_in_flight:
             self.cache.advance(seq)
             first = seq.num_computed // size
             if seq.below.num_loading and seq.below.first < first:
-                self._loads.pass_over(seq, first, out)
+                self.loads.pass_over(seq, first, out)
             if not seq.num_todo:
                 if seq.num_logits:
                     return
@@ -452,11 +414,11 @@ class Scheduler:
                 return
             if seq.cached:
                 return plan.add_chunk(seq, count)
-            if self._loads.loads(seq, first):
-                if self._loads.waits(seq, count, now, self._busy_s(plan, now)):
+            if self.loads.loads(seq, first):
+                if self.loads.waits(seq, count, now, self._steps.left_s(now, plan)):
                     self._wake(now + MEETING_S)
                     return
-                count = self._loads.take_over(seq, count, out)
+                count = self.loads.take_over(seq, count, out)
             count = self.cache.make_writable(seq, min(count, self._hole(seq, count)))
             if not count:
                 self._wake(now + MEETING_S)
@@ -472,7 +434,7 @@ class Scheduler:
             return count
         size = self.cache.block_size
         for index in range(seq.num_computed // size + 1, -(-(seq.num_computed + count) // size)):
-            if self._loads.loads(seq, index) or self.cache.ahead_end(seq, index) > index:
+            if self.loads.loads(seq, index) or self.cache.ahead_end(seq, index) > index:
                 return index * size - seq.num_computed
         return count
 
@@ -481,7 +443,7 @@ class Scheduler:
 
     def _preempt(self, seq: Sequence, out: Schedule) -> None:
         self.preemptions += 1
-        self._loads.drop(seq, out)
+        self.loads.drop(seq, out)
         self.cache.drop(seq)
         self._queues.preempt(seq)
         seq.life += 1
@@ -502,12 +464,8 @@ class Scheduler:
         """Look up and start waiting requests in order; one that does not fit holds the rest."""
         blocked = False
         for seq in list(self._queues.waiting):
-            if (
-                alone not in (None, seq)
-                or seq.num_in_flight
-                or seq.paused
-                or seq.id in self._asking
-            ):
+            waits = seq.num_in_flight or seq.paused or seq.id in self._asking
+            if waits or alone not in (None, seq):
                 continue
             if seq.status is SequenceStatus.STAGING:
                 until_s = seq.asked_s + max(self._lookup_patience_s, seq.lookup_worth_s)
@@ -517,7 +475,7 @@ class Scheduler:
             full = plan.budget <= 0 and not seq.below.num_staged
             blocked = blocked or full or not self._queues.has_row
             if blocked:
-                if seq.asked_s == -math.inf and self._loads.has_room:
+                if seq.asked_s == -math.inf and self.loads.has_room:
                     self._look_up(seq, self.cache.look(seq), now, out)
                 continue
             if seq.awaits is not None and self._is_pending(seq, seq.awaits):
@@ -535,10 +493,10 @@ class Scheduler:
             self._queues.start(seq)
             seq.begin_account()
             seq.tiers[[*range(length), *set.intersection(*seq.ahead)]] = GPU
-            crowd = (queued, num_decodes, self._busy_s(plan, now), self.num_waiting)
-            self._loads.plan(seq, now, crowd, out)
+            crowd = (queued, num_decodes, self._steps.left_s(now, plan), self.num_waiting)
+            self.loads.plan(seq, now, crowd, out)
             self.cache.copy_tail(seq, self._queues.running)
-            self._saves.on_hit(seq, length, out)
+            self.saves.on_hit(seq, length, out)
             self._prefill(seq, plan, now, out)
             queued += seq.num_todo
 
@@ -548,36 +506,13 @@ class Scheduler:
     def _look_up(self, seq: Sequence, looked: Seq[Seq[int]], now: float, out: Schedule) -> bool:
         """Ask below for what the pools lack; False when there is nothing to ask."""
         seq.asked_s = now
-        wanted = self._loads.wanted(seq, looked)
+        wanted = self.loads.wanted(seq, looked)
         if not len(wanted):
             return False
         # No place to ask now: those who have one go first, or nobody ever gives one back.
-        if self._loads.has_room or self._loads.give_way(self._queues.waiting, seq, out):
-            self._loads.ask(seq, wanted, now, out)
+        if self.loads.has_room or self.loads.give_way(self._queues.waiting, seq, out):
+            self.loads.ask(seq, wanted, now, out)
         return True
-
-    def _note_step(self, cost: CostModel, launched: Launched, now: float, seconds: float) -> None:
-        began_s = max(launched.at_s, self._last_result_s)
-        self._last_result_s = now
-        if launched.rows[-1][1].num_tokens == 1:
-            return  # longer ones come last
-        tokens, context, decodes = launched.work
-        cost.note_step(
-            prefill_tokens=tokens,
-            context_tokens=context,
-            num_decodes=decodes,
-            seconds=seconds or now - began_s,
-        )
-
-    def _busy_s(self, plan: PlanBuilder, now: float) -> float:
-        """Until the steps under way have ended, and what is in the plan already."""
-        if self._cost is None:
-            return 0.0
-        steps = [launched.work for launched in self._launched.values()]
-        if plan.launched.rows:
-            steps.append(plan.launched.work)
-        first = next(iter(self._launched.values()), plan.launched)
-        return self._cost.left_s(steps, max(first.at_s, self._last_result_s), now)
 
     # Ends
 
@@ -640,7 +575,7 @@ class Scheduler:
         """The first news of a request, with what it found and how long it took."""
         found, reused = seq.account()
         seq.announced = True
-        self._loads.on_first_token(seq, now)
+        self.loads.on_first_token(seq, now)
         ttft_s = now - seq.submitted_s
         return delta._replace(reused_tokens=reused, ttft_s=ttft_s, found_tokens=found)
 
@@ -654,16 +589,10 @@ class Scheduler:
     def _end(self, seq: Sequence, out: Schedule) -> None:
         """Take a request out of its queue and give back all it holds."""
         self._queues.remove(seq)
-        self._loads.drop(seq, out)
+        self.loads.drop(seq, out)
         self.cache.drop(seq)
         seq.status = SequenceStatus.FINISHED
         del self._sequences[seq.id]
         self._timed.pop(seq.id, None)
         self._suspects.pop(seq.id, None)
         self._asking.pop(seq.id, None)
-
-    def _take_launched(self, step: int) -> Launched:
-        launched = self._launched.pop(step)
-        for group, block in launched.copied_from:
-            self.cache.pools[group].release([block])
-        return launched

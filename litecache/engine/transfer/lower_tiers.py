@@ -71,13 +71,13 @@ class LowerTiers:
             for_saves.try_out(pools)
 
         def staged(ticket: int, found: FoundBelow) -> None:
-            post(lambda: carry_out(scheduler.on_staged(ticket, found)))
+            post(lambda: carry_out(scheduler.loads.on_staged(ticket, found)))
 
         def loaded(report: LoadReport) -> None:
-            post(lambda: carry_out(scheduler.on_loaded(report)))
+            post(lambda: carry_out(scheduler.loads.on_loaded(report)))
 
         def saved(orders: list[SaveOrder], dropped: list[SaveOrder]) -> None:
-            post(lambda: carry_out(scheduler.on_saved(orders, dropped)))
+            post(lambda: carry_out(scheduler.saves.on_saved(orders, dropped)))
 
         self._scheduler = scheduler
         self._loader = Loader(
@@ -111,13 +111,13 @@ class LowerTiers:
         if schedule.saves:
             refused = self._saver.submit(schedule.saves)
             if refused:
-                self._scheduler.on_refused(refused)
+                self._scheduler.saves.on_refused(refused)
 
     def save_first(self, orders: list[SaveOrder]) -> list[SaveOrder]:
         """Save these before all that waits, as far as there is room; those that will be. Called on
         the engine's thread."""
         refused = self._saver.submit(orders, first=True)
-        self._scheduler.on_refused(refused)
+        self._scheduler.saves.on_refused(refused)
         return [order for order in orders if order not in refused]
 
     def wait_saved(self, orders: Sequence[SaveOrder], timeout_s: float) -> bool:
