@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ from litecache.adapter.generation import (
 from litecache.adapter.pending import PendingRequest, ReuseReport
 from litecache.adapter.prompts import check_input_ids, check_sequences, naming
 from litecache.adapter.proxy import ModelProxy, TokenRows
-from litecache.checks import FLOAT32_MAX, check_integer, check_real
+from litecache.checks import FLOAT32_MAX, INT64_MAX, check_integer, check_real
 from litecache.errors import ConfigError, LiteCacheError, outline, told
 
 # Frames of these in a traceback are no code of the caller's.
@@ -94,7 +95,9 @@ def generate_in_driver(
     for name in ("num_beams", "num_return_sequences"):
         if isinstance(settings.get(name), int):
             check_sequences(name, count * settings[name])
-    call |= _own_arguments(settings, call, count)
+    call |= _own_arguments(settings, call, count, proxy.vocab_size)
+    moved = None if ids is None else _padding_moved_left(ids, settings, call)
+    given_ids = ids if moved is None else moved.left(moved.ids)
     if call.get("cache_implementation") == "paged":
         del call["cache_implementation"]  # transformers would leave for a loop of another kind
     wants_texts = settings.get("stop_strings") is not None or settings.get("token_healing")
@@ -104,8 +107,10 @@ def generate_in_driver(
         check_integer("seed", seed, 0, valid="an integer from 0 to 2**63 - 1")
     begun = time.perf_counter()
     with _seeded(seed), _at_most_threads(most_threads), _in_words_of_transformers():
-        result = proxy.generate(ids, given, streamer=streamer, tokenizer=tokenizer, **call)
+        result = proxy.generate(given_ids, given, streamer=streamer, tokenizer=tokenizer, **call)
     device = torch.device("cpu") if ids is None else inputs.device
+    if moved is not None:
+        result = moved.put_back(result)
     if isinstance(result, torch.Tensor):
         return result.to(device)
     if isinstance(result, ModelOutput) and isinstance(result.get("sequences"), torch.Tensor):
@@ -177,14 +182,14 @@ class OutputPenalties(LogitsProcessor):  # type: ignore[misc]  # transformers is
 
 
 def _own_arguments(
-    settings: Mapping[str, Any], call: Mapping[str, Any], count: int
+    settings: Mapping[str, Any], call: Mapping[str, Any], count: int, vocab_size: int
 ) -> dict[str, Any]:
     """LiteCache's own arguments, in transformers' terms."""
     terms: dict[str, Any] = {}
     if settings.get("logprobs") is not None:
         valid = "None in the driver loop; output_logits=True gives the logits of every step"
         raise ConfigError("logprobs", settings["logprobs"], valid)
-    stops = token_ids("stop_token_ids", settings)
+    stops = token_ids("stop_token_ids", settings, vocab_size)
     if stops:
         ends = token_ids("eos_token_id", settings)
         if count > 1 and not ends and settings.get("pad_token_id") is None:
@@ -193,7 +198,7 @@ def _own_arguments(
         terms["eos_token_id"] = [*ends, *stops]
     biases: dict[tuple[int, ...], float] = {}
     if settings.get("logit_bias"):
-        for ids, bias in (*sequence_biases(settings), *logit_biases(settings)):
+        for ids, bias in (*sequence_biases(settings), *logit_biases(settings, vocab_size)):
             biases[ids] = biases.get(ids, 0.0) + bias
         terms["sequence_bias"] = biases
     presence, frequency = (
@@ -288,6 +293,95 @@ def _check_rows(ids: torch.Tensor | None, call: Mapping[str, Any]) -> None:
     if empty:
         valid = "at least one token that is no padding"
         raise ConfigError("input_ids", f"row {empty[0]}", valid)
+
+
+@dataclass(frozen=True)
+class _MovedPadding:
+    """Rows whose padding stands behind them, and the same with it before them.
+
+    Attributes:
+        ids: int64 `[batch, tokens]`, as the caller gave them.
+        real: bool `[batch, tokens]`, False = padding.
+        order: int64 `[batch, tokens]`, the columns of the rows moved.
+    """
+
+    ids: torch.Tensor
+    real: torch.Tensor
+    order: torch.Tensor
+
+    def left(self, columns: torch.Tensor) -> torch.Tensor:
+        """Columns `[batch, tokens]` as the rows moved have them."""
+        return columns.gather(1, self.order)
+
+    def put_back(self, result: Any) -> Any:
+        """A result of the rows moved as one of the caller's, in sequences and cache."""
+        if isinstance(result, torch.Tensor):
+            return self._begun(result, self.ids)
+        if isinstance(result, ModelOutput):
+            if isinstance(result.get("sequences"), torch.Tensor):
+                result.sequences = self._begun(result.sequences, self.ids)
+            rows = result.get("past_key_values")
+            if isinstance(rows, TokenRows):
+                tokens, real = map(torch.from_numpy, (rows.tokens, rows.real))
+                tokens, real = self._begun(tokens, self.ids), self._begun(real, self.real)
+                rows.assign(tokens.numpy(), real.numpy())
+        return result
+
+    def _begun(self, rows: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:
+        """Rows `[batch * n, tokens + new]` that begin as the caller's; others stay as they are."""
+        # a `custom_generate` may return what it likes
+        if rows.dim() != 2 or (rows.dtype, rows.device) != (prompts.dtype, prompts.device):
+            return rows
+        width, times = prompts.shape[1], len(rows) // len(prompts)
+        if not torch.equal(rows[:, :width], self.left(prompts).repeat_interleave(times, dim=0)):
+            return rows
+        return torch.cat([prompts.repeat_interleave(times, dim=0), rows[:, width:]], dim=1)
+
+
+def _padding_moved_left(
+    ids: torch.Tensor, settings: Mapping[str, Any], call: dict[str, Any]
+) -> _MovedPadding | None:
+    """Move padding to where transformers' loops, which append columns, expect it.
+
+    Args:
+        ids: int64 `[batch, tokens]`.
+        settings: of `merge_settings`.
+        call: arguments of transformers' `generate`; the mask and positions in it are moved, too.
+
+    Returns:
+        None = no row ends with padding.
+
+    Raises:
+        ConfigError: with arguments that say otherwise what stands in which column.
+    """
+    mask, pad = call.get("attention_mask"), settings.get("pad_token_id")
+    if mask is not None:
+        real = torch.from_numpy(mask.numpy() != 0)
+    elif isinstance(pad, numbers.Integral) and 0 <= int(pad) <= INT64_MAX:
+        real = ids != int(pad)
+    else:
+        return None
+    behind = (~real[:, -1]).nonzero()
+    said = {**settings, **call}
+    # without a mask transformers does not take an end token for padding either
+    if not len(behind) or (mask is None and pad in token_ids("eos_token_id", said)):
+        return None
+    for name in ("past_key_values", "token_healing"):
+        if said.get(name) is not None and said[name] is not False:
+            field = "input_ids" if mask is None else "attention_mask"
+            what, valid = f"padding behind row {int(behind[0])}", f"padding before it, with {name}"
+            raise ConfigError(field, what, valid)
+    after = real.flip(1).to(torch.int8).argmax(dim=1, keepdim=True)
+    order = (torch.arange(ids.shape[1]) - after) % ids.shape[1]
+    moved = _MovedPadding(ids, real, order)
+    if mask is not None:
+        call["attention_mask"] = moved.left(real).long()
+    positions = call.get("position_ids")
+    if isinstance(positions, torch.Tensor) and positions.shape == ids.shape:
+        with naming("position_ids", positions, "a dense tensor [batch, tokens] of integers"):
+            columns = np.take_along_axis(positions.numpy(), order.numpy(), axis=1)
+            call["position_ids"] = torch.from_numpy(columns)
+    return moved
 
 
 @contextlib.contextmanager

@@ -21,7 +21,14 @@ from transformers import Cache, CompileConfig, GenerationConfig
 from transformers.generation.configuration_utils import ALL_CACHE_IMPLEMENTATIONS
 
 from litecache.adapter.prompts import as_list, check_input_ids, split_rows
-from litecache.checks import FLOAT32_MAX, check_flag, check_integer, check_real, check_text
+from litecache.checks import (
+    FLOAT32_MAX,
+    INT64_MAX,
+    check_flag,
+    check_integer,
+    check_real,
+    check_text,
+)
 from litecache.errors import ConfigError, outline, shown
 from litecache.token_ids import TokenIds
 from litecache.types import SamplingParams
@@ -193,7 +200,10 @@ def draw_seed(seed: int | None, *, sampling: bool) -> int:
 
 
 def translate(
-    given: GenerationConfig | None, overrides: dict[str, Any], defaults: GenerationConfig
+    given: GenerationConfig | None,
+    overrides: dict[str, Any],
+    defaults: GenerationConfig,
+    vocab_size: int = INT64_MAX + 1,
 ) -> GenerationSettings:
     """Merge, check and translate the settings of one call.
 
@@ -201,6 +211,7 @@ def translate(
         given: the caller's `generation_config`.
         overrides: the caller's keyword arguments; those that are no settings must have no effect.
         defaults: the model's generation config.
+        vocab_size: token ids are below it.
 
     Raises:
         ConfigError: a value is invalid or not supported.
@@ -230,14 +241,14 @@ def translate(
     samples = integer("num_return_sequences", 1)
     if samples > 1 and not do_sample:
         raise ConfigError("num_return_sequences", samples, "1, unless do_sample=True")
-    eos = token_ids("eos_token_id", fields)
+    eos = token_ids("eos_token_id", fields, vocab_size)
     pad = integer("pad_token_id", 0, high=_MOST_PAD_ID)
     words = _sequences("bad_words_ids", fields.get("bad_words_ids"))
     sampling = SamplingParams(
         max_new_tokens=1,
-        eos_token_ids=eos + token_ids("stop_token_ids", fields),
+        eos_token_ids=eos + token_ids("stop_token_ids", fields, vocab_size),
         logprobs=integer("logprobs", 0),
-        sequence_bias=(*sequence_biases(fields), *logit_biases(fields)),
+        sequence_bias=(*sequence_biases(fields), *logit_biases(fields, vocab_size)),
         # As in transformers, a bad word that is an end token alone is left out.
         bad_words_ids=tuple(w for w in words if len(w) > 1 or w[0] not in eos),
         suppress_tokens=token_ids("suppress_tokens", fields),
@@ -429,14 +440,14 @@ def sequence_biases(fields: Mapping[str, Any]) -> list[tuple[tuple[int, ...], fl
     return list(dict(zip(sequences, biases, strict=True)).items())
 
 
-def logit_biases(fields: Mapping[str, Any]) -> list[tuple[tuple[int, ...], float]]:
-    """A dict from ids to biases."""
+def logit_biases(fields: Mapping[str, Any], vocab_size: int) -> list[tuple[tuple[int, ...], float]]:
+    """A dict from ids below `vocab_size` to biases."""
     value = fields.get("logit_bias")
     if value is None:
         return []
     if not isinstance(value, Mapping):
         raise ConfigError("logit_bias", value, "{token id: bias}")
-    ids = _sequences("logit_bias", [[token] for token in value]) if value else []
+    ids = [(check_integer("logit_bias", token, 0, vocab_size - 1),) for token in value]
     return list(zip(ids, (_bias("logit_bias", bias) for bias in value.values()), strict=True))
 
 
@@ -458,12 +469,14 @@ def _sequences(name: str, value: Any) -> list[tuple[int, ...]]:
     return [tuple(check_integer(name, token, 0) for token in ids) for ids in value]
 
 
-def token_ids(name: str, fields: Mapping[str, Any]) -> tuple[int, ...]:
-    """One token id, or several in a list, a tuple or a tensor; None = none."""
+def token_ids(
+    name: str, fields: Mapping[str, Any], vocab_size: int = INT64_MAX + 1
+) -> tuple[int, ...]:
+    """One token id below `vocab_size`, or several in a list, a tuple or a tensor; None = none."""
     value = fields.get(name)
     value = () if value is None else as_list(name, value)
     values = value if isinstance(value, (list, tuple)) else [value]
-    return tuple(check_integer(name, token, 0) for token in values)
+    return tuple(check_integer(name, token, 0, vocab_size - 1) for token in values)
 
 
 def _texts(name: str, value: Any) -> tuple[str, ...]:

@@ -185,6 +185,7 @@ class ModelProxy(GenerationMixin):  # type: ignore[misc]
     It serves one call of `generate`, and never touches torch's random numbers.
 
     Attributes:
+        vocab_size: of the logits; token ids are below it.
         first_rows: of each row of the first forward pass, which of the distinct rows it was; -1 =
             padding alone. None before.
         first_at: `time.perf_counter()` of the first forward pass's return.
@@ -205,7 +206,7 @@ class ModelProxy(GenerationMixin):  # type: ignore[misc]
         max_model_len: int | None = None,
     ) -> None:
         self.config, self.generation_config = config, generation_config
-        self.dtype = forward.dtype
+        self.dtype, self.vocab_size = forward.dtype, forward.vocab_size
         self._forward, self._max_model_len = forward, max_model_len
         self.first_rows: list[int] | None = None
         self.first_at: float | None = None
@@ -325,7 +326,7 @@ class ModelProxy(GenerationMixin):  # type: ignore[misc]
         if self.first_rows is None:
             self.first_rows, self.first_at = source, time.perf_counter()
             self._first_columns = tokens.shape[1]
-        shape = (len(tokens), places.shape[1], self._forward.vocab_size)
+        shape = (len(tokens), places.shape[1], self.vocab_size)
         # a model may give logits of another dtype than its own
         logits = torch.empty(shape, dtype=answers[0].dtype if answers else self.dtype)
         for index, found in enumerate(source):

@@ -90,3 +90,15 @@ def test_bad_values_are_refused_by_name(name: str, value: Any, valid: str) -> No
         params(**{name: value})
     assert refusal.value.field == name
     assert valid in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("logit_bias", {5: 1.0, 97: 1.0}), ("stop_token_ids", [5, 97]), ("eos_token_id", 97)],
+)
+def test_tokens_beyond_the_vocabulary_are_refused_by_the_name_that_they_were_given_by(
+    name: str, value: Any
+) -> None:
+    with pytest.raises(ConfigError, match=f"{name}=97 .*from 0 to 96"):
+        translate(None, {name: value}, MODEL, 97)
+    translate(None, {name: value}, MODEL, 98)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from letter_tokenizer import letter_tokenizer
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, GenerationConfig, LlamaForCausalLM, LogitsProcessorList
 
 from litecache.adapter import KVCacheAdapter
@@ -54,6 +55,25 @@ def test_auto_takes_the_engine_wherever_it_does_what_is_asked(llm: KVCacheAdapte
     for loop in ("drivers", None, ["engine"]):
         with pytest.raises(ConfigError, match=r"loop=.*auto, engine, driver"):
             loop_of(llm, loop=loop)
+
+
+def test_rows_padded_on_the_right_go_on_as_rows_without_padding_in_either_loop(
+    llm: KVCacheAdapter, tiny_llama: LlamaForCausalLM
+) -> None:
+    masks = BATCH["attention_mask"].bool()
+    rows = [row[real] for row, real in zip(BATCH["input_ids"], masks, strict=True)]
+    right = {"input_ids": pad_sequence(rows, True), "attention_mask": masks.flip(1).long()}
+    each = {"max_new_tokens": 4, "do_sample": False}
+    alone = [tiny_llama.generate(row[None], **each)[0, -4:] for row in rows]
+    for settings in ({"loop": "engine"}, {"loop": "driver"}, {"logits_processor": [keep]}):
+        out = llm.generate(**right, max_new_tokens=4, **settings)
+        assert torch.equal(out, torch.cat([right["input_ids"], torch.stack(alone)], dim=1))
+    with pytest.raises(ConfigError, match="stop_token_ids=999"):
+        llm.generate(**right, stop_token_ids=[999])
+
+
+def keep(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    return scores
 
 
 def test_the_engine_loop_alone_refuses_what_it_has_not_and_names_the_driver(

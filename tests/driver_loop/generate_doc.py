@@ -88,6 +88,12 @@ run in the calling process alone.
 `loop="driver"` asks for one. Greedy tokens are the same in both. While sampling, the engine loop
 draws from a generator of its own; the driver loop draws as transformers does, so that a seed gives
 the tokens of a stock model on the CPU.
+
+Padding may stand on either side. Rows padded on the right are padded on the left in transformers'
+loop, where the caller's processors, criteria and streamers see them so, and come back as they were
+given; with `past_key_values` or `token_healing` the driver loop refuses them. In a model with
+sliding windows a mask with holes inside a row gives other tokens than stock `generate`, whose
+windows count columns where LiteCache's count tokens.
 """
 
 _FEATURES_HEAD = """## Features

@@ -231,6 +231,8 @@ def test_what_transformers_refuses_comes_in_its_own_words(
         ("cache_implementation", "quantized"),
         ("compile_config", 3),
         ("num_return_sequences", 1 << 20),
+        ("logit_bias", {97: 1.0}),
+        ("stop_token_ids", [97]),
     ],
 )
 def test_bad_values_are_refused_by_name_before_transformers_sees_them(
@@ -239,6 +241,63 @@ def test_bad_values_are_refused_by_name_before_transformers_sees_them(
     with pytest.raises(ConfigError) as refusal:
         drive(forward, **{field: value})
     assert refusal.value.field == field
+    assert forward.calls == []
+
+
+def padded_on_the_right() -> dict[str, torch.Tensor]:
+    rows = zip(BATCH["input_ids"], BATCH["attention_mask"].bool(), strict=True)
+    ids = [[*row[real].tolist(), *[0] * int((~real).sum())] for row, real in rows]
+    return {"input_ids": torch.tensor(ids), "attention_mask": BATCH["attention_mask"].flip(1)}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"attention_mask": None, "eos_token_id": 2, "pad_token_id": 0},
+        {"num_beams": 3, "num_return_sequences": 2},
+        {"do_sample": True, "num_return_sequences": 2},
+        {"no_repeat_ngram_size": 1, "min_length": 17},
+        {"guidance_scale": 1.7},
+        {"position_ids": BATCH["attention_mask"].flip(1).cumsum(1) - 1},
+    ],
+    ids=lambda settings: ", ".join(settings) or "greedy",
+)
+def test_padding_on_the_right_gives_the_tokens_of_padding_on_the_left(
+    forward: StockForward, settings: dict[str, Any]
+) -> None:
+    batch = padded_on_the_right()
+    out = drive(forward, seed=7, **{**batch, **settings})
+    torch.manual_seed(7)
+    left = stock(**{name: value for name, value in settings.items() if name != "position_ids"})
+    assert torch.equal(out[:, 12:], left[:, 12:])
+    assert torch.equal(out[:, :12], batch["input_ids"].repeat_interleave(len(out) // 3, dim=0))
+
+
+def test_a_cache_of_rows_padded_on_the_right_is_one_of_the_rows_as_given(
+    forward: StockForward,
+) -> None:
+    first = drive(forward, **padded_on_the_right(), return_dict_in_generate=True, num_beams=2)
+    ids, prompts = first.sequences, padded_on_the_right()["attention_mask"]
+    new = torch.ones(3, ids.shape[1] - prompts.shape[1], dtype=torch.int64)
+    turn = {"input_ids": ids, "attention_mask": torch.cat([prompts, new], dim=1)}
+    past = first.past_key_values
+    past.batch_select_indices(torch.tensor([0, 2, 4]))
+    assert past.tokens[:, :12].tolist() == padded_on_the_right()["input_ids"].tolist()
+    past.crop(-7)
+    again = drive(forward, **turn, past_key_values=past)
+    assert torch.equal(again, drive(forward, **turn))
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "token_healing"])
+def test_padding_on_the_right_is_refused_where_columns_mean_something_else(
+    forward: StockForward, name: str
+) -> None:
+    past = drive(forward, return_dict_in_generate=True, max_new_tokens=1).past_key_values
+    forward.calls.clear()
+    given = {"past_key_values": past, "token_healing": True}[name]
+    with pytest.raises(ConfigError, match=rf"attention_mask='padding behind row 1'.*{name}"):
+        drive(forward, **padded_on_the_right(), **{name: given})
     assert forward.calls == []
 
 

@@ -233,7 +233,7 @@ WRONG_FIELDS = {
     "n": [0, 129, 1.5, "2"],
     "max_tokens": [-1, 1.5, "9", 2**40],
     "stop": [[""], [1], {}, ["x"] * 17],
-    "logit_bias": [{"x": 1}, {"1": 101}, {"1": "2"}, [1]],
+    "logit_bias": [{"x": 1}, {"1": 101}, {"1": "2"}, [1], {"300": 1}],
     "seed": ["x", 2**64],
     "stream": ["yes", 1],
     "stream_options": [{"include_usage": True}, {"other": 1}],
@@ -262,7 +262,7 @@ def test_a_wrong_field_is_400_and_named(service: ModelService, field: str) -> No
         assert set(error) == {"message", "type", "param", "code"}
         assert error["type"] == "invalid_request_error"
         told = error["param"] or error["message"]
-        assert field.split("_ids")[0].split("stop_token")[0] in told or field in told, error
+        assert field in told, error
 
 
 @pytest.mark.parametrize(

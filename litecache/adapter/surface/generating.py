@@ -19,7 +19,13 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from litecache.adapter.driver import CacheUse, Driver, has_methods
 from litecache.adapter.driver_loop import generate_in_driver
 from litecache.adapter.forward import prompt_logprobs_of
-from litecache.adapter.generation import LOOPS, needs_driver, prompts_to_score, translate
+from litecache.adapter.generation import (
+    LOOPS,
+    GenerationSettings,
+    needs_driver,
+    prompts_to_score,
+    translate,
+)
 from litecache.adapter.pending import Guide, PendingRequest, ReuseReport, aborting
 from litecache.adapter.prompts import (
     append_rows,
@@ -151,6 +157,12 @@ class GenerateSurface(Driver):
             result.litecache = dataclasses.replace(result.litecache, prompt_logprobs=whole)
         return result
 
+    def _settings(
+        self, given: GenerationConfig | None, arguments: dict[str, Any]
+    ) -> GenerationSettings:
+        """Of one call, see `translate`."""
+        return translate(given, arguments, self.generation_config, self.info.vocab_size)
+
     def _generate(
         self,
         given: Any,
@@ -165,7 +177,7 @@ class GenerateSurface(Driver):
     ) -> torch.Tensor | GenerateDecoderOnlyOutput:
         """`generate` in the engine loop; `past` is brought up to date, as transformers does."""
         mask = kwargs.pop("attention_mask", None)
-        settings = translate(generation_config, kwargs, self.generation_config)
+        settings = self._settings(generation_config, kwargs)
         if settings.sampling.logprobs is not None and not settings.return_dict:
             raise ConfigError(
                 "logprobs", settings.sampling.logprobs, "with return_dict_in_generate=True"
@@ -228,9 +240,9 @@ class GenerateSurface(Driver):
         progress = check_progress(progress)
         checked, given = check_prompts(prompts, self.info.max_model_len), generation_config
         if given is None or isinstance(given, GenerationConfig):
-            settings = [translate(given, kwargs, self.generation_config)] * len(checked)
+            settings = [self._settings(given, kwargs)] * len(checked)
         elif isinstance(given, (list, tuple)) and len(given) == len(checked):
-            settings = [translate(each, kwargs, self.generation_config) for each in given]
+            settings = [self._settings(each, kwargs) for each in given]
         else:
             what = len(given) if isinstance(given, (list, tuple)) else given
             valid = f"one GenerationConfig, or a list of {len(checked)}"
@@ -287,7 +299,7 @@ class GenerateSurface(Driver):
         """
         self._check_open()
         checked = check_prompts(prompts, self.info.max_model_len)
-        settings = translate(generation_config, kwargs, self.generation_config)
+        settings = self._settings(generation_config, kwargs)
         if settings.num_return_sequences != 1:
             valid = "1 in submit, which takes samples"
             raise ConfigError("num_return_sequences", settings.num_return_sequences, valid)
@@ -339,7 +351,7 @@ class GenerateSurface(Driver):
             ConfigError: a setting is invalid or not supported; nothing was sent.
         """
         self._check_open()
-        settings = translate(generation_config, kwargs, self.generation_config)
+        settings = self._settings(generation_config, kwargs)
         if settings.num_return_sequences != 1:
             raise ConfigError("num_return_sequences", settings.num_return_sequences, "1 in stream")
         tokens = self._tokens(one_input(prompt, input_ids), tokenizer)
