@@ -109,7 +109,7 @@ def _runner(loaded: LoadedModel, graphs: bool) -> ModelRunner:
         max_batch_tokens=MAX_TOKENS,
     )
     runner._on_gpu, runner._decode_copies = True, None
-    runner._results = [(torch.zeros(MAX_TOKENS, dtype=torch.int64), _Event())]
+    runner._results = [(torch.zeros(MAX_TOKENS, dtype=torch.int64), _Event(), _Event())]
     if graphs:
         runner._graphs = _Graphs(MAX_REQUESTS, 1024)
     return runner
