@@ -828,6 +828,22 @@ def test_a_low_priority_request_does_not_starve_under_a_stream_of_urgent_ones() 
     assert world.now > 20, "priority has no effect"
 
 
+def test_who_runs_alone_after_an_error_gets_what_others_hold() -> None:
+    world = World(num_blocks=6, lower_tiers=False)
+    names = [world.submit(tokens * 4, 8) for tokens in ((1, 0, 0, 1), (0, 1, 1, 0))]
+    for _ in range(3):
+        world.step()
+        world.finish_step()
+    world.step()
+    assert len(world.plans[-1].rows) == 2, "both decode, and have all blocks"
+    assert world.scheduler.cache.stats()["free"] == 0
+    world.fail_last_step(out_of_memory=False)
+    # the first to run alone goes on, and has a row and blocks that the second wants
+    world.run_until_idle()
+    assert set(world.finished) == set(names)
+    world.check_outputs()
+
+
 def test_a_forward_whose_step_raises_hands_out_each_position_once() -> None:
     world = World(num_blocks=40, lower_tiers=False, max_batch_tokens=16)
     name = world.submit((0, 1, 1, 0) * 10, 0, logits=37)

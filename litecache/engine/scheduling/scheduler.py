@@ -281,10 +281,13 @@ class Scheduler:
                 self._finish(seq, FinishReason.ERROR, out, f"request {seq.id}: {message}")
         plan = self._steps.begin(self._max_batch_tokens, self._chunk_grid, now)
         self._wake_s = None
-        alone = next(iter(self._suspects.values()), None)
-        running = list(self._queues.running)
-        if alone is not None:
-            running = [seq for seq in running if seq is alone]
+        suspects = (s for s in self._suspects.values() if not s.paused and s.id not in self._asking)
+        alone = next(suspects, None)
+        if alone is not None and alone.status is not SequenceStatus.RUNNING:
+            # the others do not step meanwhile, and may hold the row, blocks or keys that it needs
+            for seq in self._queues.running[::-1]:
+                self._preempt(seq, out)
+        running = [seq for seq in self._queues.running if alone in (None, seq)]
         for seq in running:
             # a guided row grows by several tokens: the youngest gives way before it is planned
             one = seq.num_todo == 1
