@@ -576,7 +576,7 @@ def test_small_loads_tell_a_latency_and_not_a_rate() -> None:
     assert source["latency_s"] == pytest.approx(0.001, rel=0.15)
 
 
-def test_nothing_is_computed_beside_a_load_from_ram_unless_it_spares_a_step_and_a_tenth() -> None:
+def test_nothing_is_computed_beside_a_load_from_ram_unless_it_spares_a_step_and_a_quarter() -> None:
     costs = model()
     for _ in range(40):
         costs.note_step(prefill_tokens=2048, context_tokens=0, num_decodes=0, seconds=0.05)

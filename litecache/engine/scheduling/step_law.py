@@ -1,8 +1,8 @@
 """What a step costs, fitted to the steps that were taken. Pure.
 
 A step of `t` prefill tokens behind `c` cached ones, beside `d` decodes, takes
-`base + token * t + pair * t * (c + t / 2) + read * c + decode * d` seconds, and what steps of its
-size take over that.
+`base + token * t + pair * t * (c + t / 2) + read * c + decode * d` seconds, times what steps of its
+size were seen to take of that.
 """
 
 from __future__ import annotations
