@@ -29,12 +29,12 @@ def harness() -> Iterator[Harness]:
         yield made
 
 
-def ends_of(harness: Harness, count: int) -> dict[str, TokenDelta]:
-    """The last delta of so many requests."""
+def ends_of(harness: Harness, *request_ids: str) -> dict[str, TokenDelta]:
+    """The last deltas of these requests."""
     ends: dict[str, TokenDelta] = {}
-    while len(ends) < count:
+    while len(ends) < len(request_ids):
         for _, delta in harness.deltas.get(timeout=60):
-            if delta.finish_reason is not None:
+            if delta.finish_reason is not None and delta.request_id in request_ids:
                 ends[delta.request_id] = delta
     return ends
 
@@ -188,13 +188,14 @@ def test_what_is_no_client_id_is_refused(harness: Harness, client_id: Any) -> No
 
 def test_a_deadline_of_centuries_holds_up_nobody(harness: Harness) -> None:
     for number, far in enumerate((9.3e9, 3e38)):
-        slow = dataclasses.replace(GOOD, request_id=f"far{number}", max_time_s=far)
+        slow = Request(f"far{number}", "c", (1, 2, 3), SamplingParams(200), max_time_s=far)
         harness.engine.submit([slow])
         harness.engine.pause([slow.request_id])
         assert len(harness.run([[1, 2, 3]], 2)[0]) == 2
         harness.engine.stats()
         harness.engine.abort([slow.request_id])
-        assert ends_of(harness, 1)[slow.request_id].finish_reason is FinishReason.ABORT
+        (end,) = ends_of(harness, slow.request_id).values()
+        assert end.finish_reason is FinishReason.ABORT
 
 
 def test_the_id_of_an_open_request_is_refused_and_the_open_one_goes_on(harness: Harness) -> None:
@@ -206,15 +207,15 @@ def test_the_id_of_an_open_request_is_refused_and_the_open_one_goes_on(harness: 
     once = Request("once", "d", (4,), SamplingParams(1))
     with pytest.raises(ConfigError, match="request_id='once'"):
         harness.engine.submit([once, once])
-    assert ends_of(harness, 1)["twin"].finish_reason is FinishReason.LENGTH
+    assert ends_of(harness, "twin")["twin"].finish_reason is FinishReason.LENGTH
     harness.engine.submit([other, once])
-    assert set(ends_of(harness, 2)) == {"twin", "once"}
+    assert set(ends_of(harness, "twin", "once")) == {"twin", "once"}
 
 
 def test_an_abort_that_overtakes_its_request_ends_it(harness: Harness) -> None:
     harness.engine.abort(["late"])
     harness.engine.submit([Request("late", "c", (1, 2, 3), SamplingParams(200))])
-    assert ends_of(harness, 1)["late"].finish_reason is FinishReason.ABORT
+    assert ends_of(harness, "late")["late"].finish_reason is FinishReason.ABORT
 
 
 def test_a_request_that_cannot_be_queued_fails_alone(
@@ -228,10 +229,9 @@ def test_a_request_that_cannot_be_queued_fails_alone(
         return original(self, request, now)
 
     monkeypatch.setattr(Scheduler, "add", add)
-    harness.engine.submit(
-        [dataclasses.replace(GOOD, request_id=name) for name in ("a", "poison", "b")]
-    )
-    ends = ends_of(harness, 3)
+    names = ("a", "poison", "b")
+    harness.engine.submit([dataclasses.replace(GOOD, request_id=name) for name in names])
+    ends = ends_of(harness, *names)
     assert ends["poison"].finish_reason is FinishReason.ERROR
     assert "planted" in str(ends["poison"].error)
     assert {ends[name].finish_reason for name in "ab"} == {FinishReason.LENGTH}
@@ -282,7 +282,7 @@ def test_an_engine_whose_thread_dies_ends_its_requests_and_refuses_others(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     made = dead_engine(monkeypatch, None)
-    end = ends_of(made, 1)["open"]
+    end = ends_of(made, "open")["open"]
     assert end.finish_reason is FinishReason.ERROR
     assert "planted" in str(end.error)
     for call in (made.engine.stats, made.engine.flush, lambda: made.engine.submit([])):
