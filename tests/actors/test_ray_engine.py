@@ -93,7 +93,7 @@ def test_blocks_go_through_the_actors_and_are_there_again_after_close(
 
 
 def wait_until(condition) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline, "it did not happen"
         time.sleep(0.02)

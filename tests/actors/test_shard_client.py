@@ -105,7 +105,7 @@ def slot_of(staged: StageResult) -> SlotRef:
 
 
 def wait_until(condition: Any) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -150,7 +150,7 @@ def test_a_shard_that_is_killed_answers_miss_and_is_reported_lost_once(
     put(client, KEYS)
     os.kill(result(handle.info.remote(), 10)["pid"], signal.SIGKILL)
     assert [r.status for r in client.stage(KEYS)] == [StageStatus.MISS] * 3
-    assert lost.get(timeout=20) is client
+    assert lost.get(timeout=60) is client
     assert client.lost
     assert client.reserve(BLOCK, 2) == []
     assert client.query(KEYS) == [False] * 3
@@ -175,9 +175,9 @@ def test_leases_of_an_answer_that_comes_too_late_are_returned(
     suspend(pid)
     try:
         assert [r.status for r in client.stage(KEYS)] == [StageStatus.MISS] * 3
-        started = time.monotonic()
+        started, client.timeout_s = time.monotonic(), 60.0
         assert client.reserve(BLOCK, 1) == []  # not asked while the late call is open
-        assert time.monotonic() - started < 0.2
+        assert time.monotonic() - started < 30
     finally:
         os.kill(pid, signal.SIGCONT)
     wait_until(lambda: client.query(KEYS) == [True] * 3)
@@ -199,7 +199,7 @@ def test_a_wait_for_a_shard_that_is_killed_ends_and_says_so(
     started = time.monotonic()
     assert client.wait([slot], timeout_s=20) == [False]
     assert time.monotonic() - started < 10
-    assert lost.get(timeout=1) is client
+    assert lost.get(timeout=60) is client
     assert client.lost
 
 

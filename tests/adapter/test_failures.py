@@ -23,7 +23,7 @@ from litecache.types import PollReply
 SETTINGS = {"do_sample": True, "seed": 17, "eos_token_id": 210}
 
 
-def wait_for(condition: Callable[[], Any], timeout_s: float = 40) -> Any:
+def wait_for(condition: Callable[[], Any], timeout_s: float = 90) -> Any:
     """State of other processes can only be asked for."""
     deadline = time.monotonic() + timeout_s
     while not (value := condition()):

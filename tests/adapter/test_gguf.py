@@ -125,3 +125,25 @@ def test_the_progress_bar_counts_tensors_and_gives_transformers_its_own_back() -
     assert seen == sorted(seen)
     assert 0 < seen[0] < seen[-1] < 100
     assert parser.tqdm is original
+
+
+def test_a_file_is_read_once_for_a_conversion_and_again_for_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import gguf as parser
+
+    read: list[str] = []
+    reader = read.append
+    monkeypatch.setattr(parser, "GGUFReader", reader)
+
+    def read_and_fail() -> None:
+        with gguf._read_once():
+            for _ in range(3):
+                parser.GGUFReader("a.gguf")
+            raise RuntimeError("in the middle")
+
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="in the middle"):
+            read_and_fail()
+    assert read == ["a.gguf"] * 2
+    assert parser.GGUFReader is reader

@@ -146,7 +146,7 @@ def begin(replicas: ReplicaSet, index: int) -> PendingRequest:
 
 
 def until(condition: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline, "it did not happen"
         time.sleep(0.005)

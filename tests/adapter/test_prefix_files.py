@@ -30,7 +30,7 @@ def found(llm: KVCacheAdapter, prompt: list[int], **kwargs: object) -> dict[str,
 def wait_for_locations(llm: KVCacheAdapter, prompt: list[int], salt: str, *, known: bool) -> None:
     """Until the coordinator knows a prefix's blocks, or knows none of them."""
     keys = [key for root in llm.info.roots(salt) for key in chain_keys(root, prompt, 16)]
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while {place is not None for place in llm.group.coordinator.locate(keys, "")} != {known}:
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -61,7 +61,7 @@ def test_an_exported_prefix_is_found_again_after_everything_was_cleared(
     assert found(llm, [*prompt[:96], 9]) == {}
     llm.clear("all")
     assert llm.import_prefix(path) == (96, 96, report.nbytes)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     # a shard that answers late is a miss for that moment, and what is computed then is not saved
     seen: list[dict[str, int]] = []
     while not seen or seen[-1] not in ({"ram": 96}, {"disk": 96}):

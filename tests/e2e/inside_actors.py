@@ -56,18 +56,18 @@ def main() -> None:
     found: dict[str, Any] = {}
     # Each task holds one of the two CPUs, and its private group wants one: Ray lends those of a
     # task that waits.
-    found["tasks"] = ray.get([task.remote(model, None) for _ in range(2)], timeout=120)
+    found["tasks"] = ray.get([task.remote(model, None) for _ in range(2)], timeout=300)
     # A reserved CPU, which captures what is made inside: the group must not end with it.
     reserved = placement_group([{"CPU": 1}])
-    ray.get(reserved.ready(), timeout=30)
+    ray.get(reserved.ready(), timeout=300)
     inside = PlacementGroupSchedulingStrategy(reserved, placement_group_capture_child_tasks=True)
     user = User.options(num_cpus=1, scheduling_strategy=inside).remote()
-    found["placed"] = ray.get(user.ask.remote(model, "users"), timeout=120)
+    found["placed"] = ray.get(user.ask.remote(model, "users"), timeout=300)
     ray.kill(user)
     remove_placement_group(reserved)
     # Several at once: one holds the CPU that is left, one none.
     users = [User.options(num_cpus=n).remote() for n in (1, 0)]
-    found["actors"] = ray.get([user.ask.remote(model, "users") for user in users], timeout=120)
+    found["actors"] = ray.get([user.ask.remote(model, "users") for user in users], timeout=300)
     found["driver"] = ask(model, "users")
     print(json.dumps(found))
 

@@ -109,7 +109,7 @@ class OwnRay:
             submit, env=self.env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
 
-    def run(self, *command: str, cwd: Path, timeout_s: float = 120) -> str:
+    def run(self, *command: str, cwd: Path, timeout_s: float = 400) -> str:
         """Run a driver to its end; what it printed."""
         done = subprocess.run(
             command,
@@ -137,7 +137,7 @@ class OwnRay:
 
     def close(self) -> None:
         """End every process and remove the folder."""
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
         while (left := self.processes()) and time.monotonic() < deadline:
             for pid in left:
                 with contextlib.suppress(ProcessLookupError):

@@ -13,7 +13,7 @@ import pytest
 from own_ray import OwnRay, own_ray
 
 ROOT = Path(__file__).resolve().parents[2]
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 QUESTIONS = ("The keeper of the mill", "The wheel of the mill")
 
 NOTEBOOK = """
@@ -59,7 +59,7 @@ def clone(tmp_path: Path) -> Path:
 
 
 def finish(ray: OwnRay, job: subprocess.Popen[str]) -> str:
-    out, _ = job.communicate(timeout=240)
+    out, _ = job.communicate(timeout=400)
     assert job.returncode == 0, out
     return out
 
@@ -107,15 +107,13 @@ def test_jobs_a_notebook_tasks_and_actors_share_detached_groups(
         assert computed == [1, 1]  # all but the last token was found
         litecache = str(Path(sys.executable).parent / "litecache")
         assert "stopped" in ray.run(litecache, "down", "--group", "jobs", cwd=clone)
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while any("GpuCache" in title for title in map(title_of, ray.processes())):
             assert time.monotonic() < deadline, "an actor outlives its group"
             time.sleep(0.1)
 
         inside = [sys.executable, str(Path(__file__).with_name("inside_actors.py"))]
-        text = ray.run(
-            *inside, str(tiny_llama(clone.parent / "tiny")), cwd=clone.parent, timeout_s=240
-        )
+        text = ray.run(*inside, str(tiny_llama(clone.parent / "tiny")), cwd=clone.parent)
         found = json.loads(text.splitlines()[-1])
     answers = [*found["tasks"], found["placed"], *found["actors"], found["driver"]]
     assert len({tuple(tokens) for tokens, _ in answers}) == 1

@@ -68,7 +68,6 @@ def test_no_prompt_salt_or_token_is_seen_and_all_files_are_private(
         said = ray.run(
             *(sys.executable, script, str(model), str(storage), str(marks)),
             cwd=tmp_path,
-            timeout_s=240,
         )
         assert said.count("Traceback") >= 19, said
         places = dict(everywhere(ray, storage, home, runtime))
@@ -87,7 +86,7 @@ def everywhere(ray: OwnRay, *folders: Path) -> Iterator[tuple[str, bytes]]:
     for path in logs:
         with contextlib.suppress(OSError):
             yield f"the log {path.name}", path.read_bytes()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     page = b""
     while b"ray_litecache_prompt_tokens" not in page and time.monotonic() < deadline:
         with contextlib.suppress(OSError), urllib.request.urlopen(ray.metrics, timeout=5) as answer:

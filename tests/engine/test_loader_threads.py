@@ -111,7 +111,7 @@ def test_a_lookup_does_not_wait_behind_slow_loads(rig: Rig) -> None:
     for ticket in range(LOAD_THREADS):
         rig.load(ticket, ticket)
     rig.stage(99, LOAD_THREADS)
-    assert rig.staged.get(timeout=20) == {(0, LOAD_THREADS): "ram:local"}
+    assert rig.staged.get(timeout=60) == {(0, LOAD_THREADS): "ram:local"}
     assert rig.told.empty()
     rig.read.set()
     assert rig.reports(LOAD_THREADS) == (list(range(LOAD_THREADS)), [])

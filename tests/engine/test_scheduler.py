@@ -99,6 +99,15 @@ class SchedulerMachine(RuleBasedStateMachine):
                 wanted = min(last, len(tokens))
                 self.world.submit(tokens, 0, cache_salt=salt, logits=wanted)
 
+    @rule(pick=st.integers(0, 15), more=st.lists(st.integers(0, 1), min_size=1, max_size=8))
+    def go_on(self, pick: int, more: list[int]) -> None:
+        """The next turn of a chat: what a request asked and was told, and more."""
+        if self.world.finished and len(self.world.requests) < 16:
+            name = list(self.world.finished)[pick % len(self.world.finished)]
+            request = self.world.requests[name]
+            tokens = (*request.prompt, *self.world.outputs[name], *more)
+            self.submit(tokens[:60], 4, request.cache_salt)
+
     @rule(times=st.integers(1, 4))
     def step(self, times: int) -> None:
         for _ in range(times):
@@ -429,7 +438,7 @@ def test_planted_bug_is_caught(
 ) -> None:
     plant(monkeypatch)
     quick = settings(
-        max_examples=400,
+        max_examples=2000,
         stateful_step_count=50,
         deadline=None,
         database=None,

@@ -239,7 +239,7 @@ def test_while_a_step_runs_the_engine_hears_of_loads_and_of_its_end_as_either_co
 ) -> None:
     prompt = random_prompt(96, seed=4)
     landed, notes, number = False, list[str](), itertools.count()
-    states, deadline = ArenaView.states, time.monotonic() + 30
+    states, deadline = ArenaView.states, time.monotonic() + 60
 
     def held_states(arena: ArenaView, slots: Any, generations: Any) -> Any:
         told = states(arena, slots, generations)

@@ -132,7 +132,7 @@ class LocalAdapter(KVCacheAdapter):
 
     def check(self) -> None:
         """Nothing is open any more within a few seconds, and every block is free or idle."""
-        until = time.monotonic() + 10
+        until = time.monotonic() + 60
         while self._replicas.rows and time.monotonic() < until:
             time.sleep(0.002)  # an abort is told to the engine, which ends the row at its next step
         self._replicas.harness.check()

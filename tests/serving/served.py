@@ -56,7 +56,7 @@ class Server:
         (found,) = [line for line in lines if line.startswith(f"litecache_server_{name} ")]
         return float(found.rpartition(" ")[2])
 
-    def await_idle(self, seconds: float = 20) -> None:
+    def await_idle(self, seconds: float = 60) -> None:
         """Wait until nothing runs and no request holds a block."""
         names = ["engine_requests_running", "engine_requests_waiting", "sequences_running"]
         names += ["requests_waiting", "open_streams"]

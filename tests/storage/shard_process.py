@@ -55,7 +55,7 @@ class ShardProcess:
         self.send(method, *args)
         return self.answer()
 
-    def answer(self, timeout_s: float = 30) -> Any:
+    def answer(self, timeout_s: float = 60) -> Any:
         """The result of the oldest call that has none yet."""
         said = self._hear(timeout_s)
         if isinstance(said, str) and said.startswith("error: "):

@@ -30,7 +30,7 @@ def make(path: Path | str, **options: object) -> ShardStore:
     return ShardStore(str(path), **{"storage_bytes": 16 * MIB, "ram_bytes": 4 * MIB, **options})
 
 
-def wait_until(true, store: ShardStore, seconds: float = 30) -> None:
+def wait_until(true, store: ShardStore, seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not true() and time.monotonic() < deadline:
         store.wait_for_change(0.05)
@@ -541,7 +541,7 @@ def test_a_full_log_is_written_anew_after_a_failure_though_nothing_else_happens(
             put(client, [key_of(n) for n in range(first, first + 20)], 8 * KIB)
             first += 20
         monkeypatch.setattr(durability.Durability, "_compact_locked", real)
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while store._durability._disk.log_full():
             assert time.monotonic() < deadline, "nobody writes the log anew"
             time.sleep(0.01)

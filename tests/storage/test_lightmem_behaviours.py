@@ -253,7 +253,7 @@ def test_29_data_is_safe_before_the_disk(tmp_path, monkeypatch):
     real = Files.write
     monkeypatch.setattr(Files, "write", lambda *args: disk.wait(60) and real(*args))
     task = cache.create(tokens=list(range(50)), kv_page_indexer=torch.arange(50), mode="w")
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not task.data_safe() and time.monotonic() < deadline:
         time.sleep(0.001)
     assert task.data_safe()

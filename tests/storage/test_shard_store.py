@@ -591,7 +591,7 @@ def test_durable_follows_the_fsync_policy(tmp_path, fsync):
     with make(tmp_path, fsync=fsync, fsync_interval_s=30) as store:
         client = LocalShardClient(store)
         put(client, keys_of(range(4)), NBYTES)
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while store.awaits_disk(keys_of(range(4))) != [False] * 4 and time.monotonic() < deadline:
             store.wait_for_change(0.1)
         if fsync == "always":
