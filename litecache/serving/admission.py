@@ -92,7 +92,8 @@ class Admission:
             unlucky = self._waiting[longest][-1]
             self._leave(unlucky)
             self.rejected += 1
-            unlucky.turn.set_exception(self._full())
+            if not unlucky.turn.done():  # else it is going away by itself
+                unlucky.turn.set_exception(self._full())
         try:
             await request.turn
         except asyncio.CancelledError:
@@ -114,6 +115,9 @@ class Admission:
         while self._waiting:
             tenant = min(self._waiting, key=lambda each: self._running[each])
             request = self._waiting[tenant][0]
+            if request.turn.done():  # cancelled, and its task has not run since
+                self._leave(request)
+                continue
             if not self._fits(request.size):
                 return
             self._leave(request)

@@ -95,6 +95,27 @@ def test_a_preempted_request_goes_on_with_the_same_tokens():
         assert harness.engine.stats()["preemptions"] > 0
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"deterministic": True, "max_batch_tokens": 32, "max_prefill_tokens": 128},
+        # the tail is there when the last piece of the front is computed
+        {"folders": [None], "loads": lambda first, end: 5, "max_batch_tokens": 24},
+    ],
+    ids=["chunks on a grid", "a loaded tail"],
+)
+def test_of_several_segments_of_a_row_in_one_step_each_sees_those_before_it(options):
+    """A segment of one token, which runs like a decode, too."""
+    prompts = [random_prompt(length, length) for length in (17, 112, 113)]
+    expected = stock("bloom", prompts, 4)
+    options = {"max_prefill_tokens": options["max_batch_tokens"], **options}
+    with Harness(source("bloom"), max_model_len=256, **options) as harness:
+        for _ in range(2):
+            harness.engine._pools[0].buffer.fill_(0x3C)  # what nobody wrote must not be seen
+            assert [harness.run([prompt], 4)[0] for prompt in prompts] == expected
+            harness.empty("gpu")
+
+
 def test_a_request_never_decodes_on_the_keys_kept_for_the_one_before():
     before, after = random_prompt(10, 1), random_prompt(20, 2)
     (expected,) = stock("bloom", [after], 14)  # then its second block is full

@@ -117,6 +117,20 @@ def test_a_lookup_does_not_wait_behind_slow_loads(rig: Rig) -> None:
     assert rig.reports(LOAD_THREADS) == (list(range(LOAD_THREADS)), [])
 
 
+def test_what_is_looked_up_later_bears_the_names_of_its_own_sources(rig: Rig) -> None:
+    """Though the shards have changed since the ticket's first lookup."""
+    rig.stage(7, 0, 1)
+    assert rig.staged.get(timeout=60) == {(0, 0): "ram:local", (0, 1): "ram:local"}
+    again = LocalShardClient(rig.store, "again")
+    rig.loader._shards.replace([again])
+    rig.stage(7, 2, 3)
+    assert rig.staged.get(timeout=60) == {(0, 2): "ram:again", (0, 3): "ram:again"}
+    rig.order(7, 0, 1, 2, 3)
+    assert rig.reports(4) == ([0, 1, 2, 3], [])
+    rig.loader._shards.replace([rig.client])
+    again.close()
+
+
 @pytest.mark.parametrize("given_up", [False, True])
 def test_a_load_tells_what_has_landed_while_the_rest_is_still_being_read(
     rig: Rig, given_up: bool

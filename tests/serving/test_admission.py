@@ -118,6 +118,32 @@ def test_who_goes_away_while_waiting_leaves_no_place_taken(turn: str) -> None:
     asyncio.run(scene())
 
 
+@pytest.mark.parametrize("then", ["a place gets free", "the queue is full"])
+def test_one_that_has_just_been_cancelled_gets_no_turn_and_no_refusal(then: str) -> None:
+    """Its future is cancelled at once, its task hears of it a turn of the loop later."""
+
+    async def scene() -> None:
+        queue = Admission(max_running=1, max_waiting=2)
+        leave = await queue.enter("a", 1)
+        first, gone = (asyncio.create_task(queue.enter("b", 1)) for _ in range(2))
+        await begun()
+        if then == "a place gets free":
+            first, gone = gone, first
+        gone.cancel()
+        if then == "a place gets free":
+            leave()
+            (await first)()
+        else:
+            asyncio.get_running_loop().call_soon(leave)
+            (await queue.enter("c", 1))()
+            (await first)()
+        with pytest.raises(asyncio.CancelledError):
+            await gone
+        assert (queue.running, queue.waiting) == (0, 0)
+
+    asyncio.run(scene())
+
+
 def test_a_request_of_more_sequences_than_fit_runs_alone() -> None:
     async def scene() -> None:
         queue = Admission(max_running=4, max_waiting=3)

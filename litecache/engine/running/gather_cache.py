@@ -315,7 +315,7 @@ class GatheredForward:
         starts = np.cumsum((0, *batch.query_lens))
         parts = [
             self._run(batch, seqs, starts[seqs])
-            for seqs in _forwards(batch.query_lens, batch.context_lens)
+            for seqs in _forwards(batch.query_lens, batch.context_lens, batch.lives)
         ]
         first, _ = parts[0]
         out = first.new_empty(len(batch.places), first.shape[1])
@@ -365,13 +365,24 @@ class GatheredForward:
         return logits[tuple(taken)], wanted
 
 
-def _forwards(query_lens: Sequence[int], contexts: Sequence[int]) -> Iterator[list[int]]:
-    """Which sequences run together: decodes of similar length; others alone, those with tokens."""
-    decodes = [seq for seq, count in enumerate(query_lens) if count == 1]
-    decodes.sort(key=lambda seq: -contexts[seq])
-    while decodes:
-        least = WORTHWHILE_PADDING * contexts[decodes[0]]
-        together = [seq for seq in decodes if contexts[seq] >= least]
-        decodes = decodes[len(together) :]
-        yield sorted(together)
-    yield from ([seq] for seq, count in enumerate(query_lens) if count > 1)
+def _forwards(
+    query_lens: Sequence[int], contexts: Sequence[int], lives: Sequence[int]
+) -> Iterator[list[int]]:
+    """Which sequences run together: decodes of similar length; others alone, those with tokens.
+
+    Of one row's segments each reads what those in front of it store, so it runs after them.
+    """
+    rounds: dict[int, int] = {}
+    by_round: list[list[int]] = []
+    for seq in sorted(range(len(contexts)), key=contexts.__getitem__):
+        number = rounds[lives[seq]] = rounds.get(lives[seq], -1) + 1
+        by_round += [[]] if number == len(by_round) else []
+        by_round[number].append(seq)
+    for seqs in by_round:
+        decodes = sorted((s for s in seqs if query_lens[s] == 1), key=lambda seq: -contexts[seq])
+        while decodes:
+            least = WORTHWHILE_PADDING * contexts[decodes[0]]
+            together = [seq for seq in decodes if contexts[seq] >= least]
+            decodes = decodes[len(together) :]
+            yield sorted(together)
+        yield from ([seq] for seq in sorted(seqs) if query_lens[seq] > 1)

@@ -268,14 +268,14 @@ class Loader:
             "litecache_io_seconds", time.perf_counter() - started, direction="stage", tier="shard"
         )
         there = np.flatnonzero(leases.origins >= 0)
-        refs, names = order.refs[there], tuple(origin.name for origin in leases.of)
+        leases, refs = leases.part(there), order.refs[there]
+        found = FoundBelow(refs, leases.origins, tuple(origin.name for origin in leases.of))
         if len(there):
             with self._lock:
-                held, leases = self._held.get(order.ticket), leases.part(there)
-                if held is not None:
+                held = self._held.get(order.ticket)
+                if held is not None:  # numbers the origins anew
                     refs, leases = np.concatenate((held.refs, refs)), held.leases.and_more(leases)
                 self._held[order.ticket] = _Held(refs, leases)
-        found = FoundBelow(order.refs[there], leases.origins[-len(there) :][: len(there)], names)
         self._staged(order.ticket, found)
 
     def _run(self, job: Callable[[_Load], None], load: _Load) -> None:
