@@ -39,7 +39,7 @@ from litecache.adapter.inspection.doctor import cluster_findings, group_findings
 from litecache.adapter.stats import CacheStats
 from litecache.cli import app, main
 from litecache.cli.options import group_names, parse_settings
-from litecache.cli.status import print_status
+from litecache.cli.watch import print_status
 from litecache.config import CacheConfig
 from litecache.errors import ConfigError, GroupUnavailableError, KernelError
 from litecache.storage import CommitItem, LocalShardClient, ShardStore

@@ -44,7 +44,7 @@ def check_group_name(group: str) -> str:
 
 def role_of(name: str) -> str:
     """What an actor is in its group: `gpu:0` of `litecache:default:gpu:0`."""
-    return name.split(":", 2)[2]
+    return name.split(":", 2)[-1]
 
 
 def coordinator_name(group: str) -> str:

@@ -17,16 +17,13 @@ from typing import Any
 import typer
 
 from litecache.cli.bench import bench as bench_model
-from litecache.cli.cluster import drain, scale, up
+from litecache.cli.cluster import down, drain, scale, up
 from litecache.cli.dashboard import app as dashboard
 from litecache.cli.explain import explain as explain_prompt
-from litecache.cli.groups import down, generate
 from litecache.cli.machine import doctor, inspect, models, tune, verify
-from litecache.cli.prefixes import delete, export, import_, warm
+from litecache.cli.prompts import delete, export, generate, import_, warm
 from litecache.cli.serve import serve as serve_model
-from litecache.cli.status import status as show_status
-from litecache.cli.timeline import timeline as write_timeline
-from litecache.cli.top import top as show_top
+from litecache.cli.watch import status, timeline, top
 from litecache.errors import LiteCacheError, told
 
 logger = logging.getLogger(__name__)
@@ -40,10 +37,10 @@ app = typer.Typer(
 _panels: dict[str, dict[str, Any]] = {
     "Groups of actors": {"up": up, "down": down, "scale": scale, "drain": drain},
     "What a group does": {
-        "status": show_status,
-        "top": show_top,
+        "status": status,
+        "top": top,
         "explain": explain_prompt,
-        "timeline": write_timeline,
+        "timeline": timeline,
     },
     "Texts": {"generate": generate, "serve": serve_model},
     "Prefixes": {"warm": warm, "export": export, "import": import_, "delete": delete},

@@ -1,4 +1,4 @@
-"""Commands about a cluster: `up`, `scale`, `drain`.
+"""Commands about groups of actors: `up`, `down`, `scale`, `drain`.
 
 A group started by `up` is detached: it outlives the command, until `down`. None of them ever starts
 or stops Ray.
@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from litecache.actors.naming import DEFAULT_GROUP, DRAIN_TIMEOUT_S, check_group_name
+from litecache.actors.naming import DEFAULT_GROUP, DRAIN_TIMEOUT_S
 from litecache.checks import check_seconds, check_threads
 from litecache.cli.options import (
     Address,
@@ -20,7 +20,7 @@ from litecache.cli.options import (
     TrustRemoteCode,
     check_model,
     connect,
-    group_names,
+    group_option,
     parse_settings,
     print_json,
     split_settings,
@@ -35,10 +35,7 @@ def up(
     config: Annotated[
         str | None, typer.Option("--config", help="a YAML file: model, cache, replicas, nodes")
     ] = None,
-    group: Annotated[
-        str | None,
-        typer.Option(help="name of the group of actors", autocompletion=group_names),
-    ] = None,
+    group: Annotated[str | None, group_option("name of the group of actors")] = None,
     settings: Settings = None,
     replicas: Annotated[
         str | None, typer.Option(help='GpuCache actors; "all": one per GPU, or per node without')
@@ -62,7 +59,7 @@ def up(
     if model is not None:
         overrides["model"] = check_model(model)
     if group is not None:
-        overrides["group"] = check_group_name(group)
+        overrides["group"] = group
     if replicas is not None:
         overrides["replicas"] = _replicas("--replicas", replicas)
     if num_threads is not None:
@@ -125,6 +122,36 @@ def _start(setups: list[Any]) -> list[dict[str, Any]]:
     return reports
 
 
+def down(
+    group: GroupName = "default",
+    everything: Annotated[bool, typer.Option("--all", help="all groups of the cluster")] = False,
+    timeout: Annotated[float, typer.Option(help="seconds for saving what is not saved yet")] = 30.0,
+    address: Address = None,
+    as_json: AsJson = False,
+) -> None:
+    """Save what is cached and stop a group's actors; Ray goes on.
+
+    Example: litecache down --group chat --timeout 60
+    """
+    timeout = check_seconds("--timeout", timeout)
+    connect(address)
+    from litecache.actors.found_groups import list_groups, stop_group
+
+    reports = {
+        name: stop_group(name, timeout) for name in (list_groups() if everything else [group])
+    }
+    if as_json:
+        print_json(reports)
+        return
+    for name, actors in reports.items():
+        written = sum(report.get("written", 0) for report in actors.values())
+        complete = all(report.get("complete", True) for report in actors.values())
+        rest = "" if complete else "; not all could be saved"
+        typer.echo(f"group {name}: stopped, {written} blocks written{rest}")
+    if not reports:
+        typer.echo("no group is running")
+
+
 def scale(
     replicas: Annotated[str, typer.Argument(help='how many, or "all": one per GPU, or per node')],
     group: GroupName = DEFAULT_GROUP,
@@ -139,7 +166,6 @@ def scale(
     Example: litecache scale 4 --group chat
     """
     wanted = _replicas("replicas", replicas)
-    check_group_name(group)
     timeout = check_seconds("--timeout", timeout)
     connect(address)
     from litecache.actors.group import Group

@@ -7,20 +7,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from litecache.actors.naming import check_group_name
 from litecache.checks import check_text
 from litecache.cli.options import (
     Address,
     AsJson,
     Chat,
     TrustRemoteCode,
-    check_address,
     check_model,
     connect,
-    group_names,
+    group_option,
     print_json,
 )
-from litecache.cli.prefixes import Salt, prompt_text
+from litecache.cli.prompts import Salt, chat_prompt, check_trust, prompt_text
 from litecache.errors import ConfigError, GroupUnavailableError
 
 if TYPE_CHECKING:
@@ -46,11 +44,7 @@ def explain(
         ),
     ],
     group: Annotated[
-        str | None,
-        typer.Option(
-            help="the group to ask; default: the model's, or default",
-            autocompletion=group_names,
-        ),
+        str | None, group_option("the group to ask; default: the model's, or default")
     ] = None,
     salt: Salt = None,
     chat: Chat = False,
@@ -67,11 +61,8 @@ def explain(
     if len(words) > 2:
         raise ConfigError("words", f"{len(words)} of them", "[MODEL] PROMPT, quoted where needed")
     model = check_model(words[0]) if len(words) == 2 else None
-    if group is not None:
-        check_group_name(group)
     if salt is not None:
         check_text("--salt", salt)
-    check_address(address)
     text = prompt_text(words[-1])
     connect(address)
     from litecache.actors.operating.watch import GroupWatch
@@ -81,9 +72,7 @@ def explain(
     name = _group_of(model, group, trust_remote_code)
     joined, missing = GroupWatch(name).join()
     source = joined.spec.source
-    if source.trust_remote_code and not trust_remote_code:
-        valid = f"given: the model of group {name!r} brings Python code that would run here"
-        raise ConfigError("--trust-remote-code", False, valid)
+    check_trust(source, name, trust_remote_code)
     tokenizer = load_tokenizer(source)
     tokens, offsets = _encode(tokenizer, text, chat)
     own = joined.spec.config.cache_salt
@@ -134,13 +123,9 @@ def _encode(tokenizer: Any, text: str, chat: bool) -> tuple[Any, list[int]]:
     """
     from litecache.token_ids import TokenIds
 
+    if chat:
+        return TokenIds(chat_prompt(tokenizer, text)), []
     try:
-        if chat:
-            message = [{"role": "user", "content": text}]
-            ids = tokenizer.apply_chat_template(
-                message, add_generation_prompt=True, return_dict=True
-            )["input_ids"]
-            return TokenIds(ids), []
         given = tokenizer(text, return_offsets_mapping=bool(tokenizer.is_fast))
         return TokenIds(given["input_ids"]), [a for a, _ in given.get("offset_mapping", [])]
     except Exception as error:  # tokenizers raise what they like

@@ -9,7 +9,7 @@ from typing import Annotated, TypeVar
 import typer
 
 from litecache.checks import check_path
-from litecache.cli.options import Address, AsJson, check_address, connect, print_json, progress_bar
+from litecache.cli.options import Address, AsJson, connect, print_json, progress_bar
 from litecache.config import parse_size
 from litecache.errors import ConfigError
 
@@ -118,7 +118,6 @@ def doctor(
     """
     if storage_dir is not None:
         check_path("--storage-dir", storage_dir)
-    check_address(address)
     from litecache.adapter.inspection.doctor import cluster_findings, examine
 
     findings = examine(storage_dir)

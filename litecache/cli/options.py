@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from litecache.actors.naming import check_group_name
 from litecache.checks import check_path
 from litecache.errors import ConfigError, outline
 
@@ -40,11 +41,28 @@ def group_names(incomplete: str) -> list[str]:
     return names
 
 
+def _checked_group(group: str | None) -> str | None:
+    return None if group is None else check_group_name(group)
+
+
+def _checked_address(address: str | None) -> str | None:
+    form = r"auto|(ray://)?(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+):[0-9]{1,5}"
+    if address is not None and not re.fullmatch(form, address):
+        raise ConfigError("--address", address, '"auto", HOST:PORT or ray://HOST:PORT')
+    return address
+
+
+def group_option(about: str) -> Any:
+    """`--group`, completed by the shell and checked before the command runs."""
+    return typer.Option("--group", help=about, autocompletion=group_names, callback=_checked_group)
+
+
 Model = Annotated[str, typer.Argument(help="a hub name, a folder or a .gguf file")]
-GroupName = Annotated[
-    str, typer.Option(help="name of the group of actors", autocompletion=group_names)
+GroupName = Annotated[str, group_option("name of the group of actors")]
+Address = Annotated[
+    str | None,
+    typer.Option(help="Ray's address; default RAY_ADDRESS or auto", callback=_checked_address),
 ]
-Address = Annotated[str | None, typer.Option(help="Ray's address; default RAY_ADDRESS or auto")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 Chat = Annotated[bool, typer.Option("--chat", help="apply the tokenizer's chat template")]
 TrustRemoteCode = Annotated[
@@ -120,24 +138,12 @@ def check_prompt(given: str) -> str:
     return text
 
 
-def check_address(address: str | None) -> None:
-    """Whether an address has the form of one of Ray's.
-
-    Raises:
-        ConfigError: it has not.
-    """
-    form = r"auto|(ray://)?(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+):[0-9]{1,5}"
-    if address is not None and not re.fullmatch(form, address):
-        raise ConfigError("--address", address, '"auto", HOST:PORT or ray://HOST:PORT')
-
-
 def connect(address: str | None) -> None:
     """Join the cluster that is running; a group must outlive this command.
 
     Raises:
         GroupUnavailableError: there is none.
     """
-    check_address(address)
     from litecache.actors.cluster import open_ray
 
     open_ray(address or "auto", logging_level="warning")

@@ -11,14 +11,11 @@ import dataclasses
 import errno
 import json
 import logging
-import signal
 import socket
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -29,9 +26,9 @@ from litecache.cli.options import (
     AsJson,
     Settings,
     TrustRemoteCode,
-    check_address,
     check_model,
-    group_names,
+    ended_by_sigterm,
+    group_option,
     print_json,
     split_settings,
 )
@@ -49,10 +46,7 @@ def serve(
     port: Annotated[int | None, typer.Option(help="default 8000")] = None,
     api_keys: Annotated[str | None, typer.Option(help="a file with one key a line")] = None,
     no_auth: Annotated[bool, typer.Option("--no-auth", help="serve whoever can connect")] = False,
-    group: Annotated[
-        str | None,
-        typer.Option(help="of actors, joined or started", autocompletion=group_names),
-    ] = None,
+    group: Annotated[str | None, group_option("of actors, joined or started")] = None,
     replicas: Annotated[int | None, typer.Option(help="number of GpuCache actors")] = None,
     servers: Annotated[int | None, typer.Option(help="processes that take requests")] = None,
     served_name: Annotated[str | None, typer.Option(help="what clients call the model")] = None,
@@ -84,7 +78,6 @@ def serve(
         values["cache"] = {**values.get("cache", {}), **split_settings(settings)}
     where = values.pop("host", "127.0.0.1")
     at = check_integer("--port", values.pop("port", 8000), 1, 65535)
-    check_address(address)
     try:
         import ray.serve as ray_serve  # noqa: F401 - it says what is missing
     except ImportError as error:
@@ -118,7 +111,7 @@ def _run(settings: Any, host: str, port: int, address: str | None, as_json: bool
         tell("starting what is missing of Ray and Ray Serve")
         open_ray(address, logging_level="warning")
         stack.callback(ray.shutdown)
-        stack.enter_context(_interrupts())  # Ray has put a handler of its own there
+        stack.enter_context(ended_by_sigterm())  # Ray has put a handler of its own there
         if not exists(settings.group):
             # of a group that did not come up there is nothing to stop
             stack.callback(lambda: exists(settings.group) and stop_group(settings.group))
@@ -136,10 +129,6 @@ def _run(settings: Any, host: str, port: int, address: str | None, as_json: bool
             while True:
                 time.sleep(3600)
         tell("stopping: open requests are answered first")
-
-
-def _app_name(settings: Any) -> str:
-    return f"litecache-{settings.group}"
 
 
 def _start_proxy(host: str, port: int) -> Any:
@@ -204,7 +193,7 @@ def _start_app(settings: Any) -> Any:
 
     from litecache.serving.deployment import build_app
 
-    name = _app_name(settings)
+    name = f"litecache-{settings.group}"
     if name in serve.status().applications:
         raise ConfigError("--group", settings.group, "a group that is not served already")
     try:
@@ -245,20 +234,6 @@ def _say_how(url: str, name: str, settings: Any) -> None:
     )
     if settings.no_auth:
         typer.echo("whoever can connect may use it: it was started with --no-auth", err=True)
-
-
-@contextlib.contextmanager
-def _interrupts() -> Iterator[None]:
-    """SIGTERM ends it as Ctrl-C does."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _read_config(path: str) -> dict[str, Any]:

@@ -10,9 +10,9 @@ from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
+from litecache.actors.naming import role_of
 from litecache.adapter.inspection.rates import GroupRates, ReplicaRates, ShardRates
 from litecache.cli.options import size_text
-from litecache.cli.status import short_name
 
 STATE_STYLES = {"up": "green", "busy": "yellow", "loading": "yellow", "restarting": "red"}
 # A block's states, in the order of the bar; what is in use is what nobody else can have.
@@ -156,7 +156,7 @@ def _replicas(replicas: Sequence[ReplicaRates], wide: bool) -> Table:
             for state in states
         ]
         table.add_row(
-            short_name(replica.name),
+            role_of(replica.name),
             _state(replica.state),
             *(figures if there else ("",) * len(figures)),
             bar(shares, 46 if wide else 12) if there else "",
@@ -189,17 +189,17 @@ def _shards(shards: Sequence[ShardRates], wide: bool) -> Table:
             bar([(disk, "blue")], 8) if shard.storage_bytes else "",
         ]
         cells = figures if shard.ram_bytes else [""] * len(figures)
-        table.add_row(short_name(shard.name), _state(shard.state), *cells)
+        table.add_row(role_of(shard.name), _state(shard.state), *cells)
     return table
 
 
 def _notes(rates: GroupRates) -> list[RenderableType]:
     notes = [
-        Text(f"{short_name(name)}: {reason}", "red" if reason else "", overflow="ellipsis")
+        Text(f"{role_of(name)}: {reason}", "red" if reason else "", overflow="ellipsis")
         for name, reason in rates.without_figures.items()
     ]
     notes += [
-        Text(f"{short_name(shard.name)}: {shard.error}", "red", overflow="ellipsis")
+        Text(f"{role_of(shard.name)}: {shard.error}", "red", overflow="ellipsis")
         for shard in rates.shards
         if shard.error and shard.name not in rates.without_figures
     ]

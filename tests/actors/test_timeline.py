@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from litecache.actors.cluster import _log_options
-from litecache.cli.timeline import _trace_events
+from litecache.cli.watch import _trace_events
 from litecache.errors import ConfigError, GroupUnavailableError
 
 LIFE = """

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from litecache.actors.calls import gather
 from litecache.actors.group import Group
-from litecache.actors.naming import CALL_TIMEOUT_S
+from litecache.actors.naming import CALL_TIMEOUT_S, role_of
 from litecache.engine.engine_info import EngineInfo
 from litecache.errors import GroupUnavailableError, LiteCacheError
 from litecache.hashing import BlockKey, chain_keys
@@ -276,11 +276,11 @@ def _runs(
         return held
 
     def of(index: int) -> BlockRun:
-        held = {short_name(name): everywhere(name, index) for name in places}
+        held = {role_of(name): everywhere(name, index) for name in places}
         return BlockRun(
             0,
             0,
-            tuple(short_name(name) for name, v in views.items() if v.sources[index] == "gpu"),
+            tuple(role_of(name) for name, v in views.items() if v.sources[index] == "gpu"),
             tuple(name for name, its in held.items() if its & Place.RAM),
             tuple(name for name, its in held.items() if its & Place.DISK),
         )
@@ -292,11 +292,11 @@ def _runs(
 
 def _plan_of(name: str, view: Any, error: str) -> ReplicaPlan:
     if view is None or error:
-        return ReplicaPlan(short_name(name), error=error)
+        return ReplicaPlan(role_of(name), error=error)
     tiers = Counter(source.partition(":")[0] for source in view.sources[: view.known])
     plan = view.plan
     return ReplicaPlan(
-        name=short_name(name),
+        name=role_of(name),
         blocks={tier: count for tier, count in tiers.items() if tier},
         copied_tokens=view.shared_tokens,
         load_from=plan.load_from if plan else 0,
@@ -308,11 +308,6 @@ def _plan_of(name: str, view: Any, error: str) -> ReplicaPlan:
         decodes=view.decodes,
         measured=view.measured,
     )
-
-
-def short_name(name: str) -> str:
-    """An actor's name where its group is told already."""
-    return name.split(":", 2)[-1]
 
 
 def _reasons(

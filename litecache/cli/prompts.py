@@ -1,4 +1,4 @@
-"""Commands about cached prefixes of a group: `export`, `import`, `warm`, `delete`.
+"""Commands about prompts: `generate`, and `export`, `import`, `warm`, `delete` of what is cached.
 
 They join a group that runs, whose model they know from it, or start one for themselves with
 `--model` and `--set storage_dir=...`.
@@ -13,18 +13,18 @@ from typing import Annotated, Any
 
 import typer
 
-from litecache.actors.naming import check_group_name
-from litecache.checks import check_path, check_text
+from litecache.checks import check_integer, check_path, check_text
 from litecache.cli.options import (
     Address,
     AsJson,
+    Chat,
+    Model,
     Settings,
     TrustRemoteCode,
-    check_address,
     check_model,
     check_prompt,
     connect,
-    group_names,
+    group_option,
     parse_settings,
     print_json,
 )
@@ -32,14 +32,51 @@ from litecache.errors import ConfigError
 
 AModel = Annotated[str | None, typer.Option("--model", help="default: that of the group")]
 AGroup = Annotated[
-    str | None,
-    typer.Option(
-        "--group",
-        help='to join; default: "default", or with --model one of its own',
-        autocompletion=group_names,
-    ),
+    str | None, group_option('to join; default: "default", or with --model one of its own')
 ]
 Salt = Annotated[str | None, typer.Option("--salt", help="cache salt; default: the group's own")]
+
+
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="text to continue; - reads it from stdin")],
+    group: Annotated[
+        str | None, group_option("to join, or to start; default: one that ends with the command")
+    ] = None,
+    settings: Settings = None,
+    max_new_tokens: Annotated[int, typer.Option(help="tokens to generate")] = 64,
+    temperature: Annotated[float | None, typer.Option(help="sample at this temperature")] = None,
+    seed: Annotated[int | None, typer.Option(help="of sampling")] = None,
+    chat: Chat = False,
+    trust_remote_code: TrustRemoteCode = False,
+    address: Address = None,
+    as_json: AsJson = False,
+) -> None:
+    """Continue a text, printing it as it comes.
+
+    Example: litecache generate HuggingFaceTB/SmolLM2-135M-Instruct "Why is the sky blue?" --chat
+    """
+    check_integer("--max-new-tokens", max_new_tokens, 1, 2**31 - 1, "an integer of at least 1")
+    sampling: dict[str, Any] = {}
+    if temperature is not None:
+        if not 0 < temperature < float("inf"):
+            raise ConfigError("--temperature", temperature, "a positive finite number")
+        sampling = {"do_sample": True, "temperature": temperature}
+    if seed is not None:
+        check_integer("--seed", seed, 0, 2**63 - 1, "an integer from 0 to 2**63 - 1")
+    text = check_prompt(prompt)
+    with _adapter(model, group, settings, trust_remote_code, address) as adapter:
+        given: Any = text
+        if chat:
+            given = chat_prompt(adapter.tokenizer, text)
+        stream = adapter.stream(given, max_new_tokens=max_new_tokens, seed=seed, **sampling)
+        if not as_json:
+            for piece in stream:
+                typer.echo(piece, nl=False)
+            typer.echo()
+            return
+        result = {"text": "".join(stream), "tokens": len(stream.token_ids)}
+        print_json({**result, "reused_tokens": stream.reused_tokens, "ttft_s": stream.ttft_s})
 
 
 def export(
@@ -145,14 +182,11 @@ def _adapter(
     settings: list[str] | None,
     trust_remote_code: bool,
     address: str | None,
-    salt: str | None,
+    salt: str | None = None,
 ) -> Iterator[Any]:
     config = parse_settings(settings or []) if settings else None
-    if group is not None:
-        check_group_name(group)
     if salt is not None:
         check_text("--salt", salt)
-    check_address(address)
     if model is not None:
         check_model(model)
         if address is not None:
@@ -166,15 +200,35 @@ def _adapter(
         model = source.path
         if model is None:
             raise ConfigError("--model", None, f"given: group {group!r} has a model without a name")
-        if source.trust_remote_code and not trust_remote_code:
-            valid = f"given: the model of group {group!r} brings Python code that would run here"
-            raise ConfigError("--trust-remote-code", False, valid)
+        check_trust(source, group, trust_remote_code)
     from litecache.adapter import KVCacheAdapter
 
     with KVCacheAdapter(
         model, cache_config=config, group=group, trust_remote_code=trust_remote_code
     ) as adapter:
         yield adapter
+
+
+def check_trust(source: Any, group: str, trusted: bool) -> None:
+    """Refuse to run code that comes with a group's model, unless that was allowed.
+
+    Raises:
+        ConfigError: it was not.
+    """
+    if source.trust_remote_code and not trusted:
+        valid = f"given: the model of group {group!r} brings Python code that would run here"
+        raise ConfigError("--trust-remote-code", False, valid)
+
+
+def chat_prompt(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a conversation that begins with this text.
+
+    Raises:
+        ConfigError: the tokenizer has no template.
+    """
+    from litecache.adapter.chat_replies import ChatTemplate
+
+    return ChatTemplate(tokenizer).tokens([{"role": "user", "content": text}])
 
 
 def prompt_text(given: str) -> str:
