@@ -35,10 +35,9 @@ from rich.progress import track
 from rich.table import Table
 
 from litecache.config import CacheConfig
-from litecache.engine.loading.gather_probe import GATHERED
 from litecache.engine.loading.model_checks import check_config
 from litecache.engine.loading.model_loader import Admission, admit
-from litecache.engine.loading.probe import PAGED, ProbePlan, Way, check_own_cache
+from litecache.engine.loading.probe import GATHERED, PAGED, ProbePlan, Way, check_own_cache
 from litecache.engine.loading.twin import build_twin, lengths, shrink
 from litecache.engine.running.hf_attention import register
 from litecache.errors import ModelNotSupportedError

@@ -28,15 +28,14 @@ from kernel_bench import (
     uniform_lengths,
 )
 
-from litecache.kernels.tune import candidates
-from litecache.kernels.tuning import ChunkConfig, DecodeConfig, PrefillConfig
+from litecache.kernels.tuning import ChunkConfig, DecodeConfig, PrefillConfig, candidates
 from litecache.kernels.tuning import Shape as TunedShape
 
 Config = DecodeConfig | PrefillConfig | ChunkConfig
 
 
 def decode_candidates(shape: Shape, tails: list[int]) -> list[DecodeConfig]:
-    """The candidates of `litecache.kernels.tune` for a geometry, with each of the tails."""
+    """The candidates of `litecache.kernels.tuning` for a geometry, with each of the tails."""
     item = getattr(torch, shape.dtype).itemsize
     tuned = TunedShape(
         item, shape.dim, shape.heads > shape.kv_heads, 16, shape.dtype == "float8_e4m3fn"

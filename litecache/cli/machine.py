@@ -98,7 +98,7 @@ def tune(
     check_path("file", file)
     if not file.absolute().parent.is_dir():
         raise ConfigError("file", str(file), "a path in a folder that exists")
-    from litecache.kernels.tune import tune_to_file
+    from litecache.kernels.tuning import tune_to_file
 
     document = tune_to_file(file, None if as_json else typer.echo)
     if as_json:

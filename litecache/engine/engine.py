@@ -30,8 +30,7 @@ from litecache.engine.loading.memory import choose_num_blocks, memory_for
 from litecache.engine.loading.model_loader import load_model
 from litecache.engine.loading.model_source import ModelSource
 from litecache.engine.running.device_errors import check_device, is_out_of_memory
-from litecache.engine.running.model_runner import ModelRunner
-from litecache.engine.running.steps_in_flight import StepsInFlight
+from litecache.engine.running.model_runner import ModelRunner, StepsInFlight
 from litecache.engine.scheduling.cost_model import CostModel, Loads, chosen_loads, prior
 from litecache.engine.scheduling.orders import Executor, SaveOrder, Schedule
 from litecache.engine.scheduling.prefix_cache import PrefixCache

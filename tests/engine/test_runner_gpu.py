@@ -9,7 +9,7 @@ from plan_driver import GREEDY, PlanDriver, random_prompt, tiny_model
 from test_runner import *  # noqa: F403 - the same tests, with this module's device
 
 from litecache.engine.running.batch import Batch
-from litecache.engine.running.passes.layer_ops import TorchOps, TritonOps
+from litecache.engine.running.passes.fused_layers import TorchOps, TritonOps
 from litecache.engine.running.sampler import sample
 from litecache.types import SamplingParams
 

@@ -17,14 +17,15 @@ from transformers import (
 )
 
 from litecache.engine.running.batch import EVERY_TOKEN, Batch
-from litecache.engine.running.random_numbers import (
+from litecache.engine.running.row_tables import num_sorted
+from litecache.engine.running.sampler import (
+    INVALID_TOKEN,
     exponentials,
     position_keys,
     random_bits,
+    sample,
     stream_keys,
 )
-from litecache.engine.running.row_tables import num_sorted
-from litecache.engine.running.sampler import INVALID_TOKEN, sample
 
 
 def batch_of(rows, *, keys=None, masked=()):

@@ -20,8 +20,7 @@ from litecache.engine.loading.model_loader import LoadedModel, load_model
 from litecache.engine.loading.model_source import ModelSource
 from litecache.engine.running.cuda_graphs import GraphCache, StepGraph
 from litecache.engine.running.model_runner import ModelRunner
-from litecache.engine.running.passes.fused_layers import FusedDecoderLayer
-from litecache.engine.running.passes.layer_ops import TritonOps
+from litecache.engine.running.passes.fused_layers import FusedDecoderLayer, TritonOps
 from litecache.engine.scheduling.orders import BlockCopy, NewRow, RowStep, StepPlan
 from litecache.kernels import library_prefill, triton_common, triton_plan, tuning
 from litecache.types import SamplingParams

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from litecache.errors import KernelError
-from litecache.kernels.tune import SHAPES, Numbers, candidates, tune
-from litecache.kernels.tuning import Shape, own_entries
+from litecache.kernels.tuning import SHAPES, Numbers, Shape, candidates, own_entries, tune
 
 
 def test_the_fastest_candidate_that_runs_is_kept(tmp_path: Path) -> None:

@@ -24,7 +24,6 @@ from litecache.engine.loading.fingerprint import (
     model_fingerprint,
     random_fingerprint,
 )
-from litecache.engine.loading.gather_probe import GATHERED
 from litecache.engine.loading.model_checks import (
     check_complete,
     check_config,
@@ -34,7 +33,7 @@ from litecache.engine.loading.model_checks import (
     refusal,
 )
 from litecache.engine.loading.model_source import BUFFERS_FILE, ModelSource
-from litecache.engine.loading.probe import OWN_CODE, PAGED, verify_narrow
+from litecache.engine.loading.probe import GATHERED, OWN_CODE, PAGED, verify_narrow
 from litecache.engine.loading.twin import probe_model
 from litecache.engine.running.passes import apply_passes, chosen_passes
 from litecache.errors import ConfigError, ModelNotSupportedError

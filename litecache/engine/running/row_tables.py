@@ -26,7 +26,7 @@ from litecache.engine.running.batch import (
 )
 from litecache.engine.running.cuda_graphs import GraphKey
 from litecache.engine.running.logit_rules import RowRules, RuledSample
-from litecache.engine.running.random_numbers import position_keys, stream_keys
+from litecache.engine.running.sampler import position_keys, stream_keys
 from litecache.engine.scheduling.orders import (
     NewRow,
     RowGuide,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from litecache.engine.running.passes.layer_ops import TorchOps, TritonOps, choose_ops
+from litecache.engine.running.passes.fused_layers import TorchOps, TritonOps, choose_ops
 from litecache.engine.running.passes.merged_projections import Undo, replace
 
 _TABLE_BYTES = 256 << 20
