@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from litecache.actors.naming import role_of
-from litecache.adapter.inspection.rates import GroupRates, ReplicaRates, ShardRates
+from litecache.adapter.stats import GroupRates, ReplicaRates, ShardRates
 from litecache.cli.options import size_text
 
 STATE_STYLES = {"up": "green", "busy": "yellow", "loading": "yellow", "restarting": "red"}

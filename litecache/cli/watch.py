@@ -32,7 +32,7 @@ from litecache.cli.options import (
 from litecache.errors import ConfigError, GroupError, GroupUnavailableError, LiteCacheError
 
 if TYPE_CHECKING:
-    from litecache.adapter.inspection.rates import GroupRates
+    from litecache.adapter.stats import GroupRates
 
 _SHORTEST_S, _LONGEST_S = 0.1, 3600.0
 # The first look has nothing to compare with: nobody looks at that for long.
@@ -171,7 +171,7 @@ def _frames(group: str, interval_s: float) -> Iterator[_Frame]:
         GroupUnavailableError: there is no such group, at the first look.
     """
     from litecache.actors.operating.watch import GroupWatch
-    from litecache.adapter.inspection.rates import GroupRates, RateMeter
+    from litecache.adapter.stats import GroupRates, RateMeter
 
     watch, meter = GroupWatch(group), RateMeter()
     model: str | None = None

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from litecache.actors.operating.watch import ActorView
-from litecache.adapter.inspection.rates import GroupRates, RateMeter
+from litecache.adapter.stats import GroupRates, RateMeter
 from litecache.cli.top_screen import Screen, bar
 from litecache.metrics import Metrics
 
