@@ -120,7 +120,7 @@ def stop_actors(group: str, timeout_s: float) -> dict[str, Any]:
             if isinstance(report, LiteCacheError):
                 logger.warning("%s", report)
             else:
-                reports[name] = report if isinstance(report, dict) else report._asdict()
+                reports[name] = report
     end_actors(actor_names(group), silent)
     if shared is not None and actor_names(shared) and not users_of(shared):
         reports |= stop_actors(shared, timeout_s)

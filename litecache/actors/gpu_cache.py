@@ -50,14 +50,12 @@ from litecache.errors import (
     shorten,
     told,
 )
-from litecache.hashing import BlockKey
 from litecache.metrics import Metrics
 from litecache.paths import hold_model
 from litecache.sockets.frames import handler_of
 from litecache.sockets.server import AsyncHandler, AsyncSocketServer
 from litecache.spans import Span, record_spans, recorded_spans
 from litecache.threads import fault_counts, start_job, start_service, take_short_turns
-from litecache.token_ids import TokenIds
 from litecache.types import Guidance, PollReply, Request, TokenDelta
 
 if TYPE_CHECKING:
@@ -77,6 +75,16 @@ MAX_RESTARTS = 3
 _LOOK_EVERY, _SAVE_S = 3, 30.0
 
 
+def _of_engine(name: str) -> Any:
+    """The engine's method of this name as one of the actor, in a thread: it waits for steps."""
+
+    async def call(self: GpuCache, *args: Any) -> Any:
+        engine = await self._ready()
+        return await asyncio.to_thread(getattr(engine, name), *args)
+
+    return call
+
+
 class GpuCache:
     """Plain class behind the actor.
 
@@ -84,6 +92,12 @@ class GpuCache:
         spec: settings of the group.
         index: of the replica.
     """
+
+    flush = _of_engine("flush")
+    clear_pool = _of_engine("clear_pool")
+    delete_salt = _of_engine("delete_salt")
+    save_prefix = _of_engine("save_prefix")
+    view_prefix = _of_engine("view_prefix")
 
     def __init__(self, spec: GroupSpec, index: int) -> None:
         # The engine's threads wait for shards with `ray.get`; only the event loop must not.
@@ -233,37 +247,6 @@ class GpuCache:
     async def timeline(self) -> list[Span] | None:
         """The last spans of this process; None where none are recorded."""
         return recorded_spans()
-
-    async def flush(self, timeout_s: float) -> dict[str, Any]:
-        """Save what is only on the GPU, and make the shards write out what is dirty."""
-        engine = await self._ready()
-        return await asyncio.to_thread(engine.flush, timeout_s)
-
-    async def clear_pool(self) -> int:
-        """Drop the cached blocks of the pool, once they are saved; how many."""
-        engine = await self._ready()
-        return await asyncio.to_thread(engine.clear_pool)
-
-    async def delete_salt(self, salt: str) -> int:
-        """See `Engine.delete_salt`."""
-        engine = await self._ready()
-        return await asyncio.to_thread(engine.delete_salt, salt)
-
-    async def save_prefix(self, tokens: TokenIds, salt: str) -> None:
-        """See `Engine.save_prefix`."""
-        engine = await self._ready()
-        await asyncio.to_thread(engine.save_prefix, tokens, salt)
-
-    async def view_prefix(
-        self,
-        tokens: TokenIds,
-        salt: str,
-        below: Sequence[Sequence[str]],
-        others: Sequence[BlockKey],
-    ) -> Any:
-        """See `Engine.view_prefix`."""
-        engine = await self._ready()
-        return await asyncio.to_thread(engine.view_prefix, tokens, salt, below, others)
 
     async def offer(self, message: bytes, timeout_s: float) -> bool:
         """See `Engine.offer`; the request as `pack_call` packs it. False while the model loads."""

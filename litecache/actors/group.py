@@ -231,8 +231,8 @@ class Group:
         self._start_shards(sorted({place["node_id"] for place in places}))
         begun = [replica.begin.remote() for replica in made.values()]
         result(begun, PLACE_TIMEOUT_S, "beginning to load")
-        deadline = time.monotonic() + load_timeout_s
-        self.info = _wait_loaded(list(made.values()), deadline)
+        loading = [replica.info.remote() for replica in made.values()]
+        self.info = result(loading, load_timeout_s, "loading the model")[0]
         return names
 
     def _place(self, indexes: Sequence[int], on_nodes: Sequence[str]) -> list[str]:
@@ -529,16 +529,8 @@ def _describe(group: str, deadline: float) -> dict[str, Any]:
         time.sleep(0.1)
 
 
-def _wait_loaded(replicas: Sequence[Any], deadline: float) -> Any:
-    """The `EngineInfo` of the replicas, once all have loaded the model."""
-    infos = []
-    for asked in [replica.info.remote() for replica in replicas]:
-        infos.append(result(asked, max(1.0, deadline - time.monotonic()), "loading the model"))
-    return infos[0]
-
-
 def _first_loaded(replicas: Sequence[Any], deadline: float) -> Any:
-    """The same, once one has: others may hang, be restarting, or have left the group.
+    """`EngineInfo`, once a replica has it: others may hang, be restarting, or have left the group.
 
     Raises:
         LiteCacheError: what the last of them said, when none has loaded it.

@@ -10,6 +10,7 @@ transformers and never touches a GPU. Batches come and go as the packed messages
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import logging
 import os
@@ -41,7 +42,7 @@ from litecache.sockets.server import Handler, SocketServer
 from litecache.spans import Span, record_spans, recorded_spans
 from litecache.storage import wire
 from litecache.storage.key_dict import split_keys
-from litecache.storage.protocol import Attachment, FlushReport, ShardMethod
+from litecache.storage.protocol import Attachment, ShardMethod
 from litecache.storage.retry import Backoff
 from litecache.storage.shard_store import ShardStore
 from litecache.threads import fault_counts
@@ -94,6 +95,20 @@ class Coordinators:
         return all(taken)
 
 
+def _of_store(name: str, *, changes: bool = False) -> Any:
+    """The store's method of this name as a bulk one of the actor; `changes`: of what it holds."""
+
+    @ray.method(concurrency_group="bulk")
+    @functools.wraps(getattr(ShardStore, name))
+    def call(self: StorageShard, *args: Any) -> Any:
+        answer = getattr(self._open_store, name)(*args)
+        if changes:
+            self._notify()
+        return answer
+
+    return call
+
+
 class StorageShard:
     """Plain class behind the actor.
 
@@ -106,6 +121,12 @@ class StorageShard:
     """
 
     has_coordinator = True
+
+    flush = _of_store("flush")
+    has_follower = _of_store("has_follower")
+    take_in = _of_store("take_in", changes=True)
+    delete_salt = _of_store("delete_salt", changes=True)
+    clear = _of_store("clear", changes=True)
 
     def __init__(
         self,
@@ -226,11 +247,6 @@ class StorageShard:
         return recorded_spans()
 
     @ray.method(concurrency_group="bulk")
-    def flush(self, timeout_s: float) -> FlushReport:
-        """See `ShardStore.flush`."""
-        return self._open_store.flush(timeout_s)
-
-    @ray.method(concurrency_group="bulk")
     def fetch(self, keys: Sequence[BlockKey]) -> list[bytes | None]:
         """Bytes of blocks for another node, in the order of the keys."""
         return [data for _, data in self._open_store.fetch(keys)]
@@ -242,35 +258,10 @@ class StorageShard:
         return store.places(split_keys(keys)), store.namespaces()
 
     @ray.method(concurrency_group="bulk")
-    def has_follower(self, parent: BlockKey) -> bool:
-        """See `ShardStore.has_follower`."""
-        return self._open_store.has_follower(parent)
-
-    @ray.method(concurrency_group="bulk")
     def set_pinned(self, keys: Sequence[BlockKey], pinned: bool) -> list[bool]:
         """See `ShardStore.pin` and `unpin`."""
         store = self._open_store
         return store.pin(keys) if pinned else store.unpin(keys)
-
-    @ray.method(concurrency_group="bulk")
-    def take_in(self, blocks: Sequence[tuple[BlockKey, BlockKey, str, bytes]]) -> list[bool]:
-        """See `ShardStore.take_in`."""
-        held = self._open_store.take_in(blocks)
-        self._notify()
-        return held
-
-    @ray.method(concurrency_group="bulk")
-    def delete_salt(self, digest: str, roots: Sequence[BlockKey]) -> int:
-        """See `ShardStore.delete_salt`."""
-        count = self._open_store.delete_salt(digest, roots)
-        self._notify()
-        return count
-
-    @ray.method(concurrency_group="bulk")
-    def clear(self, tier: str) -> None:
-        """See `ShardStore.clear`."""
-        self._open_store.clear(tier)
-        self._notify()
 
     @ray.method(concurrency_group="bulk")
     def keys(self) -> bytes:
@@ -287,13 +278,13 @@ class StorageShard:
         }
 
     @ray.method(concurrency_group="bulk")
-    def stop(self, timeout_s: float) -> FlushReport:
-        """Flush and close; the actor is of no use afterwards."""
+    def stop(self, timeout_s: float) -> dict[str, Any]:
+        """Flush and close; the actor is of no use afterwards. Returns the `FlushReport` by name."""
         store = self._open_store
         report = store.flush(timeout_s)
         self._store = None
         self._closing.close()
-        return report
+        return report._asdict()
 
 
 def _unpack_keys(message: bytes) -> tuple[list[BlockKey]]:

@@ -242,7 +242,7 @@ def test_a_shard_without_room_at_its_start_opens_once_there_is(
         except StorageFullError:
             assert time.monotonic() < deadline
             time.sleep(0.05)
-    assert shard.stop(5).complete
+    assert shard.stop(5)["complete"]
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from litecache.actors.calls import UNREACHABLE, gather, silent_among
@@ -203,15 +203,9 @@ def _take_away(group: Group, names: Sequence[str], timeout_s: float, tell: Tell)
             replica.drain.remote(0.0)
         raise
     end_actors(names, silent)
-    departed = []
     for name in names:
         group.actors.pop(name, None)
-        report = stopping.get(name)
-        saved = report if isinstance(report, dict) else {}
-        complete = bool(saved.get("complete", False))
-        departed.append(Departure(name, moved.get(name, 0), saved.get("written", 0), complete))
-        tell(name, _told(departed[-1]))
-    return departed
+    return _departed(names, stopping, moved, tell)
 
 
 def _drain(replicas: dict[str, Any], timeout_s: float, tell: Tell) -> dict[str, int]:
@@ -241,17 +235,22 @@ def _close_shards(shards: dict[str, Any], tell: Tell) -> list[Departure]:
         tell(name, "writing out what is not on its disk")
     answers = gather(able, lambda s: s.stop.remote(SAVE_TIMEOUT_S), SAVE_TIMEOUT_S + 5, "stop")
     end_actors(shards.keys(), silent)
+    return _departed(shards, answers, {}, tell)
+
+
+def _departed(
+    names: Iterable[str], reports: Mapping[str, Any], moved: Mapping[str, int], tell: Tell
+) -> list[Departure]:
+    """How actors went, by what they said as they stopped; those that said nothing saved nothing."""
     departed = []
-    for name in shards:
-        report = answers.get(name)
-        saved = {} if report is None or isinstance(report, LiteCacheError) else report._asdict()
-        complete = bool(saved.get("complete", False))
-        departed.append(Departure(name, 0, saved.get("written", 0), complete))
-        tell(name, _told(departed[-1]))
+    for name in names:
+        report = reports.get(name)
+        saved = report if isinstance(report, dict) else {}
+        gone = Departure(
+            name, moved.get(name, 0), saved.get("written", 0), bool(saved.get("complete"))
+        )
+        departed.append(gone)
+        went_on = f", {gone.moved} request(s) went on elsewhere" if gone.moved else ""
+        rest = "" if gone.complete else "; not all could be saved"
+        tell(name, f"gone: {gone.written} block(s) written{went_on}{rest}")
     return departed
-
-
-def _told(gone: Departure) -> str:
-    moved = f", {gone.moved} request(s) went on elsewhere" if gone.moved else ""
-    rest = "" if gone.complete else "; not all could be saved"
-    return f"gone: {gone.written} block(s) written{moved}{rest}"
