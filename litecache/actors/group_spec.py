@@ -22,7 +22,7 @@ import ray
 
 import litecache
 from litecache.actors.naming import shard_name
-from litecache.actors.placement import NodeStorage, alive_nodes, config_on, needs_of
+from litecache.actors.placement import NodeStorage, alive_nodes
 from litecache.config import CacheConfig
 from litecache.engine.loading.model_source import ModelSource
 from litecache.errors import CapacityError, ConfigError, GroupMismatchError, first_line, shown
@@ -75,7 +75,16 @@ class GroupSpec:
     @property
     def needs(self) -> dict[str, float]:
         """What a replica asks Ray for, by the name of the resource."""
-        return needs_of(self.num_gpus, self.options.get("gpu", {}))
+        options = self.options.get("gpu", {})
+        needs = {
+            "CPU": options.get("num_cpus", None if self.num_gpus else 1) or 0,
+            "GPU": options.get("num_gpus", self.num_gpus) or 0,
+            "memory": options.get("memory") or 0,
+            **(options.get("resources") or {}),
+        }
+        if kind := options.get("accelerator_type"):
+            needs[f"accelerator_type:{kind}"] = 0.001
+        return {name: float(count) for name, count in needs.items() if count}
 
     @property
     def labels(self) -> dict[str, str]:
@@ -83,8 +92,15 @@ class GroupSpec:
         return dict(self.options.get("gpu", {}).get("label_selector") or {})
 
     def config_on(self, node: Mapping[str, Any]) -> CacheConfig:
-        """Its settings on a node of `ray.nodes()`."""
-        return config_on(self.config, self.nodes, node)
+        """Its settings on a node of `ray.nodes()`: the first entry that describes it counts.
+
+        Raises:
+            ConfigError: they do not go together.
+        """
+        for each in self.nodes:
+            if each.describes(node):
+                return dataclasses.replace(self.config, **each.settings)
+        return self.config
 
     def describe(self) -> dict[str, Any]:
         """Values for those who join, kept by the coordinator; plain but for `options`."""
@@ -339,7 +355,7 @@ def check_shares(spec: GroupSpec) -> None:
     Raises:
         ConfigError: names the bound and how many shards divide it.
     """
-    by_node = [CacheConfig(**{**spec.config.to_dict(), **node.settings}) for node in spec.nodes]
+    by_node = [dataclasses.replace(spec.config, **node.settings) for node in spec.nodes]
     for config in (spec.config, *by_node):
         count = len(config.shard_folders)
         for name in ("ram_bytes", "storage_bytes"):

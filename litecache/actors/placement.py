@@ -26,7 +26,7 @@ from ray.util.scheduling_strategies import (
 )
 
 from litecache.checks import check_integer, check_text, is_a
-from litecache.config import CacheConfig, check_setting
+from litecache.config import check_setting
 from litecache.errors import ConfigError, GroupUnavailableError
 
 logger = logging.getLogger(__name__)
@@ -171,40 +171,6 @@ def check_nodes(nodes: Sequence[NodeStorage]) -> None:
         if each.node is not None and not any(each.describes(node) for node in there):
             told = ", ".join(map(node_name, there[:_MOST_NODES_TOLD]))
             raise ConfigError("node", each.node, f"a node of the cluster, which has {told}")
-
-
-def config_on(
-    config: CacheConfig, nodes: Sequence[NodeStorage], node: Mapping[str, Any]
-) -> CacheConfig:
-    """A group's settings as they are on one node: the first entry that describes it counts.
-
-    Raises:
-        ConfigError: they do not go together.
-    """
-    for each in nodes:
-        if each.describes(node):
-            values = {**config.to_dict(), **each.settings}
-            return CacheConfig(**values)
-    return config
-
-
-def needs_of(num_gpus: float, options: Mapping[str, Any]) -> dict[str, float]:
-    """What a replica asks Ray for, by the name of the resource.
-
-    Args:
-        num_gpus: where the options do not say.
-        options: of Ray, for the actor.
-    """
-    cpus = options.get("num_cpus", None if num_gpus else 1)
-    needs = {
-        "CPU": cpus or 0,
-        "GPU": options.get("num_gpus", num_gpus) or 0,
-        "memory": options.get("memory") or 0,
-        **(options.get("resources") or {}),
-    }
-    if kind := options.get("accelerator_type"):
-        needs[f"accelerator_type:{kind}"] = 0.001
-    return {name: float(count) for name, count in needs.items() if count}
 
 
 def count_all(needs: Mapping[str, float], labels: Mapping[str, str] | None = None) -> int:

@@ -60,10 +60,6 @@ class CacheUse:
             self, cache="read-only", cache_salt=f"{self.cache_salt}#{uuid.uuid4().hex}"
         )
 
-    def fields(self) -> dict[str, Any]:
-        """By name."""
-        return {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
-
 
 class Driver:
     """What the calls of one adapter have in common.
@@ -177,25 +173,16 @@ class Driver:
         use = use.for_forwards()
 
         def request_of(tokens: TokenIds, count: int, logprobs: int | None) -> Request:
-            return self._forward_request(tokens, count, use, logprobs)
+            return Request(
+                request_id=f"{self._client_id}-{next(self._numbers)}",
+                client_id=self._client_id,
+                prompt=tokens,
+                sampling=SamplingParams(0, logprobs=logprobs),
+                logits=count,
+                **vars(use),
+            )
 
         return ReplicaForward(self._replicas, self.info, request_of)
-
-    def _forward_request(
-        self,
-        tokens: TokenIds,
-        count: int,
-        use: CacheUse,
-        logprobs: int | None = None,
-    ) -> Request:
-        return Request(
-            request_id=f"{self._client_id}-{next(self._numbers)}",
-            client_id=self._client_id,
-            prompt=tokens,
-            sampling=SamplingParams(0, logprobs=logprobs),
-            logits=count,
-            **use.fields(),
-        )
 
     def _start(self, *args: Any, **kwargs: Any) -> list[PendingRequest]:
         """Check all requests of a call, then submit them, all or none; arguments of `_rows`."""
@@ -244,7 +231,7 @@ class Driver:
                     prompt=prompt,
                     sampling=sampling,
                     mask=None if guide is None else guide.mask,
-                    **use.fields(),
+                    **vars(use),
                     priority=priority,
                     max_time_s=each.max_time_s,
                 )
