@@ -25,7 +25,7 @@ from litecache.engine.scheduling.cost_model import CostModel
 from litecache.engine.scheduling.orders import Schedule, StepResult
 from litecache.engine.scheduling.prefix_cache import PrefixCache
 from litecache.engine.scheduling.scheduler import Scheduler
-from litecache.engine.tier_engine import TierEngine
+from litecache.engine.tier_engine import TierEngine, Tokens
 from litecache.engine.transfer.block_copier import (
     BlockCopier,
     HostBlocks,
@@ -41,7 +41,7 @@ from litecache.storage.client import ShardClient
 from litecache.storage.disk.files import Files
 from litecache.storage.protocol import CommitItem
 from litecache.token_ids import TokenIds
-from litecache.types import Request, SamplingParams
+from litecache.types import Request, SamplingParams, TokenDelta
 
 GB = 1_000_000_000
 
@@ -90,12 +90,49 @@ class BenchEngine(TierEngine):
     Args:
         model: config of a geometry; the weights are random.
         config, files: see `TierEngine`.
+
+    Attributes:
+        beats: set to a list, it collects when tokens came out, once a step.
     """
 
     def __init__(
         self, model: dict[str, Any], config: CacheConfig, files: Files | None = None
     ) -> None:
+        self.beats: list[float] | None = None
         super().__init__(ModelSource(config=model, weights="random"), config, files)
+
+    def _receive(self, deltas: list[tuple[str, TokenDelta]]) -> None:
+        if self.beats is not None:
+            self.beats.append(time.perf_counter())
+        super()._receive(deltas)
+
+    @contextlib.contextmanager
+    def decoding(self, count: int, length: int, rng: np.random.Generator) -> Iterator[None]:
+        """So many requests decode meanwhile."""
+        limit = self.engine.info.max_model_len - length
+        open_ = [self.submit(self.prompt(length, rng), limit) for _ in range(count)]
+        for _, answer in open_:
+            answer.started.wait(120)
+        try:
+            yield
+        finally:
+            self.engine.abort([name for name, _ in open_])
+            for _, answer in open_:
+                answer.done.wait(60)
+
+    def stored(self, prompt: Tokens) -> int:
+        """How many of its blocks the shards hold."""
+        keys = self.keys(prompt)
+        held = [client.query(keys) for client in self._clients]
+        return sum(any(column) for column in zip(*held, strict=True))
+
+    def restart_shards(self, config: CacheConfig | None = None) -> None:
+        """Close the shards and open them again from what lies on disk, or others."""
+        self.flush()
+        self.engine.clear_pool(120.0)
+        self.config = config or self.config
+        self._close_shards()
+        self.engine.set_shards(self._open())
 
     def saving(self, on: bool) -> None:
         """Whether what is computed from now on is saved."""

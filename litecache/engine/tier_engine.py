@@ -6,11 +6,9 @@ request runs from `submit` to the delta with its first token.
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +23,7 @@ from litecache.errors import LiteCacheError, RequestTimeout
 from litecache.hashing import chain_keys
 from litecache.storage.client import LocalShardClient
 from litecache.storage.disk.files import Files
-from litecache.storage.protocol import SlotRef, StageResult
+from litecache.storage.protocol import SlotRef
 from litecache.storage.shard_store import ShardStore
 from litecache.threads import take_short_turns
 from litecache.token_ids import TokenIds
@@ -63,9 +61,6 @@ class TierEngine:
         source: the model.
         config: of the cache; its tiers' bounds are the shards'.
         files: the file system of the first shard, or None for a plain one.
-
-    Attributes:
-        beats: set to a list, it collects when tokens came out, once a step.
     """
 
     def __init__(
@@ -76,7 +71,6 @@ class TierEngine:
         self._clients: list[LocalShardClient] = []
         self._answers: dict[str, Answer] = {}
         self._number = 0
-        self.beats: list[float] | None = None
         tiered = config.ram_bytes > 0 and config.admission != "none"
         shards: dict[str, Any] = {}
         try:
@@ -114,8 +108,6 @@ class TierEngine:
 
     def _receive(self, deltas: list[tuple[str, TokenDelta]]) -> None:
         now = time.perf_counter()
-        if self.beats is not None:
-            self.beats.append(now)
         for _, delta in deltas:
             answer = self._answers[delta.request_id]
             if delta.token_ids:
@@ -168,20 +160,6 @@ class TierEngine:
             raise LiteCacheError(answer.error)
         return answer
 
-    @contextlib.contextmanager
-    def decoding(self, count: int, length: int, rng: np.random.Generator) -> Iterator[None]:
-        """So many requests decode meanwhile."""
-        limit = self.engine.info.max_model_len - length
-        open_ = [self.submit(self.prompt(length, rng), limit) for _ in range(count)]
-        for _, answer in open_:
-            answer.started.wait(120)
-        try:
-            yield
-        finally:
-            self.engine.abort([name for name, _ in open_])
-            for _, answer in open_:
-                answer.done.wait(60)
-
     def prompt(self, length: int, rng: np.random.Generator) -> Tokens:
         """Random tokens."""
         return rng.integers(10, self.vocab - 10, size=length)
@@ -209,28 +187,14 @@ class TierEngine:
         roots = self.engine.info.roots("")
         return [key for root in roots for key in chain_keys(root, full, size)]
 
-    def stored(self, prompt: Tokens) -> int:
-        """How many of its blocks the shards hold."""
-        keys = self.keys(prompt)
-        held = [client.query(keys) for client in self._clients]
-        return sum(any(column) for column in zip(*held, strict=True))
-
     def fill_ram(self, prompt: Tokens) -> None:
         """Read a prompt's blocks from disk into RAM, without the engine."""
         keys = self.keys(prompt)
         for client in self._clients:
             staged = client.stage(keys)
-            slots = [_slot(result) for result in staged if result.slot >= 0]
+            slots = [SlotRef(r.slot, r.generation) for r in staged if r.slot >= 0]
             client.wait(slots, 120.0)
             client.release(slots)
-
-    def restart_shards(self, config: CacheConfig | None = None) -> None:
-        """Close the shards and open them again from what lies on disk, or others."""
-        self.flush()
-        self.engine.clear_pool(120.0)
-        self.config = config or self.config
-        self._close_shards()
-        self.engine.set_shards(self._open())
 
     def close(self) -> None:
         """End it all; the folder stays."""
@@ -245,10 +209,6 @@ class TierEngine:
             client.close()
         for store in stores:
             store.close()
-
-
-def _slot(result: StageResult) -> SlotRef:
-    return SlotRef(result.slot, result.generation)
 
 
 def copy_rate(device: str) -> float:
