@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
-import uuid
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -75,7 +73,8 @@ async def chat(
                 "finish_reason": reason,
             }
         )
-    return {**_head(service, "chat.completion"), "choices": choices, "usage": reader.usage()}
+    head = service.answer_head("chatcmpl", "chat.completion")
+    return {**head, "choices": choices, "usage": reader.usage()}
 
 
 def _forced_call(service: ModelService, body: ChatRequest, format: ToolFormat | None) -> FormSpec:
@@ -112,16 +111,6 @@ def plain_messages(service: ModelService, messages: Sequence[ChatMessage]) -> li
     return found
 
 
-def _head(service: ModelService, kind: str) -> dict[str, Any]:
-    return {
-        "id": f"chatcmpl-{uuid.uuid4().hex}",
-        "object": kind,
-        "created": int(time.time()),
-        "model": service.model_name,
-        "system_fingerprint": f"fp_{service.llm.info.fingerprint[:12]}",
-    }
-
-
 def _logprobs(
     service: ModelService, body: ChatRequest, tokens: Sequence[int], logprobs: Sequence[Any]
 ) -> dict[str, Any] | None:
@@ -136,8 +125,7 @@ def _logprobs(
 async def _stream(
     service: ModelService, body: ChatRequest, reader: Reader, format: ToolFormat | None
 ) -> AsyncIterator[dict[str, Any]]:
-    head = _head(service, "chat.completion.chunk")
-    every = body.stream_options is not None and bool(body.stream_options.continuous_usage_stats)
+    head = service.answer_head("chatcmpl", "chat.completion.chunk")
     finders = [CallFinder(format) for _ in reader.rows]
 
     def choice(index: int, delta: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
@@ -165,6 +153,6 @@ async def _stream(
                     choices.append(made)
             if choices:
                 chunk = {**head, "choices": choices}
-                yield {**chunk, "usage": reader.usage()} if every else chunk
-        if body.wants_usage():
+                yield {**chunk, "usage": reader.usage()} if body.usage_in_chunks else chunk
+        if body.usage_at_end:
             yield {**head, "choices": [], "usage": reader.usage()}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-import uuid
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -57,7 +55,7 @@ async def complete(
     choices = [
         echo.choice(index, piece, reader.reasons[index]) for index, piece in enumerate(pieces)
     ]
-    return {**_head(service, _new_id()), "choices": choices, "usage": reader.usage()}
+    return {**_head(service), "choices": choices, "usage": reader.usage()}
 
 
 def _texts(prompt: Any) -> list[Any]:
@@ -76,18 +74,8 @@ def _encode(service: ModelService, texts: Sequence[Any], special: bool) -> list[
     return found
 
 
-def _new_id() -> str:
-    return f"cmpl-{uuid.uuid4().hex}"
-
-
-def _head(service: ModelService, name: str) -> dict[str, Any]:
-    return {
-        "id": name,
-        "object": "text_completion",
-        "created": int(time.time()),
-        "model": service.model_name,
-        "system_fingerprint": f"fp_{service.llm.info.fingerprint[:12]}",
-    }
+def _head(service: ModelService) -> dict[str, Any]:
+    return service.answer_head("cmpl", "text_completion")
 
 
 class _Echo:
@@ -160,14 +148,13 @@ class _Echo:
         choices = [self.choice(index, Piece(), "length") for index in range(count)]
         total = sum(map(len, self._prompts))
         usage = {"prompt_tokens": total, "completion_tokens": 0, "total_tokens": total}
-        return {**_head(self._service, _new_id()), "choices": choices, "usage": usage}
+        return {**_head(self._service), "choices": choices, "usage": usage}
 
 
 async def _stream(
     service: ModelService, body: CompletionRequest, reader: Reader, echo: _Echo
 ) -> AsyncIterator[dict[str, Any]]:
-    head = _head(service, _new_id())
-    every = body.stream_options is not None and bool(body.stream_options.continuous_usage_stats)
+    head = _head(service)
     given = [0] * len(reader.rows)
     with reader:
         if body.echo:
@@ -201,6 +188,6 @@ async def _stream(
                 )
             if choices:
                 chunk = {**head, "choices": choices}
-                yield {**chunk, "usage": reader.usage()} if every else chunk
-        if body.wants_usage():
+                yield {**chunk, "usage": reader.usage()} if body.usage_in_chunks else chunk
+        if body.usage_at_end:
             yield {**head, "choices": [], "usage": reader.usage()}

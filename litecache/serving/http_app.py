@@ -60,6 +60,9 @@ POSTS: dict[str, tuple[type[Any], Any]] = {
 }
 """Endpoints with a JSON body, what it is, and who answers it."""
 
+GETS = ("/", "/health", "/ready", "/metrics", "/openapi.json", "/v1/models")
+"""Endpoints without a body."""
+
 OPEN_PATHS = ("/", "/health", "/ready")
 """They need no key."""
 
@@ -277,7 +280,7 @@ class _Exchange:
             kind = b"text/plain; version=0.0.4; charset=utf-8"
             await self._send_whole(text.encode(), [(b"content-type", kind)])
         elif self._path == "/openapi.json":
-            await self._send_json(openapi(POSTS))
+            await self._send_json(openapi(POSTS, GETS))
         else:
             service.check_model(model)
             await self._send_json(_model(service))
@@ -389,7 +392,7 @@ def _model(service: ModelService) -> dict[str, Any]:
 
 
 ROUTES = {
-    **dict.fromkeys(("/", "/health", "/ready", "/metrics", "/openapi.json", "/v1/models"), "GET"),
+    **dict.fromkeys(GETS, "GET"),
     **dict.fromkeys(("/v1/cache/import", *POSTS), "POST"),
 }
 """The method of each path."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -67,11 +67,12 @@ _ERROR = {
 }
 
 
-def openapi(posts: Mapping[str, tuple[type[Any], Any]]) -> dict[str, Any]:
+def openapi(posts: Mapping[str, tuple[type[Any], Any]], gets: Iterable[str]) -> dict[str, Any]:
     """The description of a server.
 
     Args:
         posts: endpoints with a JSON body, by path: its model, and who answers it.
+        gets: paths without a body.
     """
     schemas: dict[str, Any] = {"Error": _ERROR}
     paths: dict[str, Any] = {}
@@ -95,7 +96,7 @@ def openapi(posts: Mapping[str, tuple[type[Any], Any]]) -> dict[str, Any]:
             "responses": _responses(),
         }
     }
-    for path in ("/", "/health", "/ready", "/metrics", "/openapi.json", "/v1/models"):
+    for path in gets:
         paths[path] = {"get": {"responses": _responses()}}
     model = {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
     paths["/v1/models/{model}"] = {"get": {"parameters": [model], "responses": _responses()}}

@@ -202,11 +202,6 @@ def draw_settings(
     return settings
 
 
-def seed_of(body: Drawing) -> int | None:
-    """As the engine takes it."""
-    return None if body.seed is None else body.seed & (2**63 - 1)
-
-
 def ends_of(settings: Mapping[str, Any], defaults: Any) -> Collection[int]:
     """Tokens that end an answer and are no part of its text."""
     given = "eos_token_id" in settings
@@ -270,7 +265,8 @@ async def open_reader(
                 "samples": samples,
                 "streaming": bool(body.stream or body.stops),
                 "priority": body.priority or 0,
-                "seed": seed_of(body),
+                # as the engine takes it
+                "seed": None if body.seed is None else body.seed & (2**63 - 1),
             },
         )
         answers = [Answer(service.decoder(skip_special_tokens), body.stops, silent) for _ in rows]

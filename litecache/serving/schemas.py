@@ -189,10 +189,15 @@ class Drawing(CacheFields):
         """Answers to each prompt."""
         return self.n or 1
 
-    def wants_usage(self) -> bool:
+    @property
+    def usage_at_end(self) -> bool:
         """A stream ends with a count of tokens."""
-        options = self.stream_options
-        return options is not None and bool(options.include_usage)
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def usage_in_chunks(self) -> bool:
+        """Every chunk with text has one, too."""
+        return self.stream_options is not None and bool(self.stream_options.continuous_usage_stats)
 
     def check(self) -> None:
         """Refuse what no single field shows.

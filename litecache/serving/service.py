@@ -12,6 +12,7 @@ import functools
 import inspect
 import threading
 import time
+import uuid
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -284,6 +285,21 @@ class ModelService:
         )
 
     # -- answers
+
+    def answer_head(self, prefix: str, kind: str) -> dict[str, Any]:
+        """What an answer, or each chunk of a stream, begins with: an id of its own, and the model.
+
+        Args:
+            prefix: of the id.
+            kind: of OpenAI's objects.
+        """
+        return {
+            "id": f"{prefix}-{uuid.uuid4().hex}",
+            "object": kind,
+            "created": int(time.time()),
+            "model": self.model_name,
+            "system_fingerprint": f"fp_{self.llm.info.fingerprint[:12]}",
+        }
 
     async def draw(
         self, prompts: Sequence[Sequence[int]], settings: Mapping[str, Any]

@@ -14,7 +14,7 @@ from typing import Any
 from local_server import LocalAdapter, client_of, make_service
 from schema_fuzz import SchemaFuzz, fault
 
-from litecache.serving.http_app import POSTS, HttpApp
+from litecache.serving.http_app import GETS, POSTS, HttpApp
 from litecache.serving.pages import openapi
 from litecache.serving.service import ModelService
 
@@ -109,7 +109,7 @@ PATHS = ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize", 
 
 
 def test_no_request_of_the_openapi_document_makes_the_server_fail(service: ModelService) -> None:
-    fuzz = SchemaFuzz(openapi(POSTS), "tiny", PATHS)
+    fuzz = SchemaFuzz(openapi(POSTS, GETS), "tiny", PATHS)
     statuses: Counter[int] = Counter()
 
     async def ask() -> None:
