@@ -10,6 +10,7 @@ block until it has landed.
 
 from __future__ import annotations
 
+import pickle
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -352,7 +353,7 @@ class World:
     # The symbolic model
 
     def execute(self, plan: StepPlan) -> None:
-        assert StepPlan.from_dict(plan.to_dict()) == plan
+        assert pickle.loads(pickle.dumps(plan)) == plan
         for new in plan.new_rows:
             self.rows[new.row] = Row(list(new.token_ids), [[] for _ in self.groups])
         masks = {}
