@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -42,6 +43,22 @@ takes at most twice as long, but no longer than a call to a shard may take."""
 
 REPLAN_BLOCKS = 16
 """A plan is made anew when so many have landed, or half of what is left."""
+
+
+class Crowd(NamedTuple):
+    """What is in front of a request, beside it and behind it: see `CostModel.plan`.
+
+    Attributes:
+        queued_tokens: prefill tokens in front of it.
+        num_decodes: beside it.
+        busy_s: seconds that the steps under way still take.
+        num_waiting: requests behind it.
+    """
+
+    queued_tokens: int
+    num_decodes: int
+    busy_s: float
+    num_waiting: int
 
 
 class Loads:
@@ -123,19 +140,15 @@ class Loads:
 
     # Loads
 
-    def plan(
-        self, seq: Sequence, now: float, crowd: tuple[int, int, float, int], out: Schedule
-    ) -> None:
+    def plan(self, seq: Sequence, now: float, crowd: Crowd, out: Schedule) -> None:
         """Choose what a running request loads, or choose again as blocks have arrived.
 
         Args:
             seq: the request.
             now: of the engine's clock.
-            crowd: prefill tokens in front of it, decodes, seconds that the steps under way still
-                take, requests behind it: see `CostModel.plan`.
+            crowd: around it.
             out: takes the orders.
         """
-        queued_tokens, num_decodes, busy_s, num_waiting = crowd
         seq.num_landed = 0
         if self._cost is None or not (seq.below.num_staged or seq.below.num_loading):
             return
@@ -150,13 +163,10 @@ class Loads:
                 num_tokens=seq.num_tokens,
                 start=first,
                 found=found,
-                queued_tokens=queued_tokens,
-                num_decodes=num_decodes,
                 now=now,
                 ticket=seq.ticket,
                 asked_s=seq.asked_s,
-                busy_s=busy_s,
-                num_waiting=num_waiting,
+                **crowd._asdict(),
             )
             if plan.load_end in (end, plan.load_from) or not self._windowed:
                 break

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import numpy as np
 
 from litecache.engine.scheduling.below import FoundBelow
-from litecache.engine.scheduling.cost_model import CostModel, FoundBlocks, LoadPlan
-from litecache.engine.scheduling.loads import Loads
+from litecache.engine.scheduling.cost_model import CostModel, LoadPlan
+from litecache.engine.scheduling.loads import Crowd, Loads
 from litecache.engine.scheduling.prefix_cache import PrefixCache
 from litecache.engine.scheduling.prefix_index import MISSING, PENDING
 from litecache.engine.scheduling.sequence import Sequence
@@ -60,7 +60,7 @@ def view_prefix(
     cache: PrefixCache,
     loads: Loads,
     cost: CostModel | None,
-    crowd: tuple[int, int, float, int],
+    crowd: Crowd,
     now: float,
 ) -> PrefixView:
     """How the scheduler would see a request that has just come.
@@ -70,7 +70,7 @@ def view_prefix(
         below: per KV group and whole block, the source in the lower tiers, or "".
         others: keys of KV group 0 that are looked for as well.
         cache, loads, cost: of the scheduler.
-        crowd: see `Loads.plan`.
+        crowd: around it.
         now: of the engine's clock.
     """
     looked = cache.look(seq)
@@ -102,29 +102,21 @@ def view_prefix(
     seq.below.ask(seq.below.unasked(np.ones((len(below), end), dtype=bool)))
     seq.below.stage(FoundBelow.of(held))
     found = loads.found(seq, first)
-    queued_tokens, decodes, busy_s, waiting = crowd
 
-    def plan(model: CostModel, blocks: FoundBlocks) -> LoadPlan:
-        return model.plan(
-            num_tokens=seq.num_tokens,
-            start=first,
-            found=blocks,
-            queued_tokens=queued_tokens,
-            num_decodes=decodes,
-            now=now,
-            busy_s=busy_s,
-            num_waiting=waiting,
-        )
+    around = crowd._asdict()
+
+    def plan(model: CostModel) -> LoadPlan:
+        return model.plan(num_tokens=seq.num_tokens, start=first, found=found, now=now, **around)
 
     sources_found = {found.kinds[code].source for code in set(found.codes.tolist())}
     return view._replace(
-        plan=plan(cost.fork(), found),
-        compute_s=plan(cost.fork("none"), found).first_token_s,
-        load_s=plan(cost.fork("all"), found).first_token_s
+        plan=plan(cost.fork()),
+        compute_s=plan(cost.fork("none")).first_token_s,
+        load_s=plan(cost.fork("all")).first_token_s
         if sources_found - {"", Tier.GPU.value}
         else None,
-        queued_tokens=queued_tokens,
-        decodes=decodes,
+        queued_tokens=crowd.queued_tokens,
+        decodes=crowd.num_decodes,
         measured=bool(cost.stats()["measured"]),
     )
 

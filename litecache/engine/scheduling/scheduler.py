@@ -26,7 +26,7 @@ from collections.abc import Sequence as Seq
 
 from litecache.engine.scheduling.below import BlockRef
 from litecache.engine.scheduling.cost_model import CostModel
-from litecache.engine.scheduling.loads import Loads
+from litecache.engine.scheduling.loads import Crowd, Loads
 from litecache.engine.scheduling.orders import RowStep, Schedule, StepResult
 from litecache.engine.scheduling.plan_builder import PlanBuilder, StepsUnderWay
 from litecache.engine.scheduling.prefix_cache import PrefixCache
@@ -189,16 +189,12 @@ class Scheduler:
         return self.saves.save_prefix(chain, owner, everything=everything)
 
     def view_prefix(
-        self,
-        request: Request,
-        below: Seq[Seq[str]],
-        others: Seq[BlockKey],
-        now: float,
+        self, request: Request, below: Seq[Seq[str]], others: Seq[BlockKey], now: float
     ) -> PrefixView:
         """What a request would find and cost if it came now; nothing is queued."""
         seq = Sequence(request, self._roots(request.cache_salt), self.cache.block_size, 0, now)
         decodes = sum(other.num_todo == 1 for other in self._queues.running)
-        crowd = (self.num_queued_tokens, decodes, self._steps.left_s(now), self.num_waiting)
+        crowd = self._crowd(self.num_queued_tokens, decodes, now)
         return view_prefix(seq, below, others, self.cache, self.loads, self._cost, crowd, now)
 
     def on_result(self, result: StepResult, now: float) -> Schedule:
@@ -300,8 +296,7 @@ class Scheduler:
         for seq in running:
             if seq.num_todo > 1 and self._may_step(seq):
                 if self.loads.wants_plan(seq):
-                    crowd = (queued, num_decodes, self._steps.left_s(now, plan), self.num_waiting)
-                    self.loads.plan(seq, now, crowd, out)
+                    self.loads.plan(seq, now, self._crowd(queued, num_decodes, now, plan), out)
                 self._prefill(seq, plan, now, out)
                 queued += seq.num_todo
         self._admit(plan, alone, queued, num_decodes, now, out)
@@ -377,6 +372,11 @@ class Scheduler:
                 )
 
     # Running requests
+
+    def _crowd(
+        self, queued_tokens: int, num_decodes: int, now: float, plan: PlanBuilder | None = None
+    ) -> Crowd:
+        return Crowd(queued_tokens, num_decodes, self._steps.left_s(now, plan), self.num_waiting)
 
     def _may_step(self, seq: Sequence) -> bool:
         return seq.status is SequenceStatus.RUNNING and seq.wants_step and not seq.paused
@@ -496,8 +496,7 @@ class Scheduler:
             self._queues.start(seq)
             seq.begin_account()
             seq.tiers[[*range(length), *set.intersection(*seq.ahead)]] = GPU
-            crowd = (queued, num_decodes, self._steps.left_s(now, plan), self.num_waiting)
-            self.loads.plan(seq, now, crowd, out)
+            self.loads.plan(seq, now, self._crowd(queued, num_decodes, now, plan), out)
             self.cache.copy_tail(seq, self._queues.running)
             self.saves.on_hit(seq, length, out)
             self._prefill(seq, plan, now, out)
@@ -520,12 +519,7 @@ class Scheduler:
     # Ends
 
     def _emit(
-        self,
-        seq: Sequence,
-        token: int,
-        logprobs: TokenLogprobs | None,
-        now: float,
-        out: Schedule,
+        self, seq: Sequence, token: int, logprobs: TokenLogprobs | None, now: float, out: Schedule
     ) -> None:
         reason = None
         if token in seq.eos_token_ids:
