@@ -41,7 +41,7 @@ from litecache.actors.placement import going_nodes
 from litecache.actors.router import FAILURE_WINDOW_S, ReplicaLoad
 from litecache.actors.shard_client import AttachedShards, RayShardClient
 from litecache.checks import check_integer, check_real
-from litecache.engine.engine_info import check_text
+from litecache.engine.engine_info import check_short_text
 from litecache.errors import (
     ConfigError,
     GroupError,
@@ -203,8 +203,8 @@ class GpuCache:
             client_id, epoch, ack, hold_s, gap_s: see `Outbox.poll`.
             requests: submitted first, in the same call; not while the model loads.
         """
-        check_text("client_id", client_id)
-        check_text("epoch", epoch, empty=True)
+        check_short_text("client_id", client_id)
+        check_short_text("epoch", epoch, empty=True)
         check_integer("ack", ack, 0)
         check_real("hold_s", hold_s, 0, _LONGEST_HOLD_S)
         check_real("gap_s", gap_s, 0, _LONGEST_HOLD_S)
@@ -290,7 +290,7 @@ class GpuCache:
         return report
 
     async def _accept(self, engine: Engine, client_id: str, requests: Sequence[Request]) -> str:
-        check_text("client_id", client_id)
+        check_short_text("client_id", client_id)
         if not isinstance(requests, (list, tuple)):
             raise ConfigError("requests", type(requests).__name__, "a list of requests")
         if self._is_draining():

@@ -16,11 +16,10 @@ from typing import Any
 
 import typer
 
-from litecache.cli.bench import bench as bench_model
 from litecache.cli.cluster import down, drain, scale, up
 from litecache.cli.dashboard import app as dashboard
 from litecache.cli.explain import explain as explain_prompt
-from litecache.cli.machine import doctor, inspect, models, tune, verify
+from litecache.cli.machine import bench, doctor, inspect, models, tune, verify
 from litecache.cli.prompts import delete, export, generate, import_, warm
 from litecache.cli.serve import serve as serve_model
 from litecache.cli.watch import status, timeline, top
@@ -46,7 +45,7 @@ _panels: dict[str, dict[str, Any]] = {
     "Prefixes": {"warm": warm, "export": export, "import": import_, "delete": delete},
     "This machine": {
         "doctor": doctor,
-        "bench": bench_model,
+        "bench": bench,
         "tune": tune,
         "models": models,
         "inspect": inspect,

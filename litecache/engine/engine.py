@@ -23,7 +23,7 @@ import torch
 from litecache.checks import check_real
 from litecache.config import CacheConfig
 from litecache.engine import progress
-from litecache.engine.engine_info import EngineInfo, check_text, check_texts
+from litecache.engine.engine_info import EngineInfo, check_short_text, check_texts
 from litecache.engine.inbox import CALL_TIMEOUT_S, Inbox
 from litecache.engine.kv_layout import KVLayout, KVPool, check_tier_codec
 from litecache.engine.loading.memory import choose_num_blocks, memory_for
@@ -32,7 +32,7 @@ from litecache.engine.loading.model_source import ModelSource
 from litecache.engine.running.device_errors import check_device, is_out_of_memory
 from litecache.engine.running.model_runner import ModelRunner, StepsInFlight
 from litecache.engine.scheduling.cost_model import CostModel, Loads, chosen_loads, prior
-from litecache.engine.scheduling.orders import Executor, SaveOrder, Schedule
+from litecache.engine.scheduling.orders import SaveOrder, Schedule
 from litecache.engine.scheduling.prefix_cache import PrefixCache
 from litecache.engine.scheduling.prefix_view import PrefixView
 from litecache.engine.scheduling.scheduler import (
@@ -122,7 +122,7 @@ class Engine:
         with memory_for(f"a pool of {num_blocks} blocks", "lower num_blocks"):
             self._pools = [KVPool(group, num_blocks + 1, loaded.device) for group in layout.groups]
         with memory_for("the buffers of steps", "lower gpu_memory_fraction or num_blocks"):
-            self._runner: Executor = ModelRunner(
+            self._runner = ModelRunner(
                 loaded,
                 layout,
                 self._pools,
@@ -239,7 +239,7 @@ class Engine:
 
     def abort_client(self, client_id: str) -> None:
         """End all requests of a client."""
-        check_text("client_id", client_id)
+        check_short_text("client_id", client_id)
 
         def end() -> None:
             ids = [name for client, name in self._scheduler.open_requests() if client == client_id]

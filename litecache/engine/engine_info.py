@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from litecache.checks import FLOAT32_MAX, INT64_MAX, check_integer, check_real
+from litecache.checks import FLOAT32_MAX, INT64_MAX, check_integer, check_real, check_text
 from litecache.engine.kv_layout import LAYOUT_VERSION, KVLayout
 from litecache.errors import CapacityError, ConfigError
 from litecache.hashing import BlockKey, root_key
@@ -142,9 +142,9 @@ class EngineInfo:
         if not isinstance(request, Request):
             raise ConfigError("request", request, "a litecache.types.Request")
         check_integer("version", request.version, MESSAGE_VERSION, MESSAGE_VERSION)
-        check_text("request_id", request.request_id)
-        check_text("client_id", request.client_id)
-        check_text("cache_salt", request.cache_salt, empty=True)
+        check_short_text("request_id", request.request_id)
+        check_short_text("client_id", request.client_id)
+        check_short_text("cache_salt", request.cache_salt, empty=True)
         for name, valid in (("cache", CACHE_USES), ("retention", RETENTIONS)):
             value = getattr(request, name)
             if not isinstance(value, str) or value not in valid:
@@ -188,7 +188,7 @@ class EngineInfo:
         """
         if not isinstance(guidance, Guidance):
             raise ConfigError("guidance", guidance, "a litecache.types.Guidance")
-        check_text("request_id", guidance.request_id)
+        check_short_text("request_id", guidance.request_id)
         check_integer("num_tokens", guidance.num_tokens, 1)
         check_ids("token_ids", guidance.token_ids, self.vocab_size)
         if guidance.mask != b"":
@@ -238,15 +238,12 @@ MAX_RULE_TOKENS = 1 << 22
 """Of all biased and forbidden sequences of a request, each as long as the longest."""
 
 
-def check_text(name: str, value: Any, *, empty: bool = False) -> None:
+def check_short_text(name: str, value: Any, *, empty: bool = False) -> None:
     """Refuse what is no text, or one that cannot be hashed and sent as UTF-8."""
-    if not isinstance(value, str) or not (empty or value) or len(value) > MAX_TEXT:
-        least = 0 if empty else 1
-        raise ConfigError(name, value, f"a text of {least} to {MAX_TEXT} characters")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise ConfigError(name, value, "a text without lone surrogates") from error
+    least = 0 if empty else 1
+    valid = f"a text of {least} to {MAX_TEXT} characters"
+    if not least <= len(check_text(name, value, valid)) <= MAX_TEXT:
+        raise ConfigError(name, value, valid)
 
 
 def check_texts(name: str, values: Any) -> list[str]:
@@ -254,7 +251,7 @@ def check_texts(name: str, values: Any) -> list[str]:
     if isinstance(values, (str, bytes)) or not isinstance(values, (Sequence, set, frozenset)):
         raise ConfigError(name, values, "a list of texts")
     for value in values:
-        check_text(name, value)
+        check_short_text(name, value)
     return list(values)
 
 

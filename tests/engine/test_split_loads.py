@@ -23,8 +23,9 @@ from split_world import (
     tokens_without_tiers,
 )
 
+from litecache.engine.running.model_runner import StepHandle
 from litecache.engine.scheduling.cost_model import CostModel
-from litecache.engine.scheduling.orders import Step, StepPlan, StepResult
+from litecache.engine.scheduling.orders import StepPlan, StepResult
 from litecache.engine.transfer import loader
 from litecache.errors import StorageError
 from litecache.storage.arena.view import ArenaView
@@ -222,7 +223,9 @@ def test_a_block_that_a_window_jumped_over_is_copied_by_nobody(tmp_path: Path) -
 class HeldStep:
     """A step on a device: the engine asks whether it is over, and fetches what it gave."""
 
-    def __init__(self, step: Step, asked: Callable[[], bool], fetched: Callable[[], None]) -> None:
+    def __init__(
+        self, step: StepHandle, asked: Callable[[], bool], fetched: Callable[[], None]
+    ) -> None:
         self._step, self._asked, self._fetched = step, asked, fetched
 
     def ready(self) -> bool:

@@ -34,10 +34,8 @@ from litecache.engine.running.row_tables import MAX_DELTAS, RowTables
 from litecache.engine.running.sampler import INVALID_TOKEN, HandedOut, LogprobRows, sample, strike
 from litecache.engine.scheduling.orders import (
     BlockCopy,
-    Executor,
     NewRow,
     RowStep,
-    Step,
     StepPlan,
     StepResult,
 )
@@ -451,11 +449,11 @@ class StepsInFlight:
         events: behind each step that has not been finished, by its number.
     """
 
-    def __init__(self, runner: Executor, metrics: Metrics, *, with_events: bool) -> None:
+    def __init__(self, runner: ModelRunner, metrics: Metrics, *, with_events: bool) -> None:
         self._runner, self._metrics, self._with_events = runner, metrics, with_events
         self.events: dict[int, torch.cuda.Event] = {}
         # number, handle, tokens of prefills, and when it was launched
-        self._steps: deque[tuple[int, Step, int, float]] = deque()
+        self._steps: deque[tuple[int, StepHandle, int, float]] = deque()
 
     def __len__(self) -> int:
         return len(self._steps)
