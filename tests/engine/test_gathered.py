@@ -16,7 +16,7 @@ from litecache.engine.loading.model_checks import read_config
 from litecache.engine.loading.model_loader import load_model, random_model
 from litecache.engine.loading.model_source import ModelSource
 from litecache.engine.running import gather_cache
-from litecache.engine.running.gather_cache import GatherCache, LongestContext, Rows
+from litecache.engine.running.gather_cache import GatherCache, Rows, longest_context
 from litecache.errors import ConfigError
 
 torch.set_num_threads(1)
@@ -136,7 +136,7 @@ def test_eight_bit_kv_is_refused_by_name():
 def test_what_the_longest_context_costs_can_be_run_without_a_pool(family):
     loaded = load_model(source(family), CacheConfig(device="cpu", dtype="float32"))
     assert loaded.attention == "gathered"
-    cache = LongestContext(len(loaded.specs), 8, 200)
+    cache = longest_context(len(loaded.specs), 8, 200)
     with torch.inference_mode():
         logits = loaded.model(torch.arange(8)[None], past_key_values=cache, use_cache=True).logits
     assert logits.shape == (1, 8, VOCAB)

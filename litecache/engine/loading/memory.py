@@ -115,9 +115,9 @@ def profile_peak(loaded: LoadedModel, config: CacheConfig) -> int:
     positions = torch.arange(tokens, device=device)[None]
     options: dict[str, Any] = {"position_ids": positions, "use_cache": False}
     if loaded.attention == "gathered":
-        from litecache.engine.running.gather_cache import LongestContext
+        from litecache.engine.running.gather_cache import longest_context
 
-        cache = LongestContext(len(loaded.specs), tokens, loaded.max_model_len)
+        cache = longest_context(len(loaded.specs), tokens, loaded.max_model_len)
         options = {"past_key_values": cache, "use_cache": True}
     if loaded.keeps_logits:
         options["logits_to_keep"] = samples

@@ -169,18 +169,32 @@ class GatherCache(Cache):  # type: ignore[misc]
         self._kept[layer, rows.lives] = KVCopy(space(keys), space(values), rows.contexts, self.step)
 
 
-class _Layer(CacheLayerMixin):  # type: ignore[misc]
-    """One layer of a `GatherCache`; the methods are those that transformers calls."""
+class _OwnLayer(CacheLayerMixin):  # type: ignore[misc]
+    """A layer whose KV lies elsewhere; the methods are those that transformers calls."""
 
     is_sliding = False
     is_compileable = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """There is nothing to make."""
+
+    def get_max_length(self) -> int:
+        """No bound that a mask would have to know."""
+        return -1
+
+
+class _Layer(_OwnLayer):
+    """One layer of a `GatherCache`."""
 
     def __init__(self, cache: GatherCache, layer: int, group: int, pool: KVPool) -> None:
         super().__init__()
         self._cache, self._layer, self._group = cache, layer, group
         self._views = pool.layer(layer)
         self._backend = dispatch.backend(pool.buffer.device)
-        self.is_initialized = True
         self.updated = False
 
     @property
@@ -188,9 +202,6 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]
         rows = self._cache.rows
         assert rows is not None
         return rows
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """There is nothing to make: the pool is there."""
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -228,12 +239,8 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]
         """Columns of keys in this forward, and the first of them."""
         return self._rows.longest, 0
 
-    def get_max_length(self) -> int:
-        """No bound that a mask would have to know."""
-        return -1
 
-
-class LongestContext(Cache):  # type: ignore[misc]
+def longest_context(layers: int, queries: int, tokens: int) -> Cache:
     """What a forward over a `GatherCache` costs at most, without a pool: zeros for the context.
 
     Args:
@@ -241,22 +248,13 @@ class LongestContext(Cache):  # type: ignore[misc]
         queries: new tokens of the row.
         tokens: of its context, the new ones included.
     """
-
-    def __init__(self, layers: int, queries: int, tokens: int) -> None:
-        super().__init__(layers=[_Zeros(queries, tokens) for _ in range(layers)])
+    return Cache(layers=[_Zeros(queries, tokens) for _ in range(layers)])
 
 
-class _Zeros(CacheLayerMixin):  # type: ignore[misc]
-    is_sliding = False
-    is_compileable = False
-
+class _Zeros(_OwnLayer):
     def __init__(self, queries: int, tokens: int) -> None:
         super().__init__()
         self._seen, self._tokens = tokens - queries, tokens
-        self.is_initialized = True
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """There is nothing to make."""
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -276,10 +274,6 @@ class _Zeros(CacheLayerMixin):  # type: ignore[misc]
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Columns of keys in this forward, and the first of them."""
         return self._tokens, 0
-
-    def get_max_length(self) -> int:
-        """No bound that a mask would have to know."""
-        return -1
 
 
 class GatheredForward:
