@@ -17,6 +17,7 @@ from litecache.cli.options import (
     connect,
     group_option,
     print_json,
+    seconds_text,
 )
 from litecache.cli.prompts import Salt, chat_prompt, check_trust, prompt_text
 from litecache.errors import ConfigError, GroupUnavailableError
@@ -183,14 +184,12 @@ def _plan_text(replica: ReplicaPlan) -> str:
         return text + "; it has no lower tiers"
     loads = f"load blocks {replica.load_from:,} - {replica.load_end - 1:,}, compute the rest"
     plan = loads if replica.load_from < replica.load_end else "load nothing, compute the rest"
-    text += f"; would {plan}: first token in {_ms(replica.first_token_s)}"
+    text += f"; would {plan}: first token in {seconds_text(replica.first_token_s)}"
     others = [("computing all behind its pool", replica.compute_s), ("loading all", replica.load_s)]
-    told_others = [f"{what} {_ms(seconds)}" for what, seconds in others if seconds is not None]
+    told_others = [
+        f"{what} {seconds_text(seconds)}" for what, seconds in others if seconds is not None
+    ]
     guess = "" if replica.measured else ", guessed: no step of it has been measured yet"
     busy = f", behind {replica.queued_tokens:,} tokens" if replica.queued_tokens else ""
     busy += f", beside {replica.decodes} decodes" if replica.decodes else ""
     return f"{text} ({'; '.join(told_others)}{busy}{guess})"
-
-
-def _ms(seconds: float) -> str:
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms"

@@ -194,6 +194,13 @@ def size_text(nbytes: float) -> str:
     return f"{nbytes:.0f} B"
 
 
+def seconds_text(seconds: float | None) -> str:
+    """A time for people; "-" where there is none."""
+    if seconds is None:
+        return "-"
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms"
+
+
 def print_json(value: object) -> None:
     """What `--json` prints: one line."""
     typer.echo(json.dumps(value, default=str))

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from litecache.actors.naming import role_of
 from litecache.adapter.stats import GroupRates, ReplicaRates, ShardRates
-from litecache.cli.options import size_text
+from litecache.cli.options import seconds_text, size_text
 
 STATE_STYLES = {"up": "green", "busy": "yellow", "loading": "yellow", "restarting": "red"}
 # A block's states, in the order of the bar; what is in use is what nobody else can have.
@@ -83,8 +83,8 @@ def _now(rates: GroupRates) -> Table:
     shown = {
         "prefill": f"{rates.prefill_tokens_s:,.0f} tok/s",
         "decode": f"{rates.decode_tokens_s:,.0f} tok/s",
-        "first token": _ms(rates.ttft_s),
-        "between": _ms(rates.inter_token_s),
+        "first token": seconds_text(rates.ttft_s),
+        "between": seconds_text(rates.inter_token_s),
         "requests": f"{rates.requests_s:,.1f}/s",
         "running": f"{rates.running:,}",
         "waiting": f"{rates.waiting:,}",
@@ -180,10 +180,10 @@ def _shards(shards: Sequence[ShardRates], wide: bool) -> Table:
         figures: list[RenderableType] = [
             *((f"{shard.blocks:,}",) if wide else ()),
             f"{shard.queued_reads:,}",
-            _ms(shard.answer_s),
-            _ms(shard.read_s),
+            seconds_text(shard.answer_s),
+            seconds_text(shard.read_s),
             *((_rate(shard.read_bytes_s),) if wide else ()),
-            _ms(shard.write_s),
+            seconds_text(shard.write_s),
             *((_rate(shard.write_bytes_s),) if wide else ()),
             bar([(ram, "cyan")], 8),
             bar([(disk, "blue")], 8) if shard.storage_bytes else "",
@@ -249,12 +249,6 @@ def _state(state: str) -> Text:
 
 def _share(share: float | None) -> str:
     return "-" if share is None else f"{share:.0%}"
-
-
-def _ms(seconds: float | None) -> str:
-    if seconds is None:
-        return "-"
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms"
 
 
 def _rate(bytes_s: float) -> str:
