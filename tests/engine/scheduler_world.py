@@ -10,7 +10,6 @@ block until it has landed.
 
 from __future__ import annotations
 
-import pickle
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -353,7 +352,7 @@ class World:
     # The symbolic model
 
     def execute(self, plan: StepPlan) -> None:
-        assert pickle.loads(pickle.dumps(plan)) == plan
+        assert StepPlan.from_dict(plan.to_dict()) == plan
         for new in plan.new_rows:
             self.rows[new.row] = Row(list(new.token_ids), [[] for _ in self.groups])
         masks = {}

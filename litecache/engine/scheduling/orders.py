@@ -8,14 +8,17 @@ carries only what changes in them, so that its size follows the step and not the
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from litecache.engine.scheduling.below import NO_REFS, Numbers, Refs
 from litecache.hashing import BlockKey
 from litecache.storage.protocol import Retention
 from litecache.token_ids import TokenIds
 from litecache.types import SamplingParams, TokenDelta, TokenLogprobs
+
+PLAN_VERSION = 5
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,8 @@ class NewRow:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "token_ids", TokenIds(self.token_ids))
+        if isinstance(self.sampling, dict):  # of `StepPlan.to_dict`
+            object.__setattr__(self, "sampling", SamplingParams(**self.sampling))
 
 
 @dataclass(frozen=True)
@@ -118,6 +123,7 @@ class StepPlan:
     copies: tuple[BlockCopy, ...] = ()
     rows: tuple[RowStep, ...] = ()
     guides: tuple[RowGuide, ...] = ()
+    version: int = PLAN_VERSION
 
     def __post_init__(self) -> None:
         last: tuple[int, int, int] | None = None
@@ -133,6 +139,33 @@ class StepPlan:
     def num_tokens(self) -> int:
         """Positions computed in this step."""
         return sum(row.num_tokens for row in self.rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for msgpack."""
+        values = dataclasses.asdict(self)
+        for row in values["new_rows"]:
+            row["token_ids"] = list(row["token_ids"])
+        return values
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> StepPlan:
+        """The inverse of `to_dict`."""
+        rows = {name: tuple(kind(**_frozen(row)) for row in values[name]) for name, kind in _ROWS}
+        steps = tuple(RowStep(*row) for row in values["rows"])
+        return cls(**{**values, **rows, "rows": steps})
+
+
+_ROWS: tuple[tuple[str, type[Any]], ...] = (
+    ("new_rows", NewRow), ("table_updates", TableUpdate), ("copies", BlockCopy),
+    ("guides", RowGuide),
+)  # fmt: skip
+
+
+def _frozen(value: Any) -> Any:
+    """Lists, as msgpack gives them, back to tuples."""
+    if isinstance(value, dict):
+        return {name: _frozen(part) for name, part in value.items()}
+    return tuple(_frozen(part) for part in value) if isinstance(value, (list, tuple)) else value
 
 
 @dataclass(frozen=True)
