@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_PAUSE_S = 0.5
+
 
 def retired_folders(directory: str, shards: int) -> list[str]:
     """Folders beside a shard's that it is to take in.
@@ -99,13 +101,17 @@ class Retired:
             self._thread.join(timeout_s)
         return not self._open
 
+    def let_go(self) -> None:
+        """In a forked child: the folders are the parent's."""
+        for folder, _ in self._open:
+            folder.close()
+
     def close(self) -> None:
         """Stop; what has not moved stays for the next start."""
         self._stopped.set()
         if self._thread is not None:
             self._thread.join()
-        for folder, _ in self._open:
-            folder.close()
+        self.let_go()
         self._open.clear()
 
     def _run(self) -> None:
@@ -140,16 +146,25 @@ class Retired:
             slab = undo.enter_context(closing(Slab(files)))
             for records, blocks in read_records(slab, from_the_end):
                 sound = [i for i, (_, reason) in enumerate(blocks) if reason is None]
-                for i in sound:
-                    self._store_one(client_id, records[i], blocks[i][0], found.names)
-                while not self._stopped.is_set() and self._store.flush(1).pending:
-                    pass
-                if self._stopped.is_set():
-                    return False
+                moved = False
+                while not moved:
+                    faults = self._faults()
+                    for i in sound:
+                        self._store_one(client_id, records[i], blocks[i][0], found.names)
+                    while (report := self._store.flush(1)).pending and not self._stopped.is_set():
+                        pass
+                    # for what found no room there is none; what a disk refused lies here still
+                    moved = report.complete or (report.failed > 0 and faults == self._faults())
+                    if self._stopped.wait(0 if moved else _PAUSE_S):
+                        return False
                 if sound:
                     slab.truncate(min(slab.size(), int(records["slot"][sound[-1]]) * PAGE_BYTES))
                     self._give_room()
         return True
+
+    def _faults(self) -> int:
+        drops = self._store.metrics.by_label("litecache_drops", "reason")
+        return sum(int(drops.get(reason, 0)) for reason in ("io_error", "sync_error"))
 
     def _store_one(
         self, client_id: int, record: np.void, data: memoryview, names: list[str]
@@ -165,7 +180,9 @@ class Retired:
         for ref in refs:
             self._tiers.arena.buffer(ref.slot, len(data))[:] = data
             kept = [each for each in Retention if each == int(record["retention"])]
-            store.commit(client_id, [CommitItem(*ref, key, parent, name, 0, *kept)])
+            # its own time goes with it: the block may be on disk before it is set below
+            expires_s = int(record["expires_s"])
+            store.commit(client_id, [CommitItem(*ref, key, parent, name, expires_s, *kept)])
         with self._lock:
             index = self._tiers.index
             if (entry := index.find(key)) >= 0:
