@@ -275,6 +275,10 @@ def test_a_closed_service_refuses_and_leaves_no_thread(tmp_path):
     cache.close()
     with pytest.raises(StorageError, match="closed"):
         cache.query([1])
+    never_ran = LocalCacheService(str(tmp_path / "c"), 64 * MIB, 1, tensor(64), 2)
+    never_ran.close()
+    with pytest.raises(StorageError, match="closed"):
+        never_ran.run()
     assert set(threading.enumerate()) <= before
 
 

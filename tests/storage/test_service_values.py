@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from litecache.errors import ConfigError, LiteCacheError, StorageError
 from litecache.storage import LocalCacheService, PyLocalCacheService, PyTask, TaskState
 from litecache.storage.service import LocalEngine, MemoryEngine
+from litecache.storage.service.pages import tensor_rows
 from litecache.storage.service.tasks import Task
 
 MIB = 1 << 20
@@ -88,6 +89,38 @@ def test_a_prefix_behind_something_that_is_no_folder_is_refused(
     values = arguments(tmp_path) | {"file": str(tmp_path / path), "engine": engine}
     assert isinstance(good_or_refused(lambda: construct(values)), StorageError)
     assert left_in(tmp_path) == before
+
+
+def test_a_prefix_that_makes_too_long_names_is_refused_before_a_file_is_there(
+    tmp_path: Path,
+) -> None:
+    for length in (224, 255):
+        values = arguments(tmp_path) | {"file": str(tmp_path / ("p" * length))}
+        assert isinstance(good_or_refused(lambda values=values: construct(values)), ConfigError)
+    assert list(tmp_path.iterdir()) == []
+    construct(arguments(tmp_path) | {"file": str(tmp_path / ("p" * 223))})
+
+
+@pytest.mark.parametrize("note", ["[" * 100_000, '{"page_bytes": "x/../../y"}', None])
+def test_a_note_that_no_service_wrote_neither_stops_nor_leads_astray(
+    note: str | None, tmp_path: Path
+) -> None:
+    construct(arguments(tmp_path))
+    path = tmp_path / "new" / "c.geometry.json"
+    path.unlink()
+    if note is None:
+        os.mkfifo(path)
+    else:
+        path.write_text(note)
+    assert not isinstance(good_or_refused(lambda: construct(arguments(tmp_path))), LiteCacheError)
+    assert sorted(p.name for p in path.parent.iterdir()) == [path.name, "c_0", "c_0.pages-0"]
+
+
+@pytest.mark.filterwarnings("ignore:.*quantize")
+def test_a_quantized_tensor_is_refused() -> None:
+    quantized = torch.quantize_per_tensor(torch.zeros(4, 16), 0.1, 0, torch.quint8)
+    with pytest.raises(ConfigError, match="kvcache"):
+        tensor_rows(quantized)  # torch itself would end the process
 
 
 class Failing(MemoryEngine):

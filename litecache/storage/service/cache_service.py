@@ -45,6 +45,8 @@ _MODES = {"r": "read", "read": "read", "w": "write", "write": "write"}
 _MOST = 256
 _ROOT = bytes(16)
 _GEOMETRY_SUFFIX = ".geometry.json"
+# with what stands behind it in names of files, as ".geometry.json.new"
+_LONGEST_NAME = 255 - 32
 
 Hash = int | str | bytes
 
@@ -95,6 +97,9 @@ class LocalCacheService:
     ) -> None:
         made = get_engine(engine)
         path = os.path.abspath(check_path("file", file, "the prefix of the folders, a path"))
+        if len(os.path.basename(path).encode()) > _LONGEST_NAME:
+            valid = f"a prefix of the folders with a name of at most {_LONGEST_NAME} bytes"
+            raise ConfigError("file", path, valid)
         storage_size = parse_size(storage_size, "storage_size")
         valid = f"one or more, at most {_MOST}"
         num_of_shard = check_integer("num_of_shard", num_of_shard, 1, _MOST, valid)
@@ -266,11 +271,10 @@ def _open_in_folder(
     if not made.keeps_folders:
         return made(options)
     geometry = {"page_bytes": layout.page_bytes, "pages_per_block": layout.pages_per_block}
-    note, found = options.path + _GEOMETRY_SUFFIX, None
-    with contextlib.suppress(OSError, ValueError), open(note) as file:
-        found = json.load(file)
+    note = options.path + _GEOMETRY_SUFFIX
+    found = _read_geometry(note)
     if found != geometry:
-        page_bytes = found.get("page_bytes", 0) if isinstance(found, dict) else 0
+        page_bytes = found.get("page_bytes", 0)
         for folder in glob.glob(glob.escape(options.path) + "_*"):
             if folder[len(options.path) + 1 :].isdigit() and os.path.isdir(folder):
                 _set_aside(folder, f"{folder}.pages-{page_bytes}")
@@ -285,6 +289,20 @@ def _open_in_folder(
         engine.close()
         raise
     return engine
+
+
+def _read_geometry(note: str) -> dict[str, int]:
+    """What an earlier service has noted; nothing where that is damaged or no file."""
+
+    def opener(path: str, flags: int) -> int:
+        return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)  # whatever has the name
+
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        with open(note, opener=opener) as file:
+            found = json.load(file)
+        if isinstance(found, dict) and {*map(type, found.values())} <= {int}:
+            return found
+    return {}
 
 
 def _set_aside(folder: str, target: str) -> None:
@@ -333,7 +351,11 @@ class PyLocalCacheService(LocalCacheService):
         self._block_size, self._page_size = self.block_size(), self.page_size()
         self._n = self._block_size // self._page_size
         self._root = root_key({"page_bytes": self._page_size, "pages_per_block": self._n})
-        self.run()
+        try:
+            self.run()
+        except BaseException:
+            self.close()
+            raise
 
     def hash(self, tokens: Sequence[int]) -> list[str]:
         """xxh3_128 of each block's tokens as uint64, in hex; not the keys used inside."""

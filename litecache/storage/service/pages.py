@@ -53,7 +53,9 @@ def tensor_rows(tensor: Any) -> Rows:
     if tensor.device.type != "cpu":
         raise ConfigError("kvcache.device", tensor.device, valid)
     try:
-        if tensor.layout is torch.strided and tensor.is_contiguous():
+        # torch dies of a view of a quantized one
+        plain = tensor.layout is torch.strided and not tensor.is_quantized
+        if plain and tensor.is_contiguous():
             rows = tensor.detach().view(torch.uint8).reshape(shape[0], -1).numpy()
             return rows
     except (RuntimeError, TypeError) as error:  # a view of something else

@@ -20,9 +20,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ...checks import check_seconds
-from ...errors import told
+from ...errors import StorageError, told
 from ...hashing import BlockKey
-from ...threads import start_service
+from ...threads import let_go_in_child, start_service
 from .engine import Get, Put, StorageEngine
 from .pages import BlockLayout
 
@@ -172,6 +172,13 @@ class Task:
                 self._lock.wait()
             self._done.set()
 
+    def let_go(self) -> None:
+        """In a forked child, where no worker is: it ends, whatever the parent's threads held."""
+        self._lock = threading.Condition(threading.Lock())
+        self._touching = 0
+        self._done._at_fork_reinit()  # type: ignore[attr-defined]
+        self.abort()
+
 
 PyState, PyTask = TaskState, Task
 """Their names in the older form."""
@@ -198,11 +205,26 @@ class Workers:
         self._threads: list[threading.Thread] = []
         self._tasks: weakref.WeakSet[Task] = weakref.WeakSet()
         self._lock = threading.Lock()
+        let_go_in_child(self)
+
+    def let_go(self) -> None:
+        """In a forked child it is closed: the engine is the parent's."""
+        self._lock = threading.Lock()
+        self.closed, self.engine = True, None
+        for task in list(self._tasks):
+            task.let_go()
 
     def start(self) -> None:
-        """Start the threads; a second call does nothing."""
-        for number in range(len(self._threads), self._count):
-            self._threads.append(start_service(self._run, f"worker-{number}"))
+        """Start the threads; a second call does nothing.
+
+        Raises:
+            StorageError: the service is closed.
+        """
+        with self._lock:
+            if self.closed:
+                raise StorageError("the cache service is closed")
+            for number in range(len(self._threads), self._count):
+                self._threads.append(start_service(self._run, f"worker-{number}"))
 
     def submit(self, task: Task) -> None:
         """Queue a task's blocks in pieces; a small task is still spread over the workers."""
