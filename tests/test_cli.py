@@ -322,6 +322,15 @@ def test_errors_are_one_line_and_exit_with_2(
     assert message in refused(*arguments)
 
 
+def test_nobody_who_reads_is_no_finding_of_a_check(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "litecache.cli", "verify", str(filled_store(tmp_path))]
+    ended = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, check=False)
+    os.close(writing)
+    assert (ended.returncode, ended.stderr) == (141, b"")
+
+
 def filled_store(folder: Path) -> Path:
     with ShardStore(str(folder / "shard-0"), storage_bytes=8 << 20, ram_bytes=1 << 20) as store:
         client = LocalShardClient(store)

@@ -3,14 +3,15 @@
 `doctor`, `models`, `dashboard`, `timeline`.
 
 Every command takes `--json` for machines; errors are one line on stderr and exit with 2 (1 is a
-finding of `verify` or `doctor`). Commands import what they need when they run, so that
-`--help` is there at once.
+finding of `verify` or `doctor`, 141 a closed pipe). Commands import what they need when they run,
+so that `--help` is there at once.
 """
 
 from __future__ import annotations
 
 import io
 import logging
+import signal
 import sys
 from typing import Any
 
@@ -68,6 +69,8 @@ def main() -> None:
         raise SystemExit(2)
     try:
         status = app(standalone_mode=False)
+    except SystemExit:  # of typer, and only where nobody reads what is printed
+        status = 128 + signal.SIGPIPE
     except (KeyboardInterrupt, typer.Abort):
         status = _fail("interrupted", 130)
     except LiteCacheError as error:

@@ -144,8 +144,8 @@ def write_prefix(path: str, header: PrefixHeader, blocks: Iterable[bytes]) -> in
     if os.path.exists(path) and not os.path.isfile(path):
         # the rename below would put a file in the place of a device
         raise StorageError(f"{shorten(path)} cannot be written: it is no regular file")
-    folder, name = os.path.split(os.path.abspath(path))
-    new = f"{folder}/.{name[:200]}.{secrets.token_hex(4)}"
+    folder = os.path.dirname(os.path.abspath(path))
+    new = f"{folder}/.litecache-{secrets.token_hex(8)}"
     try:
         fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:

@@ -201,6 +201,12 @@ def test_what_is_no_export_file_is_refused_at_once(tmp_path: Path, kind: str) ->
         PrefixFile(str(path), HERE)
 
 
+def test_any_name_that_a_file_may_have_is_written(tmp_path: Path) -> None:
+    path = str(tmp_path / ("é" * 127))
+    write_prefix(path, HEADER, iter(BLOCKS))
+    assert read(path) == BLOCKS
+
+
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(path: str) -> None:
     def failing() -> Iterator[bytes]:
         yield BLOCKS[0]
