@@ -4,16 +4,24 @@ A thread that serves for as long as its owner lives is restarted: its function i
 after a pause that doubles while it goes on failing. A thread with one job reports its fault to
 whoever started it, if that cannot go on without: an actor then ends its process, and Ray makes a
 new one. Every fault is logged with its traceback and counted (`fault_counts`).
+
+A forked child has none of its parent's threads: what needs them stays the parent's
+(`let_go_in_child`).
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable
+from typing import Protocol
+
+from .errors import CapacityError
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +48,7 @@ def start_service(run: Callable[[], None], name: str) -> threading.Thread:
         name: of the thread.
 
     Raises:
-        RuntimeError: the system has no room for another thread.
+        CapacityError: the system has no room for another thread.
     """
 
     def serve() -> None:
@@ -72,7 +80,7 @@ def start_job(
         failed: called in the thread with what the job raised, once that is logged and counted.
 
     Raises:
-        RuntimeError: the system has no room for another thread.
+        CapacityError: the system has no room for another thread.
     """
 
     def work() -> None:
@@ -100,5 +108,32 @@ def _note(name: str, error: BaseException, then: str) -> None:
 
 def _start(target: Callable[[], None], name: str) -> threading.Thread:
     thread = threading.Thread(target=target, name=f"litecache-{name}", daemon=True)
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError as error:
+        raise CapacityError(f"there is no room for the thread {name}: {error}") from error
     return thread
+
+
+class _HasThreads(Protocol):
+    def let_go(self) -> None: ...
+
+
+_owners: weakref.WeakSet[_HasThreads] = weakref.WeakSet()
+
+
+def let_go_in_child(owner: _HasThreads) -> None:
+    """Call `owner.let_go()` in each process forked from this one.
+
+    It ends the owner there and leaves alone what the parent goes on with. Locks may be held by
+    threads that are not there, so it makes them anew.
+    """
+    _owners.add(owner)
+
+
+def _let_all_go() -> None:
+    for owner in list(_owners):
+        owner.let_go()
+
+
+os.register_at_fork(after_in_child=_let_all_go)

@@ -16,9 +16,9 @@ import select
 import socket
 import threading
 import time
-import weakref
 
 from ..errors import GroupUnavailableError, RequestTimeout, StorageError
+from ..threads import let_go_in_child
 from .frames import NO_ANSWER, RECEIVE_BYTES, Outcome, pack_frame, take_frames, unpack_error
 from .peers import same_user
 
@@ -56,7 +56,7 @@ class SocketChannel:
         self._wake = io.FileIO(os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC), "r+")
         self._number = NO_ANSWER
         self._ended = False
-        _channels.add(self)
+        let_go_in_child(self)
 
     def let_go(self) -> None:
         """In a forked child the connection, which is the parent's, has ended."""
@@ -208,17 +208,6 @@ class SocketChannel:
             self._arrived.wait_for(lambda: not self._receiving)
             self._socket.close()
             self._wake.close()
-
-
-_channels: weakref.WeakSet[SocketChannel] = weakref.WeakSet()
-
-
-def _let_all_go() -> None:
-    for channel in list(_channels):
-        channel.let_go()
-
-
-os.register_at_fork(after_in_child=_let_all_go)
 
 
 def _left(deadline: float | None) -> float | None:

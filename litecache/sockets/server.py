@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 
 from ..errors import LiteCacheError, StorageError
-from ..threads import start_job, start_service
+from ..threads import let_go_in_child, start_job, start_service
 from .frames import (
     FRAME_TIMEOUT_S,
     MAX_FRAME_BYTES,
@@ -73,6 +73,7 @@ class SocketServer:
         self._listener, self.address = listen(name)
         try:
             self._accepting = start_service(self._accept, "accept")
+            let_go_in_child(self)
         except RuntimeError as error:
             self._listener.close()
             forget(self.address)
@@ -129,6 +130,11 @@ class SocketServer:
             return Outcome.DONE, handler_of(self._methods, code)(message) or b""
         except Exception as error:
             return _failed(code, error)
+
+    def let_go(self) -> None:
+        """In a forked child nobody answers: it must not keep the address when its parent ends."""
+        for each in (self._listener, *self._connections):
+            each.close()
 
     def close(self) -> None:
         """End all connections; calls that run finish, their answers are lost."""

@@ -13,8 +13,7 @@ from collections import OrderedDict
 
 import numpy as np
 
-from ..config import ADMISSION_POLICIES
-from ..errors import ConfigError
+from ..config import check_setting
 from ..hashing import BlockKey
 
 _REMEMBERED = 200_000
@@ -75,10 +74,8 @@ class Admission:
     """
 
     def __init__(self, name: str) -> None:
-        if name not in ADMISSION_POLICIES:
-            raise ConfigError("admission", name, "one of " + ", ".join(sorted(ADMISSION_POLICIES)))
-        self._name = name
-        self.sketch = FrequencySketch() if name == "frequent" else None
+        self._name: str = check_setting("admission", "admission", name)
+        self.sketch = FrequencySketch() if self._name == "frequent" else None
         # a plain dict would take longer and longer to find its first key
         self._seen: OrderedDict[BlockKey, None] = OrderedDict()
 

@@ -35,6 +35,7 @@ _RECORDED = (
 )
 """Columns that a record on disk holds as they are."""
 
+LAST_S = 2**32 - 1
 MOST_HITS = 1 << 31
 """Far from the column's end, so that one batch cannot carry a counter over it."""
 
@@ -155,8 +156,8 @@ class BlockIndex(KeyDict):
             used[entry] = now_s
 
     def expire(self, entry: int, at_s: int) -> None:
-        """A block is a miss from a Unix second on; 0: never."""
-        self.expires_s[entry] = at_s
+        """A block is a miss from a Unix second on, of those that the column holds; 0: never."""
+        self.expires_s[entry] = min(at_s, LAST_S)
         self.expiring = self.expiring or at_s > 0
 
     def next_expired(self, now_s: int) -> list[int]:

@@ -112,7 +112,13 @@ class BlockIo:
         self._resizing = threading.Lock()
         # the others prepare their batches meanwhile, as with reads
         self._writing = threading.BoundedSemaphore(_WRITES)
-        self._running = [start_service(self._run, f"io-{number}") for number in range(threads)]
+        self._running: list[threading.Thread] = []
+        try:
+            for number in range(threads):
+                self._running.append(start_service(self._run, f"io-{number}"))
+        except BaseException:
+            self.close()
+            raise
 
     def load(self, entries: Sequence[int], blocks: list[RamBlock]) -> None:
         """Fresh slots of one size will receive blocks from disk; the lock is held."""

@@ -140,7 +140,11 @@ class LocalShardClient:
         self.store, self.shard_id = store, shard_id
         attachment = store.attach(os.getpid())
         self.client_id = attachment.client_id
-        self.arena = ArenaView(attachment)
+        try:
+            self.arena = ArenaView(attachment)
+        except BaseException:
+            store.detach(self.client_id)
+            raise
 
     def stage_async(
         self, keys: Sequence[BlockKey], released: Sequence[SlotRef] = ()

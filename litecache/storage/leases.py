@@ -75,11 +75,15 @@ class Leases:
             if self._closing:
                 os.close(pidfd)
                 raise StorageError("the shard store is closed")
+            try:
+                if self._thread is None:
+                    self._thread = start_service(self._watch, "reaper")
+                self._watched.register(pidfd, select.EPOLLIN)
+            except BaseException:
+                os.close(pidfd)
+                raise
             self._next_id += 1
             self._clients[self._next_id] = Client(pid, pidfd)
-            self._watched.register(pidfd, select.EPOLLIN)
-            if self._thread is None:
-                self._thread = start_service(self._watch, "reaper")
             return self._next_id
 
     def get(self, client_id: int) -> Client:
@@ -159,6 +163,10 @@ class Leases:
                     if client.pidfd in ended:
                         logger.info("client %d (process %d) is gone", client_id, client.pid)
                         self._end(client_id)
+
+    def let_go(self) -> None:
+        """In a forked child: the pidfds are watched for the parent, by what both have in common."""
+        self._clients.clear()
 
     def close(self) -> None:
         """End all clients and the thread."""

@@ -13,13 +13,14 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar, cast
 
 from ..errors import ConfigError, StorageError, StorageFullError
 from ..hashing import BlockKey
 from ..metrics import Metrics
+from ..threads import let_go_in_child
 from .admission import Admission
 from .arena.arena import Arena
 from .block_io import BlockIo, OnWritten
@@ -34,7 +35,7 @@ from .namespaces import may_hold
 from .protocol import PAGE_BYTES, Attachment, Deltas, FlushReport, SlotRef
 from .ram_blocks import LOADED, UNWRITTEN, RamBlock, RamState
 from .segments import pick_segment_bytes
-from .shard_options import validate_options
+from .shard_options import plain_options
 from .tiers import Tiers
 
 if TYPE_CHECKING:
@@ -108,18 +109,22 @@ class ShardBase:
         use_memfd: bool = True,
         on_written: OnWritten | None = None,
     ) -> None:
-        validate_options(directory, storage_bytes, ram_bytes, fsync, io_threads, ttl_s)
-        if write_bytes_per_s is not None and write_bytes_per_s < 1:
-            raise ConfigError("write_bytes_per_s", write_bytes_per_s, "one or more, or None")
+        directory, storage_bytes, ram_bytes = plain_options(
+            directory, storage_bytes, ram_bytes, fsync, fsync_interval_s, ttl_s, write_bytes_per_s,
+            io_threads, {"quotas": quotas, "ram_quotas": ram_quotas},
+        )  # fmt: skip
         get_policy(eviction)
         admit = Admission(admission)
         self.metrics = metrics or Metrics()
         self.epoch = secrets.randbits(62)
         self.directory = directory
         self._accepts_writes = accepts_writes
+        self._growing, self._ending = threading.Lock(), threading.Lock()
+        self._closed = False
+        self._io: BlockIo | None = None
         segment_bytes = pick_segment_bytes(ram_bytes)
         arena_bytes = ram_bytes // segment_bytes * segment_bytes
-        with ExitStack() as undo:
+        with ExitStack() as undo, _named_errors(directory):
             old = retired_folders(directory, shards) if directory and shards else []
             self._retired = Retired(old, storage_bytes // 2)
             undo.callback(self._retired.close)
@@ -128,46 +133,55 @@ class ShardBase:
             self._tiers = tiers = Tiers(
                 self._arena, eviction, admit, ttl_s, self.metrics, ram_quotas
             )
-            try:
-                if directory is not None:
-                    tiers.disk = DiskTier(
-                        files or Files(),
-                        directory,
-                        storage_bytes=storage_bytes,
-                        index=tiers.index,
-                        policy=eviction,
-                        on_evict=tiers.on_disk_evict,
-                        quotas=quotas or {},
-                        direct=direct,
-                        retired_bytes=self._retired.nbytes(),
-                    )
-            except OSError as error:
-                kind = StorageFullError if error.errno in NO_SPACE else StorageError
-                raise kind(f"the store in {directory} cannot be opened: {error}") from error
+            if directory is not None:
+                tiers.disk = DiskTier(
+                    files or Files(),
+                    directory,
+                    storage_bytes=storage_bytes,
+                    index=tiers.index,
+                    policy=eviction,
+                    on_evict=tiers.on_disk_evict,
+                    quotas=quotas or {},
+                    direct=direct,
+                    retired_bytes=self._retired.nbytes(),
+                )
+                undo.callback(tiers.disk.discard)
             tiers.note_names()
+            self._lock, self._changed = tiers.lock, tiers.changed
+            self._leases = Leases(tiers, self.epoch)
+            undo.callback(self._leases.close)
+            if (disk := tiers.disk) is not None:
+                self._durability = Durability(
+                    tiers, disk, threaded=io_threads > 0, fsync=fsync, interval_s=fsync_interval_s
+                )
+                undo.callback(self._durability.close)
+                self._io = BlockIo(
+                    tiers,
+                    disk,
+                    self._durability,
+                    threads=io_threads,
+                    write_bytes_per_s=write_bytes_per_s,
+                    on_written=on_written,
+                )
+                undo.callback(self._io.close)
+            self._retired.begin(cast("ShardStore", self), tiers, self._lock)
+            let_go_in_child(self)
             undo.pop_all()
-        self._lock, self._changed = tiers.lock, tiers.changed
-        self._growing = threading.Lock()
-        self._closed = False
-        self._leases = Leases(tiers, self.epoch)
-        self._io: BlockIo | None = None
-        if (disk := tiers.disk) is not None:
-            self._durability = Durability(
-                tiers, disk, threaded=io_threads > 0, fsync=fsync, interval_s=fsync_interval_s
-            )
-            self._io = BlockIo(
-                tiers,
-                disk,
-                self._durability,
-                threads=io_threads,
-                write_bytes_per_s=write_bytes_per_s,
-                on_written=on_written,
-            )
-        self._retired.begin(cast("ShardStore", self), tiers, self._lock)
+
+    def let_go(self) -> None:
+        """In a forked child the store, which is its parent's, is closed."""
+        # a thread of the parent may have held it
+        self._lock._at_fork_reinit()  # type: ignore[attr-defined]
+        self._closed = True
+        self._leases.let_go()
+        self._retired.let_go()
+        if (disk := self._tiers.disk) is not None:
+            # with these descriptors the child would hold the parent's lock
+            disk.folder.close()
 
     def _check_open(self) -> None:
         if self._closed:
-            raise StorageError("the shard store is closed")
+            raise StorageError("the shard store is closed, or of the process that this forked from")
 
     def attach(self, client_pid: int) -> Attachment:
         """Register a client process.
@@ -236,6 +250,7 @@ class ShardBase:
 
     def flush(self, timeout_s: float = 30.0) -> FlushReport:
         """Write and sync all that was committed before the call."""
+        self._check_open()
         if self._io is None:
             return FlushReport(0, 0, 0, True)
         tiers = self._tiers
@@ -262,9 +277,11 @@ class ShardBase:
         self, items: Sequence[_Item], change: Callable[[Sequence[_Item]], Iterable[bool]]
     ) -> list[bool]:
         """Let `change` work on pieces under the lock; its answers, once they are logged."""
+        self._check_open()
         answers: list[bool] = []
         for batch in batches(items):
             with self._lock:
+                self._check_open()
                 answers += change(batch)
                 if self._io is not None:
                     self._durability.note_change()
@@ -447,32 +464,43 @@ class ShardBase:
 
     def close(self, timeout_s: float = 30.0) -> None:
         """Write out what is dirty, write a new log, and give everything back."""
-        if not self._closed:
+        with suppress(StorageError):  # somebody else has closed it meanwhile
+            self._check_open()
             self._retired.close()
             self.flush(timeout_s)
-            self.abandon(compact=True)
+        self.abandon(compact=True)
 
     def abandon(self, *, compact: bool = False) -> None:
         """Stop without writing out what is dirty; end all threads and give everything back."""
-        self._retired.close()
-        with self._lock:
+        with self._ending:  # who comes second finds it closed when this returns
             if self._closed:
                 return
-            self._closed = True
-            self._changed.notify_all()
-        if self._io is not None:
-            self._io.close()
-            self._durability.close()
-        self._leases.close()
-        if (disk := self._tiers.disk) is not None:
-            disk.close(clean=compact and self._durability.compact())
-        self._arena.close()
+            self._retired.close()
+            with self._lock:
+                self._closed = True
+                self._changed.notify_all()
+            if self._io is not None:
+                self._io.close()
+                self._durability.close()
+            self._leases.close()
+            if (disk := self._tiers.disk) is not None:
+                disk.close(clean=compact and self._durability.compact())
+            self._arena.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+@contextmanager
+def _named_errors(directory: str | None) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        kind = StorageFullError if error.errno in NO_SPACE else StorageError
+        raise kind(f"the store in {directory or 'RAM'} cannot be opened: {error}") from error
 
 
 def _by_tier(metrics: Metrics, name: str, *tiers: str) -> dict[str, int]:

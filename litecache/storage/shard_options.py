@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from ..config import FSYNC_POLICIES, CacheConfig
+from ..checks import check_integer, check_path, check_seconds
+from ..config import CacheConfig, check_setting
 from ..errors import ConfigError
 from .disk.log import META_FIXED_BYTES, META_SLOT_BYTES
 from .protocol import PAGE_BYTES
@@ -14,25 +15,44 @@ from .segments import pick_segment_bytes, region_size
 _NAME_BYTES = 1536
 
 
-def validate_options(
+def plain_options(
     directory: str | None,
     storage_bytes: int,
     ram_bytes: int,
     fsync: str,
-    io_threads: int,
+    fsync_interval_s: float,
     ttl_s: float | None,
-) -> None:
-    """Raise ConfigError for the first field that is invalid."""
-    if fsync not in FSYNC_POLICIES:
-        raise ConfigError("fsync", fsync, "one of " + ", ".join(FSYNC_POLICIES))
-    if ram_bytes < 1 << 20:
-        raise ConfigError("ram_bytes", ram_bytes, "at least 1 MiB")
-    if directory is not None and not 1 << 20 <= storage_bytes <= 16 << 40:
-        raise ConfigError("storage_bytes", storage_bytes, "1 MiB to 16 TiB a shard")
-    if io_threads < 0:
-        raise ConfigError("io_threads", io_threads, "zero or more")
-    if ttl_s is not None and ttl_s <= 0:
-        raise ConfigError("ttl_s", ttl_s, "more than zero, or None")
+    write_bytes_per_s: int | None,
+    io_threads: int,
+    quotas: Mapping[str, Mapping[str, int] | None],
+) -> tuple[str | None, int, int]:
+    """`directory`, `storage_bytes` and `ram_bytes` as plain values.
+
+    Args:
+        directory, storage_bytes, ram_bytes, fsync, fsync_interval_s, ttl_s, write_bytes_per_s,
+            io_threads: of a `ShardStore`.
+        quotas: its `quotas` and `ram_quotas`, by the field's name.
+
+    Raises:
+        ConfigError: one of them is invalid.
+    """
+    least = 0
+    if directory is not None:
+        directory, least = check_path("storage_dir", directory), 1 << 20
+    valid = "1 MiB to 16 TiB a shard"
+    storage_bytes = check_integer("storage_bytes", storage_bytes, least, 16 << 40, valid)
+    ram_bytes = check_integer("ram_bytes", ram_bytes, 1 << 20, valid="an integer, at least 1 MiB")
+    check_setting("fsync", "fsync", fsync)
+    check_seconds("fsync_interval_s", fsync_interval_s)
+    check_setting("ttl_s", "ttl_s", ttl_s)
+    if write_bytes_per_s is not None:
+        valid = "an integer, one or more, or None"
+        check_integer("write_bytes_per_s", write_bytes_per_s, 1, valid=valid)
+    check_integer("io_threads", io_threads, 0, valid="an integer, zero or more")
+    for field, limits in quotas.items():
+        for limit in (limits or {}).values():
+            check_integer(field, limit, 0)
+    return directory, storage_bytes, ram_bytes
 
 
 def smallest_storage_bytes(*block_bytes: int) -> int:

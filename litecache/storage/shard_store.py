@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 from ..errors import ConfigError
 from ..hashing import KEY_BYTES, BlockKey
+from .block_index import LAST_S
 from .disk.slab import Stored, read_blocks, requests
 from .key_dict import BATCH_KEYS, batches
 from .leases import Client
@@ -32,7 +33,6 @@ from .shard_base import ShardBase
 
 MAX_FETCH_BYTES = 64 << 20
 """Of one answer of `fetch`; a block larger than this still goes, alone."""
-_LAST_S = 2**32 - 1
 _RETENTIONS = frozenset(Retention)
 _COUNTERS: dict[StageStatus, tuple[str, dict[str, str]]] = {
     StageStatus.READY: ("litecache_hits", {"tier": "ram"}),
@@ -155,6 +155,7 @@ class ShardStore(ShardBase):
 
     def _each(self, keys: Sequence[BlockKey], ask: Callable[[int], bool]) -> list[bool]:
         """An answer for each entry, or -1; asked under the lock."""
+        self._check_open()
         answers: list[bool] = []
         for batch in batches(keys):
             with self._lock:
@@ -238,8 +239,8 @@ class ShardStore(ShardBase):
                 raise ConfigError("key", item[2:4], f"{KEY_BYTES} bytes each for key and parent")
             if len(item[4]) > LONGEST_NAMESPACE:
                 raise ConfigError("namespace", item[4], f"at most {LONGEST_NAMESPACE} characters")
-            if not 0 <= item[5] <= _LAST_S:
-                raise ConfigError("expires_s", item[5], f"a Unix second up to {_LAST_S}, or 0")
+            if not 0 <= item[5] <= LAST_S:
+                raise ConfigError("expires_s", item[5], f"a Unix second up to {LAST_S}, or 0")
             if item[6] not in _RETENTIONS:
                 raise ConfigError("retention", item[6], "NORMAL, LOW or HIGH")
         statuses: list[CommitStatus] = []
@@ -307,6 +308,7 @@ class ShardStore(ShardBase):
 
     def query(self, keys: Sequence[BlockKey], *, touch: bool = False) -> list[bool]:
         """Which keys the shard holds; no lease, recency changes only with `touch`."""
+        self._check_open()
         found: list[bool] = []
         for batch in batches(keys):
             with self._lock:
@@ -382,11 +384,13 @@ class ShardStore(ShardBase):
 
         One answer holds at most 64 MiB (or one block); what does not fit is None, as a miss.
         """
+        self._check_open()
         found: dict[int, bytes | None] = {}
         in_ram, on_disk = self._hold(keys)
         for position, block in in_ram.items():
             found[position] = bytes(self._arena.buffer(block.slot, block.nbytes))
         with self._lock:
+            self._check_open()
             for block in in_ram.values():
                 if self._leases.end(self._leases.own, block.slot, block.generation) is not None:
                     self._tiers.let_go(block)
@@ -428,6 +432,7 @@ class ShardStore(ShardBase):
             reasons = [reason for _, reason in found]
             blocks = [bytes(piece) if reason is None else None for piece, reason in found]
         with self._lock:
+            self._check_open()
             disk.space.end_reads([wanted.slot for wanted in batch])
             for wanted, reason in zip(batch, reasons, strict=True):
                 if reason is None:

@@ -467,7 +467,7 @@ def test_a_read_only_shard_serves_and_takes_nothing(tmp_path):
         ({"ram_bytes": 1 << 50}, StorageFullError, "ram_bytes"),
         ({"fsync": "sometimes"}, ConfigError, "always, interval, never"),
         ({"eviction": "fifo"}, ConfigError, "lfu, lru, s3fifo"),
-        ({"admission": "some"}, ConfigError, "all, frequent, none, reused"),
+        ({"admission": "some"}, ConfigError, "all, frequent, reused, none"),
         ({"storage_bytes": 5}, ConfigError, "1 MiB"),
         ({"ttl_s": 0}, ConfigError, "ttl_s"),
     ],

@@ -15,7 +15,7 @@ import os
 import re
 import struct
 
-from ...errors import StorageFullError
+from ...errors import StorageError, StorageFullError
 from ...hashing import BlockKey
 from ...machine_memory import available_memory_bytes
 from ..protocol import PAGE_BYTES, PROTOCOL_VERSION, Attachment, SlotState
@@ -127,8 +127,11 @@ class Arena(SlotMemory):
         return os.fstat(self._fd).st_blocks * 512
 
     def buffer(self, slot: int, nbytes: int) -> memoryview:
-        """A slot's bytes."""
-        return self.array[slot * PAGE_BYTES : slot * PAGE_BYTES + nbytes].data
+        """A slot's bytes; StorageError once the arena is closed."""
+        memory = self.array[slot * PAGE_BYTES : slot * PAGE_BYTES + nbytes]
+        if len(memory) != nbytes:
+            raise StorageError(f"slot={slot} with {nbytes} bytes: the arena is closed")
+        return memory.data
 
     def set_entry(
         self, slot: int, generation: int, state: SlotState, key: BlockKey | None, nbytes: int

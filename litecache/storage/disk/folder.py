@@ -294,14 +294,15 @@ class Folder:
 
         A `lock` that was removed is made anew while nobody else has taken one.
         """
-        here = os.fstat(self._fd)
         try:
-            if not os.path.samestat(os.stat(self.path), here):
+            if not os.path.samestat(os.stat(self.path), os.fstat(self._fd)):
                 return "another folder has taken its place"
+            if not self._files.exists("superblock"):
+                return "its superblock was removed"
         except (FileNotFoundError, NotADirectoryError):
             return "it was removed"
-        if not self._files.exists("superblock"):
-            return "its superblock was removed"
+        except OSError as error:
+            return f"it cannot be reached: {error}"
         try:
             lock = os.stat("lock", dir_fd=self._fd, follow_symlinks=False)
             if os.path.samestat(lock, os.fstat(self._lock_fd)):

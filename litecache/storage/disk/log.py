@@ -550,4 +550,5 @@ class Log:
     def close(self) -> None:
         """Close the file."""
         with self._lock:
-            self._files.close(self._fd)
+            fd, self._fd = self._fd, -1  # the number will soon be another file's
+            self._files.close(fd)

@@ -112,7 +112,8 @@ class Slab:
 
     def close(self) -> None:
         """Close the file."""
-        self._files.close(self.fd)
+        fd, self.fd = self.fd, -1  # the number will soon be another file's
+        self._files.close(fd)
 
 
 def _neighbours(transfers: Sequence[Transfer]) -> list[list[int]]:

@@ -332,11 +332,21 @@ class DiskTier:
 
     def close(self, *, clean: bool) -> None:
         """Close all files and give the lock up; `clean`: a compaction has just succeeded."""
-        if clean:
-            self.folder.note("clean")
+        try:
+            if clean:
+                self.folder.note("clean")
+        except OSError as error:
+            logger.warning("%s cannot be marked as closed cleanly: %s", self.folder.path, error)
+        self.lost = self.lost or "it is closed"  # to threads that were about to look
         self.log.close()
         self.slab.close()
         self.folder.close()
+
+    def discard(self) -> None:
+        """Undo the opening: a folder that was made for it goes, too."""
+        self.log.close()
+        self.slab.close()
+        self.folder.discard()
 
     def check_integrity(self, in_flight: set[int]) -> None:
         """AssertionError unless index, space and queues agree, but for the slots of writes."""

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from ...checks import is_a
 from ...errors import ConfigError
 from ...hashing import BlockKey
 from ..block_index import grown_by
@@ -360,6 +361,6 @@ def get_policy(name: str) -> type[EvictionPolicy]:
     Raises:
         ConfigError: there is none; the message lists the names.
     """
-    if name not in _POLICIES:
+    if not is_a(name, str) or name not in _POLICIES:
         raise ConfigError("eviction", name, "one of " + ", ".join(sorted(_POLICIES)))
     return _POLICIES[name]
