@@ -15,6 +15,7 @@ from plan_driver import random_prompt
 
 from litecache.engine.scheduling import saves
 from litecache.engine.transfer import saver
+from litecache.engine.transfer.codec import SameBytes
 from litecache.engine.transfer.shard_set import Leases, ShardSet
 from litecache.storage.client import LocalShardClient
 from litecache.storage.protocol import Retention, SlotRef
@@ -164,20 +165,22 @@ def test_a_shard_that_gives_no_slots_is_waited_for_once_and_not_in_every_batch(
         assert len(harness.stores[0].keys()) == 2
 
 
+@pytest.mark.parametrize(("owner", "name"), [(ShardSet, "choose"), (SameBytes, "save")])
 def test_the_saver_goes_on_after_any_exception(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: type, name: str
 ) -> None:
-    from litecache.engine.transfer.shard_set import ShardSet
+    """And keeps no slot that it had reserved."""
 
-    def choose(self: ShardSet, run_key: bytes) -> None:
+    def raises(*_: object) -> None:
         raise ZeroDivisionError("planted")
 
     prompt = random_prompt(33, seed=2)
     with Harness(family_source("llama"), folders=[tmp_path / "s"]) as harness:
         with monkeypatch.context() as broken:
-            broken.setattr(ShardSet, "choose", choose)
+            broken.setattr(owner, name, raises)
             harness.run([prompt], 1)
             assert harness.engine.flush(timeout_s=30)["complete"]
+        assert harness.stores[0].stats()["leases"] == 0
         assert harness.engine.metrics.value("litecache_drops", reason="error") == 2
         harness.run([prompt], 1)
         assert harness.engine.flush()["complete"]

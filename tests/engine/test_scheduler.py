@@ -22,7 +22,7 @@ from scheduler_world import BLOCK_SIZE, WINDOW, World, expected_output, guide
 from litecache.engine.kv_layout import KVLayout, KVSpec
 from litecache.engine.scheduling.below import NO_REFS, Refs
 from litecache.engine.scheduling.block_pool import BlockPool
-from litecache.engine.scheduling.loads import Loads
+from litecache.engine.scheduling.loads import MAX_STAGING, Loads
 from litecache.engine.scheduling.orders import LoadReport, RowGuide, Schedule
 from litecache.engine.scheduling.plan_builder import PlanBuilder
 from litecache.engine.scheduling.prefix_cache import PrefixCache
@@ -851,6 +851,36 @@ def test_who_runs_alone_after_an_error_gets_what_others_hold() -> None:
     world.run_until_idle()
     assert set(world.finished) == set(names)
     world.check_outputs()
+
+
+@pytest.mark.parametrize("why", ["others run alone", "they are paused"])
+def test_who_cannot_start_keeps_no_lookup_from_those_who_can(why: str) -> None:
+    """As many as may be looked up at once, all in front of the one that can."""
+    world, prompt = stored(4, max_requests=2, max_batch_tokens=48)
+    able = [world.submit((0, 1, n) * 10, 4, priority=1) for n in range(2)]
+    while world.stages:
+        world.answer_stage(0, lambda _: False)
+    assert world.step()
+    names = [world.submit((*prompt, n % 2, n // 2), 1) for n in range(MAX_STAGING)]
+    while world.stages:
+        world.answer_stage(0, lambda _: True)
+    assert not world.scheduler.loads.has_room
+    if why == "they are paused":
+        world.finish_step()
+        world.scheduler.set_paused(names, True)
+        able = [world.submit((1, *prompt), 4, priority=1)]
+    else:
+        world.fail_last_step(out_of_memory=False)
+    for _ in range(60):
+        world.step()
+        while world.stages or world.results:
+            world.answer_stage(0, lambda _: False) if world.stages else world.finish_step()
+    assert world.finished.keys() >= {*able}
+    world.scheduler.set_paused(names, False)
+    world.run_until_idle()
+    assert world.finished.keys() >= {*names}
+    world.check_outputs()
+    assert not world.leases
 
 
 def test_a_forward_whose_step_raises_hands_out_each_position_once() -> None:

@@ -469,6 +469,8 @@ class Scheduler:
         for seq in list(self._queues.waiting):
             waits = seq.num_in_flight or seq.paused or seq.id in self._asking
             if waits or alone not in (None, seq):
+                if not self.loads.has_room:  # who cannot start holds up nobody who can
+                    self.loads.drop(seq, out)
                 continue
             if seq.status is SequenceStatus.STAGING:
                 until_s = seq.asked_s + max(self._lookup_patience_s, seq.lookup_worth_s)

@@ -194,11 +194,17 @@ class Saver:
             if not slots:
                 dropped += self._drop(new, "no_slot")
                 break
-            views = self._codec.copier.slots(
-                shard.arena, [slot.slot for slot in slots], block_bytes
-            )
             blocks = np.array([order.block for order in new[: len(slots)]], dtype=np.int64)
-            self._codec.save(pool, blocks, views)
+            try:
+                views = self._codec.copier.slots(
+                    shard.arena, [slot.slot for slot in slots], block_bytes
+                )
+                self._codec.save(pool, blocks, views)
+            except Exception:
+                # no copy writes to them any more, and nobody else would ever give them back
+                self._codec.synchronize()
+                shard.release(slots)
+                raise
             self._codec.synchronize()
             items = [
                 CommitItem(
