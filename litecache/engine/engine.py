@@ -30,9 +30,10 @@ from litecache.engine.loading.memory import choose_num_blocks, memory_for
 from litecache.engine.loading.model_loader import load_model
 from litecache.engine.loading.model_source import ModelSource
 from litecache.engine.running.device_errors import check_device, is_out_of_memory
-from litecache.engine.running.model_runner import ModelRunner, StepsInFlight
+from litecache.engine.running.model_runner import ModelRunner
+from litecache.engine.running.steps_in_flight import StepsInFlight
 from litecache.engine.scheduling.cost_model import CostModel, Loads, chosen_loads, prior
-from litecache.engine.scheduling.orders import SaveOrder, Schedule
+from litecache.engine.scheduling.orders import Executor, SaveOrder, Schedule
 from litecache.engine.scheduling.prefix_cache import PrefixCache
 from litecache.engine.scheduling.prefix_view import PrefixView
 from litecache.engine.scheduling.scheduler import (
@@ -122,7 +123,7 @@ class Engine:
         with memory_for(f"a pool of {num_blocks} blocks", "lower num_blocks"):
             self._pools = [KVPool(group, num_blocks + 1, loaded.device) for group in layout.groups]
         with memory_for("the buffers of steps", "lower gpu_memory_fraction or num_blocks"):
-            self._runner = ModelRunner(
+            self._runner: Executor = ModelRunner(
                 loaded,
                 layout,
                 self._pools,

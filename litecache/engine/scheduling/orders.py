@@ -9,8 +9,9 @@ carries only what changes in them, so that its size follows the step and not the
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from litecache.engine.scheduling.below import NO_REFS, Numbers, Refs
 from litecache.hashing import BlockKey
@@ -190,6 +191,30 @@ class StepResult:
     logits: dict[int, bytes] = field(default_factory=dict)
     prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
     seconds: float = 0.0
+
+
+class Step(Protocol):
+    """A step under way."""
+
+    def ready(self) -> bool:
+        """Whether `result` would return at once."""
+        ...
+
+    def result(self) -> StepResult:
+        """Wait for what the step gives."""
+        ...
+
+
+class Executor(Protocol):
+    """Who executes plans, in the order of the calls: a runner, or several that do the same."""
+
+    def execute(self, plan: StepPlan) -> Step:
+        """Start a step."""
+        ...
+
+    def warm_up(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Prepare what would keep a first step waiting; told how much is done, of how much."""
+        ...
 
 
 class StageOrder(NamedTuple):
