@@ -30,6 +30,7 @@ from litecache.storage import wire
 from litecache.storage.arena.view import ArenaView
 from litecache.storage.client import ShardClient
 from litecache.storage.protocol import (
+    ALL_KEYS,
     CommitItem,
     CommitStatus,
     FlushReport,
@@ -134,14 +135,17 @@ class RayShardClient:
         return self.stage_async(keys).result()
 
     def stage_async(
-        self, keys: Sequence[BlockKey], released: Sequence[SlotRef] = ()
+        self,
+        keys: Sequence[BlockKey],
+        released: Sequence[SlotRef] = (),
+        reads: int = ALL_KEYS,
     ) -> Call[list[StageResult]]:
         """Begin a `stage`; leases in `released` end with the same message.
 
         Raises:
             ConfigError: a key is not 16 bytes.
         """
-        message = wire.pack_stage(self._client_id, keys, released)
+        message = wire.pack_stage(self._client_id, keys, released, reads)
         missed = [_MISS] * len(keys)
         call = self._ask(ShardMethod.STAGE, message, wire.unpack_staged, missed, self._undo_stage)
         if call.answer is None:

@@ -13,7 +13,7 @@ from typing import Concatenate, NamedTuple, ParamSpec, Protocol, TypeVar
 
 from ..hashing import BlockKey
 from .arena.view import ArenaView
-from .protocol import CommitItem, CommitStatus, FlushReport, SlotRef, StageResult
+from .protocol import ALL_KEYS, CommitItem, CommitStatus, FlushReport, SlotRef, StageResult
 from .shard_store import ShardStore
 
 P = ParamSpec("P")
@@ -49,9 +49,13 @@ class ShardClient(Protocol):
         """Lease the blocks that are there; start reading those that are on disk."""
 
     def stage_async(
-        self, keys: Sequence[BlockKey], released: Sequence[SlotRef] = ()
+        self,
+        keys: Sequence[BlockKey],
+        released: Sequence[SlotRef] = (),
+        reads: int = ALL_KEYS,
     ) -> PendingStage:
-        """Begin a `stage` without waiting; leases in `released` end on the way, as by `release`."""
+        """Begin a `stage` without waiting; leases in `released` end on the way, as by `release`.
+        Of keys behind the first `reads` no disk is read."""
 
     def wait(self, slots: Sequence[SlotRef], timeout_s: float = 30.0) -> list[bool]:
         """Sleep until leased slots have stopped loading; which of them hold their block."""
@@ -147,10 +151,13 @@ class LocalShardClient:
             raise
 
     def stage_async(
-        self, keys: Sequence[BlockKey], released: Sequence[SlotRef] = ()
+        self,
+        keys: Sequence[BlockKey],
+        released: Sequence[SlotRef] = (),
+        reads: int = ALL_KEYS,
     ) -> PendingStage:
         """Stage at once; only undoing it is left."""
-        return _Staged(self, self.stage(keys, released))
+        return _Staged(self, self.stage(keys, released, reads))
 
     def close(self) -> None:
         """Detach, which ends all leases, and unmap the arena."""

@@ -15,8 +15,10 @@ from typing import NamedTuple
 
 from ..hashing import BlockKey
 
-PROTOCOL_VERSION = 7
+PROTOCOL_VERSION = 8
 PAGE_BYTES = 4096
+ALL_KEYS = 1 << 31
+"""More than a message has."""
 
 
 class ShardMethod(IntEnum):
@@ -33,12 +35,14 @@ class ShardMethod(IntEnum):
 
 
 class StageStatus(IntEnum):
-    """Answer for one key of `stage`; READY and LOADING come with a lease."""
+    """Answer for one key of `stage`; READY and LOADING come with a lease, ON_DISK without: the
+    block is there, and was not to be read."""
 
     MISS = 0
     READY = 1
     LOADING = 2
     BUSY = 3
+    ON_DISK = 4
 
 
 class SlotState(IntEnum):

@@ -18,6 +18,7 @@ from .key_dict import BATCH_KEYS, batches
 from .leases import Client
 from .namespaces import LONGEST_NAMESPACE
 from .protocol import (
+    ALL_KEYS,
     PAGE_BYTES,
     CommitItem,
     CommitStatus,
@@ -39,15 +40,20 @@ _COUNTERS: dict[StageStatus, tuple[str, dict[str, str]]] = {
     StageStatus.LOADING: ("litecache_hits", {"tier": "disk"}),
     StageStatus.MISS: ("litecache_misses", {"tier": "shard", "reason": "absent"}),
     StageStatus.BUSY: ("litecache_misses", {"tier": "shard", "reason": "busy"}),
+    StageStatus.ON_DISK: ("litecache_hits", {"tier": "disk"}),
 }
-_BUSY = StageResult(StageStatus.BUSY)
+_BUSY, _ON_DISK = StageResult(StageStatus.BUSY), StageResult(StageStatus.ON_DISK)
 
 
 class ShardStore(ShardBase):
     """One shard, for any number of client processes; `ShardBase` tells its arguments."""
 
     def stage(
-        self, client_id: int, keys: Sequence[BlockKey], released: Sequence[SlotRef] = ()
+        self,
+        client_id: int,
+        keys: Sequence[BlockKey],
+        released: Sequence[SlotRef] = (),
+        reads: int = ALL_KEYS,
     ) -> list[StageResult]:
         """Lease blocks in RAM and begin to read those on disk, in the order given.
 
@@ -55,10 +61,11 @@ class ShardStore(ShardBase):
             client_id: as `attach` gave it.
             keys: what is wanted.
             released: leases to end first, as by `release`.
+            reads: of keys from the first; of those behind only what is in RAM is leased.
 
         Returns:
-            Per key READY or LOADING with a lease on the slot, BUSY (no slot is free now) or MISS.
-            Completion of LOADING shows in the slot table.
+            Per key READY or LOADING with a lease on the slot, BUSY (no slot is free now), ON_DISK
+            (behind `reads`) or MISS. Completion of LOADING shows in the slot table.
 
         Raises:
             StorageError: unknown client.
@@ -69,12 +76,12 @@ class ShardStore(ShardBase):
             self.release(client_id, released)
         results: list[StageResult] = []
         for batch in batches(keys):
-            results += self._stage(client_id, batch)
+            results += self._stage(client_id, batch, reads - len(results))
         self._drain()
         return results
 
-    def _stage(self, client_id: int, keys: Sequence[BlockKey]) -> list[StageResult]:
-        results = self._stage_once(client_id, keys)
+    def _stage(self, client_id: int, keys: Sequence[BlockKey], reads: int) -> list[StageResult]:
+        results = self._stage_once(client_id, keys, reads)
         space, grown = self._tiers.space, -1
         statuses = [result[0] for result in results]
         while StageStatus.BUSY in statuses and space.grown != grown:
@@ -82,7 +89,7 @@ class ShardStore(ShardBase):
             # again for as long as the arena grows, now that growth and eviction see their need
             grown = space.grown
             busy = [i for i, result in enumerate(results) if result == _BUSY]
-            again = self._stage_once(client_id, [keys[i] for i in busy])
+            again = self._stage_once(client_id, [keys[i] for i in busy], len(busy))
             for i, result in zip(busy, again, strict=True):
                 results[i] = result
             statuses = [result[0] for result in results]
@@ -91,7 +98,9 @@ class ShardStore(ShardBase):
             self.metrics.inc(name, statuses.count(status), **labels)
         return results
 
-    def _stage_once(self, client_id: int, keys: Sequence[BlockKey]) -> list[StageResult]:
+    def _stage_once(
+        self, client_id: int, keys: Sequence[BlockKey], reads: int
+    ) -> list[StageResult]:
         tiers, space, grown = self._tiers, self._tiers.space, False
         while True:
             with self._lock:
@@ -100,7 +109,7 @@ class ShardStore(ShardBase):
                 handles = [ram[entry] if entry >= 0 else 0 for entry in entries]
                 absent: dict[int, list[int]] = {}
                 if not all(handles):
-                    for at, entry in enumerate(entries):
+                    for at, entry in enumerate(entries[: max(0, reads)]):
                         if entry >= 0 and not handles[at]:
                             absent.setdefault(pages[entry], []).append(at)
                 needs = {size: len(places) for size, places in absent.items()}
@@ -123,11 +132,20 @@ class ShardStore(ShardBase):
         results = [block.staged for block in held]
         if not all(handles):
             held = [block for block in held if block.handle]
+            # where nothing is to be read it stays so
+            results = [
+                _ON_DISK if entry >= 0 and not handle else result
+                for entry, handle, result in zip(entries, handles, results, strict=True)
+            ]
         self._leases.give(client, held)
         for size, places in absent.items():
             self._begin_loads(client, size, places, entries, results)
         if len(held) < len(entries):
-            entries = [e for e, result in zip(entries, results, strict=True) if result[1] >= 0]
+            entries = [
+                entry
+                for entry, result in zip(entries, results, strict=True)
+                if result[1] >= 0 or result is _ON_DISK
+            ]
         tiers.use(entries)
         if tiers.dirty:
             tiers.work.notify_all()

@@ -23,6 +23,7 @@ from ..errors import ConfigError, StorageError
 from ..hashing import KEY_BYTES, BlockKey
 from .key_dict import join_keys, split_keys
 from .protocol import (
+    ALL_KEYS,
     PROTOCOL_VERSION,
     CommitItem,
     CommitStatus,
@@ -151,19 +152,21 @@ def unpack_reserve(message: bytes) -> tuple[int, int, int]:
     return client_id, block_bytes, n
 
 
-def pack_stage(client_id: int, keys: Sequence[BlockKey], released: Sequence[SlotRef]) -> bytes:
-    """A request to stage keys, and leases that end with it.
+def pack_stage(
+    client_id: int, keys: Sequence[BlockKey], released: Sequence[SlotRef], reads: int = ALL_KEYS
+) -> bytes:
+    """A request to stage keys, of which the first `reads` may be read, and leases that end with it.
 
     Raises:
         ConfigError: a key is not 16 bytes.
     """
-    return _pack(Kind.STAGE, client_id, join_keys(keys), _pack_slots(released))
+    return _pack(Kind.STAGE, client_id, join_keys(keys), _pack_slots(released), reads)
 
 
-def unpack_stage(message: bytes) -> tuple[int, list[BlockKey], list[SlotRef]]:
-    """Inverse of `pack_stage`: `(client_id, keys, released)`."""
-    client_id, (joined, slots) = _unpack(message, Kind.STAGE, bytes, bytes)
-    return client_id, _split(Kind.STAGE, joined), _slots(Kind.STAGE, slots)
+def unpack_stage(message: bytes) -> tuple[int, list[BlockKey], list[SlotRef], int]:
+    """Inverse of `pack_stage`: `(client_id, keys, released, reads)`."""
+    client_id, (joined, slots, reads) = _unpack(message, Kind.STAGE, bytes, bytes, int)
+    return client_id, _split(Kind.STAGE, joined), _slots(Kind.STAGE, slots), reads
 
 
 def pack_staged(results: Sequence[StageResult]) -> bytes:

@@ -63,6 +63,29 @@ def test_a_hit_is_never_slower_than_a_miss_however_slow_the_disk(
         assert _hit(machine, length, "disk") <= _never_slower(cold_s)
 
 
+def test_of_a_disk_no_more_is_read_than_may_be_loaded_before_all_is_computed() -> None:
+    """A small model computes faster than its disk reads: what was found is computed by plan."""
+    machine = VirtualMachine(token_s=1.5e-6, pair_s=4e-11)
+    for _ in range(2):
+        _hit(machine, 8192, "disk")
+    for length, most in ((2048, 0), (8192, 0), (65_536, 1024)):
+        machine.num_read = 0
+        cold_s = machine.ask(machine.tokens(length + QUESTION))
+        assert _hit(machine, length, "disk") <= _never_slower(cold_s)
+        assert machine.num_read <= most
+        assert machine.found == {"disk": length}
+    # what lies in RAM is worth it
+    machine.num_read = 0
+    assert _hit(machine, 8192, "ram") < cold_s
+    assert machine.found == {"ram": 8192}
+    # in front of whom others compute, the disk has time
+    machine.store(prefix := machine.tokens(8192), "disk")
+    for _ in range(4):
+        machine.submit(machine.tokens(16_384), 1)
+    machine.ask(np.concatenate([prefix, machine.tokens(QUESTION)]))
+    assert machine.num_read == 512
+
+
 @pytest.mark.parametrize("stall_s", [0.004, 0.03, 0.06])
 def test_a_disk_that_stalls_in_mid_load_costs_one_chunk_at_most(stall_s: float) -> None:
     machine = VirtualMachine()

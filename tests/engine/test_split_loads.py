@@ -109,6 +109,21 @@ def test_every_tier_together_and_any_split_give_the_tokens_of_an_engine_without(
         assert splits.split > 4
 
 
+def test_what_a_disk_was_not_to_read_is_found_and_computed_by_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = random_prompt(161, seed=7)
+    with Harness(family_source("llama"), folders=[tmp_path / "a", tmp_path / "b"]) as harness:
+        wanted = harness.run([prompt], 4)
+        assert harness.engine.flush()["complete"]
+        for reads, reused in ((3, {"disk": 48}), (0, {}), (10, {"disk": 160})):
+            harness.empty("gpu", "ram")
+            monkeypatch.setattr(CostModel, "worth_reading", lambda *a, n=reads, **k: n)
+            assert harness.run([prompt], 4) == wanted
+            assert (harness.reused, harness.found) == ([reused], [{"disk": 160}])
+        assert [store.stats()["leases"] for store in harness.stores] == [0, 0]
+
+
 class Chaos:
     """Shards fail, stall, answer late with other contents, and die, at random but repeatably."""
 
@@ -137,11 +152,11 @@ class Chaos:
             return fine & np.array([not strikes("changed slot", 8) for _ in fine])
 
         def broken_stage(
-            client: LocalShardClient, keys: Sequence[bytes], released: Sequence[SlotRef] = ()
+            client: LocalShardClient, keys: Sequence[bytes], **fields: Any
         ) -> PendingStage:
             if strikes("lookup failed", 8):
                 raise StorageError("planted")
-            return stage(client, keys, released)
+            return stage(client, keys, **fields)
 
         def broken_release(client: LocalShardClient, slots: Sequence[SlotRef]) -> None:
             release(client, slots)

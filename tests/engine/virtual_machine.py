@@ -72,6 +72,8 @@ class VirtualMachine:
         )  # fmt: skip
         self.stored: dict[BlockKey, str] = {}
         self.reused: dict[str, dict[str, int]] = {}
+        self.found: dict[str, int] = {}
+        self.num_read = 0
         self.stall: tuple[float, float] | None = None
         self.now = self._event_s = self._gpu_free_s = 0.0
         self._first: dict[str, float] = {}
@@ -174,6 +176,7 @@ class VirtualMachine:
             if delta.token_ids and delta.request_id not in self._first:
                 self._first[delta.request_id] = self.now
                 self.reused[delta.request_id] = delta.reused_tokens or {}
+                self.found = delta.found_tokens or {}
 
     def _at(self, time_s: float, act: Callable[[], None]) -> None:
         heapq.heappush(self._events, (time_s, next(self._numbers), act))
@@ -188,17 +191,23 @@ class VirtualMachine:
     def _stage(self, order: StageOrder) -> None:
         leases = self._leases.setdefault(order.ticket, {})
         found: dict[BlockRef, str] = {}
-        for ref, key in zip(as_pairs(order.refs), order.keys, strict=True):
-            if key in self.stored:
+        unread: list[BlockRef] = []
+        for place, (ref, key) in enumerate(zip(as_pairs(order.refs), order.keys, strict=True)):
+            if self.stored.get(key) == "disk" and place >= order.reads:
+                unread.append(ref)
+            elif key in self.stored:
                 found[ref], leases[ref] = f"{self.stored[key]}:0", key
                 if self.stored[key] == "ram":
                     self._ready.add((order.ticket, ref))
         reads = [ref for ref, source in found.items() if source == "disk:0"]
+        self.num_read += len(reads)
         for start in range(0, len(reads), READ_BLOCKS):
             self._reads.append((order.ticket, reads[start : start + READ_BLOCKS]))
         self._read()
         self._messages.append(
-            lambda: self.scheduler.loads.on_staged(order.ticket, FoundBelow.of(found))
+            lambda: self.scheduler.loads.on_staged(
+                order.ticket, FoundBelow.of(found)._replace(unread=as_refs(unread))
+            )
         )
 
     def _read(self) -> None:

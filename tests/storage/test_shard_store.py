@@ -139,6 +139,29 @@ def test_stage_answers_busy_when_every_slot_is_leased(tmp_path):
         assert StageStatus.MISS not in statuses
 
 
+def test_of_keys_behind_those_that_may_be_read_what_is_in_ram_is_leased(tmp_path):
+    with make(tmp_path) as store:
+        keys = fill(store, range(12), NBYTES)
+        store.clear("ram")
+        client = LocalShardClient(store)
+        assert all(get(client, keys[8:10], NBYTES))
+        before = store.metrics.value("litecache_storage_bytes", direction="read", tier="disk")
+        results = client.stage_async([*keys, key_of(99)], reads=3).result()
+        expected = [StageStatus.LOADING] * 3 + [StageStatus.ON_DISK] * 5
+        expected += [StageStatus.READY] * 2 + [StageStatus.ON_DISK] * 2 + [StageStatus.MISS]
+        assert [result.status for result in results] == expected
+        held = [SlotRef(r.slot, r.generation) for r in results if r.slot >= 0]
+        assert len(held) == 5
+        assert all(client.wait(held))
+        after = store.metrics.value("litecache_storage_bytes", direction="read", tier="disk")
+        assert after - before == 3 * NBYTES
+        client.release(held)
+        nothing = {r.status for r in client.stage_async(keys[10:], reads=0).result()}
+        assert nothing == {StageStatus.ON_DISK}
+        assert store.stats()["leases"] == 0
+        store.check_integrity()
+
+
 def test_cancel_drops_reads_that_have_not_begun(tmp_path):
     with make(tmp_path) as store:
         keys = fill(store, range(30), NBYTES)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from litecache.errors import ConfigError, StorageError
 from litecache.storage import wire
 from litecache.storage.protocol import (
+    ALL_KEYS,
     PROTOCOL_VERSION,
     CommitItem,
     CommitStatus,
@@ -118,12 +119,17 @@ def test_a_damaged_message_is_refused_or_read_whole(name: str, data: st.DataObje
     assert list(map(type, found)) == list(map(type, SAMPLES[name]))
 
 
-@given(st.integers(0, 2**62), st.lists(KEYS, max_size=9), st.lists(REFS, max_size=9))
-def test_a_stage_carries_its_client_its_keys_and_the_leases_that_end(
-    client_id: int, keys: list[bytes], released: list[SlotRef]
+@given(
+    st.integers(0, 2**62),
+    st.lists(KEYS, max_size=9),
+    st.lists(REFS, max_size=9),
+    st.integers(0, ALL_KEYS),
+)
+def test_a_stage_carries_its_client_its_keys_how_many_may_be_read_and_the_leases_that_end(
+    client_id: int, keys: list[bytes], released: list[SlotRef], reads: int
 ) -> None:
-    message = wire.pack_stage(client_id, keys, released)
-    assert wire.unpack_stage(message) == (client_id, keys, released)
+    message = wire.pack_stage(client_id, keys, released, reads)
+    assert wire.unpack_stage(message) == (client_id, keys, released, reads)
     for other in (message[:-1], message + b"x", message[:5], wire.pack_keys(keys, client_id)):
         with pytest.raises(StorageError):
             wire.unpack_stage(other)

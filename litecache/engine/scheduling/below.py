@@ -39,11 +39,13 @@ class FoundBelow(NamedTuple):
         refs: `[n, 2]`.
         sources: of each, its number in `names`, `[n]`.
         names: of sources, "tier:shard".
+        unread: what disks hold beside that and were not to read, `[m, 2]`.
     """
 
     refs: Refs
     sources: Numbers
     names: tuple[str, ...]
+    unread: Refs = NO_REFS
 
     @classmethod
     def of(cls, found: Mapping[BlockRef, str]) -> FoundBelow:
@@ -59,13 +61,14 @@ class FoundBelow(NamedTuple):
 
 
 class _State(IntEnum):
-    UNASKED, ASKED, STAGED, LOADING = range(4)
+    UNASKED, ASKED, UNREAD, STAGED, LOADING = range(5)
 
 
 class Below:
     """State and source of each block of a sequence in the tiers below the pool.
 
-    A block is not asked for, asked for, staged (found, its lease taken by no load yet) or loading.
+    A block is not asked for, asked for, unread (found on a disk, where it stays), staged (found,
+    its lease taken by no load yet) or loading.
 
     Attributes:
         names: of sources, by their number; number 0 is none.
@@ -111,6 +114,10 @@ class Below:
             self._source = np.pad(self._source, ((0, 0), (0, more)))
         return _from_the_back(there & (self._state[:, : there.shape[1]] == _State.UNASKED))
 
+    def unread(self, first: int) -> Numbers:
+        """Indices from `first` on of unread blocks of the first group."""
+        return first + np.flatnonzero(self._state[0, first:] == _State.UNREAD)
+
     def staged(self, first: int, end: int) -> Refs:
         """Staged blocks from `first` to `end`, from the back."""
         refs = _from_the_back(self._state[:, first:end] == _State.STAGED)
@@ -136,6 +143,7 @@ class Below:
         numbers = np.array([self.names.index(name) for name in found.names], dtype=np.int16)
         self._state[groups, indices] = _State.STAGED
         self._source[groups, indices] = numbers[found.sources] if len(numbers) else 0
+        self._state[found.unread[:, 0], found.unread[:, 1]] = _State.UNREAD
         self.num_staged += len(groups)
 
     def forget_staged(self) -> None:

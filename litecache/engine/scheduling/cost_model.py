@@ -17,41 +17,32 @@ import os
 import statistics
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
 
+from litecache.engine.scheduling.sources import PRIOR_SOURCES, Source
 from litecache.engine.scheduling.step_law import Floats, StepLaw
 from litecache.errors import ConfigError
+from litecache.storage.protocol import ALL_KEYS
 
 Loads = Literal["model", "all", "none"] | Callable[[int, int], int]
 
 PRIOR_FLOPS = {"cuda": 700e12, "cpu": 50e9}
 """Of a prefill: more than most have, so that computing looks cheap until it is measured."""
 PRIOR_STEP_S = {"cuda": 5e-3, "cpu": 2e-3}
-PRIOR_SOURCES = {"ram": (40e9, 5e-4), "disk": (2e9, 2e-3), "remote": (0.5e9, 1e-2)}
-"""Bytes per second and latency, by the tier in front of a source's colon. Rather too much: a source
-that is never asked is never measured, and asking one that is slow costs a chunk at most."""
-COPY_BYTES_PER_S = 50e9
-"""Of what was read ahead: it still has to be copied."""
 TOLERANCE, TOLERANCE_S = 1.01, 1e-4
 """Of the plans that are this near to the best, the one is taken that takes the least seconds of
 disks and GPU together: copies from RAM are cheap."""
 WORTH, WORTH_S = 1.02, 5e-4
 """A plan that loads must beat computing all by this much; one that asks a disk by a step, too: so
 much is lost where the disk does not answer."""
+READ_MORE = 1.5
+"""Times what the laws say is worth reading is read, since they may be wrong."""
 BESIDE_RAM = 0.25
 """What computing beside a load from RAM must save of it, and a step at least: launching steps and
 launching copies take turns on one interpreter, so that each slows the other down."""
-SPAN_S = 0.02
-"""Landings of a source are summed over so long before they count as one reading of its rate."""
-LATE_S, LATE_RAM_S = 2e-3, 0.05
-OVERDUE_S = 0.1
-PROBE_S, MAX_PROBE_S = 1.0, 30.0
-FORGET_S = 5.0
-"""A slow source is believed to be twice as fast, up to its best, after each so long unasked."""
 SLOWED, SLOWED_FOR_S = 1.05, 30.0
 """Loads and steps are seen to slow each other down where a prediction is missed by more than that;
 it is believed to be half as much after so many seconds."""
@@ -100,151 +91,6 @@ def prior(num_parameters: int, device_type: str) -> tuple[float, float]:
     """Seconds of a prefill token and of an empty step, for `CostModel`, from a model's size."""
     kind = "cuda" if device_type == "cuda" else "cpu"
     return 2 * num_parameters / PRIOR_FLOPS[kind], PRIOR_STEP_S[kind]
-
-
-@dataclass
-class Source:
-    """Rate and latency of one source, what is ordered of it, and whether it answers.
-
-    Attributes:
-        tier: "ram", "disk" or "remote"; a disk reads ahead from the lookup on.
-        rate, best: bytes per second, now and at most.
-        ordered: bytes that each ticket still waits for.
-        out: it failed or is long overdue: left out of plans until it answers or is probed.
-    """
-
-    tier: str
-    rate: float
-    latency_s: float
-    best: float
-    ordered: dict[int, int] = field(default_factory=dict)
-    out: bool = False
-    _measured: bool = False
-    _probe_s: float = 0.0
-    _backoff_s: float = PROBE_S
-    _batch: float = 16 << 20
-    _begun_s: float = -math.inf
-    _landed_s: float = -math.inf
-    _read_s: float = 0.0
-    _busy: int = 0
-    _span: tuple[float, int] = (0.0, 0)
-    _last: deque[float] = field(default_factory=lambda: deque(maxlen=3))
-
-    def order(self, ticket: int, nbytes: int, now: float, asked_s: float | None) -> None:
-        """A ticket's blocks are wanted, and have been read ahead since `asked_s`."""
-        if not self.ordered:
-            self._begun_s = self._busy_since(now, asked_s)
-            self._busy, self._span = 0, (self._begun_s, 0)
-        self.ordered[ticket] = self.ordered.get(ticket, 0) + nbytes
-        if self.out:
-            self._backoff_s = min(2 * self._backoff_s, MAX_PROBE_S)
-            self._probe_s = now + self._backoff_s
-
-    def land(self, ticket: int, nbytes: int, now: float, *, waited: bool) -> None:
-        """Some of them are there."""
-        self.out, self._backoff_s = False, PROBE_S
-        if ticket not in self.ordered:
-            return  # of a load that was given up
-        since = self._since(now)
-        counts = waited or self.tier != "disk"
-        if not self._busy and counts:
-            extra = max(0.0, since - nbytes / self.rate)
-            self.latency_s += 0.2 * (min(extra, 4 * self.latency_s + 1e-4) - self.latency_s)
-        self.ordered[ticket] -= nbytes
-        if self.ordered[ticket] <= 0:
-            del self.ordered[ticket]
-        began, total = self._span
-        total += nbytes
-        taken = now - began - (self.latency_s if began == self._begun_s else 0.0)
-        taken = max(taken, (now - began) / 4)
-        # What is little takes its latency, whatever the rate.
-        much = total > 2 * self.latency_s * self.rate
-        if counts and (taken >= SPAN_S or (much and not self.ordered)):
-            self.note(total, taken, now)
-            began, total = now, 0
-        self._span = (began, total)
-        self._batch += 0.3 * (nbytes - self._batch)
-        self._landed_s, self._busy = now, self._busy + nbytes
-
-    def end(self, ticket: int, now: float) -> None:
-        """A ticket wants nothing more; what is overdue then is slower than was believed."""
-        left = self.ordered.get(ticket, 0)
-        if left and self.overdue(now):
-            self.rate = min(self.rate, min(left, self._batch) / self._since(now))
-            self.leave_out(now)
-        self.ordered.pop(ticket, None)
-
-    def note(self, nbytes: int, seconds: float, now: float) -> None:
-        """Bytes have taken so long; 0 bytes: it has failed."""
-        self._read_s = now
-        if nbytes <= 0:
-            return self.leave_out(now)
-        self.out, self._backoff_s = False, PROBE_S
-        self._last.append(nbytes / max(seconds, 1e-9))
-        rate = statistics.median(self._last) if len(self._last) > 2 else self._last[-1]
-        change = math.log(rate / self.rate)
-        if not self._measured or abs(change) > math.log(2):
-            self.rate = rate
-        else:
-            self.rate *= math.exp(0.4 * change)
-        self._measured = True
-        self.best = max(self.best, self.rate)
-
-    def leave_out(self, now: float) -> None:
-        """It failed, or is overdue."""
-        if not self.out:
-            self.out, self._probe_s = True, now + self._backoff_s
-
-    def usable(self, now: float) -> bool:
-        """It may be planned with."""
-        if self.ordered and self.overdue(now, 4, OVERDUE_S):
-            self.leave_out(now)
-        return not self.out or now >= self._probe_s
-
-    def speed(self, now: float, hopeful: bool) -> float:
-        """Bytes per second to plan with; `hopeful`: as it may be by now, unasked for so long."""
-        if not hopeful or self.out:
-            return self.rate
-        age = min(max(0.0, now - self._read_s) / FORGET_S, 60.0)
-        return min(self.best, self.rate * math.pow(2, age))
-
-    def load_s(
-        self, wanted: Floats, speed: float, ticket: int | None, now: float, asked_s: float | None
-    ) -> Floats:
-        """Seconds until so many bytes have landed, if they are ordered now."""
-        others = sum(nbytes for owner, nbytes in self.ordered.items() if owner != ticket)
-        ahead_s = others / self.rate if others else self._busy_since(now, asked_s) - now
-        spent = np.maximum(self.latency_s + ahead_s + wanted / speed, 0.0)
-        return np.asarray((wanted > 0) * np.maximum(spent, wanted / COPY_BYTES_PER_S))
-
-    def arrival_s(self, nbytes: int, now: float) -> float:
-        """Seconds until this many more have landed."""
-        since = self._since(now)
-        if self.overdue(now):  # it will take as long again as it has
-            return nbytes / self.rate + since
-        if not self._busy:
-            return max(0.0, self.latency_s + nbytes / self.rate - since)
-        # A disk that has become slow shows first in what it has done since it had something to do.
-        spent = self._landed_s - self._begun_s - self.latency_s
-        spent = max(spent, self._busy / self.best, 1e-6)
-        return max(0.0, nbytes / min(self.rate, self._busy / spent) - since)
-
-    def _busy_since(self, now: float, asked_s: float | None) -> float:
-        """When it began with what is asked for, nobody else waiting."""
-        if asked_s is None or self.tier != "disk" or not math.isfinite(asked_s):
-            return now
-        return min(now, max(asked_s, self._landed_s))
-
-    def _since(self, now: float) -> float:
-        return max(0.0, now - max(self._begun_s, self._landed_s))
-
-    def overdue(self, now: float, times: float = 2.0, more_s: float | None = None) -> bool:
-        """It has taken longer than so many times its usual, and a little."""
-        if more_s is None:
-            # memory does not stall, but for its first copy the host prepares a while
-            more_s = LATE_RAM_S if self.tier == "ram" else LATE_S
-        usual_s = self.latency_s + self._batch / self.rate
-        return self._since(now) > times * usual_s + more_s
 
 
 def chosen_loads(loads: Loads | None) -> Loads:
@@ -508,6 +354,30 @@ class CostModel:
     def compute_s(self, num_tokens: int, num_cached: int) -> float:
         """Seconds of a prefill behind what is cached, on an idle engine."""
         return self._steps.seconds(num_tokens, num_cached, 0)
+
+    def worth_reading(
+        self, nbytes: int, compute_s: float, wait_s: float, num_tokens: int, now: float
+    ) -> int:
+        """How many blocks of a prefix, from its end, disks could deliver before all of them are
+        computed; none where a step costs more than computing so many.
+
+        Args:
+            nbytes: of a block.
+            compute_s: of all that is asked for.
+            wait_s: until its first step; inf = nobody knows.
+            num_tokens: known tokens of the request.
+            now: as in `plan`.
+        """
+        disks = [source for source in self._sources.values() if source.tier == "disk"]
+        if self._loads != "model" or not (disks and self._steps.count and wait_s < math.inf):
+            return ALL_KEYS
+        disks = [source for source in disks if source.usable(now)]
+        rate = sum(source.speed(now, hopeful=True) for source in disks)
+        latency_s = min((source.latency_s for source in disks), default=0.0)
+        count = math.ceil(READ_MORE * rate * max(0.0, wait_s + compute_s - latency_s) / nbytes)
+        base, token, pair, *_ = self._steps.law
+        spared_s = count * self._block_size * (token + pair * num_tokens)
+        return count if READ_MORE * spared_s > base else 0
 
     def left_s(self, steps: Iterable[tuple[int, int, int]], began_s: float, now: float) -> float:
         """Seconds until steps under way have ended, the first of which began at `began_s`.

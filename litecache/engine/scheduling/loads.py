@@ -31,7 +31,8 @@ from litecache.engine.scheduling.orders import (
 )
 from litecache.engine.scheduling.prefix_cache import PrefixCache
 from litecache.engine.scheduling.prefix_index import MISSING
-from litecache.engine.scheduling.sequence import TIERS, Sequence, SequenceStatus
+from litecache.engine.scheduling.sequence import DISK, TIERS, Sequence, SequenceStatus
+from litecache.storage.protocol import ALL_KEYS
 from litecache.types import Tier
 
 MAX_STAGING = 8
@@ -95,8 +96,16 @@ class Loads:
             return NO_REFS
         return seq.below.unasked(np.array(looked, dtype=np.int64) == MISSING)
 
-    def ask(self, seq: Sequence, refs: Refs, now: float, out: Schedule) -> None:
-        """Look blocks up in the lower tiers, which begin to read them from disk."""
+    def ask(self, seq: Sequence, refs: Refs, now: float, wait_s: float, out: Schedule) -> None:
+        """Look blocks up in the lower tiers, which begin to read from disk what may be loaded.
+
+        Args:
+            seq: the request.
+            refs: of the blocks, from the back.
+            now: of the engine's clock.
+            wait_s: until its first step, as far as is known.
+            out: takes the order.
+        """
         if not seq.ticket:
             self._tickets += 1
             seq.ticket = self._tickets
@@ -108,7 +117,11 @@ class Loads:
         seq.lookup_worth_s = min(spared_s, LOOKUP_MOST_S)
         seq.below.ask(refs)
         keys = [seq.chain.keys[group][index] for group, index in refs.tolist()]
-        out.stages.append(StageOrder(seq.ticket, refs, keys))
+        reads = ALL_KEYS
+        if len(self._cache.groups) == 1 and not self._windowed:
+            nbytes = self._cache.groups[0].tier_bytes
+            reads = self._cost.worth_reading(nbytes, spared_s, wait_s, seq.num_tokens, now)
+        out.stages.append(StageOrder(seq.ticket, refs, keys, reads))
 
     def give_way(self, waiting: Seq[Sequence], seq: Sequence, out: Schedule) -> bool:
         """Take a lookup from the last of those that wait behind `seq`; False if there is none."""
@@ -150,9 +163,11 @@ class Loads:
             out: takes the orders.
         """
         seq.num_landed = 0
+        first = -(-seq.num_computed // self._cache.block_size)
+        unread = seq.below.unread(first)
+        seq.tiers[unread[seq.tiers[unread] == 0]] = DISK
         if self._cost is None or not (seq.below.num_staged or seq.below.num_loading):
             return
-        first = -(-seq.num_computed // self._cache.block_size)
         end = len(seq.chain.keys[0])
         for _ in range(2):
             found, end = self._found(seq, first, end)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 from litecache.engine.scheduling.below import NO_REFS, Numbers, Refs
 from litecache.hashing import BlockKey
-from litecache.storage.protocol import Retention
+from litecache.storage.protocol import ALL_KEYS, Retention
 from litecache.token_ids import TokenIds
 from litecache.types import SamplingParams, TokenDelta, TokenLogprobs
 
@@ -218,11 +218,13 @@ class Executor(Protocol):
 
 
 class StageOrder(NamedTuple):
-    """Ask the lower tiers for blocks: references `[n, 2]` and their keys, in reading order."""
+    """Ask the lower tiers for blocks: references `[n, 2]` and their keys, in reading order; no disk
+    reads more of them than the first `reads`."""
 
     ticket: int
     refs: Refs
     keys: list[BlockKey]
+    reads: int = ALL_KEYS
 
 
 class LoadOrder(NamedTuple):

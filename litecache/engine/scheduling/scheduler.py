@@ -515,7 +515,9 @@ class Scheduler:
             return False
         # No place to ask now: those who have one go first, or nobody ever gives one back.
         if self.loads.has_room or self.loads.give_way(self._queues.waiting, seq, out):
-            self.loads.ask(seq, wanted, now, out)
+            # else nobody knows when its turn comes
+            wait_s = self._steps.left_s(now) if self._queues.is_next(seq) else math.inf
+            self.loads.ask(seq, wanted, now, wait_s, out)
         return True
 
     # Ends

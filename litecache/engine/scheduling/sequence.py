@@ -21,7 +21,7 @@ PRIORITY_STEP_S = 10.0
 """One level of priority is worth so many seconds of waiting, so that nobody starves."""
 TIERS = ("", *(tier.value for tier in Tier))
 """Where a block was found, by the numbers of `Sequence.tiers`."""
-GPU = TIERS.index(Tier.GPU.value)
+GPU, DISK = TIERS.index(Tier.GPU.value), TIERS.index(Tier.DISK.value)
 
 
 @dataclass
@@ -284,6 +284,12 @@ class RequestQueues:
     def has_row(self) -> bool:
         """Another request may start."""
         return bool(self._free_rows)
+
+    def is_next(self, seq: Sequence) -> bool:
+        """There is a row for it, and nothing else to prefill."""
+        others = (other for other in self.waiting if other is not seq)
+        decodes = all(other.num_todo <= 1 for other in self.running)
+        return self.has_row and decodes and next(others, None) is None
 
     def add(self, seq: Sequence) -> None:
         """Queue a request."""

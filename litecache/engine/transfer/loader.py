@@ -25,7 +25,7 @@ from litecache.engine.scheduling.below import NO_REFS, FoundBelow, Numbers, Refs
 from litecache.engine.scheduling.orders import CancelOrder, LoadOrder, LoadReport, StageOrder
 from litecache.engine.transfer.block_copier import BlockCopier, Mark
 from litecache.engine.transfer.codec import Codec
-from litecache.engine.transfer.shard_set import Leases, ShardSet
+from litecache.engine.transfer.shard_set import UNREAD, Leases, ShardSet
 from litecache.metrics import Metrics
 from litecache.spans import note_span
 from litecache.storage.block_index import key_words
@@ -261,15 +261,17 @@ class Loader:
         started = time.perf_counter()
         leases = Leases.none(())
         try:
-            leases = self._shards.stage(order.keys)
+            leases = self._shards.stage(order.keys, order.reads)
         except Exception:
             logger.exception("looking up %d blocks failed", len(order.keys))
         self._metrics.observe(
             "litecache_io_seconds", time.perf_counter() - started, direction="stage", tier="shard"
         )
         there = np.flatnonzero(leases.origins >= 0)
+        unread = order.refs[np.flatnonzero(leases.origins == UNREAD)]
         leases, refs = leases.part(there), order.refs[there]
-        found = FoundBelow(refs, leases.origins, tuple(origin.name for origin in leases.of))
+        names = tuple(origin.name for origin in leases.of)
+        found = FoundBelow(refs, leases.origins, names, unread)
         if len(there):
             with self._lock:
                 held = self._held.get(order.ticket)

@@ -15,12 +15,13 @@ import numpy.typing as npt
 from litecache.hashing import BlockKey
 from litecache.metrics import Metrics
 from litecache.storage.client import PendingStage, ShardClient
-from litecache.storage.protocol import SlotRef, SlotState, StageResult, StageStatus
+from litecache.storage.protocol import ALL_KEYS, SlotRef, SlotState, StageResult, StageStatus
 from litecache.types import Tier
 
 logger = logging.getLogger(__name__)
 
 Numbers = npt.NDArray[np.int64]
+UNREAD = -2
 # a NamedTuple's own constructor takes three times as long
 _slot_ref = partial(tuple.__new__, SlotRef)
 
@@ -52,7 +53,8 @@ class Leases(NamedTuple):
     Attributes:
         asked: keys, these leases' among them.
         places: of the leases' keys in `asked`, int64 `[n]`.
-        origins: number of each one's origin in `of`, int64 `[n]`; -1 = nobody has it.
+        origins: number of each one's origin in `of`, int64 `[n]`; -1 = nobody has it, `UNREAD` = a
+            disk that was not to be read.
         slots: of local shards, int64 `[n]`; -1 = none.
         generations: of the slots, uint64 `[n]`.
         of: the origins.
@@ -144,10 +146,11 @@ class ShardSet:
 
         A lost shard's runs go to the others: lookups ask all of them. None when all are lost.
         """
+        there = [shard for shard in self._shards if not shard.lost]
+        if len(there) < 2:
+            return there[0] if there else None
         return max(
-            (shard for shard in self._shards if not shard.lost),
-            key=lambda shard: hashlib.blake2b(run_key + shard.shard_id.encode()).digest(),
-            default=None,
+            there, key=lambda shard: hashlib.blake2b(run_key + shard.shard_id.encode()).digest()
         )
 
     def query(self, keys: Sequence[BlockKey]) -> list[bool]:
@@ -174,12 +177,13 @@ class ShardSet:
             except Exception as error:
                 self._note("touch", shard.shard_id, error)
 
-    def stage(self, keys: Sequence[BlockKey]) -> Leases:
-        """Lease every block that some shard has; one lease per key."""
+    def stage(self, keys: Sequence[BlockKey], reads: int = ALL_KEYS) -> Leases:
+        """Lease every block that some shard has, one lease per key; of keys behind the first
+        `reads` what is in RAM."""
         leases = Leases.none(keys)
-        busy = np.zeros(len(keys), dtype=bool)
+        busy, unread = np.zeros((2, len(keys)), dtype=bool)
         spare: list[Leases] = []
-        for shard, results in self._ask_all(keys):
+        for shard, results in self._ask_all(keys, reads):
             count = len(results)
             fields = np.fromiter(chain.from_iterable(results), np.int64, 3 * count)
             statuses, slots, generations = fields.reshape(count, 3).T
@@ -189,6 +193,7 @@ class ShardSet:
             ready = statuses == StageStatus.READY
             found = ready | (statuses == StageStatus.LOADING)
             busy |= statuses == StageStatus.BUSY
+            unread |= statuses == StageStatus.ON_DISK
             # those of disks have odd numbers
             better = found & ((leases.origins < 0) | (ready & (leases.origins % 2 == 1)))
             mine = leases._replace(
@@ -202,8 +207,9 @@ class ShardSet:
                 column[better] = other[better]
         for one in spare:
             self.give_back(one)
+        leases.origins[unread & (leases.origins < 0)] = UNREAD
         leases = self._ask_remote(leases)
-        missed = leases.origins < 0
+        missed = leases.origins == -1
         for reason, which in (("busy", missed & busy), ("absent", missed & ~busy)):
             if which.any():
                 times = int(which.sum())
@@ -238,13 +244,15 @@ class ShardSet:
             except Exception as error:
                 self._note("release", shard_id, error)
 
-    def _ask_all(self, keys: Sequence[BlockKey]) -> list[tuple[ShardClient, list[StageResult]]]:
+    def _ask_all(
+        self, keys: Sequence[BlockKey], reads: int
+    ) -> list[tuple[ShardClient, list[StageResult]]]:
         """Every shard's answer; all are asked before the first is waited for."""
         asked: list[tuple[ShardClient, PendingStage]] = []
         answers: list[tuple[ShardClient, list[StageResult]]] = []
         for shard in self._shards:
             try:
-                asked.append((shard, shard.stage_async(keys)))
+                asked.append((shard, shard.stage_async(keys, reads=reads)))
             except Exception as error:
                 self._note("stage", shard.shard_id, error)
         for shard, pending in asked:
@@ -255,7 +263,7 @@ class ShardSet:
         return answers
 
     def _ask_remote(self, leases: Leases) -> Leases:
-        missing = np.flatnonzero(leases.origins < 0)
+        missing = np.flatnonzero(leases.origins == -1)
         if self._remote is None or not len(missing):
             return leases
         try:
