@@ -184,6 +184,9 @@ class BlockIo:
                 if not self._hurried:
                     self._budget.spend(sum(block.nbytes for block in batch.blocks))
                 self._writers += 1
+            # who takes work wakes the next thread while there is more
+            if self._may_read() or self._may_write():
+                tiers.work.notify()
         if reads:
             self._read(blocks, wanted, nbytes)
             return True

@@ -54,9 +54,10 @@ class Durability:
         self._thread = start_service(self._run, "durability") if threaded else None
 
     def note_change(self) -> None:
-        """Metadata changed; the lock is held."""
-        self._unsynced = True
-        self._wake.notify()
+        """Metadata changed; the lock is held. The thread is woken where that is news to it."""
+        news, self._unsynced = not self._unsynced, True
+        if news or self._disk.wants_compaction():
+            self._wake.notify()
 
     def after_write(self) -> None:
         """Carry the log to its file, and sync or compact if it is due."""
@@ -64,7 +65,8 @@ class Durability:
         if self._fsync == "always":
             self.sync()
         with self._lock:
-            self._wake.notify()
+            if self._disk.wants_compaction():
+                self._wake.notify()
 
     def flush_log(self) -> bool:
         """Carry what changed to the log's file, so that it survives kill -9.

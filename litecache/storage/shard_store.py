@@ -266,7 +266,7 @@ class ShardStore(ShardBase):
             with self._lock:
                 statuses += self._commit(self._leases.get(client_id), batch)
                 if self._tiers.dirty:
-                    self._tiers.work.notify_all()
+                    self._tiers.work.notify()
                 self._changed.notify_all()
         self._drain()
         return statuses
