@@ -240,6 +240,7 @@ class HitPath:
             device=torch.device("cpu"),
             event_of=lambda step: None,
             namespace_of=lambda salt: "bench",
+            resting=threading.Event(),
             metrics=Metrics(),
         )
         self._copies = _HandedOver()

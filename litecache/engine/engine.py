@@ -172,6 +172,10 @@ class Engine:
         self._failure: BaseException | None = None
         self._turns, self._waits = 0, True
         self._closing = False
+        # on a CPU the forward pass itself is this thread's
+        self._resting, self._rests = threading.Event(), self._device.type == "cuda"
+        if not self._rests:
+            self._resting.set()
         copies = shards is not None and self._device.type == "cuda"
         self._in_flight = StepsInFlight(self._runner, self.metrics, with_events=copies)
         self._tiers: LowerTiers | None = None
@@ -185,6 +189,7 @@ class Engine:
                 device=self._device,
                 event_of=self._in_flight.events.get,
                 namespace_of=lambda salt: namespace_of(self.info.label, salt, quota_salts),
+                resting=self._resting,
                 metrics=self.metrics,
             )
         warm: Future[None] = Future()
@@ -470,6 +475,7 @@ class Engine:
     def _turn(self) -> None:
         """Take messages, launch one step, finish the one before."""
         self._turns, self._waits = self._turns + 1, False
+        self._work()
         started, waited_s = time.perf_counter(), 0.0
         schedule = self._scheduler.schedule(time.monotonic())
         self._carry_out(schedule)
@@ -489,9 +495,14 @@ class Engine:
         wait_s = 0.0
         if idle:
             self._waits = True
+            self._resting.set()
             deadline = self._scheduler.next_deadline()
             wait_s = LONGEST_WAIT_S if deadline is None else deadline - time.monotonic()
         self._inbox.take(min(max(wait_s, 0.0), LONGEST_WAIT_S))
+
+    def _work(self) -> None:
+        if self._rests:
+            self._resting.clear()
 
     def _hears_first(self) -> bool:
         """While the last step runs: whether news of loads has come before its end.
@@ -508,12 +519,16 @@ class Engine:
     def _finish_step(self) -> float:
         """Take the oldest step's result; returns the seconds that the thread waited for it."""
         step = self._in_flight.oldest
+        self._resting.set()
         try:
             result, waited_s = self._in_flight.finish()
         except Exception as error:
             self._undo(step, error)
             return 0.0
-        self._carry_out(self._scheduler.on_result(result, time.monotonic()))
+        finally:
+            self._work()
+        now = time.monotonic()
+        self._carry_out(self._scheduler.on_result(result, now, self._carry_out))
         return waited_s
 
     def _undo(self, step: int, error: Exception) -> None:

@@ -247,7 +247,7 @@ class World:
         self.loads = [load for load in self.loads if load.left or load.begun]
 
     def finish_step(self) -> None:
-        self.take(self.scheduler.on_result(self.results.pop(0), self.now))
+        self.take(self.scheduler.on_result(self.results.pop(0), self.now, self.take))
 
     def fail_last_step(self, out_of_memory: bool) -> None:
         step = self.results.pop().step

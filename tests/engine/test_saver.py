@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -14,6 +15,7 @@ from engine_harness import Harness, family_source
 from plan_driver import random_prompt
 
 from litecache.engine.scheduling import saves
+from litecache.engine.scheduling.orders import SaveOrder
 from litecache.engine.transfer import saver
 from litecache.engine.transfer.codec import SameBytes
 from litecache.engine.transfer.shard_set import Leases, ShardSet
@@ -59,7 +61,7 @@ def test_what_another_shard_of_the_node_holds_is_not_saved_again(
             assert harness.engine.flush()["complete"]
             assert [len(store.keys()) for store in harness.stores] == [10, 0]
             harness.empty("gpu")
-            monkeypatch.setattr(ShardSet, "stage", lambda self, keys: Leases.none(keys))
+            monkeypatch.setattr(ShardSet, "stage", lambda self, keys, reads: Leases.none(keys))
 
 
 def test_what_finds_no_room_in_the_queue_is_saved_once_there_is_some(
@@ -163,6 +165,37 @@ def test_a_shard_that_gives_no_slots_is_waited_for_once_and_not_in_every_batch(
         harness.run([random_prompt(33, seed=0)], 1)
         assert harness.engine.flush()["complete"]
         assert len(harness.stores[0].keys()) == 2
+
+
+def test_what_a_step_has_filled_is_saved_in_batches_that_begin_while_the_engine_rests(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked, sizes = threading.Event(), []
+    original = saver.Saver._save_batch
+
+    class Resting(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            asked.set()
+            return super().wait(timeout)
+
+    resting = Resting()
+
+    def save_batch(self: saver.Saver, batch: list[SaveOrder]) -> None:
+        assert resting.is_set()
+        sizes.append(len(batch))
+        original(self, batch)
+
+    monkeypatch.setattr(saver.Saver, "_save_batch", save_batch)
+    with Harness(family_source("llama"), folders=[None]) as harness:
+        monkeypatch.setattr(saver, "TURN_S", 3600.0)
+        harness.engine._tiers._saver._resting = resting
+        harness.run([random_prompt(241, seed=seed) for seed in range(3)], 1)
+        assert asked.wait(60), "no batch waits for its turn"
+        assert harness.stores[0].keys() == []
+        resting.set()
+        assert harness.engine.flush()["complete"]
+        assert len(harness.stores[0].keys()) == 45
+    assert sizes == [16, 16, 13]
 
 
 @pytest.mark.parametrize(("owner", "name"), [(ShardSet, "choose"), (SameBytes, "save")])

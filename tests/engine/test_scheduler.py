@@ -262,12 +262,12 @@ def _match_one_token_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _publish_before_computed(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = Saves.publish_computed
+    original = Saves._publish
 
     def publish(self: Saves, seq: Sequence, start: int, end: int, out: Schedule) -> None:
         original(self, seq, start, end + BLOCK_SIZE, out)
 
-    monkeypatch.setattr(Saves, "publish_computed", publish)
+    monkeypatch.setattr(Saves, "_publish", publish)
 
 
 def _skip_copy_on_write(monkeypatch: pytest.MonkeyPatch) -> None:

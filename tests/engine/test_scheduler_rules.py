@@ -91,6 +91,30 @@ def test_beside_a_load_a_step_has_half_of_what_is_in_front_of_it_in_whole_chunks
     world.check_outputs()
 
 
+def test_what_clients_hear_of_a_step_does_not_wait_until_its_blocks_are_published() -> None:
+    world = World(num_blocks=20)
+    world.submit(PROMPT * 3, 1)
+    world.submit(endless(1, 8)[0], 8, cache_salt="other")
+    for _ in range(2):
+        world.answer_stage(0, lambda key: False)
+    index, told = world.scheduler.cache.indexes[0], []
+
+    def tell(out: Schedule) -> None:
+        told.append((len(out.deltas), len(index), len(out.saves)))
+        world.take(out)
+
+    assert world.step()
+    out = world.scheduler.on_result(world.results.pop(0), world.now, tell)
+    assert not out.deltas
+    # the first request has ended and gave its blocks back: they are published before that
+    assert told == [(2, 1, 1)]
+    assert len(index) == 2
+    world.take(out)
+    assert len(world.saves) == 2
+    world.run_until_idle()
+    world.check_outputs()
+
+
 def test_a_request_that_needs_most_of_the_pool_starts_under_a_stream_of_small_ones() -> None:
     world = World(num_blocks=20, lower_tiers=False, max_requests=3, max_batch_tokens=64)
     smalls = endless(60, 8)

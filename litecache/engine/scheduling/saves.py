@@ -9,7 +9,7 @@ its head.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
 
 from litecache.engine.kv_layout import TRASH_BLOCK
@@ -25,6 +25,9 @@ RUN_BYTES = 16 << 20
 MOST_REFUSED = 1 << 16
 """Saves without room that are remembered."""
 
+_Held = tuple[int, int, int]
+"""KV group, index in a chain, and the block of the pool."""
+
 
 class Saves:
     """Publishes what was computed and orders its saving.
@@ -38,9 +41,26 @@ class Saves:
         self._cache = cache
         self._admission = admission
         self._refused: dict[BlockKey, SaveOrder] = {}
+        self._computed: dict[Sequence, list[tuple[int, int]]] = {}
+        # blocks of a chain that go to one shard together
+        self._runs = [max(1, RUN_BYTES // group.tier_bytes) for group in cache.groups]
 
-    def publish_computed(self, seq: Sequence, start: int, end: int, out: Schedule) -> None:
-        """Publish the blocks that are full now that positions [start, end) are computed."""
+    def computed(self, seq: Sequence, start: int, end: int) -> None:
+        """Positions [start, end) are computed: `publish` the blocks that are full now, before the
+        request gives them back."""
+        self._computed.setdefault(seq, []).append((start, end))
+
+    def publish(self, seq: Sequence, out: Schedule) -> None:
+        """Publish what is full of one request, and order its saving."""
+        for start, end in self._computed.pop(seq, ()):
+            self._publish(seq, start, end, out)
+
+    def publish_all(self, out: Schedule) -> None:
+        """`publish` of every request."""
+        for seq in list(self._computed):
+            self.publish(seq, out)
+
+    def _publish(self, seq: Sequence, start: int, end: int, out: Schedule) -> None:
         size = self._cache.block_size
         last = min(end // size, len(seq.chain.keys[0]))
         published = []
@@ -48,13 +68,16 @@ class Saves:
             indices = [i for i in range(start // size, last) if table[i] != TRASH_BLOCK]
             blocks = [table[i] for i in indices]
             fresh = self._cache.publish(seq, group, indices, blocks)
-            self._cache.unsaved[group].update(seq.chain.keys[group][i] for i in fresh)
             published += [(i, group) for i in fresh]
-        if self._admission in ("all", "frequent") and seq.request.cache == "default":
-            for index, group in sorted(published):
-                block = seq.tables[group][index]
-                self._save(seq.chain, seq.request, group, index, block, out)
         seq.num_published = max(seq.num_published, last)
+        if self._admission in ("all", "frequent") and seq.request.cache == "default":
+            if len(seq.tables) > 1:
+                published.sort()
+            blocks_of = [(g, i, seq.tables[g][i]) for i, g in published]
+            out.saves += self._orders(seq.chain, seq.request, blocks_of)
+        else:
+            for index, group in published:
+                self._cache.unsaved[group].add(seq.chain.keys[group][index])
 
     def on_hit(self, seq: Sequence, num_blocks: int, out: Schedule) -> None:
         """A request has found its first blocks in the pool: unsaved ones are saved if it is one
@@ -66,13 +89,14 @@ class Saves:
         if self._admission == "none":
             return
         if seq.request.cache == "default" and any(self._cache.unsaved):
-            for index in range(num_blocks):
-                for group, table in enumerate(seq.tables):
-                    if table[index] != TRASH_BLOCK:
-                        block = table[index]
-                        self._save(seq.chain, seq.request, group, index, block, out)
-        for group, keys in enumerate(seq.chain.keys):
-            run = self._run(group)
+            held = (
+                (group, index, table[index])
+                for index in range(num_blocks)
+                for group, table in enumerate(seq.tables)
+                if table[index] != TRASH_BLOCK
+            )
+            out.saves += self._orders(seq.chain, seq.request, self._take_unsaved(seq.chain, held))
+        for run, keys in zip(self._runs, seq.chain.keys, strict=True):
             ends = [*range(run, num_blocks, run), num_blocks]
             out.touches += [keys[end - 1] for end in reversed(ends) if end]
 
@@ -89,8 +113,8 @@ class Saves:
             held = [index for index, block in enumerate(blocks) if block >= 0]
             if everything:
                 self._cache.unsaved[group].update(chain.keys[group][index] for index in held)
-            for index in held:
-                self._save(chain, owner, group, index, blocks[index], out)
+            of_group = ((group, index, blocks[index]) for index in held)
+            out.saves += self._orders(chain, owner, self._take_unsaved(chain, of_group))
         return out
 
     def on_refused(self, orders: Iterable[SaveOrder]) -> None:
@@ -126,32 +150,28 @@ class Saves:
             self._cache.pools[order.group].release([order.block])
         return self._again(len(orders))
 
-    def _save(
-        self,
-        chain: KeyChain,
-        owner: Request | str,
-        group: int,
-        index: int,
-        block: int,
-        out: Schedule,
-    ) -> None:
-        """Save a block if it is not saved yet, for a request or just under a salt."""
-        keys = chain.keys[group]
-        if keys[index] not in self._cache.unsaved[group]:
-            return
-        self._cache.unsaved[group].discard(keys[index])
-        # The copy in flight keeps the block from being evicted under it.
-        self._cache.pools[group].acquire([block])
-        parent = chain.parent(group, index)
-        run_key = keys[index - index % self._run(group)]
-        order = SaveOrder(group, block, keys[index], parent, run_key, "")
-        if isinstance(owner, str):
-            out.saves.append(order._replace(salt=owner))
-        else:
-            kept = Retention[owner.retention.upper()]
-            salt, end = owner.cache_salt, owner.expires_s
-            out.saves.append(order._replace(salt=salt, expires_s=end, retention=kept))
+    def _take_unsaved(self, chain: KeyChain, held: Iterable[_Held]) -> Iterator[_Held]:
+        """Those of some blocks that are not saved yet; they count as saved from here on."""
+        for group, index, block in held:
+            key, unsaved = chain.keys[group][index], self._cache.unsaved[group]
+            if key in unsaved:
+                unsaved.discard(key)
+                yield group, index, block
 
-    def _run(self, group: int) -> int:
-        """Blocks of a chain that go to one shard together."""
-        return max(1, RUN_BYTES // self._cache.groups[group].tier_bytes)
+    def _orders(
+        self, chain: KeyChain, owner: Request | str, blocks: Iterable[_Held]
+    ) -> list[SaveOrder]:
+        """Orders to save blocks, for a request or just under a salt."""
+        terms: tuple[str, int, Retention]
+        if isinstance(owner, str):
+            terms = (owner, 0, Retention.NORMAL)
+        else:
+            terms = (owner.cache_salt, owner.expires_s, Retention[owner.retention.upper()])
+        orders = []
+        for group, index, block in blocks:
+            # The copy in flight keeps the block from being evicted under it.
+            self._cache.pools[group].acquire((block,))
+            keys, parent = chain.keys[group], chain.parent(group, index)
+            run_key = keys[index - index % self._runs[group]]
+            orders.append(SaveOrder(group, block, keys[index], parent, run_key, *terms))
+        return orders

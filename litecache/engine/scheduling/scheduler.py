@@ -197,8 +197,11 @@ class Scheduler:
         crowd = self._crowd(self.num_queued_tokens, decodes, now)
         return view_prefix(seq, below, others, self.cache, self.loads, self._cost, crowd, now)
 
-    def on_result(self, result: StepResult, now: float) -> Schedule:
-        """A launched step is done."""
+    def on_result(
+        self, result: StepResult, now: float, tell: Callable[[Schedule], None] | None = None
+    ) -> Schedule:
+        """A launched step is done; `tell` takes what clients hear of it at once, so that no token
+        waits until blocks are published."""
         out = Schedule()
         launched = self._steps.end(result.step, now, result.seconds)
         place, size = -1, self.cache.block_size
@@ -210,13 +213,10 @@ class Scheduler:
                 seq.num_in_flight -= 1
             if seq.status is SequenceStatus.FINISHED:
                 continue
-            if self._suspects:
-                self._suspects.pop(seq.id, None)
+            self._suspects.pop(seq.id, None)
             if token is not None and step.row in result.invalid_rows:
-                message = (
-                    f"request {seq.id}: the logits of step {result.step} at position"
-                    f" {step.start + step.num_tokens - 1} are not finite"
-                )
+                where = f"step {result.step} at position {step.start + step.num_tokens - 1}"
+                message = f"request {seq.id}: the logits of {where} are not finite"
                 if seq.guided or seq.request.sampling.any_rules:
                     message += ", or its rules leave no token to draw"
                 self._finish(seq, FinishReason.ERROR, out, message)
@@ -228,11 +228,15 @@ class Scheduler:
                 if token is not None:
                     seq.num_confirmed = end
                 if end // size > step.start // size:
-                    self.saves.publish_computed(seq, step.start, end, out)
+                    self.saves.computed(seq, step.start, end)
                 if step.logits:
                     self._hand_out(seq, step, result, number, now, out)
             if token is not None:
                 self._emit(seq, token, result.logprobs.get(place), now, out)
+        if tell is not None and out.deltas:
+            tell(out)
+            out = Schedule()
+        self.saves.publish_all(out)
         return out
 
     def undo_step(self, step: int, message: str, *, out_of_memory: bool) -> Schedule:
@@ -275,8 +279,7 @@ class Scheduler:
             if now >= seq.asked_driver_s + GUIDANCE_PATIENCE_S:
                 message = f"its driver has allowed no token for {GUIDANCE_PATIENCE_S:g} s"
                 self._finish(seq, FinishReason.ERROR, out, f"request {seq.id}: {message}")
-        plan = self._steps.begin(self._max_batch_tokens, self._chunk_grid, now)
-        self._wake_s = None
+        plan, self._wake_s = self._steps.begin(self._max_batch_tokens, self._chunk_grid, now), None
         suspects = (s for s in self._suspects.values() if not s.paused and s.id not in self._asking)
         alone = next(suspects, None)
         if alone is not None and alone.status is not SequenceStatus.RUNNING:
@@ -319,10 +322,9 @@ class Scheduler:
 
         Any thread may ask, so that nobody who wants to know waits for a step.
         """
-        size = self.cache.block_size
+        tokens, size = 0, self.cache.block_size
         # a list is copied in one step of the interpreter
         waiting, running = list(self._queues.waiting), list(self._queues.running)
-        tokens = 0
         for seq in waiting:
             tokens += max(1, seq.num_todo - max(seq.num_found, size * seq.below.num_staged))
         for seq in running:
@@ -589,6 +591,7 @@ class Scheduler:
 
     def _end(self, seq: Sequence, out: Schedule) -> None:
         """Take a request out of its queue and give back all it holds."""
+        self.saves.publish(seq, out)
         self._queues.remove(seq)
         self.loads.drop(seq, out)
         self.cache.drop(seq)

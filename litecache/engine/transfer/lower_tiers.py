@@ -6,6 +6,7 @@ they report comes back as messages for the engine's thread.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -41,6 +42,7 @@ class LowerTiers:
         device: of the pools.
         event_of: the event behind a step that has not ended.
         namespace_of: a cache salt's namespace on the shards.
+        resting: set while the engine's thread waits, see `Saver`.
         metrics: where to count.
     """
 
@@ -56,6 +58,7 @@ class LowerTiers:
         device: torch.device,
         event_of: Callable[[int], torch.cuda.Event | None],
         namespace_of: Callable[[str], str],
+        resting: threading.Event,
         metrics: Metrics,
     ) -> None:
         self._shards = ShardSet(shards, remote, metrics)
@@ -93,6 +96,7 @@ class LowerTiers:
             namespace_of=namespace_of,
             max_queued=max(64, scheduler.cache.pools[0].num_blocks // MAX_QUEUED_SAVES_SHARE),
             done=saved,
+            resting=resting,
             metrics=metrics,
         )
 

@@ -28,10 +28,12 @@ from litecache.threads import start_service
 
 logger = logging.getLogger(__name__)
 
-BATCH_BLOCKS = 64
+FEWEST_BLOCKS, MOST_BLOCKS = 16, 64
+"""Of a batch, which is a quarter of what waits: all rows of a step may end a block in it."""
+TURN_S = 0.002
+"""A batch waits so long at most until the engine's thread rests."""
 SLOT_WAIT_S = 0.5
 """How long a save waits for the shard to write dirty slots out before it is dropped."""
-
 
 TOUCH_INTERVAL_S = 1.0
 """Uses of stored blocks are gathered for so long."""
@@ -47,6 +49,8 @@ class Saver:
         namespace_of: from a request's salt, the namespace stored with its blocks.
         max_queued: orders that may wait; more are dropped.
         done: called with (saved or already stored orders, dropped orders), from this thread.
+        resting: set while the engine's thread has no use for Python's lock. Batches begin then, or
+            after a while: what they take of it is taken from no step.
         metrics: counts bytes and drops.
     """
 
@@ -59,6 +63,7 @@ class Saver:
         namespace_of: Callable[[str], str],
         max_queued: int,
         done: Callable[[list[SaveOrder], list[SaveOrder]], None],
+        resting: threading.Event,
         metrics: Metrics,
     ) -> None:
         self._codec = codec
@@ -67,6 +72,7 @@ class Saver:
         self._namespace_of = namespace_of
         self._max_queued = max_queued
         self._done = done
+        self._resting = resting
         self._metrics = metrics
         self._queue: deque[SaveOrder] = deque()
         self._stuck: set[str] = set()
@@ -74,6 +80,7 @@ class Saver:
         self._touch_at = 0.0
         self._changed = threading.Condition()
         self._busy = False
+        self._waited_for = 0
         self._batch: list[SaveOrder] = []  # being copied
         self._closing = False
         self._thread = start_service(self._run, "save")
@@ -99,8 +106,7 @@ class Saver:
         def ended() -> bool:
             return not any(id(order) in mine for order in (*self._batch, *self._queue))
 
-        with self._changed:
-            return self._changed.wait_for(ended, timeout_s)
+        return self._wait_until(ended, timeout_s)
 
     def touch(self, keys: Sequence[BlockKey]) -> None:
         """Tell the shards, some time, that these blocks were used, the least recent first."""
@@ -119,7 +125,16 @@ class Saver:
         with self._changed:
             self._touch_at = 0.0
             self._changed.notify_all()
-            return self._changed.wait_for(idle, timeout_s)
+        return self._wait_until(idle, timeout_s)
+
+    def _wait_until(self, ended: Callable[[], bool], timeout_s: float) -> bool:
+        """Meanwhile no batch waits for its turn."""
+        with self._changed:
+            self._waited_for += 1
+            try:
+                return self._changed.wait_for(ended, timeout_s)
+            finally:
+                self._waited_for -= 1
 
     def close(self) -> None:
         """Drop what is queued and end the thread."""
@@ -137,9 +152,13 @@ class Saver:
                 self._changed.wait_for(self._has_work)
                 while not (self._queue or self._closing) and self._touch_at > time.monotonic():
                     self._changed.wait(self._touch_at - time.monotonic())
+            if self._queue and not (self._waited_for or self._closing):
+                self._resting.wait(TURN_S)
+            with self._changed:
                 if self._closing:
                     return
-                count = min(BATCH_BLOCKS, len(self._queue))
+                count = len(self._queue)
+                count = min(count, max(FEWEST_BLOCKS, min(count // 4, MOST_BLOCKS)))
                 batch = self._batch = [self._queue.popleft() for _ in range(count)]
                 touched: list[BlockKey] = []
                 if self._touch_at <= time.monotonic():
@@ -162,10 +181,11 @@ class Saver:
         targets: dict[tuple[str, int], tuple[ShardClient, list[SaveOrder]]] = {}
         dropped: list[SaveOrder] = []
         stored = self._shards.query([order.key for order in batch])
+        chosen = {run: self._shards.choose(run) for run in {order.run_key for order in batch}}
         for order, known in zip(batch, stored, strict=True):
             if known:
                 continue
-            shard = self._shards.choose(order.run_key)
+            shard = chosen[order.run_key]
             if shard is None:
                 dropped += self._drop([order], "no_shard")
             else:
@@ -206,16 +226,12 @@ class Saver:
                 shard.release(slots)
                 raise
             self._codec.synchronize()
+            names = {salt: self._namespace_of(salt) for salt in {order.salt for order in new}}
             items = [
-                CommitItem(
-                    *slot,
-                    order.key,
-                    order.parent,
-                    self._namespace_of(order.salt),
-                    order.expires_s,
-                    order.retention,
+                CommitItem(*slot, key, parent, names[salt], expires_s, retention)
+                for (_, _, key, parent, _, salt, expires_s, retention), slot in zip(
+                    new, slots, strict=False
                 )
-                for order, slot in zip(new, slots, strict=False)
             ]
             for order, status in zip(new, shard.commit(items), strict=False):
                 if status is CommitStatus.STALE:
