@@ -31,6 +31,10 @@ from litecache.errors import (
 from litecache.types import FinishReason, Guidance, Request, TokenDelta, TokenLogprobs
 
 
+_LEAST_TIME_S = 1e-3
+"""Of an attempt whose `max_time_s` is over: the engine ends it with what it has."""
+
+
 class Guide(Protocol):
     """What a guided request may say; used by one thread at a time.
 
@@ -121,13 +125,18 @@ class PendingRequest:
         return self.finish_reason is not None
 
     def wire_request(self) -> Request:
-        """The request as it has to be submitted now: prompt and the tokens so far."""
+        """The request as it has to be submitted now: prompt, the tokens and the time so far."""
+        max_time_s = self.request.max_time_s
+        if max_time_s is not None and self._attempt:
+            spent_s = time.perf_counter() - self.submitted_at
+            max_time_s = max(_LEAST_TIME_S, max_time_s - spent_s)
         return dataclasses.replace(
             self.request,
             request_id=self.wire_id,
             prompt=self.request.prompt + self.tokens,
             num_resumed_tokens=len(self.tokens),
             mask=self._mask,
+            max_time_s=max_time_s,
         )
 
     def next_attempt(self) -> bool:

@@ -179,6 +179,17 @@ def test_another_attempt_carries_the_tokens_so_far_under_another_name() -> None:
     )
 
 
+def test_the_time_of_a_request_goes_on_with_its_next_attempt() -> None:
+    row = PendingRequest(Request("r", "c", (1, 2), SamplingParams(8), max_time_s=60.0))
+    assert row.wire_request().max_time_s == 60
+    row.submitted_at -= 45
+    assert row.next_attempt()
+    assert row.wire_request().max_time_s == pytest.approx(15, abs=5)
+    row.submitted_at -= 45
+    assert row.next_attempt()
+    assert 0 < (row.wire_request().max_time_s or 0) < 1
+
+
 @pytest.mark.parametrize(
     ("tokens", "reason"), [((4, 9), FinishReason.STOP), ((4, 5, 6), FinishReason.LENGTH)]
 )
