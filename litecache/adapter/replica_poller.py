@@ -211,11 +211,12 @@ class ReplicaPoller:
     def _not_answered(self) -> float:
         """The replica does nothing: others go on, where there are any; how long it was silent."""
         now = time.monotonic()
-        self.silent_since = self.silent_since or now
+        # another thread may hear from it meanwhile
+        since = self.silent_since = self.silent_since or now
         self._end_abandoned()
         if self._move is not None:
             self._move(self)
-        return now - self.silent_since
+        return now - since
 
     def _run(self) -> None:
         # Alone it is waited for a little longer: nobody else could go on.

@@ -194,6 +194,19 @@ def test_what_one_of_several_submits_in_vain_goes_elsewhere_without_waiting_for_
     until(lambda: any(name.startswith("later") for name in second.taken))
 
 
+def test_a_replica_may_answer_one_thread_while_another_waits_for_it_in_vain(made: Any) -> None:
+    replicas = made("serves", "serves")
+    poller, first = replicas.pollers[0], stubs(replicas)[0]
+    begin(replicas, 0)
+    until(lambda: first.taken)
+    first.state = "deaf"
+    # as the poll's thread does when a reply comes
+    poller._move = lambda silent: setattr(silent, "silent_since", None)
+    later = PendingRequest(Request("later", "c", range(1, 9), SamplingParams(max_new_tokens=9)))
+    poller.submit([later])
+    assert not later.done
+
+
 def test_a_request_under_which_process_after_process_ends_is_given_up_and_says_why(
     made: Any,
 ) -> None:
