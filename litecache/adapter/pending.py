@@ -30,7 +30,6 @@ from litecache.errors import (
 )
 from litecache.types import FinishReason, Guidance, Request, TokenDelta, TokenLogprobs
 
-
 _LEAST_TIME_S = 1e-3
 """Of an attempt whose `max_time_s` is over: the engine ends it with what it has."""
 

@@ -681,6 +681,29 @@ def test_two_requests_that_need_the_same_blocks_load_them_once() -> None:
     world.check_outputs()
 
 
+def test_nobody_waits_for_blocks_that_another_has_jumped_over() -> None:
+    """Of a window's group it has loaded the last ones, and makes the others never."""
+    world, prompt = stored(12, windowed=True, max_requests=2, num_blocks=200)
+    prompt += (0, 0, 0, 1, 1, 0)
+    assert len(expected_output(prompt, 40)) >= 20, "it goes on for long enough"
+    first = world.submit(prompt, 40)
+    second = ""
+    while first not in world.finished:
+        world.step()
+        while world.results or world.stages or world.loads:
+            if world.stages:
+                world.answer_stage(0, lambda _: True)
+            else:
+                world.answer_load(0) if world.loads else world.finish_step()
+        if world.outputs[first] and not second:
+            second = world.submit((*prompt[:48], 1, 0, 0), 1)
+        if second in world.finished:
+            break
+    assert first not in world.finished
+    world.run_until_idle()
+    world.check_outputs()
+
+
 @pytest.mark.parametrize("landed", [0, 3])
 def test_a_waiting_request_takes_over_when_the_owner_of_a_load_is_aborted(landed: int) -> None:
     world, prompt = stored(8, max_requests=4)

@@ -283,9 +283,12 @@ class PrefixCache:
                 return
             tiers, passed = seq.tiers[first:end], range(first, end)
             tiers[tiers == 0] = GPU
-            for mine, holes in zip(seq.ahead, seq.holes, strict=True):
-                holes.update(set(passed).difference(mine))
+            for group, (mine, holes) in enumerate(zip(seq.ahead, seq.holes, strict=True)):
+                never = set(passed).difference(mine)
+                holes.update(never)
                 mine.difference_update(passed)
+                keys = [seq.chain.keys[group][index] for index in never]
+                self.indexes[group].clear_pending(keys, seq.id)  # nobody is to wait for them
             seq.num_computed = end * size
 
     def ahead_end(self, seq: Sequence, first: int) -> int:
