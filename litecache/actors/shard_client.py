@@ -82,6 +82,16 @@ class Call(Generic[T]):
             self.client.settle_later(self)
 
 
+def _each(method: ShardMethod) -> Callable[[RayShardClient, Sequence[BlockKey]], list[bool]]:
+    """A method of the shard that says yes or no of each key; no where it does not answer."""
+
+    def ask(client: RayShardClient, keys: Sequence[BlockKey]) -> list[bool]:
+        message, failed = wire.pack_keys(keys, client._client_id), [False] * len(keys)
+        return client._ask(method, message, wire.unpack_flags, failed).result()
+
+    return ask
+
+
 class RayShardClient:
     """`ShardClient` over a `StorageShard` actor.
 
@@ -98,6 +108,10 @@ class RayShardClient:
     Raises:
         LiteCacheError: the shard does not answer, or refuses.
     """
+
+    cancel = _each(ShardMethod.CANCEL)
+    query = _each(ShardMethod.QUERY)
+    durable = _each(ShardMethod.DURABLE)
 
     def __init__(
         self,
@@ -159,10 +173,6 @@ class RayShardClient:
         """Sleep until leased slots have stopped loading; see `ArenaView.wait`."""
         return self.arena.wait(slots, timeout_s, lambda: self.lost)
 
-    def cancel(self, keys: Sequence[BlockKey]) -> list[bool]:
-        """See `ShardStore.cancel`."""
-        return self._flags(ShardMethod.CANCEL, keys)
-
     def release(self, slots: Sequence[SlotRef]) -> None:
         """See `ShardStore.release`; does not wait for the answer."""
         if slots and not self._lost:
@@ -180,18 +190,10 @@ class RayShardClient:
         message, lost = wire.pack_commits(items, self._client_id), [CommitStatus.STALE] * len(items)
         return self._ask(ShardMethod.COMMIT, message, wire.unpack_statuses, lost).result()
 
-    def query(self, keys: Sequence[BlockKey]) -> list[bool]:
-        """See `ShardStore.query`."""
-        return self._flags(ShardMethod.QUERY, keys)
-
     def touch(self, keys: Sequence[BlockKey]) -> None:
         """See `ShardStore.touch`; does not wait for the answer."""
         if keys and not self._lost:
             self._stub.tell(ShardMethod.TOUCH, wire.pack_keys(keys))
-
-    def durable(self, keys: Sequence[BlockKey]) -> list[bool]:
-        """See `ShardStore.durable`."""
-        return self._flags(ShardMethod.DURABLE, keys)
 
     def flush(self, timeout_s: float) -> FlushReport:
         """See `ShardStore.flush`."""
@@ -208,10 +210,6 @@ class RayShardClient:
         self._lost = True
         self._stub.disconnect()
         self.arena.close()
-
-    def _flags(self, method: ShardMethod, keys: Sequence[BlockKey]) -> list[bool]:
-        message, failed = wire.pack_keys(keys, self._client_id), [False] * len(keys)
-        return self._ask(method, message, wire.unpack_flags, failed).result()
 
     def _ask(
         self,

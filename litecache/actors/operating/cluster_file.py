@@ -14,7 +14,7 @@ import difflib
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -29,7 +29,7 @@ from litecache.actors.placement import (
     check_replicas,
 )
 from litecache.checks import check_flag, check_path, check_text, check_threads
-from litecache.config import CacheConfig, check_setting
+from litecache.config import CacheConfig, Check, check_setting
 from litecache.errors import ConfigError, Shown, shorten
 
 _MOST_BYTES = 256 << 10
@@ -110,18 +110,26 @@ def one_group(values: Mapping[str, Any]) -> GroupSetup:
     Raises:
         ConfigError: a value is wrong.
     """
-    return GroupSetup(
+    return _setup(
+        lambda name, default, check: check(name, values.get(name, default)),
         name=None,
         group=check_group_name(values.get("group", DEFAULT_GROUP)),
         model=values["model"],
-        replicas=check_replicas("replicas", values.get("replicas", 1)),
-        num_threads=check_threads("num_threads", values.get("num_threads")),
-        trust_remote_code=check_flag("trust_remote_code", values.get("trust_remote_code", False)),
-        placement=check_placement("placement", values.get("placement", "SPREAD")),
-        actor_options={},
         config=CacheConfig(**values.get("cache", {})),
         nodes=(),
         shards=None,
+    )
+
+
+def _setup(value: Callable[[str, Any, Check], Any], **known: Any) -> GroupSetup:
+    """A group whose fields, but for those that are known, `value` finds by name and checks."""
+    return GroupSetup(
+        replicas=value("replicas", 1, check_replicas),
+        num_threads=value("num_threads", None, check_threads),
+        trust_remote_code=value("trust_remote_code", False, check_flag),
+        placement=value("placement", "SPREAD", check_placement),
+        actor_options=value("actor_options", {}, lambda _, given: check_actor_options(given)),
+        **known,
     )
 
 
@@ -342,7 +350,7 @@ class _Reader:
     ) -> GroupSetup:
         found = {**(above or {}), **own}
 
-        def value(field: str, default: Any, check: Any) -> Any:
+        def value(field: str, default: Any, check: Check) -> Any:
             if field in overrides:
                 return check(field, overrides[field])
             if field not in found:
@@ -353,19 +361,9 @@ class _Reader:
         model = value("model", None, check_text)
         if model is None:
             self._refuse((*path, "model"), None, "a hub's name, a folder or a .gguf file")
-        return GroupSetup(
-            name=name,
-            group=group,
-            model=model,
-            replicas=value("replicas", 1, check_replicas),
-            num_threads=value("num_threads", None, check_threads),
-            trust_remote_code=value("trust_remote_code", False, check_flag),
-            placement=value("placement", "SPREAD", check_placement),
-            actor_options=value("actor_options", {}, _options),
-            config=self._config(path, own, above or {}, overrides.get("cache", {})),
-            nodes=nodes,
-            shards=shards,
-        )
+        config = self._config(path, own, above or {}, overrides.get("cache", {}))
+        known = {"name": name, "group": group, "model": model, "nodes": nodes, "shards": shards}
+        return _setup(value, config=config, **known)
 
     def _config(
         self,
@@ -386,10 +384,6 @@ class _Reader:
                     values[name] = check_setting(name, name, value)
         with self._at((*path, "cache")):
             return CacheConfig(**{**values, **overrides})
-
-
-def _options(_: str, value: Any) -> dict[str, dict[str, Any]]:
-    return check_actor_options(value)
 
 
 def _join(path: Sequence[str | int], *more: str) -> str:
