@@ -159,10 +159,6 @@ def _quotas(name: str, value: Any) -> dict[str, int]:
     return quotas
 
 
-def _optional(check: Check) -> Check:
-    return lambda name, value: None if value is None else check(name, value)
-
-
 def _parse_bool(text: str) -> bool:
     if text.lower() in ("1", "true", "yes", "on"):
         return True
@@ -227,7 +223,9 @@ def _setting(
             return tuple(folder for folder in text.split(os.pathsep) if folder)
         return _parse(_variable(name), name, read, text)
 
-    checked = _optional(check) if null else check
+    def checked(label: str, value: Any) -> Any:
+        return None if null and value is None else check(label, value)
+
     return field(
         default_factory=current,
         metadata={"check": checked, "read": read},

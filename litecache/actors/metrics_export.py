@@ -120,9 +120,10 @@ class MetricsExporter:
             histogram = series(metrics.Histogram, boundaries=list(new["bounds"]))
             before = old["buckets"] if old else [0] * len(new["buckets"])
             counts = [count - seen for count, seen in zip(new["buckets"], before, strict=True)]
-            for bound, times in zip(_places(new["bounds"]), self._sample(key, counts), strict=True):
+            inside = [*new["bounds"], new["bounds"][-1] * 2]  # a value in each bucket
+            for value, times in zip(inside, self._sample(key, counts), strict=True):
                 for _ in range(times):
-                    histogram.observe(bound, tags=tags)
+                    histogram.observe(value, tags=tags)
 
     def _sample(self, key: tuple[str, Labels], counts: list[int]) -> list[int]:
         """How often each bucket is told: all of few; of many in proportion, fractions kept."""
@@ -141,8 +142,3 @@ class MetricsExporter:
         while not stopped:
             stopped = self._stopped.wait(self._interval_s)
             self.export()
-
-
-def _places(bounds: list[float]) -> list[float]:
-    """A value in each bucket."""
-    return [*bounds, bounds[-1] * 2]

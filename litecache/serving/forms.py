@@ -57,14 +57,12 @@ def grammar_of(form: FormSpec, max_bytes: int) -> str:
             )
         if form.kind == "regex":
             return str(LLMatcher.grammar_from_regex(text))
-        lark = form.value[0] if form.kind == "lark" else _choice(form.value)
-        return str(LLMatcher.grammar_from_lark(lark))
+        if form.kind == "lark":
+            return str(LLMatcher.grammar_from_lark(form.value[0]))
+        choices = " | ".join(map(lark_text, form.value))
+        return str(LLMatcher.grammar_from_lark(f"start: {choices}"))
     except ValueError as error:
         raise _refused(form.param, f"a form of its kind ({str(error)[:300]})") from error
-
-
-def _choice(texts: Sequence[str]) -> str:
-    return "start: " + " | ".join(map(lark_text, texts))
 
 
 def lark_text(text: str) -> str:
