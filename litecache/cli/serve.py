@@ -242,22 +242,8 @@ def _read_config(path: str) -> dict[str, Any]:
     Raises:
         ConfigError: it cannot be read, or holds something else.
     """
-    import yaml
-
-    valid = "a YAML file with settings by name"
-    try:
-        text = Path(check_path("--config", path)).read_text(encoding="utf-8")
-        values, node = yaml.safe_load(text), yaml.compose(text, Loader=yaml.SafeLoader)
-    except (OSError, UnicodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError("--config", path, f"{valid} ({reason[:200]})") from error
-    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
-        raise ConfigError("--config", path, valid)
+    from litecache.actors.operating.yaml_file import YamlFile
     from litecache.serving.settings import ServeSettings
 
     known = ["host", "port", *(each.name for each in dataclasses.fields(ServeSettings))]
-    for key, _ in node.value:
-        if key.value not in known:
-            line = f"line {key.start_mark.line + 1} of {path}"
-            raise ConfigError(f"--config: {line}", key.value, f"one of {', '.join(known)}")
-    return values
+    return YamlFile(path, "--config", known).tree

@@ -114,11 +114,11 @@ def test_a_field_of_a_config_file_that_is_unknown_is_named_with_its_line(tmp_pat
     path.write_text("model: m\nport: 9000\ncache: {block_size: 32}\n")
     assert _read_config(str(path)) == {"model": "m", "port": 9000, "cache": {"block_size": 32}}
     for text, told in (
-        ("model: m\n\nmodell: x\n", "line 3"),
-        ("model: [", "line 1"),
-        ("- model", "settings by name"),
-        ("3: 4", "settings by name"),
-        ("", "settings by name"),
+        ("model: m\n\nmodell: x\n", "yaml:3: modell='x' .*Did you mean model"),
+        ("model: [", "yaml:1: not YAML"),
+        ("- model", "yaml:1: not a mapping of fields: host"),
+        ("3: 4", "yaml:1: 3 is no text"),
+        ("", "yaml:1: an empty file"),
     ):
         path.write_text(text)
         with pytest.raises(ConfigError, match=told):
