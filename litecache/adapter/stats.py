@@ -16,6 +16,9 @@ from typing import Any
 
 from litecache.types import Tier
 
+TIERS = tuple(tier.value for tier in Tier)
+_Series = tuple[str, tuple[tuple[str, str], ...]]
+
 
 @dataclass(frozen=True)
 class CacheStats:
@@ -110,10 +113,6 @@ def _latencies(snapshots: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, fl
         key: {"count": count, "mean": sum(each["sum"] for each in found[key]) / count}
         for key, count in counts.items()
     }
-
-
-TIERS = tuple(tier.value for tier in Tier)
-_Series = tuple[str, tuple[tuple[str, str], ...]]
 
 
 @dataclass(frozen=True)

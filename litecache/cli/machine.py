@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from litecache.engine.worth import TierWorth
 
 T = TypeVar("T")
+_LONGEST_S = 86_400.0
+_MOST_TOKENS = 1 << 24
 Folder = Annotated[str, typer.Argument(help="a storage_dir, or one shard's folder in it")]
 
 
@@ -206,10 +208,6 @@ def _show_families(as_json: bool) -> None:
     width = max(len(family) for family, _ in by_family)
     for family, rows in by_family:
         typer.echo(f"{family:{width}}  {rows[0].verdict:8}  {notes(rows)}".rstrip())
-
-
-_LONGEST_S = 86_400.0
-_MOST_TOKENS = 1 << 24
 
 
 def bench(

@@ -22,6 +22,17 @@ import torch
 from litecache.errors import KernelError
 from litecache.kernels.metadata import Attention, AttentionMetadata
 
+logger = logging.getLogger(__name__)
+
+_TAIL = 8
+_BLOCK_SIZE = 16
+_KV_HEADS = 8
+_LAYERS = 8
+_ROUNDS = 5
+_BATCH, _CONTEXT = 64, 2048
+"""Sequences of a step, and the mean of their tokens: from an eighth of it on, so that shares are
+uneven."""
+
 
 class DecodeConfig(NamedTuple):
     """How the decode kernel is launched.
@@ -202,16 +213,6 @@ def chunk_config(device: torch.device, dim: int, itemsize: int) -> ChunkConfig:
     return ChunkConfig(*tiles, 2 * num_multiprocessors(device), registers)
 
 
-logger = logging.getLogger(__name__)
-
-_TAIL = 8
-_BLOCK_SIZE = 16
-_KV_HEADS = 8
-_LAYERS = 8
-_ROUNDS = 5
-_BATCH, _CONTEXT = 64, 2048
-"""Sequences of a step, and the mean of their tokens: from an eighth of it on, so that shares are
-uneven."""
 SHAPES = tuple(
     Shape(itemsize, dim, grouped, 16, fp8)
     for itemsize, fp8 in ((2, False), (1, False), (1, True))

@@ -24,6 +24,12 @@ from litecache.engine.running.batch import Batch
 from litecache.types import TokenLogprobs
 
 INVALID_TOKEN = -1
+PURPOSE_TOKEN = 1
+"""The draw of a token; other purposes get other, independent numbers."""
+
+_GOLDEN = 0x9E3779B97F4A7C15
+_MIX_1 = 0xBF58476D1CE4E5B9
+_MIX_2 = 0x94D049BB133111EB
 
 
 def sample(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -205,14 +211,6 @@ class HandedOut:
             )
             for place, parts in self._logprobs.items()
         }
-
-
-PURPOSE_TOKEN = 1
-"""The draw of a token; other purposes get other, independent numbers."""
-
-_GOLDEN = 0x9E3779B97F4A7C15
-_MIX_1 = 0xBF58476D1CE4E5B9
-_MIX_2 = 0x94D049BB133111EB
 
 
 def _signed(word: int) -> int:

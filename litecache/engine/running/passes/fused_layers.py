@@ -33,6 +33,16 @@ from litecache.engine.running.passes.merged_projections import (
     replace,
 )
 
+logger = logging.getLogger(__name__)
+
+_LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+_ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+_NORMS = {"q_norm", "k_norm"}
+_MLP = {"gate_proj", "up_proj", "down_proj"}
+_PROBE_TOKENS = 5
+_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+"""Of the relative error of what a layer adds to its input."""
+
 
 class TorchOps:
     """Plain torch, for CPU and for float32; activations are `[T, width]`."""
@@ -116,17 +126,6 @@ def choose_ops(weight: torch.Tensor) -> TorchOps:
     if weight.is_cuda and weight.dtype in (torch.bfloat16, torch.float16):
         return TritonOps(weight.device)
     return TorchOps()
-
-
-logger = logging.getLogger(__name__)
-
-_LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
-_ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
-_NORMS = {"q_norm", "k_norm"}
-_MLP = {"gate_proj", "up_proj", "down_proj"}
-_PROBE_TOKENS = 5
-_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
-"""Of the relative error of what a layer adds to its input."""
 
 
 class FusedDecoderLayer(nn.Module):
