@@ -325,7 +325,7 @@ class ShardBase:
             raise StorageError("shards of an earlier storage_shards still move in: try it later")
         tiers, index = self._tiers, self._tiers.index
         chained = set(roots)
-        dropped = 0
+        dropped, step = 0, 1
 
         def drop(entries: Sequence[int]) -> Iterator[bool]:
             for entry in entries:
@@ -340,10 +340,11 @@ class ShardBase:
         while True:
             with self._lock:
                 numbers = {n for n, name in enumerate(tiers.names) if may_hold(name, digest)}
-            found = sum(self._change(range(index.high), drop))
+            found = sum(self._change(range(index.high)[::step], drop))
             dropped += found
             if not found:
                 return dropped
+            step = -step  # a chain may lie head first, or tail first
 
     def clear(self, tier: str = "all", timeout_s: float = 60.0) -> None:
         """Empty a tier.

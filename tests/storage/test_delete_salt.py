@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from storage_help import MIB, ROOT, bytes_of, get, key_of
@@ -69,16 +70,24 @@ def test_deleting_a_salt_takes_all_of_its_blocks_and_no_others(tmp_path: Path, t
 
 
 def test_blocks_that_an_earlier_version_stored_without_their_salt_are_found_by_their_chain(
-    tmp_path: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root, other = key_of(10**6), key_of(10**6 + 1)
+    passes, change = [], ShardStore._change
     with open_store(tmp_path) as store:
         for start, of in ((0, root), (50, other)):
             keys = [key_of(start + i) for i in range(8)]
             chain = list(zip(keys, [of, *keys], strict=False))
             items = [(k, p, "model", bytes_of(k, NBYTES)) for k, p in reversed(chain)]
             assert all(store.take_in(items))
+
+        def counted(*args: Any) -> list[bool]:
+            passes.append(1)
+            return change(*args)
+
+        monkeypatch.setattr(ShardStore, "_change", counted)
         assert store.delete_salt(ALICE, [root]) == 8
+        assert len(passes) <= 3, "as many passes over all as the chain is long"
         assert held(store, [key_of(50 + i) for i in range(8)]) == 8
 
 
