@@ -25,6 +25,7 @@ from .errors import CapacityError
 
 logger = logging.getLogger(__name__)
 
+_PREFIX = "litecache-"
 _PAUSE_S = (0.05, 5.0)
 # A service that ran so long before it failed has recovered from the fault before.
 _RECOVERED_S = 30.0
@@ -94,6 +95,17 @@ def start_job(
     return _start(work, name)
 
 
+def run_outside(run: Callable[[], None]) -> None:
+    """Call what may wait for the product's threads, or for their locks: not in one of them.
+
+    The garbage collector calls finalizers in any thread.
+    """
+    if threading.current_thread().name.startswith(_PREFIX):
+        start_job(run, "finalizer")
+    else:
+        run()
+
+
 def fault_counts() -> dict[str, int]:
     """By a thread's name, how often one of that name has failed in this process."""
     with _lock:
@@ -107,7 +119,7 @@ def _note(name: str, error: BaseException, then: str) -> None:
 
 
 def _start(target: Callable[[], None], name: str) -> threading.Thread:
-    thread = threading.Thread(target=target, name=f"litecache-{name}", daemon=True)
+    thread = threading.Thread(target=target, name=f"{_PREFIX}{name}", daemon=True)
     try:
         thread.start()
     except RuntimeError as error:

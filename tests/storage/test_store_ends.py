@@ -11,6 +11,7 @@ import gc
 import os
 import select
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from storage_help import MIB, ROOT, bytes_of, fill, key_of
 from litecache.errors import LiteCacheError, StorageError
 from litecache.storage import CommitItem, LocalCacheService, LocalShardClient, ShardStore
 from litecache.storage.disk.files import Files
+from litecache.storage.tiers import Tiers
 
 NBYTES = 4096
 
@@ -227,6 +229,38 @@ def test_a_block_keeps_its_time_when_its_shard_is_taken_in(
     store.abandon()
     with make(tmp_path / "shard-0") as store:
         assert store._tiers.index.expires_s[store._tiers.index.find(key_of(1))] == 2**31
+
+
+def test_a_service_that_its_own_thread_collects_is_closed_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kv = np.zeros((64, NBYTES), np.uint8)
+    gone, go_on = threading.Event(), threading.Event()
+    finish = Tiers.finish_writes
+
+    def collecting(*arguments: Any) -> None:  # under the store's lock
+        finish(*arguments)
+        assert go_on.wait(30)
+        gc.collect()
+        gone.set()
+
+    monkeypatch.setattr(Tiers, "finish_writes", collecting)
+    gc.disable()
+    try:
+        cache: Any = LocalCacheService(str(tmp_path / "c"), 32 * MIB, 1, kv, 2)
+        cache.run()
+        task = cache.create("write", [1], range(64))
+        cache.itself = cache
+        del cache
+        go_on.set()
+        assert gone.wait(30)
+    finally:
+        gc.enable()
+    assert task.wait(30)
+    while any(thread.name == "litecache-finalizer" for thread in threading.enumerate()):
+        time.sleep(0.01)
+    with LocalCacheService(str(tmp_path / "c"), 32 * MIB, 1, kv, 2) as again:
+        assert again.query(1)
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")

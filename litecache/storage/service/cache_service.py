@@ -34,6 +34,7 @@ from ...config import parse_size
 from ...errors import ConfigError, StorageError, StorageLockedError, outline
 from ...hashing import BlockKey, block_key, root_key
 from ...machine_memory import available_memory_bytes
+from ...threads import run_outside
 from ..shard_options import check_holds, smallest_ram_bytes, smallest_storage_bytes
 from .engine import EngineOptions, StorageEngine, get_engine
 from .pages import BlockLayout, integers, page_numbers, pages_per_block, split, tensor_rows
@@ -130,7 +131,7 @@ class LocalCacheService:
             on_written=self._core.on_written,
         )
         self._core.engine = _open(made, options, layout)
-        self._finalizer = weakref.finalize(self, Workers.shutdown, self._core)
+        self._finalizer = weakref.finalize(self, run_outside, self._core.shutdown)
 
     def run(self) -> None:
         """Start the workers; a second call does nothing."""
