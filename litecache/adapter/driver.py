@@ -17,6 +17,7 @@ import uuid
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from litecache.actors.group import Group
@@ -30,6 +31,7 @@ from litecache.checks import check_real, check_text
 from litecache.engine.engine_info import EngineInfo
 from litecache.errors import ConfigError, GroupError
 from litecache.paths import ModelHold
+from litecache.threads import run_outside
 from litecache.token_ids import TokenIds
 from litecache.types import Request, SamplingParams
 
@@ -86,7 +88,8 @@ class Driver:
         self._last_stop: tuple[Any, tuple[str, ...], StopStrings] | None = None
         self._replicas = ReplicaSet(group, self._client_id)
         # Runs on close, on garbage collection and at exit, once, and before Ray's own exit hook.
-        self._finalizer = weakref.finalize(self, _leave, group, self._replicas, owned, model.hold)
+        leave = partial(_leave, group, self._replicas, owned, model.hold)
+        self._finalizer = weakref.finalize(self, run_outside, leave)
 
     @property
     def info(self) -> EngineInfo:
