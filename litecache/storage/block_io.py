@@ -249,7 +249,7 @@ class BlockIo:
                     segments = disk.space.growth(batch.pages)
                     surplus = [] if segments else disk.space.take_surplus(batch.pages)
                 if segments:
-                    grown = disk.grow(segments)
+                    grown = disk.grow(segments, batch.pages)
                     with self._lock:
                         if grown:
                             disk.space.grow(segments)

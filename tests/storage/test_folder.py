@@ -225,6 +225,39 @@ def test_a_slab_grows_again_once_the_disk_has_room(tmp_path, monkeypatch):
         client.close()
 
 
+class SmallDisk(Files):
+    """A disk that has `room` bytes left."""
+
+    room = 64 * MIB
+
+    def _take(self, fd, end) -> None:
+        more = max(0, end - self.size(fd))
+        if more > self.room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.room -= more
+
+    def allocate(self, fd, offset, length):
+        self._take(fd, offset + length)
+        super().allocate(fd, offset, length)
+
+    def write(self, fd, buffers, offset):
+        self._take(fd, offset + sum(map(len, buffers)))
+        return super().write(fd, buffers, offset)
+
+
+def test_a_slab_leaves_its_log_the_last_room_of_a_disk(tmp_path, monkeypatch):
+    files = SmallDisk()
+    monkeypatch.setattr(folder, "disk_room_bytes", lambda path: files.room)
+    with make(tmp_path, files=files, io_threads=0, storage_bytes=8 * MIB) as store:
+        fill(store, range(20), NBYTES)
+        files.room = store._tiers.disk.space.segment_bytes
+        last = fill(store, range(100, 400), NBYTES)[-8:]
+        assert store.flush().complete
+        assert all(store.durable(last))
+        assert "disk_full" not in store.stats()["drops"]
+        store.check_integrity()
+
+
 def test_a_failing_disk_logs_little_and_does_not_compact_for_every_batch(
     tmp_path, monkeypatch, caplog
 ):

@@ -252,8 +252,12 @@ class Folder:
         self.intact = fresh or self.clean or before[1:] == [boot]
         self.note(boot)
 
+    def room_bytes(self) -> int:
+        """Bytes free on its disk."""
+        return disk_room_bytes(self.path)
+
     def _check_new(self, storage_bytes: int) -> None:
-        room = disk_room_bytes(self.path) + disk_used_bytes(self.path)
+        room = self.room_bytes() + disk_used_bytes(self.path)
         if storage_bytes > room:
             raise StorageFullError(
                 f"storage_bytes={storage_bytes} is invalid: the disk of {self.path} has {room} "

@@ -11,6 +11,7 @@ Bounded bytes: every segment of the slab that exists counts in full, every slot 
 
 from __future__ import annotations
 
+import errno
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -22,8 +23,9 @@ from ..block_index import BlockIndex, Entries
 from ..eviction.queues import Queues, allocate
 from ..key_dict import BATCH_KEYS
 from ..namespaces import Quotas
+from ..protocol import PAGE_BYTES
 from ..retry import Backoff, LogByRate
-from ..segments import SegmentSpace, pick_segment_bytes
+from ..segments import SegmentSpace, pick_segment_bytes, region_size
 from .files import NO_SPACE, Files
 from .folder import Folder
 from .log import (
@@ -109,9 +111,12 @@ class DiskTier:
         if new_segments > 0 and not self.growth.due():
             return False
         slab = (self.space.present + new_segments) * self.space.segment_bytes
-        meta = META_SLOT_BYTES * (self.space.slots_assigned + new_slots)
-        meta += META_NAME_COPIES * self.log.name_bytes
-        return slab + meta + META_FIXED_BYTES <= self.limit - self.retired_bytes
+        meta = self._meta_bytes(self.space.slots_assigned + new_slots)
+        return slab + meta <= self.limit - self.retired_bytes
+
+    def _meta_bytes(self, slots: int) -> int:
+        names = META_NAME_COPIES * self.log.name_bytes
+        return META_FIXED_BYTES + META_SLOT_BYTES * slots + names
 
     def _make_durable(self) -> None:
         # what was read back counts as durable from here on: make that true
@@ -309,10 +314,17 @@ class DiskTier:
         self.log.compact(seq, blocks(), sync_slab)
         return seq
 
-    def grow(self, segments: range) -> bool:
-        """Reserve disk space for segments; False when the disk has none."""
+    def grow(self, segments: range, pages: int) -> bool:
+        """Reserve disk space for segments with blocks of a size; False when the disk has none.
+
+        What their metadata will take is left free, or the log could not tell of a single block.
+        """
         size = self.space.segment_bytes
+        slots = self.space.slots_assigned + region_size(size // PAGE_BYTES, pages).slots
+        meta = self._meta_bytes(slots) - self.log.bytes
         try:
+            if self.folder.room_bytes() < len(segments) * size + meta:
+                raise OSError(errno.ENOSPC, "too little room beside it for its log")
             self._files.allocate(self.slab.fd, segments.start * size, len(segments) * size)
         except OSError as error:
             self._say("the slab of %s cannot grow: %s", self.folder.path, error)
