@@ -8,6 +8,7 @@ are a `KeyDict`, and columns grow by at most 65,536 rows at a time.
 
 from __future__ import annotations
 
+import time
 from array import array
 from collections.abc import Sequence
 from itertools import compress, islice
@@ -41,6 +42,11 @@ MOST_HITS = 1 << 31
 
 _MOST_ROWS = 65_536
 _NO_KEY = b""
+
+
+def clock_s() -> int:
+    """Unix seconds as the columns hold them, whatever the clock says."""
+    return min(max(0, int(time.time())), LAST_S)
 
 
 def grown_by(rows: int, missing: int) -> int:

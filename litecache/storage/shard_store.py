@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from ..errors import ConfigError
 from ..hashing import KEY_BYTES, BlockKey
-from .block_index import LAST_S
+from .block_index import LAST_S, clock_s
 from .disk.slab import Stored, read_blocks, requests
 from .key_dict import BATCH_KEYS, batches
 from .leases import Client
@@ -234,7 +234,7 @@ class ShardStore(ShardBase):
             if not self._accepts_writes or self._closed:
                 return []
             if self._tiers.index.expiring:
-                self._tiers.drop_expired(int(time.time()))
+                self._tiers.drop_expired(clock_s())
             blocks = self._tiers.allocate(block_bytes, n)
             self._leases.give(client, blocks)
             for block in blocks:
@@ -340,7 +340,7 @@ class ShardStore(ShardBase):
 
     def places(self, keys: Sequence[BlockKey]) -> bytes:
         """Where each block is, a `Place` a byte; that somebody asks is no use of it."""
-        index, now = self._tiers.index, int(time.time())
+        index, now = self._tiers.index, clock_s()
 
         def place(entry: int) -> int:
             if entry < 0 or 0 < index.expires_s[entry] <= now:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import bisect
 import threading
-import time
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -19,7 +18,7 @@ from ..hashing import BlockKey
 from ..metrics import GAP_BOUNDS_S, Metrics
 from .admission import Admission
 from .arena.arena import Arena
-from .block_index import BlockIndex, Changes
+from .block_index import BlockIndex, Changes, clock_s
 from .disk.log import MAX_NAMES
 from .disk.slab import Stored
 from .disk.tier import DiskTier
@@ -113,7 +112,7 @@ class Tiers:
         found = self.index.get_many(keys)
         if not self.index.expiring:
             return found
-        now = int(time.time())
+        now = clock_s()
         self._drop_expired({entry for entry in found if entry >= 0}, now)
         self.drop_expired(now)
         return self.index.get_many(keys)
@@ -143,7 +142,7 @@ class Tiers:
         """Count a hit each, refresh recency, and let admission think again."""
         if not entries:
             return
-        now = int(time.time())
+        now = clock_s()
         self._count_gaps(entries, now)
         self.index.note_hits(entries, now)
         if self.disk is not None:
@@ -315,7 +314,7 @@ class Tiers:
 
     def publish(self, block: RamBlock, item: CommitItem) -> int:
         """A reserved slot holds a block that the shard does not have; its entry."""
-        index, now, key = self.index, int(time.time()), item.key
+        index, now, key = self.index, clock_s(), item.key
         block.entry = entry = index.insert(key, item.parent)
         index.ram[entry] = block.handle
         index.pages[entry] = block.nbytes // PAGE_BYTES

@@ -546,6 +546,31 @@ def test_verify_leaves_a_store_that_was_closed_cleanly_so(tmp_path):
     assert (tmp_path / "shard-0" / "lock").read_bytes().split()[1] == before
 
 
+def test_looking_at_a_store_changes_nothing_and_needs_no_right_to_write(tmp_path, monkeypatch):
+    store = make(tmp_path / "shard-0")
+    keys = fill(store, range(3), NBYTES)
+    store.flush()
+    store.abandon()
+    lock = (tmp_path / "shard-0" / "lock").read_bytes()
+    real = os.open
+
+    def read_only(path, flags, *rest, **more):
+        if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), path)
+        return real(path, flags, *rest, **more)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "open", read_only)
+        assert inspect_store(str(tmp_path))[0].blocks == 3
+        assert verify_store(str(tmp_path))[0].ok
+    assert (tmp_path / "shard-0" / "lock").read_bytes() == lock
+    # after a power cut, too: what it left in doubt stays so
+    (tmp_path / "shard-0" / "lock").write_bytes(b"1 another-boot".ljust(128))
+    assert verify_store(str(tmp_path))[0].ok
+    with make(tmp_path / "shard-0") as store:
+        assert not any(store.durable(keys))
+
+
 def test_a_small_store_that_is_overwritten_fast_drops_nothing_for_want_of_room_in_its_log(tmp_path):
     with ShardStore(str(tmp_path / "s"), storage_bytes=2_000_000, ram_bytes=16_000_000) as store:
         client = LocalShardClient(store)

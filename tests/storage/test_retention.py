@@ -44,6 +44,16 @@ def clock(monkeypatch):
     return Clock
 
 
+@pytest.mark.parametrize("now", [-5, 0, 2**32, 1e18])
+def test_a_clock_may_say_anything(tmp_path, clock, now):
+    clock.now = now
+    with make(tmp_path) as store:
+        keys = save(store, range(3))
+        assert all(store.query(keys))
+        assert store.flush().complete
+        store.check_integrity()
+
+
 @pytest.mark.parametrize("on_disk", [True, False])
 def test_a_block_past_its_time_is_a_miss_at_once(tmp_path, clock, on_disk):
     with make(tmp_path if on_disk else None) as store:

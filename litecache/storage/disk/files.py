@@ -38,6 +38,7 @@ class Files:
     """
 
     folder = -1
+    _access = os.O_RDWR
 
     # as they are: a descriptor, and an offset and a length in bytes or the file's new length
     close = staticmethod(os.close)
@@ -46,7 +47,7 @@ class Files:
     sync = staticmethod(os.fdatasync)
 
     def open(self, name: str, *, create: bool = False, direct: bool = False) -> int:
-        """Open for reading and writing, 0600 when created.
+        """Open for reading and writing (`ReadOnlyFiles` for reading), 0600 when created.
 
         Args:
             name: of the file in the folder.
@@ -56,7 +57,7 @@ class Files:
         Raises:
             StorageFormatError, StorageError: see `open_private`.
         """
-        flags = os.O_RDWR | (os.O_CREAT if create else 0)
+        flags = self._access | (os.O_CREAT if create else 0)
         owner = os.fstat(self.folder).st_uid
         try:
             more = os.O_DIRECT if direct else 0
@@ -164,6 +165,16 @@ class Files:
             if raw and (got := self.read(fd, [memoryview(raw)], 0)) != len(raw):
                 raise OSError(errno.EIO, f"only {got} of {len(raw)} bytes of {name} can be read")
         return bytes(raw)
+
+
+class ReadOnlyFiles(Files):
+    """Files that are looked at and not changed; their disk may be mounted for reading alone."""
+
+    _access = os.O_RDONLY
+
+    def open(self, name: str, *, create: bool = False, direct: bool = False) -> int:
+        """Open for reading what is there."""
+        return super().open(name, direct=direct)
 
 
 def open_private(folder: int, name: str, flags: int, owner: int, path: str = "") -> int:

@@ -19,6 +19,7 @@ import os
 import pwd
 import stat
 import struct
+from collections.abc import Iterator
 
 import xxhash
 
@@ -280,18 +281,11 @@ class Folder:
 
     def _take(self, fd: int) -> None:
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            _take(fd, self._fd, self.path)
+        except StorageLockedError:
             # whoever holds it owns the files: discard() must leave them alone
             self._made = []
-            holder = "unknown"
-            with contextlib.suppress(OSError):
-                flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
-                with open(os.open("lock", flags, dir_fd=self._fd), "rb") as lock:
-                    holder = lock.read(32).decode(errors="replace").partition(" ")[0] or holder
-            raise StorageLockedError(
-                f"{self.path} is in use by another store (process {holder})"
-            ) from None
+            raise
 
     def trouble(self) -> str | None:
         """What has become of the folder under a live store; None: it is in its place.
@@ -357,6 +351,46 @@ class Folder:
                 self._files.unlink(name)
             _remove_folders(self._made)
         self.close()
+
+
+_LOOK = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+
+
+def _take(fd: int, folder: int, path: str) -> None:
+    """Lock the folder or its `lock`; StorageLockedError names the process that holds it."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = "unknown"
+        with contextlib.suppress(OSError), open(os.open("lock", _LOOK, dir_fd=folder), "rb") as f:
+            holder = f.read(32).decode(errors="replace").partition(" ")[0] or holder
+        raise StorageLockedError(f"{path} is in use by another store (process {holder})") from None
+
+
+@contextlib.contextmanager
+def held_folder(files: Files, path: str) -> Iterator[None]:
+    """Keep stores out of a folder, and change nothing in it: not even what `lock` says of its end.
+
+    Args:
+        files: names files in this folder meanwhile.
+        path: of the folder.
+
+    Raises:
+        ConfigError, OSError: see `open_folder`.
+        StorageLockedError: a live store holds it.
+    """
+    files.folder, _ = open_folder(path)
+    held = [files.folder]
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            held.append(os.open("lock", _LOOK, dir_fd=files.folder))
+        for fd in held:
+            with contextlib.suppress(OSError):  # some file systems lock no folders
+                _take(fd, files.folder, path)
+        yield
+    finally:
+        for fd in held:
+            os.close(fd)
 
 
 def read_superblock(files: Files, path: str) -> tuple[int, int]:

@@ -17,8 +17,8 @@ import numpy as np
 
 from ...errors import ConfigError, StorageError, StorageFormatError
 from ..protocol import PAGE_BYTES
-from .files import Files
-from .folder import Folder, disk_used_bytes, open_folder, read_superblock
+from .files import ReadOnlyFiles
+from .folder import disk_used_bytes, held_folder, open_folder, read_superblock
 from .log import FLAG_PINNED, Records, Recovered
 from .slab import Slab, read_records
 from .upgrade import recover_any
@@ -105,7 +105,8 @@ def shard_folders(directory: str) -> list[str]:
         ConfigError: there is none.
     """
     directory = os.path.abspath(directory)
-    below = sorted(os.listdir(directory)) if os.path.isdir(directory) else []
+    with _readable(directory):
+        below = sorted(os.listdir(directory)) if os.path.isdir(directory) else []
     for folders in ([directory], [os.path.join(directory, name) for name in below]):
         if found := [f for f in folders if os.path.lexists(os.path.join(f, "superblock"))]:
             return found
@@ -145,7 +146,7 @@ def _readable(folder: str) -> Iterator[None]:
 
 def _look(folder: str) -> tuple[int, Recovered]:
     """Segment size and metadata, beside a live store; root reads everybody's."""
-    files = Files()
+    files = ReadOnlyFiles()
     with _readable(folder):
         files.folder, _ = open_folder(folder, any_owner=not os.geteuid())
         try:
@@ -229,24 +230,20 @@ def verify_store(
 
 
 def _verify(report: VerifyReport) -> Iterator[int]:
-    files = Files()
-    with closing(Folder(files, report.path, 0, 4096)) as folder:
-        try:
-            recovered = recover_any(files, folder.version)
-            report.damaged_records = recovered.damaged
-            if not files.exists("slab"):
-                raise StorageFormatError(f"{report.path} has no slab")
-            with closing(Slab(files)) as slab:
-                records = np.sort(recovered.records, order="slot")
-                for batch, blocks in read_records(slab, records):
-                    report.checked += len(batch)
-                    report.bytes += sum(len(data) for data, _ in blocks)
-                    report.bad += [
-                        (key.tobytes().hex(), reason)
-                        for key, (_, reason) in zip(batch["key"], blocks, strict=True)
-                        if reason is not None
-                    ]
-                    yield _bytes(batch)
-        finally:
-            if folder.clean:
-                folder.note("clean")  # nothing was written meanwhile
+    files = ReadOnlyFiles()
+    with held_folder(files, report.path):
+        recovered = recover_any(files, read_superblock(files, report.path)[0])
+        report.damaged_records = recovered.damaged
+        if not files.exists("slab"):
+            raise StorageFormatError(f"{report.path} has no slab")
+        with closing(Slab(files)) as slab:
+            records = np.sort(recovered.records, order="slot")
+            for batch, blocks in read_records(slab, records):
+                report.checked += len(batch)
+                report.bytes += sum(len(data) for data, _ in blocks)
+                report.bad += [
+                    (key.tobytes().hex(), reason)
+                    for key, (_, reason) in zip(batch["key"], blocks, strict=True)
+                    if reason is not None
+                ]
+                yield _bytes(batch)
