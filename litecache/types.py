@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from litecache.token_ids import TokenIds
 
-MESSAGE_VERSION = 9
+MESSAGE_VERSION = 10
 
 CACHE_USES = ("default", "no-store", "read-only")
 """What becomes of the blocks that a request computes: see `Request.cache`."""
@@ -57,6 +57,8 @@ class LogitRules:
         presence_penalty: is taken from the logits of the tokens of the output; 0 = off.
         frequency_penalty: the same, times the number of occurrences; 0 = off.
         no_repeat_ngram_size: no run of so many tokens occurs twice in prompt and output; 0 = off.
+        columns: the prompt as runs of tokens are looked for in it, padding included; () = as it is.
+        padding: so many of the first columns are not even looked at by the repetition penalty.
     """
 
     sequence_bias: tuple[tuple[tuple[int, ...], float], ...] = ()
@@ -67,6 +69,14 @@ class LogitRules:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     no_repeat_ngram_size: int = 0
+    columns: tuple[int, ...] = ()
+    padding: int = 0
+
+    @property
+    def any_runs(self) -> bool:
+        """Whether a token may depend on the order of those before it."""
+        sequences = (*self.bad_words_ids, *(ids for ids, _ in self.sequence_bias))
+        return bool(self.no_repeat_ngram_size) or any(len(ids) > 1 for ids in sequences)
 
     @property
     def any_rules(self) -> bool:

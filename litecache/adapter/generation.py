@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from transformers import Cache, CompileConfig, GenerationConfig
 from transformers.generation.configuration_utils import ALL_CACHE_IMPLEMENTATIONS
@@ -148,6 +150,23 @@ class GenerationSettings:
     max_time_s: float | None
     stop_strings: tuple[str, ...]
     bos_token_id: int | None
+
+    def seeing(self, row: npt.NDArray[np.int64], real: npt.NDArray[np.bool_]) -> GenerationSettings:
+        """For one row of a batch: what looks for runs of tokens sees its padding, as in
+        transformers, where padding behind it counts as padding before it.
+
+        Args:
+            row: `[tokens]`.
+            real: `[tokens]`, False = padding.
+        """
+        if real.all() or not self.sampling.any_runs:
+            return self
+        behind = int(real[::-1].argmax())
+        row, real = np.roll(row, behind), np.roll(real, behind)
+        # an id of padding may be anything; no token is above these
+        columns = np.where((row < 0) | (row > _MOST_PAD_ID), _MOST_PAD_ID, row)
+        rules = {"columns": tuple(columns.tolist()), "padding": int(real.argmax())}
+        return dataclasses.replace(self, sampling=dataclasses.replace(self.sampling, **rules))
 
     def check_padding(self, rows: int) -> None:
         """Refuse a batch whose shorter rows could only be filled with a token of the text.

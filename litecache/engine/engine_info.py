@@ -164,6 +164,10 @@ class EngineInfo:
         resumed = request.num_resumed_tokens
         most = 0 if request.logits else len(request.prompt) - 1
         check_integer("num_resumed_tokens", resumed, 0, most)
+        columns = len(request.sampling.columns)
+        if columns and not len(request.prompt) - resumed <= columns <= self.max_model_len:
+            valid = f"at most {self.max_model_len} with padding, where rules look at runs of tokens"
+            raise ConfigError("input_ids", f"{columns} columns", valid)
         new = request.sampling.max_new_tokens - resumed
         if new < 1 and not request.logits:
             raise ConfigError("max_new_tokens", request.sampling.max_new_tokens, "at least 1")
@@ -290,6 +294,8 @@ def _check_rules(rules: LogitRules, vocab_size: int) -> None:
     for name in ("presence_penalty", "frequency_penalty"):
         check_real(name, getattr(rules, name), -FLOAT32_MAX)
     check_integer("no_repeat_ngram_size", rules.no_repeat_ngram_size, 0)
+    check_ids("columns", rules.columns, 1 << 31)
+    check_integer("padding", rules.padding, 0, len(rules.columns))
     for name in ("suppress_tokens", "begin_suppress_tokens"):
         check_ids(name, getattr(rules, name), vocab_size)
     biased, words = [], _tuple("bad_words_ids", rules.bad_words_ids, "a tuple of tuples of ids")

@@ -72,6 +72,20 @@ def test_rows_padded_on_the_right_go_on_as_rows_without_padding_in_either_loop(
         llm.generate(**right, stop_token_ids=[999])
 
 
+def test_what_looks_for_runs_of_tokens_sees_padding_in_either_loop(
+    llm: KVCacheAdapter, tiny_llama: LlamaForCausalLM
+) -> None:
+    batch = ragged(3, 1)
+    batch["input_ids"][batch["attention_mask"] == 0] = 9
+    last = batch["input_ids"][1, -1].item()
+    rules = {"sequence_bias": [[[9, 9, last, 7], 500.0]], "bad_words_ids": [[last, 7, 8]]}
+    each = {"max_new_tokens": 3, "repetition_penalty": 1.5, "no_repeat_ngram_size": 1, **rules}
+    expected = tiny_llama.generate(**batch, **each)
+    assert expected[1, 3] == 7
+    for loop in ("engine", "driver"):
+        assert torch.equal(llm.generate(**batch, **each, loop=loop), expected)
+
+
 def keep(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
     return scores
 

@@ -138,6 +138,8 @@ BAD_FIELDS: list[tuple[str, Any]] = [
     ("frequency_penalty", "x"),
     ("no_repeat_ngram_size", -1),
     ("no_repeat_ngram_size", 1.0),
+    ("columns", (-1,)),
+    ("padding", 1),
 ]
 
 

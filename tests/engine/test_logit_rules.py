@@ -45,14 +45,17 @@ RULES = st.builds(
 
 
 def hf_scores(rules: LogitRules, tokens: list[int], logits: torch.Tensor) -> torch.Tensor:
-    """What transformers makes of one row's logits."""
+    """What transformers makes of one row's logits, after columns with padding."""
     processors = LogitsProcessorList()
     if rules.sequence_bias:
         processors.append(
             SequenceBiasLogitsProcessor([[list(i), b] for i, b in rules.sequence_bias])
         )
     if rules.repetition_penalty != 1:
-        processors.append(RepetitionPenaltyLogitsProcessor(rules.repetition_penalty))
+        padding = torch.tensor([rules.padding])
+        processors.append(
+            RepetitionPenaltyLogitsProcessor(rules.repetition_penalty, prompt_ignore_length=padding)
+        )
     if rules.no_repeat_ngram_size:
         processors.append(NoRepeatNGramLogitsProcessor(rules.no_repeat_ngram_size))
     if rules.bad_words_ids:
@@ -70,6 +73,11 @@ def test_logits_become_those_of_transformers_processors_step_after_step(
     generator = torch.Generator().manual_seed(seed)
     rows = rng.sample(range(9), len(rules))
     tokens = [rng.choices(range(SMALL), k=rng.randrange(1, 20)) for _ in rules]
+    pads = [rng.choices(range(SMALL), k=rng.choice([0, 0, 1, 3, 80])) for _ in rules]
+    rules = [
+        dataclasses.replace(rule, columns=(*pad, *row) if pad else (), padding=len(pad))
+        for rule, pad, row in zip(rules, pads, tokens, strict=True)
+    ]
     entries = [RowRules(r, t, len(t)) for r, t in zip(rules, tokens, strict=True)]
     book = RuleBook(64, torch.device("cpu"))
     for _ in range(4):
@@ -87,7 +95,7 @@ def test_logits_become_those_of_transformers_processors_step_after_step(
         untouched = [place for place in range(6) if place not in places]
         assert torch.equal(got[untouched], logits[untouched])
         for place, i in zip(places, present, strict=True):
-            wanted = hf_scores(rules[i], tokens[i], logits[place])
+            wanted = hf_scores(rules[i], [*pads[i], *tokens[i]], logits[place])
             torch.testing.assert_close(got[place], wanted, rtol=1e-6, atol=1e-6)
             assert torch.equal(got[place] == float("-inf"), wanted == float("-inf"))
             tokens[i].append(int(drawn[place]))

@@ -188,7 +188,10 @@ class GenerateSurface(Driver):
         prompts = split_rows(input_ids, mask, settings.mask_pad_token)
         samples, pad = settings.num_return_sequences, settings.pad_token_id
         settings.check_padding(samples * len(prompts))
-        jobs = [(prompt, input_ids.shape[1], settings) for prompt in prompts]
+        real = real_columns(input_ids, mask, settings.mask_pad_token)
+        seen = map(settings.seeing, input_ids.numpy(), real)
+        width = input_ids.shape[1]
+        jobs = [(prompt, width, each) for prompt, each in zip(prompts, seen, strict=True)]
         rows = self._start(jobs, use, seed, tokenizer, streaming=streamer is not None)
         bar = show_progress(progress, "Generating", progress_of(rows))
         with aborting(rows, self._replicas.abort), bar:
@@ -199,7 +202,6 @@ class GenerateSurface(Driver):
         if past is None and settings.return_dict and settings.use_cache:
             past = TokenRows()
         if past is not None:
-            real = real_columns(input_ids, mask, settings.mask_pad_token)
             past.follow(sequences, real.repeat(samples, axis=0))
         if not settings.return_dict:
             return sequences

@@ -26,10 +26,16 @@ class RowRules:
         rules: what applies.
         tokens: all tokens known when the request took the row; its next one follows them.
         num_prompt: how many of them are prompt.
+
+    Attributes:
+        tokens: the same with the prompt as the rules see it.
+        num_prompt: how many of these are prompt, `num_more` more than the model sees.
     """
 
     def __init__(self, rules: LogitRules, tokens: Sequence[int], num_prompt: int) -> None:
-        self.rules, self.tokens, self.num_prompt = rules, tuple(tokens), num_prompt
+        columns = rules.columns or tokens[:num_prompt]
+        self.rules, self.tokens = rules, (*columns, *tokens[num_prompt:])
+        self.num_prompt, self.num_more = len(columns), len(columns) - num_prompt
         self.biases = [
             *rules.sequence_bias,
             *((ids, _NEVER) for ids in rules.bad_words_ids),
@@ -78,7 +84,7 @@ class RuleBook:
         batch = self._batch = self._batch.following(samples, self._slots, self._device)
         logits = logits.float()
         scores = logits.index_select(0, batch.samples)
-        longest = max(sample.length for sample in samples)
+        longest = max(sample.length + sample.rules.num_more for sample in samples)
         history = self._history[:, :longest].index_select(0, batch.slots).long()
         scores = batch.add_biases(scores, history)
         scores = batch.penalise(scores, history)
@@ -94,13 +100,15 @@ class RuleBook:
     def _enter(self, sample: RuledSample) -> None:
         """A request has taken the row: its tokens so far become the history."""
         slot = self._slots.setdefault(sample.row, len(self._slots))
-        if slot >= len(self._history):
+        count, width = self._history.shape
+        wanted = max(width, self._width + sample.rules.num_more)
+        if slot >= count or wanted > width:
             grown = torch.zeros(
-                (max(4, 2 * len(self._history)), self._width),
+                (count if slot < count else max(4, 2 * count), wanted),
                 dtype=torch.int32,
                 device=self._device,
             )
-            grown[: len(self._history)] = self._history
+            grown[:count, :width] = self._history
             self._history = grown
         tokens = torch.tensor(sample.rules.tokens, dtype=torch.int32)
         self._history[slot, : len(tokens)] = tokens.to(self._device, non_blocking=True)
@@ -125,6 +133,7 @@ class _Batch:
         self.samples = self._ints([s.sample for s in samples])
         self.slots = self.lengths = self._ints(slots)
         self._num_prompt = self._ints([s.rules.num_prompt for s in samples])
+        self._padding = self._ints([r.padding for r in rules])
         self._repetition = self._penalty([r.repetition_penalty for r in rules], 1.0)
         self._presence = self._penalty([r.presence_penalty for r in rules], 0.0)
         self._frequency = self._penalty([r.frequency_penalty for r in rules], 0.0)
@@ -149,7 +158,7 @@ class _Batch:
         batch = self
         if self._made_for != [(s.sample, s.row, s.rules) for s in samples]:
             batch = _Batch(samples, [slots[s.row] for s in samples], device)
-        batch.lengths = batch._ints([s.length for s in samples])
+        batch.lengths = batch._ints([s.length + s.rules.num_more for s in samples])
         return batch
 
     def add_biases(self, scores: torch.Tensor, history: torch.Tensor) -> torch.Tensor:
@@ -169,7 +178,7 @@ class _Batch:
     def penalise(self, scores: torch.Tensor, history: torch.Tensor) -> torch.Tensor:
         """Repetition penalty over prompt and output, the other two over the output."""
         if self._repetition is not None:
-            counts = self._counts(scores, history, torch.zeros_like(self.lengths))
+            counts = self._counts(scores, history, self._padding)
             penalised = torch.where(
                 scores < 0, scores * self._repetition, scores / self._repetition
             )
