@@ -212,10 +212,10 @@ def ask(
         starts: per prompt, the message that it continues.
     """
     width = max(map(len, prompts))
-    ids = torch.zeros((len(prompts), width), dtype=torch.int64)
+    ids = torch.zeros((len(prompts), width), dtype=torch.int64, device="cpu")
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        ids[row, width - len(prompt) :] = torch.tensor(prompt, device="cpu")
         mask[row, width - len(prompt) :] = 1
     # What fills a row that has ended is cut off again.
     settings = {"pad_token_id": 0, "tokenizer": template.tokenizer, **settings}

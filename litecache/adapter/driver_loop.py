@@ -106,7 +106,12 @@ def generate_in_driver(
     if seed is not None:
         check_integer("seed", seed, 0, valid="an integer from 0 to 2**63 - 1")
     begun = time.perf_counter()
-    with _seeded(seed), _at_most_threads(most_threads), _in_words_of_transformers():
+    with (
+        _seeded(seed),
+        _at_most_threads(most_threads),
+        _on_cpu_by_default(),
+        _in_words_of_transformers(),
+    ):
         result = proxy.generate(given_ids, given, streamer=streamer, tokenizer=tokenizer, **call)
     device = torch.device("cpu") if ids is None else inputs.device
     if moved is not None:
@@ -372,7 +377,7 @@ def _padding_moved_left(
             what, valid = f"padding behind row {int(behind[0])}", f"padding before it, with {name}"
             raise ConfigError(field, what, valid)
     after = real.flip(1).to(torch.int8).argmax(dim=1, keepdim=True)
-    order = (torch.arange(ids.shape[1]) - after) % ids.shape[1]
+    order = (torch.arange(ids.shape[1], device="cpu") - after) % ids.shape[1]
     moved = _MovedPadding(ids, real, order)
     if mask is not None:
         call["attention_mask"] = moved.left(real).long()
@@ -411,6 +416,12 @@ def _at_most_threads(most: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def _on_cpu_by_default() -> contextlib.AbstractContextManager[object]:
+    """A default device of the caller's is none of the logits', which lie on the CPU."""
+    cpu = torch.device("cpu")
+    return contextlib.nullcontext() if torch.get_default_device() == cpu else cpu
 
 
 @contextlib.contextmanager

@@ -173,7 +173,8 @@ def row_logits(
     wanted = [index for index, count in enumerate(counts) if count]
     found = forward([rows[index] for index in wanted], [counts[index] for index in wanted])
     dtype = found[0].dtype if found else forward.dtype
-    logits = torch.zeros((batch, there.shape[1], forward.vocab_size), dtype=dtype)
+    shape = (batch, there.shape[1], forward.vocab_size)
+    logits = torch.zeros(shape, dtype=dtype, device="cpu")
     for index, own in zip(wanted, found, strict=True):
         logits[index, there[index]] = own
     return logits

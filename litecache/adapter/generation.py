@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,6 +90,12 @@ DRIVER_ARGUMENTS = (
     "trust_remote_code",
 )  # fmt: skip
 """Arguments of transformers' `generate` that its own loop takes in the driver."""
+
+BY_PLACE = (
+    "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "synced_gpus",
+    "assistant_model",
+)  # fmt: skip
+"""Of these the ones that may be given by place, behind `generation_config`."""
 
 _NO_LAYERS = "left out: the layers are in another process; run the model with transformers"
 _NO_DRAFTS = "left out: take an assistant_model or prompt_lookup_num_tokens for drafts"
@@ -215,7 +221,9 @@ def draw_seed(seed: int | None, *, sampling: bool) -> int:
     """The call's seed: given, or one int64 of torch's default generator; 0 when not sampling."""
     if seed is not None:
         return check_integer("seed", seed, 0, valid="an integer from 0 to 2**63 - 1")
-    return int(torch.randint(0, 2**63 - 1, (), dtype=torch.int64)) if sampling else 0
+    if not sampling:
+        return 0
+    return int(torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device="cpu"))
 
 
 def translate(
@@ -385,6 +393,25 @@ def _beyond_engine(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]
                 yield name, value, " or ".join(repr(n) for n in neutral)
 
 
+def by_name(others: Sequence[Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of transformers' `generate` behind `generation_config`, by name.
+
+    Args:
+        others: given by place.
+        arguments: given by name.
+
+    Raises:
+        ConfigError: too many, or one in both ways.
+    """
+    if len(others) > len(BY_PLACE):
+        what = f"{2 + len(others)} arguments by place"
+        raise ConfigError("generate", what, f"at most {2 + len(BY_PLACE)}, others by name")
+    named = dict(zip(BY_PLACE, others, strict=False))
+    for name in named.keys() & arguments.keys():
+        raise ConfigError(name, "given twice", "by place or by name")
+    return named
+
+
 def refuse_everywhere(settings: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:
     """Refuse what neither loop takes.
 
@@ -417,17 +444,26 @@ def _comparable(value: Any, neutral: Any) -> bool:
     return plain and isinstance(value, bool) == isinstance(neutral, bool)
 
 
-def refuse_arguments(arguments: Mapping[str, Any]) -> None:
-    """Refuse arguments that are neither settings nor inputs, unless they change nothing."""
+def refuse_arguments(arguments: Mapping[str, Any], *, forward: bool = False) -> None:
+    """Refuse arguments that are neither settings nor inputs, unless they change nothing.
+
+    Args:
+        arguments: those that are left.
+        forward: they are of a forward pass, not of `generate`.
+    """
     for name, value in arguments.items():
         if _changes_nothing(name, value):
             continue
-        if name in DRIVER_ARGUMENTS:
+        if name in DRIVER_ARGUMENTS and not forward:
             raise ConfigError(
                 f"generate({name}=...) is not supported by the engine loop; {_TAKES_OTHERS}"
             )
         # it may be a prompt under a wrong name
         valid = "an argument of generate or a field of GenerationConfig"
+        if forward:
+            valid = (
+                "left out: a forward takes whole rows, and finds by itself what is cached of them"
+            )
         raise refusal(name, outline(value), valid)
 
 

@@ -358,7 +358,8 @@ class StopStrings:
 
     def __init__(self, tokenizer: Any, texts: Sequence[str]) -> None:
         try:
-            self._criterion = StopStringCriteria(tokenizer, list(texts))
+            with torch.device("cpu"):  # of the caller's default it makes tables, too
+                self._criterion = StopStringCriteria(tokenizer, list(texts))
         except Exception as error:  # whatever it makes of the tokenizer or the texts
             valid = f"texts that the tokenizer can spell ({told(error)})"
             raise ConfigError("stop_strings", list(texts), valid) from error
@@ -380,7 +381,7 @@ class StopStrings:
         for count, token in enumerate(tokens, 1):
             seen.append(token)
             if token < len(self._can_end) and self._can_end[token]:
-                window = torch.tensor([seen[-width:]])
+                window = torch.tensor([seen[-width:]], device="cpu")
                 if bool(self._criterion(window, None)[0]):
                     return count
         return None

@@ -178,6 +178,28 @@ def split_rows(
     return rows
 
 
+def check_positions(
+    position_ids: Any, places: npt.NDArray[np.int64], real: npt.NDArray[np.bool_]
+) -> None:
+    """Refuse positions other than those that a row's tokens have of themselves.
+
+    Args:
+        position_ids: `[batch, tokens]`, or what broadcasts to it; None = none are given.
+        places: int64 `[batch, tokens]`, of each column's token in its row.
+        real: bool `[batch, tokens]`, False = padding, whose positions may be anything.
+
+    Raises:
+        ConfigError: there are some.
+    """
+    if position_ids is None:
+        return
+    with naming("position_ids", position_ids, "a dense tensor [batch, tokens] of integers"):
+        given = np.broadcast_to(position_ids.numpy(force=True), places.shape)
+    if (given != places)[real].any():
+        valid = "left out: positions count from the first token of each row"
+        raise ConfigError("position_ids", outline(position_ids), valid)
+
+
 def append_rows(
     input_ids: torch.Tensor, new_tokens: Sequence[Sequence[int]], pad_token_id: int | None
 ) -> torch.Tensor:
@@ -196,10 +218,11 @@ def append_rows(
     """
     lengths = [len(row) for row in new_tokens]
     width = min(lengths) if pad_token_id is None else max(lengths)
-    added = torch.full((len(new_tokens), width), pad_token_id or 0, dtype=torch.int64)
+    added = np.full((len(new_tokens), width), pad_token_id or 0, dtype=np.int64)
     for index, row in enumerate(new_tokens):
-        added[index, : len(row)] = torch.tensor(row[:width], dtype=torch.int64)
-    return torch.cat([input_ids.to(torch.int64), added.to(input_ids.device)], dim=1)
+        added[index, : len(row)] = row[:width]
+    new = torch.from_numpy(added).to(input_ids.device)
+    return torch.cat([input_ids.to(torch.int64), new], dim=1)
 
 
 def as_list(name: str, value: Any, most: int = 1 << 20) -> Any:

@@ -28,7 +28,7 @@ from transformers.generation import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from litecache.adapter.forward import Forward
-from litecache.adapter.prompts import check_input_ids, naming
+from litecache.adapter.prompts import check_input_ids, check_positions, naming
 from litecache.adapter.row_progress import Progress
 from litecache.errors import CapacityError, ConfigError, outline
 from litecache.token_ids import TokenIds
@@ -289,7 +289,7 @@ class ModelProxy(GenerationMixin):  # type: ignore[misc]
         tokens, real = past.extended(ids, _mask(attention_mask))
         # Of each new column, the row's last token there: by its place in the row, -1 = none yet.
         places = np.cumsum(real, axis=1)[:, -ids.shape[1] :] - 1
-        _check_positions(position_ids, places, real[:, -ids.shape[1] :])
+        check_positions(position_ids, places, real[:, -ids.shape[1] :])
         logits = self._logits(tokens, real, places[:, _columns(logits_to_keep)], past.ended)
         past.assign(tokens, real)
         self._columns = max(self._columns, tokens.shape[1])
@@ -328,7 +328,8 @@ class ModelProxy(GenerationMixin):  # type: ignore[misc]
             self._first_columns = tokens.shape[1]
         shape = (len(tokens), places.shape[1], self.vocab_size)
         # a model may give logits of another dtype than its own
-        logits = torch.empty(shape, dtype=answers[0].dtype if answers else self.dtype)
+        dtype = answers[0].dtype if answers else self.dtype
+        logits = torch.empty(shape, dtype=dtype, device="cpu")
         for index, found in enumerate(source):
             if found < 0:
                 logits[index] = 0
@@ -372,6 +373,14 @@ class ModelProxy(GenerationMixin):  # type: ignore[misc]
         finally:
             if isinstance(rows, TokenRows):
                 rows.ended = None
+
+    def _assisted_decoding(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Transformers' loop of drafts, whose first pass carries all tokens of its input: a cache
+        that has some of them goes on from none."""
+        rows = kwargs.get("past_key_values")
+        if isinstance(rows, TokenRows) and rows.begins(input_ids, kwargs.get("attention_mask")):
+            rows.reset()
+        return super()._assisted_decoding(input_ids, *args, **kwargs)
 
     def _prepare_cache_for_generation(
         self,
@@ -449,18 +458,3 @@ def _columns(logits_to_keep: Any) -> slice | Tokens:
         index: Tokens = logits_to_keep.numpy(force=True)
         return index
     return slice(-int(logits_to_keep) if logits_to_keep else None, None)
-
-
-def _check_positions(position_ids: Any, places: Tokens, real: Mask) -> None:
-    """Refuse positions other than those that a row's tokens have of themselves.
-
-    Raises:
-        ConfigError: there are some.
-    """
-    if position_ids is None:
-        return
-    with naming("position_ids", position_ids, "a dense tensor [batch, tokens] of integers"):
-        given = np.broadcast_to(position_ids.numpy(force=True), places.shape)
-    if (given != places)[real].any():
-        valid = "left out: positions count from the first token of each row"
-        raise ConfigError("position_ids", outline(position_ids), valid)

@@ -214,7 +214,8 @@ def feed_streamer(
         step = [next(stream, None) for stream in streams]
         if over(token is None for token in step):
             break
-        streamer.put(torch.tensor([pad_token_id if token is None else token for token in step]))
+        tokens = [pad_token_id if token is None else token for token in step]
+        streamer.put(torch.tensor(tokens, device="cpu"))
     streamer.end()
 
 

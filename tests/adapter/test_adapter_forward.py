@@ -64,7 +64,8 @@ def test_a_call_gives_logits_and_loss_as_the_model_does(
 ) -> None:
     labels = IDS.clone()
     labels[:, :10] = -100
-    output = llm(IDS, labels=labels, use_cache=False, return_dict=True)
+    positions = torch.arange(IDS.shape[1])[None]
+    output = llm(IDS, position_ids=positions, labels=labels, use_cache=False, return_dict=True)
     with torch.inference_mode():
         expected = tiny_llama(IDS, labels=labels)
     torch.testing.assert_close(output.logits, expected.logits, atol=1e-4, rtol=1e-4)
@@ -100,6 +101,8 @@ DRAWS = {"do_sample": True}
         ("labels", lambda llm: llm(IDS, labels=IDS[:, :2])),
         ("return_dict", lambda llm: llm(IDS, return_dict=False)),
         ("nonsense", lambda llm: llm(IDS, nonsense=3)),
+        ("past_key_values", lambda llm: llm(IDS, past_key_values=((IDS,),))),
+        ("position_ids", lambda llm: llm(IDS, position_ids=torch.ones_like(IDS))),
         ("top", lambda llm: llm.prompt_logprobs([[5, 6]], -1)),
         ("first", lambda llm: llm.prompt_logprobs([[5, 6]], first=0)),
         ("first", lambda llm: llm.prompt_logprobs([[5, 6]], first=[1, 1])),

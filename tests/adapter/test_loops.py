@@ -72,6 +72,36 @@ def test_rows_padded_on_the_right_go_on_as_rows_without_padding_in_either_loop(
         llm.generate(**right, stop_token_ids=[999])
 
 
+def test_arguments_may_be_given_by_place_as_transformers_has_them(llm: KVCacheAdapter) -> None:
+    config, mask = GenerationConfig(max_new_tokens=2), {"attention_mask": BATCH["attention_mask"]}
+    named = llm.generate(BATCH["input_ids"], config, logits_processor=[negated], **mask)
+    assert torch.equal(llm.generate(BATCH["input_ids"], config, [negated], **mask), named)
+    with pytest.raises(ConfigError, match=r"logits_processor=.*by place or by name"):
+        llm.generate(BATCH["input_ids"], config, [negated], logits_processor=[negated])
+    with pytest.raises(ConfigError, match=r"8 arguments by place.*at most 7"):
+        llm.generate(BATCH["input_ids"], config, None, None, None, None, None, None)
+
+
+def test_a_default_device_of_the_callers_is_none_of_the_results(llm: KVCacheAdapter) -> None:
+    ids, mask = BATCH.values()
+    tokenizer = letter_tokenizer(211)
+
+    def results() -> list[Any]:
+        each = {"attention_mask": mask, "max_new_tokens": 4}
+        tensors = [llm.generate(ids, **each), llm.generate(ids, **each, num_beams=2)]
+        tensors += [llm.generate(max_new_tokens=2, num_beams=2), llm(ids, mask).logits]
+        stops = {"stop_strings": ["a"], "tokenizer": tokenizer, "max_new_tokens": 3}
+        return [*(each.tolist() for each in tensors), llm.generate_batch([[5, 6]], **stops)]
+
+    expected = results()
+    with torch.device("meta"):
+        assert results() == expected
+
+
+def negated(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    return -scores
+
+
 def test_what_looks_for_runs_of_tokens_sees_padding_in_either_loop(
     llm: KVCacheAdapter, tiny_llama: LlamaForCausalLM
 ) -> None:

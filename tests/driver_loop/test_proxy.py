@@ -186,6 +186,17 @@ def test_a_returned_cache_goes_on_in_the_next_turn(proxy: ModelProxy, only_new: 
     assert_same(results[1], results[0])
 
 
+def test_drafts_go_on_from_a_returned_cache(proxy: ModelProxy) -> None:
+    ids = torch.tensor([[5, 6, 7, 8, 5, 6]])
+    first = proxy.generate(ids, max_new_tokens=4, return_dict_in_generate=True)
+    ids = torch.cat([first.sequences, ids], dim=1)
+    settings = {"max_new_tokens": 5, "pad_token_id": 0}
+    drafted = {"prompt_lookup_num_tokens": 3, "past_key_values": first.past_key_values}
+    out = proxy.generate(ids, **settings, **drafted)
+    assert torch.equal(out, tiny_model().generate(ids, **settings))
+    assert first.past_key_values.get_seq_length() == out.shape[1] - 1
+
+
 def test_a_cache_may_be_cropped_copied_selected_and_repeated(proxy: ModelProxy) -> None:
     results = []
     for model in (tiny_model(), proxy):

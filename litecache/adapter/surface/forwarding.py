@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutput
@@ -12,7 +13,14 @@ from transformers.modeling_outputs import CausalLMOutput
 from litecache.adapter.driver import Driver
 from litecache.adapter.forward import prompt_logprobs_of, row_logits
 from litecache.adapter.generation import refuse_arguments
-from litecache.adapter.prompts import as_list, check_input_ids, check_prompts, naming
+from litecache.adapter.prompts import (
+    as_list,
+    check_input_ids,
+    check_positions,
+    check_prompts,
+    naming,
+    real_columns,
+)
 from litecache.checks import check_integer
 from litecache.errors import ConfigError
 from litecache.types import TokenLogprobs
@@ -62,6 +70,7 @@ class ForwardSurface(Driver):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         *,
+        position_ids: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         logits_to_keep: int = 0,
         **kwargs: Any,
@@ -70,6 +79,7 @@ class ForwardSurface(Driver):
 
         Args:
             input_ids, attention_mask, logits_to_keep: as in `forward`.
+            position_ids: `[batch, tokens]`: nothing but those that follow from the mask.
             labels: `[batch, tokens]`: the tokens to predict, -100 = none.
             **kwargs: those of `forward`, and of transformers' what changes nothing here.
 
@@ -81,7 +91,10 @@ class ForwardSurface(Driver):
         given = {name: value for name, value in kwargs.items() if name not in ("use_cache",)}
         if given.pop("return_dict", True) is not True:
             raise ConfigError("return_dict", False, "True")
-        refuse_arguments(given)
+        refuse_arguments(given, forward=True)
+        if position_ids is not None:
+            real = real_columns(check_input_ids(input_ids), attention_mask, None)
+            check_positions(position_ids, np.cumsum(real, axis=1) - 1, real)
         if labels is not None and logits_to_keep:
             raise ConfigError("logits_to_keep", logits_to_keep, "0 with labels")
         logits = self.forward(input_ids, attention_mask, logits_to_keep, **own)

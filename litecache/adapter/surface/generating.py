@@ -22,6 +22,7 @@ from litecache.adapter.forward import prompt_logprobs_of
 from litecache.adapter.generation import (
     LOOPS,
     GenerationSettings,
+    by_name,
     needs_driver,
     prompts_to_score,
     translate,
@@ -51,7 +52,7 @@ class GenerateSurface(Driver):
         self,
         inputs: torch.Tensor | None = None,
         generation_config: GenerationConfig | None = None,
-        *,
+        *others: Any,
         loop: str = "auto",
         streamer: Any = None,
         progress: bool | str = False,
@@ -70,6 +71,8 @@ class GenerateSurface(Driver):
             inputs: `[batch, tokens]`, also by the name `input_ids`, padded on either side. None =
                 one row of the model's `bos_token_id`.
             generation_config: settings; keyword arguments override it.
+            *others: `logits_processor`, `stopping_criteria`, `prefix_allowed_tokens_fn`,
+                `synced_gpus` and `assistant_model`, which transformers takes in this order.
             loop: "engine": the replicas draw the tokens, by rules of their own. "driver":
                 transformers' own `generate` draws them here, with every argument and object that
                 it takes, over the replicas' logits. "auto": the engine loop, unless the call asks
@@ -109,6 +112,7 @@ class GenerateSurface(Driver):
         """
         self._check_open()
         progress = check_progress(progress)
+        kwargs |= by_name(others, kwargs)
         given = one_input(inputs, kwargs.pop("input_ids", None))
         if not isinstance(loop, str) or loop not in LOOPS:
             raise ConfigError("loop", loop, f"one of {', '.join(LOOPS)}")
@@ -183,7 +187,7 @@ class GenerateSurface(Driver):
                 "logprobs", settings.sampling.logprobs, "with return_dict_in_generate=True"
             )
         if given is None and settings.bos_token_id is not None:
-            given = torch.tensor([[settings.bos_token_id]])
+            given = torch.tensor([[settings.bos_token_id]], device="cpu")
         input_ids = check_input_ids(given)
         prompts = split_rows(input_ids, mask, settings.mask_pad_token)
         samples, pad = settings.num_return_sequences, settings.pad_token_id
