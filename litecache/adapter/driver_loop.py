@@ -91,6 +91,11 @@ def generate_in_driver(
     call = {name: value for name, value in arguments.items() if name not in OWN_ARGUMENTS}
     call = {name: _on_cpu(name, value) for name, value in call.items()}
     _check_rows(ids, call)
+    if ids is not None and call.get("attention_mask") is not None:
+        # numbers that are neither 0 nor 1 would count as so many tokens in transformers' positions
+        call["attention_mask"] = (call["attention_mask"] != 0).long()
+    if "use_cache" in call and call["use_cache"] is None:
+        del call["use_cache"]  # its loops would take it for False, and its caches for True
     count = 1 if ids is None else len(ids)
     for name in ("num_beams", "num_return_sequences"):
         if isinstance(settings.get(name), int):

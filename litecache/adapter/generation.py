@@ -171,8 +171,10 @@ class GenerationSettings:
         row, real = np.roll(row, behind), np.roll(real, behind)
         # an id of padding may be anything; no token is above these
         columns = np.where((row < 0) | (row > _MOST_PAD_ID), _MOST_PAD_ID, row)
-        rules = {"columns": tuple(columns.tolist()), "padding": int(real.argmax())}
-        return dataclasses.replace(self, sampling=dataclasses.replace(self.sampling, **rules))
+        sampling = dataclasses.replace(
+            self.sampling, columns=tuple(columns.tolist()), padding=int(real.argmax())
+        )
+        return dataclasses.replace(self, sampling=sampling)
 
     def check_padding(self, rows: int) -> None:
         """Refuse a batch whose shorter rows could only be filled with a token of the text.

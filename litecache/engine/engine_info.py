@@ -166,8 +166,8 @@ class EngineInfo:
         check_integer("num_resumed_tokens", resumed, 0, most)
         columns = len(request.sampling.columns)
         if columns and not len(request.prompt) - resumed <= columns <= self.max_model_len:
-            valid = f"at most {self.max_model_len} with padding, where rules look at runs of tokens"
-            raise ConfigError("input_ids", f"{columns} columns", valid)
+            fits = f"at most {self.max_model_len} with padding, where rules look at runs of tokens"
+            raise ConfigError("input_ids", f"{columns} columns", fits)
         new = request.sampling.max_new_tokens - resumed
         if new < 1 and not request.logits:
             raise ConfigError("max_new_tokens", request.sampling.max_new_tokens, "at least 1")

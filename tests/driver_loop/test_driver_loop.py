@@ -301,6 +301,13 @@ def test_padding_on_the_right_is_refused_where_columns_mean_something_else(
     assert forward.calls == []
 
 
+def test_any_number_but_0_in_a_mask_is_a_token_and_no_use_cache_is_the_default(
+    forward: StockForward,
+) -> None:
+    mask = -2.0 * BATCH["attention_mask"]
+    assert torch.equal(drive(forward, attention_mask=mask, use_cache=None), stock())
+
+
 def test_a_row_of_padding_alone_is_refused(forward: StockForward) -> None:
     mask = BATCH["attention_mask"].clone()
     mask[1] = 0
