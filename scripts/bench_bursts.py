@@ -229,27 +229,37 @@ def launch() -> None:
         time.sleep(0)
 
 
-def thread_times() -> dict[str, float]:
-    """CPU seconds of this process's threads, by their names."""
-    times: dict[str, float] = {}
+def thread_work() -> dict[str, Work]:
+    """What the threads of this process have done, by their names."""
+    work: dict[str, Work] = {}
     for thread in threading.enumerate():
+        folder = Path(f"/proc/self/task/{thread.native_id}")
         try:
-            with open(f"/proc/self/task/{thread.native_id}/schedstat") as file:
-                ran = int(file.read().split()[0]) / 1e9
+            ran_s = int((folder / "schedstat").read_text().split()[0]) / 1e9
+            status = (folder / "status").read_text()
         except OSError:
             continue
+        slept = int(status.partition("\nvoluntary_ctxt_switches:")[2].split()[0])
         name = thread.name.rstrip("0123456789_-").removeprefix("litecache-")
-        times[name] = times.get(name, 0.0) + ran
-    return times
+        before = work.get(name, Work(0.0, 0))
+        work[name] = Work(before.cpu_s + ran_s, before.sleeps + slept)
+    return work
+
+
+class Work(NamedTuple):
+    """CPU of threads, and how often they went to sleep, for a lock or Python's own."""
+
+    cpu_s: float
+    sleeps: float
 
 
 class Decoding(NamedTuple):
-    """Milliseconds: gaps between tokens, turns of the engine's thread, threads' CPU by burst."""
+    """Gaps between tokens and turns of the engine's thread, ms; threads' work by burst."""
 
     gaps: list[float]
     ends: list[float]
     others: list[float]
-    threads: dict[str, float]
+    threads: dict[str, Work]
 
 
 def decode(folder: Path, rows: int, steps: int, *, on: bool) -> Decoding:
@@ -263,7 +273,7 @@ def decode(folder: Path, rows: int, steps: int, *, on: bool) -> Decoding:
     running: list[tuple[StepPlan, float]] = []
     free_at, first = 0.0, 0
     times: dict[bool, list[float]] = {True: [], False: []}
-    before: dict[str, float] = {}
+    before: dict[str, Work] = {}
     while world.scheduler.num_running or world.scheduler.num_waiting:
         began, waited, ends = time.perf_counter(), 0.0, False
         plan = world.schedule()
@@ -279,13 +289,15 @@ def decode(folder: Path, rows: int, steps: int, *, on: bool) -> Decoding:
         world.take()
         if plan is not None and len(plan.rows) == rows and plan.num_tokens == rows:
             if not before:
-                before, first = thread_times(), len(world.beats)
+                before, first = thread_work(), len(world.beats)
             times[ends].append((time.perf_counter() - began - waited) * 1e3)
     gaps = np.diff(world.beats[first:]) * 1e3
     world.tiers.drain(10)
-    spent = {name: at - before.get(name, 0.0) for name, at in thread_times().items()}
+    bursts, threads = steps // BLOCK, {}
+    for name, after in thread_work().items():
+        cpu_s, sleeps = (b - a for a, b in zip(before.get(name, Work(0.0, 0)), after, strict=True))
+        threads[name] = Work(cpu_s / bursts, sleeps / bursts)
     world.close()
-    threads = {name: each * 1e3 / (steps // BLOCK) for name, each in spent.items()}
     return Decoding(gaps.tolist(), times[True], times[False], threads)
 
 
@@ -309,7 +321,9 @@ def saving(report: Report, rows: int, rounds: int, steps: int) -> None:
         report.add(_row(case, "turn in which blocks end", [t for r in runs for t in r.ends], "ms"))
         report.add(_row(case, "turn", [t for run in runs for t in run.others], "ms"))
         for name in ("save", "io", "durability") if on else ():
-            report.add(_row(case, f"CPU a burst: {name}", [r.threads[name] for r in runs], "ms"))
+            work = [run.threads[name] for run in runs]
+            report.add(_row(case, f"CPU a burst: {name}", [w.cpu_s * 1e3 for w in work], "ms"))
+            report.add(_row(case, f"sleeps a burst: {name}", [w.sleeps for w in work], ""))
 
 
 def lookup(report: Report, rounds: int, lengths: Sequence[int]) -> None:

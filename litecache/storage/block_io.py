@@ -177,7 +177,8 @@ class BlockIo:
                 self._reading += 1
                 self._reading_bytes += nbytes
             else:
-                most = request_bytes(tiers.dirty_bytes, self._threads - 1)
+                # no more of them write at once, and each request has its price
+                most = request_bytes(tiers.dirty_bytes, min(_WRITES, self._threads - 1))
                 batch = tiers.take_writes(self._budget.at_most(most))
                 if batch is None:
                     return True

@@ -401,8 +401,7 @@ class Scheduler:
 
     def _prefill(self, seq: Sequence, plan: PlanBuilder, now: float, out: Schedule) -> None:
         """Add what this step computes of a prefill: segments between what is there already."""
-        size = self.cache.block_size
-        room = self.loads.chunk(seq)
+        size, room = self.cache.block_size, self.loads.chunk(seq)
         while not seq.num_in_flight:
             self.cache.advance(seq)
             first = seq.num_computed // size
@@ -597,6 +596,5 @@ class Scheduler:
         self.cache.drop(seq)
         seq.status = SequenceStatus.FINISHED
         del self._sequences[seq.id]
-        self._timed.pop(seq.id, None)
-        self._suspects.pop(seq.id, None)
-        self._asking.pop(seq.id, None)
+        for known in (self._timed, self._suspects, self._asking):
+            known.pop(seq.id, None)
