@@ -169,7 +169,6 @@ class World:
         self.resting.set()
         if ended_at > began:
             time.sleep(ended_at - began)
-        self.resting.clear()
         return time.perf_counter() - began
 
     def finish(self, plan: StepPlan) -> None:

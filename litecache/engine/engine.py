@@ -172,10 +172,7 @@ class Engine:
         self._failure: BaseException | None = None
         self._turns, self._waits = 0, True
         self._closing = False
-        # on a CPU the forward pass itself is this thread's
-        self._resting, self._rests = threading.Event(), self._device.type == "cuda"
-        if not self._rests:
-            self._resting.set()
+        self._resting = threading.Event()
         copies = shards is not None and self._device.type == "cuda"
         self._in_flight = StepsInFlight(self._runner, self.metrics, with_events=copies)
         self._tiers: LowerTiers | None = None
@@ -475,7 +472,6 @@ class Engine:
     def _turn(self) -> None:
         """Take messages, launch one step, finish the one before."""
         self._turns, self._waits = self._turns + 1, False
-        self._work()
         started, waited_s = time.perf_counter(), 0.0
         schedule = self._scheduler.schedule(time.monotonic())
         self._carry_out(schedule)
@@ -500,10 +496,6 @@ class Engine:
             wait_s = LONGEST_WAIT_S if deadline is None else deadline - time.monotonic()
         self._inbox.take(min(max(wait_s, 0.0), LONGEST_WAIT_S))
 
-    def _work(self) -> None:
-        if self._rests:
-            self._resting.clear()
-
     def _hears_first(self) -> bool:
         """While the last step runs: whether news of loads has come before its end.
 
@@ -525,8 +517,6 @@ class Engine:
         except Exception as error:
             self._undo(step, error)
             return 0.0
-        finally:
-            self._work()
         now = time.monotonic()
         self._carry_out(self._scheduler.on_result(result, now, self._carry_out))
         return waited_s

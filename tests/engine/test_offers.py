@@ -90,7 +90,7 @@ def test_an_offer_goes_ahead_of_what_waits_and_what_finds_no_room_is_the_last_of
         save(self, batch)
 
     monkeypatch.setattr(Saver, "_save_batch", slow)
-    monkeypatch.setattr("litecache.engine.transfer.saver.BATCH_BLOCKS", 2)
+    monkeypatch.setattr("litecache.engine.transfer.saver.FEWEST_BLOCKS", 2)
     with engine(store, num_blocks=288) as holder:
         holder.serve([UNSAVED])
         for seed in range(12):

@@ -42,7 +42,7 @@ class LowerTiers:
         device: of the pools.
         event_of: the event behind a step that has not ended.
         namespace_of: a cache salt's namespace on the shards.
-        resting: set while the engine's thread waits, see `Saver`.
+        resting: set each time that the engine's thread begins to wait, see `Saver`.
         metrics: where to count.
     """
 

@@ -28,10 +28,10 @@ from litecache.threads import start_service
 
 logger = logging.getLogger(__name__)
 
-FEWEST_BLOCKS, MOST_BLOCKS = 16, 64
+FEWEST_BLOCKS, MOST_BLOCKS = 16, 256
 """Of a batch, which is a quarter of what waits: all rows of a step may end a block in it."""
-TURN_S = 0.002
-"""A batch waits so long at most until the engine's thread rests."""
+TURN_S = 0.01
+"""A batch waits so long at most until the engine's thread rests again."""
 SLOT_WAIT_S = 0.5
 """How long a save waits for the shard to write dirty slots out before it is dropped."""
 
@@ -49,8 +49,8 @@ class Saver:
         namespace_of: from a request's salt, the namespace stored with its blocks.
         max_queued: orders that may wait; more are dropped.
         done: called with (saved or already stored orders, dropped orders), from this thread.
-        resting: set while the engine's thread has no use for Python's lock. Batches begin then, or
-            after a while: what they take of it is taken from no step.
+        resting: set each time that the engine's thread begins to wait. One batch begins then, or
+            after a while: what it and the shard take of the interpreter is spread over the steps.
         metrics: counts bytes and drops.
     """
 
@@ -153,6 +153,7 @@ class Saver:
                 while not (self._queue or self._closing) and self._touch_at > time.monotonic():
                     self._changed.wait(self._touch_at - time.monotonic())
             if self._queue and not (self._waited_for or self._closing):
+                self._resting.clear()
                 self._resting.wait(TURN_S)
             with self._changed:
                 if self._closing:
