@@ -1,4 +1,4 @@
-"""Shared by all tests: a home, a Ray and a token of their own, one torch thread, two profiles.
+"""Shared by all tests: a home, a Ray and a token of their own, one torch thread, three profiles.
 
 Set before anything imports torch or ray: `LITECACHE_HOME` and Ray's token lie in a temporary folder
 that goes with the session, so tests neither see nor change what is in the user's home.
@@ -7,10 +7,11 @@ Two processes may share the tests of a run (`scripts/test.sh`): `LITECACHE_TEST_
 where each claims a file of tests before it runs them, and which tests it begins with, those with
 Ray or the others.
 
-Profiles: "fast" (50 examples, the default) and "slow" (200, state machines 1,000;
-`scripts/test.sh --all` sets `LITECACHE_TEST_PROFILE=slow`). A test that passes `max_examples`
-itself is not affected. A process that shares a run does not reduce what it finds, which takes
-minutes: hypothesis keeps the example, and who tries the test once more, alone, reduces it.
+Profiles (`LITECACHE_TEST_PROFILE`): "fast" (50 examples, the default), "slow" (100, state machines
+300; `scripts/test.sh --all`) and "long" (200 and 1,000; `--long`, which CI has no time for). A test
+that passes `max_examples` itself is not affected. A process that shares a run does not reduce what
+it finds, which takes minutes: hypothesis keeps the example, and who tries the test again, alone,
+reduces it.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ os.environ.update(
 )
 
 _REDUCING = (Phase.shrink, Phase.explain)
-for _profile, _examples in (("fast", 50), ("slow", 200)):
+for _profile, _examples in (("fast", 50), ("slow", 100), ("long", 200)):
     settings.register_profile(
         _profile,
         max_examples=_examples,
@@ -67,6 +68,7 @@ for _profile, _examples in (("fast", 50), ("slow", 200)):
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
     )
 _PROFILE_NAME = os.environ.get("LITECACHE_TEST_PROFILE", "fast")
+_OF_MACHINES = {"slow": 300, "long": 1000}
 settings.load_profile(_PROFILE_NAME)
 
 
@@ -89,18 +91,20 @@ _DEAR = frozenset(
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what needs Ray; give the slow profile its examples, and the time that they need."""
+    """Mark what needs Ray; give the other profiles their examples, and the time they need."""
     here = Path(__file__).parent
     for item in items:
         if item.path.relative_to(here).parts[0] in _WITH_RAY:
             item.add_marker(pytest.mark.ray)
-        if _PROFILE_NAME != "slow":
+        if _PROFILE_NAME == "fast":
             continue
         if item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(600))
         machine = getattr(getattr(item, "obj", None), "_hypothesis_state_machine_class", None)
         if machine is not None and item.cls.settings.max_examples == settings().max_examples:
-            item.cls.settings = settings(item.cls.settings, max_examples=1000)
+            item.cls.settings = settings(
+                item.cls.settings, max_examples=_OF_MACHINES[_PROFILE_NAME]
+            )
     if _SHARE:
         items.sort(
             key=lambda item: (

@@ -30,7 +30,7 @@ from litecache.types import FinishReason, Request, SamplingParams, TokenDelta
 
 LENGTHS = (1, 15, 16, 17, 40, 77)
 # Two blocks' worth in the fast set.
-NEW_TOKENS = 64 if os.environ.get("LITECACHE_TEST_PROFILE") == "slow" else 32
+NEW_TOKENS = 32 if os.environ.get("LITECACHE_TEST_PROFILE", "fast") == "fast" else 64
 
 
 @pytest.fixture(autouse=True)

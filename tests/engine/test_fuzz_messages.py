@@ -16,7 +16,7 @@ from message_fuzz import MessageFuzz
 
 from litecache.types import Request, SamplingParams
 
-EXAMPLES = 600 if os.environ.get("LITECACHE_TEST_PROFILE") == "slow" else 150
+EXAMPLES = {"slow": 300, "long": 600}.get(os.environ.get("LITECACHE_TEST_PROFILE", ""), 150)
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
@@ -14,22 +15,17 @@ from litecache.storage import block_io, tiers
 pytestmark = pytest.mark.no_cover
 
 MACHINES = [Roomy, Tight, RamOnly]
-EXAMPLES = 1000 if os.environ.get("LITECACHE_TEST_PROFILE") == "slow" else 50
+EXAMPLES = {"slow": 300, "long": 1000}.get(os.environ.get("LITECACHE_TEST_PROFILE", ""), 50)
 
 
-def run(machine: type[ShardMachine], examples: int, *, shrink: bool = True) -> None:
-    phases = (Phase.generate, Phase.shrink) if shrink else (Phase.generate,)
-    run_state_machine_as_test(
-        machine,
-        settings=settings(
-            max_examples=examples,
-            stateful_step_count=50,
-            deadline=None,
-            database=None,
-            phases=phases,
-            suppress_health_check=list(HealthCheck),
-        ),
-    )
+def run(machine: type[ShardMachine], examples: int, **others: Any) -> None:
+    quiet = settings(max_examples=examples, suppress_health_check=list(HealthCheck), **others)
+    run_state_machine_as_test(machine, settings=quiet)
+
+
+def catch(machine: type[ShardMachine], examples: int) -> None:
+    """Run where a bug is planted: what fails is neither kept nor reduced."""
+    run(machine, examples, database=None, phases=(Phase.generate,))
 
 
 @pytest.mark.timeout(900)
@@ -41,10 +37,10 @@ def test_store_equals_a_dict_over_random_operations(machine: type[ShardMachine])
 def test_the_model_catches_a_skipped_checksum(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(block_io, "fault", lambda memory, key, expected, error: None)
     with pytest.raises(AssertionError, match=r"wrong bytes|changed"):
-        run(Roomy, 200, shrink=False)
+        catch(Roomy, 200)
 
 
 def test_the_model_catches_eviction_of_leased_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiers.Tiers, "_may_evict", lambda self, handle: True)
     with pytest.raises((AssertionError, KeyError)):
-        run(RamOnly, 800, shrink=False)
+        catch(RamOnly, 800)
