@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -59,21 +58,14 @@ def happened(kind: str) -> dict[str, Any]:
     return {"on": kind, **json.loads(lines[-1])}
 
 
-@pytest.fixture(scope="module")
-def reports() -> Iterator[dict[str, Future[dict[str, Any]]]]:
-    """Both at once: most of their time is waiting."""
-    kinds = ["namespaces", "cluster"] if available() else ["cluster"]
-    with ThreadPoolExecutor() as pool:
-        yield {kind: pool.submit(happened, kind) for kind in kinds}
-
-
 @pytest.fixture(scope="module", params=["namespaces", "cluster"])
-def report(
-    request: pytest.FixtureRequest, reports: dict[str, Future[dict[str, Any]]]
-) -> dict[str, Any]:
-    if request.param not in reports:
-        pytest.skip("making network namespaces takes root")
-    return reports[request.param].result()
+def report(request: pytest.FixtureRequest) -> dict[str, Any]:
+    if request.param == "namespaces":
+        if not available():
+            pytest.skip("making network namespaces takes root")
+    elif available() and os.environ.get("LITECACHE_TEST_PROFILE") != "long":
+        pytest.skip("nodes that are less apart: for scripts/test.sh --long, or without root")
+    return happened(request.param)
 
 
 @pytest.mark.parametrize("failure", FAILURES)
