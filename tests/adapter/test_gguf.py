@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -88,24 +89,84 @@ def test_packages_without_a_gguf_file_are_refused() -> None:
         packaged_gguf("rich")
 
 
-@pytest.mark.slow
-def test_smollm2_reloads_bitwise_equal_with_its_tokenizer(smollm2_dir: Path) -> None:
+def write_tiny_gguf(path: Path) -> None:
+    """A Llama of two layers with quantised matrices, and a tokenizer of letters."""
+    import gguf as parser
+    import numpy as np
+
+    eight_bit = parser.GGMLQuantizationType.Q8_0
+    out = parser.GGUFWriter(path, "llama")
+    out.add_name("tiny")
+    out.add_context_length(64)
+    out.add_embedding_length(32)
+    out.add_block_count(2)
+    out.add_feed_forward_length(64)
+    out.add_head_count(4)
+    out.add_head_count_kv(2)
+    out.add_layer_norm_rms_eps(1e-5)
+    out.add_tokenizer_model("gpt2")
+    out.add_tokenizer_pre("default")
+    out.add_token_list(["<s>", "</s>", "a", "b", "c", "ab", "abc", "d"])
+    out.add_token_types([3, 3, 1, 1, 1, 1, 1, 1])
+    out.add_token_merges(["a b", "ab c"])
+    out.add_bos_token_id(0)
+    out.add_eos_token_id(1)
+    shapes = {"attn_q": (32, 32), "attn_k": (16, 32), "attn_v": (16, 32), "attn_output": (32, 32)}
+    shapes |= {"ffn_gate": (64, 32), "ffn_up": (64, 32), "ffn_down": (32, 64)}
+    shapes |= {"attn_norm": (32,), "ffn_norm": (32,)}
+    layers = {f"blk.{layer}.{name}": shapes[name] for layer in range(2) for name in shapes}
+    dice = np.random.default_rng(0)
+    ends = {"token_embd": (8, 32), "output": (8, 32), "output_norm": (32,)}
+    for name, shape in {**ends, **layers}.items():
+        values = dice.standard_normal(shape).astype(np.float32)
+        if len(shape) == 2:
+            data = parser.quants.quantize(values, eight_bit)
+            out.add_tensor(f"{name}.weight", data, raw_dtype=eight_bit)
+        else:
+            out.add_tensor(f"{name}.weight", values)
+    out.write_header_to_file()
+    out.write_kv_data_to_file()
+    out.write_tensors_to_file()
+    out.close()
+
+
+def check_conversion(source: Path, folder: Path, text: str) -> None:
+    """What was converted to `folder` is what transformers makes of the file, bit for bit."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    source = packaged_gguf()
     direct = AutoModelForCausalLM.from_pretrained(
         source.parent, gguf_file=source.name, quantization_config=GgufConfig(dequantize=True)
     )
-    reloaded = AutoModelForCausalLM.from_pretrained(smollm2_dir, dtype="float32")
-    state = reloaded.state_dict()
+    state = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").state_dict()
     assert state.keys() == direct.state_dict().keys()
     for name, tensor in direct.state_dict().items():
         assert torch.equal(state[name], tensor.float()), name
-    text = "The tide tables of 1931, said Ms. Ødegård: 3.14 m!"
-    own = AutoTokenizer.from_pretrained(smollm2_dir)
+    own = AutoTokenizer.from_pretrained(folder)
+    theirs = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    assert own(text).input_ids == theirs(text).input_ids
     assert own.decode(own(text).input_ids) == text
+
+
+def test_a_converted_model_and_tokenizer_are_those_that_transformers_reads(
+    home: Path, tmp_path: Path
+) -> None:
+    write_tiny_gguf(tmp_path / "tiny.gguf")
+    check_conversion(tmp_path / "tiny.gguf", convert_gguf(tmp_path / "tiny.gguf"), "abcdab")
+
+
+@pytest.mark.slow
+def test_smollm2_has_its_tokenizer_and_with_long_the_weights_that_transformers_reads(
+    smollm2_dir: Path,
+) -> None:
+    from transformers import AutoTokenizer
+
+    own = AutoTokenizer.from_pretrained(smollm2_dir)
     assert own.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
+    text = "The tide tables of 1931, said Ms. Ødegård: 3.14 m!"
+    assert own.decode(own(text).input_ids) == text
+    if os.environ.get("LITECACHE_TEST_PROFILE") == "long":  # transformers takes half a minute
+        check_conversion(packaged_gguf(), smollm2_dir, text)
 
 
 def test_the_progress_bar_counts_tensors_and_gives_transformers_its_own_back() -> None:
