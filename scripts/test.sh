@@ -4,7 +4,7 @@
 #   scripts/test.sh --all    everything that needs no GPU: the fast set under coverage, then the slow
 #                            tests and every property with more examples
 #   scripts/test.sh --long   the same, and what CI has no time for: four times the examples, and the
-#                            whole of SmolLM2 where --all takes its first layers and shorter prompts
+#                            longest prompts, worlds and phases
 # Further arguments go to a single pytest: scripts/test.sh tests/storage -x
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
