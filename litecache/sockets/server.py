@@ -44,11 +44,12 @@ Handler = Callable[[bytes], "bytes | None"]
 AsyncHandler = Callable[[bytes], Awaitable[bytes]]
 
 
-def _failed(code: int, error: Exception) -> tuple[Outcome, bytes]:
-    # a defect must cost one call, not the connection: the client would think the actor gone
+def _failed(number: int, code: int, error: Exception) -> bytes:
+    # a defect, or an answer too long to be sent, must cost one call, not the connection: the
+    # client would think the actor gone, or wait
     if not isinstance(error, LiteCacheError):
         logger.error("call %d failed", code, exc_info=error)
-    return Outcome.ERROR, pack_error(error)
+    return pack_frame(number, Outcome.ERROR, pack_error(error))
 
 
 class SocketServer:
@@ -108,9 +109,9 @@ class SocketServer:
             with self._intake.connection() as frames:
                 while data := connection.recv(RECEIVE_BYTES):
                     for number, code, message in frames.take(data):
-                        outcome, answer = self._answer(code, message)
+                        answer = self._answer(number, code, message)
                         if number != NO_ANSWER:
-                            connection.sendall(pack_frame(number, outcome, answer))
+                            connection.sendall(answer)
                     connection.settimeout(frames.left_s())
         except (OSError, StorageError) as error:
             self._end(connection, error)
@@ -125,11 +126,12 @@ class SocketServer:
             self._connections.discard(connection)
         connection.close()
 
-    def _answer(self, code: int, message: bytes) -> tuple[Outcome, bytes]:
+    def _answer(self, number: int, code: int, message: bytes) -> bytes:
         try:
-            return Outcome.DONE, handler_of(self._methods, code)(message) or b""
+            done = handler_of(self._methods, code)(message) or b""
+            return pack_frame(number, Outcome.DONE, done)
         except Exception as error:
-            return _failed(code, error)
+            return _failed(number, code, error)
 
     def let_go(self) -> None:
         """In a forked child nobody answers: it must not keep the address when its parent ends."""
@@ -198,16 +200,17 @@ class AsyncSocketServer:
         self, writer: asyncio.StreamWriter, number: int, code: int, message: bytes
     ) -> None:
         try:
-            outcome, answer = Outcome.DONE, await handler_of(self._methods, code)(message)
+            done = await handler_of(self._methods, code)(message)
+            answer = pack_frame(number, Outcome.DONE, done)
         except Exception as error:
-            outcome, answer = _failed(code, error)
+            answer = _failed(number, code, error)
         if number == NO_ANSWER or writer.is_closing():
             return
         if writer.transport.get_write_buffer_size() > MAX_FRAME_BYTES:
             logger.warning("a client that does not take its answers is given up")
             writer.transport.abort()  # type: ignore[no-untyped-call, attr-defined, unused-ignore]
             return
-        writer.write(pack_frame(number, outcome, answer))
+        writer.write(answer)
 
     def close(self) -> None:
         """Take no new connections."""

@@ -34,7 +34,7 @@ from litecache.sockets.channel import SocketChannel
 from litecache.sockets.frames import pack_frame, take_frames
 from litecache.sockets.server import AsyncSocketServer, SocketServer
 
-REVERSE, SLOW, REFUSE, BREAK, NOTE, UNKNOWN = range(1, 7)
+REVERSE, SLOW, REFUSE, BREAK, NOTE, UNKNOWN, LONG = range(1, 8)
 
 
 class Actor:
@@ -60,6 +60,9 @@ class Actor:
     def note(self, message: bytes) -> None:
         self.released.append(message)
 
+    def long(self, message: bytes) -> bytes:
+        return bytes(frames.MAX_FRAME_BYTES + 1)
+
 
 @pytest.fixture
 def actor() -> Actor:
@@ -76,6 +79,7 @@ def server(actor: Actor) -> Iterator[SocketServer]:
             REFUSE: actor.refuse,
             BREAK: actor.break_down,
             NOTE: actor.note,
+            LONG: actor.long,
         },
     )
     yield made
@@ -132,6 +136,8 @@ def test_errors_cost_one_call(channel: SocketChannel) -> None:
         channel.answer(channel.call(BREAK, b"x"), 20, "commit")
     with pytest.raises(StorageError, match="there is no call 6"):
         channel.answer(channel.call(UNKNOWN, b"x"), 20)
+    with pytest.raises(StorageError, match="is longer than"):
+        channel.answer(channel.call(LONG, b"x"), 20)
     assert channel.answer(channel.call(REVERSE, b"ab"), 20) == b"ba"
 
 
@@ -437,8 +443,12 @@ class TestOnALoop:
         async def broken(message: bytes) -> bytes:
             raise RuntimeError("a defect")
 
+        async def long(message: bytes) -> bytes:
+            return bytes(frames.MAX_FRAME_BYTES + 1)
+
         name = f"test-{os.getpid()}-{time.monotonic_ns()}"
-        door = AsyncSocketServer(name, {SLOW: slow, REVERSE: reverse, BREAK: broken})
+        methods = {SLOW: slow, REVERSE: reverse, BREAK: broken, LONG: long}
+        door = AsyncSocketServer(name, methods)
         asyncio.run_coroutine_threadsafe(door.start(), loop).result(20)
         channel = SocketChannel(door.address)
         held = channel.call(SLOW, b"held" * 100_000)
@@ -446,6 +456,8 @@ class TestOnALoop:
             channel.answer(channel.call(BREAK, b""), 20)
         with pytest.raises(StorageError, match="there is no call 6"):
             channel.answer(channel.call(UNKNOWN, b""), 20)
+        with pytest.raises(StorageError, match="is longer than"):
+            channel.answer(channel.call(LONG, b""), 20)
         assert channel.answer(channel.call(REVERSE, b"ab"), 20) == b"ba"
         assert channel.answer(held, 20) == b"held" * 100_000
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as bad:
