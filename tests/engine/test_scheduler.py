@@ -876,6 +876,22 @@ def test_who_runs_alone_after_an_error_gets_what_others_hold() -> None:
     world.check_outputs()
 
 
+def test_a_step_behind_one_that_raised_draws_nothing_for_its_requests() -> None:
+    world = World(num_blocks=20, lower_tiers=False)
+    names = [world.submit(tokens * 3, 6) for tokens in ((1, 0, 0, 1), (0, 1, 1, 0))]
+    world.step()
+    world.finish_step()
+    world.step()
+    world.step()
+    later = world.results.pop()  # it was planned while the step before it ran
+    world.fail_last_step(out_of_memory=False)
+    world.results.append(later)
+    world.finish_step()
+    world.run_until_idle()
+    assert set(world.finished) == set(names)
+    world.check_outputs()
+
+
 @pytest.mark.parametrize("why", ["others run alone", "they are paused"])
 def test_who_cannot_start_keeps_no_lookup_from_those_who_can(why: str) -> None:
     """As many as may be looked up at once, all in front of the one that can."""

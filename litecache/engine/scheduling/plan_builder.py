@@ -176,6 +176,11 @@ class StepsUnderWay:
         """(group, block) that a reference is held to, for copies."""
         return [ref for launched in self._launched.values() for ref in launched.copied_from]
 
+    @property
+    def last(self) -> int:
+        """The number of the step that was launched last."""
+        return self._number
+
     def begin(self, budget: int, chunk_grid: int | None, now: float) -> PlanBuilder:
         """The next plan, still empty; arguments as of `PlanBuilder`."""
         plan = PlanBuilder(self._number + 1, budget, chunk_grid)

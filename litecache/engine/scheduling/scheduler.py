@@ -211,7 +211,7 @@ class Scheduler:
                 place += 1
                 token = result.tokens[place]
                 seq.num_in_flight -= 1
-            if seq.status is SequenceStatus.FINISHED:
+            if seq.status is SequenceStatus.FINISHED or result.step <= seq.void_until:
                 continue
             self._suspects.pop(seq.id, None)
             if token is not None and step.row in result.invalid_rows:
@@ -256,6 +256,7 @@ class Scheduler:
             self._max_batch_tokens = min(self._max_batch_tokens, smaller)
         for seq, row_step, life in launched.rows:
             seq.num_in_flight -= row_step.sample
+            seq.void_until = self._steps.last
             if seq.status is SequenceStatus.FINISHED:
                 continue
             if hopeless:
@@ -354,8 +355,8 @@ class Scheduler:
             asking = seq.guided and seq.mask is None
             assert asking == (seq.id in self._asking), "a guided row waits for nobody, or steps"
             assert not (asking and seq.num_in_flight), "a guided row has stepped unasked"
-        live = sorted(seq.id for seq in self._queues.waiting + self._queues.running)
-        assert live == sorted(self._sequences), "a request is in no queue, or in two"
+        live = [seq.id for seq in self._queues.waiting + self._queues.running]
+        assert sorted(live) == sorted(self._sequences), "a request is in no queue, or in two"
         refs = [[0] * (pool.num_blocks + 1) for pool in self.cache.pools]
         self.loads.check_integrity(refs)
         held = [(g, b) for seq in self._sequences.values() for g, b, _ in seq.copies]
@@ -526,11 +527,9 @@ class Scheduler:
     def _emit(
         self, seq: Sequence, token: int, logprobs: TokenLogprobs | None, now: float, out: Schedule
     ) -> None:
-        reason = None
+        reason = FinishReason.LENGTH if seq.num_tokens >= seq.max_tokens else None
         if token in seq.eos_token_ids:
             reason = FinishReason.STOP
-        elif seq.num_tokens >= seq.max_tokens:
-            reason = FinishReason.LENGTH
         told = () if logprobs is None else (logprobs,)
         asks = seq.guided and reason is None
         if asks:
