@@ -203,8 +203,10 @@ class World:
         while (plan := self.schedule()) is None:
             self.take(10.0)
         planned_s = time.perf_counter() - began
-        while plan is not None:
-            self.finish(plan)
+        while self.scheduler.num_running:
+            if plan is not None:
+                self.finish(plan)
+            self.take(0.0 if plan is not None else 0.001)
             plan = self.schedule()
         while self.store.stats()["leases"]:
             time.sleep(0.001)
