@@ -876,17 +876,20 @@ def test_who_runs_alone_after_an_error_gets_what_others_hold() -> None:
     world.check_outputs()
 
 
-def test_a_step_behind_one_that_raised_draws_nothing_for_its_requests() -> None:
+@pytest.mark.parametrize("raised", [0, 1])
+def test_a_step_behind_one_that_raised_draws_nothing_for_its_requests(raised: int) -> None:
+    """And the one in front of it draws as ever."""
     world = World(num_blocks=20, lower_tiers=False)
     names = [world.submit(tokens * 3, 6) for tokens in ((1, 0, 0, 1), (0, 1, 1, 0))]
     world.step()
     world.finish_step()
     world.step()
     world.step()
-    later = world.results.pop()  # it was planned while the step before it ran
+    other = world.results.pop(1 - raised)  # one was planned while the other ran
     world.fail_last_step(out_of_memory=False)
-    world.results.append(later)
+    world.results.append(other)
     world.finish_step()
+    assert [len(world.outputs[name]) for name in names] == [1 + raised] * 2
     world.run_until_idle()
     assert set(world.finished) == set(names)
     world.check_outputs()

@@ -211,7 +211,7 @@ class Scheduler:
                 place += 1
                 token = result.tokens[place]
                 seq.num_in_flight -= 1
-            if seq.status is SequenceStatus.FINISHED or result.step <= seq.void_until:
+            if seq.status is SequenceStatus.FINISHED or result.step in seq.void:
                 continue
             self._suspects.pop(seq.id, None)
             if token is not None and step.row in result.invalid_rows:
@@ -256,7 +256,7 @@ class Scheduler:
             self._max_batch_tokens = min(self._max_batch_tokens, smaller)
         for seq, row_step, life in launched.rows:
             seq.num_in_flight -= row_step.sample
-            seq.void_until = self._steps.last
+            seq.void = range(step, self._steps.last + 1)
             if seq.status is SequenceStatus.FINISHED:
                 continue
             if hopeless:

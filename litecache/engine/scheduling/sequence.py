@@ -88,7 +88,7 @@ class Sequence:
         copies: (group, source, target) of blocks to be copied as the row enters; the sources are
             referenced.
         tail: (start, end): positions that these copies fill, from a block's first on.
-        void_until: steps up to this one continue a step that raised: they draw nothing for it.
+        void: a step that raised, and those behind it, which draw nothing for this request.
         life: counts preemptions; results of steps of an earlier life publish nothing.
         cached: the next step recomputes the last token of a full prefix hit.
         ticket: names its dealings with the lower tiers in this life; 0 = none.
@@ -144,7 +144,7 @@ class Sequence:
         self.row = -1
         self.num_in_flight = 0
         self.last_step = 0
-        self.void_until = 0
+        self.void = range(0)
         self.life = 0
         self.ticket = 0
         self.below = Below(len(roots))
