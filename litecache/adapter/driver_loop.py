@@ -25,6 +25,7 @@ from transformers.utils import ModelOutput
 from litecache.adapter.generation import (
     DEFAULT_MAX_NEW_TOKENS,
     OWN_ARGUMENTS,
+    end_ids,
     logit_biases,
     merge_settings,
     refuse_everywhere,
@@ -87,6 +88,7 @@ def generate_in_driver(
     settings, others = merge_settings(given, dict(arguments), proxy.generation_config)
     refuse_everywhere(settings, others)
     _check_values(settings, others, given, arguments)
+    end_ids(settings)
     ids = None if inputs is None else check_input_ids(inputs)
     call = {name: value for name, value in arguments.items() if name not in OWN_ARGUMENTS}
     call = {name: _on_cpu(name, value) for name, value in call.items()}
@@ -144,7 +146,7 @@ def _report(
     asked, results = proxy.first_rows or [], len(sequences)
     each = [asked[index * len(asked) // results] if asked else -1 for index in range(results)]
     first = [first_pass[i] if 0 <= i < len(first_pass) else None for i in each]
-    ends, pad = token_ids("eos_token_id", settings), settings.get("pad_token_id")
+    ends, pad = end_ids(settings), settings.get("pad_token_id")
     most = settings.get("max_new_tokens")
     if most is None:
         most = (settings.get("max_length") or width + DEFAULT_MAX_NEW_TOKENS) - width
@@ -201,7 +203,7 @@ def _own_arguments(
         raise ConfigError("logprobs", settings["logprobs"], valid)
     stops = token_ids("stop_token_ids", settings, vocab_size)
     if stops:
-        ends = token_ids("eos_token_id", settings)
+        ends = end_ids(settings)
         if count > 1 and not ends and settings.get("pad_token_id") is None:
             valid = "a token id to fill the rows with that end before others, as in transformers"
             raise ConfigError("pad_token_id", None, valid)
@@ -374,7 +376,7 @@ def _padding_moved_left(
     behind = (~real[:, -1]).nonzero()
     said = {**settings, **call}
     # without a mask transformers does not take an end token for padding either
-    if not len(behind) or (mask is None and pad in token_ids("eos_token_id", said)):
+    if not len(behind) or (mask is None and pad in end_ids(said)):
         return None
     for name in ("past_key_values", "token_healing"):
         if said.get(name) is not None and said[name] is not False:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -270,7 +271,7 @@ def translate(
     samples = integer("num_return_sequences", 1)
     if samples > 1 and not do_sample:
         raise ConfigError("num_return_sequences", samples, "1, unless do_sample=True")
-    eos = token_ids("eos_token_id", fields, vocab_size)
+    eos = end_ids(fields, vocab_size)
     pad = integer("pad_token_id", 0, high=_MOST_PAD_ID)
     words = _sequences("bad_words_ids", fields.get("bad_words_ids"))
     sampling = SamplingParams(
@@ -342,7 +343,7 @@ def prompts_to_score(
     fields, _ = merge_settings(given, overrides, defaults)
     if fields["return_dict_in_generate"] is not True:
         raise ConfigError("prompt_logprobs", "given", "with return_dict_in_generate=True")
-    pad, ends = fields.get("pad_token_id"), token_ids("eos_token_id", fields)
+    pad, ends = fields.get("pad_token_id"), end_ids(fields)
     return split_rows(check_input_ids(inputs), mask, None if pad in ends else pad)
 
 
@@ -534,6 +535,17 @@ def token_ids(
     value = () if value is None else as_list(name, value)
     values = value if isinstance(value, (list, tuple)) else [value]
     return tuple(check_integer(name, token, 0, vocab_size - 1) for token in values)
+
+
+def end_ids(fields: Mapping[str, Any], vocab_size: int = INT64_MAX + 1) -> tuple[int, ...]:
+    """`token_ids` of `eos_token_id`; -1 is no token, and so nothing ends, as in transformers."""
+    value = fields.get("eos_token_id")
+    if isinstance(value, np.ndarray):
+        value = value.ravel().tolist()
+    value = () if value is None else as_list("eos_token_id", value)
+    values = value if isinstance(value, (list, tuple)) else [value]
+    known = [each for each in values if not (isinstance(each, numbers.Integral) and each == -1)]
+    return token_ids("eos_token_id", {"eos_token_id": known}, vocab_size)
 
 
 def _texts(name: str, value: Any) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequen
 from types import TracebackType
 from typing import Any
 
-from litecache.adapter.generation import token_ids
+from litecache.adapter.generation import end_ids
 from litecache.adapter.pending import PendingRequest
 from litecache.serving.answers import Answer, Piece
 from litecache.serving.forms import FormSpec
@@ -206,7 +206,7 @@ def ends_of(settings: Mapping[str, Any], defaults: Any) -> Collection[int]:
     """Tokens that end an answer and are no part of its text."""
     given = "eos_token_id" in settings
     fields = settings if given else {"eos_token_id": getattr(defaults, "eos_token_id", None)}
-    return frozenset((*token_ids("eos_token_id", fields), *settings.get("stop_token_ids", ())))
+    return frozenset((*end_ids(fields), *settings.get("stop_token_ids", ())))
 
 
 async def open_reader(

@@ -89,7 +89,8 @@ def test_a_prompt_as_long_as_max_length_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("eos", "expected"), [(5, (5,)), ([5, 6], (5, 6)), (torch.tensor([7]), (7,))]
+    ("eos", "expected"),
+    [(5, (5,)), ([5, 6], (5, 6)), (torch.tensor([7]), (7,)), (-1, ()), ([-1, 5], (5,))],
 )
 def test_end_tokens_may_be_one_or_several(eos: Any, expected: tuple[int, ...]) -> None:
     assert settings(eos_token_id=eos).sampling.eos_token_ids == expected

@@ -308,6 +308,18 @@ def test_any_number_but_0_in_a_mask_is_a_token_and_no_use_cache_is_the_default(
     assert torch.equal(drive(forward, attention_mask=mask, use_cache=None), stock())
 
 
+def test_minus_one_is_no_end_token_and_what_is_none_is_refused_before_a_pass(
+    forward: StockForward,
+) -> None:
+    out = drive(forward, eos_token_id=-1, return_dict_in_generate=True)
+    assert torch.equal(out.sequences, stock(eos_token_id=None))
+    assert out.litecache.finish_reasons == ("length",) * 3
+    forward.calls.clear()
+    with pytest.raises(ConfigError, match="eos_token_id=-5"):
+        drive(forward, eos_token_id=-5, return_dict_in_generate=True)
+    assert forward.calls == []
+
+
 def test_a_row_of_padding_alone_is_refused(forward: StockForward) -> None:
     mask = BATCH["attention_mask"].clone()
     mask[1] = 0
