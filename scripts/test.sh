@@ -3,8 +3,8 @@
 #   scripts/test.sh          the fast set (four and a half minutes on two cores, 2026-11-29)
 #   scripts/test.sh --all    everything that needs no GPU: the fast set under coverage, then the slow
 #                            tests and every property with more examples
-#   scripts/test.sh --long   the same, and what CI has no time for: four times the examples, and the
-#                            longest prompts, worlds and phases
+#   scripts/test.sh --long   the same, and what CI has no time for: more examples, the whole of SmolLM2
+#                            for each feature, the longest prompts, a second world of nodes
 # Further arguments go to a single pytest: scripts/test.sh tests/storage -x
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

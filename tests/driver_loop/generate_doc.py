@@ -91,10 +91,9 @@ the tokens of a stock model on the CPU.
 
 Padding may stand on either side. Rows padded on the right are padded on the left in transformers'
 loop, where the caller's processors, criteria and streamers see them so, and come back as they were
-given; with `past_key_values` or `token_healing` the driver loop refuses them. Rules that look for
-runs of tokens (n-grams, biases and bad words of several) see padding, too, in either loop. In a
-model with sliding windows a mask with holes inside a row gives other tokens than stock `generate`,
-whose windows count columns where LiteCache's count tokens.
+given; with `past_key_values` or `token_healing` the driver loop refuses them. In a model with
+sliding windows a mask with holes inside a row gives other tokens than stock `generate`, whose
+windows count columns where LiteCache's count tokens.
 """
 
 _FEATURES_HEAD = """## Features
@@ -102,8 +101,9 @@ _FEATURES_HEAD = """## Features
 {changing} calls whose value changes what stock `generate` gives, and {others} that change how it is
 computed. Each is made from an empty pool and again with its prompt in the pool, and both times
 tokens are equal, scores and logits to 1e-4, and torch's random state afterwards is the same: on a
-random Llama of two layers in the fast tests; and with the prompt in the pool on SmolLM2-135M in the
-slow ones. The test is a case of `{test}` and of
+random Llama of two layers in the fast tests; and with the prompt in the pool on six layers of
+SmolLM2-135M in the slow ones, on all thirty with `scripts/test.sh --long`. The test is a case of
+`{test}` and of
 `test_a_feature_on_smollm2_with_a_prefix_hit` (tests/driver_loop/test_features.py), in the driver
 loop; the loop below is the one that `auto` takes. Eighty calls with two to four features drawn at
 random give what stock `generate` gives, too, or are refused by both.

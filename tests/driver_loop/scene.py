@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from letter_tokenizer import letter_tokenizer
 from tiny_models import VOCAB, ragged, tiny_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 Inputs = dict[str, torch.Tensor]
 
@@ -111,11 +111,17 @@ def tiny_scene() -> Scene:
     )
 
 
+def first_layers(folder: str, layers: int) -> PreTrainedModel:
+    """So many layers of the model in a folder, with its embeddings."""
+    config = AutoConfig.from_pretrained(folder)
+    config = type(config).from_dict({**config.to_dict(), "num_hidden_layers": layers})
+    return AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32).eval()
+
+
 def smollm2_scene(folder: str) -> Scene:
-    """SmolLM2, and its first layers as an assistant."""
+    """SmolLM2 in a folder, or its first layers, of which the first ones are an assistant."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    config = type(model.config).from_dict({**model.config.to_dict(), "num_hidden_layers": 3})
-    assistant = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32)
+    assistant = first_layers(folder, 3)
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
 
     def rows(*texts: str) -> Inputs:
@@ -124,7 +130,7 @@ def smollm2_scene(folder: str) -> Scene:
 
     return Scene(
         model,
-        assistant.eval(),
+        assistant,
         tokenizer,
         batch=rows("The capital of France is", "Two and two are", "one, two, one, two, one,"),
         one=rows("The quick brown fox jumps over"),

@@ -6,6 +6,7 @@ The engine runs in this process; every call is made twice, and the second finds 
 from __future__ import annotations
 
 import functools
+import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,8 +16,9 @@ import pytest
 import torch
 from engine_harness import EngineForward, Harness
 from features import FEATURES, Feature, Settings
-from scene import Scene, smollm2_scene, tiny_scene
+from scene import Scene, first_layers, smollm2_scene, tiny_scene
 from tiny_models import assert_same
+from transformers import AutoTokenizer
 
 from litecache.adapter.driver_loop import generate_in_driver
 from litecache.adapter.proxy import ModelProxy
@@ -24,6 +26,8 @@ from litecache.engine.loading.model_source import ModelSource
 from litecache.errors import ConfigError
 
 TEXT = frozenset({"stop_strings", "token_healing"})
+# All 30 layers, 83 times, are for scripts/test.sh --long.
+WHOLE = os.environ.get("LITECACHE_TEST_PROFILE") == "long"
 
 
 class Both:
@@ -75,12 +79,16 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Both]:
 
 
 @pytest.fixture(scope="module")
-def smollm2(smollm2_dir: Path) -> Iterator[Both]:
-    """With every prompt in the pool."""
-    threads = torch.get_num_threads()
-    with Harness(ModelSource(path=str(smollm2_dir)), num_threads=2) as harness:
+def smollm2(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Both]:
+    """Its first layers, with every prompt in the pool."""
+    threads, folder = torch.get_num_threads(), str(smollm2_dir)
+    if not WHOLE:
+        folder = str(tmp_path_factory.mktemp("smollm2"))
+        first_layers(str(smollm2_dir), 6).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(smollm2_dir).save_pretrained(folder)
+    with Harness(ModelSource(path=folder), num_threads=2) as harness:
         torch.set_num_threads(2)
-        both = Both(smollm2_scene(str(smollm2_dir)), harness)
+        both = Both(smollm2_scene(folder), harness)
         for inputs in ("batch", "one", "echo", "word", "cut"):
             both.ours(both.call(Feature("", "", dict, (), inputs), {"max_new_tokens": 1}))
         yield both
