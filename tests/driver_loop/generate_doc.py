@@ -91,9 +91,10 @@ the tokens of a stock model on the CPU.
 
 Padding may stand on either side. Rows padded on the right are padded on the left in transformers'
 loop, where the caller's processors, criteria and streamers see them so, and come back as they were
-given; with `past_key_values` or `token_healing` the driver loop refuses them. In a model with
-sliding windows a mask with holes inside a row gives other tokens than stock `generate`, whose
-windows count columns where LiteCache's count tokens.
+given; with `past_key_values` or `token_healing` the driver loop refuses them. Rules that look for
+runs of tokens (n-grams, biases and bad words of several) see padding, too, in either loop. In a
+model with sliding windows a mask with holes inside a row gives other tokens than stock `generate`,
+whose windows count columns where LiteCache's count tokens.
 """
 
 _FEATURES_HEAD = """## Features
