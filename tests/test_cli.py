@@ -31,6 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.main import get_command
 from typer.testing import CliRunner
 
+import litecache
 from litecache.actors.calls import actor_names
 from litecache.actors.operating.cluster_file import read_cluster_file
 from litecache.actors.operating.watch import ActorView
@@ -741,6 +742,10 @@ def test_a_shell_completes_commands_and_is_shown_nothing_where_there_is_no_clust
     assert completed("litecache stat") == ("status\n", "")
     assert completed("litecache status --gr") == ("--group\n", "")
     assert completed("litecache status --group c") == ("\n", "")
+
+
+def test_the_version_is_told() -> None:
+    assert run("--version") == (0, f"litecache {litecache.__version__}\n", "")
 
 
 def test_without_arguments_there_is_help() -> None:

@@ -13,10 +13,11 @@ import io
 import logging
 import signal
 import sys
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
+import litecache
 from litecache.cli.cluster import down, drain, scale, up
 from litecache.cli.dashboard import app as dashboard
 from litecache.cli.explain import explain as explain_prompt
@@ -28,11 +29,7 @@ from litecache.errors import LiteCacheError, told
 
 logger = logging.getLogger(__name__)
 
-app = typer.Typer(
-    help="A paged, tiered and persistent KV cache for Hugging Face models on Ray.",
-    no_args_is_help=True,
-    rich_markup_mode="markdown",
-)
+app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
 # As the README groups them.
 _panels: dict[str, dict[str, Any]] = {
     "Groups of actors": {"up": up, "down": down, "scale": scale, "drain": drain},
@@ -57,6 +54,22 @@ for panel, commands in _panels.items():
     for name, command in commands.items():
         app.command(name, rich_help_panel=panel)(command)
 app.add_typer(dashboard, name="dashboard", rich_help_panel="What a group does")
+
+
+def _tell_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"litecache {litecache.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _about(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_tell_version, is_eager=True, help="Tell it and end."),
+    ] = False,
+) -> None:
+    """A paged, tiered and persistent KV cache for Hugging Face models on Ray."""
 
 
 def main() -> None:
