@@ -7,11 +7,11 @@ Two processes may share the tests of a run (`scripts/test.sh`): `LITECACHE_TEST_
 where each claims a file of tests before it runs them, and which tests it begins with, those with
 Ray or the others.
 
-Profiles (`LITECACHE_TEST_PROFILE`): "fast" (50 examples, the default), "slow" (100, state machines
-300; `scripts/test.sh --all`) and "long" (200 and 1,000; `--long`, which CI has no time for). A test
-that passes `max_examples` itself is not affected. A process that shares a run does not reduce what
-it finds, which takes minutes: hypothesis keeps the example, and who tries the test again, alone,
-reduces it.
+Profiles (`LITECACHE_TEST_PROFILE`): "fast" (50 examples, the default), "slow" (200, state machines
+1,000; `scripts/test.sh --all`) and "long" (800 and 4,000; `--long`, which CI has no time for). A
+test that passes `max_examples` itself is not affected. A process that shares a run does not reduce
+what it finds, which takes minutes: hypothesis keeps the example, and who tries the test again,
+alone, reduces it.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ os.environ.update(
 )
 
 _REDUCING = (Phase.shrink, Phase.explain)
-for _profile, _examples in (("fast", 50), ("slow", 100), ("long", 200)):
+for _profile, _examples in (("fast", 50), ("slow", 200), ("long", 800)):
     settings.register_profile(
         _profile,
         max_examples=_examples,
@@ -68,7 +68,7 @@ for _profile, _examples in (("fast", 50), ("slow", 100), ("long", 200)):
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
     )
 _PROFILE_NAME = os.environ.get("LITECACHE_TEST_PROFILE", "fast")
-_OF_MACHINES = {"slow": 300, "long": 1000}
+_OF_MACHINES = {"slow": 1000, "long": 4000}
 settings.load_profile(_PROFILE_NAME)
 
 

@@ -28,6 +28,7 @@ def catch(machine: type[ShardMachine], examples: int) -> None:
     run(machine, examples, database=None, phases=(Phase.generate,))
 
 
+@pytest.mark.hypothesis  # as those that hypothesis finds by itself: with more examples in CI
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("machine", MACHINES)
 def test_store_equals_a_dict_over_random_operations(machine: type[ShardMachine]) -> None:
