@@ -14,6 +14,7 @@ import queue
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -90,10 +91,11 @@ def faults(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
 
         return begin
 
-    for module in list(sys.modules.values()):
-        for name in ("start_service", "start_job"):
-            if getattr(module, name, None) is getattr(threads, name) and module is not threads:
-                monkeypatch.setattr(module, name, faulty(getattr(threads, name)))
+    for name in ("start_service", "start_job"):
+        original = getattr(threads, name)
+        for module in list(sys.modules.values()):
+            if getattr(module, name, None) is original:
+                monkeypatch.setattr(module, name, faulty(original))
     monkeypatch.setattr(threads, "_PAUSE_S", (0.001, 0.01))
     interval = sys.getswitchinterval()
     yield seen
@@ -306,6 +308,22 @@ def test_a_server_says_why_it_did_not_load(faults: dict[str, int]) -> None:
     assert "a fault in serve-load" in service.failure
     service.stop_threads()
     assert faults == {"serve-load": 1}
+
+
+def test_what_ends_outside_of_a_thread_of_the_product_says_why_it_did_not(
+    faults: dict[str, int],
+) -> None:
+    ended = threading.Event()
+    before = threads.fault_counts().get("finalizer", 0)
+    for _ in range(2):  # the first has the fault
+        inside = threading.Thread(
+            target=threads.run_outside, args=(ended.set,), name="litecache-some"
+        )
+        inside.start()
+        inside.join()
+    assert ended.wait(60)
+    until(lambda: threads.fault_counts().get("finalizer", 0) == before + 1)
+    assert faults == {"finalizer": 1}
 
 
 def names_in_sources() -> set[str]:
