@@ -87,7 +87,7 @@ def test_every_hard_value_of_an_option_is_taken_or_refused_without_a_trace(
                 fill(store, range(2), NBYTES)
 
         good_or_refused(try_it, within_s=5)
-        assert left_in(tmp_path) == before
+    assert left_in(tmp_path) == before
 
 
 def test_a_block_may_live_for_as_long_as_the_settings_allow(tmp_path: Path) -> None:
