@@ -274,6 +274,7 @@ def test_segments_cover_the_line_and_fit_their_room(programs: int, tiles: list[i
     ]
 
 
+@pytest.mark.slow
 def test_deterministic_results_do_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("litecache.kernels.triton_plan._FIXED_CHUNK", 32)
     case = Case((1, 1, 1), (9, 70, 130), heads=(4, 2))
@@ -299,6 +300,7 @@ def cut_for(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", PIECES, ids=lambda case: case.name)
 def test_pieces_of_keys_make_the_whole(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     cut_for(50, monkeypatch)
@@ -316,6 +318,7 @@ def test_pieces_of_keys_make_the_whole(case: Case, monkeypatch: pytest.MonkeyPat
     assert plan.chunks.ends.diff().max() > 1
 
 
+@pytest.mark.slow
 def test_a_graph_cuts_by_the_lengths_it_finds(monkeypatch: pytest.MonkeyPatch) -> None:
     # captured for a bucket of 32 tokens in 4 sequences beside 2 decodes, run with other lengths
     cut_for(16, monkeypatch)
@@ -382,6 +385,7 @@ def test_pieces_keep_the_whole_chip_busy(
     assert int(tiles.sum()) * 8 / (waves * longest * config.num_programs) >= least
 
 
+@pytest.mark.slow
 def test_deterministic_chunks_do_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_chunks, "_FIXED_PIECE", 32)
     case = Case((1, 5, 20, 50), (9, 70, 90, 50), heads=(2, 1))

@@ -11,6 +11,7 @@ import random
 from collections import Counter
 from typing import Any
 
+import pytest
 from local_server import LocalAdapter, client_of, make_service
 from schema_fuzz import SchemaFuzz, fault
 
@@ -108,6 +109,7 @@ def test_of_many_streams_none_is_wrong_and_those_that_leave_hold_no_block(
 PATHS = ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize", "/v1/cache/warm")
 
 
+@pytest.mark.slow
 def test_no_request_of_the_openapi_document_makes_the_server_fail(service: ModelService) -> None:
     fuzz = SchemaFuzz(openapi(POSTS, GETS), "tiny", PATHS)
     statuses: Counter[int] = Counter()
